@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import re
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
@@ -29,13 +27,6 @@ from smoa.maths.spectrum import PartitionKind
 Bias = Literal["none", "all", "smoa_only"]
 Shape = tuple[int, int]
 """(out_features, in_features) of a weight."""
-MADE_WITH = (
-    *("r", "num_blocks", "num_blocks_pattern", "rank_pattern"),
-    *("alpha", "alpha_pattern", "use_rslora", "scale", "modulation"),
-    *("partition", "target_modules", "target_parameters", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern"),
-)
-"""Settings that decide which layers get an adapter, and what it is there."""
 
 
 @dataclass
@@ -59,7 +50,8 @@ class SmoaConfig(PeftConfig):
             you can keep LoRA's alpha / r and learning rate. "block" and "layer" are 1 / rms of the block or of the
             layer's weight. "paper" leaves ΔW relative to the weight, whose entries are about 0.02: alpha = r then needs
             10 to 33 times LoRA's learning rate, and alpha = 32·r one of about 1e-2. None means "lora".
-        partition: How to assign coordinates to blocks: by "spectral" score, "contiguous" or at "random".
+        partition: How to assign coordinates to blocks: by "spectral" score, "contiguous" or at "random", by the seed of
+            `torch.manual_seed` and the module's name.
         modulation: "hadamard" multiplies each block by the frozen weight. "none", for ablations, does not.
         init_weights: True starts with B = 0 and "zero_A" with A = 0, so ΔW is zero. False makes a visible random
             update, for tests.
@@ -145,8 +137,6 @@ class SmoaConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
-        if (self.base_model_name_or_path or "").startswith("~"):
-            self.base_model_name_or_path = str(Path(str(self.base_model_name_or_path)).expanduser())
 
     def _rename(self, ours: str, theirs: str, value: float | None) -> list[str]:
         """Take a value given under LoRA's name. Return its problems."""
@@ -176,32 +166,11 @@ class SmoaConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write `adapter_config.json` in one step. The home folder in the path of a local base becomes `~`."""
-        saved = copy.copy(self)
-        saved.base_model_name_or_path = _without_home(self.base_model_name_or_path)
+        """Write `adapter_config.json` in one step."""
         with tempfile.TemporaryDirectory() as room:
-            super(SmoaConfig, saved).save_pretrained(room, **kwargs)
+            super().save_pretrained(room, **kwargs)
             write_whole(Path(save_directory, CONFIG_NAME), Path(room, CONFIG_NAME).read_bytes())
         drop_save(Path(save_directory))  # this one is newer, and PEFT has written its weights
-
-    def made_with(self) -> dict[str, Any]:
-        """Copies of the settings in `MADE_WITH`, as they are now; names of modules have no order."""
-        values = {name: copy.copy(getattr(self, name)) for name in MADE_WITH}
-        for name in ("target_modules", "exclude_modules"):
-            values[name] = set(values[name]) if isinstance(values[name], list) else values[name]
-        return values
-
-    def restore(self, adapter_name: str, made_with: Mapping[str, Any]) -> None:
-        """Take back the settings that an adapter was made with, and warn if they were changed since."""
-        changed = [name for name, value in self.made_with().items() if value != made_with[name]]
-        if changed:
-            vars(self).update({name: copy.copy(made_with[name]) for name in changed})
-            warnings.warn(
-                f"the config of adapter {adapter_name!r} was changed after the adapter was made; its layers have "
-                f"{', '.join(f'{name}={made_with[name]!r}' for name in changed)}, so it is saved with that, and the "
-                "config has it again; for another adapter use dataclasses.replace(config, ...)",
-                stacklevel=2,
-            )
 
     def num_blocks_of(self, module: str, shape: Shape | None = None) -> int:
         """K of a module.
@@ -248,14 +217,6 @@ def _as_json(value: object) -> object:
     if isinstance(value, (set, frozenset)):
         return sorted(value, key=str)
     return list(value) if isinstance(value, (tuple, range)) else value
-
-
-def _without_home(name: str | None) -> str | None:
-    """The model's name or path with `~` for the home folder, which would reveal the user's name."""
-    home = Path("~").expanduser()
-    if name is None or home == Path(home.anchor) or not Path(name).is_relative_to(home):
-        return name
-    return "~/" + Path(name).relative_to(home).as_posix()
 
 
 # Rules for the values, alone and together.

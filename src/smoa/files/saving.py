@@ -72,8 +72,6 @@ def save_adapter(
                 _rename_base(file, temporary / MODEL_CARD, base_model_name)
             if metrics is not None:
                 config = SmoaConfig.from_pretrained(file.parent)
-                # as in the file: reading replaces `~` by the home folder, which would reveal the user's name
-                config.base_model_name_or_path = json.loads(file.read_text("utf-8"))["base_model_name_or_path"]
                 card = adapter_card(target.resolve().name, config, metrics)
                 (file.parent / MODEL_CARD).write_text(card, encoding="utf-8")
 
@@ -87,5 +85,5 @@ def _rename_base(file: Path, card_file: Path, name: str) -> None:
         card.data.base_model = name
         card.data.tags = [BASE_TAG + name if tag.startswith(BASE_TAG) else tag for tag in card.data.tags or []] or None
         if old and {"/", "\\"} & set(old):  # a name without one may be any word of the text
-            card.text = card.text.replace(str(Path(old).expanduser()), name).replace(old, name)
+            card.text = card.text.replace(old, name)
         card.save(card_file)

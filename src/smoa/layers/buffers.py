@@ -23,6 +23,8 @@ class PartitionSpec:
     partition: PartitionKind
     modulation: ModulationKind
     scale: ScaleKind
+    seed: int = 0
+    """Of a random partition."""
 
     def decide(self, num_blocks: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row labels, column labels and block scales, on the CPU.
@@ -32,10 +34,11 @@ class PartitionSpec:
             weight: W (m, n), for (m,), (n,) and (K,). Or W of all experts (experts, halves, m, n), for (G, m), (G, n)
                 and (G, K), where G = experts·halves.
         """
+        how = self.partition, cached_spectral_scores, torch.Generator().manual_seed(self.seed)
         if weight.dim() == 2:
-            blocks = make_partition(weight, num_blocks, self.partition, cached_spectral_scores)
+            blocks = make_partition(weight, num_blocks, *how)
             return blocks.row_labels.cpu(), blocks.col_labels.cpu(), self._block_scale(weight, blocks)
-        rows, cols = stack_partition(weight, num_blocks, self.partition, cached_spectral_scores)
+        rows, cols = stack_partition(weight, num_blocks, *how)
         stacked = stacked_blocks(rows.to(weight.device), cols.to(weight.device), num_blocks)
         matrices = (matrix for expert in weight for matrix in expert)
         scales = [self._block_scale(matrix, blocks) for matrix, blocks in zip(matrices, stacked, strict=True)]

@@ -48,12 +48,11 @@ def awaits_process_group() -> bool:
     return launched and dist.is_available() and not dist.is_initialized()
 
 
-def from_rank_zero(compute: Callable[[], T], everywhere: bool = False) -> T:
+def from_rank_zero(compute: Callable[[], T]) -> T:
     """Return rank 0's `compute()` on every rank. Every rank must call this.
 
     Args:
         compute: Called on rank 0.
-        everywhere: Call `compute` on the other ranks too, and ignore their results.
 
     Raises:
         SmoaError: `compute` raised it on rank 0. Every rank raises it, so that none waits forever. If rank 0 raises
@@ -63,7 +62,7 @@ def from_rank_zero(compute: Callable[[], T], everywhere: bool = False) -> T:
         return compute()
     outcome: list[Any] = [None]
     failure: Exception | None = None
-    if everywhere or dist.get_rank() == 0:
+    if dist.get_rank() == 0:
         try:
             outcome = [compute()]
         except Exception as error:

@@ -7,6 +7,7 @@ One class does this for every kind of layer. A kind is a subclass that says what
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
@@ -85,7 +86,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         "scaling",
         "ranks",
         "modulation",
-        "made_with",
+        "made_from",
         "pending_partition",
         "contiguous",
         "smoa_dropout",
@@ -119,7 +120,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self.modulation: dict[str, ModulationKind] = {}
         self.pending_partition: dict[str, PartitionSpec] = {}
         self.contiguous: dict[str, bool] = {}
-        self.made_with: dict[str, dict[str, Any]] = {}  # settings of the config, which may be changed later
+        self.made_from: dict[str, tuple[SmoaConfig, PartitionSpec]] = {}
         self.labels_digest: dict[str, int] = {}
         self.smoa_dropout = nn.ModuleDict()
         self.smoa_A = nn.ModuleDict()
@@ -199,14 +200,15 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         alpha = config.alpha_of(module, r, shape)
         self.r[adapter_name], self.alpha[adapter_name], self.scaling[adapter_name] = r, alpha, alpha / r
         self.ranks[adapter_name], self.modulation[adapter_name] = ranks, config.modulation
-        self.made_with[adapter_name] = config.made_with()
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
-        scale = config.scale or DEFAULT_SCALE
-        spec = PartitionSpec(config.partition, config.modulation, scale)
-        self._add_partition(adapter_name, spec, defer_partition)
+        seed = zlib.crc32(f"{torch.initial_seed()} {module}".encode())
+        spec = PartitionSpec(config.partition, config.modulation, config.scale or DEFAULT_SCALE, seed)
+        self.made_from[adapter_name] = config, spec
+        self._add_partition(adapter_name, defer_partition)
         if config.init_weights is False:
-            self.equalize_random_update(adapter_name)
+            with torch.no_grad():  # a random ΔW has the same size for every scale
+                self.smoa_B[adapter_name].weight.div_(self.rank_scale(adapter_name).flatten())  # type: ignore[operator]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -226,11 +228,6 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def _fill_factors(self, A: Tensor, B: Tensor, adapter_name: str, init: Initialization) -> None:
         sizes, relative_size = (self.out_features, self.in_features), RANDOM_SIZE / self.scaling[adapter_name]
         init_factors(A, B, sizes, self.ranks[adapter_name], init, relative_size)
-
-    @torch.no_grad()
-    def equalize_random_update(self, adapter_name: str) -> None:
-        """Give the ΔW of random factors the same size for every scale."""
-        self.smoa_B[adapter_name].weight.div_(self.rank_scale(adapter_name).flatten())  # type: ignore[operator]
 
     def follow(self, other: SmoaLayer, adapter_name: str) -> None:
         """Use another layer's factors, blocks and scales for an adapter. Both layers have one weight."""
@@ -271,14 +268,22 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         stored = [buffers._buffers for buffers in self._saved_buffers()]
         return [tensors[name] for tensors in stored for name in adapter_names]
 
-    def _add_partition(self, adapter_name: str, spec: PartitionSpec, defer: bool) -> None:
+    def _add_partition(self, adapter_name: str, defer: bool) -> None:
+        config, spec = self.made_from[adapter_name]
         device = self.stored_weight().device
         device = torch.device("cpu") if device.type == "meta" else device
         rows, cols, scale = self.saved_shapes(self.ranks[adapter_name])[2:]
         labels = [torch.full(shape, UNDECIDED, dtype=torch.uint8, device=device) for shape in (rows, cols)]
         self._set_partition(adapter_name, labels[0], labels[1], torch.ones(scale, device=device, dtype=torch.float32))
         self.pending_partition[adapter_name] = spec
-        if not defer and not awaits_process_group() and self._compute_partition(adapter_name):
+        if defer:
+            return
+        for name, (other, made) in self.made_from.items():
+            same = other is config and made == spec and len(self.ranks[name]) == len(self.ranks[adapter_name])
+            if same and name not in self.pending_partition:  # TRL's reference, to which it copies factors alone
+                self.share_partition(name, adapter_name)
+                return
+        if not awaits_process_group() and self._compute_partition(adapter_name):
             del self.pending_partition[adapter_name]
 
     def decide_partition(self, adapter_name: str) -> None:
@@ -312,11 +317,10 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def _compute_partition(self, adapter_name: str) -> bool:
         """Compute labels and scales from rank 0's weight. Return False if that is on the meta device."""
         spec, num_blocks = self.pending_partition[adapter_name], len(self.ranks[adapter_name])
-        everywhere = spec.partition != "spectral"  # cheap, and keeps the random generators of all ranks in step
         with onloaded([self.get_base_layer()]), gather_params_ctx(self.stored_weight()):  # for DeepSpeed ZeRO-3
             is_meta = self.stored_weight().device.type == "meta"
             weight = None if is_meta else whole(self.pristine_weight())  # for FSDP2
-            parts = from_rank_zero(lambda: None if weight is None else spec.decide(num_blocks, weight), everywhere)
+            parts = from_rank_zero(lambda: None if weight is None else spec.decide(num_blocks, weight))
         if parts is None:
             return False
         self._set_partition(adapter_name, *parts)

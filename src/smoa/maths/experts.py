@@ -220,7 +220,9 @@ def stacked_blocks(row_labels: Tensor, col_labels: Tensor, num_blocks: int) -> l
     return [Blocks(row, col, num_blocks, Orders(*order), flag) for row, col, order, flag in rows]
 
 
-def stack_partition(matrices: Tensor, num_blocks: int, kind: PartitionKind, scores_of: Scores) -> tuple[Tensor, Tensor]:
+def stack_partition(
+    matrices: Tensor, num_blocks: int, kind: PartitionKind, scores_of: Scores, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """Row labels (G, out_features) and column labels (G, in_features), uint8 on the CPU, with a progress bar.
 
     Args:
@@ -228,6 +230,7 @@ def stack_partition(matrices: Tensor, num_blocks: int, kind: PartitionKind, scor
         num_blocks: K.
         kind: How to assign coordinates to blocks.
         scores_of: `smoa.maths.spectrum.spectral_scores`, or a cache of it.
+        generator: As in `make_partition`.
 
     Raises:
         PartitionError: K does not fit, or a weight has NaN or infinite entries.
@@ -236,6 +239,6 @@ def stack_partition(matrices: Tensor, num_blocks: int, kind: PartitionKind, scor
     each = [matrix for expert in matrices for matrix in expert]  # views, which `flatten` may not give
     hidden = True if kind != "spectral" else None  # None: shown on a terminal only
     bar = tqdm(each, desc="SMoA partitions of experts", unit="matrix", delay=1, disable=hidden, leave=False)
-    partitions = [make_partition(matrix, num_blocks, kind, scores_of) for matrix in bar]
+    partitions = [make_partition(matrix, num_blocks, kind, scores_of, generator) for matrix in bar]
     rows, cols = ([getattr(blocks, side).cpu() for blocks in partitions] for side in ("row_labels", "col_labels"))
     return torch.stack(rows), torch.stack(cols)

@@ -173,6 +173,7 @@ def make_partition(
     num_blocks: int,
     kind: PartitionKind = "spectral",
     scores_of: Callable[[Tensor, bool], tuple[Tensor, Tensor]] = spectral_scores,
+    generator: torch.Generator | None = None,
 ) -> Blocks:
     """Partition `weight` into `num_blocks` aligned blocks.
 
@@ -183,8 +184,9 @@ def make_partition(
         weight: (out_features, in_features), any floating dtype.
         num_blocks: K.
         kind: "spectral" sorts by spectral score, "contiguous" cuts the natural order (as MELoRA does), "random"
-            shuffles with torch's global generator.
+            shuffles.
         scores_of: `spectral_scores`, or a cache of it.
+        generator: What shuffles, on the CPU; by default torch's global one.
 
     Returns:
         The blocks, with labels on the weight's device.
@@ -202,7 +204,7 @@ def make_partition(
     if kind == "contiguous":
         scores = torch.zeros(out_features), torch.zeros(in_features)
     elif kind == "random":
-        draw = partial(torch.rand, dtype=torch.float32)
+        draw = partial(torch.rand, dtype=torch.float32, device="cpu", generator=generator)
         scores = draw(out_features), draw(in_features)
     else:
         scores = scores_of(weight, False)

@@ -55,36 +55,14 @@ class SmoaModel(BaseTuner, StateDictHooks):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's `inject_adapter`, which decomposes no weight while a saved adapter is being loaded."""
         file = incoming()
-        comes = bool(kwargs.get("state_dict")) or bool(kwargs.get("low_cpu_mem_usage")) or file is not None
-        twin = None if comes else self._twin_of(adapter_name)
-        self._loads_labels = comes or twin is not None
+        given = kwargs.get("state_dict"), kwargs.get("low_cpu_mem_usage")
+        self._loads_labels = any(given) or file is not None
         self._inject(model, adapter_name, *args, **kwargs)
-        config: Any = self.peft_config[adapter_name]
-        if twin is not None:
-            for layer in adapter_layers(self.model, adapter_name).values():
-                if twin not in layer.pending_partition:  # as on the meta device
-                    layer.share_partition(twin, adapter_name)
-                if config.init_weights is False:
-                    layer.equalize_random_update(adapter_name)
         if file is not None and file.tensors is not None:
             self.model.peft_config = self.peft_config
             tensors = {key.removeprefix(PREFIX): tensor for key, tensor in file.tensors.items()}
             set_peft_model_state_dict(self.model, tensors, adapter_name)
         watch_generate(self.model)
-
-    def _twin_of(self, adapter_name: str) -> str | None:
-        """An adapter that was made with the same config, unless its settings were changed since.
-
-        The new adapter gets its partition, because TRL makes reference adapters this way and then copies factors but no
-        buffers.
-        """
-        configs: dict[str, Any] = self.peft_config
-        config = configs[adapter_name]
-        for name in [name for name, other in configs.items() if other is config and name != adapter_name]:
-            layers = adapter_layers(self.model, name).values()
-            if layers and all(layer.made_with[name] == config.made_with() for layer in layers):
-                return name
-        return None
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """As PEFT's, which wants targets, unless `target_parameters` names some (as in LoRA)."""
@@ -178,7 +156,6 @@ class SmoaModel(BaseTuner, StateDictHooks):
                     f"{name}: the labels of {adapter_name!r} are no partition any more, as after averaging buffers; "
                     "average parameters only: AveragedModel(model, use_buffers=False)"
                 )
-            config.restore(adapter_name, layer.made_with[adapter_name])
         for name, layer in embeddings_of(model).items():
             if isinstance(layer, SmoaLayer):  # PEFT saves its table too
                 layer.unmerge_saved(state_dict, f"{plain_name(name)}.base_layer.")

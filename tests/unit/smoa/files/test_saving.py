@@ -249,22 +249,6 @@ def test_an_adapter_that_lies_in_the_folder_besides_is_left_as_it_is(tmp_path: P
     assert "my/base" not in (theirs / "README.md").read_text()
 
 
-def test_the_home_folder_does_not_leak_and_is_found_again(
-    tmp_path: Path, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    tiny_llama.save_pretrained(tmp_path / "models" / "base")
-    model = get_peft_model(
-        type(tiny_llama).from_pretrained(tmp_path / "models" / "base"),
-        SmoaConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
-    )
-    model.save_pretrained(tmp_path / "adapter")
-    text = (tmp_path / "adapter" / "adapter_config.json").read_text()
-    assert str(tmp_path) not in text
-    config = SmoaConfig.from_pretrained(tmp_path / "adapter")
-    assert config.base_model_name_or_path == str(tmp_path / "models" / "base")
-
-
 def test_a_base_in_a_folder_with_the_name_of_a_word_is_renamed_only_where_it_is_named(
     tmp_path: Path, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
