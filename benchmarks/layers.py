@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 import smoa
 from smoa import SmoaConfig
-from smoa.layers.linear import Linear
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import split_rank
 from smoa.maths.spectrum import make_partition
@@ -189,25 +188,20 @@ def layer_step(
 def layer_kernels(device: torch.device, only: str | None = None, repeats: int = 7) -> dict[str, Any]:
     """A layer as the library computes it now, against as it did with loops over the blocks alone.
 
-    "before" is the loop kernels with the rule that they had: W + ΔW for float32, except for forwards without gradients
-    of fewer than 64 tokens on 8 blocks or more. "now" is what `SMOA_KERNELS=auto` takes.
+    "before" is `SMOA_KERNELS=loop`, "now" is `auto`.
     """
     rows = []
     dtypes, partitions = ("float32", "bfloat16"), ("random", "contiguous")
     for shape, dtype, partition, blocks in product([only] if only else KERNEL_SHAPES, dtypes, partitions, (2, 8)):
         base = OneLayer(*map(int, shape.split("x")), getattr(torch, dtype), device)
         model = adapted("smoa", base, 16, blocks, partition)
-        layer = next(module for module in model.modules() if isinstance(module, Linear))
         for tokens, training in product((1, 16, 64, 512), (True, False)):
             x, grad = inputs(base, tokens)
             now = training_step(model, x, grad) if training else torch.no_grad()(lambda model=model, x=x: model(x))
-            apart = not training and blocks >= 8 and tokens < 64
 
-            def before(now: Callable[[], object] = now, layer: Linear = layer, apart: bool = apart) -> None:
+            def before(now: Callable[[], object] = now) -> None:
                 smoa.use_kernels("loop")
-                layer.route = "apart" if apart else "fused"
                 now()
-                layer.route = "auto"
                 smoa.use_kernels("auto")
 
             interleaved({"before": before, "now": now}, 2)

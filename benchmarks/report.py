@@ -59,9 +59,9 @@ def machine(origin: dict[str, Any]) -> str:
     return f"{origin['device']} ({origin['cpu_capability']}), {origin['threads']} threads, PyTorch {torch}"
 
 
-def layer_step(compiled: bool = False) -> str:
+def layer_step() -> str:
     """Ratios to the frozen layer, one row per case and K."""
-    results = {name: one for name, one in load("layer_step_*").items() if name.endswith("_compiled") == compiled}
+    results = {name: one for name, one in load("layer_step_*").items() if not name.endswith("_compiled")}
     rows = []
     for name, content in results.items():
         case = "_".join(name.removeprefix("layer_step_").split("_")[:2])
@@ -262,7 +262,6 @@ def main() -> None:
         DOCS / "how-to" / "serve.md": {"vllm-serving": vllm_serving()},
         FOLDER / "tables.md": {
             "layer-step": layer_step(),
-            "compiled": layer_step(compiled=True),
             "injection": injection(),
             "kernels": kernels(),
         },

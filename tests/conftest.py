@@ -46,12 +46,19 @@ def _float32_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(config, "cpu_multiplies_bfloat16", lambda: False)
 
 
+@pytest.fixture(autouse=True)
+def _kernels_of_its_own() -> Iterator[None]:
+    """What a test chooses holds for no other one."""
+    yield
+    use_kernels("auto")
+
+
 @pytest.fixture(params=["loop", "batched"])
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+def kernels(request: pytest.FixtureRequest) -> str:
     """Each way to compute the blocks' products in turn."""
     use_kernels(request.param)
-    yield request.param
-    use_kernels("auto")
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(params=tiny_models.BUILDERS)

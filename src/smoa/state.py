@@ -39,8 +39,9 @@ def use_kernels(kernels: Kernels) -> None:
     Args:
         kernels: "loop" computes block by block, "batched" all blocks of one shape in one product. "auto", the default,
             takes the faster: batched products on a GPU and for small blocks, else loops. "shared" is "auto", but forms
-            no ΔW for the adapters of a mixed batch, however many tokens they have. The environment variable
-            `SMOA_KERNELS` sets the initial value.
+            no ΔW for the adapters of a mixed batch, however many tokens they have. "fused" and "apart", for tests, are
+            "auto", but form W + ΔW wherever that is exact, or nowhere. The environment variable `SMOA_KERNELS` sets the
+            initial value.
 
     Raises:
         ConfigError: `kernels` is none of these.

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from smoa import SmoaConfig
+from smoa import SmoaConfig, use_kernels
 from smoa.files.names import PREFIX
 from smoa.layers.layer import SmoaLayer
+from smoa.maths.kernels.choice import Kernels
 from tests import reference
 
 # (out_features, in_features, num_blocks): square, tall, wide, K that divides neither side, K = min(m, n), K = 1.
 SHAPES = [(12, 12, 3), (17, 10, 4), (9, 16, 2), (11, 13, 5), (6, 7, 6), (8, 5, 1)]
-Route = Literal["auto", "fused", "apart"]
-ROUTES: list[Route] = ["fused", "apart"]
+ROUTES: list[Kernels] = ["fused", "apart"]
 
 
 class Wrapper(nn.Module):
@@ -51,11 +51,15 @@ def base_layer(
 
 
 def adapted_layer(
-    base: nn.Module, adapter: str = "default", *, trained: bool = True, route: Route = "auto", **config: Any
+    base: nn.Module, adapter: str = "default", *, trained: bool = True, route: Kernels | None = None, **config: Any
 ) -> SmoaLayer:
-    """`base` with a SMoA adapter whose factors hold random numbers, as if trained (unless `trained=False`)."""
+    """`base` with a SMoA adapter whose factors hold random numbers, as if trained (unless `trained=False`).
+
+    With `route` the rest of the test computes by these kernels.
+    """
+    if route is not None:
+        use_kernels(route)
     model = inject_adapter_in_model(SmoaConfig(target_modules=["layer"], **config), Wrapper(base), adapter)
-    model.layer.route = route
     if trained:
         randomise(model.layer, adapter)
     return model.layer

@@ -26,6 +26,7 @@ from smoa.layers.linear import Linear
 from smoa.layers.quantized import QuantizedLinear
 from smoa.maths.conv import Geometry, convolved, convolves_exactly
 from smoa.maths.factors import Initialization
+from smoa.state import chosen_kernels
 
 
 class Embedding(SmoaLayer):
@@ -76,7 +77,7 @@ class Convolution(SmoaLayer):
     """SMoA on a `torch.nn.Conv1d`, `Conv2d` or `Conv3d`, with any stride, padding, dilation and number of groups.
 
     One active adapter is computed by one convolution with W + ΔW where that is exact: in float32 on a CPU, and in
-    float64. Otherwise `conv(x, ΔW)` is added to the base layer's output. `route="apart"` always does the latter.
+    float64. Otherwise `conv(x, ΔW)` is added to the base layer's output.
     """
 
     converted_by_peft = False
@@ -98,7 +99,8 @@ class Convolution(SmoaLayer):
         exact = weight.dtype == x.dtype and convolves_exactly(device_type, x.dtype)
         frozen = not weight.requires_grad and not is_instrumented(self.base_layer)
         dropped = self.training and isinstance(self.smoa_dropout[adapter_name], nn.Dropout)
-        return self.route != "apart" and exact and frozen and not dropped and not torch.is_autocast_enabled(device_type)
+        fused = chosen_kernels() != "apart" and not torch.is_autocast_enabled(device_type)
+        return fused and exact and frozen and not dropped
 
     def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
         """`conv(x, ΔW)`, without bias; in training, dropout acts on x."""

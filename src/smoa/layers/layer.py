@@ -68,8 +68,6 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         backend: PEFT's quantization backend, if the weight is quantized.
     """
 
-    route: Literal["auto", "fused", "apart"] = "auto"
-    """How one active adapter is computed, where there is a choice; the results are the same."""
     generation_cache: Literal["blocks", "weights", "off"] = "blocks"
     """What `generate` keeps: see `smoa.keep_in_generate`."""
     converted_by_peft = True

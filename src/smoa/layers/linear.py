@@ -22,8 +22,8 @@ from smoa.state import chosen_kernels
 class Linear(SmoaLayer):
     """SMoA on a `torch.nn.Linear` or a transformers `Conv1D`.
 
-    `route` selects how a single active adapter is computed: "apart" adds `x ΔWᵀ` to the base layer's output, "fused"
-    forms W + ΔW in chunks where that is exact, and "auto" takes the faster of the two.
+    The output of a single active adapter is that of W + ΔW, formed in chunks, where this is exact and faster. Otherwise
+    `x ΔWᵀ` is added to the base layer's.
     """
 
     @staticmethod
@@ -105,15 +105,17 @@ class Linear(SmoaLayer):
 
     def _fusable(self, x: Tensor, adapter_name: str) -> Update | None:
         """The update if `x(W + ΔW)ᵀ + b` can be computed in one product, and is to be."""
-        if self.route == "apart" or not self._may_add_to_weight(x.device.type) or is_instrumented(self.base_layer):
+        if torch.compiler.is_compiling() or not self._may_add_to_weight(x.device.type):
             return None
         dropout = self.smoa_dropout[adapter_name]
         if self.modulation[adapter_name] == "none" or (isinstance(dropout, nn.Dropout) and self.training):
+            return None
+        if is_instrumented(self.base_layer):
             return None
         weight = self.stored_weight()
         if weight.dtype != x.dtype or weight.requires_grad or is_transformed(x, weight):
             return None
         blocks = len(self.ranks[adapter_name]), self.contiguous[adapter_name]
-        if self.route != "fused" and prefers_apart(*blocks, x.device.type, x.shape[:-1].numel(), chosen_kernels()):
+        if prefers_apart(*blocks, x.device.type, x.shape[:-1].numel(), chosen_kernels()):
             return None
         return self.update(adapter_name)

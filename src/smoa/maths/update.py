@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from smoa.maths.factors import BlockRun, Factors
 from smoa.maths.kernels.batched import batched_delta, plain_branch, recomputed_branch
-from smoa.maths.kernels.choice import Kernels, prefers_batched
+from smoa.maths.kernels.choice import Kernels
 from smoa.maths.kernels.loops import product_dtype
 from smoa.maths.kernels.operators import Apart, Fused, is_transformed, recomputed
 from smoa.maths.scale import ModulationKind, rank_scale
@@ -67,7 +67,7 @@ class Update:
             weight = weight()
         if weight.requires_grad or is_transformed(x, weight):
             return plain_branch(self.factors, x, weight)
-        if torch.compiler.is_compiling() and prefers_batched(self.factors.blocks, self.kernels):
+        if torch.compiler.is_compiling():
             return recomputed_branch(self.factors, x, weight)
         return self._recomputed(x, weight)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -20,11 +18,9 @@ LAUNCHES_FORWARD, LAUNCHES_BACKWARD = 16, 28
 
 
 @pytest.fixture(autouse=True)
-def _batched() -> Iterator[None]:
+def _batched() -> None:
     smoa.use_kernels("batched")
     torch.compiler.reset()
-    yield
-    smoa.use_kernels("auto")
 
 
 def adapted(dtype: torch.dtype, **config: object) -> tuple[SmoaLayer, Tensor, Tensor]:

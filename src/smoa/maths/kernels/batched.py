@@ -111,8 +111,8 @@ def plain_branch(factors: Factors, x: Tensor, anchor: Tensor | None) -> Tensor:
 def recomputed_branch(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
     """`plain_branch` for a compiled model: the backward computes the blocks of ΔW again instead of keeping them.
 
-    A compiler fuses gathers, products with M, scales and casts, which it could not do inside an operator. Without the
-    checkpoint it would keep the blocks (measured: docs/experiment-log.md).
+    A compiler fuses gathers, products with M, scales and casts. Without the checkpoint it would keep the blocks
+    (measured: docs/experiment-log.md).
     """
     if not torch.is_grad_enabled():
         return plain_branch(factors, x, anchor)

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
-
 from smoa.maths.blocks import Blocks
 
-Kernels = Literal["auto", "loop", "batched", "shared"]
-SMALL_BLOCK, SMALL_COMPILED = 3 << 14, 1 << 13
-"""Entries of the largest blocks for which batched products are faster, and for which they are in a compiled model."""
+Kernels = Literal["auto", "loop", "batched", "shared", "fused", "apart"]
+SMALL_BLOCK = 3 << 14
+"""Entries of the largest blocks for which batched products are faster."""
 FEW_PRODUCTS = 128
 """Products of a token with the blocks of W, for which it does not pay to form ΔW."""
 
@@ -25,7 +23,7 @@ def prefers_batched(blocks: Blocks, kernels: Kernels = "auto") -> bool:
     if kernels in ("loop", "batched") or blocks.row_labels.device.type != "cpu":
         return kernels != "loop"
     entries = blocks.out_features * blocks.in_features // blocks.num_blocks**2
-    return entries <= (SMALL_COMPILED if torch.compiler.is_compiling() else SMALL_BLOCK)
+    return entries <= SMALL_BLOCK
 
 
 def prefers_apart(
@@ -35,11 +33,13 @@ def prefers_apart(
 
     To form W + ΔW takes passes over the weight, which pay only for many tokens.
     """
-    if kernels == "batched" or device_type != "cpu":
-        return kernels != "loop"
+    if kernels in ("fused", "apart", "batched") or device_type != "cpu":
+        return kernels not in ("fused", "loop")
     return tokens < num_blocks**2 * (8 if is_contiguous else 4)
 
 
 def prefers_shared(ranks: Sequence[int], tokens: int, kernels: Kernels = "auto") -> bool:
     """Whether an adapter's tokens are multiplied by the blocks of W, once for each rank, instead of by those of ΔW."""
-    return max(ranks) * tokens <= FEW_PRODUCTS if kernels == "auto" else kernels == "shared"
+    if kernels in ("loop", "batched", "shared"):
+        return kernels == "shared"
+    return max(ranks) * tokens <= FEW_PRODUCTS

@@ -1,9 +1,7 @@
 """Makes the kernels differentiable, each with a backward that computes again what autograd would keep.
 
-`recomputed` is one `autograd.Function` for all `Route`s. In a compiled model, `Apart` and `Fused` are custom operators
-instead: then `torch.compile` neither breaks the graph at them nor keeps an m×n intermediate for the backward. Elsewhere
-a Function is quicker to call. Gradients that are batched, or differentiated again, are computed by PyTorch's own
-operations.
+`recomputed` is one `autograd.Function` for all `Route`s. Gradients that are batched, or differentiated again, are
+computed by PyTorch's own operations. So is all of a compiled model, under a checkpoint (`recomputed_branch`).
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from smoa.maths.blocks import Blocks, Orders
 from smoa.maths.factors import Factors
 from smoa.maths.kernels.batched import batched_backward, batched_forward, plain_branch
 from smoa.maths.kernels.choice import Kernels, prefers_batched
@@ -56,9 +53,7 @@ class Apart:
     def plain(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
         return plain_branch(factors, x, weight)
 
-    def backward(
-        self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_factors: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> Gradients:
         backward = batched_backward if prefers_batched(factors.blocks, self.kernels) else loop_backward
         return backward(factors, g, x, weight, needs_x)
 
@@ -84,12 +79,8 @@ class Fused:
     def plain(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
         return plain_branch(factors, x, weight) + x @ weight.T
 
-    def backward(
-        self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_factors: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_x, grad_A, grad_B = x.new_empty(0), factors.A.new_empty(0), factors.B.new_empty(0)
-        if needs_factors:
-            _, grad_A, grad_B = Apart(self.kernels).backward(factors, g, x, weight, False)
+    def backward(self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> Gradients:
+        grad_x, grad_A, grad_B = Apart(self.kernels).backward(factors, g, x, weight, False)
         if needs_x:
             grad_x = torch.empty_like(x)
             for chunk, effective in _effective_chunks(factors, weight):
@@ -127,14 +118,11 @@ def recomputed(
     Args:
         weight: The weight or, if it is made anew for each use, a function that makes it.
     """
-    if torch.compiler.is_compiling():
-        y: Tensor = OPERATORS[type(route)](route, factors, x, weight, bias)
-    elif torch.is_grad_enabled():
-        y = _Recomputed.apply(route, factors, factors.A, factors.B, x, weight, bias)  # type: ignore[no-untyped-call]
-    else:
-        with without_autocast(factors.A.device.type):
-            y = route.forward(factors, x, weight() if callable(weight) else weight, bias)
-    return y
+    if torch.is_grad_enabled():
+        y: Tensor = _Recomputed.apply(route, factors, factors.A, factors.B, x, weight, bias)  # type: ignore[no-untyped-call]
+        return y
+    with without_autocast(factors.A.device.type):
+        return route.forward(factors, x, weight() if callable(weight) else weight, bias)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -214,88 +202,3 @@ def multiplies_exactly(device_type: str) -> bool:
         return torch.get_float32_matmul_precision() == "highest"
     backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
     return backend.matmul.fp32_precision not in ("tf32", "bf16")
-
-
-class _Operator:
-    """A route as the operators `smoa::name` and `smoa::name_backward`, whose schemas take tensors and numbers only."""
-
-    TENSORS = "Tensor A, Tensor B, Tensor rank_scale, Tensor row_labels, Tensor col_labels, "
-    TENSORS += "Tensor rows, Tensor rows_inverse, Tensor cols, Tensor cols_inverse"
-    FIELDS = f"{TENSORS}, bool is_contiguous, int[] ranks, float scaling, str kernels"
-    NUM_TENSORS, NUM_FIELDS = TENSORS.count(",") + 1, FIELDS.count(",") + 1
-
-    def __init__(self, name: str, route: type[Apart] | type[Fused]) -> None:
-        self.route = route
-        self.forward: Any = torch.library.custom_op(
-            f"smoa::{name}",
-            self._forward,
-            mutates_args=(),
-            schema=f"({self.FIELDS}, Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-        )
-        self.backward: Any = torch.library.custom_op(
-            f"smoa::{name}_backward",
-            self._backward,
-            mutates_args=(),
-            schema=f"({self.FIELDS}, Tensor g, Tensor x, Tensor weight, bool needs_x, bool needs_factors) "
-            "-> (Tensor, Tensor, Tensor)",
-        )
-        self.forward.register_fake(self._output)
-        self.backward.register_fake(self._gradient_shapes)
-        self.forward.register_autograd(self._gradients, setup_context=self._setup)
-
-    def __call__(self, route: Any, factors: Factors, *rest: Any) -> Tensor:
-        blocks = factors.blocks
-        tensors = factors.A, factors.B, factors.rank_scale, blocks.row_labels, blocks.col_labels, *blocks.orders
-        fields = *tensors, blocks.is_contiguous, factors.ranks, factors.scaling, route.kernels
-        output: Tensor = self.forward(*fields, *rest)
-        return output
-
-    def _read(self, inputs: Sequence[Any]) -> tuple[Any, Factors, Sequence[Any]]:
-        """The route, the factors and the other arguments of an operator."""
-        A, B, rank_scale, row_labels, col_labels, *orders, is_contiguous, ranks, scaling, kernels = inputs[
-            : self.NUM_FIELDS
-        ]
-        blocks = Blocks(row_labels, col_labels, len(ranks), Orders(*orders), is_contiguous)
-        factors = Factors(A, B, tuple(ranks), scaling, rank_scale, blocks)
-        return self.route(kernels), factors, inputs[self.NUM_FIELDS :]
-
-    def _forward(self, *inputs: Any) -> Tensor:
-        route, factors, rest = self._read(inputs)
-        with without_autocast(factors.A.device.type):
-            return route.forward(factors, *rest)  # type: ignore[no-any-return]
-
-    def _backward(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        route, factors, rest = self._read(inputs)
-        with without_autocast(factors.A.device.type):
-            return route.backward(factors, *rest)  # type: ignore[no-any-return]
-
-    def _output(self, *inputs: Any) -> Tensor:
-        x, weight, _ = inputs[self.NUM_FIELDS :]
-        return x.new_empty(x.shape[0], weight.shape[0])  # type: ignore[no-any-return]
-
-    def _gradient_shapes(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        A, B, (_, x, _, needs_x, needs_factors) = inputs[0], inputs[1], inputs[self.NUM_FIELDS :]
-        needs_factors = needs_factors or self.route is Apart  # whose backward always computes them
-        of_factors = torch.empty_like(A) if needs_factors else A.new_empty(0)
-        like_B = torch.empty_like(B) if needs_factors else B.new_empty(0)
-        return torch.empty_like(x) if needs_x else x.new_empty(0), of_factors, like_B
-
-    def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _ = inputs[self.NUM_FIELDS :]
-        ctx.save_for_backward(*inputs[: self.NUM_TENSORS], x, weight)
-        ctx.settings = inputs[self.NUM_TENSORS : self.NUM_FIELDS]
-
-    def _gradients(self, ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        *tensors, x, weight = ctx.saved_tensors
-        needs, end = ctx.needs_input_grad, self.NUM_FIELDS
-        needs_x, needs_factors = needs[end], needs[0] or needs[1]
-        of_x, of_A, of_B = self.backward(*tensors, *ctx.settings, g, x, weight, needs_x, needs_factors)
-        of_factors = of_A if needs[0] else None, of_B if needs[1] else None
-        rest = of_x if needs_x else None, None, g.sum(0) if needs[end + 2] else None
-        return *of_factors, *(None,) * (end - 2), *rest
-
-
-OPERATORS: dict[Any, _Operator] = {
-    Apart: _Operator("hadamard_branch", Apart),
-    Fused: _Operator("fused_linear", Fused),
-}

@@ -16,6 +16,7 @@ from smoa import PartitionError, SmoaConfig, make_partition
 from smoa.files.names import PREFIX
 from smoa.layers import layer as layers
 from smoa.layers.layer import SmoaLayer
+from smoa.maths.kernels.choice import Kernels
 from smoa.state import clear_spectrum_cache
 from tests import reference
 from tests.support import tiny_models
@@ -23,7 +24,6 @@ from tests.support.decompositions import NoDecomposition
 from tests.support.gradients import assert_path, layer_13_to_11
 from tests.support.launches import gathers
 from tests.support.layers import (
-    Route,
     Wrapper,
     adapted_layer,
     base_layer,
@@ -273,7 +273,7 @@ def contiguous(dtype: torch.dtype = torch.float64, **config: object) -> tuple[Sm
     [("fused", torch.float64, False), ("apart", torch.float64, True), ("apart", torch.bfloat16, False)],
 )
 def test_a_training_step_gathers_nothing(
-    monkeypatch: pytest.MonkeyPatch, route: Route, dtype: torch.dtype, conv1d: bool
+    monkeypatch: pytest.MonkeyPatch, route: Kernels, dtype: torch.dtype, conv1d: bool
 ) -> None:
     layer, x = contiguous(dtype, route=route, conv1d=conv1d)
     with gathers(monkeypatch) as found:
@@ -282,7 +282,7 @@ def test_a_training_step_gathers_nothing(
 
 
 @pytest.mark.parametrize(("route", "dtype"), [("fused", torch.float64), ("apart", torch.bfloat16)])
-def test_other_blocks_gather(monkeypatch: pytest.MonkeyPatch, route: Route, dtype: torch.dtype) -> None:
+def test_other_blocks_gather(monkeypatch: pytest.MonkeyPatch, route: Kernels, dtype: torch.dtype) -> None:
     layer, x = contiguous(dtype, route=route, partition="spectral")
     with gathers(monkeypatch) as found:
         step(layer, x)
@@ -338,7 +338,7 @@ def test_transforms_gather_nothing_either(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(("route", "dtype"), [("fused", torch.float32), ("apart", torch.bfloat16)])
-def test_a_compiled_layer_computes_the_same(route: Route, dtype: torch.dtype) -> None:
+def test_a_compiled_layer_computes_the_same(route: Kernels, dtype: torch.dtype) -> None:
     torch.compiler.reset()
     layer, x = contiguous(dtype, route=route)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
