@@ -59,7 +59,7 @@ def test_the_command_the_demo_the_text_for_forgetting_and_pages_come_with_the_wh
         "from smoa_lab.data.general_text import passages; "
         "from smoa_lab.data.named import DEMO, read_demo; "
         "from smoa_lab.pages.templates import page; "
-        "print(load_config(CONFIG).folder, len(passages('packaged')), 'vegaEmbed' in page('Empty'), "
+        "print(load_config(CONFIG).folder, len(passages('packaged')), 'vega-lite' in page('Empty'), "
         "len(read_demo('train')), DEMO.with_name('csqa_demo.LICENSE').is_file()); "
         "import runpy, sys; sys.argv[1:] = ['--help']; "
         f"runpy.run_path({str(python.parents[1] / SCRIPTS / 'smoa')!r}, run_name='__main__')"
