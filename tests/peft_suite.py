@@ -117,7 +117,6 @@ LEFT_OUT: dict[str, str] = {
     "test_weighted_combination_of_adapters|weighted_adapter_with_different_scaling": (
         f"{LORAS}sums by SVD, TIES and DARE; test_combining.py has cat and linear"
     ),
-    "mixed_adapter_batches_training_mode_raises": f"{ADAPTED}training several adapters (test_mixed_batch.py)",
     "TestDynamicDispatch": f"{LORAS}its dispatcher of custom layers; test_targets.py has smoa's kinds",
     "TestLoraNestedConfig|TestEva|with_runtime_config": f"{LORAS}configs inside its config",
     "(?<!alt_)weight_tying_tied_model_lora|weight_tying_enc_dec_modules_to_save": (

@@ -137,7 +137,6 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self.smoa_weight_cache: WeightCache | None = None
         self.last_batch: tuple[Hashable, Any] | None = None
         self.partition_version = 0
-        self._trains_mixed_batch = False
         self.out_features, self.in_features = self._weight_shape()
         self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
@@ -509,7 +508,6 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        self._check_recomputed(adapter_names)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._drop_kept()
         if adapter_names is not None:
@@ -526,19 +524,6 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             self.last_batch = None
         if self.smoa_weight_cache is not None:
             self.smoa_weight_cache.clear()
-
-    def _check_recomputed(self, adapter_names: list[str] | None) -> None:
-        """Refuse a checkpoint that is not transformers': it would compute a mixed batch again without its names."""
-        if torch.compiler.is_compiling():
-            return
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and adapter_names is None and self._trains_mixed_batch:
-            raise ValueError(
-                "adapter_names: a checkpoint computes this layer again without the names; use transformers' "
-                "gradient_checkpointing_enable, or train without checkpoints"
-            )
-        if not in_backward:
-            self._trains_mixed_batch = adapter_names is not None and self.training
 
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
         result = self.base_layer(x, *args, **kwargs)

@@ -28,7 +28,7 @@ beam or sequence to return, so the names are repeated too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -45,8 +45,6 @@ from smoa.layers.weight_cache import is_sharded, open_caches
 
 Kept = Literal["blocks", "weights", "off"]
 BASE = "__base__"
-CHECKPOINT = "_gradient_checkpointing_func"
-"""The attribute by which transformers' modules compute a part of a model again in the backward."""
 COPIES: ContextVar[int] = ContextVar("smoa_copies", default=1)
 """Rows for each sample in the `generate` that runs: one for each beam, or each sequence to return."""
 
@@ -110,12 +108,17 @@ def adapter_names_hooks(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[No
     """Remove `adapter_names` from `kwargs`, and pass it to every adapted layer while the context is open.
 
     Raises:
-        ValueError: a name is neither an adapter nor "__base__".
+        ValueError: the model is in training mode, or a name is neither an adapter nor "__base__".
     """
     adapter_names = kwargs.pop("adapter_names", None)
     if adapter_names is None:
         yield
         return
+    if tuner.training:  # the first sentence is PEFT's
+        raise ValueError(
+            "Cannot pass `adapter_names` when the model is in training mode. Call model.eval(); to train several "
+            "adapters at once, use smoa.AdapterPool"
+        )
     known = {BASE, *tuner.peft_config}
     unknown = sorted(set(adapter_names) - known)
     if unknown:
@@ -133,8 +136,12 @@ def adapter_names_hooks(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[No
         return args, {**kwargs, "adapter_names": repeated[copies]}
 
     layers = list(_taking_names(tuner))
-    with _hooked(layers, with_names), _hooked_again_in_checkpoints(tuner, layers, with_names):
+    handles = [layer.register_forward_pre_hook(with_names, with_kwargs=True) for layer in layers]
+    try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _taking_names(module: nn.Module) -> Iterator[nn.Module]:
@@ -146,40 +153,6 @@ def _taking_names(module: nn.Module) -> Iterator[nn.Module]:
     elif not isinstance(module, AuxiliaryTrainingWrapper):
         for child in module.children():
             yield from _taking_names(child)
-
-
-@contextmanager
-def _hooked(layers: Sequence[nn.Module], hook: Any) -> Iterator[None]:
-    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _hooked_again_in_checkpoints(tuner: nn.Module, layers: Sequence[nn.Module], hook: Any) -> Iterator[None]:
-    """Give the names again where gradient checkpointing computes a part of the model in the backward, after this."""
-    checkpoints = [module for module in tuner.modules() if CHECKPOINT in module.__dict__] if tuner.training else []
-    originals = [module.__dict__[CHECKPOINT] for module in checkpoints]
-
-    def hooked(function: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with _hooked(layers, hook):
-                return function(*args, **kwargs)
-
-        return run
-
-    for module, original in zip(checkpoints, originals, strict=True):
-        module.__dict__[CHECKPOINT] = lambda function, *args, _checkpoint=original, **kwargs: _checkpoint(
-            hooked(function), *args, **kwargs
-        )
-    try:
-        yield
-    finally:
-        for module, original in zip(checkpoints, originals, strict=True):
-            module.__dict__[CHECKPOINT] = original
 
 
 @contextmanager

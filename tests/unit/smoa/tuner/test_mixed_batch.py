@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import TaskType
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 
 from smoa import MergeError
@@ -189,7 +185,7 @@ def two_adapters(**settings: Any) -> Any:
     model = adapted(tiny_models.build("llama").double(), target_modules=QV, **settings)
     add_adapter(model, "other", target_modules=QV, **settings)
     model.base_model.set_adapter(["default", "other"])
-    return model.train()
+    return model.eval()
 
 
 def rows() -> Tensor:
@@ -240,63 +236,18 @@ def test_transforms_of_functions_give_the_same_gradients() -> None:
         assert_close(gradient, expected[name])
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_computes_the_same_rows_again(reentrant: bool) -> None:
-    model = two_adapters()
-    expected = step(model, rows(), adapter_names=NAMES)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    first = model(input_ids=rows(), adapter_names=NAMES).logits.float().square().sum() / 100
-    model(input_ids=rows(), adapter_names=["default"] * 4)  # another batch before the backward
-    first.backward()
-    for name, gradient in gradients(model).items():
-        assert_close(gradient, expected[name])
-
-
-def test_another_checkpoint_is_refused() -> None:
-    model = two_adapters()
-    layer: Any = next(m for m in model.modules() if hasattr(m, "smoa_A"))
-    x = torch.randn(4, 3, layer.in_features, dtype=torch.float64, requires_grad=True)
-
-    class Block(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return layer(x, **options)  # type: ignore[no-any-return]
-
-    options: dict[str, Any] = {"adapter_names": NAMES}
-    y = checkpoint(Block(), x, use_reentrant=True)
-    options.clear()
-    with pytest.raises(ValueError, match="checkpoint"):
-        y.sum().backward()
-
-
 def test_autocast_multiplies_a_mixed_batch_in_its_dtype(tiny_llama: PreTrainedModel) -> None:
     model = adapted(tiny_llama, target_modules=QV)
     add_adapter(model, "other", target_modules=QV)
     model.base_model.set_adapter(["default", "other"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = step(model.train(), rows(), adapter_names=NAMES)
+        found = step(model.eval(), rows(), adapter_names=NAMES)
     exact = step(model, rows(), adapter_names=NAMES)
     for name, gradient in found.items():
         assert (gradient - exact[name]).norm() < 0.08 * exact[name].norm()
 
 
-def test_dropout_acts_on_each_row() -> None:
-    model = two_adapters(smoa_dropout=0.5)
-    first, second = (step(model, rows(), adapter_names=NAMES) for _ in range(2))
-    assert any(not torch.equal(first[name], second[name]) for name in first)
-    model.eval()
-    first, second = (step(model, rows(), adapter_names=NAMES) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_ddp_passes_the_names_on(tmp_path: Path) -> None:
-    model = two_adapters()
-    expected = step(model, rows(), adapter_names=NAMES)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    try:
-        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-        (wrapped(input_ids=rows(), adapter_names=NAMES).logits.float().square().sum() / 100).backward()
-    finally:
-        dist.destroy_process_group()
-    for name, gradient in gradients(model).items():
-        assert_close(gradient, expected.get(name, torch.zeros_like(gradient)))
+def test_a_mixed_batch_is_refused_in_training(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama).train()
+    with pytest.raises(ValueError, match=r"Cannot pass `adapter_names` when .* in training mode\. .*smoa\.AdapterPool"):
+        model(input_ids=rows(), adapter_names=["default"] * 4)
