@@ -143,19 +143,24 @@ def _score_batch(model: nn.Module, groups: list[list[Tokens]], pad: int) -> list
     """Scores of all rows in order."""
     rows = [row for group in groups for row in group]
     prompts = [group[0].prompt for group in groups]
-    repeats = torch.tensor([len(group) for group in groups])
-    may_share = int(repeats.max()) > 1 and all(prompts) and all(row.answer for row in rows)
-    shared = _prompt_pass(model, prompts, repeats, pad) if may_share else None
+    prompt_of = torch.tensor([place for place, group in enumerate(groups) for _ in group])
+    longer = [number for number, row in enumerate(rows) if row.trained > 1]
+    may_share = len(rows) > len(groups) and all(prompts) and all(row.answer for row in rows)
+    reach = max(len(row.input_ids) for row in rows)
+    shared = _prompt_pass(model, prompts, prompt_of[longer], pad, reach) if may_share else None
     if shared is None:
         return [Score(tuple(nll), all(hits)) for nll, hits in _predicted(model, rows, pad)]
     logits, past, mask = shared
-    prompt_of = torch.repeat_interleave(repeats).to(logits.device)
-    first = torch.tensor([row.answer[0] for row in rows], device=logits.device)
+    prompt_of, first = prompt_of.to(logits.device), torch.tensor([row.answer[0] for row in rows], device=logits.device)
     nll = -F.log_softmax(logits.float(), dim=-1)[prompt_of, first]
     hits = logits.argmax(-1)[prompt_of] == first
-    answers = [Tokens(row.answer, row.labels[row.start :]) for row in rows]
-    scored = zip(nll.tolist(), hits.tolist(), _predicted(model, answers, pad, past, mask), strict=True)
-    return [Score((loss, *losses), hit and all(others)) for loss, hit, (losses, others) in scored]
+    answers = [Tokens(rows[number].answer, rows[number].labels[rows[number].start :]) for number in longer]
+    others = dict(zip(longer, _predicted(model, answers, pad, past, mask), strict=True)) if longer else {}
+    scores = []
+    for number, (loss, hit) in enumerate(zip(nll.tolist(), hits.tolist(), strict=True)):
+        losses, right = others.get(number, ([], []))
+        scores.append(Score((loss, *losses), hit and all(right)))
+    return scores
 
 
 def _predicted(
@@ -186,15 +191,14 @@ def _predicted(
 
 
 def _prompt_pass(
-    model: nn.Module, prompts: list[list[int]], repeats: Tensor, pad: int
+    model: nn.Module, prompts: list[list[int]], prompt_of: Tensor, pad: int, reach: int
 ) -> tuple[Tensor, dict[str, Any], Tensor] | None:
     """Run what all prompts begin with, such as a template's words, once, and then the rest of each, padded left: the
-    logits after each prompt (prompts, vocabulary), keys and values by the model's name for them, each repeated for its
-    rows, and their mask (rows, width). None where the model keeps none that can be repeated."""
+    logits after each prompt (prompts, vocabulary), keys and values by the model's name for them, for each row those of
+    its prompt, and their mask (rows, width). None where the model keeps none that can be repeated."""
     device = next(model.parameters()).device
-    beginnings = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-    common = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, beginnings)]
-    passes = [([prompt[len(common) :] for prompt in prompts], torch.repeat_interleave(repeats))]
+    common = _beginning(model, prompts, reach)
+    passes = [([prompt[len(common) :] for prompt in prompts], prompt_of)]
     if common:
         passes.insert(0, ([common], torch.zeros(len(prompts), dtype=torch.long)))
     past: dict[str, Any] = {}
@@ -217,6 +221,18 @@ def _prompt_pass(
         cache.batch_select_indices(rows.to(device))
         past, mask = {name: cache}, mask[rows.to(device)]
     return wanted_logits(output.logits, last), past, mask
+
+
+def _beginning(model: nn.Module, prompts: list[list[int]], reach: int) -> list[int]:
+    """The tokens that all prompts begin with, but for the last of each. A shorter prompt has padding after them, which
+    rotary positions leave out; other distances, and a window that rows of ``reach`` tokens exceed, would count it."""
+    config = cast(Any, model).config.get_text_config()
+    windows = [getattr(config, key, None) or reach for key in ("sliding_window", "attention_chunk_size")]
+    rotates = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
+    if not rotates or reach > min(windows):
+        return []
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, columns)]
 
 
 @contextmanager
