@@ -10,6 +10,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import is_
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
@@ -128,7 +129,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self.smoa_block_scale = AdapterBuffers()
         self.smoa_orders = AdapterBuffers(persistent=False)
         self.smoa_scale_bits = AdapterBuffers(persistent=False)
-        self._derived_from: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._derived_from: dict[str, tuple[tuple[Tensor, ...], list[int]]] = {}
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
@@ -137,6 +138,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self.smoa_weight_cache: WeightCache | None = None
         self.last_batch: tuple[Hashable, Any] | None = None
         self.partition_version = 0
+        self._may_have_gradients = False
         self.out_features, self.in_features = self._weight_shape()
         self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
@@ -356,23 +358,26 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
                 self.smoa_scale_bits[adapter_name].copy_(bits)  # in place, so that a state dict sees it
             else:
                 self.smoa_scale_bits[adapter_name] = bits
-        self._derived_from[adapter_name] = saved
+        self._derived_from[adapter_name] = saved, versions(saved)
         self.partition_version += 1
 
     def _derive_orders(self, adapter_name: str, rows: Tensor, cols: Tensor) -> None:
+        digest = hash(torch.cat([rows, cols]).cpu().numpy().tobytes())
+        if digest == self.labels_digest.get(adapter_name) and self.smoa_orders[adapter_name].device == rows.device:
+            return  # written to, as DDP does in each forward, but not changed
         self.smoa_orders[adapter_name] = torch.cat(Orders.of(rows, cols))
         self.contiguous[adapter_name] = ascend(rows, cols)
-        self.labels_digest[adapter_name] = hash(torch.cat([rows, cols]).cpu().numpy().tobytes())
+        self.labels_digest[adapter_name] = digest
 
     def _is_derived(self, adapter_name: str) -> bool:
-        """Whether orders and scale bits hold; makes them again if the tensors that they come from were replaced.
+        """Whether orders and scale bits hold; makes them again if what they come from was replaced or written to.
 
         They don't hold if a transform (`torch.func`) has put others in place, of which nothing is kept.
         """
         if torch.compiler.is_compiling():
             return True
-        saved = self._partition(adapter_name)
-        if not all(a is b for a, b in zip(saved, self._derived_from[adapter_name], strict=True)):
+        saved, (known, of_known) = self._partition(adapter_name), self._derived_from[adapter_name]
+        if not all(map(is_, saved, known)) or versions(saved) != of_known:
             if is_transformed(*saved):
                 return False
             self._derive(adapter_name)
@@ -522,8 +527,10 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         past the version counters."""
         if self.last_batch is not None:
             self.last_batch = None
+        self._may_have_gradients = True
         if self.smoa_weight_cache is not None:
-            self.smoa_weight_cache.clear()
+            for cache in self.smoa_weight_cache.siblings:
+                cache.clear()
 
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
         result = self.base_layer(x, *args, **kwargs)
@@ -583,10 +590,16 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def open_cache(self, names: list[str], x: Tensor) -> WeightCache | None:
         """The cache for a call with these adapters, if one is open.
 
-        Calls with active dropout, compiled models and transforms use none.
+        Calls with active dropout, compiled models and transforms use none. Nor do calls while a factor has a gradient:
+        an optimizer's step may come, and fused ones write past the version counters.
         """
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or (cache := self.smoa_weight_cache) is None:
             return None
+        if self._may_have_gradients:
+            factors = [*self.smoa_A.parameters(), *self.smoa_B.parameters()]
+            self._may_have_gradients = any(factor.grad is not None for factor in factors)
+            if self._may_have_gradients:
+                return None
         dropped = self.training and any(isinstance(self.smoa_dropout[name], nn.Dropout) for name in names)
         return None if dropped or cache.gave_up or is_transformed(x) else cache
 
@@ -708,9 +721,9 @@ def in_autocast_dtype(x: Tensor) -> Tensor:
 
 
 def is_instrumented(module: nn.Module) -> bool:
-    """Whether a forward hook or a replaced forward (as in accelerate's offloading) must see the base layer's call."""
+    """Whether a hook, also one of all modules, or a replaced forward (accelerate's) must see the base layer's call."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__
+    return any(hooks) or "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook()
 
 
 def check_finite(merged: Tensor, names: list[str]) -> None:
@@ -721,6 +734,11 @@ def check_finite(merged: Tensor, names: list[str]) -> None:
             f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken, or overflows "
             f"{merged.dtype}; nothing was merged. Train it again, or load the base model in float32"
         )
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often tensors were written to; of those made in inference mode it is not known."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def linear_weight(linear: nn.Module) -> Tensor:

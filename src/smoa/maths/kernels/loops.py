@@ -130,12 +130,9 @@ def _chunk_columns(blocks: Blocks, g: Tensor, chunk: slice) -> Tensor:
 
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """Dtype of the block products for x of `dtype`: the same, but float32 on a CPU that has no instructions for it."""
-    if device_type != "cpu" or dtype not in _HALF_SUPPORT or _HALF_SUPPORT[dtype]():
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    if device_type != "cpu" or name is None:
         return dtype
-    return torch.float32
-
-
-_HALF_SUPPORT = {
-    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-}
+    # a PyTorch without oneDNN, as on Apple silicon, has no such operators
+    has_instructions = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
+    return dtype if has_instructions else torch.float32

@@ -204,3 +204,22 @@ def test_an_exported_layer_gives_the_same_output() -> None:
     layer = smoa_layers(adapted(Wrapper(base_layer(8, 6)), target_modules=["layer"]))["layer"]
     x = torch.randn(3, 6, dtype=torch.float64)
     assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_it_is_exported_with_a_dynamic_batch(gradients: bool) -> None:
+    layer, x = adapted_layer(base_layer(12, 14, dtype=torch.float32)), torch.randn(9, 14)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    with torch.set_grad_enabled(gradients):
+        exported = torch.export.export(layer, (torch.randn(4, 14),), dynamic_shapes=({0: batch},))
+        assert_close(exported.module()(x), layer(x))
+
+
+def test_a_hook_of_all_modules_sees_the_base_layer() -> None:
+    layer, seen = adapted_layer(base_layer(16, 16, dtype=torch.float32), num_blocks=2), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        layer(torch.randn(512, 16))
+    finally:
+        handle.remove()
+    assert layer.base_layer in seen

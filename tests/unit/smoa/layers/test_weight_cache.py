@@ -178,3 +178,32 @@ def test_a_compiled_model_keeps_nothing() -> None:
     with cached_weights(layer), torch.no_grad():
         assert_close(compiled(x), oracle_output(layer, x))
         assert layer.smoa_weight_cache.nbytes() == 0
+
+
+def test_nothing_is_kept_between_a_backward_and_the_step_after_it() -> None:
+    first, second = (adapted_layer(base_layer(12, 12, dtype=torch.float32)) for _ in range(2))
+    model, x = torch.nn.Sequential(first, second), torch.randn(2, 12)
+    optimizer = torch.optim.AdamW(
+        [part["default"].weight for part in (first.smoa_B, second.smoa_B)], lr=1.0, fused=True
+    )
+    with cached_weights(model):
+        output(model, x)
+        model(x).sum().backward()
+        before = output(model, x)
+        optimizer.step()
+        after = output(model, x)
+        optimizer.zero_grad()
+        kept = output(model, x)
+    assert_close(after, output(model, x))
+    assert_close(kept, output(model, x))
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
+def test_a_call_with_gradients_ends_what_every_layer_of_the_model_keeps() -> None:
+    first, second = (adapted_layer(base_layer(12, 12, dtype=torch.float32)) for _ in range(2))
+    x = torch.randn(2, 12)
+    with cached_weights(torch.nn.Sequential(first, second)):
+        output(second, x)
+        assert second.smoa_weight_cache.nbytes()
+        first(x)
+        assert not second.smoa_weight_cache.nbytes()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import runpy
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -328,3 +330,20 @@ def test_finite_differences_agree_and_those_of_gradients_too(route: Kernels, con
     leaves = [torch.randn(3, 5, dtype=torch.float64), A[in_A], B[in_B], base.bias]
     assert torch.autograd.gradcheck(output, [clone_leaf(leaf) for leaf in leaves])
     assert torch.autograd.gradgradcheck(output, [clone_leaf(leaf) for leaf in leaves])
+
+
+def test_a_pytorch_without_onednn_imports_and_trains() -> None:
+    code = """
+import types, torch
+torch.ops.__dict__["mkldnn"] = types.SimpleNamespace()
+torch.backends.mkldnn.is_available = lambda: False
+import smoa
+from peft import get_peft_model
+base = torch.nn.Sequential(torch.nn.Linear(8, 8)).bfloat16()
+model = get_peft_model(base, smoa.SmoaConfig(r=4, target_modules=["0"]))
+optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+for _ in range(3):
+    model(torch.ones(2, 8, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
