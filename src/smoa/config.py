@@ -14,7 +14,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
 from smoa.atomic import drop_save, write_whole
@@ -166,7 +166,17 @@ class SmoaConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write `adapter_config.json` in one step."""
+        """Write `adapter_config.json` in one step.
+
+        Raises:
+            ConfigError: PEFT has just written the weights as a pickle, which smoa would not read.
+        """
+        pickle, weights = (Path(save_directory, name) for name in (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME))
+        if pickle.is_file() and not (weights.is_file() and weights.stat().st_mtime >= pickle.stat().st_mtime):
+            raise ConfigError(
+                f"{pickle}: is a pickle, which can run code when it is read, so smoa would not load it; save without "
+                "safe_serialization=False"
+            )
         with tempfile.TemporaryDirectory() as room:
             super().save_pretrained(room, **kwargs)
             write_whole(Path(save_directory, CONFIG_NAME), Path(room, CONFIG_NAME).read_bytes())

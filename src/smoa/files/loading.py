@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +150,15 @@ def read_adapter(source: str | os.PathLike[str]) -> dict[str, Tensor]:
     return file.tensors
 
 
-_INCOMING: ContextVar[tuple[Path, AdapterFile] | None] = ContextVar("smoa_incoming", default=None)
-"""The folder or hub id that was given, and what was found there."""
+_INCOMING: ContextVar[tuple[Path, Callable[[], AdapterFile | None]] | None] = ContextVar("smoa_incoming", default=None)
+"""The folder or hub id that was given, and what finds the adapter there: on the Hub only if injection asks for it, so that
+adapters of other methods cost no request."""
 
 
 def incoming() -> AdapterFile | None:
     """The adapter that is being loaded, if any. It has tensors if the loader does not check them: injection does."""
     known = _INCOMING.get()
-    return None if known is None else known[1]
+    return None if known is None else known[1]()
 
 
 @contextmanager
@@ -166,25 +167,22 @@ def door(
 ) -> Iterator[AdapterFile | None]:
     """Check a saved adapter, found as by `find_adapter`, and return it from `incoming()` within the block.
 
-    Without a source the adapter is not in files.
+    Without a source the adapter is not in files. One on the Hub is found when `incoming()` is called first.
 
     Raises:
         AdapterFileError: the weights are a pickle or are damaged.
         ConfigError: the config breaks a rule; the message names the file.
     """
-    if source is None:
-        place, file = None, None
-    else:
-        place = Path(source, options.get("subfolder", ""))
+    place, known = None if source is None else Path(source, options.get("subfolder", "")), _INCOMING.get()
+    if source is None or place is None:
+        token = _INCOMING.set(None)
+    elif known is None or known[0] != place:
         recover(Path(source))  # from a killed save
-        known = _INCOMING.get()
-        if known is not None and known[0] == place:  # one loader calls another
-            yield known[1]
-            return
-        file = find_adapter(source, config, read, **options)
-    token = _INCOMING.set(None if place is None or file is None else (place, file))
+        token = _INCOMING.set((place, cache(partial(find_adapter, source, config, read, **options))))
+    else:  # one loader calls another
+        token = _INCOMING.set(known)
     try:
-        yield file
+        yield incoming() if source is not None and Path(source).exists() else None
     except ConfigError as error:
         if place is None or CONFIG_NAME in str(error):
             raise

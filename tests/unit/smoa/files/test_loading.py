@@ -294,6 +294,17 @@ def test_what_the_hub_does_not_have_is_left_to_peft() -> None:
 # Foreign adapters, and other ways in.
 
 
+def test_an_adapter_of_another_method_costs_no_request_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    get_peft_model(tiny_models.build("llama"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "a"
+    )
+    in_a_hub_cache(tmp_path / "a", tmp_path / "cache")
+    monkeypatch.setattr(loading, "hf_hub_download", lambda *_, **__: pytest.fail("asks the Hub"))
+    options = {"cache_dir": str(tmp_path / "cache")}
+    PeftModel.from_pretrained(tiny_models.build("llama"), "lab/adapter", **options)
+    tiny_models.build("llama").load_adapter("lab/adapter", adapter_kwargs=options)
+
+
 def test_an_adapter_of_another_method_is_loaded_as_ever(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = get_peft_model(tiny_models.build("llama"), config)

@@ -401,3 +401,12 @@ def test_a_folder_that_exists_is_local_even_if_it_looks_like_a_hub_id(
 def test_a_hub_id_is_a_name_and_a_link_and_a_model_may_have_no_name() -> None:
     assert named_base("org/base") == NamedBase("org/base", "org/base")
     assert named_base(None) == named_base("") == NamedBase("a model without a name", None)
+
+
+@pytest.mark.parametrize("save", [PeftModel.save_pretrained, save_adapter])
+def test_a_pickle_is_refused_when_it_is_saved(save: Any, tmp_path: Path) -> None:
+    model = adapter(0)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"is a pickle.*safe_serialization"):
+        save(model, tmp_path, safe_serialization=False)
+    assert save is PeftModel.save_pretrained or not list(tmp_path.glob("*.bin"))
