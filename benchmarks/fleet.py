@@ -7,7 +7,7 @@ The model is like a Llama with random weights: 4 layers of 1024/2816, seven targ
 turn in one process, each after a call of its own that warms the caches, and given as ratios. `names`: one forward
 through `adapter_names`, of 32 rows, with 1 or 32 adapters, to the base's. "kept" is within a context that keeps what
 all adapters share, as `generate` does for each token after the first. `decoding`: `generate` of 48 tokens with one
-adapter. `training`: a step of 32 adapters with a row each, compared with 32 steps of one LoRA. `pool`: 1,000 adapters
+adapter. `training`: a step of 32 adapters of a pool with a row each, compared with 32 steps of one LoRA. `pool`: 1,000 adapters
 of SmolLM2 with the parameters of LoRA r = 1, of which a batch uses 32: memory, loading, and the time of a step to that
 with 32 loaded. Writes benchmarks/results/fleet.json.
 """
@@ -98,14 +98,19 @@ def decoding(dtype: torch.dtype, r: int, partition: str, repeats: int) -> dict[s
 
 def training(dtype: torch.dtype, tokens: int, r: int, repeats: int) -> dict[str, Any]:
     """A step of 32 adapters with a row each, and 32 steps of one LoRA."""
-    ours, theirs = smoa(r, ADAPTERS, dtype, "contiguous").train(), lora(8, 1, dtype).train()
+    ours, theirs = AdapterPool(base(dtype).train()), lora(8, 1, dtype).train()
     own = [str(number) for number in range(ADAPTERS)]
-    ours.base_model.set_adapter(own)
+    for name in own:
+        settings: dict[str, Any] = {"r": r, "num_blocks": 8, "partition": "contiguous", "init_weights": False}
+        ours.add(name, SmoaConfig(**settings, target_modules=TARGETS))
+    factors = ours.parameters()
     ids = torch.randint(10, 500, (ADAPTERS, tokens))
 
     def gang() -> None:
-        ours(input_ids=ids, labels=ids, adapter_names=own).loss.backward()
-        ours.zero_grad()
+        with ours.use(own):
+            ours.base(input_ids=ids, labels=ids).loss.backward()
+        for factor in factors:
+            factor.grad = None
 
     def one_by_one() -> None:
         for row in ids.split(1):

@@ -112,7 +112,7 @@ def test_a_cache_of_weights_is_dropped(dtype: torch.dtype, tmp_path: Path) -> No
         ({"num_blocks": 2}, "num_blocks=2, not 3"),
         ({"modulation": "none"}, "modulation='none'"),
         ({"bias": "all"}, "bias='all'"),
-        ({"target_modules": ["q_proj", "k_proj"]}, "layers that the loaded adapter does not adapt"),
+        ({"target_modules": ["q_proj", "k_proj"]}, r"has .*k_proj.*, but not"),
         ({"modules_to_save": ["norm"]}, "norm"),
         ({"family": "gemma3"}, "fit the layer"),
     ],
@@ -150,7 +150,7 @@ def test_a_layer_that_lacks_a_part_is_refused_and_nothing_is_changed(tmp_path: P
     saved(tmp_path)
     part = "base_model.model.model.layers.1.self_attn.q_proj.smoa_B.weight"
     with_settings(rewritten(tmp_path, lambda tensors: tensors.pop(part)))
-    with pytest.raises(AdapterFileError, match=r"layers\.1\.self_attn\.q_proj lacks .*smoa_B.*the adapter is broken"):
+    with pytest.raises(AdapterFileError, match=r"but not .*layers\.1\.self_attn\.q_proj\.smoa_B"):
         hotswap_adapter(model, tmp_path)
     assert torch.equal(logits(model), before)
 
