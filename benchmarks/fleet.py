@@ -7,9 +7,9 @@ The model is like a Llama with random weights: 4 layers of 1024/2816, seven targ
 turn in one process, each after a call of its own that warms the caches, and given as ratios. `names`: one forward
 through `adapter_names`, of 32 rows, with 1 or 32 adapters, to the base's. "kept" is within a context that keeps what
 all adapters share, as `generate` does for each token after the first. `decoding`: `generate` of 48 tokens with one
-adapter. `training`: a step of 32 adapters of a pool with a row each, compared with 32 steps of one LoRA. `pool`: 1,000 adapters
-of SmolLM2 with the parameters of LoRA r = 1, of which a batch uses 32: memory, loading, and the time of a step to that
-with 32 loaded. Writes benchmarks/results/fleet.json.
+adapter. `training`: a step of 32 adapters of a pool with a row each, compared with 32 steps of one LoRA. `pool`: 1,000
+adapters of SmolLM2 with the parameters of LoRA r = 1, of which a batch uses 32: memory, loading, and the time of a step
+to that with 32 loaded. Writes benchmarks/results/fleet.json.
 """
 
 from __future__ import annotations
