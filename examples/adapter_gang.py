@@ -28,7 +28,7 @@ def main() -> None:
     people = {f"person-{n}": f"I live in {TOWNS[n % 8]} with {PETS[n // 8]}." for n in range(64)}
     rows = tokenizer(list(people.values()), return_tensors="pt", padding=True, padding_side="right")
     labels = rows.input_ids.masked_fill(rows.attention_mask == 0, -100)
-    pool = AdapterPool(model)
+    pool = AdapterPool(model.requires_grad_(False))  # only adapters train
     for person in people:
         pool.add(person, SmoaConfig(**ADAPTER, layers_to_transform=list(range(22, 30))))
     optimizer = torch.optim.AdamW(pool.parameters(), lr=1e-2, weight_decay=0.0)

@@ -5,8 +5,6 @@ The functions of one layer raise PartitionError unless K is between 1 and min(ou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from smoa.maths.blocks import block_sizes, check_num_blocks
 from smoa.maths.factors import split_rank
 
@@ -42,47 +40,3 @@ def adapter_bytes(out_features: int, in_features: int, r: int, num_blocks: int) 
     check_num_blocks(num_blocks, out_features, in_features)
     values = r * (-(-out_features // num_blocks) + -(-in_features // num_blocks))
     return 4 * values + out_features + in_features + 4 * num_blocks
-
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes that training allocates on all devices together, in the order of allocation.
-
-    Args:
-        weights: The frozen base.
-        factors: The adapter's factors, float32 as in PEFT.
-        gradients: The gradients of the factors.
-        optimizer: AdamW's two moments.
-        checkpoints: The input of each decoder layer, 16 bits per entry, if all layers are checkpointed.
-    """
-
-    weights: int
-    factors: int
-    gradients: int
-    optimizer: int
-    checkpoints: int
-
-    @property
-    def total(self) -> int:
-        """Sum of the above. The logits, and what one layer needs while it is recomputed, are not included."""
-        return self.weights + self.factors + self.gradients + self.optimizer + self.checkpoints
-
-
-def training_memory(
-    linear: int, other: int, trainable: int, layers: int, hidden_size: int, tokens: int, four_bit: bool = False
-) -> TrainingMemory:
-    """Estimate the memory of training from counts alone.
-
-    Args:
-        linear: Parameters of the decoder's linear layers, 16 bits each.
-        other: All other parameters of the base, 16 bits each.
-        trainable: Parameters of the adapter.
-        layers: Number of decoder layers.
-        hidden_size: Width of the decoder.
-        tokens: Batch size times length.
-        four_bit: Store the linear layers as NF4 with nested quantization.
-    """
-    # NF4: half a byte per entry, one byte per 64 entries, and one float32 per 256 of those bytes.
-    per_entry = 0.5 + 1 / 64 + 4 / (64 * 256) if four_bit else 2
-    weights = round(linear * per_entry) + 2 * other
-    return TrainingMemory(weights, 4 * trainable, 4 * trainable, 8 * trainable, 2 * layers * hidden_size * tokens)

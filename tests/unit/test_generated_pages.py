@@ -11,11 +11,10 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoa import SmoaConfig
-from smoa.budget import training_memory
 
 ROOT = Path(__file__).parents[2]
 needs_hira = pytest.mark.skipif(not hasattr(peft, "HiraConfig"), reason="this PEFT has no HiRA")
@@ -28,34 +27,7 @@ def test_the_table_of_layers_is_up_to_date() -> None:
     assert script["missing"]() == []  # every kind of layer has a row
 
 
-PAGE = ROOT / "docs" / "scale.md"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-TOKENS = 4096
-SHAPES = {
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-}
-
-
-@pytest.mark.parametrize("size", ["8B", pytest.param("70B", marks=pytest.mark.slow)])
-def test_the_memory_table_is_what_the_meta_device_counts(size: str) -> None:
-    config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, **SHAPES[size])
-    with torch.device("meta"):
-        base = LlamaForCausalLM(config).to(torch.bfloat16)
-    total = sum(parameter.nbytes for parameter in base.parameters())
-    linear = sum(layer.weight.numel() for layer in base.model.modules() if isinstance(layer, nn.Linear))
-    adapted = get_peft_model(base, SmoaConfig(r=32, num_blocks=2, target_modules=TARGETS))
-    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    assert {parameter.dtype for parameter in trained} == {torch.float32}
-    counts = linear, total // 2 - linear, sum(parameter.numel() for parameter in trained)
-    for bits in (16, 4):
-        memory = training_memory(*counts, config.num_hidden_layers, config.hidden_size, TOKENS, four_bit=bits == 4)
-        if bits == 16:
-            assert memory.weights == total
-            assert memory.factors == sum(parameter.nbytes for parameter in trained)
-        parts = (memory.weights, memory.factors, memory.gradients, memory.optimizer, memory.checkpoints, memory.total)
-        row = f"| {size} | {bits} bits | {' | '.join(f'{part / 2**30:.2f}' for part in parts)} |"
-        assert row in PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,8 @@ def read_adapter(source: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 _INCOMING: ContextVar[tuple[Path, Callable[[], AdapterFile | None]] | None] = ContextVar("smoa_incoming", default=None)
-"""The folder or hub id that was given, and what finds the adapter there: on the Hub only if injection asks for it, so that
-adapters of other methods cost no request."""
+"""The folder or hub id that was given, and what finds the adapter there. On the Hub it does so only if injection asks:
+an adapter of another method costs no request."""
 
 
 def incoming() -> AdapterFile | None:

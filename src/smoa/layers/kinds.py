@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape
-from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_instrumented
+from smoa.layers.layer import SmoaLayer, as_stored, in_autocast_dtype, is_instrumented
 from smoa.layers.linear import Linear
 from smoa.layers.quantized import QuantizedLinear
-from smoa.maths.conv import Geometry, convolved, convolves_exactly
 from smoa.maths.factors import Initialization
+from smoa.maths.kernels.operators import is_transformed
 from smoa.state import chosen_kernels
 
 
@@ -91,43 +91,49 @@ class Convolution(SmoaLayer):
 
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
         if len(active) == 1 and self._can_fuse(x, active[0]):
-            return self._convolved(x, active[0], self.bias, with_base=True)
+            self.gather(active[0])
+            return self._convolved(x, as_stored(self.pristine_weight(), self.stored_weight().shape, False), active[0])
         return super()._active_forward(x, active, *args, **kwargs)
 
     def _can_fuse(self, x: Tensor, adapter_name: str) -> bool:
         weight, device_type = self.stored_weight(), x.device.type
         exact = weight.dtype == x.dtype and convolves_exactly(device_type, x.dtype)
-        frozen = not weight.requires_grad and not is_instrumented(self.base_layer)
         dropped = self.training and isinstance(self.smoa_dropout[adapter_name], nn.Dropout)
         fused = chosen_kernels() != "apart" and not torch.is_autocast_enabled(device_type)
-        return fused and exact and frozen and not dropped
+        return fused and exact and not dropped and not is_instrumented(self.base_layer)
 
     def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
         """`conv(x, ΔW)`, without bias; in training, dropout acts on x."""
-        return self._convolved(self.smoa_dropout[adapter_name](in_autocast_dtype(x)), adapter_name)
-
-    def _convolved(self, x: Tensor, adapter_name: str, bias: Tensor | None = None, with_base: bool = False) -> Tensor:
         self.gather(adapter_name)
+        return self._convolved(self.smoa_dropout[adapter_name](in_autocast_dtype(x)), None, adapter_name)
+
+    def _convolved(self, x: Tensor, weight: Tensor | None, adapter_name: str) -> Tensor:
+        """`conv(x, W + ΔW) + b`, or `conv(x, ΔW)` without W, by the base's method. The backward forms ΔW again."""
         base: Any = self.get_base_layer()
-        batched = x if x.dim() == len(base.kernel_size) + 2 else x[None]
-        padding = _padding(base)
-        if base.padding_mode != "zeros" or any(before != after for before, after in padding):
-            sides = [size for pair in reversed(padding) for size in pair]
-            batched = F.pad(batched, sides, "constant" if base.padding_mode == "zeros" else base.padding_mode)
-            padding = [(0, 0)] * len(padding)
-        geometry = Geometry(base.kernel_size, base.stride, tuple(p for p, _ in padding), base.dilation, base.groups)
-        y = convolved(self.update(adapter_name), batched, self.pristine_weight(), geometry, bias, with_base)
-        return y if batched.dim() == x.dim() else y[0]
+
+        def convolved(x: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, enabled=False):  # it would round ΔW
+                delta = self.get_delta_weight(adapter_name)
+                kernel, bias = (delta, None) if weight is None else (weight + delta, base.bias)
+                output: Tensor = base._conv_forward(x, kernel.to(x.dtype), bias)
+            return output
+
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x, self.stored_weight()):
+            return convolved(x)
+        output: Tensor = checkpoint(convolved, x, use_reentrant=False, preserve_rng_state=False)
+        return output
 
 
-def _padding(base: Any) -> list[tuple[int, int]]:
-    """Entries that a convolution adds before and after each dimension of its input."""
-    if base.padding == "valid":
-        return [(0, 0)] * len(base.kernel_size)
-    if base.padding == "same":
-        totals = [d * (size - 1) for d, size in zip(base.dilation, base.kernel_size, strict=True)]
-        return [(total // 2, total - total // 2) for total in totals]
-    return [(size, size) for size in base.padding]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch has no annotation here
+def convolves_exactly(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a convolution keeps all bits of its kernel. Devices other than a CPU may round float32 to TF32.
+
+    A compiled model keeps the answer of its first call.
+    """
+    if dtype == torch.float32 and device_type == "cpu":
+        settings = getattr(torch.backends.mkldnn, "conv", None)  # since PyTorch 2.9
+        return getattr(settings, "fp32_precision", "ieee") not in ("tf32", "bf16")
+    return dtype == torch.float64
 
 
 @dataclass(frozen=True)

@@ -335,11 +335,11 @@ class AdapterPool:
         return found
 
     def _weight(self, layer: nn.Module) -> Tensor:
-        """W (out_features, in_features), dequantized where it is quantized."""
+        """W (out_features, in_features), dequantized where it is quantized; constant, also where the base trains."""
         backend = find_backend(layer, self.base)
         if backend is not None:
             return dequantized(backend, layer)
-        return as_matrix(layer.weight, isinstance(layer, Conv1D))  # type: ignore[arg-type]  # a tensor
+        return as_matrix(layer.weight.detach(), isinstance(layer, Conv1D))  # type: ignore[operator]  # a tensor
 
     # Loading.
 

@@ -16,7 +16,7 @@ from smoa.errors import ConfigError
 from smoa_lab.config.run import ConfigText, RunConfig
 from smoa_lab.config.validation import block_problems
 from smoa_lab.study.runner import Part, Runner
-from smoa_lab.study.search import Tuned, first_index, nearest_index, next_indices, rate, sweep_of
+from smoa_lab.study.search import Tuned, first_index, nearest_index, next_indices, rate
 from smoa_lab.study.study import Study
 from smoa_lab.study.trials import Job, Result, Trial, TrialStore, Untouched
 
@@ -149,11 +149,8 @@ class Comparison:
         tuning, losses = self.study.tuning, self._losses.get(name, {})
         if tuning.max_runs == 0:
             return []
-        if tuning.sweep is None:
-            start = first_index(self.study.entries[name].learning_rate)
-            indices = next_indices(start, losses, tuning.max_runs, tuning.refine)
-        else:
-            indices = [index for index in sweep_of(self.study, name) if index not in losses]
+        start = first_index(self.study.entries[name].learning_rate)
+        indices = next_indices(start, losses, tuning.max_runs, tuning.refine)
         return [Trial("tuning", name, rate(index), tuning.seed) for index in indices]
 
     def tuned(self, name: str) -> Tuned:

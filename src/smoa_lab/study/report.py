@@ -119,11 +119,6 @@ def _search_in_words(study: Study) -> str:
     tuning = study.tuning
     if tuning.max_runs == 0:
         return "none; each entry runs at the rate that the study names"
-    if tuning.sweep is not None:
-        step = "half" if tuning.per_decade == 2 else "quarter"
-        own = any(entry.sweep is not None for entry in study.entries.values())
-        lowest, highest = tuning.sweep
-        return f"every {step} decade from {lowest:g} to {highest:g}{', or of its own range' if own else ''}"
     beside = ", then the two quarter decades next to it" if tuning.refine else ""
     return (
         "half decades around a start, then on in the better direction until the best has neighbors on both sides, at "

@@ -10,8 +10,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from smoa_lab.study.study import Study
-
 
 def rate(index: int) -> float:
     """1, 2, 3, 6, 10, …: the grid's value at ``index``, 10^(index / 4) to one digit."""
@@ -26,15 +24,6 @@ def nearest_index(learning_rate: float) -> int:
 def first_index(learning_rate: float) -> int:
     """The half decade at which a search from this learning rate starts."""
     return 2 * round(2 * math.log10(learning_rate))
-
-
-def sweep_of(study: Study, name: str) -> range:
-    """The grid indices of an entry's sweep, every quarter or half decade of it; none without one."""
-    sweep = study.entries[name].sweep or study.tuning.sweep
-    if sweep is None:
-        return range(0)
-    place, step = (first_index, 2) if study.tuning.per_decade == 2 else (nearest_index, 1)
-    return range(place(sweep[0]), place(sweep[1]) + 1, step)
 
 
 def next_indices(start: int, losses: Mapping[int, float | None], max_runs: int, refine: bool = False) -> list[int]:

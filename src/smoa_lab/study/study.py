@@ -6,28 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.methods import MethodName
 
 
-def _ascending(sweep: tuple[float, float]) -> tuple[float, float]:
-    if sweep[0] > sweep[1]:
-        raise ValueError("must be [lowest, highest]")
-    return sweep
-
-
-Sweep = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
-"""The lowest and the highest learning rate of a range."""
-
-
 class Entry(Section):
     """One method at one setting. ``learning_rate`` is where its search starts, ``budget`` the table it belongs to.
 
     ``parameters``, if given, is the number it must train, to within 2 %. ``training``
-    and ``model`` are laid over the shared blocks. ``sweep`` replaces the study's, for methods that need other rates.
+    and ``model`` are laid over the shared blocks.
     """
 
     method: MethodName
@@ -37,21 +27,17 @@ class Entry(Section):
     parameters: int | None = Field(default=None, gt=0)
     training: dict[str, Any] = Field(default={})
     model: dict[str, Any] = Field(default={})
-    sweep: Sweep | None = None
 
 
 class Tuning(Section):
     """The search for a learning rate, the same for each entry: half decades around the start, and on in the better
     direction until the best of them has neighbors on both sides or ``max_runs`` are spent; with ``refine`` the quarter
     decades beside the best as well. Judged by the gold answers' loss on the validation part after a run with ``seed``.
-    ``max_runs: 0`` takes the start as it is. ``sweep: [lowest, highest]`` runs every quarter decade of a range
-    instead, the same for all entries, to draw the whole curve; with ``per_decade: 2`` every half decade."""
+    ``max_runs: 0`` takes the start as it is."""
 
     seed: Seed = 100
     max_runs: Literal[0] | Annotated[int, Field(ge=3)] = 6
     refine: bool = False
-    sweep: Sweep | None = None
-    per_decade: Literal[2, 4] = 4
 
 
 class Study(Section):
@@ -88,9 +74,6 @@ class Study(Section):
         both = sorted({entry.budget for entry in entries.values()} & entries.keys())
         if both:
             raise ValueError(f"entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one")
-        sweeping = [name for name, entry in entries.items() if entry.sweep is not None]
-        if self.tuning.sweep is None and sweeping:
-            raise ValueError(f"tuning.sweep: is missing; entries.{sweeping[0]} has one; give [lowest, highest]")
         if not isinstance(self.shared.get("model"), dict):
             raise ValueError("shared.model: is missing; an entry's own model block only changes parts of it")
         return self

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoa import PartitionError, SmoaConfig
-from smoa.budget import TrainingMemory, adapter_bytes, rank_bound, trainable_parameters, training_memory
+from smoa.budget import adapter_bytes, rank_bound, trainable_parameters
 from tests import reference
 from tests.support.layers import adapted_layer, base_layer, base_weight, factors, labels, ranks
 
@@ -104,13 +104,3 @@ def test_the_bytes_of_an_adapter_are_those_of_its_factors_labels_and_scales(
     saved = layer.smoa_row_labels["default"], layer.smoa_col_labels["default"], layer.block_scale("default")
     expected = sum(tensor.nbytes for tensor in (*factors(layer), *saved))
     assert adapter_bytes(out_features, in_features, r, num_blocks) == expected
-
-
-def test_training_holds_the_base_the_factors_their_gradients_and_moments_and_the_checkpoints() -> None:
-    counts = {"linear": 16384, "other": 100, "trainable": 10, "layers": 3, "hidden_size": 7, "tokens": 5}
-    found = training_memory(**counts)
-    assert found == TrainingMemory(2 * 16484, 40, 40, 80, 2 * 3 * 7 * 5)
-    assert found.total == 2 * 16484 + 160 + 210
-    four_bit = training_memory(**counts, four_bit=True)
-    assert four_bit.weights == 16384 // 2 + 16384 // 64 + 4 + 200
-    assert four_bit.total - four_bit.weights == found.total - found.weights

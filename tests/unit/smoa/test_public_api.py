@@ -40,7 +40,7 @@ def test_all_is_what_is_exported() -> None:
     ("path", "names"),
     [
         ("analysis", "UpdateSpectrum effective_rank numerical_rank stable_rank update_spectrum"),
-        ("budget", "TrainingMemory adapter_bytes rank_bound trainable_parameters training_memory"),
+        ("budget", "adapter_bytes rank_bound trainable_parameters"),
         ("hotswap", "hotswap_adapter"),
     ],
 )

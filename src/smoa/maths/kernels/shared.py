@@ -4,20 +4,15 @@ r"""Many adapters of one weight in one product, each token with its own adapter'
 
 The factors of each token's own adapter multiply x before and y after. Between them stands one batched product of the
 diagonal blocks of M with the tokens of *all* adapters: r_k / K of the base layer's product, however many adapters there
-are. No ΔW is formed. FLoRA (arXiv:2312.05677) is the case K = 1. The backward takes two such products more, z again and
-
-    q_kj = M_kkᵀ (s_k b_kj ⊙ g[I_k]),   gx[J_k] = Σ_j a_kj ⊙ q_kj
-    da_kj = Σ x[J_k] ⊙ q_kj,            db_kj = s_k Σ g[I_k] ⊙ z_kj
-
-with the last two sums over the tokens of the adapter. Without modulation each token takes the two skinny products of
-its own factors, as in LoRA.
+are. No ΔW is formed. FLoRA (arXiv:2312.05677) is the case K = 1. The backward takes two such products more: this one
+again, instead of keeping what it made, and the one with M_kkᵀ. Without modulation each token takes the two skinny
+products of its own factors, as in LoRA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +22,7 @@ from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun, Factors
 from smoa.maths.kernels.batched import diagonal_blocks
 from smoa.maths.kernels.loops import product_dtype
-from smoa.maths.kernels.operators import is_transformed, needs_plain_gradients, plain_gradients, without_autocast
+from smoa.maths.kernels.operators import is_transformed, without_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,15 +103,13 @@ def shared(
         return _unmodulated(stack, x, gathered or stack.gathered(slots))
     if not torch.is_grad_enabled() or is_transformed(x):
         return _products(stack, x, gathered or stack.gathered(slots), diagonal())
-    if torch.compiler.is_compiling():
-        y: Tensor = checkpoint(
-            lambda A, B, x: _products(stack, x, _with(stack, A, B).gathered(slots), diagonal()),
-            *(stack.A, stack.B, x),
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        return y
-    return _Shared.apply(stack.A, stack.B, x, slots, stack, diagonal)  # type: ignore[no-untyped-call,no-any-return]
+    y: Tensor = checkpoint(
+        lambda A, B, x: _products(stack, x, replace(stack, A=A, B=B).gathered(slots), diagonal()),
+        *(stack.A, stack.B, x),
+        use_reentrant=False,
+        preserve_rng_state=False,
+    )
+    return y
 
 
 def formed(stack: StackedFactors, x: Tensor, gathered: Gathered, diagonal: Sequence[Tensor]) -> Tensor:
@@ -138,10 +131,6 @@ def formed(stack: StackedFactors, x: Tensor, gathered: Gathered, diagonal: Seque
             y = torch.bmm(run.of_inputs(sorted_x).to(dtype), delta.mT)
             outputs.append(y.transpose(0, 1).flatten(1))
     return stack.blocks.unsort_outputs(torch.cat(outputs, dim=-1).to(x.dtype))
-
-
-def _with(stack: StackedFactors, A: Tensor, B: Tensor) -> StackedFactors:
-    return StackedFactors(A, B, stack.scale, stack.blocks, stack.runs)
 
 
 def _products(stack: StackedFactors, x: Tensor, gathered: Gathered, diagonal: Sequence[Tensor]) -> Tensor:
@@ -171,11 +160,6 @@ def _inputs(run: BlockRun, x: Tensor) -> Tensor:
     return _columns(x, run.first_col, run.count, run.width)
 
 
-def _outputs(run: BlockRun, y: Tensor) -> Tensor:
-    """(groups, tokens, 1, blocks, height), of y (groups, tokens, out_features) sorted by block."""
-    return _columns(y, run.first_row, run.count, run.height)
-
-
 def _columns(x: Tensor, first: int, blocks: int, size: int) -> Tensor:
     groups, tokens, width = x.shape
     own = x if width == blocks * size else x.narrow(2, first, blocks * size)
@@ -189,61 +173,3 @@ def _unmodulated(stack: StackedFactors, x: Tensor, gathered: Gathered) -> Tensor
         A, B = (part.squeeze(1).transpose(1, 2).to(x.dtype) for part in factors)
         outputs.append((inputs @ A.mT @ B).transpose(1, 2).flatten(2))
     return stack.blocks.unsort_outputs(torch.cat(outputs, dim=-1))
-
-
-class _Shared(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, A: Tensor, B: Tensor, x: Tensor, slots: Tensor, stack: StackedFactors, diagonal: Diagonal
-    ) -> Tensor:
-        ctx.save_for_backward(A, B, x, slots)
-        ctx.stack, ctx.diagonal = stack, diagonal
-        return _products(stack, x, stack.gathered(slots), diagonal())
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        A, B, x, slots = ctx.saved_tensors
-        stack, diagonal = _with(ctx.stack, A, B), ctx.diagonal()
-        if needs_plain_gradients(g):
-            of_A, of_B, of_x = plain_gradients(
-                lambda: _products(stack, x, stack.gathered(slots), diagonal), (A, B, x), ctx.needs_input_grad[:3], g
-            )
-            return of_A, of_B, of_x, None, None, None
-        with without_autocast(x.device.type):
-            return *_gradients(stack, g, x, slots, diagonal, ctx.needs_input_grad), None, None, None
-
-
-def _gradients(
-    stack: StackedFactors, g: Tensor, x: Tensor, slots: Tensor, diagonal: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients for A, B and x, those that are needed."""
-    needs_A, needs_B, needs_x = needs[:3]
-    blocks, dtype = stack.blocks, product_dtype(x.dtype, x.device.type)
-    wide = torch.promote_types(stack.scale.dtype, dtype)
-    sorted_x, sorted_g = blocks.sort_inputs(x), blocks.transposed().sort_inputs(g)
-    grad_A = torch.zeros_like(stack.A, dtype=wide) if needs_A else None
-    grad_B = torch.zeros_like(stack.B, dtype=wide) if needs_B else None
-    grad_x = torch.empty_like(sorted_x) if needs_x else None
-    for run, entries in zip(stack.runs, diagonal, strict=True):
-        ranks = slice(run.first_rank, run.first_rank + run.count * run.rank)
-        run_x, run_g = _inputs(run, sorted_x), _outputs(run, sorted_g)
-        A, B = stack.of_A(run, slots), stack.of_B(run, slots)
-        if grad_A is not None or grad_x is not None:
-            q = _multiplied(B * run_g, entries, dtype)
-            if grad_x is not None:
-                _inputs(run, grad_x).squeeze(2).copy_(_summed(A * q))
-            if grad_A is not None:
-                of_groups = (run_x.to(wide) * q).sum(1)  # (groups, rank, blocks, width)
-                grad_A[:, ranks, : run.width].index_add_(0, slots, of_groups.transpose(1, 2).flatten(1, 2))
-        if grad_B is not None:
-            z = _multiplied(A * run_x, entries.mT, dtype)
-            of_groups = (run_g.to(wide) * z).sum(1).transpose(1, 2).flatten(1, 2)
-            scaled = of_groups * stack.scale[:, ranks].index_select(0, slots)[..., None]
-            grad_B[:, : run.height, ranks].index_add_(0, slots, scaled.mT)
-    if grad_x is not None:
-        grad_x = blocks.transposed().unsort_outputs(grad_x)
-    return (
-        None if grad_A is None else grad_A.to(stack.A.dtype),
-        None if grad_B is None else grad_B.to(stack.B.dtype),
-        grad_x,
-    )

@@ -48,7 +48,7 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward() -> None:
         y = layer(x)
     assert y.requires_grad
     large = [pointer for pointer in kept if pointer not in pointers]
-    assert len(large) == len(set(large)) == 3  # x, A and B
+    assert large == [x.data_ptr()]
 
 
 @pytest.mark.parametrize("route", ROUTES)

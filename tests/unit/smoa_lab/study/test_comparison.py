@@ -20,7 +20,7 @@ from smoa_lab.config.run import RunConfig
 from smoa_lab.study import comparison
 from smoa_lab.study.comparison import Comparison, load_study
 from smoa_lab.study.runner import Runner
-from smoa_lab.study.search import Tuned, first_index, nearest_index, next_indices, rate, sweep_of
+from smoa_lab.study.search import Tuned, first_index, nearest_index, next_indices, rate
 from smoa_lab.study.study import Entry, Study, Tuning
 from smoa_lab.study.trials import Job, Result, Trial, TrialStore, Untouched
 from tests.support import lab
@@ -239,20 +239,11 @@ def test_what_is_left_is_never_overestimated(study: Study) -> None:
     assert plan.at_least_left(names) == 0
 
 
-def test_a_sweep_is_run_at_once(study: Study) -> None:
-    plan = Comparison(study.model_copy(update={"tuning": Tuning(sweep=(0.01, 0.1))}))
-    assert [trial.learning_rate for trial in plan.search("ours")] == [0.01, 0.02, 0.03, 0.06, 0.1]
-    assert plan.ready(["ours"]) == [Untouched(), *plan.search("ours")]
-    halves = plan.study.model_copy(update={"tuning": Tuning(sweep=(0.001, 0.03), per_decade=2)})
-    assert [rate(index) for index in sweep_of(halves, "ours")] == [1e-3, 3e-3, 1e-2, 3e-2]
-
-
 def test_a_run_with_one_question_without_a_loss_has_diverged(study: Study) -> None:
-    study = study.model_copy(update={"tuning": Tuning(sweep=(0.01, 0.03))})
     plan = Comparison(study)
     for trial, nll in zip(plan.search("ours"), ([1.0, None], [1.0, 2.0], [3.0, 2.0]), strict=True):
         plan.finish(trial, {"questions": {"nll": nll}, "scores": {"all": {"gold_loss": 1.5}}})
-    assert plan.tuned("ours") == Tuned({0.01: None, 0.02: 1.5, 0.03: 1.5}, 0.02, interior=True)
+    assert plan.tuned("ours").losses == {0.003: 1.5, 0.01: None, 0.03: 1.5}
 
 
 def load(values: dict[str, Any], folder: Path) -> Study:
@@ -281,20 +272,18 @@ def test_no_study_lets_a_repository_run_its_code(place: str, values: dict[str, A
         load_study(file, [f"{place}.model.trust_remote_code=true"])
 
 
-SWEPT = {"method": "lora", "learning_rate": 0.01, "sweep": [0.01, 0.1]}
+LORA = {"method": "lora", "learning_rate": 0.01}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"entries": {}}, "entries"),
-    ({"entries": {"..": SWEPT}}, r"entries: '\.\.' can't name a folder; leave out slashes"),
-    ({"entries": {"lora": {**SWEPT, "budget": "lora"}}}, "is both an entry and a budget"),
+    ({"entries": {"..": LORA}}, r"entries: '\.\.' can't name a folder; leave out slashes"),
+    ({"entries": {"lora": {**LORA, "budget": "lora"}}}, "is both an entry and a budget"),
     (
         {"entries": {"ours": {"method": "smoa", "learning_rate": 0.01, "adapter": {"num_block": 2}}}},
         r"entries\.ours(.|\n)*num_block(.|\n)*did you mean 'num_blocks'",
     ),
     ({"references": ["nobody"]}, "nobody is not an entry; entries: ours, full"),
     ({"tuning": {"max_runs": 1}}, r"tuning\.max_runs"),
-    ({"tuning": {"sweep": [0.01, 0.001]}}, r"tuning\.sweep: must be \[lowest, highest\]"),
     ({"shared": {"data": {"tasks": ["piqa"]}}}, r"shared\.model: is missing"),
-    ({"entries": {"lora": SWEPT}}, r"tuning\.sweep: is missing; entries\.lora has one"),
 ]
 
 

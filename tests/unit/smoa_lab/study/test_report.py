@@ -57,16 +57,6 @@ def test_an_entry_is_compared_once_the_reference_is_run_and_judged_from_two_seed
     assert "+0.5000 [+0.5000, +0.5000] | worse" in page(study)
 
 
-def test_a_sweep_is_told_by_its_steps_and_range(study: Study) -> None:
-    finish(study, Trial("final", "ours", 0.01, 0), 2.0)
-    sweep = study.tuning.model_copy(update={"sweep": (0.001, 0.03), "per_decade": 2})
-    report(study.model_copy(update={"tuning": sweep}))
-    assert "a learning rate: every half decade from 0.001 to 0.03." in page(study)
-    own = study.entries | {"lora": study.entries["lora"].model_copy(update={"sweep": (0.01, 0.1)})}
-    report(study.model_copy(update={"tuning": sweep, "entries": own}))
-    assert "from 0.001 to 0.03, or of its own range." in page(study)
-
-
 def test_a_search_that_ends_at_its_edge_is_marked_and_a_diverged_run_never_chosen(study: Study) -> None:
     for rate, loss in ((0.003, 2.2), (0.01, 2.1), (0.03, None)):
         finish(study, Trial("tuning", "ours", rate, 100), loss)
