@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
+import logging
+from itertools import compress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from smoa.errors import DataError
 from smoa_lab.base_models import to_device
 from smoa_lab.config.run import RunConfig
 from smoa_lab.open_run import with_saved_adapter
 from smoa_lab.training.loaded_run import load_run
-from smoa_lab.training.run_folder import provenance
+from smoa_lab.training.run_folder import RunFolder, provenance
+
+logger = logging.getLogger(__name__)
 
 
-def evaluate_run(config: RunConfig, adapter: Path | None = None) -> dict[str, Any]:
+def evaluate_run(config: RunConfig, adapter: Path | None = None, folder: RunFolder | None = None) -> dict[str, Any]:
     """The scores per task with their provenance: the loss of rows, or of the gold answers and the accuracy of the
-    likeliest choice, for free answers the exact match of greedy decoding.
+    likeliest choice, for free answers the exact match of greedy decoding. Rows that the run in ``folder`` was trained
+    on are left out; ``trained_on`` counts them, and is None where the run didn't keep which they were.
 
     Raises:
         DataError: nothing is held out, or model or data cannot be loaded.
     """
-    run = load_run(config)
+    run = load_run(config, trains=False)
     if not config.training.get("use_cpu"):
         to_device(run.base)
     model: Any = run.base if adapter is None else with_saved_adapter(run.base, adapter)
     evaluation = run.evaluation(alone=False)
+    trained_on: int | None = 0
+    if folder is not None and folder.trained.is_file():
+        asked = evaluation.rows
+        new = ~np.isin(np.array([row.key for row in asked], np.uint64), np.load(folder.trained))
+        evaluation.rows = list(compress(asked, new))
+        trained_on = len(asked) - len(evaluation.rows)
+        if trained_on:
+            logger.warning("%d of the %d rows were trained on, and are left out", trained_on, len(asked))
+    elif folder is not None:
+        trained_on = None
+        logger.warning("%s: an earlier release didn't keep which rows it trained on; some of these may be", folder.path)
     evaluation.measure(model, "after")
     if not evaluation.evaluation:
-        part = "test, or a larger test_part" if config.has_rows else "a larger test_examples"
-        raise DataError(f"data: nothing is held out that could be scored; give {part}")
+        of_rows = "test, or a larger test_part" if folder is None else "other rows as test"
+        remedy = of_rows if config.has_rows else "other questions, or a larger test_examples"
+        raise DataError(f"data: nothing is held out that could be scored; give {remedy}")
     return {
         "format": 1,
         "adapter": str(adapter) if adapter else None,
         "config": config.model_dump(mode="json"),
         "provenance": provenance(config.data.seed, next(model.parameters()).device),
         "data": run.account(),
+        "trained_on": trained_on,
         "scores": evaluation.evaluation["after"],
     }

@@ -183,12 +183,6 @@ class Reading:
             self._read(self.train, is_test=False)
             for part in self.writers.values():
                 part.finalize()
-        if not self.parts["train"] and not counts["bad"]:
-            raise DataError(
-                f"{self.train.name}: leaves no rows to train on: {counts['also_in_test']} are in the test data "
-                f"too, {counts['dropped']} have nothing trained within {length} tokens, {self.parts['test']} are held "
-                "out"
-            )
         return {
             "max_length": length,
             "format": self.format or "",
@@ -216,8 +210,7 @@ class Reading:
 
     def _part(self, row: Row, is_test: bool) -> Part | None:
         """Where the row goes; None if the test data have it too."""
-        digest, shares = row.digest, self.shares
-        key = int(digest[:16], 16)
+        key, shares = row.key, self.shares
         is_held_out = key in self.held_out
         self.counts["repeated"] += key in self.seen and not is_held_out
         self.seen.add(key)
@@ -227,7 +220,7 @@ class Reading:
         if is_held_out:
             self.counts["also_in_test"] += 1
             return None
-        return (shares if self.test is None else Shares(shares.validation, 0.0)).part(digest)
+        return (shares if self.test is None else Shares(shares.validation, 0.0)).part(row.digest)
 
     def _write(self, row: Row, part: Part) -> None:
         tokens = self.encoder.encode(row)

@@ -66,7 +66,9 @@ class Row:
         """Equal for rows that say the same, whatever their white space and case. It decides a row's part, so its form
         never changes."""
         form: dict[str, Any]
-        if self.rejected is not None:
+        if self.task:
+            form = {"kind": "question", "content": self.content}
+        elif self.rejected is not None:
             form = {"kind": "preference", "prompt": self.prompt, "chosen": self.completion, "rejected": self.rejected}
         elif isinstance(self.completion, str):
             form = {"kind": "passage", "text": self.completion, "prompt": self.prompt}
@@ -75,6 +77,11 @@ class Row:
             form = {"kind": "conversation", "messages": turns, "prompt_turns": len(self.prompt)}
         even = {key: _even(value) for key, value in form.items()}
         return hashlib.sha256(json.dumps(even).encode()).hexdigest()
+
+    @property
+    def key(self) -> int:
+        """The first 8 bytes of :attr:`digest`, which stand for the row where many are kept."""
+        return int(self.digest[:16], 16)
 
     def to_json(self) -> str:
         """The inverse of :func:`row_from_json`."""

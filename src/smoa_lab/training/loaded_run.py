@@ -8,14 +8,16 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from peft import TrainableTokensConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from tqdm import tqdm
@@ -47,6 +49,7 @@ from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end
 from smoa_lab.data.encoding import Encoder, Tokens
 from smoa_lab.data.files import FileSource, HubSource, RowSource
 from smoa_lab.data.prepared import Part, PreparedRows, Reading, Shares, require_good_rows
+from smoa_lab.data.rows import Row, row_from_json
 from smoa_lab.data.tasks import Selection
 from smoa_lab.scoring.evaluation import Evaluation
 from smoa_lab.scoring.losses import Losses
@@ -106,6 +109,15 @@ class LoadedRun:
         """What the run starts from, by content: a resumed run must find the same."""
         content = self.data.folder.name if isinstance(self.data, PreparedRows) else self.data.content
         return {"data": content, "base model": base_content(self.config.model)}
+
+    def trained_keys(self) -> NDArray[np.uint64]:
+        """The keys of the rows that are trained on, each once, sorted."""
+        if isinstance(self.data, Selection):
+            rows: Iterable[Row] = self.data.train
+        else:
+            part = self.data.part("train", self.config.rows.train_examples, self.config.rows.seed)
+            rows = (row_from_json(row["row"]) for row in part.select_columns("row"))
+        return np.unique(np.fromiter((row.key for row in rows), np.uint64))
 
     def evaluation(self, alone: bool = True) -> Evaluation:
         """What will be measured; ``alone`` is false if the model is spread over several processes, which write
@@ -232,13 +244,13 @@ class LoadedRun:
         return texts.select_columns(["prompt", "completion", "rejected"]).rename_column("completion", "chosen")
 
 
-def load_run(config: RunConfig, questions: Selection | None = None) -> LoadedRun:
-    """Load data, unless ``questions`` are given, and model; what cannot be loaded or trained fails here, before any
-    work.
+def load_run(config: RunConfig, questions: Selection | None = None, trains: bool = True) -> LoadedRun:
+    """Load data, unless ``questions`` are given, and model; what cannot be loaded or, if it ``trains``, be trained
+    fails here, before any work.
 
     Raises:
         ConfigError: the model has fewer positions than rows may have tokens, or no chat template.
-        DataError: model or data cannot be loaded, or bad rows are not to be skipped.
+        DataError: model or data cannot be loaded, bad rows are not to be skipped, or nothing is left to train on.
     """
     if config.has_rows:
         for source in sources(config.rows):
@@ -246,16 +258,18 @@ def load_run(config: RunConfig, questions: Selection | None = None) -> LoadedRun
         check_place(cache_folder() / "rows" / "tokens")
     elif questions is None:
         questions = config.questions.select()
+    if trains and questions is not None and not questions.train:
+        raise DataError(f"data.tasks: {', '.join(config.questions.tasks)} leave no training examples")
     base, tokenizer = load_base_model(config.model)
     data: Selection | PreparedRows
     if questions is not None:
         encoder, data = encoder_of(config, tokenizer), questions
         key, longest = "task.max_length", config.task.max_length
     else:
-        encoder, data = trainable_rows_of(config, tokenizer)
+        encoder, data = trainable_rows_of(config, tokenizer, trains)
         key, longest = (
             "training.max_length",
-            min(data.account["max_length"] or math.inf, data.account["tokens"]["longest"]),
+            min(data.account["max_length"] or math.inf, data.account["tokens"].get("longest", 0)),
         )
         if data.account["format"] != "text" and tokenizer.chat_template:
             stop_at_turns_end(base, tokenizer)
@@ -287,16 +301,23 @@ def read_rows_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
     return encoder, Reading(train, test[0] if test else None, section.format, shares, encoder).prepare()
 
 
-def trainable_rows_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Encoder, PreparedRows]:
+def trainable_rows_of(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, trains: bool = True
+) -> tuple[Encoder, PreparedRows]:
     """What :func:`read_rows_of` gives.
 
     Raises:
-        DataError: there are bad rows that are not to be skipped, or none is left to train on.
+        DataError: there are bad rows that are not to be skipped, or, if the run ``trains``, none is left to train on.
     """
     encoder, rows = read_rows_of(config, tokenizer)
     require_good_rows(rows.account, config.rows.skip_bad_rows)
-    if not rows.account["parts"].get("train"):
-        raise DataError(f"data: {sources(config.rows)[0].name} leaves no rows to train on: {rows.account['parts']}")
+    account = rows.account
+    if trains and not account["parts"].get("train"):
+        raise DataError(
+            f"{sources(config.rows)[0].name}: leaves no rows to train on: {account['also_in_test']} are in the test "
+            f"data too, {account['dropped']} have nothing trained within {account['max_length']} tokens, "
+            f"{account['parts'].get('test', 0)} are held out, {account['bad']} are bad"
+        )
     return encoder, rows
 
 

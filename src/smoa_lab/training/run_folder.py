@@ -43,6 +43,7 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.config = path / "config.yaml"
         self.inputs = path / "inputs.json"
+        self.trained = path / "trained.npy"
         self.metrics = path / "metrics.json"
         self.picture = path / "loss_curve.png"
         self.log = path / "train.log"

@@ -6,10 +6,11 @@ import logging
 from functools import partial
 from typing import Any
 
+import numpy as np
 from peft import PeftConfig
 from transformers import TrainingArguments
 
-from smoa.atomic import new_files, write_whole
+from smoa.atomic import new_file, new_files, write_whole
 from smoa.layers.distributed import from_rank_zero
 from smoa_lab.base_models import described_base, empty_model, to_device, with_rate
 from smoa_lab.basics.plain import portable
@@ -115,6 +116,8 @@ def _save(run: LoadedRun, folder: RunFolder, model: Any, state: Any, metrics: di
     draw_run(metrics["history"], metrics["evaluation"], folder.picture, method, title)
     if metrics["samples"]:
         write_whole(folder.samples, f"# {folder.path.resolve().name}\n\n{samples_text(metrics['samples'])}")
+    with new_file(folder.trained) as file, file.open("wb") as stream:
+        np.save(stream, run.trained_keys())
     folder.finish(metrics)
     logger.info("Finished: %s", folder.path)
     return metrics

@@ -99,10 +99,3 @@ def test_the_same_seed_takes_the_same_records_and_another_takes_others() -> None
     first, again, other = (select(tasks, {"train": 10}, seed=seed).train for seed in (0, 0, 1))
     assert first == again
     assert first != other
-
-
-def test_tasks_that_leave_nothing_to_train_on_are_refused() -> None:
-    train = lab.questions(6, "a")
-    own = Task("own", lambda part: train)  # the test part has them all
-    with pytest.raises(DataError, match=r"data\.tasks: a leave no training examples"):
-        select({"a": own}, {})

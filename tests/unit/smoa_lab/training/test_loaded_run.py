@@ -24,9 +24,12 @@ from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.config.run import RunConfig, check_config
 from smoa_lab.data.encoding import Tokens
 from smoa_lab.data.prepared import PreparedRows
+from smoa_lab.evaluate import evaluate_run
+from smoa_lab.open_run import open_run
 from smoa_lab.scoring.losses import row_losses
 from smoa_lab.training import loaded_run, train_run
 from smoa_lab.training.loaded_run import ProgressReport, load_run
+from smoa_lab.training.run_folder import RunFolder
 from tests.support.kills import killed_after_saving
 from tests.support.lab import files_with, steps, tiny_gpt2, tiny_run
 from tests.support.own_rows import (
@@ -331,6 +334,24 @@ def test_files_without_a_good_row_are_refused(base: Path, tmp_path: Path) -> Non
         train(rows_config(tmp_path, file, base))
     skipping = rows_config(tmp_path, file, base, data={"skip_bad_rows": True})
     assert "leaves no rows to train on" in refused(skipping, DataError)
+
+
+def test_rows_that_a_run_was_trained_on_are_counted_and_not_scored_as_held_out(base: Path, tmp_path: Path) -> None:
+    trained = write_rows(tmp_path / "a.jsonl", chats(6))
+    mixed = write_rows(tmp_path / "b.jsonl", chats(9))
+    config = rows_config(tmp_path, trained, base, data=ALL | {"train_examples": 5})
+    train(config)
+    folder = RunFolder(config.folder)
+    scored = evaluate_run(*open_run(folder.path, [f"data.test={mixed}"]), folder)
+    assert (scored["trained_on"], scored["scores"]["all"]["rows"]) == (5, 4)
+    for change in (f"data.test={trained}", "data.test_part=0.99"):
+        scored = evaluate_run(*open_run(folder.path, [change]), folder)
+        assert (scored["trained_on"], scored["scores"]["all"]["rows"]) == (5, 1)
+    train(rows_config(tmp_path / "all", trained, base, data=ALL))
+    with pytest.raises(DataError, match="nothing is held out that could be scored; give other rows as test"):
+        evaluate_run(*open_run(tmp_path / "all" / "run", [f"data.test={trained}"]), RunFolder(tmp_path / "all" / "run"))
+    folder.trained.unlink()
+    assert evaluate_run(*open_run(folder.path, [f"data.test={mixed}"]), folder)["trained_on"] is None
 
 
 def test_without_held_out_rows_a_run_is_trained_by_a_template_that_nobody_knows_and_not_scored(

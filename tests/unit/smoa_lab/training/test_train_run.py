@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import ModelSection, RunConfig, check_config
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.open_run import base_section, open_run
 from smoa_lab.scoring.evaluation import Evaluation
 from smoa_lab.training import train_run
-from smoa_lab.training.loaded_run import LoadedRun
+from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
 from tests.support.kills import killed_after_saving
@@ -96,6 +96,18 @@ def test_a_run_is_scored_again_from_its_folder_which_shares_nothing_of_this_mach
     assert (metrics["parameters"]["trainable"] == metrics["parameters"]["total"]) == (method == "full")
     again = evaluate_run(*open_run(tmp_path / "run"))
     assert again["scores"] == metrics["evaluation"]["after"]
+
+
+def test_questions_that_a_run_was_trained_on_are_not_scored_as_held_out(values: dict[str, Any], tmp_path: Path) -> None:
+    values["data"]["files"] = {"arc_easy": own_questions(tmp_path)}
+    config = check_config(values)
+    used = train_run.train(config)["data"]["used"]
+    with (tmp_path / "test.jsonl").open("a") as file:
+        file.write("\n" + (tmp_path / "train.jsonl").read_text())
+    scored = evaluate_run(*open_run(config.folder), RunFolder(config.folder))
+    assert scored["trained_on"] == used["train"]["examples"] > 0
+    with pytest.raises(DataError, match=r"data\.tasks: arc_easy leave no training examples"):
+        load_run(config)
 
 
 def own_questions(room: Path) -> dict[str, Any]:
