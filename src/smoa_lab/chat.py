@@ -25,6 +25,7 @@ from smoa_lab.open_run import (
     adapter_config,
     adapter_of_run,
     base_name,
+    check_base,
     check_weights,
     find_model,
     loading_adapter,
@@ -33,6 +34,7 @@ from smoa_lab.open_run import (
 )
 from smoa_lab.scoring.generation import ends_of
 from smoa_lab.scoring.losses import scoring
+from smoa_lab.training.run_folder import RunFolder
 
 BASE = "base"
 GREEDY: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
@@ -70,6 +72,7 @@ class Chat:
         is_terminal: bool = False,
     ) -> None:
         section, adapter, own = find_model(place, changes)
+        self.section = section
         self.tokenizer: Any = load_tokenizer(section)
         self.own_template = self.tokenizer.chat_template
         # Fails before the weights are read.
@@ -205,6 +208,8 @@ class Chat:
                 f"{place}: is an adapter of {own}, this model is {', '.join(sorted(self.bases))}; "
                 "if they are the same, start again with --base"
             )
+        if own == self.section.name and base is None:
+            check_base(RunFolder(folder.parent), self.section)
         check_weights(folder)
         template = self.template or trained_template(path)
         through = chat_template(self.tokenizer, self.own_template, folder, template)

@@ -6,7 +6,6 @@ computes it. Each layer is converted by itself, so that a rank beyond its smalle
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from smoa.atomic import check_place, new_folder
 from smoa.errors import ConfigError, UnsupportedModuleError, UnsupportedVersionError, first_of
 from smoa.files.names import PREFIX, adapter_layers
 from smoa_lab.base_models import described_base, load_base_model
-from smoa_lab.config.run import load_config
-from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, with_saved_adapter
+from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, open_run, with_saved_adapter
 from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.run_folder import RunFolder
 
@@ -64,10 +62,7 @@ def convert_run(
     kind = getattr(adapter_config(source).peft_type, "value", None)
     if kind != "SMOA":
         raise ConfigError(f"{source}: is an adapter of the type {kind}; only SMoA's are converted to LoRA")
-    config, run = RunFolder(Path(place)).config, None
-    if score and config.is_file():
-        moved = [] if base is None else [f"model.name={json.dumps(base)}"]
-        run = load_run(load_config(config, moved))
+    run = load_run(open_run(place, base=base)[0]) if score and RunFolder(Path(place)).finished else None
     model = run.base if run else load_base_model(base_section(source, base))[0]
     adapted = with_saved_adapter(model, source).eval()
     report: dict[str, Any] = {"folder": str(output)}

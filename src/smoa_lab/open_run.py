@@ -19,20 +19,28 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.atomic import recover
 from smoa.errors import ConfigError, DataError, SmoaError
+from smoa_lab.base_models import base_content, packaged_name
 from smoa_lab.config.run import ModelSection, RunConfig, load_config, native_dtype
 from smoa_lab.data.rows import Template
 from smoa_lab.training.run_folder import RunFolder
 
+OF_FILES = 64
+"""Characters of the hash of a base's files; for one of the Hub there is a commit, which is shorter."""
 
-def open_run(place: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, Path | None]:
-    """The config and the adapter of a finished run's folder; of a config file the config alone.
+
+def open_run(
+    place: str | Path, overrides: list[str] | None = None, base: str | None = None
+) -> tuple[RunConfig, Path | None]:
+    """The config and the adapter of a finished run's folder; of a config file the config alone. ``base`` is used
+    instead of the model that it names.
 
     A run that trained the whole model has no adapter; its config then names the trained model.
 
     Raises:
-        ConfigError: ``place`` is neither, or the run is not finished.
+        ConfigError: ``place`` is neither, the run is not finished, or its base is not the one that it was trained on.
     """
     path = Path(place)
+    overrides = [*(overrides or []), *([] if base is None else [f"model.name={json.dumps(base)}"])]
     if path.is_file():
         return load_config(path, overrides), None
     folder = RunFolder(path)
@@ -42,7 +50,28 @@ def open_run(place: str | Path, overrides: list[str] | None = None) -> tuple[Run
     if config.method == "full":
         model = config.model.model_copy(update={"name": str(folder.adapter)})
         return config.model_copy(update={"model": model}), None
+    if base is None:
+        check_base(folder, config.model)
     return config, adapter_of_run(path)
+
+
+def check_base(run: RunFolder, model: ModelSection) -> None:
+    """Raise ConfigError unless ``model`` is the one that the run was trained on, by the content of its files. One that
+    is packaged or on the Hub is known by its name."""
+    if packaged_name(model.name) or not run.inputs.is_file():
+        return
+    content, place = json.loads(run.inputs.read_text(encoding="utf-8"))["base model"], Path(model.name).expanduser()
+    if not place.exists():
+        if len(content) < OF_FILES:
+            return
+        raise ConfigError(
+            f"{run.path}: its base model {model.name!r} is not in {place.absolute().parent}; name it with --base"
+        )
+    if base_content(model) != content:
+        raise ConfigError(
+            f"{run.path}: was trained on another model than {place.absolute()}, or on other files of it; name the "
+            "right one with --base, or this one to use it all the same"
+        )
 
 
 def adapter_of_run(place: str | Path) -> Path:
@@ -68,7 +97,7 @@ def trained_template(place: Path) -> Template:
     """The template of questions that the run in ``place`` was trained with; ``chat`` for all else."""
     if not RunFolder(place).finished:
         return "chat"
-    config = open_run(place)[0]
+    config = load_config(RunFolder(place).config)
     return "chat" if config.has_rows else config.task.template
 
 
@@ -81,7 +110,7 @@ def find_model(place: str, changes: dict[str, Any]) -> tuple[ModelSection, Path 
     """
     path = Path(place).expanduser()
     if RunFolder(path).finished:
-        config, adapter = open_run(path)
+        config, adapter = open_run(path, base=changes.get("name"))
         return config.model.model_copy(update=changes), adapter, trained_template(path)
     try:
         adapter = adapter_of_run(path)
@@ -110,19 +139,19 @@ def base_section(adapter: Path, base: str | None = None) -> ModelSection:
     run that quantized it while loading as that run did.
 
     Raises:
-        ConfigError: the config records none, or is damaged.
+        ConfigError: the config records none, or is damaged; or the run was trained on another one.
     """
-    run = RunFolder(adapter.parent).config
-    quantizes = adapter.name == RunFolder(adapter.parent).adapter.name and run.is_file()
-    if base is None and quantizes and "quantization_config" in run.read_text(encoding="utf-8", errors="replace"):
-        model = load_config(run).model
-        if "quantization_config" in model.options:
-            return model
     name = base_name(adapter, base)
     config = adapter_config(adapter)
     of_base = name == config.base_model_name_or_path  # the revision says nothing of another base
     options = {"revision": config.revision} if of_base and config.revision is not None else {}
-    return ModelSection(name=name, dtype="float32", options=options)
+    section, run = ModelSection(name=name, dtype="float32", options=options), RunFolder(adapter.parent)
+    if base is None and adapter.name == run.adapter.name:
+        check_base(run, section)
+        if run.config.is_file() and "quantization_config" in run.config.read_text(encoding="utf-8", errors="replace"):
+            model = load_config(run.config).model
+            return model if "quantization_config" in model.options else section
+    return section
 
 
 def with_saved_adapter(base: PreTrainedModel, adapter: Path) -> Any:

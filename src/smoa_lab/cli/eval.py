@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting
+from smoa_lab.cli.console import AsJson, Base, TrustRemoteCode, print_json, reporting
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a config file for the untouched model.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. task.max_length=512.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
+    base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
@@ -24,11 +25,12 @@ def evaluate(
         from smoa_lab.evaluate import evaluate_run
         from smoa_lab.open_run import open_run
         from smoa_lab.pages.tables import score_table
+        from smoa_lab.training.run_folder import RunFolder
 
         if output is not None:
             check_place(output, is_new=True)
-        config, adapter = open_run(run, overrides)
-        result = evaluate_run(config, adapter)
+        config, adapter = open_run(run, overrides, base)
+        result = evaluate_run(config, adapter, RunFolder(run) if run.is_dir() else None)
         if json:
             print_json(result)
         else:

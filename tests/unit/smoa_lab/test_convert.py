@@ -40,6 +40,7 @@ def finished_run(values: dict[str, Any], init_weights: bool = False) -> Path:
     config = SmoaConfig(**ADAPTER, init_weights=init_weights, task_type="CAUSAL_LM")
     get_peft_model(base, config).save_pretrained(run.adapter)
     run.config.write_text(check_config(values).to_yaml())
+    run.metrics.write_text("{}")
     return run.path
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -9,10 +12,19 @@ from peft.utils import CONFIG_NAME
 from smoa import SmoaConfig
 from smoa.atomic import SAVE
 from smoa.errors import ConfigError, DataError
-from smoa_lab.config.run import ModelSection
-from smoa_lab.open_run import adapter_of_run, base_name, base_section, open_run, run_name, with_saved_adapter
+from smoa_lab.config.run import ModelSection, check_config
+from smoa_lab.open_run import (
+    adapter_of_run,
+    base_name,
+    base_section,
+    find_model,
+    open_run,
+    run_name,
+    with_saved_adapter,
+)
 from smoa_lab.training.run_folder import RunFolder
-from tests.support import tiny_models
+from smoa_lab.training.train_run import train
+from tests.support import lab, tiny_models
 
 
 @pytest.fixture
@@ -57,6 +69,37 @@ def test_the_recorded_base_is_loaded_in_the_recorded_revision_and_another_is_not
     recorded = ModelSection(name="its/base", options={"revision": "v2"})
     assert base_section(adapter) == base_section(adapter, "its/base") == recorded
     assert base_section(adapter, "another/base") == ModelSection(name="another/base")
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # PEFT looks where the base was
+def test_another_model_of_the_bases_name_is_refused_unless_the_user_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = lab.tiny_run(tmp_path, monkeypatch, train=20, test=3, training=lab.steps(1, save_strategy="no"))
+    monkeypatch.chdir(tmp_path)
+    values["model"]["name"] = "base"
+    train(check_config(values))
+    run = (tmp_path / "run").rename(tmp_path / "renamed")
+    openings: list[Callable[[str | None], Any]] = [
+        lambda base: base_section(run / "adapter", base).name,
+        lambda base: open_run(run, base=base)[0].model.name,
+        lambda base: find_model(str(run), {} if base is None else {"name": base})[0].name,
+    ]
+    for opened in openings:
+        assert opened(None) == "base"
+    shutil.copytree("base", "elsewhere/base")
+    shutil.move("base", "moved")
+    monkeypatch.chdir("elsewhere")
+    with Path("base/generation_config.json").open("a") as file:
+        file.write("\n")
+    for opened in openings:
+        with pytest.raises(ConfigError, match=r"renamed: was trained on another model than .*elsewhere/base, or on"):
+            opened(None)
+        assert [opened(name) for name in ("base", "../moved")] == ["base", "../moved"]
+    monkeypatch.chdir(tmp_path)
+    for opened in openings:
+        with pytest.raises(ConfigError, match=f"renamed: its base model 'base' is not in {tmp_path}; name it with --b"):
+            opened(None)
 
 
 def test_a_half_written_config_of_an_adapter_is_one_error(tmp_path: Path) -> None:
