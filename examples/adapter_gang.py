@@ -16,13 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smoa import AdapterPool, SmoaConfig
 
-STEPS = 14
 TOWNS = ["Lutz", "Birken", "Oslo", "Quito", "Perth", "Cadiz", "Lagos", "Turin"]
 PETS = ["a goat", "a newt", "an owl", "a toad", "a lynx", "a swan", "a moth", "a carp"]
 ADAPTER = {"r": 8, "num_blocks": 8, "target_modules": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
 
 
-def main() -> None:
+def main(steps: int = 14) -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
     people = {f"person-{n}": f"I live in {TOWNS[n % 8]} with {PETS[n // 8]}." for n in range(64)}
@@ -42,9 +41,9 @@ def main() -> None:
         optimizer.zero_grad()
         return time.perf_counter() - start
 
-    alone = STEPS * sum(seconds_of_step([person]) for person in list(people)[:4]) * 16
-    together = sum(seconds_of_step(list(people)) for _ in range(STEPS))
-    print(f"{STEPS} steps of 64 adapters: {together:.0f} s; one by one they would take {alone:.0f} s")
+    alone = steps * sum(seconds_of_step([person]) for person in list(people)[:4]) * 16
+    together = sum(seconds_of_step(list(people)) for _ in range(steps))
+    print(f"{steps} steps of 64 adapters: {together:.0f} s; one by one they would take {alone:.0f} s")
     with tempfile.TemporaryDirectory() as folder:
         for person in people:
             pool.save(person, Path(folder, person))
