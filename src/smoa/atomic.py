@@ -79,6 +79,7 @@ def new_folder(target: Path, keep_existing: bool = False) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield temporary
+        _share_weights(temporary)
         if not target.exists():
             temporary.chmod(0o755)  # mkdtemp makes it private
             temporary.rename(target)
@@ -103,6 +104,7 @@ def new_files(folder: Path) -> Iterator[Path]:
             temporary = Path(room, folder.name)
             temporary.mkdir()
             yield temporary
+            _share_weights(temporary)
             for path in temporary.rglob("*"):
                 if path.is_file() and not path.is_symlink():
                     with path.open("rb+" if os.name == "nt" else "rb") as file:  # a read-only file can be flushed too
@@ -122,6 +124,15 @@ def new_files(folder: Path) -> Iterator[Path]:
         if is_new:
             with suppress(OSError):  # there are files in it
                 folder.rmdir()
+
+
+def _share_weights(folder: Path) -> None:
+    """Give weights the mode of new files: safetensors writes them for their owner alone."""
+    with tempfile.TemporaryDirectory(dir=folder) as room:
+        (new := Path(room, "new")).touch()
+        mode = stat.S_IMODE(new.stat().st_mode)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(mode)
 
 
 def _remove_stale(folder: Path) -> None:

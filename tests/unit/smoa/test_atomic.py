@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,6 +89,16 @@ def test_a_folder_appears_when_it_is_complete_and_one_that_is_there_first_is_kep
         ours(keep_existing=False)
     with pytest.raises(ConfigError, match="exists"):
         ours(keep_existing=False)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("writer", [new_files, new_folder])
+def test_weights_get_the_mode_of_new_files(writer: Callable[[Path], Any], tmp_path: Path) -> None:
+    with writer(tmp_path / "new") as folder:
+        (folder / "config.json").touch()
+        (folder / "weights.safetensors").touch(0o600)
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "new").iterdir()}
+    assert modes == dict.fromkeys(("config.json", "weights.safetensors"), modes["config.json"])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
