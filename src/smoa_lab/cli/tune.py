@@ -13,9 +13,7 @@ from smoa_lab.cli.console import AsJson, Overrides, TrustRemoteCode, print_json,
 def tune(
     config: Annotated[Path, typer.Argument(help="YAML file of the run, as for `smoa train`.")],
     overrides: Overrides = None,
-    max_runs: Annotated[
-        int, typer.Option("--max-runs", min=3, help="Rates to try at most, a factor of √10 apart.")
-    ] = 6,
+    max_runs: Annotated[int, typer.Option("--max-runs", min=3, help="Rates to try at most.")] = 6,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:

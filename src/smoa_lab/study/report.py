@@ -121,8 +121,8 @@ def _search_in_words(study: Study) -> str:
         return "none; each entry runs at the rate that the study names"
     beside = ", then the two quarter decades next to it" if tuning.refine else ""
     return (
-        "half decades around a start, then on in the better direction until the best has neighbors on both sides, at "
-        f"most {tuning.max_runs} runs{beside}"
+        "half decades around a start, then on in the better direction until the best has neighbors on both sides"
+        f"{beside}, at most {tuning.max_runs} runs"
     )
 
 

@@ -30,7 +30,8 @@ def next_indices(start: int, losses: Mapping[int, float | None], max_runs: int, 
     """The grid indices that the search needs next, whatever comes out at any of them; none when it is over.
 
     ``losses`` by index; None is a run that diverged. First come the start and its neighbors, then whatever lies
-    beyond the best, until that is interior or ``max_runs`` are spent; with ``refine`` two more, on both sides of it.
+    beyond the best, until that is interior, with ``refine`` then two more, on both sides of it; or until ``max_runs``
+    are spent.
     """
     halves = {index: loss for index, loss in losses.items() if index % 2 == 0}
     around = [index for index in (start, start - 2, start + 2) if index not in halves]
@@ -38,9 +39,8 @@ def next_indices(start: int, losses: Mapping[int, float | None], max_runs: int, 
         return around
     best = best_index(halves)
     beyond = [index for index in (best - 2, best + 2) if index not in halves]
-    if beyond and len(halves) < max_runs:
-        return beyond
-    return [index for index in (best - 1, best + 1) if refine and index not in losses]
+    beside = [index for index in (best - 1, best + 1) if refine and index not in losses]
+    return (beyond or beside)[: max(0, max_runs - len(losses))]
 
 
 def best_index(losses: Mapping[int, float | None]) -> int:

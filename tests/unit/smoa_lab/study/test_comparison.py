@@ -155,12 +155,13 @@ def test_the_search_walks_downhill_until_the_best_is_inside() -> None:
         assert (tuned.learning_rate, tuned.interior) == (rate(best), True)
 
 
-def test_the_search_ends_when_its_runs_are_spent_and_a_finer_one_spends_two_more() -> None:
+def test_the_search_ends_when_its_runs_are_spent_those_of_a_finer_one_too() -> None:
     downhill: dict[int, float | None] = {index: -float(index) for index in range(-18, 18)}
     visited = search(downhill, max_runs=4)
     assert len(visited) == 4
     assert not Tuned.of(visited).interior
-    assert len(search(downhill, max_runs=4, refine=True)) == 6
+    assert search(downhill, max_runs=4, refine=True) == visited
+    assert [len(search(valley(-8), max_runs=most, refine=True)) for most in (3, 4, 5, 6)] == [3, 4, 5, 5]
 
 
 def test_a_diverged_run_is_never_the_best() -> None:

@@ -86,7 +86,7 @@ def test_the_command_prints_the_line_for_the_config(values: dict[str, Any], tmp_
     assert result.exit_code == 0, result.output
     assert "validation loss" in result.output
     assert "learning_rate: 0.0" in result.output.splitlines()[-1]
-    assert len(list((tmp_path / "run-tuning").rglob("lr-*.json"))) >= 4
+    assert len(list((tmp_path / "run-tuning").rglob("lr-*.json"))) == 3
     again = CliRunner().invoke(app, ["tune", str(file), "--max-runs", "3", "--json"], catch_exceptions=False)
     assert '"interior"' in again.output
 
@@ -114,4 +114,4 @@ def test_a_search_without_a_rate_starts_at_that_of_the_models_size(
 
     monkeypatch.setattr("smoa_lab.study.tune_run._train_rows", trained)
     config = rows_config(tmp_path, tmp_path / "rows.jsonl", rows_base(tmp_path / "base"))
-    assert list(tune_run(config, max_runs=3).losses) == [1e-3, 3e-3, 6e-3, 1e-2, 2e-2]
+    assert list(tune_run(config, max_runs=3).losses) == [1e-3, 3e-3, 1e-2]
