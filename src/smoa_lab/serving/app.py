@@ -82,8 +82,14 @@ class _OfRequest(CBGenerateManager):
 
     def generate_streaming(self, *args: Any, **options: Any) -> tuple[Any, Any]:
         queue, streamer = super().generate_streaming(*args, **options)
-        stops = self._cb.config.stops
-        return queue if stops is None else UntilStop(queue, stops, self._stopped), streamer
+        tokenizer, stops = _SERVED.get().tokenizer, self._cb.config.stops
+        if options.get("response_parser") is not None:  # what it shows is not the text
+            return queue, streamer
+
+        def whole() -> str:
+            return str(tokenizer.decode(self._cb.written, skip_special_tokens=True))
+
+        return UntilStop(queue, stops or Stops((), tokenizer), self._stopped, whole), streamer
 
     async def generate_non_streaming(self, *args: Any, **options: Any) -> tuple[str, int, list[int]]:
         text, length, written = await super().generate_non_streaming(*args, **options)
@@ -104,6 +110,7 @@ class _Bound:
 
     def __init__(self, manager: PoolManager, key: str) -> None:
         self._manager, self._key = manager, key
+        self.written: list[int] = []
         self._start: Callable[[], object] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -139,7 +146,11 @@ class _Bound:
         return request_id
 
     def register_result_handler(self, request_id: str, callback: Callable[..., None]) -> None:
-        self._manager.register_result_handler(request_id, callback)
+        def noted(output: Any) -> None:
+            self.written = output.generated_tokens
+            callback(output)
+
+        self._manager.register_result_handler(request_id, noted)
         if self._start is not None:
             self._start()
 
@@ -180,6 +191,8 @@ class _Handler(BaseHandler):
         config: Any = super()._build_generation_config(body, *args, **options)
         if "temperature" in body or "top_p" in body:
             config.do_sample = body.get("temperature", 1) >= GREEDY
+        if bias := body.get("logit_bias"):  # transformers reads it in chats only
+            config.sequence_bias = {(token,): value for token, value in bias.items()}
         config.seed, config.asked = seed, "max_tokens" in body or "max_completion_tokens" in body
         served = _SERVED.get()
         if self.asked is AskedChat:

@@ -58,6 +58,7 @@ class Asked(BaseModel):
     seed: int | None = None
     stop: Stop | None = None
     stream: bool | None = None
+    logit_bias: dict[int, float] | None = None
 
 
 class AskedChat(Asked):
@@ -65,7 +66,6 @@ class AskedChat(Asked):
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    logit_bias: dict[int, float] | None = None
     tools: list[dict[str, Any]] | None = None
 
 
@@ -82,7 +82,6 @@ NEUTRAL: dict[str, Any] = {
     "best_of": 1,
     "echo": False,
     "frequency_penalty": 0,
-    "logit_bias": {},
     "logprobs": False,
     "n": 1,
     "presence_penalty": 0,

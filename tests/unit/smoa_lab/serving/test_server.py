@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
+from transformers import GenerationConfig
 
 from smoa import AdapterPool
 from smoa.errors import ConfigError
@@ -196,7 +197,7 @@ def test_an_answer_ends_before_a_stop_and_others_go_on(client: Any, alone: Alone
 def test_the_beginning_of_a_stop_is_held_back_until_it_is_known() -> None:
     queue = asyncio.Queue[Any]()
     stopped: list[bool] = []
-    shown = UntilStop(queue, Stops(["\n\n", "END", "x" * 1_000_000], None), lambda: stopped.append(True))
+    shown = UntilStop(queue, Stops(["\n\n", "END", "x" * 1_000_000], None), lambda: stopped.append(True), str)
     texts = ["one", "\n", "two E", "N", "E", "\nfour\n", "\n", "five", None]
     for text in texts:
         queue.put_nowait(text)
@@ -238,6 +239,22 @@ def test_each_request_samples_as_it_asks(client: Any, alone: Alone) -> None:
         == completed(client, "anna")
         == alone.completion("anna", "abc")
     )
+
+
+def test_an_answer_that_is_cut_inside_a_character_streams_as_it_is_answered(room: Path, tmp_path: Path) -> None:
+    base = chat_base(tmp_path / "base")
+    GenerationConfig(pad_token_id=0, eos_token_id=2).save_pretrained(base)  # any byte may be written
+    first_byte = loaded(base)[0]("\U0001f600", add_special_tokens=False)["input_ids"][0]
+    options: dict[str, Any] = {"max_tokens": 3, "temperature": 0, "logit_bias": {str(first_byte): 1000}}
+    with (
+        served(base, room / "adapters") as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key=KEY) as client,
+    ):
+        for stop in (None, ["unseen"]):
+            cut = completed(client, "anna", stop=stop, **options)
+            assert set(cut) == {"\ufffd"}
+            stream = client.completions.create(model="anna", prompt="abc", stop=stop, stream=True, **options)
+            assert "".join(chunk.choices[0].text for chunk in stream) == cut
 
 
 def test_an_unknown_model_is_404_with_the_nearest_name(client: Any, room: Path) -> None:
@@ -315,12 +332,14 @@ def test_a_request_that_an_ending_server_cancels_ends_without_an_error() -> None
     assert len(canceled) == 1
 
 
-def test_no_request_ends_the_generation_of_others(client: Any, alone: Alone) -> None:
+def test_no_request_ends_the_generation_of_others_and_each_has_its_own_bias(client: Any, alone: Alone) -> None:
     assert completed(client, "anna", temperature=1e-40) == alone.completion("anna", "abc")
     options = {"model": "anna", "messages": [{"role": "user", "content": "hag"}], "max_tokens": NEW, "temperature": 0}
     for bias in ({"99999999": 1}, {"-1": 1}):
         with pytest.raises(openai.BadRequestError, match="generation_config"):
             client.chat.completions.create(**options, logit_bias=bias)
+    letter = alone.tokenizer("h", add_special_tokens=False)["input_ids"][0]
+    assert completed(client, "anna", logit_bias={str(letter): 1000}) == "h" * NEW
     answer = client.chat.completions.create(**options, logit_bias={})
     assert answer.choices[0].message.content == alone.chat("anna", "hag")
 
