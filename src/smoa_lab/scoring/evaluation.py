@@ -145,7 +145,7 @@ class Evaluation:
         if not self.rows or (stage == "before" and self.are_questions and not self.baseline):
             return
         what = "questions" if self.are_questions else "rows"
-        logger.info("Scoring %d held-out %s %s training", len(self.rows), what, stage)
+        logger.info("Scoring %d held-out %s", len(self.rows), what)
         if self.are_questions:
             self.outcomes[stage] = answer_outcomes(model, self.encoder, self.rows, self.batch_tokens)
             by_task = score_outcomes(self.outcomes[stage])
@@ -158,6 +158,8 @@ class Evaluation:
             scores = {"rows": len(losses.nll), "tokens": sum(losses.tokens), "loss": losses.mean}
             self.evaluation[stage] = {"all": scores | {"loss_stderr": losses.stderr, "perplexity": losses.perplexity}}
         prompts = [ids for _, ids, _ in self.prompts]
+        if prompts:
+            logger.info("Writing %d sample answers", len(prompts))
         new_tokens = QUESTION_TOKENS if self.are_questions else NEW_TOKENS
         texts = continue_prompts(model, self.encoder.tokenizer, prompts, new_tokens)
         self.written[stage] = [" ".join(text.split()) for text in texts] if self.are_questions else texts
@@ -231,7 +233,7 @@ class Forgetting:
     def measure(self, model: Any, stage: str) -> None:
         """Measure the loss ``before`` or ``after``."""
         if self.texts:
-            logger.info("Scoring %d passages of general text %s training", len(self.texts), stage)
+            logger.info("Scoring %d passages of general text", len(self.texts))
             self.losses[stage] = text_losses(model, self.tokenizer, self.texts)
 
     @property

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smoa_lab.basics.positions import prompt_room
 from smoa_lab.data.encoding import pad_token
-from smoa_lab.scoring.losses import left_padded, scoring
+from smoa_lab.scoring.losses import left_padded, progress, scoring
 
 
 def continue_prompts(
@@ -34,7 +34,7 @@ def continue_prompts(
             for ids, head in zip(prompts, heads, strict=True)
         ]
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    with scoring(model):
+    with scoring(model), progress("writing", len(order)) as bar:
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             batch = [prompts[number] for number in numbers]
@@ -47,6 +47,7 @@ def continue_prompts(
             )
             answers = tokenizer.batch_decode(written[:, max(map(len, batch)) :], skip_special_tokens=True)
             texts.update(zip(numbers, map(str.strip, answers), strict=True))
+            bar.update(len(numbers))
     return [texts[number] for number in range(len(prompts))]
 
 

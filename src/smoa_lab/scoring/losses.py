@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from smoa_lab.data.encoding import IGNORED, Tokens
 
@@ -119,12 +120,18 @@ def score(
         return rows[group[0]].start + len(group) * max(len(rows[number].answer) for number in group)
 
     scores: dict[int, Score] = {}
-    with scoring(model):
+    with scoring(model), progress("scoring", len(rows)) as bar:
         for chosen in batches([cost(group) for group in groups], batch_tokens):
             numbers = [number for place in chosen for number in groups[place]]
             batch = _score_batch(model, [[rows[number] for number in groups[place]] for place in chosen], pad)
             scores.update(zip(numbers, batch, strict=True))
+            bar.update(len(numbers))
     return [scores[number] for number in range(len(rows))]
+
+
+def progress(what: str, total: int) -> Any:
+    """A bar on a terminal, in the process that shows the lab's log."""
+    return tqdm(desc=what, total=total, leave=False, disable=None if logger.isEnabledFor(logging.INFO) else True)
 
 
 def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:

@@ -59,6 +59,8 @@ def _train(
     if arguments.world_size == 1 and not (arguments.deepspeed or arguments.fsdp):  # these place a model themselves
         to_device(run.base, arguments.device)  # as the Trainer will; scoring before it would take the CPU
     evaluation = run.evaluation(alone=arguments.world_size == 1)
+    if not evaluation.rows:
+        logger.info("No %s are held out, so none are scored", "rows" if run.config.has_rows else "questions")
     evaluation.measure(run.base, "before")
     forgetting.measure(run.base, "before")
     model, trainer, seconds = run.fit(arguments, checkpoint)

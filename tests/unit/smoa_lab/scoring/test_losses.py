@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import statistics
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -211,6 +213,19 @@ def test_losses_are_those_of_a_loop_over_rows_and_tokens(
     found, expected = row_losses(model, ROWS, pad=0), naive(model)
     assert found.tokens == [count for _, count in expected] == [2, 10, 3, 3, 0]
     assert found.nll == pytest.approx([nll for nll, _ in expected], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_where_the_log_is_shown(
+    on_terminal: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream: Any = io.StringIO()
+    stream.isatty = lambda: on_terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    for level in ("WARNING", "INFO"):
+        caplog.set_level(level, "smoa_lab")
+        row_losses(tiny_models.build("llama"), BATCH, pad=0)
+        assert ("scoring: " in stream.getvalue()) is (on_terminal and level == "INFO")
 
 
 def test_the_mean_is_over_tokens_and_not_over_rows() -> None:

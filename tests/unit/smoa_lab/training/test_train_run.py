@@ -39,11 +39,14 @@ def untested(values: dict[str, Any]) -> RunConfig:
     return check_config(values)
 
 
-def test_without_held_out_questions_a_run_is_trained_and_not_scored(untested: RunConfig) -> None:
+def test_without_held_out_questions_a_run_is_trained_and_a_line_says_that_it_is_not_scored(
+    untested: RunConfig,
+) -> None:
     model = untested.model.model_copy(update={"options": {"revision": "v2"}})
     metrics = train_run.train(untested.model_copy(update={"model": model}))
     assert metrics["evaluation"] == {}
     assert metrics["training"]["steps"] == 2
+    assert "No questions are held out, so none are scored" in RunFolder(untested.folder).log.read_text()
     adapter = RunFolder(untested.folder).adapter
     assert (adapter / "adapter_model.safetensors").is_file()
     assert base_section(adapter) == ModelSection(name=model.name, options={"revision": "v2"})
