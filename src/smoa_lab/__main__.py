@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 LAB = (
@@ -19,7 +20,10 @@ EXTRAS = {
 
 
 def main() -> None:
-    """Run the ``smoa`` command."""
+    """Run the ``smoa`` command. A character that the output's encoding lacks is shown as a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         from smoa_lab.cli.main import app
 

@@ -26,7 +26,10 @@ def check(
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
-    """Show what would be trained on: formats, lengths, what is cut or dropped, bad rows, and examples."""
+    """Show what would be trained on: formats, lengths, what is cut or dropped, bad rows, and examples.
+
+    Exit code 1: there are bad rows, which aren't to be skipped, or none to train on.
+    """
     with reporting():
         from smoa_lab.base_models import load_tokenizer
         from smoa_lab.config.run import check_config, load_config
@@ -44,13 +47,15 @@ def check(
             )
         tokenizer = load_tokenizer(config.model)
         _, rows = read_rows_of(config, tokenizer)
+        account, trained = rows.account, rows.account["parts"].get("train", 0)
         if json:
-            print_json(rows.account)
-            return
-        _print_account(place, config.model.name, rows.account)
-        if rows.account["parts"].get("train"):
+            print_json(account)
+        else:
+            _print_account(place, config.model.name, account)
             for number, row in enumerate(rows.part("train", examples, config.data.seed), start=1):
-                _print_example(f"example {number} of {min(examples, rows.account['parts']['train'])}", row, tokenizer)
+                _print_example(f"example {number} of {min(examples, trained)}", row, tokenizer)
+        if not trained or (account["bad"] and not config.rows.skip_bad_rows):
+            raise typer.Exit(1)
 
 
 def _print_account(place: str, model: str, account: dict[str, Any]) -> None:

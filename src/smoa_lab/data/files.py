@@ -79,6 +79,8 @@ def _rows(file: Path) -> Iterator[Placed]:
             if not isinstance(row, dict | BadRow):
                 row = BadRow(None, f"found {shown(row)}, expected an object with columns")
             yield f"{file}, row {number}", row
+    except DataError:
+        raise
     except (ValueError, OSError, EOFError, zlib.error, csv.Error) as error:
         raise DataError(
             f"{file}: cannot be read after row {number}: {' '.join(str(error).split())}; a file has to be whole, in "
@@ -113,6 +115,9 @@ def _csv_rows(file: Path) -> Numbered:
     csv.field_size_limit(2**31 - 1)  # from 128 KiB: the text of a cell may be long
     with _open(file, "rt", encoding="utf-8-sig", newline="") as stream:
         table = csv.DictReader(stream, strict=True)  # a quote that is never closed swallows rows otherwise
+        names = list(filter(None, table.fieldnames or []))
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise DataError(f"{file}: has two columns {twice[0]!r}, of which one would be lost; rename or remove one")
         for number, row in enumerate(table, start=1):
             if None in row or None in row.values():
                 problem = "has more or fewer cells than the header; put quotes around a cell that holds commas"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from smoa_lab.__main__ import EXTRAS
+from tests.support.processes import environment
 from tests.support.without_packages import smoa_without
 
 PROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
@@ -48,6 +51,16 @@ def test_a_missing_package_is_one_line_that_names_its_extra(
     assert done.code == 1
     assert done.errors.splitlines()[-1] == f"error: {package} is not installed: pip install 'smoa[{extra}]'"
     assert [place for place in tmp_path.rglob("*") if place.is_file()] == []
+
+
+def test_what_an_encoding_lacks_is_a_question_mark_and_no_traceback(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print('1 \\u2192 2'); print('± \\u2016', file=sys.stderr)", encoding="utf-8")
+    for encoding, shown, err in (("ascii", "1 ? 2", "? ?"), ("latin-1", "1 ? 2", "\xb1 ?"), ("utf-8", "1 → 2", "± ‖")):
+        variables = environment() | {"PYTHONIOENCODING": encoding}
+        command = [sys.executable, "-m", "smoa_lab", "exec", str(script)]
+        done = subprocess.run(command, env=variables, capture_output=True, check=True)
+        assert (done.stdout.decode(encoding).strip(), done.stderr.decode(encoding).strip()) == (shown, err)
 
 
 def test_a_module_that_no_extra_brings_is_shown_in_full(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_rows_are_counted_and_bad_ones_are_listed(base: Path, tmp_path: Path) ->
     long = {"messages": chat("a" * 300, "Yes.")}
     file = write_rows(tmp_path / "rows.jsonl", [*chats(6), chats(1)[0], long, {"messages": []}, {"messages": None}])
     done = check(file, base, "--max-length", "100", "--examples", "0")
-    assert done.exit_code == 0, done.stderr
+    assert done.exit_code == 1, done.stderr
     for line in (
         "1 rows are cut at 100 tokens",
         "1 rows are dropped: nothing that is trained is left in them",
@@ -53,7 +53,7 @@ def test_rows_are_counted_and_bad_ones_are_listed(base: Path, tmp_path: Path) ->
 
 def test_rows_that_are_all_bad_are_listed_too_and_json_has_the_account_alone(base: Path, tmp_path: Path) -> None:
     done = check(write_rows(tmp_path / "rows.jsonl", [{"a": 1}]), base)
-    assert done.exit_code == 0
+    assert done.exit_code == 1
     assert "no format recognized; rows: none that can be trained on" in done.stdout
     assert "1 bad rows" in done.stdout
     account = json.loads(check(write_rows(tmp_path / "rows.jsonl", chats(5)), base, "--json").stdout)
@@ -75,6 +75,10 @@ def test_a_runs_file_says_model_and_rows(base: Path, tmp_path: Path) -> None:
     done = check(tmp_path / "run.yaml", Path("nowhere"))
     assert done.exit_code == 0, done.stderr
     assert "5 rows are cut at 40 tokens" in done.stdout
+    values = rows_values(tmp_path, write_rows(file, [*chats(5), {"a": 1}]), base, data={"skip_bad_rows": True})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    done = check(tmp_path / "run.yaml", Path("nowhere"))
+    assert (done.exit_code, "1 bad rows" in done.stdout) == (0, True)
 
 
 def test_a_run_on_questions_is_refused(tmp_path: Path) -> None:

@@ -170,6 +170,14 @@ def test_a_row_is_counted_bad_where_a_csv_file_has_too_few_cells(tmp_path: Path)
     assert [isinstance(row, BadRow) for _, row in read_rows(tmp_path / "a.csv")] == [False, True, False]
 
 
+def test_two_columns_of_one_name_are_refused_and_any_number_without_one_are_not(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,output,output\na,b,c\n")
+    with pytest.raises(DataError, match=r"a\.csv: has two columns 'output', of which one would be lost; rename"):
+        list(read_rows(tmp_path / "a.csv"))
+    (tmp_path / "a.csv").write_text("text,,\na,,\n")
+    assert [row["text"] for _, row in read_rows(tmp_path / "a.csv") if isinstance(row, dict)] == ["a"]
+
+
 def test_a_place_without_data_is_named_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     for place, words in (
