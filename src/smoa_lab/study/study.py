@@ -32,8 +32,8 @@ class Entry(Section):
 class Tuning(Section):
     """The search for a learning rate, the same for each entry: half decades around the start, and on in the better
     direction until the best of them has neighbors on both sides or ``max_runs`` are spent; with ``refine`` the quarter
-    decades beside the best as well. Judged by the gold answers' loss on the validation part after a run with ``seed``.
-    ``max_runs: 0`` takes the start as it is."""
+    decades beside the best as well, which count too. Judged by the gold answers' loss on the validation part after a
+    run with ``seed``. ``max_runs: 0`` takes the start as it is."""
 
     seed: Seed = 100
     max_runs: Literal[0] | Annotated[int, Field(ge=3)] = 6
