@@ -1,7 +1,7 @@
 """Bases, rows and readers of `tests/golden`: what the code of commit 1eaf65e9 made, to which today's is held.
 
-`tests/golden/make.py` uses the same file, in a clone of that commit. Weights come from NumPy's RandomState, whose
-stream never changes.
+`tests/golden/make.py` of the commit "Keep golden files of commit 1eaf65e9" made them, in a clone of that one. Weights
+come from NumPy's RandomState, whose stream never changes.
 """
 
 from __future__ import annotations
