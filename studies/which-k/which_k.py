@@ -4,7 +4,8 @@
     ../old/.venv/bin/python studies/which-k/which_k.py ../old which-k-512 [--only ENTRY ...]
 
 They stop and resume as all studies do. The rule is in which-k-512.yaml; runs that another study has already made are
-taken from there. Afterwards the runs and the report of each study are copied into studies/NAME.
+taken from there. Afterwards the runs and the report of each study are copied into studies/NAME. `--store` copies what
+is finished of one into NAME.jsonl.gz here, from where the next clone goes on.
 """
 
 from __future__ import annotations
@@ -28,12 +29,19 @@ def main() -> None:
     parser.add_argument("clone", type=Path)
     parser.add_argument("name")
     parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--store", action="store_true")
     given = parser.parse_args()
     studies = given.clone.resolve() / "studies"
     sys.path.insert(0, str(studies))
 
     import phonebook
     import stored
+
+    stored_runs, runs = HERE / f"{given.name}.jsonl.gz", studies / given.name / "runs.jsonl.gz"
+    if given.store:
+        stored.pack(runs.parent)
+        shutil.copy(runs, stored_runs)
+        return
 
     class Searched(phonebook.PhoneBook):
         """A phone book whose rates are searched at its own number of names."""
@@ -51,7 +59,9 @@ def main() -> None:
         shutil.copy(HERE / f"{given.name}.yaml", folder)
         if given.name != "which-k-csqa":
             stored.LAST_LAYERS[given.name] = Searched
-        if given.name in MADE and not (folder / "runs.jsonl.gz").exists():
+        if stored_runs.exists() and not runs.exists():
+            shutil.copy(stored_runs, runs)
+        elif given.name in MADE and not runs.exists():
             take(studies / MADE[given.name], folder)
     stored.run(given.name, given.only)
     target = HERE.parent / given.name
