@@ -180,6 +180,8 @@ def loading_adapter(place: str | Path) -> Iterator[None]:
 def check_weights(adapter: Path) -> None:
     """Raise DataError unless the adapter has its weights in a whole safetensors file: a pickle is not read."""
     file = adapter / SAFETENSORS_WEIGHTS_NAME
+    if file.is_file() and not os.access(file, os.R_OK):  # safetensors would say that there is no such file
+        raise DataError(f"{file}: this user may not read it; its owner can allow that (chmod a+r)")
     try:
         with safe_open(file, "pt"):
             pass

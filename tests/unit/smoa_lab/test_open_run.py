@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +110,9 @@ def test_a_half_written_config_of_an_adapter_is_one_error(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("method", ["smoa", "lora"])
-def test_weights_that_are_damaged_or_of_another_base_are_one_error(method: str, tmp_path: Path) -> None:
+def test_weights_that_are_damaged_locked_or_of_another_base_are_one_error(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = SmoaConfig(target_modules=["q_proj"]) if method == "smoa" else LoraConfig(target_modules=["q_proj"])
     get_peft_model(tiny_models.build("llama"), config).save_pretrained(tmp_path)
     assert isinstance(with_saved_adapter(tiny_models.build("llama"), tmp_path), PeftModel)
@@ -119,6 +122,10 @@ def test_weights_that_are_damaged_or_of_another_base_are_one_error(method: str, 
     file.write_bytes(file.read_bytes()[:99])
     with pytest.raises(DataError, match=r"adapter_model\.safetensors: is not a whole safetensors file"):
         with_saved_adapter(tiny_models.build("llama"), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)  # root may read all files
+        with pytest.raises(DataError, match="this user may not read it; its owner can allow that"):
+            with_saved_adapter(tiny_models.build("llama"), tmp_path)
     file.rename(tmp_path / "adapter_model.bin")
     with pytest.raises(DataError, match="is not a whole safetensors file"):
         with_saved_adapter(tiny_models.build("llama"), tmp_path)
