@@ -131,7 +131,8 @@ def score(
 
 def progress(what: str, total: int) -> Any:
     """A bar on a terminal, in the process that shows the lab's log."""
-    return tqdm(desc=what, total=total, leave=False, disable=None if logger.isEnabledFor(logging.INFO) else True)
+    shown = total > 0 and logger.isEnabledFor(logging.INFO)
+    return tqdm(desc=what, total=total, leave=False, disable=None if shown else True)
 
 
 def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
