@@ -1,4 +1,4 @@
-"""Writes docs/results.md and the tables of docs/verdict.md from the stored studies: python studies/results_page.py."""
+"""Writes docs/results.md and the table of docs/verdict.md from the stored studies: python studies/results_page.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The tables of docs/verdict.md, from the summaries of the studies; results_page.py writes them.
+"""The table of docs/verdict.md, from the summaries of the studies; results_page.py writes it.
 
-A table goes between `<!-- begin NAME -->` and `<!-- end NAME -->`; the rest of the page is written by hand.
+It goes between `<!-- begin planned -->` and `<!-- end planned -->`; the rest of the page is written by hand.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Compared:
     """SMoA against LoRA in one measure of a study of classification or answers: ``loss``, or ``accuracy`` in %."""
 
     measure: str
-    smoa: str = "spectral-lora"
+    smoa: str
     lora: str = "lora"
 
     @property
@@ -57,68 +57,49 @@ class Compared:
 
 @dataclass(frozen=True)
 class Forgot:
-    """What SMoA and LoRA forgot of the first task in a study of two tasks: in a ``part`` of the summary, at LoRA's
-    ``rate`` if the part has several."""
+    """What SMoA and LoRA forgot of the first task in a study of two tasks: in a ``part`` of the summary."""
 
     part: str
-    rate: float | None = None
     form = 1, 3
 
     def values(self, summary: dict[str, Any]) -> Values:
-        rows = [row for row in summary[self.part] if row["entry"] == "smoa-k8" and row["difference"]]
-        (row,) = (row for row in rows if self.rate is None or abs(row["other"]["rate"] / self.rate - 1) < 0.01)
+        (row,) = (row for row in summary[self.part] if row["entry"] == "smoa-k8" and row["difference"])
         found, kept = row["difference"], row["own"]["kept_loss"] if "own" in row else row["kept_loss"]
         forgot = kept - summary["before"]["first"]["gold_loss"]
         mean, low, high = found["mean"], found["low"], found["high"]
         return Values(forgot, forgot - mean, mean, low, high, found["holm_p"], found["holm_verdict"])
 
 
-LOSS, ACCURACY = Compared("loss"), Compared("accuracy")
-ROWS: dict[str, list[tuple[str, str, Compared | Forgot]]] = {
-    "planned": [
-        ("Loss, commonsense mixture, Gemma", "commonsense", Compared("loss", "smoa-k8-r1", "lora-r1")),
-        ("The same, LoRA r = 2", "commonsense-float32", Compared("loss", "smoa-k8-r2", "lora-r2")),
-        ("Loss, headlines, MiniLM", "headlines", Compared("loss", "smoa-k8")),
-        ("The same, finer rates", "headlines-refined", Compared("loss", "smoa-k8")),
-        ("Loss, CommonsenseQA, Gemma", "which-blocks", Compared("loss", "smoa-spectral")),
-        ("Accuracy (%)", "which-blocks", Compared("accuracy", "smoa-spectral")),
-        ("512 pairs recalled (%), MiniLM", "recall-512", Compared("accuracy", "smoa-k8")),
-        ("256 pairs recalled (%), Gemma", "recall-gemma-256", Compared("accuracy", "smoa-k8")),
-        ("256 numbers recalled (%), SmolLM2", "phonebook-256", Compared("accuracy", "smoa-spectral")),
-        ("The same, LoRA r = 2", "phonebook-256", Compared("accuracy", "smoa-spectral-r2", "lora-r2")),
-        ("512 numbers recalled (%), SmolLM2", "phonebook-512", Compared("accuracy", "smoa-spectral")),
-        ("The same, LoRA r = 2", "phonebook-512", Compared("accuracy", "smoa-spectral-r2", "lora-r2")),
-        ("Facts in a new phrasing (%), SmolLM2", "biographies-64", Compared("accuracy", "smoa-spectral")),
-        ("The same, four times the facts", "biographies-256", Compared("accuracy", "smoa-spectral")),
-        ("Forgot, SmolLM2", "retention-smollm2", Forgot("equal")),
-        ("Forgot, SmolLM2, tasks swapped", "retention-smollm2-reversed", Forgot("equal")),
-        ("Forgot, SmolLM2, 1 in 11 rows old", "retention-replay", Forgot("equal")),
-        ("Forgot, Gemma", "retention-seeds", Forgot("equal")),
-        ("Forgot, Gemma, rate too high", "retention-seeds", Forgot("next_rate")),
-        ("Forgot, SmolLM2, rate too high", "retention-smollm2", Forgot("next_rate")),
-    ],
-    "added": [
-        ("Loss, headlines, MiniLM", "scale-headlines", LOSS),
-        ("Accuracy (%)", "scale-headlines", ACCURACY),
-        ("Loss, CommonsenseQA, Gemma", "scale-csqa", LOSS),
-        ("Accuracy (%)", "scale-csqa", ACCURACY),
-        ("Forgot, SmolLM2, LoRA at 2e-3", "retention-smollm2", Forgot("lower_levels", 2e-3)),
-        ("LoRA at 3e-3", "retention-smollm2", Forgot("lower_levels", 3e-3)),
-        ("Tasks swapped, LoRA at 2e-3", "retention-smollm2-reversed", Forgot("lower_levels", 2e-3)),
-        ("LoRA at 3e-3", "retention-smollm2-reversed", Forgot("lower_levels", 3e-3)),
-    ],
-}
+ROWS: list[tuple[str, str, Compared | Forgot]] = [
+    ("Loss, commonsense mixture, Gemma", "commonsense", Compared("loss", "smoa-k8-r1", "lora-r1")),
+    ("The same, LoRA r = 2", "commonsense-float32", Compared("loss", "smoa-k8-r2", "lora-r2")),
+    ("Loss, headlines, MiniLM", "headlines", Compared("loss", "smoa-k8")),
+    ("The same, finer rates", "headlines-refined", Compared("loss", "smoa-k8")),
+    ("Loss, CommonsenseQA, Gemma", "which-blocks", Compared("loss", "smoa-spectral")),
+    ("Accuracy (%)", "which-blocks", Compared("accuracy", "smoa-spectral")),
+    ("512 pairs recalled (%), MiniLM", "recall-512", Compared("accuracy", "smoa-k8")),
+    ("256 pairs recalled (%), Gemma", "recall-gemma-256", Compared("accuracy", "smoa-k8")),
+    ("256 numbers recalled (%), SmolLM2", "phonebook-256", Compared("accuracy", "smoa-spectral")),
+    ("The same, LoRA r = 2", "phonebook-256", Compared("accuracy", "smoa-spectral-r2", "lora-r2")),
+    ("512 numbers recalled (%), SmolLM2", "phonebook-512", Compared("accuracy", "smoa-spectral")),
+    ("The same, LoRA r = 2", "phonebook-512", Compared("accuracy", "smoa-spectral-r2", "lora-r2")),
+    ("Facts in a new phrasing (%), SmolLM2", "biographies-64", Compared("accuracy", "smoa-spectral")),
+    ("The same, four times the facts", "biographies-256", Compared("accuracy", "smoa-spectral")),
+    ("Forgot, SmolLM2", "retention-smollm2", Forgot("equal")),
+    ("Forgot, SmolLM2, tasks swapped", "retention-smollm2-reversed", Forgot("equal")),
+    ("Forgot, SmolLM2, 1 in 11 rows old", "retention-replay", Forgot("equal")),
+    ("Forgot, Gemma", "retention-seeds", Forgot("equal")),
+    ("Forgot, Gemma, rate too high", "retention-seeds", Forgot("next_rate")),
+    ("Forgot, SmolLM2, rate too high", "retention-smollm2", Forgot("next_rate")),
+]
 HEADER = ["measure", "SMoA", "LoRA", "difference", "Holm's p", "result"]
 
 
 def write(page: Path) -> None:
-    """Write the tables into the page."""
+    """Write the table into the page."""
     text = page.read_text(encoding="utf-8")
-    for name, rows in ROWS.items():
-        table = Table(HEADER, [line(title, STUDIES / study, what) for title, study, what in rows]).markdown()
-        text = re.sub(
-            rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", rf"\1\n{table}\n\n\2", text, flags=re.DOTALL
-        )
+    table = Table(HEADER, [line(title, STUDIES / study, what) for title, study, what in ROWS]).markdown()
+    text = re.sub(r"(<!-- begin planned -->\n).*?(<!-- end planned -->)", rf"\1\n{table}\n\n\2", text, flags=re.DOTALL)
     page.write_text(text, encoding="utf-8")
 
 

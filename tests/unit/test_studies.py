@@ -89,7 +89,7 @@ def test_the_documents_and_studies_take_at_most_10_megabytes() -> None:
 
 
 def test_the_pages_of_results_are_those_of_the_stored_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables of studies and of their headroom; those of the verdict; answers before and after."""
+    """Tables of studies and of their headroom; that of the verdict; answers before and after."""
     for name in ("verdict.md", "gallery.md"):
         shutil.copy(results_page.DOCS / name, tmp_path)
     results_page.main(tmp_path)
