@@ -16,29 +16,16 @@ from smoa_lab.pages.tables import Table
 
 PAGE = STUDIES.parent / "docs" / "gallery.md"
 LAB_RESULTS = PAGE.parent / "lab-results"
-ASKED = {
-    "retention-smollm2": (
-        "bf8fa2e6d0719e4648280e04eb25fefb50e9053d7e43bf86721049edccefa7a1",
-        [
-            ("State the final answer to the following arithmetic problem: 21 + 40 + 79 =", "140"),
-            ("State the final answer to the following arithmetic problem: 46 + 11 + 68 =", "125"),
-            ("State the final answer to the following arithmetic problem: 42 + 15 =", "57"),
-            ("State the final answer to the following arithmetic problem: 34 - 18 =", "16"),
-            ("State the final answer to the following arithmetic problem: 4 + 0 =", "4"),
-        ],
-    ),
-    "scale-csqa": (
-        "023048810e087ce3618e2d128228ebcc4e99c01a1c125b195cb84ffb01b74385",
-        [
-            ("If you have leftover cake, where would you put it?", "refrigerator"),
-            ("Where is one likely to find poker chips?", "bar"),
-            ("Where in your home would you keep a ballpoint pen when not in use?", "desk drawer"),
-            ("Where might you see a green field while driving?", "countryside"),
-            ("What can eating hamburger cause immediately after eating it?", "indigestion"),
-        ],
-    ),
-}
-"""Of each study the digest of its test part, which its runs have too, and the first questions with their answers."""
+ASKED = [
+    ("If you have leftover cake, where would you put it?", "refrigerator"),
+    ("Where is one likely to find poker chips?", "bar"),
+    ("Where in your home would you keep a ballpoint pen when not in use?", "desk drawer"),
+    ("Where might you see a green field while driving?", "countryside"),
+    ("What can eating hamburger cause immediately after eating it?", "indigestion"),
+]
+"""The first questions of the study's test part, with their answers."""
+DIGEST = "023048810e087ce3618e2d128228ebcc4e99c01a1c125b195cb84ffb01b74385"
+"""Of that test part; its runs have it too."""
 WORDS = 24
 """A text is cut after so many words."""
 STAGES = ("before", "LoRA", "SMoA")
@@ -58,15 +45,15 @@ def dialogue() -> Table:
     return Table(["said", "a person answered", *STAGES], lines)
 
 
-def marked(study: str, entries: tuple[str, str]) -> Table:
-    """Which of the first questions of a study's test part were answered right: by the untouched model, and with seed 0
-    by LoRA and SMoA at the rate of their lowest loss."""
-    runs, (digest, questions) = runs_of(STUDIES / study), ASKED[study]
-    shown = [runs["untouched"], *(best(runs, entry) for entry in entries)]
-    assert {run["sha256"] for run in shown} == {digest}  # the questions are those that were asked
+def commonsense() -> Table:
+    """Which of the first questions of CommonsenseQA were answered right: by the untouched model, and with seed 0 by
+    LoRA and SMoA at the rate of their lowest loss."""
+    runs = runs_of(STUDIES / "scale-csqa")
+    shown = [runs["untouched"], best(runs, "lora"), best(runs, "spectral-lora")]
+    assert {run["sha256"] for run in shown} == {DIGEST}  # the questions are those that were asked
     lines = [
         [question, answer, *("right" if run["questions"]["right"][i] else "wrong" for run in shown)]
-        for i, (question, answer) in enumerate(questions)
+        for i, (question, answer) in enumerate(ASKED)
     ]
     count, shares = len(shown[0]["questions"]["right"]), [run["scores"]["all"]["accuracy"] for run in shown]
     return Table(
@@ -89,12 +76,7 @@ def cell(text: str) -> str:
 
 def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    tables = {
-        "dialogue": dialogue(),
-        "sums": marked("retention-smollm2", ("lora", "smoa-k8")),
-        "commonsense": marked("scale-csqa", ("lora", "spectral-lora")),
-    }
-    for name, table in tables.items():
+    for name, table in {"dialogue": dialogue(), "commonsense": commonsense()}.items():
         start, end = (text.index(f"<!-- {edge} {name} -->") for edge in ("begin", "end"))
         lines = table.markdown(["---"] * len(table.header))
         text = f"{text[:start]}<!-- begin {name} -->\n\n{lines}\n\n{text[end:]}"
