@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from smoa import MergeError, SmoaConfig, UnsupportedModuleError
 from smoa.hotswap import hotswap_adapter
 from smoa.layers.experts import ParamWrapper
-from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import UNDECIDED
 from tests import reference
 from tests.support.decompositions import NoDecomposition
@@ -77,25 +75,6 @@ def test_an_adapter_is_trained_saved_and_loaded_without_a_decomposition(family: 
     assert not torch.equal(logits(loaded), before)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
-def test_a_merged_model_says_the_same_under_the_same_names_and_unmerging_restores_every_bit(family: str) -> None:
-    model, plain = adapted(family, init_weights=False), build_mixture(family)
-    expected, state = logits(model), plain.state_dict()
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    generated = model.generate(input_ids=tokens(), **options)
-    model.merge_adapter()
-    assert_close(logits(model), expected)
-    model.unmerge_adapter()
-    weights = {name: wrapper.stored_weight() for name, wrapper in wrappers(model).items()}
-    for name, weight in weights.items():
-        assert any(torch.equal(weight, tensor) for key, tensor in state.items() if key.endswith(name))
-    merged = model.merge_and_unload()
-    assert_close(logits(merged), expected)
-    assert torch.equal(merged.generate(input_ids=tokens(), **options), generated)
-    assert merged.state_dict().keys() == state.keys()
-    assert [type(module) for module in merged.modules()] == [type(module) for module in plain.modules()]
-
-
 @pytest.mark.parametrize("family", INTERFACED)
 def test_every_implementation_of_the_experts_gives_the_same_output_and_gradients(family: str) -> None:
     found = []
@@ -110,11 +89,10 @@ def test_every_implementation_of_the_experts_gives_the_same_output_and_gradients
             torch.testing.assert_close(own, first, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
-def test_gradient_checkpointing_changes_no_gradient(family: str) -> None:
+def test_gradient_checkpointing_changes_no_gradient() -> None:
     gradients = []
     for checkpoint in (False, True):
-        model = adapted(family, init_weights=False).train()
+        model = adapted("qwen3_moe", init_weights=False).train()
         if checkpoint:
             model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
         model(input_ids=tokens(), labels=tokens()).loss.backward()
@@ -231,11 +209,7 @@ def with_oracles_weights(wrapped: nn.Module, leaves: dict[str, tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize(
-    ("family", "settings"),
-    [
-        *((family, {}) for family in FAMILIES),
-        ("qwen3_moe", {"modulation": "none"}),
-    ],
+    ("family", "settings"), [*((family, {}) for family in FAMILIES), ("qwen3_moe", {"modulation": "none"})]
 )
 def test_outputs_and_gradients_are_those_of_the_oracles_weights(family: str, settings: dict[str, str]) -> None:
     wrapped = experts_of(family, **settings)
@@ -270,7 +244,6 @@ def test_two_active_adapters_add_up() -> None:
         wrapper.set_adapter(["default", "second"])
         getattr(plain, name).data += wrapper.get_delta_weight("default") + wrapper.get_delta_weight("second")
     arguments = inputs(wrapped)
-    assert len(wrappers(wrapped)) == sum(isinstance(module, ParamWrapper) for module in wrapped.modules())
     assert_close(wrapped["experts"](*arguments), plain(*arguments))
 
 
@@ -310,8 +283,8 @@ def test_compiled_experts_give_the_same_output() -> None:
     assert_close(compiled(*arguments), wrapped["experts"](*arguments))
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_experts_that_accelerate_offloads_are_adapted_and_merged(family: str, tmp_path: Path) -> None:
+def test_experts_that_accelerate_offloads_are_adapted_and_merged(tmp_path: Path) -> None:
+    family = "gpt_oss"
     expected = logits(adapted(family, init_weights=False))
     base = build_mixture(family)
     disk_offload(base, str(tmp_path), torch.device("cpu"))
@@ -414,23 +387,6 @@ def test_experts_adapted_on_the_meta_device_are_partitioned_once_weights_are_the
         assert_close(own.rank_scale, expected.rank_scale)
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_adapted_experts_are_loaded_onto_the_meta_device_and_moved_there(
-    low_cpu_mem_usage: bool, tmp_path: Path
-) -> None:
-    model = get_peft_model(build_mixture("qwen3_moe"), SmoaConfig(target_parameters=EXPERTS, **SETTINGS))
-    model.save_pretrained(tmp_path)
-    with torch.device("meta"):
-        base = build_mixture("qwen3_moe")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")  # PyTorch's, as with LoRA
-        loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    for moved in (loaded, model.to("meta")):
-        assert {parameter.device.type for parameter in moved.parameters()} == {"meta"}
-        labels = {tensor.device.type for name, tensor in moved.state_dict().items() if "labels" in name}
-        assert labels == {"cpu"}  # they stay in memory
-
-
 def test_a_parameter_that_fsdp1_has_flattened_is_refused() -> None:
     wrapper = wrappers(experts_of("qwen3_moe"))["down_proj"]
     base: nn.Module = wrapper.get_base_layer()
@@ -480,14 +436,3 @@ def test_a_safe_merge_of_broken_factors_changes_nothing() -> None:
         wrapper.merge(safe_merge=True)
     assert torch.equal(wrapper.stored_weight(), before)
     assert not wrapper.merged
-
-
-def test_disabling_the_adapter_of_merged_experts_unmerges_them() -> None:
-    wrapped = experts_of("qwen3_moe")
-    before = {name: clone_leaf(wrapper.stored_weight()) for name, wrapper in wrappers(wrapped).items()}
-    for layer in wrapped.modules():
-        if isinstance(layer, SmoaLayer):
-            layer.merge()
-            layer.enable_adapters(False)
-    wrapped["experts"](torch.randn(0, 24).double(), torch.ones(0, 2).long(), torch.ones(0, 2).double())
-    assert all(torch.equal(wrapper.stored_weight(), before[name]) for name, wrapper in wrappers(wrapped).items())

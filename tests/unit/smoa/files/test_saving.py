@@ -249,22 +249,6 @@ def test_an_adapter_that_lies_in_the_folder_besides_is_left_as_it_is(tmp_path: P
     assert "my/base" not in (theirs / "README.md").read_text()
 
 
-def test_a_base_in_a_folder_with_the_name_of_a_word_is_renamed_only_where_it_is_named(
-    tmp_path: Path, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    tiny_llama.save_pretrained("model")
-    loaded_base = type(tiny_llama).from_pretrained("model")
-    save_adapter(
-        get_peft_model(loaded_base, SmoaConfig(target_modules=["q_proj"])), "adapter", base_model_name="org/tiny"
-    )
-    card = ModelCard.load("adapter/README.md")
-    assert card.data.base_model == "org/tiny"
-    assert "base_model:adapter:org/tiny" in card.data.tags
-    assert "Provide a longer summary of what this model is." in card.text
-    assert "org/tiny" not in card.text
-
-
 def test_the_path_of_a_base_is_replaced_in_a_card(tmp_path: Path, tiny_llama: PreTrainedModel) -> None:
     place = str(tmp_path / "base")
     tiny_llama.save_pretrained(place)
@@ -358,16 +342,6 @@ def test_an_adapter_of_another_method_is_loaded_without_smoa() -> None:
     assert "import smoa" not in card.text
 
 
-def test_every_adapter_saved_gets_a_card_beside_its_config(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
-    model = get_peft_model(tiny_llama, SmoaConfig(r=4, target_modules=["q_proj"]), "first")
-    model.add_adapter("second", SmoaConfig(r=6, target_modules=["q_proj"]))
-    save_adapter(model, tmp_path / "mine", base_model_name="org/base", metrics={"accuracy": 0.625})
-    for name, r in (("first", 4), ("second", 6)):
-        text = (tmp_path / "mine" / name / "README.md").read_text()
-        assert "0.625" in text
-        assert f'"r": {r}' in text
-
-
 def test_a_card_for_another_method_is_refused_before_anything_is_written(
     tiny_llama: PreTrainedModel, tmp_path: Path
 ) -> None:
@@ -378,29 +352,16 @@ def test_a_card_for_another_method_is_refused_before_anything_is_written(
     assert (tmp_path / "mine" / "adapter_config.json").is_file()
 
 
-@pytest.mark.parametrize(
-    ("source", "text"),
-    [
-        ("~/models/base/", "base"),
-        ("C:\\models\\base", "base"),
-        ("/models/tiny.gguf", "tiny.gguf"),
-    ],
-)
-def test_of_a_local_base_only_the_last_name_is_told(source: str, text: str) -> None:
-    assert named_base(source) == NamedBase(text, None)
-
-
-def test_a_folder_that_exists_is_local_even_if_it_looks_like_a_hub_id(
+def test_of_a_local_base_only_the_last_name_is_told_and_a_hub_id_is_a_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for source in ("~/models/base/", "C:\\models\\base", "/models/base"):
+        assert named_base(source) == NamedBase("base", None)
+    assert named_base("org/base") == NamedBase("org/base", "org/base")
+    assert named_base(None) == named_base("") == NamedBase("a model without a name", None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "base").mkdir(parents=True)
     assert named_base("org/base") == NamedBase("base", None)
-
-
-def test_a_hub_id_is_a_name_and_a_link_and_a_model_may_have_no_name() -> None:
-    assert named_base("org/base") == NamedBase("org/base", "org/base")
-    assert named_base(None) == named_base("") == NamedBase("a model without a name", None)
 
 
 @pytest.mark.parametrize("save", [PeftModel.save_pretrained, save_adapter])

@@ -328,16 +328,6 @@ def test_labels_are_compared_when_they_change_and_never_in_a_step(monkeypatch: p
     assert compared == [1]
 
 
-def test_transforms_gather_nothing_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = contiguous()
-    expected = layer(x)
-    with gathers(monkeypatch) as found:
-        output, pullback = torch.func.vjp(lambda x: layer.branch_output(x, "default"), x.detach())
-        pullback(torch.ones_like(output))
-    assert not found
-    assert_close(output + layer.base_layer(x), expected)
-
-
 @pytest.mark.parametrize(("route", "dtype"), [("fused", torch.float32), ("apart", torch.bfloat16)])
 def test_a_compiled_layer_computes_the_same(route: Kernels, dtype: torch.dtype) -> None:
     torch.compiler.reset()

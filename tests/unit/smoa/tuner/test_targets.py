@@ -17,15 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrizations, prune, weight_norm
 from transformers import (
-    BartConfig,
-    BartModel,
     Llama4ForCausalLM,
     Llama4TextConfig,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
-    Wav2Vec2Config,
-    Wav2Vec2Model,
 )
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.llama4.modeling_llama4 import Llama4Router
@@ -129,17 +125,12 @@ def test_all_linear_leaves_out_routers_with_a_forward_of_their_own_and_names_the
     assert_close(model(torch.tensor([[5, 9, 3]])).logits, logits)
 
 
-def test_a_router_with_a_forward_of_its_own_is_refused_if_it_is_named() -> None:
-    with pytest.raises(UnsupportedModuleError, match=r"router: .*Llama4Router has a forward of its own"):
-        get_peft_model(llama4(), SmoaConfig(target_modules=["router", "q_proj"]))
-
-
 class Renamed(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
 
 
-class Scaled(nn.Linear):
+class Doubled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
 
@@ -147,28 +138,19 @@ class Scaled(nn.Linear):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_linear_layer_with_a_forward_of_its_own_is_adapted_if_it_computes_the_same(device: str) -> None:
     with torch.device(device):
-        renamed, scaled = Wrapper(Renamed(8, 6)), Wrapper(Scaled(8, 6))
+        renamed, doubled = Wrapper(Renamed(8, 6)), Wrapper(Doubled(8, 6))
     state = torch.random.get_rng_state()
-    with pytest.raises(UnsupportedModuleError, match=r"layer: .*Scaled has a forward of its own"):
-        get_peft_model(scaled, SmoaConfig(target_modules=["layer"]))
+    with pytest.raises(UnsupportedModuleError, match=r"layer: .*Doubled has a forward of its own"):
+        get_peft_model(doubled, SmoaConfig(target_modules=["layer"]))
     assert torch.equal(torch.random.get_rng_state(), state)
     model = get_peft_model(renamed, SmoaConfig(target_modules=["layer"]))
     assert set(smoa_layers(model)) == {"layer"}
 
 
-def test_a_convolution_with_a_normalized_weight_is_refused_by_name() -> None:
-    sizes = {"num_feat_extract_layers": 1, "conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (3,)}
-    model = Wav2Vec2Model(Wav2Vec2Config(**SMALL, **sizes, num_hidden_layers=1, num_conv_pos_embedding_groups=2))
-    with pytest.raises(UnsupportedModuleError, match=r"pos_conv_embed\.conv: .*weight is not a parameter.*parametriz"):
-        get_peft_model(model, SmoaConfig(target_modules=["pos_conv_embed.conv"]))
-
-
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:ensure_weight_tying has no effect:UserWarning")
-@pytest.mark.parametrize("family", ["t5", "bart"])
-def test_an_embedding_that_only_lends_its_weight_is_refused_and_those_that_are_called_are_named(family: str) -> None:
-    sizes = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 1, "decoder_layers": 1}
-    model = build("t5") if family == "t5" else BartModel(BartConfig(vocab_size=64, d_model=32, **sizes))
+def test_an_embedding_that_only_lends_its_weight_is_refused_and_those_that_are_called_are_named() -> None:
+    model = build("t5")
     pattern = r"shared: .*does not call it, but decoder\.embed_tokens and encoder\.embed_tokens.*ensure_weight_tying"
     with pytest.raises(UnsupportedModuleError, match=pattern):
         get_peft_model(model, SmoaConfig(target_modules=["shared"]))
@@ -271,7 +253,7 @@ class Odd(nn.Module):
         self.norm = nn.Parameter(torch.ones(8))
         self.kernel = nn.Parameter(torch.ones(2, 3, 4, 5))
         self.packed = nn.Parameter(torch.ones(2, 8, 8, dtype=torch.uint8), requires_grad=False)
-        self.eight = nn.Parameter(torch.ones(2, 8, 8).to(torch.float8_e4m3fn), requires_grad=False)
+
         self.plain = nn.Linear(8, 8)
         self.parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
 
@@ -287,20 +269,10 @@ BAD: dict[str, tuple[dict[str, Any], type[SmoaError], str]] = {
         ConfigError,
         r"target_parameters: inner.norm has shape \(8,\), and only those of 2 or 3 dimensions .*leave it out",
     ),
-    "four dimensions": (
-        {"target_parameters": ["kernel"]},
-        ConfigError,
-        r"inner.kernel has shape \(2, 3, 4, 5\), and only those of 2 or 3",
-    ),
     "quantized": (
         {"target_parameters": ["packed"]},
         UnsupportedModuleError,
         r"inner.packed has shape \(2, 8, 8\) and is quantized to torch.uint8.*dequantize=True",
-    ),
-    "in 8-bit floats": (
-        {"target_parameters": ["eight"]},
-        UnsupportedModuleError,
-        r"inner.eight has shape \(2, 8, 8\) and is quantized to torch.float8_e4m3fn",
     ),
     "its module too": (
         {"target_parameters": ["plain.weight"], "target_modules": ["plain"]},
@@ -330,9 +302,8 @@ def test_a_parameter_that_can_not_be_adapted_is_refused_before_anything_changes(
     assert [name for name, _ in model.named_modules()] == before
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_a_router_is_refused(family: str) -> None:
-    name = "mlp.router.weight" if family == "gpt_oss" else "mlp.gate.weight"
+@pytest.mark.parametrize(("family", "name"), [("qwen3_moe", "mlp.gate.weight"), ("gpt_oss", "mlp.router.weight")])
+def test_a_router_is_refused(family: str, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name} has shape \(5, 24\) and chooses the experts.*leave the router out"):
         adapted(build_mixture(family), target_parameters=[*EXPERTS, name])
 
@@ -360,12 +331,6 @@ def test_all_linear_says_nothing_if_there_are_none_or_they_are_named() -> None:
         adapted(build_mixture("mixtral"), target_modules="all-linear", target_parameters=EXPERTS)
 
 
-def test_a_parameter_of_the_model_itself_is_refused_with_pefts_words() -> None:
-    model = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match=r"Targeting an nn.Parameter on the top-level module is not supported"):
-        adapted(model, target_parameters=["weight"])
-
-
 # kinds of layers
 
 
@@ -390,11 +355,6 @@ def test_a_layer_whose_weight_is_computed_is_refused(make: Callable[[], nn.Modul
     refusal = kind_of(base).refusal(base)
     assert refusal is not None
     assert "computed from others" in refusal
-
-
-class Doubled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
 
 
 class Positions(nn.Embedding):
