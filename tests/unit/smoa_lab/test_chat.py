@@ -169,14 +169,6 @@ def test_an_adapter_a_base_and_another_adapter_each_write_their_own_text(
     assert said(KeptChat(tmp_path / "lora")) == by_generate(base, tmp_path / "lora") != texts["base"]
 
 
-def test_a_base_in_half_precision_writes_its_own_text_again_after_an_adapter(base: Path, mine: Path) -> None:
-    model = KeptChat(mine, dtype="bfloat16")
-    said(model)
-    model.base()
-    half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    assert said(model) == written(half, base, HELLO)
-
-
 def damage(adapter: Path) -> None:
     """Give its factors a shape that fits no layer."""
     file = adapter / "adapter_model.safetensors"
@@ -228,13 +220,6 @@ def test_a_load_that_cannot_work_is_an_error_of_ours(tmp_path: Path, base: Path,
     assert said(model) == by_generate(base, mine)
 
 
-def test_a_base_that_was_moved_is_known_by_both_names(tmp_path: Path, base: Path, mine: Path, other: Path) -> None:
-    moved = shutil.copytree(base, tmp_path / "moved")
-    model = KeptChat(mine, name=str(moved))
-    model.load(str(other))
-    assert list(model.adapters) == ["mine", "other"]
-
-
 def test_adapters_are_named_after_their_runs_and_numbered_if_those_have_one_name(
     tmp_path: Path, base: Path, mine: Path
 ) -> None:
@@ -265,11 +250,6 @@ def test_the_template_saved_with_one_adapter_and_its_end_of_turn_are_not_another
     again = KeptChat(mine)
     again.load(str(other))
     assert [again.tokens(HELLO)["input_ids"].tolist(), again.base_model.generation_config.eos_token_id] == before
-
-
-def test_a_temperature_samples(base: Path) -> None:
-    model = KeptChat(base, temperature=5.0)
-    assert len({said(model) for _ in range(3)}) > 1
 
 
 def test_the_model_sees_the_system_prompt_and_all_turns(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

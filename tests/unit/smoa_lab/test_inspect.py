@@ -18,10 +18,8 @@ from smoa import SmoaConfig
 from smoa.analysis import UpdateSpectrum
 from smoa.errors import ConfigError, MergeError
 from smoa_lab import inspect
-from smoa_lab.base_models import load_base_model
-from smoa_lab.config.run import ModelSection
 from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, layer_table, weights_and_updates
-from smoa_lab.inspect_page import POINTS, by_block, by_layer, coverage, inspection_page, place, spectrum
+from smoa_lab.inspect_page import POINTS, by_block, coverage, inspection_page, place, spectrum
 from smoa_lab.pages.charts import MUTED, color_of
 from tests.support import lab, tiny_models
 from tests.support.layers import Wrapper
@@ -114,21 +112,12 @@ def test_the_update_of_a_convolution_is_a_matrix(config: type) -> None:
     assert torch.allclose(update, expected, atol=1e-5)
 
 
-def test_r_does_not_bind_the_rank_where_the_whole_weight_is_scaled(base: Path) -> None:
-    layers, _ = reports(base, LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False, use_dora=True))
-    assert {layer.rank_bound for layer in layers} == {None}
-
-
-def test_without_modulation_the_rank_is_bound_by_r(base: Path) -> None:
+def test_without_modulation_the_rank_is_bound_by_r_unless_the_whole_weight_is_scaled(base: Path) -> None:
     layers, _ = reports(base, smoa_config(modulation="none", partition="contiguous"))
     assert {layer.rank_bound for layer in layers} == {4}
     assert all(layer.rank <= 4 for layer in layers)
-
-
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
-def test_an_embedding_is_inspected_as_a_matrix(base: Path) -> None:
-    layers, _ = reports(base, SmoaConfig(r=4, target_modules=["embed_tokens"], init_weights=False))
-    assert [(layer.module, layer.columns) for layer in layers] == [("model.embed_tokens", 32)]
+    layers, _ = reports(base, LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False, use_dora=True))
+    assert {layer.rank_bound for layer in layers} == {None}
 
 
 def test_spectra_and_scales_are_the_updates_own_and_far_layers_are_marked(
@@ -166,20 +155,6 @@ def test_a_lora_is_reported_by_its_rank_and_without_blocks(lora: list[LayerRepor
     assert page.count("<figure data-chart>") == 4
     assert "Block by block" not in page
     assert "spectral scores" not in page
-
-
-def test_the_base_is_loaded_in_the_revision_that_the_adapter_records(
-    base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[ModelSection] = []
-
-    def load(wanted: ModelSection) -> object:
-        asked.append(wanted)
-        return load_base_model(wanted)
-
-    monkeypatch.setattr(inspect, "load_base_model", load)
-    reports(base, smoa_config(revision="v2"))
-    assert asked == [ModelSection(name=str(base), options={"revision": "v2"})]
 
 
 def test_every_expert_is_reported_by_itself(tmp_path: Path) -> None:
@@ -247,17 +222,6 @@ def drawn_rows(chart: Any) -> list[list[dict[str, Any]]]:
 def test_layers_are_placed_by_their_number_and_kind() -> None:
     assert place("model.layers.12.self_attn.q_proj") == {"layer": 12, "kind": "q_proj"}
     assert place("classifier") == {"layer": 0, "kind": "classifier"}
-
-
-def test_every_kind_of_module_has_a_panel_with_a_line_for_each_adapter() -> None:
-    modules = [f"layers.{layer}.{kind}" for layer in (0, 1) for kind in ("q_proj", "up_proj")]
-    ours, theirs = (
-        [dataclasses.replace(report(method), module=module) for module in modules] for method in ("smoa", "lora")
-    )
-    drawn = by_layer({"ours": ours, "theirs": theirs}, "effective_rank", "Rank").to_dict()
-    assert [panel["title"] for panel in drawn["concat"]] == ["q_proj", "up_proj"]
-    scale = drawn["concat"][0]["layer"][0]["encoding"]["color"]["scale"]
-    assert scale == {"domain": ["ours", "theirs"], "range": [color_of("smoa"), color_of("lora")]}
 
 
 def test_blocks_have_their_coverage_and_scale_in_one_chart() -> None:

@@ -205,14 +205,6 @@ def carried_out(study: Study, workers: int, seed: int) -> list[Job]:
     return done
 
 
-def test_one_worker_searches_first_and_then_runs_one_seed_of_all_entries_after_another(study: Study) -> None:
-    done = carried_out(study, workers=1, seed=0)
-    assert done[0] == Untouched()
-    finals = [job for job in done if isinstance(job, Trial) and job.stage == "final"]
-    assert done[-len(finals) :] == finals
-    assert [(job.entry, job.seed) for job in finals] == [(name, seed) for seed in (0, 1, 2) for name in BEST]
-
-
 @pytest.mark.parametrize("refine", [False, True])
 @pytest.mark.parametrize("workers", [2, 40])
 def test_many_workers_run_the_very_trials_that_one_runs(study: Study, workers: int, refine: bool) -> None:
@@ -222,14 +214,6 @@ def test_many_workers_run_the_very_trials_that_one_runs(study: Study, workers: i
         done = carried_out(study, workers, seed)
         assert len(done) == len(wanted)
         assert set(done) == set(wanted)
-
-
-def test_an_entry_whose_search_is_over_waits_for_no_other(study: Study) -> None:
-    plan = Comparison(study)
-    while trials := plan.search("lora"):
-        plan.finish(trials[0], outcome(trials[0]))
-    finals = [job for job in plan.ready(["ours", "lora"]) if isinstance(job, Trial) and job.stage == "final"]
-    assert {job.entry for job in finals} == {"lora"}
 
 
 def test_what_is_left_is_never_overestimated(study: Study) -> None:

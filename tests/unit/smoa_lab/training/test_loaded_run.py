@@ -41,7 +41,6 @@ from tests.support.own_rows import (
     rows_base,
     rows_config,
     rows_values,
-    tokenizer_with,
     write_rows,
 )
 
@@ -278,13 +277,6 @@ def test_an_adapter_on_the_output_layer_is_refused(talks: Path, base: Path, tmp_
     assert refused(tokens).startswith("method: trainable_tokens would adapt the output layer, which is tied")
 
 
-def test_without_named_layers_those_of_pefts_defaults_are_trained(talks: Path, base: Path, tmp_path: Path) -> None:
-    config = rows_config(tmp_path, talks, base, data=ALL, adapter={"r": 4})
-    assert losses(train(config))
-    adapter = json.loads((config.folder / "adapter" / "adapter_config.json").read_text())
-    assert set(adapter["target_modules"]) == {"q_proj", "v_proj"}
-
-
 def test_rows_beyond_the_models_positions_are_refused_unless_they_are_cut(base: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "long.jsonl", [{"text": "word " * 300}] * 2)
     message = refused(rows_config(tmp_path, file, base, data=ALL, training={"max_length": None}))
@@ -292,16 +284,6 @@ def test_rows_beyond_the_models_positions_are_refused_unless_they_are_cut(base: 
         "training.max_length: rows of up to 1,502 tokens would be given to this model, which has 1,024 pos"
     )
     assert losses(train(rows_config(tmp_path, file, base, data=ALL)))
-
-
-def test_rows_of_all_the_models_positions_are_trained_and_answered(tmp_path: Path) -> None:
-    base = tiny_gpt2(tmp_path / "base", positions=64, tokenizer=tokenizer_with(PLAIN))
-    rows = write_rows(tmp_path / "long.jsonl", [{"text": f"{i} word " * 20} for i in range(20)])
-    adapter = {"r": 4, "num_blocks": 2, "target_modules": ["c_attn"]}
-    data = {"test_part": 0.3, "samples": 2}
-    metrics = train(rows_config(tmp_path, rows, base, data=data, adapter=adapter, training={"max_length": 64}))
-    assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}] * 2
-    assert metrics["forgetting"]["tokens"] == 63 * metrics["forgetting"]["passages"]
 
 
 def test_only_answers_whose_prompts_fit_are_asked_for(base: Path, tmp_path: Path) -> None:
@@ -390,15 +372,6 @@ def test_held_out_rows_are_scored_before_and_after_and_the_card_says_what_was_tr
     assert files_with(base, run) == {"config.yaml", "adapter/adapter_config.json"}
 
 
-def test_so_many_rows_are_trained_and_of_those_of_a_test_file_tested(talks: Path, base: Path, tmp_path: Path) -> None:
-    other = write_rows(tmp_path / "test.jsonl", chats(3))
-    data = {"test": str(other), "test_examples": 1, "train_examples": 2}
-    metrics = train(rows_config(tmp_path, talks, base, data=data, training={"max_steps": -1, "num_train_epochs": 3}))
-    assert metrics["data"]["parts"] == {"test": 3, "train": 13}
-    assert metrics["training"]["steps"] == 3
-    assert metrics["evaluation"]["after"]["all"]["rows"] == 1
-
-
 def test_processes_that_accelerate_does_not_count_don_t_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaded_run, "is_distributed", lambda: True)
     monkeypatch.setattr(loaded_run.dist, "get_world_size", lambda: 2)
@@ -447,14 +420,6 @@ def test_questions_of_all_the_models_positions_are_trained_and_answered_and_long
     metrics = train(fitting)
     assert metrics["data"]["truncation"]["prompts_cut"] == 15  # so each has as many tokens as there are positions
     assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}] * 2
-
-
-def test_validation_without_validation_questions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = values_of(tmp_path, monkeypatch, eval_strategy="epoch")
-    needs = "data.validation_part: 0.05 of the questions are none, and training.eval_strategy needs some"
-    assert refused(check_config(values)).startswith(needs)
-    values["data"]["validation_examples"] = 0
-    assert refused(check_config(values)).startswith("data.validation_examples: 0 of the questions are none")
 
 
 @pytest.mark.parametrize("on_terminal", [True, False])
