@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -102,21 +101,6 @@ def test_every_outputs_place_is_tried_before_any_work(command: str, run: Path, m
     assert done.exit_code == 1
     assert "cannot be written (Not a directory); choose another place" in done.stderr
     assert done.stdout == ""
-
-
-def test_a_merged_model_scores_as_the_adapter_does(run: Path, tmp_path: Path) -> None:
-    report = json.loads(invoke("merge", run, tmp_path / "merged", "--json"))
-    assert report["layers"] == 4
-    assert report["update_lost"] < 1e-5
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.float32
-    merged = json.loads(invoke("eval", run / "config.yaml", f"model.name={tmp_path / 'merged'}", "--json"))
-    trained = json.loads((run / "metrics.json").read_text())["evaluation"]["after"]["arc_easy"]["gold_loss"]
-    assert merged["scores"]["arc_easy"]["gold_loss"] == pytest.approx(trained, rel=1e-4)
-    again = CliRunner().invoke(app, ["merge", str(run), str(tmp_path / "merged")])
-    assert again.exit_code == 1
-    assert "exists" in again.output
-    halved = json.loads(invoke("merge", run, tmp_path / "halved", "--dtype", "bfloat16", "--json"))
-    assert halved["update_lost"] > 0.001
 
 
 def test_convert_writes_a_lora_and_says_what_it_lost(run: Path, tmp_path: Path) -> None:

@@ -123,18 +123,3 @@ def test_gradient_accumulation_and_checkpointing_train_as_one_batch(tmp_path: Pa
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "save_strategy": "no"}
     trainer(parts, tmp_path, max_steps=2, max_grad_norm=0.0, **settings).train()
     assert_close(logits(parts.eval()), logits(whole.eval()), dtype=torch.float16)
-
-
-def test_two_adapters_are_trained_in_turn_and_do_not_disturb_each_other(tmp_path: Path) -> None:
-    model = adapted()
-    train(model)
-    first = logits(model)
-    model.add_adapter("other", SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj", "v_proj"]))
-    model.set_adapter("other")
-    train(model)
-    second = logits(model)
-    model.set_adapter("default")
-    assert torch.equal(logits(model), first)
-    model.save_pretrained(tmp_path)
-    alone = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "other").eval()
-    assert torch.equal(logits(alone), second)

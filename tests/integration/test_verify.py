@@ -139,29 +139,6 @@ def test_a_merge_that_went_wrong_is_kept_and_told(
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
-def test_an_adapter_with_new_tokens_is_merged_and_compared(tmp_path: Path) -> None:
-    base = lab.saved(lab.tiny_llama(259, 256), lab.byte_tokenizer(), tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.resize_token_embeddings(264, mean_resizing=False)
-    config = SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(model, config).save_pretrained(tmp_path / "wide", save_embedding_layers=True)
-    done = merge(tmp_path / "wide", tmp_path / "merged")
-    assert done.exit_code == 0, done.output
-    assert "agrees  " in done.stdout
-
-
-@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
-def test_a_lora_on_tied_embeddings_is_merged_at_its_own_end_only(tmp_path: Path) -> None:
-    model = lab.tiny_llama(259, 256)
-    model.config.tie_word_embeddings = True
-    model.tie_weights()
-    base = lab.saved(model, lab.byte_tokenizer(), tmp_path / "base")
-    config = peft.LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False)
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    adapted.save_pretrained(tmp_path / "tied", save_embedding_layers=False)
-    assert [verdict.agrees for verdict in verify(tmp_path / "tied", ["merged"])] == [True, True]
-
-
 def test_what_is_no_language_model_is_merged_without_a_comparison(tmp_path: Path) -> None:
     base = lab.saved(lab.tiny_llama(259, 256), lab.byte_tokenizer(), tmp_path / "base")
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import accelerate
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from smoa import MergeError, SmoaConfig
 from tests import reference
 from tests.support.layers import (
-    Wrapper,
     adapted_layer,
     add_adapter,
     base_layer,
@@ -198,17 +196,6 @@ def test_a_layer_cast_while_merged_unmerges_to_the_cast_weight() -> None:
     layer.to(torch.bfloat16)
     layer.unmerge()
     assert torch.equal(layer.get_base_layer().weight, before.to(torch.bfloat16))
-
-
-@pytest.mark.parametrize("safe", [False, True])
-def test_a_model_that_accelerate_offloads_is_merged(safe: bool) -> None:
-    model = get_peft_model(Wrapper(nn.Linear(12, 10)), SmoaConfig(r=4, target_modules=["layer"], init_weights=False))
-    x = torch.randn(3, 12)
-    with torch.no_grad():
-        expected = model(x)
-        accelerate.cpu_offload(model, execution_device="cpu")
-        merged = model.merge_and_unload(safe_merge=safe)
-        torch.testing.assert_close(merged(x), expected)
 
 
 def test_a_weight_shared_by_two_adapted_layers_is_not_merged_twice() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -77,19 +76,6 @@ def test_every_merged_adapter_is_anchored_on_the_pristine_weight(two_adapters: P
     assert torch.equal(layer.base_weight(), together)
     layer.unmerge()
     assert stored_bits(layer.get_base_layer()) == before
-
-
-def test_after_a_second_merge_the_loss_is_that_of_both_adapters(two_adapters: PeftModel) -> None:
-    def loss_of_merging(*names: str) -> str:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            two_adapters.merge_adapter([*names])
-        return next(text for warning in caught if LOST in (text := str(warning.message)))
-
-    loss_of_merging("default")
-    second = loss_of_merging("other")
-    two_adapters.unmerge_adapter()
-    assert loss_of_merging("default", "other") == second
 
 
 @pytest.mark.parametrize("bits", [4, 8])

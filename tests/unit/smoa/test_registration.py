@@ -50,13 +50,6 @@ def test_smoa_is_a_member_of_pefts_enum() -> None:
     assert PEFT_TYPE_TO_PREFIX_MAPPING[member] == "smoa_"
 
 
-def test_registering_again_changes_nothing() -> None:
-    before = [member.name for member in PeftType], dict(PEFT_TYPE_TO_TUNER_MAPPING)
-    ensure_peft_type()
-    register(SmoaConfig, SmoaModel)
-    assert ([member.name for member in PeftType], dict(PEFT_TYPE_TO_TUNER_MAPPING)) == before
-
-
 def test_reloading_smoa_keeps_one_member() -> None:
     member = PeftType.SMOA
     importlib.reload(smoa)

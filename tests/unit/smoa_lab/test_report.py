@@ -44,11 +44,6 @@ def test_a_finished_run_is_shown_whole(tmp_path: Path) -> None:
     assert page.count("<figure data-chart>") == 3
 
 
-def test_a_resumed_run_does_not_claim_all_its_steps_for_the_time_since_then(tmp_path: Path) -> None:
-    page = reported(stored_run(tmp_path / "run", training={"steps": 20, "seconds": 7.25, "resumed": True}))
-    assert "trained, 20 steps, the last ones in 7 s on a CPU." in page
-
-
 @pytest.mark.parametrize(
     ("config", "code"), [(SmoaConfig(r=4, num_blocks=2), "import smoa"), (LoraConfig(r=2), "AutoPeftModelForCausalLM")]
 )
@@ -60,13 +55,6 @@ def test_how_to_load_the_adapter_is_told(config: Any, code: str, tmp_path: Path)
     assert headings(page) == ALL
     assert code in page
     assert f'from_pretrained("{run / "adapter"}")' in unescape(page)
-
-
-def test_a_run_of_all_weights_is_loaded_as_a_model(tmp_path: Path) -> None:
-    run = stored_run(tmp_path / "run")
-    (run / "config.yaml").write_text("method: full\n")
-    (run / "adapter").mkdir()
-    assert "AutoModelForCausalLM.from_pretrained" in reported(run)
 
 
 @pytest.mark.parametrize("content", ['{"config": {', "[1]", "{}"])

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
 from torch.autograd.functional import jacobian, jvp
 from torch.func import functional_call, vmap
 
@@ -132,38 +131,6 @@ def test_autocast_stays_close_to_the_oracle(kind: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert_close(y, oracle_of(layer, x), dtype=torch.bfloat16)
-
-
-class Tied(nn.Module):
-    """An embedding and a head of one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(12, 8)
-        self.head = nn.Linear(8, 12, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.embed(tokens))
-
-
-@pytest.mark.parametrize("target", ["embed", "head"])
-def test_merging_one_end_of_tied_embeddings_leaves_the_other_as_it_is(target: str) -> None:
-    base = Tied()
-    model = get_peft_model(base, SmoaConfig(**SETTINGS | {"target_modules": [target]}))
-    layer = getattr(base, target)
-    randomise(layer)
-    before, tokens = layer.get_base_layer().weight.clone(), torch.arange(6)
-    unmerged = model(tokens)
-    model.merge_adapter()
-    assert_close(model(tokens), unmerged)
-    model.unmerge_adapter()
-    assert torch.equal(layer.get_base_layer().weight, before)
-    ends = {name: module.weight for name, module in (("embed", base.embed), ("head", base.head))}
-    assert ends["embed"] is ends["head"]
-    merged = model.merge_and_unload()
-    assert_close(merged(tokens), unmerged)
-    assert merged.embed.weight is not merged.head.weight
 
 
 # transforms: what LoRA's layers can do

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from smoa.maths.kernels.choice import Kernels
 from tests import reference
-from tests.support.adapted_models import adapted
 from tests.support.gradients import assert_path, inputs, layer_13_to_11, oracle_gradients, own_gradients
 from tests.support.layers import (
     Wrapper,
@@ -23,7 +22,6 @@ from tests.support.layers import (
     factors,
     oracle_delta,
     oracle_output,
-    smoa_layers,
 )
 from tests.support.tolerance import assert_close
 
@@ -83,15 +81,6 @@ def test_whatever_is_frozen_the_others_get_their_gradients(
         assert (leaf.grad is None) == (number in frozen)
         if number not in frozen:
             assert_close(leaf.grad, oracles)
-
-
-@pytest.mark.parametrize(("route", "conv1d"), [("fused", False), ("apart", True)])
-def test_a_trained_bias_gets_its_gradient(route: Kernels, conv1d: bool) -> None:
-    layer = layer_13_to_11(conv1d=conv1d, route=route)
-    bias = layer.get_base_layer().bias.requires_grad_()
-    gradient = torch.randn(2, 5, 11, dtype=torch.float64)
-    layer(inputs(2, 5)).backward(gradient)
-    assert_close(bias.grad, gradient.sum((0, 1)))
 
 
 @pytest.mark.parametrize(("modulation", "conv1d"), [("hadamard", False), ("hadamard", True), ("none", False)])
@@ -198,12 +187,6 @@ def test_an_adapter_on_an_already_wrapped_layer_is_anchored_on_the_innermost_wei
     # LoRA's B is zero, so that its layer gives the base layer's output
     assert_close(layer(x), oracle_output(layer, x))
     assert called
-
-
-def test_an_exported_layer_gives_the_same_output() -> None:
-    layer = smoa_layers(adapted(Wrapper(base_layer(8, 6)), target_modules=["layer"]))["layer"]
-    x = torch.randn(3, 6, dtype=torch.float64)
-    assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
 
 
 @pytest.mark.parametrize("gradients", [False, True])

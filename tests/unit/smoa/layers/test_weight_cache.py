@@ -34,17 +34,6 @@ def test_the_cache_does_not_change_the_output(dtype: torch.dtype, modulation: st
     assert calls == [1, 1]
 
 
-def test_the_weight_is_formed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = adapted_layer(base_layer(13, 11, dtype=torch.float32))
-    formed = []
-    original = layer.merged_weight
-    monkeypatch.setattr(layer, "merged_weight", lambda names: formed.append(names) or original(names))
-    with cached_weights(layer):
-        for _ in range(3):
-            output(layer, torch.randn(1, 11))
-    assert len(formed) == 1
-
-
 def change_labels(layer: Linear) -> None:
     rows = layer.smoa_row_labels["default"].flip(0)
     layer.load_state_dict({"smoa_row_labels.default": rows}, strict=False)
@@ -89,16 +78,6 @@ def test_every_change_is_seen(change: str) -> None:
     torch.testing.assert_close(cached, output(layer, x))
     if change != "dtype":
         assert not torch.allclose(cached, before)
-
-
-def test_dropout_acts_although_a_cache_is_open() -> None:
-    layer = adapted_layer(base_layer(12, 10), smoa_dropout=0.9).train()
-    with cached_weights(layer):
-        output(layer, torch.randn(2, 10, dtype=torch.float64))
-        assert layer.smoa_weight_cache.effective is None
-        assert not layer.smoa_weight_cache.updates
-        output(layer.eval(), torch.randn(2, 10, dtype=torch.float64))
-        assert layer.smoa_weight_cache.nbytes() == layer.base_layer.weight.nbytes
 
 
 def bytes_of_blocks(layer: Any) -> int:

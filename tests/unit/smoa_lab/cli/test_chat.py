@@ -6,19 +6,15 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from smoa_lab import merge
 from smoa_lab.chat import Chat
-from smoa_lab.cli import adapters, chat
-from smoa_lab.cli.console import Dtype
+from smoa_lab.cli import chat
 from smoa_lab.cli.main import app
-from smoa_lab.config.run import ModelSection
-from smoa_lab.data import rows
 from tests.support.chats import chat_base, saved_adapter, written
 
 
@@ -148,9 +144,3 @@ def test_only_two_terminals_make_a_chat(monkeypatch: pytest.MonkeyPatch) -> None
     assert not chat._is_terminal()
     monkeypatch.setattr("sys.stdout", Tty())
     assert chat._is_terminal()
-
-
-def test_the_choices_are_those_of_a_run_and_of_the_library() -> None:
-    assert get_args(Dtype) == get_args(ModelSection.model_fields["dtype"].annotation)
-    assert set(get_args(chat.Template)) == set(get_args(rows.Template))
-    assert get_args(adapters.MergedDtype) == get_args(merge.Dtype)

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import json
-import math
-
 import pytest
 import typer
 
 from smoa.errors import DataError
-from smoa_lab.cli.console import print_json, reporting
+from smoa_lab.cli.console import reporting
 
 
 def test_an_error_of_ours_is_one_line_on_stderr_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,9 +37,3 @@ def test_a_full_disk_is_one_line_whoever_finds_it_full(error: Exception, capsys:
     told = capsys.readouterr().err
     remedy = "make room, or raise ulimit -f, and run the same command again"
     assert told == f"error: the disk is full ({error}); {remedy}\n"
-
-
-def test_json_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
-    print_json({"loss": math.nan, "perplexity": math.inf, "rows": 3})
-    printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert printed == {"loss": None, "perplexity": None, "rows": 3}

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from smoa_lab import init
 from smoa_lab.cli.main import app
-from smoa_lab.config.run import RunConfig, check_config, load_config
+from smoa_lab.config.run import check_config, load_config
 from smoa_lab.config.yaml_text import parse_yaml
-from smoa_lab.init import config_text, default_run, first_values
+from smoa_lab.init import config_text, first_values
 from tests.support import lab
 from tests.support.chats import chat_base
 from tests.support.own_rows import chat, chats, write_rows
@@ -137,12 +137,6 @@ def test_a_model_and_data_are_trained_without_a_file_as_init_would_write_it(tmp_
     assert "Run folder: runs/talks-2\n" in train(*given, *changes).stderr
 
 
-def test_without_a_file_a_method_of_lora_gets_lora_of_the_same_size() -> None:
-    run = default_run("base", "talks.jsonl", ["method=dora", "adapter.lora_dropout=0.1"])
-    block = {"target_modules": "all-linear", "r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
-    assert (run.method, run.adapter) == ("dora", block)
-
-
 BOTH = "give the YAML file of a run, which names model and data, or both --model and --data"
 
 
@@ -168,13 +162,6 @@ def test_what_cannot_be_trained_without_a_file_is_one_error(
     assert message in refused.stderr
     assert refused.stderr.count("error: ") == 1
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_task_gives_a_config_of_questions(tmp_path: Path) -> None:
-    made = invoke("--model", "base", "--data", "arc_easy")
-    assert made.exit_code == 0, made.output
-    assert "arc_easy.yaml: written" in made.output
-    assert isinstance(load_config(tmp_path / "arc_easy.yaml"), RunConfig)
 
 
 def test_model_and_data_are_asked_for(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from pathlib import Path
@@ -9,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, PeftConfig
-from transformers import TrainingArguments
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig
 
 from smoa import ConfigError, SmoaConfig
 from smoa_lab.config.methods import find_method, method_names
 from smoa_lab.config.run import ModelSection, adapter_rate, check_config, load_config, native_dtype
-from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
+from smoa_lab.config.yaml_text import apply_overrides, parse_yaml, to_yaml
 
 ROWS = """
 model: {name: base}
@@ -128,13 +126,6 @@ def test_what_serves_questions_alone_is_refused_and_left_out_for_rows(rows: Path
     assert "early_stopping" not in load_config(file).model_dump()
 
 
-def test_defaults_are_those_of_training_an_adapter_on_conversations(rows: Path) -> None:
-    config = load_config(rows)
-    wanted = {"bf16": False, "assistant_only_loss": True, "report_to": "none", "max_steps": 3}
-    assert wanted.items() <= config.training.items()
-    assert config.folder == Path("runs/mine")
-
-
 def test_a_saved_config_is_read_as_the_same_run(rows: Path) -> None:
     config = load_config(rows, ["early_stopping=2", "training.eval_strategy=epoch"])
     rows.write_text(config.to_yaml())
@@ -172,15 +163,6 @@ def test_preferences_are_trained_by_dpo_where_format_or_keys_say_so(changes: lis
     assert f"training.max_lenght: {name} has no such key" in problems(rows, *changes, "training.max_lenght=3")
 
 
-def test_keys_of_dpo_are_known(rows: Path) -> None:
-    config = load_config(rows, ["data.format=preference", "training.beta=0.3"])
-    assert config.training["beta"] == 0.3
-    assert "assistant_only_loss" not in config.training
-    assert "training.packing: DPOConfig has no such key" in problems(
-        rows, "data.format=preference", "training.packing=true"
-    )
-
-
 def test_the_keys_of_a_trainer_are_picked_and_others_are_refused(rows: Path) -> None:
     arguments: Any = load_config(rows, ["training.use_cpu=true"]).arguments("preference")
     assert isinstance(arguments, DPOConfig)
@@ -198,17 +180,6 @@ def test_tokens_that_are_cut_and_labeled_are_left_to_the_trainer_as_they_are(row
         assert arguments.gradient_checkpointing
 
 
-def test_questions_are_trained_with_transformers_own_defaults(file: Path) -> None:
-    file.write_text(file.read_text().replace("learning_rate: 1e-2, ", ""))
-    config = load_config(file, ["training.use_cpu=true"])
-    given = {**config.training, "output_dir": "x"}
-    assert "learning_rate" not in config.training
-    arguments, plain = config.arguments(), TrainingArguments(**given)
-    for name in (field.name for field in dataclasses.fields(TrainingArguments) if field.init):
-        if name != "output_dir":
-            assert getattr(arguments, name) in (getattr(plain, name), bool(getattr(plain, name))), name
-
-
 def stopping(**training: Any) -> dict[str, Any]:
     values: dict[str, Any] = {"model": {"name": "base"}, "data": {"train": "rows.jsonl"}, "training": training}
     return check_config(values | {"early_stopping": 3, "method": "full"}).training
@@ -221,14 +192,6 @@ def test_early_stopping_keeps_a_checkpoint_of_each_evaluation() -> None:
     assert stopping(eval_strategy="epoch")["save_strategy"] == "epoch"
     assert "save_steps" not in stopping(eval_strategy="epoch")
     assert stopping(eval_strategy="steps", eval_steps=2, save_steps=4)["save_steps"] == 4
-
-
-@pytest.mark.parametrize(("training", "steps"), [({}, 10), ({"logging_steps": 7}, 7), ({"eval_steps": None}, 10)])
-def test_early_stopping_evaluates_and_saves_as_often_as_it_logs_unless_told(
-    training: dict[str, Any], steps: int
-) -> None:
-    found = SFTConfig(**stopping(eval_strategy="steps", use_cpu=True, **training))
-    assert (found.logging_steps, found.eval_steps, found.save_steps) == (steps, steps, steps)
 
 
 def test_early_stopping_needs_validation() -> None:
@@ -278,15 +241,6 @@ def test_what_is_written_is_read_again_as_it_was() -> None:
     assert parse_yaml(text, Path("run.yaml")) == values
     assert text.index("b:") < text.index("a:")
     assert to_yaml({"train": "a long path " * 50}).count("\n") == 1
-
-
-def test_keys_know_their_lines() -> None:
-    assert key_lines("a:\n  b: 1\n  c: {d: 2}\n") == {("a",): 1, ("a", "b"): 2, ("a", "c"): 3, ("a", "c", "d"): 3}
-    assert key_lines("") == {}
-
-
-def test_a_block_may_be_referred_to(file: Path) -> None:
-    assert parse_yaml("a: &a {x: [1]}\nb: *a\nc: {<<: *a, y: 2}", file)["c"] == {"x": [1], "y": 2}
 
 
 @pytest.mark.filterwarnings("ignore:Bone will be removed")  # of PEFT 0.18

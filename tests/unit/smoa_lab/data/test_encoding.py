@@ -125,15 +125,6 @@ def test_a_token_across_the_beginning_of_an_answer_is_trained() -> None:
     assert [words[label] for label in tokens.labels if label != IGNORED] == [" Yes.", " No."]
 
 
-def test_everything_is_trained_where_the_run_asks_for_it() -> None:
-    encoder = Encoder(tokenizer_with(MARKED), assistant_only=False, completion_only=False)
-    for row in ({"messages": chat("Open?", "Yes.")}, {"prompt": "Open?", "completion": " Yes."}):
-        tokens = encoder.encode(example_of(row))
-        assert tokens.labels == tokens.input_ids
-    turns = encoder.encode(example_of({"prompt": chat("Open?"), "completion": chat("", "Yes.")[1:]}))
-    assert turns.labels == turns.input_ids
-
-
 def test_a_completion_is_trained_and_closed_with_the_end_token() -> None:
     encoder = Encoder(tokenizer_with(None))
     assert trained(encoder, {"prompt": "Open?", "completion": " Yes."}) == [" Yes.<eos>"]
@@ -147,16 +138,6 @@ def test_of_a_completion_of_turns_the_users_are_not_trained(name: str) -> None:
     asked, said = chat("Open?", "Yes.", "Today?"), chat("", "No.", "Why?", "Sunday.")[1:]
     found = trained(Encoder(tokenizer_with(template)), {"prompt": asked, "completion": said})
     assert found == [f"No.{closing}", f"Sunday.{closing}"]
-
-
-def test_each_side_of_a_preference_is_trained_after_the_prompt() -> None:
-    encoder = Encoder(tokenizer_with(MARKED))
-    pair: Any = example_of({"prompt": "Open?", "chosen": " Yes.", "rejected": " No."})
-    turns: Any = example_of({"chosen": chat("Open?", "Yes."), "rejected": chat("Open?", "No.")})
-    for row, ends in ((pair, "<eos>"), (turns, "<|im_end|>\n")):
-        for rejected, answer in ((False, "Yes."), (True, "No.")):
-            pieces = trained_pieces(encoder.tokenizer, encoder.encode(row, rejected))
-            assert [text.lstrip(" ") for text, chosen in pieces if chosen] == [answer + ends]
 
 
 ROWS = {
@@ -207,13 +188,6 @@ def test_prompts_and_plain_text_are_prepared_as_by_trl(name: str, kind: list[str
         assert encoded(Encoder(tokenizer, completion_only=False), rows) == whole
 
 
-@pytest.mark.parametrize("name", ["marked", "qwen3"])
-def test_a_completion_of_several_turns_is_prepared_as_by_trl(name: str, tmp_path: Path) -> None:
-    tokenizer = tokenizer_with(CLOSING[name][0])
-    rows = [{"prompt": chat("Open?"), "completion": chat("", "Yes.", "Why?", "So.")[1:]}]
-    assert encoded(Encoder(tokenizer), rows) == of_trl(rows, tokenizer, tmp_path, assistant_only_loss=True)
-
-
 TALK = {"messages": chat("Open?", "Yes.", "Today?", "No.", "Oh.")}
 
 
@@ -246,11 +220,6 @@ def test_an_earlier_answer_is_asked_for_where_the_last_is_too_far_in() -> None:
     assert found is not None
     assert found[1] == "Yes."
     assert encoder.prompt(example_of(TALK), 3) is None
-
-
-def test_the_first_token_is_never_predicted_and_not_counted() -> None:
-    assert Tokens([5, 6, 7], [5, IGNORED, 7]).trained == 1
-    assert Tokens([5], [5]).trained == 0
 
 
 def test_a_long_row_keeps_its_beginning_and_counts_what_it_lost() -> None:
@@ -330,16 +299,6 @@ def test_an_empty_prompt_needs_a_bos_token(tokenizer: PreTrainedTokenizerFast, m
     assert Encoder(tokenizer).gold(SUN).prompt == [tokenizer.bos_token_id]
     with pytest.raises(DataError, match="the prompt is empty and the tokenizer adds no BOS token"):
         Encoder(lab.byte_tokenizer(adds_bos=False)).gold(SUN)
-
-
-def test_the_chat_template_wraps_the_request_with_one_bos(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(DataError, match="no chat template"):
-        Encoder(tokenizer, template="chat")
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[model]"
-    )
-    example = Encoder(tokenizer, template="chat").encode(SUN)
-    assert tokenizer.decode(example.prompt) == "<bos>[user]What warms the Earth?[model]"
 
 
 def test_a_tokenizer_without_an_end_token_cannot_be_trained_with(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,13 +91,6 @@ def test_the_first_row_is_given_before_a_later_fault_is_met(tmp_path: Path, name
     assert next(rows)[1] == {"text": "word " * 100_000}
     with pytest.raises(DataError, match=r"after row 1: .* byte 0xe9 .* UTF-8"):
         list(rows)
-
-
-@pytest.mark.parametrize("style", [{}, {"indent": 2}, {"ensure_ascii": False}])
-def test_a_list_may_be_written_in_any_style(tmp_path: Path, style: dict[str, Any]) -> None:
-    rows = [{"n": -12.5e3, "t": 'é"\\/\b😀' * 10_000, "l": [True, None, {"a": {}}]}, {}, {"t": "\u2028"}]
-    (tmp_path / "a.json").write_text(f" \n{json.dumps(rows, **style)}\r\n\t", encoding="utf-8")
-    assert [row for _, row in read_rows(tmp_path / "a.json")] == rows
 
 
 LINE = '{"text": "Café"}\n'.encode()
@@ -202,23 +194,8 @@ def test_a_file_that_may_not_be_read_is_named_before_anything_is_read(
         read_rows(tmp_path / place)
 
 
-def test_long_tables_are_read_in_batches(tmp_path: Path) -> None:
-    rows = [{"text": str(number)} for number in range(100)]
-    (tmp_path / "a.parquet").write_bytes(parquet_table(rows))
-    found = list(islice(read_rows(tmp_path / "a.parquet"), 40, 42))
-    assert found == [(f"{tmp_path}/a.parquet, row {n + 1}", rows[n]) for n in (40, 41)]
-
-
 HUB_ROWS = [{"text": "a"}, {"text": "b"}]
 WANTED = HubRows(name="owner/rows", config="small", revision="v1", test_split="test")
-
-
-def test_a_file_gives_its_rows_again_and_again(tmp_path: Path) -> None:
-    source = FileSource(write_rows(tmp_path / "rows.jsonl", HUB_ROWS))
-    source.check()
-    expected = [(f"{tmp_path}/rows.jsonl, row {number}", row) for number, row in enumerate(HUB_ROWS, start=1)]
-    assert list(source.rows()) == list(source.rows()) == expected
-    assert source.name == str(tmp_path / "rows.jsonl")
 
 
 def test_the_state_of_a_folder_changes_with_each_of_its_files(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from smoa_lab.data.files import read_rows
-from smoa_lab.data.formats import SHAREGPT_ROLES, BadRow, Format, read_turns, recognize, shape, shown
+from smoa_lab.data.formats import BadRow, Format, read_turns, recognize, shape, shown
 from smoa_lab.data.rows import Message, Row
 
 EXAMPLES = Path(__file__).parents[4] / "examples" / "data"
@@ -197,17 +197,6 @@ def test_turns_are_read_from_json_text_and_parts_of_text_and_have_their_paths() 
     parts = [{"type": "text", "text": "Op", "image": None}, {"type": "text", "text": "en?"}]
     for turns in ([USER, ANSWER], json.dumps([USER, ANSWER]), [{"role": "user", "content": parts}, ANSWER]):
         assert read_turns(turns, "prompt") == read
-
-
-def test_every_name_of_a_role_in_sharegpt_is_known() -> None:
-    for name, role in SHAREGPT_ROLES.items():
-        assert read_turns([{"from": name, "value": "x"}], "a", ("from", "value")) == [("a[0]", Message(role, "x"))]
-
-
-def test_keys_that_change_nothing_are_ignored() -> None:
-    more = {"name": "Nadia", "tool_calls": None, "function_call": None, "thinking": "", "weight": 1}
-    assert read_turns([{**USER, **more}], "a") == read_turns([USER], "a")
-    assert read_turns([{**USER, "weight": None}], "a") == read_turns([USER], "a")
 
 
 CHAT = [USER, ANSWER]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ from smoa_lab.data.prepared import (
     PreparedRows,
     Reading,
     Shares,
-    length_summary,
     require_good_rows,
 )
 from tests.support.own_rows import MARKED, STRICT, chat, chats, tokenizer_with, write_rows
@@ -204,15 +202,6 @@ def test_a_tokenizer_that_knows_no_places_in_the_text_is_refused() -> None:
     source: Any = Listed(texts(2))
     with pytest.raises(DataError, match=r"^model\.name: its ByT5Tokenizer cannot tell where .* a tokenizer\.json, or"):
         Reading(source, None, None, Shares(), Encoder(ByT5Tokenizer())).prepare()
-
-
-def test_the_histogram_has_every_row_once() -> None:
-    lengths = array("I", [1, 16, 17, 32, 33, 1000])
-    summary = length_summary(lengths)
-    assert summary["histogram"] == [[16, 2], [32, 2], [64, 1], [128, 0], [256, 0], [512, 0], [1024, 1]]
-    assert (summary["shortest"], summary["median"], summary["longest"]) == (1, 17, 1000)
-    assert length_summary(array("I", [100, 120]))["histogram"] == [[128, 2]]
-    assert length_summary(array("I")) == {"total": 0, "histogram": []}
 
 
 def test_bad_rows_are_counted_and_the_first_are_listed_unless_they_may_be_skipped() -> None:

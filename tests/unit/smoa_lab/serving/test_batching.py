@@ -301,9 +301,3 @@ def test_a_failure_of_the_thread_that_computes_is_an_error_and_frees_the_adapter
         manager.stop(hard_stop=True)
         assert "out of memory" in str(manager.background_thread_status.fatal_error)
     pool.unload("anna")
-
-
-def test_without_the_pool_the_base_answers_as_ever(pool: AdapterPool, alone: Alone) -> None:
-    generated(pool, [prompt(9)], ["anna"])
-    outputs = pool.base.generate_batch([prompt(9)], GREEDY, ContinuousBatchingConfig(**SMALL), warmup=False)
-    assert [output.generated_tokens for output in outputs.values()] == [alone("__base__", prompt(9))]

@@ -147,15 +147,6 @@ def test_without_a_search_entries_run_at_their_own_rates_and_one_seed_has_no_spr
     assert "is chosen on validation data" not in page(study)
 
 
-def test_seconds_are_those_of_the_machine_that_made_most_runs(study: Study) -> None:
-    fast, slow = ({"provenance": {"device": device, "threads": 1}} for device in ("fast", "slow"))
-    for seed, machine, seconds in ((0, slow, 70.0), (1, slow, 80.0), (2, fast, 10.0)):
-        finish(study, Trial("final", "ours", 0.01, seed), 3.0, seconds=seconds, **machine)
-    finish(study, Trial("final", "lora", 0.01, 0), 3.0, seconds=5.0, **fast)
-    finish(study, Trial("final", "full", 0.001, 0), 3.0, seconds=None, **slow)
-    assert {row.entry: row.seconds for row in rows(study).values()} == {"ours": 75.0, "lora": None, "full": None}
-
-
 def changed(study: Study, **adapter: Any) -> Study:
     """The study with another adapter of one entry."""
     entry = study.entries["ours"].model_copy(update={"adapter": adapter})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import signal
 from pathlib import Path
@@ -14,14 +12,6 @@ import pytest
 
 from smoa.errors import DataError
 from smoa_lab.study.trials import TrialStore
-
-
-def test_a_trial_that_diverged_is_stored_as_json_that_others_can_read(tmp_path: Path) -> None:
-    result = {"config": {"training": {}}, "scores": {"all": {"gold_loss": math.inf}}, "questions": {"nll": [math.nan]}}
-    store = TrialStore(tmp_path)
-    first = store.get("final/lora/x", {}, lambda work: result)
-    assert json.loads(store.file("final/lora/x").read_text(), parse_constant=pytest.fail) == first
-    assert (first["scores"]["all"]["gold_loss"], first["questions"]["nll"]) == (None, [None])
 
 
 def test_how_many_samples_a_run_shows_makes_no_other_config(tmp_path: Path) -> None:

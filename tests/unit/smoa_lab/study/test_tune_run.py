@@ -104,14 +104,3 @@ def test_rows_are_compared_by_the_trainers_own_loss_on_those_held_out(
     assert len(set(found.losses.values())) == len(found.losses)
     monkeypatch.setattr("smoa_lab.study.tune_run.load_run", None)  # the runs are stored
     assert tune_run(config, max_runs=3) == found
-
-
-def test_a_search_without_a_rate_starts_at_that_of_the_models_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def trained(config: RunConfig, work: Path) -> dict[str, Any]:
-        return {"config": config.model_dump(mode="json"), "loss": abs(math.log(config.training["learning_rate"]))}
-
-    monkeypatch.setattr("smoa_lab.study.tune_run._train_rows", trained)
-    config = rows_config(tmp_path, tmp_path / "rows.jsonl", rows_base(tmp_path / "base"))
-    assert list(tune_run(config, max_runs=3).losses) == [1e-3, 3e-3, 1e-2]

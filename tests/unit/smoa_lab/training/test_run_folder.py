@@ -1,16 +1,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 
@@ -159,21 +155,6 @@ def test_the_other_processes_of_a_run_are_let_in_by_the_first(tmp_path: Path, mo
         second.check(SMOA)
         with second.alone():
             assert second.start(SMOA) is None
-
-
-def test_metrics_of_a_run_that_diverged_are_json_that_others_can_read(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    run.finish({"evaluation": {"loss": math.nan}, "history": [{"grad_norm": math.inf, "step": 1}]})
-    found = json.loads(run.metrics.read_text(), parse_constant=pytest.fail)
-    assert found == {"evaluation": {"loss": None}, "history": [{"grad_norm": None, "step": 1}]}
-
-
-def test_the_peak_of_memory_is_told_where_there_is_no_resource_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=2**30))
-    assert run_folder.peak_memory(torch.device("cpu")) > 10**7
-    monkeypatch.setitem(sys.modules, "resource", None)
-    monkeypatch.setattr(psutil, "Process", lambda: used)
-    assert run_folder.peak_memory(torch.device("cpu")) == 2**30
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +136,6 @@ def test_a_second_start_while_a_run_trains_is_refused_before_any_work(
     assert not RunFolder(config.folder).lock.exists()
     with pytest.raises(ConfigError, match="contains a finished run"):
         train_run.train(config)
-
-
-def test_a_run_that_diverged_is_saved_as_json_that_others_can_read(values: dict[str, Any]) -> None:
-    values["training"] |= {"learning_rate": 1e30, "lr_scheduler_type": "constant"}
-    config = check_config(values)
-    assert math.isnan(train_run.train(config)["evaluation"]["after"]["all"]["gold_loss"])
-    stored = json.loads(RunFolder(config.folder).metrics.read_text(), parse_constant=pytest.fail)
-    assert stored["evaluation"]["after"]["all"]["gold_loss"] is None
 
 
 def test_only_the_first_process_tells(
