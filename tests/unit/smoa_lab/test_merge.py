@@ -223,7 +223,8 @@ def test_tokens_that_were_trained_are_merged(base: Path, adapter: Path, output: 
 
 
 @pytest.mark.parametrize(
-    ("family", "trained"), [("llama", None), ("llama", ["embed_tokens", "lm_head"]), ("gemma3", ["lm_head"])]
+    ("family", "trained"),
+    [("llama", None), ("llama", ["embed_tokens", "lm_head"]), ("gemma3", ["embed_tokens", "lm_head"])],
 )
 def test_a_vocabulary_that_was_resized_is_merged(
     base: Path, adapter: Path, output: Path, family: str, trained: list[str] | None

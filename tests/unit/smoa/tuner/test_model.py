@@ -251,6 +251,32 @@ def test_a_deep_copy_of_a_merged_model_unmerges_on_its_own(tiny_llama: PreTraine
     assert torch.equal(logits(model), expected)
 
 
+def test_transformers_own_adapter_interface_takes_smoa(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    model.add_adapter(SmoaConfig(r=4, num_blocks=2, target_modules=QV), "mine")
+    for layer in smoa_layers(model).values():
+        randomise(layer, "mine")
+    model.eval()
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    fresh = tiny_models.build("llama")
+    plain = logits(fresh)
+    fresh.load_adapter(str(tmp_path), "mine")
+    fresh.eval()
+    assert torch.equal(logits(fresh), expected)
+    fresh.disable_adapters()
+    assert torch.equal(logits(fresh), plain)
+    fresh.enable_adapters()
+    assert torch.equal(logits(fresh), expected)
+
+
+def test_low_cpu_mem_usage_makes_meta_factors_only(tiny_llama: PreTrainedModel) -> None:
+    model = get_peft_model(tiny_llama, SmoaConfig(r=4, target_modules=QV), low_cpu_mem_usage=True)
+    for layer in smoa_layers(model).values():
+        assert {factor.device.type for factor in factors(layer)} == {"meta"}
+        assert layer.get_base_layer().weight.device.type == "cpu"
+
+
 # --- layers of an unusual kind ---------------------------------------------------------------------------------------
 
 
