@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from smoa import MergeError, SmoaConfig, UnsupportedModuleError
 from smoa.hotswap import hotswap_adapter
 from smoa.layers.experts import ParamWrapper
+from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import UNDECIDED
 from tests import reference
 from tests.support.decompositions import NoDecomposition
@@ -436,3 +437,33 @@ def test_a_safe_merge_of_broken_factors_changes_nothing() -> None:
         wrapper.merge(safe_merge=True)
     assert torch.equal(wrapper.stored_weight(), before)
     assert not wrapper.merged
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_merged_model_says_the_same_under_the_same_names_and_unmerging_restores_every_bit(family: str) -> None:
+    model, plain = adapted(family, init_weights=False), build_mixture(family)
+    expected, state = logits(model), plain.state_dict()
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    generated = model.generate(input_ids=tokens(), **options)
+    model.merge_adapter()
+    assert_close(logits(model), expected)
+    model.unmerge_adapter()
+    weights = {name: wrapper.stored_weight() for name, wrapper in wrappers(model).items()}
+    for name, weight in weights.items():
+        assert any(torch.equal(weight, tensor) for key, tensor in state.items() if key.endswith(name))
+    merged = model.merge_and_unload()
+    assert_close(logits(merged), expected)
+    assert torch.equal(merged.generate(input_ids=tokens(), **options), generated)
+    assert merged.state_dict().keys() == state.keys()
+    assert [type(module) for module in merged.modules()] == [type(module) for module in plain.modules()]
+
+
+def test_disabling_the_adapter_of_merged_experts_unmerges_them() -> None:
+    wrapped = experts_of("qwen3_moe")
+    before = {name: clone_leaf(wrapper.stored_weight()) for name, wrapper in wrappers(wrapped).items()}
+    for layer in wrapped.modules():
+        if isinstance(layer, SmoaLayer):
+            layer.merge()
+            layer.enable_adapters(False)
+    wrapped["experts"](torch.randn(0, 24).double(), torch.ones(0, 2).long(), torch.ones(0, 2).double())
+    assert all(torch.equal(wrapper.stored_weight(), before[name]) for name, wrapper in wrappers(wrapped).items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,33 @@ from smoa_lab.pages.charts import (
 )
 from tests.support.peft_versions import OF_NEWER_PEFT, installed
 
+# Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
+SIGHT = {
+    "all cones": np.eye(3),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "tritanopia": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+}
 RGB_TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+WHITE = np.array([0.9505, 1.0, 1.089])
 
 
 def linear(color: str) -> Any:
     channels = np.array([int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)])
     return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
+def lab(color: str, sight: Any) -> Any:
+    """CIE L*a*b* of the color as seen."""
+    seen = np.clip(sight @ linear(color), 0, 1)
+    x, y, z = np.cbrt(np.maximum(RGB_TO_XYZ @ seen / WHITE, 0.008856))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
 def contrast(one: str, other: str) -> float:
@@ -45,6 +67,14 @@ def test_colors_are_of_methods_and_all_others_are_muted_and_differ_in_their_line
     others = {"a": "ia3", "b": "vera", "c": "a method of tomorrow"}
     assert {color_of(method) for method in others.values()} == {MUTED}
     assert dashes(others).to_dict()["scale"]["range"] == list(DASHES[:3])
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+def test_any_two_colors_stay_apart(sight: str) -> None:
+    seen = {method: lab(color, SIGHT[sight]) for method, (_, color) in METHODS.items()}
+    pairs = itertools.combinations(seen, 2)
+    nearest = min(pairs, key=lambda pair: float(np.linalg.norm(seen[pair[0]] - seen[pair[1]])))
+    assert np.linalg.norm(seen[nearest[0]] - seen[nearest[1]]) > 15, nearest
 
 
 @pytest.mark.parametrize("paper", ["#ffffff", "#161616"])
