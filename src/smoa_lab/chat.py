@@ -209,7 +209,7 @@ class Chat:
                 "if they are the same, start again with --base"
             )
         if own == self.section.name and base is None:
-            check_base(RunFolder(folder.parent), self.section)
+            check_base(RunFolder(folder.parent), self.section, False)
         check_weights(folder)
         template = self.template or trained_template(path)
         through = chat_template(self.tokenizer, self.own_template, folder, template)

@@ -21,7 +21,8 @@ from smoa.errors import ConfigError, UnsupportedModuleError, UnsupportedVersionE
 from smoa.files.names import PREFIX, adapter_layers
 from smoa_lab.base_models import described_base, load_base_model
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, open_run, with_saved_adapter
-from smoa_lab.training.loaded_run import LoadedRun, load_run
+from smoa_lab.scoring.evaluation import Evaluation
+from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder
 
 
@@ -63,22 +64,25 @@ def convert_run(
     if kind != "SMOA":
         raise ConfigError(f"{source}: is an adapter of the type {kind}; only SMoA's are converted to LoRA")
     run = load_run(open_run(place, base=base)[0]) if score and RunFolder(Path(place)).finished else None
+    held_out = run.evaluation(alone=False) if run else None
+    if held_out is not None:
+        held_out.rows, _ = RunFolder(Path(place)).not_trained_on(held_out.rows)
     model = run.base if run else load_base_model(base_section(source, base))[0]
     adapted = with_saved_adapter(model, source).eval()
     report: dict[str, Any] = {"folder": str(output)}
     report["adapter_parameters"] = sum(p.numel() for name, p in adapted.named_parameters() if ".smoa_" in name)
     with new_folder(Path(output)) as folder:
-        report |= _save_lora(adapted, rank, folder)
-        return report | {"loss": _loss(run, adapted, folder) if run else None}
+        report |= _save_lora(adapted, rank, folder, base)
+        return report | {"loss": _loss(held_out, adapted, folder) if held_out else None}
 
 
-def _loss(run: LoadedRun, adapted: Any, folder: Path) -> dict[str, Any] | None:
+def _loss(held_out: Evaluation, adapted: Any, folder: Path) -> dict[str, Any] | None:
     """What `convert_run` says of the loss; None if nothing is held out."""
-    adapter = run.held_out_losses(adapted)
+    adapter = held_out.measured(adapted)
     if not adapter.nll:
         return None
     model = adapted.unload()
-    before, lora = run.held_out_losses(model), run.held_out_losses(with_saved_adapter(model, folder).eval())
+    before, lora = held_out.measured(model), held_out.measured(with_saved_adapter(model, folder).eval())
     change = lora.change_from(adapter)
     gained = before.mean - adapter.mean
     return {
@@ -93,7 +97,7 @@ def _loss(run: LoadedRun, adapted: Any, folder: Path) -> dict[str, Any] | None:
 
 
 @torch.no_grad()
-def _save_lora(model: Any, rank: int | float, folder: Path) -> dict[str, Any]:
+def _save_lora(model: Any, rank: int | float, folder: Path, base: str | None) -> dict[str, Any]:
     """Write the LoRA's files; its largest rank, its number of parameters, and the error of ΔW, by layer and in all."""
     layers = adapter_layers(model.base_model.model, "default")
     others = [name for name, layer in layers.items() if not layer.supports_lora_conversion("default")]
@@ -116,7 +120,7 @@ def _save_lora(model: Any, rank: int | float, folder: Path) -> dict[str, Any]:
         parameters, update, error = parameters + A.numel() + B.numel(), update + of_layer, error + lost
     config, largest = model.peft_config["default"], max(ranks.values())
     exceptions = {name: own for name, own in ranks.items() if own != largest}
-    name = str(config.base_model_name_or_path)
+    name = base or str(config.base_model_name_or_path)
     lora = LoraConfig(
         r=largest,  # and alpha, in every layer: the factors include the scale
         lora_alpha=largest,
@@ -130,7 +134,7 @@ def _save_lora(model: Any, rank: int | float, folder: Path) -> dict[str, Any]:
         task_type=config.task_type,
         # a packaged base is in the cache folder, which no other machine has
         base_model_name_or_path=described_base(name).hub_id or name,
-        revision=config.revision,
+        revision=config.revision if name == config.base_model_name_or_path else None,
         inference_mode=True,
     )
     lora.save_pretrained(str(folder))

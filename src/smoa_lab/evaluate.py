@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from itertools import compress
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from smoa.errors import DataError
 from smoa_lab.base_models import to_device
@@ -15,8 +11,6 @@ from smoa_lab.config.run import RunConfig
 from smoa_lab.open_run import with_saved_adapter
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder, provenance
-
-logger = logging.getLogger(__name__)
 
 
 def evaluate_run(config: RunConfig, adapter: Path | None = None, folder: RunFolder | None = None) -> dict[str, Any]:
@@ -32,17 +26,7 @@ def evaluate_run(config: RunConfig, adapter: Path | None = None, folder: RunFold
         to_device(run.base)
     model: Any = run.base if adapter is None else with_saved_adapter(run.base, adapter)
     evaluation = run.evaluation(alone=False)
-    trained_on: int | None = 0
-    if folder is not None and folder.trained.is_file():
-        asked = evaluation.rows
-        new = ~np.isin(np.array([row.key for row in asked], np.uint64), np.load(folder.trained))
-        evaluation.rows = list(compress(asked, new))
-        trained_on = len(asked) - len(evaluation.rows)
-        if trained_on:
-            logger.warning("%d of the %d rows were trained on, and are left out", trained_on, len(asked))
-    elif folder is not None:
-        trained_on = None
-        logger.warning("%s: an earlier release didn't keep which rows it trained on; some of these may be", folder.path)
+    evaluation.rows, trained_on = (evaluation.rows, 0) if folder is None else folder.not_trained_on(evaluation.rows)
     evaluation.measure(model, "after")
     if not evaluation.evaluation:
         of_rows = "test, or a larger test_part" if folder is None else "other rows as test"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from smoa_lab.base_models import base_content, packaged_name
 from smoa_lab.config.run import ModelSection, RunConfig, load_config, native_dtype
 from smoa_lab.data.rows import Template
 from smoa_lab.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 OF_FILES = 64
 """Characters of the hash of a base's files; for one of the Hub there is a commit, which is shorter."""
@@ -50,24 +53,34 @@ def open_run(
     if config.method == "full":
         model = config.model.model_copy(update={"name": str(folder.adapter)})
         return config.model_copy(update={"model": model}), None
-    if base is None:
-        check_base(folder, config.model)
+    check_base(folder, config.model, base is not None)
     return config, adapter_of_run(path)
 
 
-def check_base(run: RunFolder, model: ModelSection) -> None:
-    """Raise ConfigError unless ``model`` is the one that the run was trained on, by the content of its files. One that
-    is packaged or on the Hub is known by its name."""
-    if packaged_name(model.name) or not run.inputs.is_file():
+def check_base(run: RunFolder, model: ModelSection, is_given: bool) -> None:
+    """Raise ConfigError unless ``model`` is the one that the run was trained on, by the content of its files; only warn
+    if the user gave it. One that is packaged or on the Hub is known by its name."""
+    if packaged_name(model.name) or not run.config.is_file():
         return
-    content, place = json.loads(run.inputs.read_text(encoding="utf-8"))["base model"], Path(model.name).expanduser()
+    if not run.inputs.is_file():
+        logger.warning("%s: doesn't keep which model it was trained on; %s may be another", run.path, model.name)
+        return
+    try:
+        content = str(json.loads(run.inputs.read_text(encoding="utf-8"))["base model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{run.inputs}: is damaged ({error!r}); restore it from a copy of the run") from error
+    place = Path(model.name).expanduser()
     if not place.exists():
-        if len(content) < OF_FILES:
+        if is_given or len(content) < OF_FILES:
             return
         raise ConfigError(
             f"{run.path}: its base model {model.name!r} is not in {place.absolute().parent}; name it with --base"
         )
-    if base_content(model) != content:
+    if base_content(model) == content:
+        return
+    if is_given:
+        logger.warning("%s: was trained on another model than %s, or on other files of it", run.path, place)
+    else:
         raise ConfigError(
             f"{run.path}: was trained on another model than {place.absolute()}, or on other files of it; name the "
             "right one with --base, or this one to use it all the same"
@@ -146,9 +159,13 @@ def base_section(adapter: Path, base: str | None = None) -> ModelSection:
     of_base = name == config.base_model_name_or_path  # the revision says nothing of another base
     options = {"revision": config.revision} if of_base and config.revision is not None else {}
     section, run = ModelSection(name=name, dtype="float32", options=options), RunFolder(adapter.parent)
-    if base is None and adapter.name == run.adapter.name:
-        check_base(run, section)
-        if run.config.is_file() and "quantization_config" in run.config.read_text(encoding="utf-8", errors="replace"):
+    if adapter.name == run.adapter.name:
+        check_base(run, section, base is not None)
+        if (
+            base is None
+            and run.config.is_file()
+            and "quantization_config" in run.config.read_text(encoding="utf-8", errors="replace")
+        ):
             model = load_config(run.config).model
             return model if "quantization_config" in model.options else section
     return section
@@ -195,6 +212,13 @@ def adapter_config(adapter: Path) -> PeftConfig:
     """The config of an adapter of any method; raises ConfigError if it is damaged."""
     try:
         config: PeftConfig = PeftConfig.from_pretrained(str(adapter))
+    except SmoaError:
+        raise
     except json.JSONDecodeError as error:
         raise ConfigError(f"{adapter / CONFIG_NAME}: is not whole JSON ({error}); save or fetch it again") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{adapter / CONFIG_NAME}: is missing, damaged or of a method that this PEFT lacks ({error!r}); save or "
+            "fetch it again, or install a newer peft"
+        ) from error
     return config

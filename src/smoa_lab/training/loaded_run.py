@@ -52,7 +52,6 @@ from smoa_lab.data.prepared import Part, PreparedRows, Reading, Shares, require_
 from smoa_lab.data.rows import Row, row_from_json
 from smoa_lab.data.tasks import Selection
 from smoa_lab.scoring.evaluation import Evaluation
-from smoa_lab.scoring.losses import Losses
 from smoa_lab.training.adapting import with_adapter
 
 logger = logging.getLogger(__name__)
@@ -129,10 +128,6 @@ class LoadedRun:
         section = self.config.rows
         held_out = self.data.rows("test", section.test_examples, section.seed)
         return Evaluation(self.encoder, held_out, section.samples * alone)
-
-    def held_out_losses(self, model: Any) -> Losses:
-        """The losses of the gold answers of all held-out questions, or of all held-out rows."""
-        return self.evaluation(alone=False).measured(model)
 
     def arguments(self) -> TrainingArguments:
         """The trainer's arguments.

@@ -15,11 +15,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -31,6 +33,9 @@ from smoa_lab.basics.cache import free_name
 from smoa_lab.basics.plain import json_text
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
+from smoa_lab.data.rows import Row
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("smoa", "torch", "transformers", "peft", "accelerate", "trl")
 
@@ -54,6 +59,25 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         return self.metrics.is_file()
+
+    def not_trained_on(self, rows: Sequence[Row]) -> tuple[list[Row], int | None]:
+        """The rows that the run was not trained on, and how many it was; all and None where that isn't known.
+
+        Raises:
+            ConfigError: the file that knows is damaged.
+        """
+        if not self.trained.is_file():
+            logger.warning("%s: doesn't keep which rows it was trained on; some of these may be", self.path)
+            return list(rows), None
+        try:
+            keys = np.load(self.trained)
+            new = ~np.isin(np.array([row.key for row in rows], np.uint64), keys.astype(np.uint64, casting="equiv"))
+        except (ValueError, TypeError, EOFError, OSError) as error:
+            raise ConfigError(f"{self.trained}: is damaged ({error}); restore it from a copy of the run") from error
+        kept = list(compress(rows, new))
+        if len(kept) < len(rows):
+            logger.warning("%d of the %d rows were trained on, and are left out", len(rows) - len(kept), len(rows))
+        return kept, len(rows) - len(kept)
 
     def check(self, config_yaml: str) -> None:
         """Raise ConfigError if another process trains into the folder, or it contains a finished run, or checkpoints of

@@ -113,7 +113,8 @@ def test_what_was_trained_besides_comes_along(family: str, config: dict[str, Any
     base = str(tmp_path / "adapter" / "base")
     convert_run(tmp_path / "adapter", tmp_path / "lora", 999, base=base)
     lora = PeftModel.from_pretrained(tiny_models.build(family), tmp_path / "lora").eval()
-    assert lora.peft_config["default"].revision == config.get("revision")
+    own = lora.peft_config["default"]
+    assert (own.base_model_name_or_path, own.revision) == (base, config.get("revision"))
     assert_close(tiny_models.logits(lora, family), tiny_models.logits(model, family))
 
 

@@ -103,6 +103,40 @@ def test_another_model_of_the_bases_name_is_refused_unless_the_user_names_it(
             opened(None)
 
 
+def test_what_a_run_knows_of_its_inputs_is_told_where_it_is_gone_and_refused_where_it_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = lab.tiny_run(tmp_path, monkeypatch, train=20, test=3, training=lab.steps(1, save_strategy="no"))
+    config = check_config(values)
+    train(config)
+    run = RunFolder(tmp_path / "run")
+    asked = config.questions.select()
+    assert run.not_trained_on(asked.train[:2] + asked.test) == (asked.test, 2)
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    (tmp_path / "other/generation_config.json").write_text("{}")
+    assert open_run(run.path, base=str(tmp_path / "other"))
+    assert "was trained on another model than" in caplog.messages[-1]
+    for content in ("", "[]", '{"data": 1}', "\udcff"):
+        run.inputs.write_text(content, errors="surrogateescape")
+        with pytest.raises(ConfigError, match=r"inputs\.json: is damaged"):
+            open_run(run.path)
+        run.trained.write_text(content, errors="surrogateescape")
+        with pytest.raises(ConfigError, match=r"trained\.npy: is damaged"):
+            run.not_trained_on(asked.test)
+    run.inputs.unlink()
+    run.trained.unlink()
+    assert open_run(run.path)
+    assert "doesn't keep which model it was trained on" in caplog.messages[-1]
+    assert run.not_trained_on(asked.test) == (asked.test, None)
+
+
+@pytest.mark.parametrize("content", ['{"peft_type": "NOPE"}', "[]", "\udcff"])
+def test_a_config_that_this_peft_cannot_read_is_one_error(content: str, tmp_path: Path) -> None:
+    (tmp_path / CONFIG_NAME).write_text(content, errors="surrogateescape")
+    with pytest.raises(ConfigError, match=r"adapter_config\.json: is missing, damaged or of a method that this PEFT"):
+        base_name(tmp_path)
+
+
 def test_a_half_written_config_of_an_adapter_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "SMOA", "base_model_name_or_path": "ba')
     with pytest.raises(ConfigError, match=r"adapter_config\.json: is not whole JSON .*; save or fetch it again"):

@@ -66,13 +66,13 @@ def test_a_method_is_trained_saved_loaded_scored_and_merged(name: str, run: Load
 
     own = dataclasses.replace(run, config=config, base=copy.deepcopy(run.base))
     model, trainer, _ = own.fit(own.arguments(), None)
-    trained = run.held_out_losses(model).nll
+    trained = run.evaluation(alone=False).measured(model).nll
     assert trainer.state.global_step == 2
-    assert trained != run.held_out_losses(run.base).nll
+    assert trained != run.evaluation(alone=False).measured(run.base).nll
 
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(copy.deepcopy(run.base), str(tmp_path / "adapter"))
-    assert run.held_out_losses(loaded).nll == pytest.approx(trained, abs=1e-4)
+    assert run.evaluation(alone=False).measured(loaded).nll == pytest.approx(trained, abs=1e-4)
 
     def merge() -> None:
         result = Merged(tmp_path / "merged", "base")
@@ -84,4 +84,4 @@ def test_a_method_is_trained_saved_loaded_scored_and_merged(name: str, run: Load
         return
     merge()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert run.held_out_losses(merged).nll == pytest.approx(trained, abs=1e-3)
+    assert run.evaluation(alone=False).measured(merged).nll == pytest.approx(trained, abs=1e-3)
