@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from smoa.layers.layer import SmoaLayer, linear_weight
-from smoa.layers.weight_cache import DIAGONAL, STACKED, is_sharded, tensor_state
+from smoa.layers.weight_cache import DIAGONAL, STACKED, STEPS, is_sharded, tensor_state
 from smoa.maths.kernels.choice import Kernels, prefers_shared
 from smoa.maths.kernels.operators import is_transformed, without_autocast
 from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, shared
@@ -185,7 +185,13 @@ class MixedGroup:
         except (RuntimeError, AttributeError):  # made in inference mode, or sharded
             versions = []
         scaling = [layer.scaling[name] for name in self.names]
-        return *scaling, *map(id, weights), *versions, *(getattr(weight, "dtype", None) for weight in weights[:1])
+        return (
+            STEPS["steps"],
+            *scaling,
+            *map(id, weights),
+            *versions,
+            *(getattr(weight, "dtype", None) for weight in weights[:1]),
+        )
 
     def _stacked_scale(self, dtype: torch.dtype) -> Tensor:
         """s_k of each adapter for factors of this dtype, as at the last call, unless α/r has changed."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from smoa.errors import UnsupportedModuleError
 from smoa.maths.blocks import Blocks
@@ -133,10 +135,15 @@ class KeptUpdate:
         return sum(entries.nbytes for _, entries in self.runs)
 
 
+STEPS = Counter[str]()
+"""Steps of all optimizers of this process. Fused ones write past the version counters."""
+register_optimizer_step_post_hook(lambda *_: STEPS.update(["steps"]))
+
+
 def tensor_state(tensor: Tensor) -> Hashable:
-    """A value that changes when the tensor is written to, replaced, cast or moved."""
+    """A value that changes when the tensor is written to, replaced, cast or moved, and with each optimizer's step."""
     version = 0 if tensor.is_inference() else tensor._version
-    return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device
+    return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device, STEPS["steps"]
 
 
 @contextmanager

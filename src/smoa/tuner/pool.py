@@ -11,7 +11,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -304,29 +304,25 @@ class AdapterPool:
                     total[rows] += added.to(output.dtype)
                 else:
                     total.index_add_(0, rows, added.to(output.dtype))
-        total = total.view_as(output)
-        if (
-            torch.is_grad_enabled()
-            and total.requires_grad
-            and not torch.compiler.is_compiling()
-            and not is_transformed(x)
-        ):
-            total = Mark.apply(total, batch.number)  # type: ignore[no-untyped-call]
-        return total
+        return total.view_as(output)
 
     def _products(self, place: Place, batch: Batch, x: Tensor, tokens: Tokens) -> Iterator[tuple[Rows, Tensor]]:
         members, anchors = frozenset(tokens.of_slot), place.modulation == "hadamard"
         diagonal = partial(self._diagonal, place, batch) if anchors else None
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x):
             self._forget_kept()
-            return products(place.stack, tokens.plan(members, None, x.device), x.__getitem__, diagonal, ())
+            stack = place.stack
+            if stack.A.requires_grad and not torch.compiler.is_compiling() and not is_transformed(x):
+                stack = replace(stack, A=Mark.apply(stack.A, batch.number))  # type: ignore[no-untyped-call]
+            return products(stack, tokens.plan(members, None, x.device), x.__getitem__, diagonal, ())
         each = x.numel() // (len(x) * x.shape[-1]) * max(place.ranks) if anchors else 0
         plan = tokens.plan(members, each, x.device)
         return products(place.stack, plan, x.__getitem__, diagonal, *batch.factors(place, plan))
 
     def _diagonal(self, place: Place, batch: Batch) -> Sequence[Tensor]:
         """The diagonal blocks of M."""
-        state = tensor_state(place.layer.weight)  # type: ignore[arg-type]  # a tensor
+        # what is made in inference mode can't be used in training
+        state = torch.is_inference_mode_enabled(), tensor_state(place.layer.weight)  # type: ignore[arg-type]
         if (kept := batch.diagonals.get(place)) is not None and kept[0] == state:
             return kept[1]
         found = diagonal_of(place.blocks, place.runs, self._weight(place.layer))

@@ -161,6 +161,8 @@ class Batch:
     """Whether gradients were on when it was opened."""
     streams: tuple[FrameType, ...] = ()
     """While it is open, the generators in which it was opened, the innermost first."""
+    thread = 0
+    """The thread that opened it."""
     is_of_stream = False
     """Whether there were any."""
 

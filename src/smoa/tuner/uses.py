@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import _AsyncGeneratorContextManager, _GeneratorContextManager, contextmanager
 from contextvars import ContextVar
 from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
+from threading import get_ident
 from types import FrameType
 from typing import Any
 
@@ -50,7 +51,7 @@ class Uses:
             ConfigError: it is left in another context, or before another one that was opened later.
         """
         batch.streams, batch.trains, batch.is_open = tuple(_generators()), torch.is_grad_enabled(), True
-        batch.is_of_stream = bool(batch.streams)
+        batch.is_of_stream, batch.thread = bool(batch.streams), get_ident()
         token = self._stack.set((*self._stack.get(), batch))
         self.open.append(batch)
         failed = True
@@ -103,11 +104,12 @@ class Uses:
         return found
 
     def _is_of_this_stream(self, found: Batch | None) -> bool:
-        """Whether all generators in which the batch was opened are running, and none that is running has opened a batch
-        without it."""
+        """Whether all generators in which the batch was opened are running (another thread may be given its context),
+        and none that runs has opened a batch without it."""
         running = set(_generators())
         mine = () if found is None else found.streams
-        return running.issuperset(mine) and all(
+        handed_over = found is not None and found.thread != get_ident()
+        return (handed_over or running.issuperset(mine)) and all(
             batch.streams[0] in mine for batch in tuple(self.open) if batch.streams and batch.streams[0] in running
         )
 
@@ -130,9 +132,9 @@ class Mark(torch.autograd.Function):
     the shapes of what is saved when it computes again, and raises CheckpointError under another batch."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, number: int) -> Tensor:
-        ctx.save_for_backward(output.new_empty(number, 0))
-        return output.view_as(output)
+    def forward(ctx: Any, factor: Tensor, number: int) -> Tensor:
+        ctx.save_for_backward(factor.new_empty(number, 0))
+        return factor.view_as(factor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -207,6 +207,23 @@ def test_tasks_do_not_meet_and_one_that_outlives_its_use_is_refused(folder: Path
     asyncio.run(main())
 
 
+def test_a_use_around_each_step_of_an_async_generator_serves_a_thread(folder: Path, computes_as: Known) -> None:
+    async def stream(name: str) -> Any:
+        for _ in range(2):
+            with pool.use([name]):
+                found = await asyncio.to_thread(computes_as, pool.base)
+            yield found
+
+    async def read(name: str) -> list[str]:
+        return [found async for found in stream(name)]
+
+    async def main() -> list[list[str]]:
+        return await asyncio.gather(*map(read, NAMES))
+
+    pool = AdapterPool(base(), folder=folder)
+    assert asyncio.run(main()) == [[name] * 2 for name in NAMES]
+
+
 def test_pools_of_two_models_work_side_by_side(folder: Path, computes_as: Known) -> None:
     student, teacher = (AdapterPool(base(), folder=folder) for _ in range(2))
     with student.use(["anna"]), teacher.use(["ben"]):
@@ -337,6 +354,34 @@ def test_an_evaluation_around_training_sees_each_step(optimizer: str, tmp_path: 
             assert torch.equal(inside, fresh)
     pool.save("anna", tmp_path)
     assert_close(said(PeftModel.from_pretrained(base(), str(tmp_path))), inside)
+
+
+def test_a_step_is_seen_after_a_call_without_gradients_between_forward_and_backward() -> None:
+    model = base()
+    pool = AdapterPool(model.requires_grad_(False))
+    pool.add("anna", config())
+    step = torch.optim.AdamW(pool.parameters(), 1e-2, fused=True)
+    with pool.use(["anna"]):
+        loss = model(input_ids=IDS).logits.square().sum()
+        before = said(model)
+        loss.backward()
+        step.step()
+        step.zero_grad()
+        after = said(model)
+    with pool.use(["anna"]):
+        assert torch.equal(said(model), after)
+    assert not torch.allclose(before, after)
+
+
+def test_training_goes_on_after_inference_and_before_an_operation_in_place() -> None:
+    model = nn.Sequential(Tower(), nn.ReLU(inplace=True))
+    pool = AdapterPool(model)
+    pool.add("a", config(target_modules=["0.proj"]))
+    with pool.use(["a"]):
+        with torch.inference_mode():
+            model(torch.randn(1, 16))
+        model(torch.randn(1, 16)).sum().backward()
+    assert all(factor.grad is not None for factor in pool.parameters())
 
 
 def test_adding_an_adapter_leaves_the_base_as_it_is() -> None:
