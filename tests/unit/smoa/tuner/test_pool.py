@@ -17,16 +17,10 @@ from transformers import BitsAndBytesConfig, XLNetConfig, XLNetLMHeadModel
 from smoa import AdapterPool, SmoaConfig, save_adapter
 from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedModuleError
 from tests.support import tiny_models
+from tests.support.adapters import KINDS
 from tests.support.quantized import quantized_model
 from tests.support.tolerance import assert_close
 
-KINDS: dict[str, dict[str, Any]] = {
-    "anna": {"r": 4, "num_blocks": 2},
-    "ben": {"r": 4, "num_blocks": 2},
-    "cleo": {"r": 6, "num_blocks": 4, "target_modules": ["q_proj", "down_proj"]},
-    "dora": {"r": 4, "num_blocks": 2, "partition": "contiguous", "scale": "paper", "alpha": 9},
-    "emil": {"r": 4, "num_blocks": 2, "modulation": "none"},
-}
 ROWS = ["ben", "__base__", "anna", "cleo", "dora", "emil"]
 
 

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 
 from smoa import AdapterPool, SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError
-from tests.support import tiny_models
+from tests.support import adapters, tiny_models
 from tests.support.tiny_models import VOCAB_SIZE
 
 pytest.importorskip("fastapi")
@@ -27,11 +27,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from smoa_lab.serving.batching import PoolManager, running
 
 KINDS: dict[str, dict[str, Any]] = {
-    "anna": {"r": 4, "num_blocks": 2},
-    "ben": {"r": 4, "num_blocks": 2},
-    "cleo": {"r": 6, "num_blocks": 4, "target_modules": ["q_proj", "down_proj"]},
-    "dora": {"r": 4, "num_blocks": 2, "partition": "contiguous", "scale": "paper", "alpha": 9},
-    "emil": {"r": 4, "num_blocks": 2, "modulation": "none"},
+    **adapters.KINDS,
     "fay": {"r": 4, "num_blocks": 2, "target_modules": ["v_proj", "lm_head"]},
     "gus": {"r": 16, "num_blocks": 2, "target_modules": ["q_proj", "up_proj"]},  # forms ΔW for few tokens already
 }
