@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +173,12 @@ class AdapterPool:
         """Write an adapter as an ordinary PEFT folder, whole or not at all."""
         with self._lock:  # another adapter may take the slot later
             member = self._member(name)
-            found = self._parts(member).items()
+            saved, found = member.digest(), self._parts(member).items()  # in this order: a step may come between
         tensors = {f"{PREFIX}{path}.{part}": tensor for path, parts in found for part, tensor in parts}
         with new_files(Path(folder)) as temporary:
             save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
             member.config.save_pretrained(temporary)
-        member.is_saved = True
+        member.saved = saved
 
     def parameters(self) -> list[nn.Parameter]:
         """The stacked factors, to train all adapters at once. Add adapters before: the tensors then keep their size.
@@ -245,10 +246,6 @@ class AdapterPool:
         try:
             for name in wanted:
                 held[name] = self.hold(name)
-            if torch.is_grad_enabled():
-                for member in held.values():
-                    if member is not None and member.shelf.fixed:  # an optimizer has its factors
-                        member.is_saved = False
             self._forget_kept()
             with self.computing(Batch([held.get(name) for name in names])):
                 yield
@@ -374,7 +371,8 @@ class AdapterPool:
             slot = shelf.take(self.slots)
             for path, each in layers.items():
                 shelf.places[path].write(slot, each, fresh, config)
-            self._members[name] = Member(config, shelf, slot, is_saved=not fresh)
+            self._members[name] = member = Member(config, shelf, slot)
+            member.saved = None if fresh else member.digest()
             self._shelves = {key: each for key, each in self._shelves.items() if each.fixed or not each.is_empty}
 
     def _leaving_for(self, name: str) -> list[str]:
@@ -382,16 +380,16 @@ class AdapterPool:
         if name in self._members:
             return [name]
         surplus = 0 if self.slots is None else max(0, len(self._members) + 1 - self.slots)
-        saved = [other for other, member in self._members.items() if member.is_saved]
-        if len(saved) < surplus:
+        idle = (other for other, member in self._members.items() if not self._in_use[other] and member.is_saved)
+        if len(leaving := list(islice(idle, surplus))) == surplus:
+            return leaving
+        lost = sorted(other for other, member in self._members.items() if not member.is_saved)
+        if len(self._members) - len(lost) < surplus:
             raise ConfigError(
-                f"AdapterPool: no slot for {name!r}, since {first_of(sorted({*self._members} - {*saved}))} would be "
-                "lost: new, or trained since the last save; save or unload one, or raise slots"
+                f"AdapterPool: no slot for {name!r}, since {first_of(lost)} would be lost: new, or trained since the "
+                "last save; save or unload one, or raise slots"
             )
-        idle = [other for other in saved if not self._in_use[other]]
-        if len(idle) < surplus:
-            raise NoSlotError(f"AdapterPool: all {self.slots} slots are in use; raise slots, or wait")
-        return idle[:surplus]
+        raise NoSlotError(f"AdapterPool: all {self.slots} slots are in use; raise slots, or wait")
 
     def _layers_of(self, config: SmoaConfig, tensors: Mapping[str, Tensor], source: str) -> dict[str, Loaded]:
         """The checked tensors of each layer, by its path in the base."""

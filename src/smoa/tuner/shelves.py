@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import count
 from types import FrameType
 from typing import Any
@@ -77,6 +78,9 @@ class Place:
     @torch.no_grad()
     def write(self, slot: int, each: Loaded, fresh: bool, config: SmoaConfig) -> None:
         """Put an adapter's factors and scales into a slot; new ones are drawn."""
+        for part in self.factors:
+            if part.grad is not None:  # of the adapter that has left
+                part.grad[slot] = 0
         A, B = (part.data[slot] for part in self.factors)
         self.block_scale[slot] = each.block_scale
         of_ranks = rank_scale(self.block_scale[slot], self.ranks)
@@ -137,9 +141,22 @@ class Member:
     config: SmoaConfig
     shelf: Shelf
     slot: int
-    is_saved: bool
-    """Whether a folder has it as it is: it was not made here, nor trained since it was loaded or saved."""
+    saved: bytes | None = None
+    """The digest of what was loaded or saved last; None for a new adapter."""
     number: int = field(default_factory=new_number)
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether a folder has it as it is. Only an optimizer, which holds the factors, changes them."""
+        return self.saved is not None and (not self.shelf.fixed or self.saved == self.digest())
+
+    def digest(self) -> bytes:
+        """Another one for other factors."""
+        found = sha256()
+        for place in self.shelf.places.values():
+            for part in place.factors:
+                found.update(part.detach()[self.slot].cpu().view(torch.uint8).numpy().tobytes())
+        return found.digest()
 
 
 Diagonals = WeakKeyDictionary[Place, tuple[Hashable, Sequence[Tensor]]]

@@ -117,9 +117,10 @@ def test_what_is_not_saved_never_leaves_by_itself(folder: Path, tmp_path: Path) 
     pool.load("ben", folder / "ben")
     pool.load("emil", folder / "emil")
     assert pool.names == ["mine", "emil"]
-    pool.parameters()
+    step = torch.optim.SGD(pool.parameters(), 1e-3)
     with pool.use(["emil", "mine"]):
         model(input_ids=ids(2)).logits.sum().backward()
+    step.step()
     with pytest.raises(ConfigError, match=r"no slot for 'anna', since emil, mine would be lost: .*save or unload one"):
         pool.load("anna", folder / "anna")
     pool.save("emil", tmp_path / "emil")
@@ -129,6 +130,28 @@ def test_what_is_not_saved_never_leaves_by_itself(folder: Path, tmp_path: Path) 
     pool.load("ben", folder / "ben")
     pool.load("cleo", folder / "cleo")
     assert pool.names == ["ben", "cleo"]
+
+
+@pytest.mark.parametrize("case", ["saved before the step", "saved and trained on", "gradients within no_grad"])
+def test_an_adapter_that_was_changed_since_its_save_stays(case: str, folder: Path, tmp_path: Path) -> None:
+    model = base()
+    pool = AdapterPool(model, slots=1, folder=folder)
+    pool.load("anna", folder / "anna")
+    optimizer = torch.optim.AdamW(pool.parameters(), 1e-3, fused=True)  # which version counters don't notice
+    with torch.set_grad_enabled(case != "gradients within no_grad"), pool.use(["anna"]):
+        for number in range(2):
+            with torch.enable_grad():
+                model(input_ids=ids(1)).logits.sum().backward()
+            if number == 1 and case == "saved before the step":
+                pool.save("anna", tmp_path)
+            optimizer.step()
+            if number == 0 and case == "saved and trained on":
+                pool.save("anna", tmp_path)
+    with pytest.raises(ConfigError, match="anna would be lost"):
+        pool.load("ben", folder / "ben")
+    pool.save("anna", tmp_path)
+    pool.load("ben", folder / "ben")
+    assert not any(factor.grad[0].any() for factor in pool.parameters() if factor.grad is not None)  # of anna
 
 
 def test_a_model_that_puts_tokens_first_is_refused() -> None:
