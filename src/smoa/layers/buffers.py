@@ -57,13 +57,13 @@ class AdapterBuffers(nn.Module):
 
     def __init__(self, persistent: bool = True) -> None:
         super().__init__()
-        self.persistent = persistent
+        self.persistent, self.replaced = persistent, 0
 
     def __getitem__(self, name: str) -> Tensor:
         return self._buffers[name]  # type: ignore[return-value]  # none is None
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self._buffers[name] = tensor
+        self._buffers[name], self.replaced = tensor, self.replaced + 1
         if not self.persistent:
             self._non_persistent_buffers_set.add(name)
 

@@ -137,7 +137,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self._shared_weight: tuple[nn.Parameter, ...] = ()  # a parameter in a tuple is not saved with the layer
         self.smoa_weight_cache: WeightCache | None = None
         self.last_batch: tuple[Hashable, Any] | None = None
-        self.partition_version = 0
+        self._changes = 0
         self._may_have_gradients = False
         self.out_features, self.in_features = self._weight_shape()
         self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
@@ -214,6 +214,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
         self.last_batch = None
+        self._changes += 1
         super().delete_adapter(adapter_name)
 
     def _add_factors(self, adapter_name: str, init: Initialization) -> None:
@@ -261,6 +262,10 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         """Row labels, column labels and block scales."""
         rows, cols, scale = (buffers[adapter_name] for buffers in self._saved_buffers())
         return rows, cols, scale
+
+    def changes(self) -> int:
+        """How often adapters were added, removed, cast or moved, or their blocks or block scales were replaced."""
+        return self._changes + sum(buffers.replaced for buffers in self._saved_buffers())
 
     def partition_tensors(self, adapter_names: Sequence[str]) -> list[Tensor | None]:
         """Row labels, column labels and block scales of some adapters, as they are stored."""
@@ -359,7 +364,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             else:
                 self.smoa_scale_bits[adapter_name] = bits
         self._derived_from[adapter_name] = saved, versions(saved)
-        self.partition_version += 1
+        self._changes += 1
 
     def _derive_orders(self, adapter_name: str, rows: Tensor, cols: Tensor) -> None:
         digest = hash(torch.cat([rows, cols]).cpu().numpy().tobytes())
@@ -385,6 +390,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._changes += 1
         for adapter_name in self.ranks:  # a compiled model would not do so
             self._is_derived(adapter_name)
         return self

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from smoa.layers.layer import SmoaLayer, linear_weight
-from smoa.layers.weight_cache import DIAGONAL, STACKED, STEPS, is_sharded, tensor_state
+from smoa.layers.weight_cache import DIAGONAL, STACKED, is_sharded, tensor_state
 from smoa.maths.kernels.choice import Kernels, prefers_shared
 from smoa.maths.kernels.operators import is_transformed, without_autocast
 from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, shared
@@ -49,9 +48,11 @@ def _batch_of(layer: SmoaLayer, x: Tensor, adapter_names: tuple[str, ...]) -> Mi
     tokens, kernels = x.shape[1:-1].numel(), chosen_kernels()
     if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x):
         return MixedBatch(layer, adapter_names, tokens, x.device, kernels)
-    state = adapter_names, tokens, x.device, kernels, layer.partition_version
+    cache = layer.smoa_weight_cache
+    changes = layer.changes() if cache is None else cache.watch.state(layer)
+    state = adapter_names, tokens, x.device, kernels, changes
     last = layer.last_batch
-    if last is None or last[0] != state or not last[1].is_current():
+    if last is None or last[0] != state or (cache is None and not last[1].is_current()):
         last = state, MixedBatch(layer, adapter_names, tokens, x.device, kernels)
         layer.last_batch = last
     batch: MixedBatch = last[1]
@@ -152,12 +153,12 @@ class MixedGroup:
     def stack(self) -> tuple[StackedFactors, Gathered | None]:
         """The stacked factors and, without gradients, those of each row.
 
-        They are kept while a cache is open and no version counter changes, unless they would take more memory than the
-        adapters. Else they are made in each call: averages of weights and some optimizers write past the counters.
+        They are kept while a cache is open and no change is seen, unless they would take more memory than the adapters.
+        Else they are made in each call: averages of weights and some optimizers write past the version counters.
         """
         cache = None if len(self.slots) > len(self.names) else self.layer.open_cache(self.names, self.slots)
         if cache is not None:
-            kept = cache.get((STACKED, *self.names), self._state_of_factors(), self._gathered)
+            kept = cache.get((STACKED, *self.names), self, self._gathered)
             if kept is not None:
                 return kept.stack, kept.gathered
         return self._stack(), None
@@ -174,24 +175,6 @@ class MixedGroup:
     def _gathered(self) -> KeptFactors:
         stack = self._stack()
         return KeptFactors(stack, stack.gathered(self.slots))
-
-    def _state_of_factors(self) -> Hashable:
-        """Changes when a factor is replaced, or written to in a way that version counters notice."""
-        layer = self.layer
-        modules = [part._modules[name] for part in (layer.smoa_A, layer.smoa_B) for name in self.names]
-        weights: list[Any] = [module._parameters.get("weight") for module in modules]
-        try:
-            versions = [weight._version for weight in weights]
-        except (RuntimeError, AttributeError):  # made in inference mode, or sharded
-            versions = []
-        scaling = [layer.scaling[name] for name in self.names]
-        return (
-            STEPS["steps"],
-            *scaling,
-            *map(id, weights),
-            *versions,
-            *(getattr(weight, "dtype", None) for weight in weights[:1]),
-        )
 
     def _stacked_scale(self, dtype: torch.dtype) -> Tensor:
         """s_k of each adapter for factors of this dtype, as at the last call, unless α/r has changed."""

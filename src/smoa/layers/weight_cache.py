@@ -11,7 +11,8 @@ adapted layer keeps after its first call without gradients
 
 What a layer keeps has a key: the versions of factors, labels, scales and base weight, and the dtype. If one changes,
 the next call computes it again. A call with gradients drops it, for PyTorch's version counters leave out the writes of
-fused optimizers. Writes through `tensor.data` are not noticed. What a call doesn't use is dropped.
+fused optimizers. Writes through `tensor.data` are not noticed. What a call doesn't use is dropped. For a batch of many
+adapters the factors of all layers are looked at once in each forward of the model (`Watch`).
 
 Caches that are open already are shared, and the last user closes them, so that calls may be nested, or run in several
 threads: two threads may compute a value twice, and both are right. If memory runs out while a layer fills its cache,
@@ -22,10 +23,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -51,10 +52,12 @@ class WeightCache:
     Args:
         whole: Keep W + ΔW where that is exact enough, not only the blocks of ΔW.
         siblings: The caches that were opened together.
+        watch: Sees what changes in their layers.
     """
 
     whole: bool
     siblings: list[WeightCache]
+    watch: Watch
     users: int = 0
     gave_up: bool = False
     kept: dict[tuple[str, ...], tuple[Hashable, Any]] = field(default_factory=dict)
@@ -135,15 +138,60 @@ class KeptUpdate:
         return sum(entries.nbytes for _, entries in self.runs)
 
 
-STEPS = Counter[str]()
-"""Steps of all optimizers of this process. Fused ones write past the version counters."""
-register_optimizer_step_post_hook(lambda *_: STEPS.update(["steps"]))
+class Watch:
+    """Sees what changes in the adapters of all layers whose caches were opened together.
+
+    It looks once in each forward of the model: when a layer asks that has asked since the last look. What is written
+    while a forward runs, or between calls of two parts of the model, is seen by the next one.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[Any] = []
+        self._asked: set[int] = set()
+        self._known: list[int] = []
+        self._parameters: list[dict[str, Any]] = []
+        self._seen: Any = None
+        self._changes = 0
+
+    def state(self, layer: nn.Module) -> Hashable:
+        """Changes when an adapter of a layer is written to, replaced, cast or moved, and with each optimizer's step."""
+        if not self._asked or id(layer) in self._asked:
+            self._asked.clear()
+            if (found := self._look()) != self._seen:
+                self._seen, self._changes = found, self._changes + 1
+        self._asked.add(id(layer))
+        return self._changes, _steps
+
+    def _look(self) -> Any:
+        if (known := [layer.changes() for layer in self.layers]) != self._known:
+            parts = [part for layer in self.layers for part in (layer.smoa_A, layer.smoa_B)]
+            self._known, self._parameters = known, [factor._parameters for part in parts for factor in part.values()]
+        weights = [parameters.get("weight") for parameters in self._parameters]
+        scaling = [[*layer.scaling.values()] for layer in self.layers]
+        try:
+            versions = list(map(attrgetter("_version"), weights))
+        except (RuntimeError, AttributeError):  # made in inference mode, or computed by a parametrization
+            versions = []
+        return known, list(map(id, weights)), versions, scaling
+
+
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    """Counts the steps of all optimizers of this process: fused ones write past the version counters."""
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def tensor_state(tensor: Tensor) -> Hashable:
-    """A value that changes when the tensor is written to, replaced, cast or moved, and with each optimizer's step."""
+    """A value that changes when the tensor is written to, replaced, cast or moved, and with each optimizer's step if it
+    may be trained."""
     version = 0 if tensor.is_inference() else tensor._version
-    return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device, STEPS["steps"]
+    return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device, tensor.requires_grad and _steps + 1
 
 
 @contextmanager
@@ -151,11 +199,13 @@ def open_caches(layers: Iterable[tuple[Any, bool]]) -> Iterator[None]:
     """Open the caches of adapted layers, each with whether to keep whole weights; the last user closes them."""
     opened: list[tuple[Any, WeightCache]] = []
     siblings: list[WeightCache] = []
+    watch = Watch()
     with _LOCK:
         for layer, whole in layers:
             if layer.smoa_weight_cache is None:
-                layer.smoa_weight_cache = WeightCache(whole, siblings)
+                layer.smoa_weight_cache = WeightCache(whole, siblings, watch)
                 siblings.append(layer.smoa_weight_cache)
+                watch.layers.append(layer)
             cache: WeightCache = layer.smoa_weight_cache
             cache.users += 1
             cache.whole = cache.whole or whole

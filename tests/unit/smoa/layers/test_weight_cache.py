@@ -80,6 +80,44 @@ def test_every_change_is_seen(change: str) -> None:
         assert not torch.allclose(cached, before)
 
 
+CHANGES_OF_BATCHES: dict[str, Callable[[Linear], object]] = {
+    **{name: CHANGES[name] for name in ("a step", "a factor", "another factor", "labels", "scale", "dtype")},
+    "replaced scales": lambda layer: layer.smoa_block_scale.__setitem__("default", layer.block_scale("default") * 2),
+    "another adapter of the name": lambda layer: add_adapter(layer, "default", num_blocks=3),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_BATCHES)
+@torch.no_grad()
+def test_a_batch_of_many_adapters_sees_every_change_in_the_next_forward(change: str) -> None:
+    layer = adapted_layer(base_layer(12, 12, dtype=torch.float32), num_blocks=3)
+    add_adapter(layer, "other", num_blocks=3)
+    model, batch = torch.nn.ModuleList([layer, adapted_layer(base_layer(12, 12), num_blocks=3)]).eval(), {}
+    batch["adapter_names"] = ["other", "default"]
+    with cached_weights(model):
+        before = layer(x := torch.randn(2, 12), **batch)
+        CHANGES_OF_BATCHES[change](layer)
+        kept = layer(x := x.to(layer.get_base_layer().weight.dtype), **batch)
+    torch.testing.assert_close(kept, layer(x, **batch))
+    if change != "dtype":
+        assert not torch.allclose(kept, before)
+
+
+@torch.no_grad()
+def test_a_step_of_an_optimizer_keeps_the_blocks_of_a_frozen_weight() -> None:
+    layer = adapted_layer(base_layer(12, 12), num_blocks=3).eval()
+    layer.get_base_layer().requires_grad_(False)
+    add_adapter(layer, "other", num_blocks=3)
+    x, found = torch.randn(2, 12, dtype=torch.float64), []
+    with cached_weights(layer):
+        for _ in range(2):
+            layer(x, adapter_names=["default", "other"])
+            found += [value for slot, (_, value) in layer.smoa_weight_cache.kept.items() if slot[0] == DIAGONAL]
+            torch.optim.SGD([torch.zeros(1, requires_grad=True)]).step()
+    first, second = found
+    assert first is second
+
+
 def bytes_of_blocks(layer: Any) -> int:
     """Of the blocks of W that are kept."""
     kept = layer.smoa_weight_cache.kept
