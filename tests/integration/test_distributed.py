@@ -86,6 +86,13 @@ def test_bfloat16_under_fsdp2_follows_the_same_curve(
         assert result["labels"] == labels(one_process[0])
 
 
+def test_a_merge_under_fsdp2_adds_the_adapter_and_its_undo_restores_every_bit(ranks: list[dict[str, Any]]) -> None:
+    for result in of_strategy(ranks, "fsdp2_documented"):
+        merged, unmerged = result["merge"]
+        assert merged < 1e-4
+        assert unmerged == 0
+
+
 def test_rank_zero_decides_even_where_another_rank_would_find_another_partition(ranks: list[dict[str, Any]]) -> None:
     first, second = of_strategy(ranks, "disagreeing_weights")
     assert first["own"] != second["own"]

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import named_module_tensors
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from smoa.errors import SmoaError, UnsupportedModuleError
 
@@ -79,6 +79,13 @@ def from_rank_zero(compute: Callable[[], T]) -> T:
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a DTensor, or else the tensor itself. Every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(sharded: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor as a DTensor that is sharded as another one, unless that is none. Every rank must call this."""
+    if not isinstance(sharded, DTensor):
+        return tensor
+    return distribute_tensor(tensor, sharded.device_mesh, sharded.placements)
 
 
 def is_partitioned(parameter: Tensor) -> bool:

@@ -28,6 +28,7 @@ from smoa.layers.distributed import (
     onloaded,
     partition_from_state_dict,
     partition_to_state_dict,
+    placed_like,
     refuse_partitioned,
     refuse_writing,
     whole,
@@ -431,7 +432,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
 
     def base_weight(self, number: int = 0) -> Tensor:
         """The current weight, or one of a stack, (out_features, in_features) for every kind of storage."""
-        return as_matrix(refuse_partitioned(self.stored_weight()), self.fan_in_fan_out)
+        return as_matrix(whole(refuse_partitioned(self.stored_weight())), self.fan_in_fan_out)
 
     def pristine_matrix(self, number: int) -> Tensor:
         """`pristine_weight`, or one of a stack."""
@@ -703,7 +704,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         """Overwrite one of the layer's weights by `matrix` (out_features, in_features), unless that is a view of it."""
         stored = self.stored_weight()
         if matrix.data_ptr() != stored.data_ptr():
-            stored.copy_(as_stored(matrix, stored.shape, self.fan_in_fan_out))
+            stored.copy_(placed_like(stored, as_stored(matrix, stored.shape, self.fan_in_fan_out)))
 
 
 def smoa_layers(model: nn.Module) -> dict[str, SmoaLayer]:
@@ -750,7 +751,7 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
 def linear_weight(linear: nn.Module) -> Tensor:
     """Weight of a bias-free Linear, computed by its forward if a wrapper (FSDP) gathers the weight only there."""
     if type(linear) is nn.Linear:
-        return refuse_partitioned(linear.weight)
+        return whole(refuse_partitioned(linear.weight))
     weight = next(linear.parameters())
     output: Tensor = linear(torch.eye(int(linear.in_features), device=weight.device, dtype=weight.dtype))  # type: ignore[arg-type]
     return output.T

@@ -262,7 +262,18 @@ def fsdp2_documented(folder: Path) -> Result:
     accelerator = fresh_accelerator(fsdp_plugin=FullyShardedDataParallelPlugin())
     model, _, losses = train(accelerator, adapted())
     save_adapter(accelerator, model, folder / "adapter")
-    return {"losses": losses, "labels": labels(model), "fsdp2": accelerator.is_fsdp2}
+    return {"losses": losses, "labels": labels(model), "fsdp2": accelerator.is_fsdp2, "merge": _merges(model)}
+
+
+@torch.no_grad()
+def _merges(model: Any) -> list[float]:
+    """How far the logits of the merged and of the unmerged model are from those before."""
+    ids = micro_batches()[0]
+    before, distances = model.eval()(input_ids=ids).logits, []
+    for change in (model.merge_adapter, model.unmerge_adapter):
+        change()
+        distances.append(float((model(input_ids=ids).logits - before).abs().max()))
+    return distances
 
 
 def fsdp2_bfloat16(folder: Path) -> Result:
