@@ -79,6 +79,7 @@ def watch_generate(model: nn.Module) -> None:
             return generate(self, *args, **kwargs)
 
     watched.smoa_watched = True  # type: ignore[attr-defined]
+    watched.__module__, watched.__qualname__ = kind.__module__, f"{kind.__qualname__}.generate"  # where pickle finds it
     kind.generate = watched
 
 

@@ -71,7 +71,7 @@ class AdapterPool:
         dtype: Dtype of the factors; by default the first adapter's.
 
     Raises:
-        ConfigError: the base has a pool that is not closed.
+        ConfigError: the base, a part of it, or what it is a part of has a pool that is not closed.
         MergeError: adapters are merged into the base.
         UnsupportedModuleError: the base's weights are sharded, offloaded, or wrapped by PEFT, or its layers are given
             the tokens as first dimension.
@@ -87,8 +87,7 @@ class AdapterPool:
         adapted = smoa_layers(base)
         if any(layer.merged for layer in adapted.values()):
             raise MergeError("AdapterPool: adapters are merged into the base; call unmerge_adapter first")
-        if any(isinstance(module, BaseTunerLayer | PeftModel) for module in base.modules()):
-            raise UnsupportedModuleError("AdapterPool: takes a base model without PEFT; call model.unload() first")
+        modules = _without_peft(base)
         if (kind := getattr(getattr(base, "config", None), "model_type", None)) in SEQUENCE_FIRST:
             raise UnsupportedModuleError(
                 f"AdapterPool: {kind} gives its layers tokens first, not rows; load its adapters with PEFT"
@@ -98,10 +97,11 @@ class AdapterPool:
                 raise UnsupportedModuleError(f"AdapterPool: {name} is sharded or offloaded; load the base whole")
         if slots is not None and slots < 1:
             raise ConfigError(f"AdapterPool: slots={slots} must be at least 1, or None")
-        if (other := _POOLS.get(base, lambda: None)()) is not None:
-            raise ConfigError(
-                f"AdapterPool: the base has a pool, with {len(other.names)} adapters; close that one first"
-            )
+        for known, pool in list(_POOLS.items()):
+            if (known in modules or base in known.modules()) and (other := pool()) is not None:
+                raise ConfigError(
+                    f"AdapterPool: the base has a pool, with {len(other.names)} adapters; close that one first"
+                )
         _POOLS[base] = weakref.ref(self)
         watch_generate(base)
         self.base, self.slots, self.dtype = base, slots, dtype
@@ -234,11 +234,18 @@ class AdapterPool:
         Raises:
             ConfigError: an adapter is neither loaded nor in the folder, or more are named than there are slots.
             AdapterFileError: an adapter in the folder is damaged.
+            UnsupportedModuleError: layers of the base were replaced since their adapters were loaded.
         """
-        if not names:
+        if not names or isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise ConfigError(
-                "AdapterPool.use: names nothing; give an adapter or '__base__' for each sample of the batch"
+                f"AdapterPool.use: names is {names!r}; give a list that names an adapter or '__base__' for each sample"
             )
+        modules = _without_peft(self.base)
+        for path, place in [each for shelf in tuple(self._shelves.values()) for each in shelf.places.items()]:
+            if place.layer not in modules:
+                raise UnsupportedModuleError(
+                    f"AdapterPool.use: {path} was replaced since its adapters were loaded; make a new pool"
+                )
         wanted = sorted(set(names) - {BASE})
         if self.slots is not None and len(wanted) > self.slots:
             raise ConfigError(f"AdapterPool.use: {len(wanted)} adapters are named for {self.slots} slots; raise slots")
@@ -281,9 +288,9 @@ class AdapterPool:
             for batch in tuple(self._uses.open):
                 batch.gathered.clear()
 
-    def added(self, path: str, x: Tensor, output: Tensor, training: bool) -> Tensor:
+    def added(self, path: str, x: Tensor, output: Tensor) -> Tensor:
         """The output of a layer of the base for x, with what the adapters of the samples add."""
-        batch = self._uses.of_call(path, training)
+        batch = self._uses.of_call(path)
         if batch is None or all(path not in shelf.places for shelf in batch.shelves):
             return output
         x, total = batch.rows(in_autocast_dtype(x)), batch.rows(output)
@@ -341,7 +348,7 @@ class AdapterPool:
             if name not in self._members:
                 folder, is_name = self.folder, Path(name).name == name and name not in ("", "..")
                 if folder is None or not is_name or not (folder / name).is_dir():
-                    known = [*self._members, *(path.name for path in (folder.iterdir() if folder else ()))]
+                    known = {*self._members, *(path.name for path in (folder.iterdir() if folder else ()))}
                     raise ConfigError(f"AdapterPool: no adapter {name!r}{nearest(name, known)}")
                 self.load(name, folder / name)
             self._members.move_to_end(name)
@@ -394,20 +401,22 @@ class AdapterPool:
     def _layers_of(self, config: SmoaConfig, tensors: Mapping[str, Tensor], source: str) -> dict[str, Loaded]:
         """The checked tensors of each layer, by its path in the base."""
         found = by_layer(tensors, source, "a pool takes factors only, so load this adapter with PEFT")
-        modules = dict(self.base.named_modules())
-        layers = {}
+        _without_peft(self.base)
+        modules = dict(self.base.named_modules(remove_duplicate=False))
+        places, layers = Counter(modules.values()), {}
         for path in sorted(found):
             layer = modules.get(path)
-            if isinstance(layer, BaseTunerLayer):
-                raise UnsupportedModuleError(
-                    f"{source}: PEFT has adapted {path} since the pool was made; unload that first"
-                )
             if not isinstance(layer, nn.Linear | Conv1D):
                 kind = "no such layer" if layer is None else f"a {type(layer).__name__}"
                 raise AdapterFileError(f"{source}: {path} is {kind} in this base; a pool takes linear layers")
             if ROUTED.search(path):
                 raise UnsupportedModuleError(
                     f"{source}: {path} is an expert, which is given tokens of many samples; load this adapter with PEFT"
+                )
+            if places[layer] > 1:
+                raise UnsupportedModuleError(
+                    f"{source}: {path} stands at {places[layer]} places of this base, of which an adapter is for one; "
+                    "load this adapter with PEFT"
                 )
             layers[path] = Loaded.checked(path, Linear.shape_of(layer), config, found[path], source)
         return layers
@@ -456,10 +465,27 @@ class Hook:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         pool = None if self.pool is None else self.pool()
-        return output if pool is None else pool.added(self.path, args[0], output, layer.training)
+        return output if pool is None else pool.added(self.path, args[0], output)
 
     def __reduce__(self) -> Any:
         return Hook, (None, self.path)
+
+
+def _without_peft(base: nn.Module) -> set[nn.Module]:
+    """The modules of a base.
+
+    Raises:
+        UnsupportedModuleError: PEFT has adapted it.
+    """
+    modules = set()
+    for name, module in base.named_modules():
+        modules.add(module)
+        if isinstance(module, BaseTunerLayer | PeftModel):
+            raise UnsupportedModuleError(
+                f"AdapterPool: takes a base model without PEFT, which has adapted {name or 'it'}; call model.unload() "
+                "first"
+            )
+    return modules
 
 
 _POOLS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AdapterPool]] = weakref.WeakKeyDictionary()

@@ -74,8 +74,8 @@ class Uses:
                     f"opened after it; {STREAMS}"
                 )
 
-    def of_call(self, path: str, training: bool) -> Batch | None:
-        """The batch of this call of the layer at ``path``, which may be in ``training`` mode; None outside every `use`.
+    def of_call(self, path: str) -> Batch | None:
+        """The batch of this call of the layer at ``path``; None outside every `use`.
 
         Raises:
             ConfigError: the batch is of a `use` that has ended, of a generator that is suspended, or not that of the
@@ -98,7 +98,7 @@ class Uses:
             raise ConfigError(
                 f"AdapterPool: {path} is called after its `use` has ended; open one in each task and stream"
             )
-        without_gradients = training and found is not None and found.trains and not torch.is_grad_enabled()
+        without_gradients = found is not None and found.trains and not torch.is_grad_enabled()
         if without_gradients and (node := _reentrant("forward")) is not None:
             node.smoa_batches = {**getattr(node, "smoa_batches", {}), self: found}
         return found

@@ -238,6 +238,8 @@ def test_a_base_has_one_pool_at_a_time(folder: Path, computes_as: Known) -> None
     first.load("anna", folder / "anna")
     with pytest.raises(ConfigError, match="has a pool, with 1 adapters; close that one first"):
         AdapterPool(model)
+    with pytest.raises(ConfigError, match="has a pool"):
+        AdapterPool(model.model)
     first.close()
     second = AdapterPool(model, folder=folder)
     with second.use(["ben"]):
@@ -269,8 +271,20 @@ def test_rows_that_are_not_the_samples_are_refused_by_layer(names: list[str], si
         pool.add(name, config(target_modules=["proj"]))
     with pool.use(names), pytest.raises(ConfigError, match=f"{len(names)} names, but proj is given {sum(sizes)} rows"):
         pool.base(*(torch.randn(size, 16) for size in sizes))
-    with pytest.raises(ConfigError, match="names nothing"), pool.use([]):
+
+
+@pytest.mark.parametrize("names", [[], "anna", [None], [0]], ids=str)
+def test_names_that_are_no_list_of_names_are_refused(names: Any, folder: Path) -> None:
+    pool = AdapterPool(base(), folder=folder)
+    with pytest.raises(ConfigError, match=r"names is .*; give a list that names"), pool.use(names):
         pass
+
+
+def test_a_layer_at_two_places_is_refused() -> None:
+    model = Tower()
+    model.again = model.proj
+    with pytest.raises(UnsupportedModuleError, match="proj stands at 2 places"):
+        AdapterPool(model).add("a", config(target_modules=["proj"]))
 
 
 def test_experts_that_are_modules_are_refused(tmp_path: Path) -> None:
@@ -331,6 +345,23 @@ def test_a_checkpoint_of_the_bare_base_is_refused_inside_a_use() -> None:
     outside = checkpoint(model, x, use_reentrant=True).sum()
     with pool.use(["a"]), pytest.raises(ConfigError, match="another `use`"):
         outside.backward()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_reentrant_checkpoint_gives_the_gradients_without_it(training: bool) -> None:
+    def gradients(checkpoints: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        pool = AdapterPool(Tower().train(training))
+        pool.add("a", config(target_modules=["proj"]))
+        x = torch.ones(1, 16, requires_grad=True)
+        with pool.use(["a"]):
+            y = checkpoint(pool.base, x, use_reentrant=True) if checkpoints else pool.base(x)
+            y.square().sum().backward()
+        return [factor.grad for factor in pool.parameters() if factor.grad is not None]
+
+    plain, again = gradients(False), gradients(True)
+    assert len(plain) == len(again) == 2
+    assert all(map(torch.equal, plain, again))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "fused"])
@@ -413,14 +444,28 @@ def test_a_base_with_a_pool_can_be_copied(way: str, folder: Path, computes_as: K
         assert (computes_as(model), computes_as(copied)) == ("anna", "base")
     with AdapterPool(copied, folder=folder).use(["ben"]):
         assert computes_as(copied) == "ben"
+    assert pickle.loads(pickle.dumps(type(model).generate)) is type(model).generate
 
 
 def test_a_base_that_peft_has_adapted_is_refused(folder: Path) -> None:
     model = base()
     pool = AdapterPool(model, folder=folder)
+    pool.load("anna", folder / "anna")
     get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(UnsupportedModuleError, match=r"PEFT has adapted .*q_proj since"):
-        pool.load("anna", folder / "anna")
+    refused = pytest.raises(UnsupportedModuleError, match=r"without PEFT, which has adapted .*q_proj")
+    with refused:
+        pool.load("ben", folder / "ben")
+    with refused, pool.use(["anna"]):
+        pass
     pool.close()
-    with pytest.raises(UnsupportedModuleError, match="without PEFT"):
+    with refused:
         AdapterPool(model)
+
+
+def test_a_base_whose_layer_was_replaced_is_refused(folder: Path) -> None:
+    pool = AdapterPool(base(), folder=folder)
+    pool.load("anna", folder / "anna")
+    attention = pool.base.model.layers[0].self_attn
+    attention.q_proj = copy.deepcopy(attention.q_proj)
+    with pytest.raises(UnsupportedModuleError, match=r"layers.0.self_attn.q_proj was replaced"), pool.use(["anna"]):
+        pass
