@@ -104,8 +104,12 @@ class Uses:
         return found
 
     def _is_of_this_stream(self, found: Batch | None) -> bool:
-        """Whether all generators in which the batch was opened are running (another thread may be given its context),
-        and none that runs has opened a batch without it."""
+        """Whether the batch found is the right one for the code that is running.
+
+        It is wrong in two cases: a generator around its `use` is suspended, so that the caller would compute with the
+        generator's adapters; or a generator that is running has opened a `use` of its own, which the context lost. The
+        first is not asked in a thread that was handed the context (`asyncio.to_thread`): its generator waits for it.
+        """
         running = set(_generators())
         mine = () if found is None else found.streams
         handed_over = found is not None and found.thread != get_ident()
