@@ -162,7 +162,9 @@ class _Trains:
         """Raises ConfigError where the block is refused."""
         own = copy.deepcopy(self.empty)
         try:
-            return count_trained(own if self.device == "meta" else _with_zeros(own), self.name, block, self.device)
+            wanted = find_method(self.name).peft_config(block)
+            assert wanted is not None
+            return count_trained(own if self.device == "meta" else _with_zeros(own), wanted, self.device)
         except RuntimeError as error:  # of PyTorch: a value of a tensor without data
             if self.device != "meta" or "no data" in str(error):
                 raise ConfigError("reads the weights when it starts, so it can't be counted without them") from error

@@ -20,7 +20,6 @@ from smoa_lab.base_models import load_base_model, load_tokenizer, packaged_name,
 from smoa_lab.basics.cache import free_name
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.data.chat_templates import chat_template, stop_at_turns_end
-from smoa_lab.data.rows import Template
 from smoa_lab.open_run import (
     adapter_config,
     adapter_of_run,
@@ -30,7 +29,6 @@ from smoa_lab.open_run import (
     find_model,
     loading_adapter,
     run_name,
-    trained_template,
 )
 from smoa_lab.scoring.generation import ends_of
 from smoa_lab.scoring.losses import scoring
@@ -66,17 +64,17 @@ class Chat:
         self,
         place: str,
         changes: dict[str, Any],
-        template: Template | None = None,
+        template: str | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         is_terminal: bool = False,
     ) -> None:
-        section, adapter, own = find_model(place, changes)
+        section, adapter = find_model(place, changes)
         self.section = section
         self.tokenizer: Any = load_tokenizer(section)
         self.own_template = self.tokenizer.chat_template
         # Fails before the weights are read.
-        through = chat_template(self.tokenizer, self.own_template, adapter, template or own)
+        through = chat_template(self.tokenizer, self.own_template, adapter, template)
         self.base_model, _ = load_base_model(section)
         to_device(self.base_model)
         self.own_ends: Any = self.base_model.generation_config.eos_token_id
@@ -211,8 +209,7 @@ class Chat:
         if own == self.section.name and base is None:
             check_base(RunFolder(folder.parent), self.section, False)
         check_weights(folder)
-        template = self.template or trained_template(path)
-        through = chat_template(self.tokenizer, self.own_template, folder, template)
+        through = chat_template(self.tokenizer, self.own_template, folder, self.template)
         name, inner = free_name(run_name(folder), {BASE, *self.adapters}.__contains__), f"chat{len(self.adapters)}"
         try:
             with loading_adapter(place):

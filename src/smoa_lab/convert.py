@@ -36,9 +36,8 @@ def convert_run(
     """Write a LoRA to the new folder ``output``, load it from there, and say what it loses of the adapter.
 
     ``loss``, if ``place`` is a run's folder, has the mean negative log-likelihood, in nats, of a token over the run's
-    held-out questions' gold answers, or rows: of the base, the adapter and the LoRA; what the conversion adds, question
-    by question, with its standard error; and the share of the adapter's gain over the base that is kept, None without a
-    gain.
+    held-out rows: of the base, the adapter and the LoRA; what the conversion adds, row by row, with its standard error;
+    and the share of the adapter's gain over the base that is kept, None without a gain.
 
     Args:
         place: Folder of a SMoA adapter, or of a run.
@@ -63,30 +62,28 @@ def convert_run(
     kind = getattr(adapter_config(source).peft_type, "value", None)
     if kind != "SMOA":
         raise ConfigError(f"{source}: is an adapter of the type {kind}; only SMoA's are converted to LoRA")
-    run = load_run(open_run(place, base=base)[0]) if score and RunFolder(Path(place)).finished else None
-    held_out = run.evaluation(alone=False) if run else None
-    if held_out is not None:
-        held_out.rows, _ = RunFolder(Path(place)).not_trained_on(held_out.rows)
+    folder = RunFolder(Path(place))
+    run = load_run(open_run(place, base=base)[0], trains=False) if score and folder.finished else None
+    held_out = run.evaluation(answers=False, folder=folder)[0] if run else None
     model = run.base if run else load_base_model(base_section(source, base))[0]
     adapted = with_saved_adapter(model, source).eval()
     report: dict[str, Any] = {"folder": str(output)}
     report["adapter_parameters"] = sum(p.numel() for name, p in adapted.named_parameters() if ".smoa_" in name)
-    with new_folder(Path(output)) as folder:
-        report |= _save_lora(adapted, rank, folder, base)
-        return report | {"loss": _loss(held_out, adapted, folder) if held_out else None}
+    with new_folder(Path(output)) as written:
+        report |= _save_lora(adapted, rank, written, base)
+        return report | {"loss": _loss(held_out, adapted, written) if held_out and held_out.rows else None}
 
 
-def _loss(held_out: Evaluation, adapted: Any, folder: Path) -> dict[str, Any] | None:
-    """What `convert_run` says of the loss; None if nothing is held out."""
-    adapter = held_out.measured(adapted)
-    if not adapter.nll:
-        return None
+def _loss(held_out: Evaluation, adapted: Any, folder: Path) -> dict[str, Any]:
+    """What `convert_run` says of the loss."""
+    adapter = held_out.measure_once(adapted).losses
     model = adapted.unload()
-    before, lora = held_out.measured(model), held_out.measured(with_saved_adapter(model, folder).eval())
+    before = held_out.measure_once(model).losses
+    lora = held_out.measure_once(with_saved_adapter(model, folder).eval()).losses
     change = lora.change_from(adapter)
     gained = before.mean - adapter.mean
     return {
-        "questions": len(lora.nll),
+        "rows": len(lora.nll),
         "base": before.mean,
         "adapter": adapter.mean,
         "lora": lora.mean,

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from smoa.errors import DataError
 from smoa_lab.base_models import empty_model, load_tokenizer
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.budget import ALL_LINEAR, budget_choice, shapes_of
 from smoa_lab.config.methods import find_method
 from smoa_lab.config.run import ConfigText, Dtype, ModelSection, RunConfig, adapter_rate, check_config, native_dtype
 from smoa_lab.config.yaml_text import apply_overrides, to_yaml
-from smoa_lab.data.files import source_values
-from smoa_lab.data.tasks import TASKS
-from smoa_lab.training.loaded_run import trainable_rows_of
+from smoa_lab.data.prepared import require_good_rows
+from smoa_lab.training.loaded_run import read_rows_of
 from smoa_lab.training.run_folder import in_free_folder
 
 LENGTHS = 64
@@ -40,12 +40,10 @@ NOTES = {
     "r": "decides how many parameters are trained; `smoa budget` compares sizes",
     "alpha": "strength of the update: twice r, so that LoRA's learning rates suit",
     "data": "what is learned; `smoa data check` shows examples of rows",
-    "train": "a file, or a folder of files",
-    "hub": "a data set of the Hub; config: and split: choose a part of it",
-    "tasks": "questions with choices",
+    "train": "a file, a folder of files, a data set of the Hub, or a named set",
     "format": "of the rows, as their columns say",
-    "chat_template": "the model has no template for conversations; this one suits every base model",
-    "test_part": "share of the rows that is held out, and scored before and after",
+    "template": "the model has no template for conversations; this one suits every base model",
+    "trainer": "TRL's: sft, or dpo for preferences",
     "training": "passed to transformers' trainer, any of whose keys may stand here",
     "output_dir": "gets adapter, scores, samples and log",
     "num_train_epochs": "times that all data are seen",
@@ -67,9 +65,9 @@ def first_values(
     dtype: Dtype | None = None,
     changes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The config for a model and data: a task's name, a file, a folder, or a data set of the Hub. Of the model no
-    weights are read; rows are all read, as the ``data.key=value`` of ``changes`` say. With ``method=lora`` among them,
-    or a preset of it, the adapter is LoRA's of the same size.
+    """The config for a model and data: a named set, a file, a folder, or a data set of the Hub. Of the model no weights
+    are read; rows are all read, as the ``data.key=value`` of ``changes`` say. With ``method=lora`` among them, or a
+    preset of it, the adapter is LoRA's of the same size.
 
     Raises:
         ConfigError: ``parameters`` are too few, or cannot be read.
@@ -84,23 +82,19 @@ def first_values(
     adapter = {"num_blocks": choice.num_blocks, "r": choice.r, "alpha": 2 * choice.r}
     if find_method(str(method["method"])).peft_type == "lora":
         adapter = {"r": choice.lora_r, "lora_alpha": 2 * choice.lora_r}
-    length, logging = {}, 10
-    if data in TASKS:
-        block: dict[str, Any] = {"tasks": [data]}
-    else:
-        block, rows, longest = _look_at_rows(data, section, positions_of(empty.config), changes)
-        length, logging = {"max_length": longest}, EPOCHS * math.ceil(rows / (BATCH * ACCUMULATION)) // 10
+    block, rows = look_at_rows(data, section, positions_of(empty.config), changes)
+    logging = EPOCHS * math.ceil(rows / (BATCH * ACCUMULATION)) // 10
     return {
         "model": {"name": model, "dtype": dtype or native_dtype()},
         **method,
         "adapter": {"target_modules": ALL_LINEAR, **adapter},
+        "trainer": "dpo" if block["format"] == "preference" else "sft",
         "data": block,
         "training": {
             "output_dir": f"runs/{file_for(data).stem}",
             "num_train_epochs": EPOCHS,
             "per_device_train_batch_size": BATCH,
             "gradient_accumulation_steps": ACCUMULATION,
-            **length,
             "gradient_checkpointing": size > LARGE,
             "learning_rate": adapter_rate(size),
             "logging_steps": max(1, min(10, logging)),
@@ -109,25 +103,29 @@ def first_values(
     }
 
 
-def _look_at_rows(
-    place: str, section: ModelSection, context: int | None, changes: Sequence[str]
-) -> tuple[dict[str, Any], int, int]:
-    """The ``data`` block, how many rows there are to train on, and the tokens at which a row is to be cut."""
+def look_at_rows(
+    place: str, section: ModelSection, context: int | None, changes: Sequence[str] = ()
+) -> tuple[dict[str, Any], int]:
+    """The ``data`` block, and how many rows there are to train on."""
     tokenizer = load_tokenizer(section)
-    lent = None if tokenizer.chat_template else "alpaca"
+    lent = {} if tokenizer.chat_template else {"template": "alpaca"}
     values: dict[str, Any] = {
         "model": {"name": section.name},
-        "data": {**source_values(place), "chat_template": lent},
-        "training": {"max_length": context},
+        "data": {"train": place, **lent, "max_length": context},
+        "training": {},
     }
     apply_overrides(values, [change for change in changes if change.startswith("data.")])
     config = check_config(values, place)
-    _, rows = trainable_rows_of(config, tokenizer)
-    account, (first, *_) = rows.account, rows.rows("train", 1)
-    template = {"chat_template": lent} if lent and not first.is_text else {}
-    block = {**source_values(place), "format": account["format"], **template, "test_part": config.rows.test_part}
+    _, rows = read_rows_of(config, tokenizer)
+    account = rows.account
+    require_good_rows(account, config.data.skip_bad_rows)
+    if not (number := account["parts"].get("train", 0)):
+        raise DataError(f"{place}: leaves no rows to train on")
+    (first, *_) = rows.rows("train")
     length = -(-account["tokens"]["p99"] // LENGTHS) * LENGTHS
-    return block, account["parts"]["train"], min(length, context or length)
+    template = {} if first.is_text else lent
+    block = {"train": place, "format": account["format"], **template, "max_length": min(length, context or length)}
+    return block, number
 
 
 def default_run(model: str, data: str, changes: Sequence[str] = ()) -> RunConfig:

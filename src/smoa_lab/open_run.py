@@ -22,7 +22,6 @@ from smoa.atomic import recover
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.base_models import base_content, packaged_name
 from smoa_lab.config.run import ModelSection, RunConfig, load_config, native_dtype
-from smoa_lab.data.rows import Template
 from smoa_lab.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -106,17 +105,9 @@ def run_name(place: str | Path) -> str:
     return folder.parent.name if folder == RunFolder(folder.parent).adapter else folder.name
 
 
-def trained_template(place: Path) -> Template:
-    """The template of questions that the run in ``place`` was trained with; ``chat`` for all else."""
-    if not RunFolder(place).finished:
-        return "chat"
-    config = load_config(RunFolder(place).config)
-    return "chat" if config.has_rows else config.task.template
-
-
-def find_model(place: str, changes: dict[str, Any]) -> tuple[ModelSection, Path | None, Template]:
-    """The model of ``place``, its adapter and the template to talk through: a run's own, else the model's. ``changes``
-    are laid over the model's section: ``name``, ``dtype``. Nothing is loaded yet.
+def find_model(place: str, changes: dict[str, Any]) -> tuple[ModelSection, Path | None]:
+    """The model of ``place`` and its adapter. ``changes`` are laid over the model's section: ``name``, ``dtype``.
+    Nothing is loaded yet.
 
     Raises:
         ConfigError: ``place`` is a folder without a run, an adapter and a model.
@@ -124,15 +115,15 @@ def find_model(place: str, changes: dict[str, Any]) -> tuple[ModelSection, Path 
     path = Path(place).expanduser()
     if RunFolder(path).finished:
         config, adapter = open_run(path, base=changes.get("name"))
-        return config.model.model_copy(update=changes), adapter, trained_template(path)
+        return config.model.model_copy(update=changes), adapter
     try:
         adapter = adapter_of_run(path)
     except ConfigError as error:
         if path.is_dir() and not (path / MODEL_CONFIG_NAME).is_file():
             raise ConfigError(f"{error}, nor a model ({MODEL_CONFIG_NAME}), nor is it a finished run") from error
-        return ModelSection(name=place).model_copy(update=changes), None, "chat"
+        return ModelSection(name=place).model_copy(update=changes), None
     model = base_section(adapter, changes.get("name"))
-    return model.model_copy(update={"dtype": native_dtype(), **changes}), adapter, "chat"
+    return model.model_copy(update={"dtype": native_dtype(), **changes}), adapter
 
 
 def base_name(adapter: Path, base: str | None = None) -> str:

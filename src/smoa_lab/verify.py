@@ -17,7 +17,6 @@ import torch
 from peft.utils import CONFIG_NAME
 from rich.filesize import decimal
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from smoa.errors import ConfigError, DataError, MergeError
@@ -73,7 +72,6 @@ def verify(
     served_name: str | None = None,
     tokens: int = 16,
     base: str | None = None,
-    trained: PreTrainedModel | None = None,
 ) -> list[Verdict]:
     """Compare an adapter, unmerged and in float32, with what it was made into, on ten prompts.
 
@@ -87,7 +85,6 @@ def verify(
         served_name: The adapter's name at a server, by default that of its folder or run.
         tokens: How many of them a server is asked for.
         base: The base model, if not the recorded one.
-        trained: The adapted model that was saved, if it is still in memory; it is compared too.
 
     Raises:
         ConfigError: there is no adapter, or a target is none of these things.
@@ -123,8 +120,6 @@ def verify(
         share = f"{difference / changed:.1%} of what the adapter changes" if changed else "the adapter changes nothing"
         return Verdict(target, difference, max(TOLERANCE[dtype] for dtype in (computed, *dtypes)), share)
 
-    if trained is not None:
-        verdicts.append(compared("as trained", _logits(trained, ids), str(trained.dtype).removeprefix("torch.")))
     found: dict[str, Verdict] = {}
     for target, kind in sorted(kinds.items(), key=lambda one: one[1] == "merged"):  # last: not all can unmerge
         if kind == "server":

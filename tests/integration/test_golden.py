@@ -16,7 +16,7 @@ from smoa import ConfigError
 from smoa_lab.config.run import check_config
 from smoa_lab.data.encoding import Encoder, Tokens
 from smoa_lab.data.formats import recognize, shape
-from smoa_lab.training.train_run import train
+from smoa_lab.training.run import run
 from tests.support import golden
 from tests.support.own_rows import MARKED, PLAIN, tokenizer_with, write_rows
 
@@ -79,12 +79,13 @@ def test_a_run_learns_as_it_did(name: str, tmp_path: Path, monkeypatch: pytest.M
     known, threads = LOSSES[name], torch.get_num_threads()
     settings, format = known["config"], known["config"]["format"]
     rows = golden.rows(format, 64)
+    if format == "questions":  # a context was a column of its own
+        rows = [row | {"prompt": f"{row['context']}\n{row['prompt']}".strip()} for row in rows]
     parts = {"train": rows[:48], "test": rows[48:]}
     files = {part: str(write_rows(tmp_path / f"{part}.jsonl", own)) for part, own in parts.items()}
-    data: dict[str, Any] = {**files, "samples": 0}
+    data: dict[str, Any] = {**files, "samples": 0, "validation_examples": 0}
     if format == "questions":
-        columns = {"prompt": "prompt", "choices": "choices", "label": "label", "context": "context"}
-        data = {"tasks": ["own"], "files": {"own": {**files, "columns": columns}}, "validation_part": 0.0}
+        data["template"] = "alpaca"
     training = {
         "output_dir": str(tmp_path / "run"),
         "use_cpu": True,
@@ -99,13 +100,14 @@ def test_a_run_learns_as_it_did(name: str, tmp_path: Path, monkeypatch: pytest.M
         "model": {"name": str(golden.language_model(tmp_path / "base")), "dtype": "float32"},
         "method": settings["method"],
         "adapter": {**settings["adapter"], "target_modules": "all-linear"},
+        "trainer": "dpo" if format == "preference" else "sft",
         "data": data,
         "forgetting": {"tokens": 512},
         "training": training,
     }
     torch.set_num_threads(1)
     try:
-        metrics = train(check_config(config | ({"task": {"samples": 0}} if format == "questions" else {})))
+        metrics = run(check_config(config))
     finally:
         torch.set_num_threads(threads)
     losses = [entry["loss"] for entry in metrics["history"] if "loss" in entry]

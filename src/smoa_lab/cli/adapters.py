@@ -57,7 +57,7 @@ def convert(
         int | None, typer.Option(min=1, help="Rank of every layer, at most its smaller side; give this or --energy.")
     ] = None,
     energy: Annotated[float | None, typer.Option(help="Share of ‖ΔW‖² to keep in every layer, e.g. 0.9.")] = None,
-    score: Annotated[bool, typer.Option(help="Measure the loss on the run's held-out questions.")] = True,
+    score: Annotated[bool, typer.Option(help="Measure the loss on the run's held-out rows.")] = True,
     base: Base = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer.")] = False,
     trust_remote_code: TrustRemoteCode = False,

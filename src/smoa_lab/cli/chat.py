@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,8 +13,6 @@ from smoa_lab.cli.console import Base, Dtype, TrustRemoteCode, reporting
 
 if TYPE_CHECKING:
     from smoa_lab.chat import Chat
-
-Template = Literal["chat", "alpaca"]
 
 
 def chat(
@@ -31,9 +29,10 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
     template: Annotated[
-        Template | None,
+        str | None,
         typer.Option(
-            help="The model's own chat template, or Alpaca's; by default the run's, or chat.", show_default=False
+            help="alpaca, a name that TRL has, or a .jinja file; by default the run's or the model's own.",
+            show_default=False,
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,

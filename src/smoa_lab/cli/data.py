@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Annotated, Any
 
 import typer
 
-from smoa_lab.cli.console import AsJson, TrustRemoteCode, failed, print_json, reporting
+from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting
 
 app = typer.Typer(help="Look at your own rows before a run.", no_args_is_help=True)
 
 
 @app.command(epilog="Example: smoa data check chats.jsonl --model smollm2-135m --examples 10")
 def check(
-    place: Annotated[str, typer.Argument(help="File or folder of rows, a data set of the Hub, or a run's YAML file.")],
+    place: Annotated[
+        str, typer.Argument(help="Rows: a file, a folder, a data set of the Hub, a named set; or a run's YAML file.")
+    ],
     model: Annotated[
         str, typer.Option(help="Model whose tokenizer and template to use; a YAML file names its own.")
     ] = ("smollm2-135m"),
     format: Annotated[str | None, typer.Option(help="data.format, if the columns do not show it.")] = None,
-    max_length: Annotated[int, typer.Option(min=8, help="training.max_length: tokens at which a row is cut.")] = 1024,
-    chat_template: Annotated[
-        str | None, typer.Option(help="data.chat_template instead of the model's own, e.g. alpaca.")
-    ] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="data.max_length: tokens at which a row is cut.")] = 1024,
+    template: Annotated[str | None, typer.Option(help="data.template instead of the model's own, e.g. alpaca.")] = None,
     examples: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
@@ -33,18 +34,13 @@ def check(
     with reporting():
         from smoa_lab.base_models import load_tokenizer
         from smoa_lab.config.run import check_config, load_config
-        from smoa_lab.data.files import source_values
         from smoa_lab.training.loaded_run import read_rows_of
 
         if place.endswith((".yaml", ".yml")):
             config = load_config(place)
-            if not config.has_rows:
-                raise failed(f"{place}: trains on questions (data.tasks); this shows rows (data.train or data.hub)")
         else:
-            data = {**source_values(place), "format": format, "chat_template": chat_template}
-            config = check_config(
-                {"model": {"name": model}, "data": data, "training": {"max_length": max_length}}, place
-            )
+            data = {"train": place, "format": format, "template": template, "max_length": max_length}
+            config = check_config({"model": {"name": model}, "data": data, "training": {}}, place)
         tokenizer = load_tokenizer(config.model)
         _, rows = read_rows_of(config, tokenizer)
         account, trained = rows.account, rows.account["parts"].get("train", 0)
@@ -52,9 +48,9 @@ def check(
             print_json(account)
         else:
             _print_account(place, config.model.name, account)
-            for number, row in enumerate(rows.part("train", examples, config.data.seed), start=1):
+            for number, row in enumerate(islice(rows.part("train"), examples), start=1):
                 _print_example(f"example {number} of {min(examples, trained)}", row, tokenizer)
-        if not trained or (account["bad"] and not config.rows.skip_bad_rows):
+        if not trained or (account["bad"] and not config.data.skip_bad_rows):
             raise typer.Exit(1)
 
 
@@ -74,7 +70,7 @@ def _print_account(place: str, model: str, account: dict[str, Any]) -> None:
     typer.echo(f"{account['cut']:,} rows are cut at {account['max_length']} tokens")
     typer.echo(f"{account['dropped']:,} rows are dropped: nothing that is trained is left in them")
     typer.echo(f"{account['repeated']:,} rows repeat an earlier one")
-    typer.echo(f"{account['also_in_test']:,} training rows are dropped, since the test rows have them")
+    typer.echo(f"{account['also_held_out']:,} training rows are dropped, since held-out rows are the same")
     typer.echo(f"{account['bad']:,} bad rows" + "".join(f"\n  {fault}" for fault in account["faults"]))
 
 

@@ -24,14 +24,13 @@ def demo(
     """Fine-tune a small real model in minutes, show what changed, reload the adapter and merge it."""
     with reporting():
         from smoa.errors import ConfigError
-        from smoa_lab.base_models import PACKAGED_MODELS, with_rate
+        from smoa_lab.base_models import PACKAGED_MODELS
         from smoa_lab.config.run import load_config
-        from smoa_lab.training.loaded_run import load_run
+        from smoa_lab.training.run import run
         from smoa_lab.training.run_folder import RunFolder, in_free_folder
-        from smoa_lab.training.train_run import train
         from smoa_lab.verify import verify
 
-        checked = in_free_folder(with_rate(load_config(config, overrides)))
+        checked = in_free_folder(load_config(config, overrides))
         if checked.method == "full":
             raise ConfigError(
                 f"method: {checked.method} saves a whole model, and smoa demo reloads and merges an adapter; choose "
@@ -39,12 +38,10 @@ def demo(
             )
         if checked.model.name in PACKAGED_MODELS:
             typer.echo(PACKAGED_MODELS[checked.model.name].notice)
-        ready = load_run(checked)
-        metrics = train(checked, ready)
-        print_scores(metrics)
+        print_scores(run(checked))
         folder = RunFolder(checked.folder)
         typer.echo("\nThe saved adapter, loaded again:")
-        verdicts = verify(folder.path, ["merged"], trained=ready.base)
+        verdicts = verify(folder.path, ["merged"])
         typer.echo("\n".join(verdict.line() for verdict in verdicts))
         typer.echo(f"\nAdapter:    {folder.adapter}\nLoss curve: {folder.picture}\nMetrics:    {folder.metrics}")
         typer.echo(f"To train your own: copy {config}, edit the copy, and pass it to `smoa train`.")

@@ -1,4 +1,4 @@
-"""``smoa eval``: scores a run, or an untouched model, on held-out questions."""
+"""``smoa eval``: scores a run, or an untouched model, on held-out rows."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from smoa_lab.cli.console import AsJson, Base, TrustRemoteCode, print_json, repo
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a config file for the untouched model.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. task.max_length=512.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. data.max_length=512.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
-    """Score a run's adapter, or an untouched model, on held-out questions."""
+    """Score a run's adapter, or an untouched model, on held-out rows."""
     with reporting():
         from smoa.atomic import check_place, write_whole
         from smoa_lab.basics.plain import json_text

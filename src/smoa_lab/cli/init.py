@@ -21,8 +21,8 @@ def init(
     data: Annotated[
         str,
         typer.Option(
-            prompt="Data (file, folder, data set of the Hub, or task)",
-            help="data: file or folder of rows, a data set of the Hub, or a task.",
+            prompt="Data (file, folder, data set of the Hub, or named set)",
+            help="data.train: file or folder of rows, a data set of the Hub, or a named set such as csqa.",
         ),
     ],
     config: Annotated[Path | None, typer.Argument(help="YAML file to write; NAME.yaml for data called NAME.")] = None,

@@ -21,7 +21,7 @@ def train(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Without a file: rows, in a file, a folder or a data set of the Hub; or a task."),
+        typer.Option(help="Without a file: data.train, rows in a file, a folder or a data set of the Hub; or csqa, …"),
     ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Write the run's page, report.html, as smoa report does.")
@@ -29,15 +29,15 @@ def train(
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
-    """Train an adapter on questions or on your own rows, and score it on held-out ones.
+    """Train an adapter on rows, and score it on held-out ones.
 
     With --model and --data it needs no file: it trains what `smoa init` would write for them.
     """
     with reporting():
         from smoa.errors import ConfigError
         from smoa_lab.config.run import load_config
+        from smoa_lab.training.run import run
         from smoa_lab.training.run_folder import is_first_process
-        from smoa_lab.training.train_run import train as train_run
 
         if model is None and data is None and config is not None:
             checked = load_config(config, overrides)
@@ -51,7 +51,7 @@ def train(
             words = [*([] if config is None else [config]), *(overrides or [])]
             checked = default_run(model, data, words)
             typer.echo(f"Run folder: {checked.folder}", err=True)
-        metrics = train_run(checked)
+        metrics = run(checked)
         if not is_first_process():
             return
         if report:
@@ -72,34 +72,24 @@ def print_scores(metrics: dict[str, Any]) -> None:
     evaluation, gain, forgot, samples = (metrics[key] for key in ("evaluation", "gain", "forgetting", "samples"))
     if evaluation:
         score_table(evaluation).print()
-    if gain and "accuracy" in gain:
-        points, stderr = 100 * gain["accuracy"], 100 * gain["accuracy_stderr"]
-        typer.echo(f"\nAccuracy changed by {points:+.1f} ± {stderr:.1f} points (standard error, paired by question).")
-    if gain and "loss" in gain:
+    if gain:
         change = f"{gain['loss']:+.3f} ± {gain['loss_stderr']:.3f}"
         typer.echo(f"\nThe loss changed by {change} (standard error, paired by row).")
-    if gain and "preferred" in gain:
-        share = f"{100 * gain['preferred']:.0f} %"
+    if gain and "accuracy" in gain:
+        points, stderr = 100 * gain["accuracy"], 100 * gain["accuracy_stderr"]
+        typer.echo(f"Accuracy changed by {points:+.1f} ± {stderr:.1f} points.")
+    if "won" in evaluation.get("after", {}):
+        share = f"{100 * evaluation['after']['won']:.0f} %"
         typer.echo(f"The chosen answer gained on the rejected one in {share} of the held-out rows.")
-    if samples and "rows" in evaluation["after"]["all"]:
+    if samples:
         typer.echo(f"Answers before and after: samples.md, {len(samples)} held-out prompts.")
-    else:
-        for sample in samples:
-            typer.echo(f"\n{sample['question']}")
-            for name in ("before", "after", "reference"):
-                if name in sample:
-                    typer.echo(f"  {name + ':':10} {sample[name] or '(nothing)'}")
     parts = []
     if len(evaluation) == 2:
         before, after = evaluation["before"], evaluation["after"]
-        learned = [
-            f"{task} {100 * before[task]['accuracy']:.1f} → {100 * scores['accuracy']:.1f} %"
-            for task, scores in after.items()
-            if task != "all"
-        ]
-        if "rows" in after["all"]:
-            learned = [f"perplexity {before['all']['perplexity']:.2f} → {after['all']['perplexity']:.2f}"]
-        parts = [f"learned: {', '.join(learned)}"]
+        learned = f"perplexity {before['perplexity']:.2f} → {after['perplexity']:.2f}"
+        if "accuracy" in after:
+            learned = f"accuracy {100 * before['accuracy']:.1f} → {100 * after['accuracy']:.1f} %"
+        parts = [f"learned: {learned}"]
     if forgot:
         parts.append(f"forgot: {forgot['change']:+.3f} ± {forgot['stderr']:.3f} nats per token of general text")
     if parts:

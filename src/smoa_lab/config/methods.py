@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Annotated, Any
 
 import peft
@@ -40,9 +41,16 @@ class Method:
         return "r" if hasattr(self.config_class, "r") else None
 
     def peft_config(self, adapter: dict[str, Any]) -> PeftConfig | None:
-        """The PEFT config of a run: the ``adapter:`` block on top of the preset, for a causal language model."""
+        """The PEFT config of a run: the ``adapter:`` block on top of the preset, for a causal language model.
+
+        Raises:
+            ConfigError: PEFT refuses the block.
+        """
         chosen = self.config_class
-        return None if chosen is None else chosen(**{"task_type": "CAUSAL_LM", **adapter, **self.preset})
+        try:
+            return None if chosen is None else chosen(**{"task_type": "CAUSAL_LM", **adapter, **self.preset})
+        except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+            raise ConfigError(shorten(str(error), 1000)) from error
 
 
 PRESETS: dict[str, Method] = {

@@ -1,48 +1,53 @@
 """The config of a run: its blocks, and reading it from a YAML file.
 
-``data`` says where rows come from: ``tasks`` names sets of questions, ``train`` or ``hub`` a user's own rows.
 ``adapter`` goes to the method's PEFT config and ``training`` to the trainer's arguments, whose keys and types are
 checked as well.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Discriminator, Field, Tag, model_serializer, model_validator
+from peft import PeftConfig
+from pydantic import Field, model_validator
 from transformers import TrainingArguments
 
 from smoa.errors import ConfigError
-from smoa_lab.basics.section import Section, Seed
-from smoa_lab.config.methods import MethodName
+from smoa_lab.basics.section import Section
+from smoa_lab.config.methods import MethodName, find_method
 from smoa_lab.config.validation import Problem, all_problems
 from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
-from smoa_lab.data.files import HubRows
+from smoa_lab.data.files import HubRows, HubSource, RowSource, find_sources
 from smoa_lab.data.formats import Format
 from smoa_lab.data.general_text import STORY
-from smoa_lab.data.rows import AnswerStyle, Template
-from smoa_lab.data.tasks import FileTask, Selection, Task, find_task, select
+from smoa_lab.data.prepared import Sizes
+from smoa_lab.data.rows import AnswerStyle
 
 TRUST = ("trust_remote_code", "allow_all_kernels")
 """Keys of ``from_pretrained`` that let a repository run its own code."""
 SECRET = re.compile(r"(hub_|.*access_)?token|(.*_)?api_key|password")
 """Keys, of transformers and of packages that it calls, whose text is a secret."""
-TRAINING_DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_total_limit": 1}
-ROWS_DEFAULTS: dict[str, Any] = {"bf16": False, "assistant_only_loss": True}
-"""More of them for a user's own rows. Precision is what ``model.dtype`` says; the loss is on the assistant's turns."""
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "report_to": "none",
+    "logging_steps": 10,
+    "save_total_limit": 1,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+"""Precision is what ``model.dtype`` says."""
 DECIDED = {
-    "chat_template_path": "name the template as data.chat_template",
+    "chat_template_path": "name the template as data.template",
     "dataset_kwargs": "rows are prepared here",
     "dataset_text_field": "name the column text",
-    "model_init_kwargs": "give them as model.options",
     "eos_token": "set it in the model's tokenizer",
+    "max_length": "name it as data.max_length",
+    "model_init_kwargs": "give them as model.options",
     "truncation_mode": "rows keep their beginning",
 }
 """Keys of TRL that would contradict the tokens that are made here, and what to do instead."""
@@ -87,70 +92,64 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Which questions: ``tasks`` by name, of the table or of ``files``, which maps names to a user's own files.
+    """The rows. ``train`` is a file, a folder, a data set of the Hub or a named set such as ``csqa``, or a list of
+    them; ``hub`` is a data set of which more is said than its name.
 
-    ``train_examples`` and ``validation_examples`` are totals over all tasks, drawn at random; ``test_examples`` counts
-    per task. Without a number, all are used.
+    ``format`` is recognized by the columns if left out. ``test`` are rows that are held out; without it, and where rows
+    don't name their ``part``, a fifth of them is. ``template`` replaces the model's chat template: ``alpaca``, a name
+    that TRL has, or a ``.jinja`` file. ``choices`` are answered by their text or their letter. Rows are cut at
+    ``max_length`` tokens. The numbers of examples are the most that are used, and ``samples`` counts the held-out
+    prompts that the model answers.
     """
 
-    tasks: list[str] = Field(min_length=1)
-    files: dict[str, FileTask] = Field(default={})
-    train_examples: int | None = Field(default=None, gt=0)
-    validation_examples: int | None = Field(default=None, ge=0)
-    test_examples: int | None = Field(default=None, ge=0)
-    validation_part: float = Field(default=0.05, ge=0.0, lt=1.0)
-    seed: int = 0
-
-    def chosen(self) -> dict[str, Task]:
-        """The tasks by name."""
-        return {name: find_task(name, self.files) for name in self.tasks}
-
-    def select(self) -> Selection:
-        """The questions of the run; raises DataError if they cannot be loaded."""
-        sizes = {"train": self.train_examples, "validation": self.validation_examples, "test": self.test_examples}
-        return select(self.chosen(), sizes, self.validation_part, self.seed)
-
-
-class RowsSection(Section):
-    """A user's own rows: ``train``, a file or a folder of files, or ``hub``, a data set of the Hub.
-
-    ``format`` is recognized by the columns if left out. ``test`` is a second file or folder; without it ``test_part``
-    of the rows is held out, and ``validation_part`` where ``training.eval_strategy`` asks for it. ``chat_template``
-    replaces the model's: ``alpaca``, a name that TRL has, or a ``.jinja`` file. ``samples`` counts the held-out prompts
-    that the model answers before and after.
-    """
-
-    train: str | None = Field(default=None, min_length=1)
-    test: str | None = Field(default=None, min_length=1)
+    train: str | list[str] | None = None
     hub: HubRows | None = None
+    test: str | list[str] | None = None
     format: Format | None = None
-    chat_template: str | None = None
+    template: str | None = None
+    choices: AnswerStyle = "text"
+    max_length: int | None = Field(default=1024, ge=8)
     skip_bad_rows: bool = False
-    test_part: float = Field(default=0.05, ge=0.0, lt=1.0)
-    validation_part: float = Field(default=0.05, ge=0.0, lt=1.0)
     train_examples: int | None = Field(default=None, gt=0)
-    validation_examples: int = Field(default=200, ge=1)
-    test_examples: int = Field(default=200, ge=0)
+    validation_examples: int = Field(default=200, ge=0)
+    test_examples: int = Field(default=400, ge=0)
     samples: int = Field(default=10, ge=0)
-    seed: Seed = 0
 
     @model_validator(mode="after")
-    def _one_source(self) -> RowsSection:
-        if (self.train is None) == (self.hub is None):
-            raise ValueError("give either train, a file or a folder, or hub, a data set of the Hub")
+    def _one_source(self) -> DataSection:
+        if bool(self.train) == (self.hub is not None):
+            raise ValueError("give either train, a file, a folder or a name, or hub, a data set of the Hub")
         return self
 
+    @property
+    def title(self) -> str:
+        """What it is called, in a few words."""
+        return self.hub.name if self.hub else ", ".join(_listed(self.train))
 
-class TaskSection(Section):
-    """How questions are put and answers scored; ``baseline`` scores the untouched model too. ``samples`` counts the
-    held-out questions for which the model writes an answer, before and after."""
+    @property
+    def sizes(self) -> Sizes:
+        """How many rows of each part are used at most."""
+        return Sizes(self.train_examples, self.validation_examples, self.test_examples)
 
-    template: Template = "alpaca"
-    answer: AnswerStyle = "text"
-    max_length: int = Field(default=256, ge=8)
-    eval_batch_tokens: int = Field(default=4096, ge=8)
-    baseline: bool = True
-    samples: int = Field(default=3, ge=0)
+    def sources(self) -> tuple[list[RowSource], list[RowSource]]:
+        """Where rows to train on are from, and those that are held out."""
+        if self.hub is not None:
+            test: list[RowSource] = [HubSource(self.hub, self.hub.test_split)] if self.hub.test_split else []
+            return [HubSource(self.hub, self.hub.split)], test
+        found = [find_sources(place) for place in _listed(self.train)]
+        given = [find_sources(place)[0] for place in _listed(self.test)]
+        return [train for train, _ in found], given or [test for _, test in found if test is not None]
+
+
+def _listed(places: str | list[str] | None) -> list[str]:
+    return [places] if isinstance(places, str) else places or []
+
+
+class ScoringSection(Section):
+    """Which held-out ``part`` is scored, and whether ``before`` training too."""
+
+    part: Literal["test", "validation"] = "test"
+    before: bool = True
 
 
 class ForgettingSection(Section):
@@ -161,56 +160,22 @@ class ForgettingSection(Section):
     tokens: int = Field(default=2048, ge=0)
 
 
-def _kind_of_data(data: Any) -> str:
-    """``rows`` where ``train`` or ``hub`` is named, and no task."""
-    if isinstance(data, dict):
-        return "rows" if "tasks" not in data and data.keys() & {"train", "hub"} else "tasks"
-    return "rows" if isinstance(data, RowsSection) else "tasks"
-
-
 class RunConfig(Section):
     """A run: which model is trained on which rows, and how.
 
-    ``early_stopping`` ends it when the validation loss has not fallen for so many evaluations, and keeps the best
-    adapter. ``task`` is for questions, that is, for ``data.tasks``.
+    ``trainer`` is TRL's: ``dpo`` for preferences, ``sft`` for all other rows. ``early_stopping`` ends the run when the
+    validation loss has not fallen for so many evaluations, and keeps the best adapter.
     """
 
     model: ModelSection
     method: MethodName = "smoa"
     adapter: dict[str, Any] = Field(default={})
-    forgetting: ForgettingSection = ForgettingSection()
+    trainer: Literal["sft", "dpo"] = "sft"
+    data: DataSection
     training: dict[str, Any]
-    data: Annotated[DataSection, Tag("tasks")] | Annotated[RowsSection, Tag("rows")] = Field(
-        discriminator=Discriminator(_kind_of_data)
-    )
-    task: TaskSection = TaskSection()
     early_stopping: int | None = Field(default=None, gt=0)
-
-    @model_serializer(mode="wrap")
-    def _plain(self, serialize: Any) -> dict[str, Any]:
-        """Without ``task`` where there are no questions, nor an early stopping that questions seldom have."""
-        values: dict[str, Any] = serialize(self)
-        unused = "task" if self.has_rows else "early_stopping" if self.early_stopping is None else None
-        return {key: value for key, value in values.items() if key != unused}
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether it is on a user's own rows, not on questions."""
-        return isinstance(self.data, RowsSection)
-
-    @property
-    def questions(self) -> DataSection:
-        """The block ``data`` of a run on questions; raises ConfigError for one on rows."""
-        if isinstance(self.data, RowsSection):
-            raise ConfigError("data: names rows (data.train or data.hub); this takes questions (data.tasks)")
-        return self.data
-
-    @property
-    def rows(self) -> RowsSection:
-        """The block ``data`` of a run on a user's own rows; raises ConfigError for one on questions."""
-        if isinstance(self.data, DataSection):
-            raise ConfigError("data: names questions (data.tasks); this takes rows (data.train or data.hub)")
-        return self.data
+    scoring: ScoringSection = ScoringSection()
+    forgetting: ForgettingSection = ForgettingSection()
 
     @property
     def folder(self) -> Path:
@@ -226,37 +191,31 @@ class RunConfig(Section):
         """The resolved config: every default of ours filled in."""
         return to_yaml(self.model_dump(mode="json"))
 
-    def arguments(self, format: str | None = None) -> TrainingArguments:
-        """What the trainer takes: TRL's DPOConfig for rows of the format ``preference``, its SFTConfig for all others,
-        told that rows come as tokens that are cut and labeled. Where a run on questions names no value,
-        transformers' own default holds, not TRL's.
+    def peft_config(self) -> PeftConfig | None:
+        """The adapter's; None where the whole model is trained."""
+        return find_method(self.method).peft_config(self.adapter)
 
-        Raises:
-            ConfigError: a key is for another trainer, or would contradict the tokens.
-        """
-        target, training = _trainer_class({}, format == "preference"), dict(self.training)
-        if self.has_rows:
-            for key in DECIDED.keys() & training.keys():
-                raise ConfigError(f"training.{key}: is not for rows: {DECIDED[key]}; leave it out")
-            foreign = sorted(training.keys() - _keys(target) - ROWS_DEFAULTS.keys())
-            if foreign:
-                raise ConfigError(
-                    f"training: {', '.join(foreign)} is not for {target.__name__}, which trains rows of the format "
-                    f"{format}; leave it out"
-                )
-            training = {key: value for key, value in training.items() if key in _keys(target)}
-        else:
-            own = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-            training = {key: own[key] for key in ("bf16", "gradient_checkpointing", "learning_rate")} | training
+    def arguments(self) -> TrainingArguments:
+        """What TRL's trainer takes; its SFTTrainer is told that rows come as tokens that are cut and labeled."""
+        training = dict(self.training)
         if self.early_stopping is not None:  # otherwise a resumed run would forget for how long it had waited
             training["restore_callback_states_from_checkpoint"] = True
-        if format != "preference":
+        length = self.data.max_length
+        if self.trainer == "sft":
             training |= {"assistant_only_loss": False, "completion_only_loss": None}
-            training |= {} if training.get("packing") else {"max_length": None}
+            length = length if training.get("packing") else None
         try:
-            return target(**training)
+            return trainer_arguments(self.trainer)(**training, max_length=length)  # type: ignore[call-arg]
         except (ValueError, TypeError) as error:
             raise ConfigError(f"training: {error}") from error
+
+
+def trainer_arguments(trainer: Any) -> type[TrainingArguments]:
+    """TRL's class of a trainer's arguments."""
+    import trl  # here, since it takes seconds
+
+    chosen: type[TrainingArguments] = trl.DPOConfig if trainer == "dpo" else trl.SFTConfig
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -294,22 +253,20 @@ class ConfigText:
 
     def checked(self) -> RunConfig:
         """The run, its training block laid over our defaults; raises ConfigError with all problems."""
-        values, training = self.values, self.values.get("training")
-        blocks: list[Any] = [values.get(name) for name in ("training", "data")]
-        given, data = (block if isinstance(block, dict) else {} for block in blocks)
-        target: type[TrainingArguments] = TrainingArguments
+        if (block := _new_data(self.values)) is not None:
+            raise ConfigError(
+                f"{self.place}: is a config of an older smoa. All rows are one kind now; instead of data, task and "
+                f"training.max_length write\n\n{to_yaml({'data': block})}"
+            )
+        values, given = self.values, self.values.get("training")
+        training: dict[str, Any] = given if isinstance(given, dict) else {}
         defaults = {**TRAINING_DEFAULTS, "output_dir": f"runs/{Path(self.place).stem}"}
-        if _kind_of_data(data) == "rows":
-            target = _trainer_class(given, data.get("format") == "preference")
-            defaults |= {key: value for key, value in ROWS_DEFAULTS.items() if key in _keys(target)}
-            if values.get("task") is not None:
-                self.refuse([(("task",), "is for questions (data.tasks); leave it out")])
-            values = {key: value for key, value in values.items() if key != "task"}
         if values.get("early_stopping") is not None:
-            defaults |= self._stopping(given)
-        if training is None or isinstance(training, dict):
-            values = {**values, "training": {**defaults, **(training or {})}}
-        self.refuse(all_problems(RunConfig, values, target))
+            defaults |= self._stopping(training)
+        if given is None or isinstance(given, dict):
+            values = {**values, "training": {**defaults, **training}}
+        decided = [(("training", key), f"is not for rows: {DECIDED[key]}") for key in DECIDED.keys() & training.keys()]
+        self.refuse([*all_problems(RunConfig, values, trainer_arguments(values.get("trainer"))), *decided])
         return RunConfig.model_validate(values)
 
     def _stopping(self, training: dict[str, Any]) -> dict[str, Any]:
@@ -350,17 +307,28 @@ def check_config(values: dict[str, Any], place: str = "config") -> RunConfig:
     return ConfigText(values, place).checked()
 
 
-def _trainer_class(training: dict[str, Any], prefers: bool) -> type[TrainingArguments]:
-    """TRL's DPOConfig for preferences, or where a key is only its; else SFTConfig."""
-    import trl  # here, since it takes seconds
-
-    only_dpo = _keys(trl.DPOConfig) - _keys(trl.SFTConfig)
-    chosen: type[TrainingArguments] = trl.DPOConfig if prefers or training.keys() & only_dpo else trl.SFTConfig
-    return chosen
+OLD_DATA = {"tasks", "files", "chat_template", "test_part", "validation_part", "seed"}
 
 
-def _keys(target: type[Any]) -> set[str]:
-    return {field.name for field in dataclasses.fields(target)}
+def _new_data(values: dict[str, Any]) -> dict[str, Any] | None:
+    """What the data block of an older config would be now; None for one of today."""
+    blocks: list[Any] = [values.get(name) for name in ("data", "task", "training")]
+    data, task, training = ({} if not isinstance(block, dict) else dict[str, Any](block) for block in blocks)
+    if not (OLD_DATA & data.keys() or task):
+        return None
+    block = {key: value for key, value in data.items() if key not in OLD_DATA}
+    if isinstance(tasks := data.get("tasks"), list):
+        own: Any = data.get("files")
+        own = own if isinstance(own, dict) else {}
+        files = [own.get(name, {"train": name}) for name in map(str, tasks)]
+        for part in ("train", "test"):
+            places = [file[part] for file in files if isinstance(file, dict) and file.get(part)]
+            block |= {part: places[0] if len(places) == 1 else places} if places else {}
+    style = {"choices": "letter"} if task.get("answer") == "label" else {}
+    length = training.get("max_length", task.get("max_length"))
+    template = data.get("chat_template") or ("alpaca" if "tasks" in data and task.get("template") != "chat" else None)
+    named = {"template": template, "max_length": length, "samples": task.get("samples")}
+    return block | style | {key: value for key, value in named.items() if value is not None}
 
 
 def _forbidden(values: Any, path: tuple[str, ...] = ()) -> Iterator[Problem]:

@@ -20,9 +20,8 @@ from pydantic import (
 from transformers import TrainingArguments
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from smoa.errors import ConfigError, DataError, nearest
+from smoa.errors import ConfigError, nearest
 from smoa_lab.config.methods import find_method
-from smoa_lab.data.tasks import find_task
 
 RESUMES = "smoa resumes an interrupted run by itself: leave it out, and run the same command again"
 Problem = tuple[tuple[str, ...], str]
@@ -32,12 +31,10 @@ Problem = tuple[tuple[str, ...], str]
 def all_problems(
     model: type[BaseModel], values: dict[str, Any], training_class: type[TrainingArguments]
 ) -> list[Problem]:
-    """Problems of our own blocks, of the method, the tasks, ``adapter`` and ``training``, which is for
-    ``training_class``."""
+    """Problems of our own blocks, of the method, ``adapter`` and ``training``, which is for ``training_class``."""
     return [
         *block_problems(model, values),
         *_quantization_problems(values),
-        *_task_problems(values),
         *_method_problems(values),
         *_training_problems(values.get("training"), training_class),
     ]
@@ -49,21 +46,7 @@ def block_problems(model: type[BaseModel], values: dict[str, Any]) -> Iterable[P
         model.model_validate(values)
     except ValidationError as error:
         for problem in error.errors():
-            place = tuple(map(str, problem["loc"]))
-            kind = 1 if place[:1] == ("data",) else 0  # pydantic's tag of what data are, behind that key
-            yield (*place[:kind], *place[kind + kind :]), str(problem["msg"]).removeprefix("Value error, ")
-
-
-def _task_problems(values: dict[str, Any]) -> Iterable[Problem]:
-    data = values.get("data")
-    if not isinstance(data, dict) or not isinstance(data.get("tasks"), list):
-        return
-    files = data.get("files")
-    for name in map(str, data["tasks"]):
-        try:
-            _ = (isinstance(files, dict) and name in files) or find_task(name)
-        except DataError as error:
-            yield ("data", "tasks"), str(error).removeprefix("data.tasks: ")
+            yield tuple(map(str, problem["loc"])), str(problem["msg"]).removeprefix("Value error, ")
 
 
 def _method_problems(values: dict[str, Any]) -> Iterable[Problem]:
@@ -85,7 +68,7 @@ def _method_problems(values: dict[str, Any]) -> Iterable[Problem]:
         if not problems:
             try:
                 method.peft_config(adapter)
-            except (ConfigError, ValueError, TypeError) as error:  # the rules that the PEFT config checks itself
+            except ConfigError as error:  # the rules that the PEFT config checks itself
                 yield ("adapter",), str(error)
 
 

@@ -11,8 +11,13 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError, DataError, nearest
-from smoa_lab.data.rows import ALPACA, Template
 
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+"""The format of Alpaca, as the commonsense line of work has it (LLM-Adapters, arXiv:2304.01933), without the
+indentation that its code carries by accident."""
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 """What looks like a special token in a template."""
 GREETING = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
@@ -36,14 +41,14 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> N
     unknown = sorted(set(SPECIAL.findall(template)) - tokenizer.get_vocab().keys())
     if unknown:
         raise ConfigError(
-            f"data.chat_template: {name} has the tokens {', '.join(unknown)}, which this model's vocabulary lacks; "
+            f"data.template: {name} has the tokens {', '.join(unknown)}, which this model's vocabulary lacks; "
             "use alpaca, which needs none"
         )
     tokenizer.chat_template = template
     try:
         tokenizer.apply_chat_template(GREETING, tokenize=False)
     except (TemplateError, TypeError) as error:
-        raise ConfigError(f"data.chat_template: {name} cannot be used: {error}; correct it, or name another") from error
+        raise ConfigError(f"data.template: {name} cannot be used: {error}; correct it, or name another") from error
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -82,15 +87,16 @@ def saved_chat_template(folder: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def chat_template(tokenizer: Any, own: Any, adapter: Path | None, template: Template) -> str:
-    """The chat template to talk through: Alpaca's, or that of an adapter or, where none is saved with it, its base's
-    ``own``.
+def chat_template(tokenizer: Any, own: Any, adapter: Path | None, name: str | None = None) -> str:
+    """The chat template to talk through: that of a ``name``, or of an adapter or, where none is saved with it, its
+    base's ``own``.
 
     Raises:
-        DataError: neither has one.
+        ConfigError: there is no template of that name.
+        DataError: neither adapter nor base has one.
     """
-    if template == "alpaca":
-        return alpaca(tokenizer)
+    if name is not None:
+        return _template(name, tokenizer)
     text = (None if adapter is None else saved_chat_template(adapter)) or own
     if not text:
         raise DataError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; use --template alpaca")
@@ -98,7 +104,7 @@ def chat_template(tokenizer: Any, own: Any, adapter: Path | None, template: Temp
 
 
 def alpaca(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A template whose first turn is the prompt of questions with ``task.template: alpaca``.
+    """:data:`ALPACA` as a template of conversations.
 
     Later turns follow without its first line, whose place a system prompt takes. Answers close with the end token.
     """
@@ -124,13 +130,13 @@ def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(f"data.chat_template: {name}: {reason}; name a template in UTF-8") from error
+            raise ConfigError(f"data.template: {name}: {reason}; name a template in UTF-8") from error
     folder = resources.files("trl") / "chat_templates"
     files = {file.name.removesuffix(".jinja") for file in folder.iterdir() if file.name.endswith(".jinja")}
     known = {file for file in files if not file.endswith("_training")}
     if name not in known:
         raise ConfigError(
-            f"data.chat_template: there is no template {name!r}{nearest(name, ['alpaca', *sorted(known)])}; "
+            f"data.template: there is no template {name!r}{nearest(name, ['alpaca', *sorted(known)])}; "
             "name alpaca, one that TRL has, or a .jinja file"
         )
     trained = folder / f"{name}_training.jinja"

@@ -1,13 +1,13 @@
-"""Turns rows into token ids, and marks which of them are trained: the answer, the assistant's turns, the completion.
+"""Turns rows into token ids, and marks which of them are trained: the assistant's turns, the completion.
 
 TRL's own preparation gives the same tokens wherever it can mark the assistant's turns: where the chat template has
-``{% generation %}`` marks, or is one that TRL knows. For other templates the turns are found in the text.
+``{% generation %}`` marks, or is one that TRL knows. Under other templates a turn of the assistant is what a longer
+conversation adds to a shorter one.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
@@ -17,28 +17,22 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.data.chat_templates import adds_bos, training_template
-from smoa_lab.data.rows import ALPACA, AnswerStyle, Message, Row, Template, candidates, gold_response, instruction
+from smoa_lab.data.chat_templates import training_template
+from smoa_lab.data.rows import AnswerStyle, Message, Row
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
-MARK = "\ue000"
-"""Stands for what is said; a character of the private use area, which no text has."""
 SHOWN = 64
 """Tokens of a plain text that are given when the model is asked to go on."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A row as the model sees it; ``labels`` are the ids where the loss is taken, and -100 elsewhere.
-
-    ``cut`` counts the tokens that were lost to the length: of a question from its prompt's head, and ``answer_cut``
-    from its answer's end; of any other row from its end.
-    """
+    """A row as the model sees it; ``labels`` are the ids where the loss is taken, and -100 elsewhere. ``cut`` counts
+    the tokens that were lost to the length."""
 
     input_ids: list[int]
     labels: list[int]
     cut: int = 0
-    answer_cut: int = 0
 
     @property
     def start(self) -> int:
@@ -72,33 +66,26 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 class Encoder:
-    """Tokens of rows by a tokenizer, at most ``max_length`` of them.
+    """Tokens of rows by a tokenizer: the first ``max_length`` of each. Choices are answered in ``style``.
 
-    Questions are put in ``template`` and answered in ``style``. Too long ones lose their head, never their tail; BOS,
-    or else a token of the prompt, always precedes the answer, so that each token of it is predicted. Other rows keep
-    their beginning. ``assistant_only`` and ``completion_only`` are TRL's keys of almost these names: false means that
-    everything is trained.
+    ``assistant_only`` and ``completion_only`` are TRL's keys of almost these names: false means that everything is
+    trained.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_length: int | None = 256,
-        template: Template = "alpaca",
+        max_length: int | None = 1024,
         style: AnswerStyle = "text",
         assistant_only: bool = True,
         completion_only: bool = True,
     ) -> None:
-        if template == "chat" and not tokenizer.chat_template:
-            raise DataError("task.template: this model's tokenizer has no chat template; use template: alpaca")
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.template = template
         self.style = style
         self.assistant_only = assistant_only
         self.completion_only = completion_only
         self.pad = pad_token(tokenizer)
-        self.head = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.eos = str(tokenizer.eos_token or "")
 
     @cached_property
@@ -106,90 +93,53 @@ class Encoder:
         """The chat template with marks around the assistant's turns; None if there is none."""
         return training_template(self.tokenizer) if self.tokenizer.chat_template else None
 
+    def state(self) -> Any:
+        """Plain values that change when the tokens of a row may."""
+        tokenizer: Any = self.tokenizer
+        own = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+        settings = [self.max_length, self.style, self.assistant_only, self.completion_only]
+        return [own, tokenizer.chat_template, self.marked_template, tokenizer.special_tokens_map, settings]
+
     def encode(self, row: Row, rejected: bool = False) -> Tokens:
-        """What is trained on: of a question with its gold answer and the end token, of a preference the better
-        completion, or the ``rejected`` one.
+        """What is trained on: of choices the right one, of a preference the better completion, or the ``rejected`` one.
 
         Raises:
             ConfigError: the row has turns, and the model has no chat template.
-            DataError: the template refuses this row, or hides where its turns are.
+            DataError: the template refuses this row, or changes what was said before.
         """
-        if row.task:
-            return self.answered(row, gold_response(row, self.style), end=True)
+        row = self._put(row)
         completion = row.rejected if rejected and row.rejected is not None else row.completion
         if isinstance(completion, str):
-            tokens = self._text(str(row.prompt), completion)
-        else:
-            if not self.tokenizer.chat_template:
-                raise ConfigError(
-                    "data.chat_template: this model has no chat template, and the rows are conversations; name one: "
-                    "alpaca, which suits every base model, the name of a model's family (gemma3, qwen3, llama3, …), or "
-                    "a .jinja file"
-                )
-            tokens = self._turns(_messages(row.prompt), completion)
+            return self._cut(self._text(str(row.prompt), completion))
+        return self._cut(self._turns(_messages(row.prompt), completion))
+
+    def choices(self, row: Row) -> list[Tokens]:
+        """The prompt with each choice, and without what ends the answer: whose likelihoods are compared."""
+        row = self._put(row)
+        prompt = self._formatted(_messages(row.prompt), add_generation_prompt=True)
+        before = self._of_template(prompt)
+        found = []
+        for choice in row.choices:
+            together = self._of_template(prompt + choice)  # unless that changes the prompt that generates
+            is_same = together[: len(before)] == before and len(together) > len(before)
+            answer = together[len(before) :] if is_same else self._of_template(choice)
+            found.append(self._cut(Tokens(before + answer, [IGNORED] * len(before) + answer)))
+        return found
+
+    def _put(self, row: Row) -> Row:
+        """The row in words: choices may be answered by letters."""
+        return row.lettered() if row.choices and self.style == "letter" else row
+
+    def _cut(self, tokens: Tokens) -> Tokens:
         length = self.max_length
         if length is None or len(tokens.input_ids) <= length:
             return tokens
         return Tokens(tokens.input_ids[:length], tokens.labels[:length], cut=len(tokens.input_ids) - length)
 
-    # Questions
-
-    def choices(self, row: Row) -> list[Tokens]:
-        """A question's prompt with each choice, without an end token: what is scored."""
-        return [self.answered(row, text, end=False) for text in candidates(row, self.style)]
-
-    def gold(self, row: Row) -> Tokens:
-        """A question's prompt with its gold answer, without an end token: whose loss is reported."""
-        return self.answered(row, gold_response(row, self.style), end=False)
-
-    def answered(self, row: Row, response: str, end: bool) -> Tokens:
-        """A question with any response; raises DataError if nothing precedes the response."""
-
-        def ids(text: str) -> list[int]:
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-        text = self.question_text(row)
-        prompt, together = ids(text), ids(text + response)
-        # Together where that leaves the prompt as it is when the model generates, apart otherwise.
-        is_same = together[: len(prompt)] == prompt and len(together) > len(prompt)
-        answer = together[len(prompt) :] if is_same else ids(response)
-        if not (self.head or prompt):
-            raise DataError(
-                "the prompt is empty and the tokenizer adds no BOS token, so that nothing predicts the answer's first "
-                "token; give a prompt"
-            )
-        if end and self.tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no end-of-sequence token; answers could never end")
-        if end:
-            answer = [*answer, int(self.tokenizer.eos_token_id)]
-        length = self.max_length or len(self.head) + len(prompt) + len(answer) + 1
-        kept_answer = answer[: length - 1]
-        kept_prompt = prompt[max(0, len(prompt) - (length - len(self.head) - len(kept_answer))) :]
-        before = self.head + kept_prompt
-        return Tokens(
-            before + kept_answer,
-            [IGNORED] * len(before) + kept_answer,
-            cut=len(prompt) - len(kept_prompt),
-            answer_cut=len(answer) - len(kept_answer),
-        )
-
-    def question_text(self, row: Row) -> str:
-        """Everything before a question's answer, as text, without BOS."""
-        request = instruction(row, self.style)
-        if self.template == "alpaca":
-            return ALPACA.format(instruction=request)
-        turns = [{"role": "user", "content": request}]
-        text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        return text.removeprefix(self.tokenizer.bos_token or "") if self.head else text
-
-    # What the model is asked to continue
-
     def prompt(self, row: Row, longest: int | None = None) -> tuple[list[int], str] | None:
-        """What the model is given when it is asked to answer, and the reference answer: a question; the last turn whose
-        prompt has at most ``longest`` tokens; a completion's prompt; or the beginning of a plain text. None if nothing
-        fits."""
-        if row.task:
-            return self.answered(row, "", end=False).prompt, gold_response(row, self.style)
+        """What the model is given when it is asked to answer, and the reference answer: the last turn whose prompt has
+        at most ``longest`` tokens; a completion's prompt; or the beginning of a plain text. None if nothing fits."""
+        row = self._put(row)
         prompts: Iterable[tuple[list[int], str]]
         if not row.is_text:
             messages = _messages(row.prompt, row.completion)
@@ -237,55 +187,49 @@ class Encoder:
         return Tokens(ids, [token if trained else IGNORED for token, trained in marks])
 
     def _by_turns(self, messages: Sequence[Message]) -> Tokens:
-        """The tokens under a template without marks: trained are each assistant's content and what closes its turn, by
-        their places in the text."""
-        text = self._formatted(messages)
-        placed = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, (starts, ends) = list(placed["input_ids"]), zip(*placed["offset_mapping"], strict=True)
+        """The tokens under a template without marks: trained is what each answer adds to the conversation before it,
+        blanks at its end aside, which separate turns."""
+        ids = self._chat(messages)
         labels = [IGNORED] * len(ids)
-        for (start, end), message in zip(self._spans(text, messages), messages, strict=True):
-            if message.role == "assistant":
-                inside = slice(bisect_right(ends, start), bisect_left(starts, end))  # also a token across the start
-                labels[inside] = ids[inside]
+        for place, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            before = self._chat(messages[:place], add_generation_prompt=True)
+            until = self._chat(messages[: place + 1])
+            if ids[: len(until)] != until or until[: len(before)] != before:
+                raise DataError(
+                    "data.template: this model's template changes what was said before, so the assistant's turns "
+                    "can't be told apart; name another template, or set training.assistant_only_loss: false to train "
+                    "on whole conversations"
+                )
+            end = len(until)
+            while end > len(before) and not str(self.tokenizer.decode(ids[end - 1])).strip():
+                end -= 1
+            labels[len(before) : end] = ids[len(before) : end]
         return Tokens(ids, labels)
 
-    def _spans(self, text: str, messages: Sequence[Message]) -> Iterator[tuple[int, int]]:
-        """Where each message's content begins and its turn ends: what lies between is the template's own text."""
-        between = self._formatted([Message(message.role, MARK) for message in messages]).split(MARK)
-        place = len(between[0]) if len(between) == len(messages) + 1 and text.startswith(between[0]) else None
-        for message, after in zip(messages, between[1:], strict=False):
-            said = message.content
-            trimmed = (said, said.strip(), said.lstrip(), said.rstrip())
-            content = next(
-                (form for form in trimmed if place is not None and text.startswith(form + after, place)), None
-            )
-            if place is None or content is None:
-                raise DataError(
-                    "data.chat_template: this model's template changes what is said, so the assistant's turns cannot "
-                    "be told apart; name another template, or set training.assistant_only_loss: false to train on "
-                    "whole conversations"
-                )
-            end = place + len(content)
-            yield place, end + len(self.closing) * text.startswith(self.closing, end)
-            place = end + len(after)
+    def _formatted(self, messages: Sequence[Message], **options: Any) -> str:
+        return str(self._apply(messages, tokenize=False, **options))
 
-    @cached_property
-    def closing(self) -> str:
-        """What the template puts after an answer, line breaks aside: mostly a token that ends the turn."""
-        return self._formatted([Message("user", MARK), Message("assistant", MARK)]).rpartition(MARK)[2].rstrip()
-
-    def _formatted(self, messages: Sequence[Message]) -> str:
-        return str(self._apply(messages, tokenize=False))
+    def _of_template(self, text: str) -> list[int]:
+        """The tokens of a text in which the template has put the special ones."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
         return list(self._apply(messages, tokenize=True, return_dict=True, **options)["input_ids"])
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
+        if not self.tokenizer.chat_template:
+            raise ConfigError(
+                "data.template: this model has no chat template, and the rows are conversations; name one: alpaca, "
+                "which suits every base model, the name of a model's family (gemma3, qwen3, llama3, …), or a .jinja "
+                "file"
+            )
         try:
             return self.tokenizer.apply_chat_template([asdict(message) for message in messages], **options)
         except (TemplateError, TypeError) as error:
             raise DataError(
-                f"the chat template refuses this row: {error}; change the row, or name another data.chat_template"
+                f"the chat template refuses this row: {error}; change the row, or name another data.template"
             ) from error
 
     def _ids(self, text: str) -> list[int]:

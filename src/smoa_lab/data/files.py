@@ -12,10 +12,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from smoa.errors import DataError
+from smoa.errors import DataError, nearest
 from smoa_lab.basics.cache import content_of
 from smoa_lab.basics.section import Section
 from smoa_lab.data.formats import BadRow, shown
+from smoa_lab.data.named import DEMO, DEMO_FILE, SETS
 
 Placed = tuple[str, dict[str, Any] | BadRow]
 """Where a row is, such as "chats.jsonl, row 12", and the row, or what keeps it from being one."""
@@ -47,7 +48,8 @@ def files_of(place: Path) -> list[Path]:
     try:
         folder = place.expanduser()
         if not folder.exists():
-            raise DataError(f"{place}: no such file; give the path of a file or folder that exists")
+            near = nearest(str(place), [DEMO, *SETS])
+            raise DataError(f"{place}: no such file, folder or named set{near or '; give the path of one that exists'}")
         files = [place]
         if folder.is_dir():
             names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and is_of_known_kind(entry))
@@ -160,24 +162,12 @@ class HubRows(Section):
     revision: str | None = None
 
 
-def source_values(place: str) -> dict[str, Any]:
-    """The keys of a config's ``data`` block for a file, a folder, or the id of a data set of the Hub, which has one
-    slash and no ending of a file with rows."""
-    path = Path(place)
-    is_local = path.expanduser().exists() or is_of_known_kind(path) or place.count("/") != 1 or place[0] in "./~"
-    return {"train": place} if is_local else {"hub": {"name": place}}
-
-
 @dataclass(frozen=True)
 class FileSource:
     """A file, or a folder of files. Like :class:`HubSource` it can be read again and again."""
 
     place: Path
-
-    @property
-    def name(self) -> str:
-        """What messages and reports call it."""
-        return str(self.place)
+    name: str
 
     def check(self) -> None:
         """Raise DataError if it can be known without reading that there are no rows."""
@@ -189,24 +179,27 @@ class FileSource:
 
     def state(self) -> Any:
         """Plain values that change when the rows change."""
-        return [(str(file), content_of(file.expanduser())) for file in files_of(self.place)]
+        return [(file.name, content_of(file.expanduser())) for file in files_of(self.place)]
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """One split of a data set of the Hub."""
+    """One split of a data set of the Hub. ``parse`` makes a row of ours of one of its rows."""
 
     wanted: HubRows
     split: str
+    parse: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:
+        """What messages and reports call it."""
         return f"{self.wanted.name} ({self.split})"
 
     def check(self) -> None:
         """Only reading shows what is there."""
 
     def rows(self) -> Iterator[Placed]:
+        """Every row with its place."""
         import datasets
 
         wanted = self.wanted
@@ -214,9 +207,18 @@ class HubSource:
             stream = datasets.load_dataset(
                 wanted.name, wanted.config, split=self.split, revision=wanted.revision, streaming=True
             )
-            yield from ((f"{self.name}, row {number}", row) for number, row in enumerate(stream, start=1))
+            for number, row in enumerate(stream, start=1):
+                yield f"{self.name}, row {number}", self._parsed(row)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"data.hub: cannot read {wanted.name!r}, split {self.split!r}: {error}") from error
+            raise DataError(
+                f"data.train: cannot read {wanted.name!r} of the Hub, split {self.split!r}: {error}"
+            ) from error
+
+    def _parsed(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
+        try:
+            return row if self.parse is None else self.parse(row)
+        except (KeyError, ValueError, TypeError) as error:
+            return BadRow(None, f"{error!r}; the row has {sorted(row)}")
 
     def state(self) -> Any:
         """The commit, so that a data set that changed is read anew."""
@@ -226,8 +228,22 @@ class HubSource:
         try:
             commit = HfApi().dataset_info(self.wanted.name, revision=self.wanted.revision).sha
         except (OSError, ValueError, HfHubHTTPError) as error:
-            raise DataError(f"data.hub.name: cannot find {self.wanted.name!r} on the Hub: {error}") from error
+            raise DataError(f"data.train: cannot find {self.wanted.name!r} on the Hub: {error}") from error
         return [self.wanted.model_dump(), self.split, commit]
 
 
 RowSource = FileSource | HubSource
+
+
+def find_sources(place: str) -> tuple[RowSource, RowSource | None]:
+    """The rows of that name, and those that are held out of them: a named set, a file, a folder, or the id of a data
+    set of the Hub, which has one slash and no ending of a file with rows."""
+    if place == DEMO:
+        return FileSource(DEMO_FILE, place), None
+    if place in SETS:
+        found = SETS[place]
+        wanted = HubRows(name=found.path, config=found.config)
+        return HubSource(wanted, "train", found.parse), HubSource(wanted, found.test, found.parse)
+    path = Path(place)
+    is_local = path.expanduser().exists() or is_of_known_kind(path) or place.count("/") != 1 or place[0] in "./~"
+    return (FileSource(path, place) if is_local else HubSource(HubRows(name=place), "train")), None

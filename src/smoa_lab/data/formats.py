@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from smoa.errors import DataError
-from smoa_lab.data.rows import Message, Row
+from smoa_lab.data.rows import LETTERS, PARTS, Message, Part, Row
 
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxstring = 1, 40
@@ -47,10 +48,11 @@ REFUSED_KEYS = {
 }
 """Keys of a turn that change its meaning, and what to do instead. Others are ignored, such as ``name`` or ``id``."""
 
-Format = Literal["messages", "prompt", "text", "alpaca", "sharegpt", "preference"]
+Format = Literal["messages", "choices", "prompt", "text", "alpaca", "sharegpt", "preference"]
 
 COLUMNS: dict[Format, tuple[str, ...]] = {
     "messages": ("messages",),
+    "choices": ("prompt", "choices", "label"),
     "prompt": ("prompt", "completion"),
     "preference": ("chosen", "rejected"),
     "alpaca": ("instruction", "output"),
@@ -83,11 +85,16 @@ def recognize(row: dict[str, Any]) -> Format:
 
 
 def shape(row: dict[str, Any], format: Format) -> Row:
-    """The row of a format, checked.
+    """The row of a format, checked. Its column ``part``, if it has one of that meaning, says where it belongs.
 
     Raises:
         BadRow: a column is missing, or what it holds can't be trained on.
     """
+    part: Part | None = row["part"] if row.get("part") in PARTS else None
+    return replace(_shaped(row, format), part=part)
+
+
+def _shaped(row: dict[str, Any], format: Format) -> Row:
     missing = [column for column in COLUMNS[format] if column not in row]
     if missing and not (format == "messages" and "conversations" in row):
         problem = f"is missing, expected in each row of the format {format}; found {shown(list(row))}"
@@ -102,6 +109,8 @@ def shape(row: dict[str, Any], format: Format) -> Row:
             return _alpaca(row)
         case "prompt":
             return _prompt(row)
+        case "choices":
+            return _choices(row)
         case "preference":
             return _preference(row)
         case "messages" | "sharegpt":
@@ -128,6 +137,42 @@ def _prompt(row: dict[str, Any]) -> Row:
         return Row(check_text(prompt, "prompt"), check_text(completion, "completion"))
     asked = read_turns(prompt, "prompt")
     return Row(_said(asked), _answered(asked, read_turns(completion, "completion"), "completion"))
+
+
+def _choices(row: dict[str, Any]) -> Row:
+    prompt, choices = row["prompt"], row["choices"]
+    choices = _parsed(choices) if isinstance(choices, str) else choices  # CSV has no lists
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+        expected = f"expected a list of 2 to {len(LETTERS)} texts, in CSV as JSON"
+        raise BadRow("choices", f"found {shown(row['choices'])}, {expected}")
+    texts = [
+        check_text(choice if isinstance(choice, str) else json.dumps(choice), f"choices[{number}]").strip()
+        for number, choice in enumerate(choices)
+    ]
+    if _are_turns(prompt):
+        asked = read_turns(prompt, "prompt")
+        if asked[-1][1].role != "user":
+            raise BadRow(asked[-1][0], f"found a turn of the {asked[-1][1].role}, expected one of the user to answer")
+    else:
+        asked = [("prompt", Message("user", check_text(prompt, "prompt").strip()))]
+    label = _label(row["label"], texts)
+    answer = [("choices", Message("assistant", texts[label]))]
+    return Row(_said(asked), _answered(asked, answer, "choices"), choices=tuple(texts), label=label)
+
+
+def _label(value: object, choices: list[str]) -> int:
+    """The number of the right choice: an integer from 0, or the text of that choice; what a CSV has of either."""
+    if isinstance(value, str) and value.strip() in choices:
+        number = choices.index(value.strip())
+        if value.strip().isdecimal() and int(value) != number:
+            problem = f"found {shown(value)}, the text of one choice and the number of another"
+            raise BadRow("label", f"{problem}; expected a number without quotes, in JSON lines")
+        return number
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(choices):
+        raise BadRow("label", f"found {shown(value)}, expected the number of a choice, from 0, or its text")
+    return value
 
 
 def _preference(row: dict[str, Any]) -> Row:

@@ -1,69 +1,75 @@
-"""Named sets of questions from the Hub: CommonsenseQA, the eight commonsense sets of the adapter literature, GSM8K; and
-the demo's questions of CommonsenseQA, which come with the package, under the MIT licence beside them."""
+"""The named sets: data sets of the Hub, whose rows become rows of the formats ``choices`` or ``messages``."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smoa.errors import DataError
-from smoa_lab.data.rows import Row, choice_question, question
-
-Parts = tuple[str, list[str], int, str]
-"""Prompt, choices, label (from 0) and context of a row."""
-Parse = Callable[[dict[str, Any]], Parts | tuple[str, str]]
-"""What a row of the Hub says; without choices, prompt and answer."""
+Values = dict[str, Any]
+"""A row's columns: of the Hub, or of a format."""
+DEMO = "csqa-demo"
+"""The name of the part of CommonsenseQA that lies in the package, whose rows name their part."""
+DEMO_FILE = Path(__file__).with_name("csqa_demo.jsonl.gz")
 
 
-def _winogrande(row: dict[str, Any]) -> Parts:
-    return row["sentence"], [row["option1"], row["option2"]], int(row["answer"]) - 1, ""
+def _choices(prompt: str, choices: list[str], label: int, context: str = "") -> Values:
+    lines = [text.strip() for text in (context, prompt)]
+    return {"prompt": "\n".join(filter(None, lines)), "choices": choices, "label": label}
 
 
-def _boolq(row: dict[str, Any]) -> Parts:
+def _winogrande(row: Values) -> Values:
+    prompt = f"Please fill in the blank to complete the given sentence: {row['sentence']}"
+    return _choices(prompt, [row["option1"], row["option2"]], int(row["answer"]) - 1)
+
+
+def _boolq(row: Values) -> Values:
     passage = f"{row['title']} -- {row['passage']}" if "title" in row else row["passage"]
-    return f"{row['question']}?", ["yes", "no"], 0 if row["answer"] else 1, passage
+    return _choices(f"{row['question']}?", ["yes", "no"], 0 if row["answer"] else 1, passage)
 
 
-def _piqa(row: dict[str, Any]) -> Parts:
-    return row["goal"], [row["sol1"], row["sol2"]], int(row["label"]), ""
+def _piqa(row: Values) -> Values:
+    return _choices(row["goal"], [row["sol1"], row["sol2"]], int(row["label"]))
 
 
-def _socialiqa(row: dict[str, Any]) -> Parts:
+def _socialiqa(row: Values) -> Values:
     choices = [row["answerA"], row["answerB"], row["answerC"]]
-    return f"{row['context']} {row['question']}", choices, int(row["label"]) - 1, ""
+    return _choices(f"{row['context']} {row['question']}", choices, int(row["label"]) - 1)
 
 
-def _hellaswag(row: dict[str, Any]) -> Parts:
+def _hellaswag(row: Values) -> Values:
     def unmarked(text: str) -> str:
         """Without WikiHow's marks, as lm-eval removes them."""
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
     beginning = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return unmarked(beginning), list(map(unmarked, row["endings"])), int(row["label"]), ""
+    prompt = f"Please complete the given sentence: {unmarked(beginning)}"
+    return _choices(prompt, list(map(unmarked, row["endings"])), int(row["label"]))
 
 
-def _lettered(row: dict[str, Any]) -> Parts:
+def _lettered(row: Values) -> Values:
     choices = row["choices"]
     question = row["question"] if "question" in row else row["question_stem"]
-    return question, list(choices["text"]), list(choices["label"]).index(row["answerKey"]), ""
+    return _choices(question, list(choices["text"]), list(choices["label"]).index(row["answerKey"]))
 
 
-def _gsm8k(row: dict[str, Any]) -> tuple[str, str]:
+def _gsm8k(row: Values) -> Values:
     """Solutions end in ``#### number``."""
-    return row["question"], row["answer"]
+    asked, answer = (
+        {"role": role, "content": row[key]} for role, key in (("user", "question"), ("assistant", "answer"))
+    )
+    return {"messages": [asked, answer]}
 
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A data set of the Hub. ``test`` is the split whose labels are public and on which the literature evaluates."""
+    """A data set of the Hub, and what makes a row of ours of one of its rows. ``test`` is the split whose labels are
+    public and on which the literature evaluates."""
 
     path: str
-    parse: Parse
+    parse: Callable[[Values], Values]
     test: str = "validation"
     config: str | None = None
 
@@ -81,48 +87,3 @@ SETS: dict[str, NamedSet] = {
     "csqa": NamedSet("tau/commonsense_qa", _lettered),
     "gsm8k": NamedSet("openai/gsm8k", _gsm8k, "test", "main"),
 }
-DEMO = Path(__file__).with_name("csqa_demo.jsonl.gz")
-
-
-def read_set(name: str, part: str) -> list[Row]:
-    """The questions of the official training split, ``train``, or of the one that the literature tests on, ``test``.
-
-    Raises:
-        DataError: the Hub cannot be reached, or a row lacks a part.
-    """
-    import datasets
-
-    wanted = SETS[name]
-    try:
-        rows = datasets.load_dataset(wanted.path, wanted.config, split=wanted.test if part == "test" else part)
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        raise DataError(
-            f"{name}: {wanted.path} could not be downloaded from the Hub ({type(error).__name__}: {error}); offline, "
-            "name your own copy under data.files"
-        ) from error
-    return [_question(name, number, row, wanted.parse) for number, row in enumerate(rows)]
-
-
-def _question(name: str, number: int, row: dict[str, Any], parse: Parse) -> Row:
-    try:
-        found = parse(row)
-    except (KeyError, ValueError) as error:
-        raise DataError(f"{name}, the Hub's row {number}: {error!r}; the row has {sorted(row)}") from error
-    identifier = str(row.get("id", number))
-    if isinstance(found[1], str):
-        prompt, answer = found
-        return question(name, identifier, prompt, answer)
-    prompt, choices, label, context = found
-    texts = [text.strip() for text in choices]
-    return choice_question(name, identifier, prompt.strip(), texts, label, context.strip())
-
-
-def read_demo(part: str) -> list[Row]:
-    """The demo's questions of one part, ``train``, ``validation`` or ``test``, in the order in which they are used."""
-    with gzip.open(DEMO, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    return [
-        choice_question("csqa-demo", row["id"], row["prompt"], row["choices"], row["label"])
-        for row in rows
-        if row["part"] == part
-    ]

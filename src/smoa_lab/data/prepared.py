@@ -1,4 +1,5 @@
-"""Reads a user's rows once, splits them, and keeps their tokens on disk, from where training maps them into memory.
+"""Reads rows once, splits them, and keeps the tokens of those that are used on disk, from where training maps them into
+memory.
 
 A row's content decides its part, so a repeated row never lies in two parts, and the split is the same in every run.
 """
@@ -7,15 +8,15 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from smoa.atomic import check_place, new_folder, write_whole
@@ -24,11 +25,9 @@ from smoa_lab.basics.cache import cache_folder
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.files import RowSource
 from smoa_lab.data.formats import BadRow, Format, recognize, shape
-from smoa_lab.data.rows import Row, row_from_json
+from smoa_lab.data.rows import PARTS, Part, Row, row_from_json
 
-Part = Literal["train", "validation", "test"]
-PARTS: tuple[Part, ...] = ("train", "validation", "test")
-VERSION = 4
+VERSION = 5
 """Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
 FIRST = 16
 """Tokens: the bound of the shortest rows in a histogram."""
@@ -36,21 +35,17 @@ QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}
 """The quantiles of the rows' lengths that an account has."""
 SHOWN = 10
 """Bad rows that are listed; the rest are counted."""
+HELD_OUT = {"test": 5, "validation": 10}
+"""Of so many different rows one is held out."""
 
 
 @dataclass(frozen=True)
-class Shares:
-    """Which share of the rows is held out for validation and, without a test source, for the test."""
+class Sizes:
+    """How many rows of each part are used at most; None is all of them."""
 
-    validation: float = 0.0
-    test: float = 0.05
-
-    def part(self, digest: str) -> Part:
-        """The part of a row, by the beginning of its digest, which is as good as drawn at random."""
-        place = int(digest[:12], 16) / 16**12
-        if place < self.test:
-            return "test"
-        return "validation" if place < self.test + self.validation else "train"
+    train: int | None = None
+    validation: int | None = 200
+    test: int | None = 400
 
 
 def length_summary(lengths: array[int]) -> dict[str, Any]:
@@ -81,6 +76,38 @@ def require_good_rows(account: dict[str, Any], skip: bool) -> None:
     )
 
 
+def split(keys: NDArray[np.uint64], named: Sequence[str], sizes: Sizes) -> tuple[dict[Part, NDArray[np.int64]], int]:
+    """The numbers of the rows of each part, and how many rows are left out because an earlier part has their content.
+    ``named`` has the part that each row names, or ``""``.
+
+    Of test and validation, the one that no row names gets a fifth, or a tenth, of the other contents, those with the
+    lowest digests, at most as many as ``sizes`` says. No content lies in two parts: test comes first, then validation.
+    Where there are more rows than wanted, the first ones are taken if rows name that part, else the lowest digests.
+    """
+    parts = np.array(named)
+    free = np.unique(keys[(parts == "") & ~np.isin(keys, keys[(parts == "test") | (parts == "validation")])])
+    contents = len(free)
+    for name, divisor in HELD_OUT.items():
+        if name not in named:
+            most = getattr(sizes, name)
+            number = contents // divisor if most is None else min(contents // divisor, most)
+            parts[(parts == "") & np.isin(keys, free[:number])] = name
+            free = free[number:]
+    parts[parts == ""] = "train"
+    chosen: dict[Part, NDArray[np.int64]] = {}
+    left_out, taken = 0, np.empty(0, np.uint64)
+    for part in reversed(PARTS):
+        is_taken = np.isin(keys, taken)
+        left_out += int(((parts == part) & is_taken).sum())
+        numbers = np.flatnonzero((parts == part) & ~is_taken)
+        taken = np.union1d(taken, keys[numbers])
+        most = getattr(sizes, part)
+        if part not in named and most is not None:
+            numbers = np.sort(numbers[np.argsort(keys[numbers], kind="stable")[:most]])
+        chosen[part] = numbers[:most]
+    return chosen, left_out
+
+
 @dataclass(frozen=True)
 class PreparedRows:
     """Rows on disk: one data set for each part, with ``input_ids``, ``labels`` and ``row``, a row as JSON."""
@@ -88,73 +115,47 @@ class PreparedRows:
     folder: Path
     account: dict[str, Any]
 
-    def part(self, part: Part, at_most: int | None = None, seed: int = 0) -> Any:
-        """A ``datasets.Dataset``, of ``at_most`` rows drawn at random."""
+    def part(self, part: Part) -> Any:
+        """A ``datasets.Dataset``."""
         from datasets import Dataset
 
-        dataset = Dataset.from_file(str(self.folder / f"{part}.arrow"))
-        if at_most is None or len(dataset) <= at_most:
-            return dataset
-        return dataset.shuffle(seed=seed, keep_in_memory=True).select(range(at_most), keep_in_memory=True)
+        return Dataset.from_file(str(self.folder / f"{part}.arrow"))
 
-    def rows(self, part: Part, at_most: int | None = None, seed: int = 0) -> list[Row]:
+    def rows(self, part: Part) -> list[Row]:
         """Rows of the part as they were read."""
-        return list(map(row_from_json, self.part(part, at_most, seed)["row"]))
+        return list(map(row_from_json, self.part(part)["row"]))
 
 
 @dataclass
 class Reading:
-    """What is to be read, how it is split and encoded, and what was counted meanwhile.
+    """What is to be read, and how it is split and encoded.
 
-    ``cut`` rows are longer than ``max_length``; ``dropped`` ones have nothing within it that is trained. ``repeated``
-    rows are kept; ``also_in_test`` ones are left out of training.
+    An account counts rows: ``cut`` ones are longer than ``max_length``; ``dropped`` ones have nothing within it that is
+    trained; ``repeated`` ones are kept; ``also_held_out`` ones are left out of training. Rows that are not used,
+    because fewer are wanted, are in none of these numbers.
     """
 
-    train: RowSource
-    test: RowSource | None
+    train: Sequence[RowSource]
+    test: Sequence[RowSource]
     format: Format | None
-    shares: Shares
+    sizes: Sizes
     encoder: Encoder
 
-    def __post_init__(self) -> None:
-        self.parts: Counter[str] = Counter()
-        self.lengths = array("I")
-        self.counts = dict.fromkeys(("trained_tokens", "cut", "dropped", "repeated", "also_in_test", "bad"), 0)
-        self.faults: list[str] = []
-        self.held_out: set[int] = set()
-        self.seen: set[int] = set()
-
-    def folder(self) -> Path:
-        """Where the tokens are kept: named after everything that decides them."""
-        encoder, tokenizer = self.encoder, self.encoder.tokenizer
-        if not tokenizer.is_fast:
-            raise DataError(
-                f"model.name: its {type(tokenizer).__name__} cannot tell where in the text its tokens are, which rows "
-                "need; use a model with a tokenizer.json, or train on questions"
-            )
-        decided = {
-            "version": VERSION,
-            "sources": [source.state() for source in (self.train, self.test) if source is not None],
-            "format": self.format,
-            "shares": asdict(self.shares),
-            "max_length": encoder.max_length,
-            "tokenizer": tokenizer.backend_tokenizer.to_str(),
-            "template": [
-                *(tokenizer.chat_template, encoder.marked_template, encoder.assistant_only, encoder.completion_only)
-            ],
-            "special": tokenizer.special_tokens_map,
-        }
-        name = sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        return cache_folder() / "rows" / name
-
     def prepare(self) -> PreparedRows:
-        """Read, check and tokenize all rows, unless the cache folder has them; bad ones are counted and left out.
+        """Read, check and tokenize the rows, unless the cache folder has them; bad ones are counted and left out.
 
         Raises:
-            DataError: a source cannot be read, its format is not recognized, it has no good rows, or the tokenizer
-                cannot tell where in the text its tokens are.
+            DataError: a source cannot be read, its format is not recognized, or it has no good rows.
         """
-        folder = self.folder()
+        decided = {
+            "version": VERSION,
+            "sources": [[source.state() for source in sources] for sources in (self.train, self.test)],
+            "format": self.format,
+            "sizes": asdict(self.sizes),
+            "encoder": self.encoder.state(),
+        }
+        name = sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        folder = cache_folder() / "rows" / name
         if not folder.is_dir():
             check_place(folder / "account.json")
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -166,33 +167,56 @@ class Reading:
         return PreparedRows(folder, json.loads((folder / "account.json").read_text(encoding="utf-8")))
 
     def _read_all(self, folder: Path) -> dict[str, Any]:
-        """Read all sources once and write their rows into ``folder``, part by part; the account of them."""
+        """Read all sources, split the rows and write the tokens of each part into ``folder``; the account of them."""
         import datasets
         from datasets.arrow_writer import ArrowWriter
 
+        text = datasets.Value("string")
         integers = datasets.List(datasets.Value("int32"))
-        columns = datasets.Features({"input_ids": integers, "labels": integers, "row": datasets.Value("string")})
-        counts, length = self.counts, self.encoder.max_length
-        with ExitStack() as stack:
-            self.writers = {
-                part: stack.enter_context(ArrowWriter(path=str(folder / f"{part}.arrow"), features=columns))
-                for part in PARTS
-            }
-            if self.test is not None:
-                self._read(self.test, is_test=True)
-            self._read(self.train, is_test=False)
-            for part in self.writers.values():
-                part.finalize()
+        columns = datasets.Features({"input_ids": integers, "labels": integers, "row": text})
+        self.keys, self.named, self.faults, self.bad = array("Q"), list[str](), list[str](), 0
+        read = folder / "read.arrow"
+        with ArrowWriter(path=str(read), features=datasets.Features({"row": text})) as writer:
+            for part, sources in (("test", self.test), ("", self.train)):
+                for source in sources:
+                    self._read(source, part, writer)
+            writer.finalize()
+        keys, lengths = np.array(self.keys, np.uint64), array("I")
+        counts = dict.fromkeys(("trained_tokens", "cut", "dropped"), 0)
+        parts = dict[str, int]()
+        chosen, left_out = split(keys, self.named, self.sizes)
+        rows = datasets.Dataset.from_file(str(read))
+        contents = sha256()
+        for part in PARTS:
+            with ArrowWriter(path=str(folder / f"{part}.arrow"), features=columns) as writer:
+                for number in tqdm(chosen[part], desc=f"tokens, {part}", unit=" rows", leave=False, disable=None):
+                    row = row_from_json(rows[int(number)]["row"])
+                    tokens = self.encoder.encode(row)
+                    contents.update(f"{part} {row.digest} ".encode())
+                    lengths.append(len(tokens.input_ids) + tokens.cut)
+                    counts["cut"] += tokens.cut > 0
+                    counts["trained_tokens"] += tokens.trained
+                    counts["dropped"] += not tokens.trained
+                    if tokens.trained:
+                        parts[part] = parts.get(part, 0) + 1
+                        writer.write({**tokens.columns, "row": row.to_json()})
+                writer.finalize()
+        del rows
+        read.unlink()
         return {
-            "max_length": length,
+            "max_length": self.encoder.max_length,
             "format": self.format or "",
-            "parts": dict(self.parts),
-            "tokens": length_summary(self.lengths),
+            "sha256": contents.hexdigest(),
+            "parts": parts,
+            "tokens": length_summary(lengths),
             **counts,
+            "repeated": len(keys) - len(np.unique(keys)),
+            "also_held_out": left_out,
+            "bad": self.bad,
             "faults": self.faults,
         }
 
-    def _read(self, source: RowSource, is_test: bool) -> None:
+    def _read(self, source: RowSource, part: str, writer: Any) -> None:
         """Read a source; the first row that has a format decides it for all."""
         for where, values in tqdm(source.rows(), desc=f"reading {source.name}", unit=" rows", disable=None):
             try:
@@ -200,35 +224,11 @@ class Reading:
                     raise values
                 self.format = self.format or recognize(values)
                 row = shape(values, self.format)
-                part = self._part(row, is_test)
-                if part is not None:
-                    self._write(row, part)
             except DataError as error:
-                self.counts["bad"] += 1
-                if self.counts["bad"] <= SHOWN:
+                self.bad += 1
+                if self.bad <= SHOWN:
                     self.faults.append(f"{where}: {error}")
-
-    def _part(self, row: Row, is_test: bool) -> Part | None:
-        """Where the row goes; None if the test data have it too."""
-        key, shares = row.key, self.shares
-        is_held_out = key in self.held_out
-        self.counts["repeated"] += key in self.seen and not is_held_out
-        self.seen.add(key)
-        if is_test:
-            self.held_out.add(key)
-            return "test"
-        if is_held_out:
-            self.counts["also_in_test"] += 1
-            return None
-        return (shares if self.test is None else Shares(shares.validation, 0.0)).part(row.digest)
-
-    def _write(self, row: Row, part: Part) -> None:
-        tokens = self.encoder.encode(row)
-        self.lengths.append(len(tokens.input_ids) + tokens.cut)
-        self.counts["cut"] += tokens.cut > 0
-        self.counts["trained_tokens"] += tokens.trained
-        if not tokens.trained:
-            self.counts["dropped"] += 1
-            return
-        self.parts[part] += 1
-        self.writers[part].write({**tokens.columns, "row": row.to_json()})
+                continue
+            self.keys.append(row.key)
+            self.named.append(part or row.part or "")
+            writer.write({"row": row.to_json()})

@@ -9,7 +9,7 @@ from peft import PeftConfig
 
 from smoa.files.card import NamedBase, adapter_card
 from smoa_lab.config.yaml_text import to_yaml
-from smoa_lab.pages.tables import Table, score_table, time_text
+from smoa_lab.pages.tables import score_table, time_text
 from smoa_lab.pages.templates import render
 
 ANSWERS = {"reference": "Reference", "before": "Before", "after": "After"}
@@ -25,20 +25,12 @@ def run_card(title: str, config: PeftConfig, base: NamedBase, metrics: dict[str,
         "run_card.md.jinja",
         metrics=metrics,
         stages=list(evaluation),
-        of_rows="after" in evaluation and "rows" in evaluation["after"]["all"],
         results=score_table(evaluation),
         time=time_text(metrics["training"]),
         samples=samples_text(metrics["samples"][:2], level=3),
-        sources=_sources(metrics["data"]["tasks"]) if "tasks" in metrics["data"] else None,
         config=to_yaml({key: value for key, value in metrics["config"].items() if key != "adapter"}),
     )
     return adapter_card(title, config, {}, base, sections)
-
-
-def _sources(tasks: dict[str, Any]) -> Table:
-    parts = ("train", "validation", "test")
-    rows = [[name, task["source"], *(f"{task[part]:,}" for part in parts)] for name, task in tasks.items()]
-    return Table(["task", "source", *parts], rows)
 
 
 def samples_text(samples: list[dict[str, str]], level: int = 2) -> str:

@@ -58,62 +58,48 @@ def losses(history: History, evaluation: Evaluation, method: str) -> Any | None:
 
 def _held_out(evaluation: Evaluation, last_step: int) -> Iterator[dict[str, Any]]:
     for stage, step in zip(STAGES, (0, last_step), strict=True):
-        scores = evaluation.get(stage, {}).get("all", {})
-        if scores.get("loss") is not None:
-            yield {"step": step, "loss": scores["loss"], "data": HELD_OUT}
+        loss = evaluation.get(stage, {}).get("loss")
+        if loss is not None:
+            yield {"step": step, "loss": loss, "data": HELD_OUT}
 
 
 def accuracies(evaluation: Evaluation, method: str) -> Any | None:
-    """A bar for each task and stage with its standard error; a tick at the share of the commonest label. None where
-    accuracy was not measured before and after."""
-    rows = _accuracy_rows(evaluation)
-    if {row["stage"] for row in rows} != set(STAGES):
+    """A bar for each stage with its standard error; a tick at the share of the commonest label. None where accuracy was
+    not measured before and after."""
+    if not all("accuracy" in evaluation.get(stage, {}) for stage in STAGES):
         return None
-    tasks = len({row["task"] for row in rows})
-    stage = alt.YOffset("stage:N", sort=list(STAGES))
-    shades = alt.Scale(domain=list(STAGES), range=[MUTED, color_of(method)])
-    chart = alt.Chart(values(rows)).encode(
-        y=alt.Y("task:N", sort=None, title=None, axis=alt.Axis(ticks=False, domain=False)),
-        yOffset=stage,
-        tooltip=tooltip(task="", stage="", accuracy=".1f", low=".1f", high=".1f", questions="d"),
-    )
-    title = "accuracy on held-out questions (%), with the standard error; a tick is the commonest label's share"
-    x = alt.X("accuracy:Q", title=title, scale=alt.Scale(domain=[0, 100]))
-    return alt.layer(
-        chart.mark_bar().encode(
-            x=x, color=alt.Color("stage:N", scale=shades, legend=alt.Legend(title=None, orient="top"))
-        ),
-        chart.mark_rule().encode(x="low:Q", x2="high:Q"),
-        chart.mark_text(align="left", dx=5).encode(x="high:Q", text="label:N"),
-        chart.mark_tick(thickness=2, color=INK).encode(x="majority:Q"),
-    ).properties(width=WIDTH - 80, height=2 * LINE * tasks + 8)
-
-
-def _accuracy_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """The accuracy in percent of each stage and task, and of all tasks where there are several."""
-    return [
+    rows = [
         {
-            "task": task if task != "all" else "all tasks",
             "stage": stage,
             "accuracy": 100 * scores["accuracy"],
             "low": 100 * (scores["accuracy"] - scores["accuracy_stderr"]),
             "high": 100 * (scores["accuracy"] + scores["accuracy_stderr"]),
             "label": f"{100 * scores['accuracy']:.1f} %",
-            "majority": None if scores["majority"] is None else 100 * scores["majority"],
-            "questions": scores["questions"],
+            "majority": 100 * scores["majority"],
+            "rows": scores["rows"],
         }
-        for stage in STAGES
-        for task, scores in evaluation.get(stage, {}).items()
-        if "accuracy" in scores and (task == "all" or len(evaluation[stage]) > 2)
+        for stage, scores in ((stage, evaluation[stage]) for stage in STAGES)
     ]
+    shades = alt.Scale(domain=list(STAGES), range=[MUTED, color_of(method)])
+    chart = alt.Chart(values(rows)).encode(
+        y=alt.Y("stage:N", sort=None, title=None, axis=alt.Axis(ticks=False, domain=False)),
+        tooltip=tooltip(stage="", accuracy=".1f", low=".1f", high=".1f", rows="d"),
+    )
+    title = "accuracy on held-out rows (%), with the standard error; a tick is the commonest label's share"
+    x = alt.X("accuracy:Q", title=title, scale=alt.Scale(domain=[0, 100]))
+    return alt.layer(
+        chart.mark_bar().encode(x=x, color=alt.Color("stage:N", scale=shades, legend=None)),
+        chart.mark_rule().encode(x="low:Q", x2="high:Q"),
+        chart.mark_text(align="left", dx=5).encode(x="high:Q", text="label:N"),
+        chart.mark_tick(thickness=2, color=INK).encode(x="majority:Q"),
+    ).properties(width=WIDTH - 80, height=2 * LINE + 8)
 
 
 def balance(evaluation: Evaluation, forgot: Mapping[str, Any] | None, method: str) -> Any | None:
     """The losses before and after on held-out data and on general text, as two points joined by a line; None where
     neither is known."""
-    rows = []
-    scores = [evaluation.get(stage, {}).get("all", {}) for stage in STAGES]
-    before, after = (stage.get("loss", stage.get("gold_loss")) for stage in scores)
+    rows: list[dict[str, Any]] = []
+    before, after = (evaluation.get(stage, {}).get("loss") for stage in STAGES)
     if None not in (before, after):
         rows.append({"of": "held-out data (learned)", "before": before, "after": after})
     if forgot and None not in (forgot["before"], forgot["after"]):

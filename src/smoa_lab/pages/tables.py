@@ -8,14 +8,6 @@ from typing import Any
 
 WIDEST = 100_000
 """Characters of a line in a pipe."""
-SCORES = {
-    "questions": "held-out questions",
-    "rows": "held-out rows",
-    "tokens": "trained tokens",
-    "gold_loss": "gold-answer loss",
-    "accuracy_norm": "accuracy per character",
-}
-"""Scores with another heading than their names in ``metrics.json``."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +71,13 @@ class Table:
         return render("table.html.jinja", table=self)
 
 
-def score_table(evaluation: Mapping[str, Mapping[str, Mapping[str, Any]]], caption: str = "") -> Table:
-    """The scores of each task at each stage of training, as ``metrics.json`` has them, with their standard errors."""
-    scored = [
-        (task, stage, evaluation[stage][task]) for task in next(iter(evaluation.values()), {}) for stage in evaluation
-    ]
-    known = (name for *_, scores in scored for name, score in scores.items() if score is not None)
+def score_table(evaluation: Mapping[str, Mapping[str, Any]], caption: str = "") -> Table:
+    """The scores at each stage of training, as ``metrics.json`` has them, with their standard errors."""
+    known = (name for scores in evaluation.values() for name, score in scores.items() if score is not None)
     names = list(dict.fromkeys(name for name in known if not name.endswith("_stderr")))
-    header = ["task", "training", *(SCORES.get(name, name.replace("_", " ")) for name in names)]
-    rows = [[task, stage, *(score_text(scores, name) for name in names)] for task, stage, scores in scored]
-    table = Table(header, rows, caption)
-    return table.without("task") if {task for task, *_ in scored} == {"all"} else table
+    header = ["training", *(name.replace("_", " ") for name in names)]
+    rows = [[stage, *(score_text(scores, name) for name in names)] for stage, scores in evaluation.items()]
+    return Table(header, rows, caption)
 
 
 def time_text(training: Mapping[str, Any]) -> str:

@@ -1,14 +1,13 @@
-"""What a model shows before and after training: on held-out rows loss, perplexity, accuracy and sample answers, and on
-general text the loss, whose rise is what the training forgot."""
+"""What a model shows before and after training: on held-out rows loss, accuracy and sample answers, and on general text
+the loss, whose rise is what the training forgot."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -16,202 +15,159 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.data.encoding import Encoder, Tokens, pad_token
 from smoa_lab.data.general_text import describe, passages
-from smoa_lab.data.rows import Row, candidates, instruction
+from smoa_lab.data.rows import Row
 from smoa_lab.scoring.generation import continue_prompts
-from smoa_lab.scoring.losses import Losses, Score, proportion, row_losses, score
+from smoa_lab.scoring.losses import Losses, proportion, row_losses, score
 
 logger = logging.getLogger(__name__)
 
 Stage = Literal["before", "after"]
 NEW_TOKENS = 128
-"""The most tokens of a sample answer, and of one to a question."""
-QUESTION_TOKENS = 24
+"""The most tokens of a sample answer, and of one to a row with choices."""
+CHOICE_TOKENS = 24
+BATCH_TOKENS = 4096
+"""Padded tokens of a batch of choices."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One question: its gold answer's negative log-likelihood in nats over its tokens, and whether the answer is right,
-    by likelihood and by likelihood per character."""
+class Measured:
+    """What a model makes of rows, in their order: the negative log-likelihoods of their completions; of choices, which
+    is that of the right one without what ends it, whether it is the likeliest; of preferences that of the rejected
+    completions."""
 
-    row: Row
-    gold_nll: float
-    gold_tokens: int
-    right: bool
-    right_norm: bool
-
-
-@dataclass(frozen=True)
-class Scores:
-    """``gold_loss``: mean negative log-likelihood of a gold answer's token, end token not counted, in nats.
-
-    With choices, ``accuracy`` takes the choice of the highest log-likelihood, ``accuracy_norm`` that of the highest
-    per character of its text (lm-eval's acc and acc_norm), ``majority`` always the commonest label. Without,
-    ``accuracy`` is the exact match of greedy decoding: answer and end token are the likeliest at every place.
-    """
-
-    questions: int
-    gold_loss: float
-    gold_loss_stderr: float
-    accuracy: float
-    accuracy_stderr: float
-    accuracy_norm: float | None = None
-    accuracy_norm_stderr: float | None = None
-    majority: float | None = None
-    perplexity: float | None = None
-
-
-def answer_outcomes(model: Any, encoder: Encoder, rows: Sequence[Row], batch_tokens: int = 4096) -> list[Outcome]:
-    """What the model makes of each question, in order."""
-    encoded = [encoder.choices(row) if row.choices else [encoder.encode(row)] for row in rows]
-    scores = iter(score(model, [tokens for some in encoded for tokens in some], encoder.pad, batch_tokens))
-    return [
-        _of_choices(row, [next(scores) for _ in some], [len(text) for text in candidates(row, encoder.style)])
-        if row.choices
-        else _of_free_answer(row, next(scores), some[0])
-        for row, some in zip(rows, encoded, strict=True)
-    ]
-
-
-def _of_free_answer(row: Row, scored: Score, tokens: Tokens) -> Outcome:
-    """Its loss is without that of the end token, which a cut answer has lost: then it can't be right either."""
-    nll = scored.nll if tokens.answer_cut else scored.nll[:-1]
-    right = scored.greedy and not tokens.answer_cut
-    return Outcome(row, sum(nll), len(nll), right, right)
-
-
-def _of_choices(row: Row, scores: list[Score], lengths: list[int]) -> Outcome:
-    assert row.label is not None
-    losses = [choice.loss for choice in scores]
-    normed = [loss / length for loss, length in zip(losses, lengths, strict=True)]
-    return Outcome(
-        row,
-        gold_nll=losses[row.label],
-        gold_tokens=len(scores[row.label].nll),
-        right=losses.index(min(losses)) == row.label,
-        right_norm=normed.index(min(normed)) == row.label,
-    )
-
-
-def score_outcomes(outcomes: Sequence[Outcome]) -> dict[str, Scores]:
-    """Scores per task, and over all under ``all``."""
-    names = dict.fromkeys(outcome.row.task for outcome in outcomes)
-    per_task = {name: _scores([outcome for outcome in outcomes if outcome.row.task == name]) for name in names}
-    return {**per_task, "all": _scores(outcomes)}
-
-
-def _scores(outcomes: Sequence[Outcome]) -> Scores:
-    gold = Losses([outcome.gold_nll for outcome in outcomes], [outcome.gold_tokens for outcome in outcomes])
-    right = proportion([outcome.right for outcome in outcomes])
-    scores = Scores(len(outcomes), gold.mean, gold.stderr, *right, perplexity=gold.perplexity)
-    if not all(outcome.row.choices for outcome in outcomes):
-        return scores
-    norm, error = proportion([outcome.right_norm for outcome in outcomes])
-    counts: dict[str, Counter[int | None]] = defaultdict(Counter)
-    for outcome in outcomes:
-        counts[outcome.row.task][outcome.row.label] += 1
-    majority = sum(max(labels.values()) for labels in counts.values()) / len(outcomes)
-    return replace(scores, accuracy_norm=norm, accuracy_norm_stderr=error, majority=majority)
+    losses: Losses
+    right: Sequence[bool] = ()
+    rejected: Sequence[float] = ()
 
 
 class Evaluation:
-    """Measures a model on held-out ``rows`` before and after training, and lets it answer the first ``samples``.
-
-    ``evaluation`` has the scores of each stage: of questions those of :class:`Scores` by task, of other rows loss and
-    perplexity, of preferences those of the better completions. Without ``baseline`` questions are scored after training
-    only.
-    """
+    """Measures a model on held-out ``rows`` of a ``part`` before and after training, and lets it answer the first
+    ``samples``. Each row is tokenized once. ``beta`` is DPO's."""
 
     def __init__(
-        self,
-        encoder: Encoder,
-        rows: Sequence[Row],
-        samples: int = 0,
-        batch_tokens: int = 4096,
-        baseline: bool = True,
+        self, encoder: Encoder, rows: Sequence[Row], samples: int = 0, part: str = "test", beta: float = 0.1
     ) -> None:
-        self.encoder, self.rows, self.batch_tokens, self.baseline = encoder, rows, batch_tokens, baseline
-        self.are_questions = bool(rows) and bool(rows[0].task)
-        longest = None if self.are_questions else encoder.max_length
-        prompts = ((row, encoder.prompt(row, longest)) for row in rows[:samples])
-        self.prompts = [(row, *prompt) for row, prompt in prompts if prompt is not None]
-        self.evaluation: dict[str, dict[str, Any]] = {}
-        self.written: dict[str, list[str]] = {}
-        self.outcomes: dict[str, list[Outcome]] = {}
-        self.losses: dict[str, Losses] = {}
-        self.rejected_losses: dict[str, Losses] = {}
+        self.encoder, self.rows, self.part, self.beta = encoder, rows, part, beta
+        self.prefers = bool(rows) and rows[0].rejected is not None
+        self.chooses = bool(rows) and bool(rows[0].choices)
+        self.choices = [encoder.choices(row) for row in rows] if self.chooses else []
+        self.tokens = [] if self.chooses else [encoder.encode(row) for row in rows]
+        self.rejected = [encoder.encode(row, rejected=True) for row in rows] if self.prefers else []
+        prompts = ((row, encoder.prompt(row, encoder.max_length)) for row in rows[:samples])
+        self.prompts = [prompt for _, prompt in prompts if prompt is not None]
+        self.measured: dict[Stage, Measured] = {}
+        self.written: dict[Stage, list[str]] = {}
 
     def measure(self, model: Any, stage: Stage) -> None:
         """Score the held-out rows, if there are any, and let the model answer."""
-        if not self.rows or (stage == "before" and self.are_questions and not self.baseline):
+        if not self.rows:
             return
-        what = "questions" if self.are_questions else "rows"
-        logger.info("Scoring %d held-out %s", len(self.rows), what)
-        if self.are_questions:
-            self.outcomes[stage] = answer_outcomes(model, self.encoder, self.rows, self.batch_tokens)
-            by_task = score_outcomes(self.outcomes[stage])
-            self.evaluation[stage] = {name: asdict(scores) for name, scores in by_task.items()}
-        else:
-            self.losses[stage] = self.measured(model)
-            if self.rejected:
-                self.rejected_losses[stage] = row_losses(model, self.rejected, self.encoder.pad)
-            losses = self.losses[stage]
-            scores = {"rows": len(losses.nll), "tokens": sum(losses.tokens), "loss": losses.mean}
-            self.evaluation[stage] = {"all": scores | {"loss_stderr": losses.stderr, "perplexity": losses.perplexity}}
-        prompts = [ids for _, ids, _ in self.prompts]
-        if prompts:
-            logger.info("Writing %d sample answers", len(prompts))
-        new_tokens = QUESTION_TOKENS if self.are_questions else NEW_TOKENS
-        texts = continue_prompts(model, self.encoder.tokenizer, prompts, new_tokens)
-        self.written[stage] = [" ".join(text.split()) for text in texts] if self.are_questions else texts
+        logger.info("Scoring %d held-out rows", len(self.rows))
+        self.measured[stage] = self.measure_once(model)
+        if self.prompts:
+            logger.info("Writing %d sample answers", len(self.prompts))
+        new_tokens = CHOICE_TOKENS if self.chooses else NEW_TOKENS
+        prompts = [ids for ids, _ in self.prompts]
+        self.written[stage] = continue_prompts(model, self.encoder.tokenizer, prompts, new_tokens)
 
-    def measured(self, model: Any) -> Losses:
-        """The losses of a model on the rows; of questions those of the gold answers."""
-        if self.are_questions:
-            gold = [self.encoder.gold(row) for row in self.rows]
-            scores = score(model, gold, self.encoder.pad, self.batch_tokens)
-            return Losses([row.loss for row in scores], [len(row.nll) for row in scores])
-        return row_losses(model, [self.encoder.encode(row) for row in self.rows], self.encoder.pad)
+    def measure_once(self, model: Any) -> Measured:
+        """What a model makes of the rows now."""
+        if not self.chooses:
+            rejected = row_losses(model, self.rejected, self.encoder.pad).nll if self.prefers else []
+            return Measured(row_losses(model, self.tokens, self.encoder.pad), rejected=rejected)
+        every = [tokens for choices in self.choices for tokens in choices]
+        scores = iter(score(model, every, self.encoder.pad, BATCH_TOKENS))
+        nll, tokens, right = list[float](), list[int](), list[bool]()
+        for row in self.rows:
+            assert row.label is not None
+            of_row = [next(scores) for _ in row.choices]
+            losses = [sum(choice) for choice in of_row]
+            nll.append(losses[row.label])
+            tokens.append(len(of_row[row.label]))
+            right.append(losses.index(min(losses)) == row.label)
+        return Measured(Losses(nll, tokens), right)
+
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """The scores of each stage, as ``metrics.json`` has them; those of preferences need both."""
+        return {stage: self._scores(stage) for stage in self.measured}
+
+    def _scores(self, stage: Stage) -> dict[str, Any]:
+        found = self.measured[stage]
+        losses = found.losses
+        scores: dict[str, Any] = {"rows": len(losses.nll), "tokens": sum(losses.tokens), "loss": losses.mean}
+        scores |= {"loss_stderr": losses.stderr, "perplexity": losses.perplexity}
+        if found.right:
+            scores["accuracy"], scores["accuracy_stderr"] = proportion(found.right)
+            scores["majority"] = max(Counter(row.label for row in self.rows).values()) / len(self.rows)
+        if self.margins and stage == "after":
+            scores["dpo_loss"] = sum(map(self._dpo_loss, self.margins)) / len(self.margins)
+            scores["margin"] = sum(self.margins) / len(self.margins)
+            scores["won"] = sum(margin > 0 for margin in self.margins) / len(self.margins)
+        return scores
+
+    @property
+    def margins(self) -> list[float]:
+        """Of preferences, by how much the odds of the better completion against the other rose, as logarithms: DPO's
+        margin divided by β; none before both stages are scored."""
+        if not self.prefers or len(self.measured) < 2:
+            return []
+        before, after = (
+            [bad - good for good, bad in zip(stage.losses.nll, stage.rejected, strict=True)]
+            for stage in (self.measured["before"], self.measured["after"])
+        )
+        return [late - early for early, late in zip(before, after, strict=True)]
+
+    def _dpo_loss(self, margin: float) -> float:
+        """−log σ(β · margin) (arXiv:2305.18290, equation 7), without overflow."""
+        scaled = -self.beta * margin
+        return max(scaled, 0.0) + math.log1p(math.exp(-abs(scaled)))
 
     @property
     def gain(self) -> dict[str, float] | None:
-        """What changed, with its standard error, paired by question or row; None unless both stages were scored.
-
-        ``preferred`` is the share of preferences whose better completion gained on the other: DPO's accuracy.
-        """
-        if len(self.outcomes) == 2:
-            pairs = zip(self.outcomes["before"], self.outcomes["after"], strict=True)
-            rises = [after.right - before.right for before, after in pairs]
+        """What changed, with its standard error, paired by row; None unless both stages were scored."""
+        if len(self.measured) < 2:
+            return None
+        before, after = self.measured["before"], self.measured["after"]
+        change = after.losses.change_from(before.losses)
+        gain = {"loss": change.mean, "loss_stderr": change.stderr}
+        if after.right:
+            rises = [late - early for early, late in zip(before.right, after.right, strict=True)]
             mean = sum(rises) / len(rises)
             squares = sum((rise - mean) ** 2 for rise in rises)
-            return {"accuracy": mean, "accuracy_stderr": math.sqrt(squares / max(1, len(rises) - 1) / len(rises))}
-        if len(self.losses) < 2:
-            return None
-        change = self.losses["after"].change_from(self.losses["before"])
-        gain = {"loss": change.mean, "loss_stderr": change.stderr}
-        if self.rejected_losses:
-            early, late = (
-                [bad - good for good, bad in zip(self.losses[stage].nll, self.rejected_losses[stage].nll, strict=True)]
-                for stage in ("before", "after")
-            )
-            gain["preferred"] = sum(after > before for before, after in zip(early, late, strict=True)) / len(early)
+            gain["accuracy"] = mean
+            gain["accuracy_stderr"] = math.sqrt(squares / max(1, len(rises) - 1) / len(rises))
         return gain
 
-    @cached_property
-    def rejected(self) -> list[Tokens]:
-        """The rejected completions, where the rows are preferences."""
-        return [self.encoder.encode(row, rejected=True) for row in self.rows if row.rejected is not None]
+    def lines(self) -> list[dict[str, Any]]:
+        """What ``rows.jsonl.gz`` has of each row, by which any two runs can be paired."""
+        copies: Counter[str] = Counter()
+        lines = []
+        tokens = next(iter(self.measured.values())).losses.tokens if self.measured else []
+        for number, (row, count) in enumerate(zip(self.rows, tokens, strict=False)):
+            line: dict[str, Any] = {"digest": row.digest, "copy": copies[row.digest], "part": self.part}
+            copies[row.digest] += 1
+            line["tokens"] = count
+            for stage, found in self.measured.items():
+                line[stage] = found.losses.nll[number]
+                if found.right:
+                    line[f"right_{stage}"] = int(found.right[number])
+            if self.margins:
+                margin = self.margins[number]
+                line |= {"margin": margin, "won": int(margin > 0), "dpo_loss": self._dpo_loss(margin)}
+            lines.append(line)
+        return lines
 
     @property
     def samples(self) -> list[dict[str, str]]:
         """Question, reference answer, and what was written at each stage: as ``metrics.json`` has them."""
-        style, decode = self.encoder.style, self.encoder.tokenizer.decode
+        decode = self.encoder.tokenizer.decode
         return [
             {
-                "question": instruction(row, style) if row.task else str(decode(ids)),
+                "question": str(decode(ids)),
                 "reference": reference,
                 **{stage: texts[number] for stage, texts in self.written.items()},
             }
-            for number, (row, ids, reference) in enumerate(self.prompts)
+            for number, (ids, reference) in enumerate(self.prompts)
         ]
 
 

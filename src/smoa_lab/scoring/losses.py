@@ -32,18 +32,8 @@ BATCH_LOGITS = 2**28
 """Logits of a batch if every padded token has them: 1 GiB in float32, 1,024 tokens with Gemma's vocabulary."""
 
 
-@dataclass(frozen=True)
-class Score:
-    """The negative log-likelihood of each trained token in nats, and whether greedy decoding would give them: every one
-    is the likeliest at its place."""
-
-    nll: tuple[float, ...]
-    greedy: bool
-
-    @property
-    def loss(self) -> float:
-        """The negative log-likelihood of all of them."""
-        return sum(self.nll)
+Score = tuple[float, ...]
+"""The negative log-likelihood of each trained token of a row, in nats."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +92,7 @@ def row_losses(model: nn.Module, rows: Sequence[Tokens], pad: int) -> Losses:
     """The losses of rows, in order. ``pad`` is the token that fills a batch."""
     vocabulary = cast(Any, model).config.get_text_config().vocab_size
     scores = score(model, rows, pad, BATCH_LOGITS // vocabulary, share_prompts=False)
-    return Losses([row.loss for row in scores], [len(row.nll) for row in scores])
+    return Losses(list(map(sum, scores)), list(map(len, scores)))
 
 
 def score(
@@ -157,31 +147,26 @@ def _score_batch(model: nn.Module, groups: list[list[Tokens]], pad: int) -> list
     reach = max(len(row.input_ids) for row in rows)
     shared = _prompt_pass(model, prompts, prompt_of[longer], pad, reach) if may_share else None
     if shared is None:
-        return [Score(tuple(nll), all(hits)) for nll, hits in _predicted(model, rows, pad)]
+        return _predicted(model, rows, pad)
     logits, past, mask = shared
     prompt_of, first = prompt_of.to(logits.device), torch.tensor([row.answer[0] for row in rows], device=logits.device)
     nll = -F.log_softmax(logits.float(), dim=-1)[prompt_of, first]
-    hits = logits.argmax(-1)[prompt_of] == first
     answers = [Tokens(rows[number].answer, rows[number].labels[rows[number].start :]) for number in longer]
     others = dict(zip(longer, _predicted(model, answers, pad, past, mask), strict=True)) if longer else {}
-    scores = []
-    for number, (loss, hit) in enumerate(zip(nll.tolist(), hits.tolist(), strict=True)):
-        losses, right = others.get(number, ([], []))
-        scores.append(Score((loss, *losses), hit and all(right)))
-    return scores
+    return [(loss, *others.get(number, ())) for number, loss in enumerate(nll.tolist())]
 
 
 def _predicted(
     model: nn.Module, rows: list[Tokens], pad: int, past: dict[str, Any] | None = None, mask: Tensor | None = None
-) -> list[tuple[list[float], list[bool]]]:
-    """Of each row the losses of its trained tokens, the first of all apart, and whether each is the likeliest. ``past``
-    has the keys and values of what comes before the rows, and ``mask`` tells them from padding."""
+) -> list[Score]:
+    """Of each row the losses of its trained tokens, the first of all apart. ``past`` has the keys and values of what
+    comes before the rows, and ``mask`` tells them from padding."""
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in collate([row.columns for row in rows], pad).items()}
     labels = batch.pop("labels")[:, 1:]
     wanted = labels != IGNORED
     if not wanted.any():
-        return [([], []) for _ in rows]
+        return [() for _ in rows]
     inputs: dict[str, Any] = {name: tensor[:, :-1] for name, tensor in batch.items()}  # the last one predicts nothing
     if past is None or mask is None:
         inputs["use_cache"] = False
@@ -192,10 +177,8 @@ def _predicted(
     with logits_at(model, wanted):
         logits = wanted_logits(model(**inputs).logits, wanted)
     targets = labels[wanted].to(logits.device)
-    counts = [row.trained for row in rows]
-    nll = torch.split(F.cross_entropy(logits.float(), targets, reduction="none"), counts)
-    hits = torch.split(logits.argmax(-1) == targets, counts)
-    return [(losses.tolist(), hit.tolist()) for losses, hit in zip(nll, hits, strict=True)]
+    nll = F.cross_entropy(logits.float(), targets, reduction="none")
+    return [tuple(losses.tolist()) for losses in torch.split(nll, [row.trained for row in rows])]
 
 
 def _prompt_pass(

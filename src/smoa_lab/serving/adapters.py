@@ -21,8 +21,6 @@ from smoa.errors import ConfigError, DataError, nearest
 from smoa.tuner.generation import BASE
 from smoa.tuner.shelves import NoSlotError
 from smoa_lab.data.chat_templates import chat_template, stop_at_turns_end
-from smoa_lab.data.rows import Template
-from smoa_lab.open_run import trained_template
 from smoa_lab.serving.requests import refusal
 from smoa_lab.training.run_folder import RunFolder
 
@@ -64,7 +62,7 @@ class Adapters:
     def __init__(self, pool: AdapterPool, tokenizer: Any, base: str, folder: Path) -> None:
         self.pool, self.tokenizer, self.base, self.folder = pool, tokenizer, base, folder
         self._lock, self._turn, self._numbers = threading.Lock(), asyncio.Lock(), count(1)
-        self._served = {base: self._as_served(base, BASE, None, None, "chat")}
+        self._served = {base: self._as_served(base, BASE, None, None)}
         self._refused: dict[str, tuple[Any, str]] = {}
 
     def listed(self) -> list[dict[str, Any]]:
@@ -142,8 +140,7 @@ class Adapters:
         if _state(place) != state:
             self.pool.unload(key)
             raise AdapterError("it is being written; ask again")
-        template = trained_template(self.folder / name)
-        before, self._served[name] = self._served.get(name), self._as_served(name, key, state, place, template)
+        before, self._served[name] = self._served.get(name), self._as_served(name, key, state, place)
         if before is not None:
             with suppress(ConfigError):  # requests run with it: it leaves its slot like any other
                 self.pool.unload(before.key)
@@ -167,11 +164,11 @@ class Adapters:
                     return place
         return None
 
-    def _as_served(self, name: str, key: str, state: Any, place: Path | None, template: Template) -> Served:
+    def _as_served(self, name: str, key: str, state: Any, place: Path | None) -> Served:
         tokenizer = copy.copy(self.tokenizer)
         ends: Any = copy.deepcopy(self.pool.base.generation_config)
         try:
-            tokenizer.chat_template = chat_template(tokenizer, self.tokenizer.chat_template, place, template)
+            tokenizer.chat_template = chat_template(tokenizer, self.tokenizer.chat_template, place)
             stop_at_turns_end(SimpleNamespace(generation_config=ends), tokenizer)  # type: ignore[arg-type]
         except DataError:  # it has none, so that it can only complete texts
             tokenizer.chat_template = None

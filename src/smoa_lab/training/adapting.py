@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,28 +15,25 @@ from peft import PeftConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from smoa.errors import ConfigError, nearest
-from smoa_lab.config.methods import find_method
 
 
-def check_adapter(empty: PreTrainedModel, method: str, adapter: dict[str, Any]) -> None:
+def check_adapter(empty: PreTrainedModel, wanted: PeftConfig) -> None:
     """Try the adapter on the base model without its weights, so that a mistake is found before they are loaded. Some
     methods look at weights when they start, and are tried with them.
 
     Raises:
         ConfigError: a name matches no layer, PEFT refuses the adapter, or there is nothing to train.
     """
-    if find_method(method).config_class is None:
-        return
-    _check_names([path for path, _ in empty.named_modules() if path], adapter)
+    _check_names([path for path, _ in empty.named_modules() if path], wanted)
     try:
-        trained = count_trained(empty, method, adapter)
+        trained = count_trained(empty, wanted)
     except RuntimeError:  # of PyTorch: a value of a tensor without data
         return
     if not trained:
         raise ConfigError("adapter: trains nothing; leave inference_mode out, and name layers that the method supports")
 
 
-def count_trained(empty: PreTrainedModel, method: str, adapter: dict[str, Any], device: str = "meta") -> int:
+def count_trained(empty: PreTrainedModel, wanted: PeftConfig, device: str = "meta") -> int:
     """How many parameters the adapter trains on ``empty``, a model without weights, which gets it on ``device``.
 
     Raises:
@@ -44,7 +42,7 @@ def count_trained(empty: PreTrainedModel, method: str, adapter: dict[str, Any], 
     """
     with _explained(), warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter("ignore")  # they come again with the weights
-        peft_config: Any = find_method(method).peft_config(adapter)
+        peft_config: Any = copy.deepcopy(wanted)  # PEFT writes into it
         if hasattr(peft_config, "init_lora_weights"):
             peft_config.init_lora_weights = True  # the others look at the weights
         peft_config.task_type = None  # what a head needs does not matter
@@ -52,15 +50,16 @@ def count_trained(empty: PreTrainedModel, method: str, adapter: dict[str, Any], 
         try:
             PeftConfig.from_peft_type(**peft_config.to_dict())
         except ValueError as error:  # IA³ adds the feed-forward layers that it knows of to some that were named
-            raise ValueError(f"{error}, as {method} completes the keys itself; set these as well") from error
+            raise ValueError(f"{error}, as the method completes the keys itself; set these as well") from error
     return int(model.get_nb_trainable_parameters()[0])
 
 
-def _check_names(paths: Sequence[str], adapter: dict[str, Any]) -> None:
+def _check_names(paths: Sequence[str], config: PeftConfig) -> None:
     """Raise ConfigError for a name that PEFT would pass over: it only wants one of a list to match."""
     layers = {path.rpartition(".")[2] for path in paths if not path[-1].isdigit()}
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
-        wanted = adapter.get(key)
+        wanted = getattr(config, key, None)
+        wanted = sorted(wanted) if isinstance(wanted, set) else wanted
         if isinstance(wanted, str) and wanted.isidentifier() and wanted not in paths:
             raise ConfigError(
                 f"adapter.{key}: {wanted!r} would have to match a whole path; write [{wanted}] for a name"
@@ -79,7 +78,7 @@ def _explained() -> Iterator[None]:
         raise ConfigError(f"adapter: {shorten(str(error), 1000)}") from error
 
 
-def with_adapter(base: PreTrainedModel, method: str, adapter: dict[str, Any], revision: str | None = None) -> Any:
+def with_adapter(base: PreTrainedModel, peft_config: PeftConfig | None, revision: str | None = None) -> Any:
     """The model to train: a PeftModel or, for full fine-tuning, the base itself.
 
     The adapter's config records ``revision``, the base's branch or commit, so that whoever loads it gets the same base.
@@ -87,7 +86,6 @@ def with_adapter(base: PreTrainedModel, method: str, adapter: dict[str, Any], re
     Raises:
         ConfigError: PEFT refuses the adapter.
     """
-    peft_config = find_method(method).peft_config(adapter)
     if peft_config is None:
         return base
     with _explained():

@@ -40,6 +40,10 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("smoa", "torch", "transformers", "peft", "accelerate", "trl")
 
 
+class Taken(ConfigError):  # noqa: N818 - says what the folder is
+    """Another process trains into a run's folder."""
+
+
 class RunFolder:
     """The files of one run under ``path``."""
 
@@ -50,6 +54,7 @@ class RunFolder:
         self.inputs = path / "inputs.json"
         self.trained = path / "trained.npy"
         self.metrics = path / "metrics.json"
+        self.rows = path / "rows.jsonl.gz"
         self.picture = path / "loss_curve.png"
         self.log = path / "train.log"
         self.samples = path / "samples.md"
@@ -214,7 +219,7 @@ class RunFolder:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise ConfigError(
+            raise Taken(
                 f"{self.path}: another process trains into it; wait for its end, or choose another training.output_dir"
             ) from None
         try:

@@ -1,0 +1,182 @@
+"""Trains an adapter as a run's config says, scores it, and saves everything in the run's folder."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import PeftConfig
+from transformers import Trainer, TrainingArguments
+
+from smoa.atomic import new_file, new_files, write_whole
+from smoa.layers.distributed import from_rank_zero
+from smoa_lab.base_models import described_base, empty_model, to_device, with_rate
+from smoa_lab.basics.plain import finite, portable
+from smoa_lab.config.run import RunConfig
+from smoa_lab.pages.run_card import run_card, samples_text
+from smoa_lab.pages.run_charts import draw_run
+from smoa_lab.scoring.evaluation import Evaluation, Forgetting
+from smoa_lab.training.adapting import check_adapter
+from smoa_lab.training.loaded_run import LoadedRun, load_run
+from smoa_lab.training.run_folder import RunFolder, is_first_process, peak_memory, provenance
+from smoa_lab.training.trainer import fit, make_trainer
+
+logger = logging.getLogger(__name__)
+FORMAT = 2
+"""Of ``metrics.json``."""
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Train, score, save; the run's metrics, as ``metrics.json`` has them, which has null for what is not finite.
+
+    Nothing is written before config, rows and model are known to be good, and TRL's trainer is made of them.
+
+    Raises:
+        ConfigError: the run's folder contains a finished run or one of another config, or another process trains into
+            it, or the adapter does not fit the model.
+        DataError: model or rows cannot be loaded.
+    """
+    config = with_rate(config)
+    folder, text, peft_config = RunFolder(config.folder), config.to_yaml(), config.peft_config()
+    folder.check(text)
+    if peft_config is not None:
+        check_adapter(empty_model(config.model), peft_config)
+    loaded = load_run(config)
+    forgetting = Forgetting(config.forgetting.text, config.forgetting.tokens, loaded.tokenizer, loaded.base.config)
+    trainer = make_trainer(loaded, peft_config)
+    with folder.alone():
+        checkpoint = folder.start(text, loaded.inputs() if is_first_process() else {})
+        with folder.logging():
+            if checkpoint:
+                logger.info("Resuming from %s", checkpoint)
+            return _train(loaded, trainer, forgetting, folder, checkpoint)
+
+
+def score_untouched(config: RunConfig) -> dict[str, Any]:
+    """Score the model as it is, into the run's folder, without any training; raises as :func:`run`."""
+    folder, text = RunFolder(config.folder), config.to_yaml()
+    folder.check(text)
+    loaded = load_run(config)
+    forgetting = Forgetting(config.forgetting.text, config.forgetting.tokens, loaded.tokenizer, loaded.base.config)
+    arguments = config.arguments()
+    with folder.alone():
+        folder.start(text, loaded.inputs())
+        with folder.logging():
+            if not arguments.use_cpu:
+                to_device(loaded.base)
+            evaluation, _ = loaded.evaluation()
+            evaluation.measure(loaded.base, "before")
+            forgetting.measure(loaded.base, "before")
+            metrics = _metrics(loaded, arguments, loaded.base, evaluation, forgetting)
+            _write_rows(folder.rows, evaluation)
+            folder.finish(metrics)
+            return metrics
+
+
+def _train(
+    loaded: LoadedRun, trainer: Trainer, forgetting: Forgetting, folder: RunFolder, checkpoint: str | None
+) -> dict[str, Any]:
+    arguments: Any = trainer.args
+    if arguments.process_index > 0:
+        logging.getLogger("smoa_lab").setLevel(logging.WARNING)  # rank 0 logs the rest
+    evaluation, _ = loaded.evaluation(answers=arguments.world_size == 1)
+    if not evaluation.rows:
+        logger.info("No rows are held out, so none are scored")
+    if loaded.config.scoring.before or evaluation.prefers:  # the loss of preferences compares with what was before
+        evaluation.measure(trainer.model, "before")
+    forgetting.measure(trainer.model, "before")
+    logger.info("Training on %s by %s", loaded.config.data.title, type(trainer).__name__)
+    started = time.perf_counter()
+    fit(trainer, loaded.base, checkpoint)
+    seconds = time.perf_counter() - started
+    model: Any = trainer.model
+    evaluation.measure(model, "after")
+    forgetting.measure(model, "after")
+    history = trainer.state.log_history
+    tokens = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
+    is_whole = tokens and not checkpoint  # TRL counts a resumed run's tokens from 0 again
+    speed = {"tokens": tokens[-1], "tokens_per_second": round(tokens[-1] / seconds, 1)} if is_whole else {}
+    trainable = sum(_entries(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    metrics = _metrics(loaded, arguments, model, evaluation, forgetting, trainable)
+    metrics["training"] = {
+        "trainer": type(trainer).__name__.removeprefix("Sparse"),
+        "seconds": round(seconds, 1),
+        "steps": trainer.state.global_step,
+        "processes": arguments.world_size,
+        **speed,
+        "peak_memory_bytes": peak_memory(arguments.device),
+        "resumed": bool(checkpoint),
+    }
+    metrics["history"] = history
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded else None  # all ranks gather it
+    return from_rank_zero(partial(_save, loaded, folder, model, state, metrics, evaluation))
+
+
+def _metrics(
+    loaded: LoadedRun,
+    arguments: TrainingArguments,
+    model: Any,
+    evaluation: Evaluation,
+    forgetting: Forgetting,
+    trainable: int = 0,
+) -> dict[str, Any]:
+    """What is known of a model, its training aside."""
+    total = sum(map(_entries, model.parameters()))
+    return {
+        "format": FORMAT,
+        "config": portable(loaded.config.model_dump(mode="json")),
+        "provenance": provenance(arguments.seed, arguments.device),
+        "digests": loaded.digests,
+        "parameters": {"trainable": trainable, "total": total, "percent": round(100 * trainable / total, 4)},
+        "data": portable({"source": loaded.config.data.title, **loaded.data.account}),
+        "evaluation": evaluation.scores(),
+        "gain": evaluation.gain,
+        "forgetting": forgetting.metrics,
+        "samples": evaluation.samples,
+        "training": None,
+        "history": [],
+    }
+
+
+def _entries(parameter: Any) -> int:
+    """Entries of a weight, which bitsandbytes packs into bytes, and which ZeRO-3 moves elsewhere."""
+    state = getattr(parameter, "quant_state", None)
+    return int(getattr(parameter, "ds_numel", parameter.numel()) if state is None else state.shape.numel())
+
+
+def _save(
+    loaded: LoadedRun, folder: RunFolder, model: Any, state: Any, metrics: dict[str, Any], evaluation: Evaluation
+) -> dict[str, Any]:
+    method = loaded.config.method
+    with new_files(folder.adapter) as temporary:
+        model.save_pretrained(temporary, state_dict=state)
+        loaded.tokenizer.save_pretrained(temporary)
+        if method != "full":
+            saved, base = PeftConfig.from_pretrained(str(temporary)), described_base(loaded.config.model.name)
+            card = run_card(folder.path.resolve().name, saved, base, metrics)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+    metrics["parameters"]["adapter_bytes"] = sum(file.stat().st_size for file in folder.adapter.glob("*.safetensors"))
+    title = f"{method} on {portable(loaded.config.data.title)}"
+    draw_run(metrics["history"], metrics["evaluation"], folder.picture, method, title)
+    if metrics["samples"]:
+        write_whole(folder.samples, f"# {folder.path.resolve().name}\n\n{samples_text(metrics['samples'])}")
+    with new_file(folder.trained) as file, file.open("wb") as stream:
+        np.save(stream, loaded.trained_keys())
+    _write_rows(folder.rows, evaluation)
+    folder.finish(metrics)
+    logger.info("Finished: %s", folder.path)
+    return metrics
+
+
+def _write_rows(place: Path, evaluation: Evaluation) -> None:
+    """A JSON line for each held-out row, with null for what is not finite."""
+    with new_file(place) as file, gzip.open(file, "wt", encoding="utf-8") as stream:
+        for line in evaluation.lines():
+            stream.write(json.dumps(finite(line)) + "\n")

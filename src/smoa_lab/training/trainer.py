@@ -1,0 +1,158 @@
+"""TRL's trainer of a run: its adapter given to the base, its rows, what it logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from peft import PeftConfig, TrainableTokensConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from tqdm import tqdm
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SchedulerType
+
+from smoa.errors import ConfigError
+from smoa.layers.distributed import is_distributed
+from smoa_lab.data.rows import Part
+from smoa_lab.training.adapting import with_adapter
+from smoa_lab.training.loaded_run import LoadedRun
+
+logger = logging.getLogger(__name__)
+
+REFERENCE = "ref"
+"""DPOTrainer's name of its copy of the untrained adapter, which it compares with."""
+REPLACED = (PrinterCallback, ProgressCallback)
+"""The Trainer's own callbacks, which :class:`ProgressReport` replaces."""
+SHOWN = ("loss", "eval_loss", "learning_rate")
+"""What is shown of the Trainer's logs."""
+
+
+def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
+    """TRL's trainer for the run, whose ``model`` is the base with its new adapter, or for full fine-tuning the base
+    itself. What TRL and transformers refuse shows here.
+
+    Raises:
+        ConfigError: they refuse it; the adapter is on the output layer, whose own weight TRL computes the loss from; or
+            accelerate counts fewer processes than there are.
+    """
+    import trl
+
+    config, arguments = run.config, run.config.arguments()
+    if is_distributed() and arguments.world_size < dist.get_world_size():
+        raise ConfigError(
+            f"training.deepspeed: accelerate counts {arguments.world_size} of {dist.get_world_size()} processes, as it "
+            "does for DeepSpeed without a GPU, and all would train on the same data; leave deepspeed out, or use GPUs"
+        )
+    # Pinned memory speeds up copies to a GPU; without one torch only warns.
+    arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
+    _check_output_layer(run.base, peft_config)
+    set_seed(arguments.seed)  # the adapter's factors are drawn here
+    model = with_adapter(run.base, peft_config, config.model.options.get("revision"))
+    chosen: Any = trl.DPOTrainer if config.trainer == "dpo" else trl.SFTTrainer
+    if chosen is trl.SFTTrainer and arguments.device.type != "cuda":
+        from smoa_lab.training.sparse_trainer import SparseSFTTrainer  # here, since it imports TRL
+
+        chosen = SparseSFTTrainer
+    patience = config.early_stopping
+    callbacks = [ProgressReport(), *([] if patience is None else [EarlyStoppingCallback(patience)])]
+    try:
+        trainer: Trainer = chosen(
+            model=model,
+            args=arguments,
+            train_dataset=_dataset(run, "train"),
+            eval_dataset=_dataset(run, "validation") if config.validates else None,
+            processing_class=run.tokenizer,
+            callbacks=callbacks,
+        )
+        if arguments.world_size == 1:  # what it says of optimizer and scheduler comes before the scoring, too
+            trainer.create_optimizer_and_scheduler(1)
+            trainer.optimizer = trainer.lr_scheduler = None
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"training: TRL or transformers refuses: {error}") from error
+    vars(trainer)["create_model_card"] = lambda **_: None  # the adapter gets a card of ours
+    for callback in REPLACED:
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def fit(trainer: Trainer, base: PreTrainedModel, checkpoint: str | None) -> None:
+    """Train, from a checkpoint if there is one."""
+    arguments: Any = trainer.args
+    if checkpoint and _is_over(checkpoint):  # within an epoch the Trainer would take another step
+        arguments.max_steps, arguments.num_train_epochs = -1, 0
+        arguments.lr_scheduler_type = SchedulerType.CONSTANT  # others divide by the steps
+        arguments.lr_scheduler_kwargs = None
+    settings: Any = base.config.get_text_config()
+    routers = getattr(settings, "output_router_logits", None)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if routers is not None:  # TRL lets mixtures give them, for a loss that a cache of keys and values breaks
+        settings.output_router_logits = routers
+    model: Any = trainer.model
+    if REFERENCE in getattr(model, "peft_config", {}):
+        model.delete_adapter(REFERENCE)  # otherwise it would be saved too
+
+
+def _check_output_layer(base: PreTrainedModel, wanted: PeftConfig | None) -> None:
+    if isinstance(wanted, TrainableTokensConfig) and getattr(base.config, "tie_word_embeddings", False):
+        raise ConfigError(
+            "method: trainable_tokens would adapt the output layer, which is tied to the embeddings, and TRL would not "
+            "train it; use lora with adapter.trainable_token_indices"
+        )
+    if getattr(wanted, "target_modules", None) is None:  # PEFT's defaults for a model leave the head out
+        return
+    head = base.get_output_embeddings()
+    name = next((name for name, module in base.named_modules() if module is head), None)
+    if name is not None and check_target_module_exists(wanted, name):
+        raise ConfigError(
+            f"adapter.target_modules: names {name}, the output layer, which TRL would not train; leave it out"
+        )
+
+
+def _dataset(run: LoadedRun, part: Part) -> Any:
+    """The tokens, or for preferences, which DPOTrainer tokenizes itself, the texts; None for no rows."""
+    data = run.data.part(part)
+    if not len(data):
+        return None
+    if run.config.trainer == "sft":
+        return data.remove_columns("row")
+    texts = data.map(lambda row: json.loads(row["row"]), remove_columns=data.column_names)
+    return texts.select_columns(["prompt", "completion", "rejected"]).rename_column("completion", "chosen")
+
+
+class ProgressReport(TrainerCallback):
+    """One log line for each of the Trainer's logs; on a terminal also a bar."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        off = None if state.is_world_process_zero and not args.disable_tqdm else True  # None: without a terminal
+        self.bar = tqdm(desc="training", total=state.max_steps, initial=state.global_step, disable=off)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        shown = [f"{name} {float(logs[name]):.4g}" for name in SHOWN if logs and name in logs]
+        if shown and state.is_world_process_zero:
+            self.bar.set_postfix_str(shown[0])
+            with self.bar.external_write_mode(sys.stderr):
+                logger.info("step %d/%d: %s", state.global_step, state.max_steps, ", ".join(shown))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+
+
+def _is_over(checkpoint: str) -> bool:
+    """Whether a run had taken its last step when it saved this checkpoint, or had no patience left."""
+    state: Any = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    if state.global_step >= state.max_steps:
+        return True
+    stopping = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+    waited = stopping and stopping["attributes"]["early_stopping_patience_counter"]
+    return bool(stopping and waited >= stopping["args"]["early_stopping_patience"])
