@@ -4,6 +4,7 @@ same."""
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,9 @@ def test_a_run_learns_as_it_did(name: str, tmp_path: Path, monkeypatch: pytest.M
     if format == "questions":  # a context was a column of its own
         rows = [row | {"prompt": f"{row['context']}\n{row['prompt']}".strip()} for row in rows]
     parts = {"train": rows[:48], "test": rows[48:]}
+    if format == "questions":  # and they were shuffled twice
+        for _ in range(2):
+            random.Random(0).shuffle(parts["train"])
     files = {part: str(write_rows(tmp_path / f"{part}.jsonl", own)) for part, own in parts.items()}
     data: dict[str, Any] = {**files, "samples": 0, "validation_examples": 0}
     if format == "questions":

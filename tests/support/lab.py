@@ -1,4 +1,4 @@
-"""A lab in miniature: a tiny random model with its tokenizer in a folder, and a handful of questions in the cache."""
+"""A lab in miniature: a tiny random model with its tokenizer in a folder, and a handful of questions."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from smoa_lab.data.rows import Row, choice_question, question_values
-from smoa_lab.data.tasks import FORMAT
 
 SPECIALS = ["<pad>", "<bos>", "<eos>"]
 
@@ -96,11 +94,12 @@ def tiny_run(
 ) -> dict[str, Any]:
     """The config of a run on a tiny model and so many questions, all in `room`; `sections` are laid over it."""
     monkeypatch.setenv("SMOA_CACHE", str(room / "cache"))
-    fill_cache(room / "cache", questions(train, "train"), questions(test, "test"))
+    rows = [*questions(train, "train"), *questions(2, "validation"), *questions(test, "test")]
+    write_rows(room / "sums.jsonl", rows)
     return {
         "model": {"name": str(tiny_base(room / "base")), "dtype": "float32"},
         "adapter": {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]},
-        "data": {"tasks": ["arc_easy"], "train_examples": 8, "validation_examples": 2},
+        "data": {"train": str(room / "sums.jsonl"), "template": "alpaca", "train_examples": 8, "samples": 2},
         "training": {"output_dir": str(room / "run"), "use_cpu": True, **training},
         **sections,
     }
@@ -111,20 +110,23 @@ def steps(number: int, **training: Any) -> dict[str, Any]:
     return {"max_steps": number, "per_device_train_batch_size": 2, "logging_steps": 1, **training}
 
 
-def questions(number: int, part: str, task: str = "arc_easy") -> list[Row]:
-    """Sums in words: enough for the machinery, and every one different."""
+def questions(number: int, part: str) -> list[dict[str, Any]]:
+    """Sums in words, which name their part: enough for the machinery, and every one different."""
     return [
-        choice_question(task, f"{part}-{i}", f"In {part}, what is {i} plus one?", [str(i), str(i + 1), "none"], 1)
+        {
+            "prompt": f"In {part}, what is {i} plus one?",
+            "choices": [str(i), str(i + 1), "none"],
+            "label": 1,
+            "part": part,
+        }
         for i in range(number)
     ]
 
 
-def fill_cache(cache: Path, train: list[Row], test: list[Row], task: str = "arc_easy") -> None:
-    """Put records where a prepared task lies, so that nothing is fetched."""
-    (cache / "data").mkdir(parents=True, exist_ok=True)
-    for part, records in (("train", train), ("test", test)):
-        rows = [json.dumps(question_values(record)) for record in records]
-        (cache / "data" / f"{task}-{part}-{FORMAT}.jsonl").write_text("\n".join(rows) + "\n")
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
+    """As JSON lines."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
 
 
 def files_with(text: object, folder: Path) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smoa_lab.config.run import RunConfig, check_config
-from tests.support.lab import byte_tokenizer, saved, tiny_llama
+from tests.support.lab import byte_tokenizer, saved, tiny_llama, write_rows
 
 SPECIALS = [
     *("<|im_start|>", "<|im_end|>", "<think>", "</think>"),
@@ -77,12 +76,6 @@ def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     """Turns of user and assistant in alternation."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
     return turns if system is None else [{"role": "system", "content": system}, *turns]
-
-
-def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
-    """As JSON lines."""
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
 
 
 def rows_values(room: Path, rows: Path, base: Path, *, data: Any = None, training: Any = None, **sections: Any) -> Any:

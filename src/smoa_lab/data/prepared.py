@@ -84,7 +84,7 @@ def split(keys: NDArray[np.uint64], named: Sequence[str], sizes: Sizes) -> tuple
     lowest digests, at most as many as ``sizes`` says. No content lies in two parts: test comes first, then validation.
     Where there are more rows than wanted, the first ones are taken if rows name that part, else the lowest digests.
     """
-    parts = np.array(named)
+    parts = np.array(named, "U10")
     free = np.unique(keys[(parts == "") & ~np.isin(keys, keys[(parts == "test") | (parts == "validation")])])
     contents = len(free)
     for name, divisor in HELD_OUT.items():
@@ -172,44 +172,36 @@ class Reading:
         from datasets.arrow_writer import ArrowWriter
 
         text = datasets.Value("string")
-        integers = datasets.List(datasets.Value("int32"))
-        columns = datasets.Features({"input_ids": integers, "labels": integers, "row": text})
         self.keys, self.named, self.faults, self.bad = array("Q"), list[str](), list[str](), 0
         read = folder / "read.arrow"
-        with ArrowWriter(path=str(read), features=datasets.Features({"row": text})) as writer:
+        with ArrowWriter(path=str(read), features=datasets.Features({"row": text, "where": text})) as writer:
             for part, sources in (("test", self.test), ("", self.train)):
                 for source in sources:
                     self._read(source, part, writer)
             writer.finalize()
-        keys, lengths = np.array(self.keys, np.uint64), array("I")
-        counts = dict.fromkeys(("trained_tokens", "cut", "dropped"), 0)
-        parts = dict[str, int]()
+        keys = np.array(self.keys, np.uint64)
         chosen, left_out = split(keys, self.named, self.sizes)
         rows = datasets.Dataset.from_file(str(read))
-        contents = sha256()
+        self.lengths, self.contents = array("I"), sha256()
+        self.counts = dict.fromkeys(("trained_tokens", "cut", "dropped"), 0)
+        integers = datasets.List(datasets.Value("int32"))
+        columns = datasets.Features({"input_ids": integers, "labels": integers, "row": text})
+        parts = dict[str, int]()
         for part in PARTS:
             with ArrowWriter(path=str(folder / f"{part}.arrow"), features=columns) as writer:
-                for number in tqdm(chosen[part], desc=f"tokens, {part}", unit=" rows", leave=False, disable=None):
-                    row = row_from_json(rows[int(number)]["row"])
-                    tokens = self.encoder.encode(row)
-                    contents.update(f"{part} {row.digest} ".encode())
-                    lengths.append(len(tokens.input_ids) + tokens.cut)
-                    counts["cut"] += tokens.cut > 0
-                    counts["trained_tokens"] += tokens.trained
-                    counts["dropped"] += not tokens.trained
-                    if tokens.trained:
-                        parts[part] = parts.get(part, 0) + 1
-                        writer.write({**tokens.columns, "row": row.to_json()})
+                bar = tqdm(chosen[part], desc=f"tokens, {part}", unit=" rows", leave=False, disable=None)
+                written = sum(self._encode(rows[int(number)], part, writer) for number in bar)
+                parts |= {part: written} if written else {}
                 writer.finalize()
         del rows
         read.unlink()
         return {
             "max_length": self.encoder.max_length,
             "format": self.format or "",
-            "sha256": contents.hexdigest(),
+            "sha256": self.contents.hexdigest(),
             "parts": parts,
-            "tokens": length_summary(lengths),
-            **counts,
+            "tokens": length_summary(self.lengths),
+            **self.counts,
             "repeated": len(keys) - len(np.unique(keys)),
             "also_held_out": left_out,
             "bad": self.bad,
@@ -225,10 +217,31 @@ class Reading:
                 self.format = self.format or recognize(values)
                 row = shape(values, self.format)
             except DataError as error:
-                self.bad += 1
-                if self.bad <= SHOWN:
-                    self.faults.append(f"{where}: {error}")
+                self._note(where, error)
                 continue
             self.keys.append(row.key)
             self.named.append(part or row.part or "")
-            writer.write({"row": row.to_json()})
+            writer.write({"row": row.to_json(), "where": where})
+
+    def _encode(self, read: dict[str, str], part: Part, writer: Any) -> bool:
+        """Write a row's tokens; whether there is something to train in them."""
+        row = row_from_json(read["row"])
+        try:
+            tokens = self.encoder.encode(row)
+        except DataError as error:
+            self._note(read["where"], error)
+            return False
+        self.contents.update(f"{part} {row.digest} ".encode())
+        self.lengths.append(len(tokens.input_ids) + tokens.cut)
+        self.counts["cut"] += tokens.cut > 0
+        self.counts["trained_tokens"] += tokens.trained
+        self.counts["dropped"] += not tokens.trained
+        if tokens.trained:
+            writer.write({**tokens.columns, "row": row.to_json()})
+        return tokens.trained > 0
+
+    def _note(self, where: str, error: DataError) -> None:
+        """Count a bad row, and list it if it is one of the first."""
+        self.bad += 1
+        if self.bad <= SHOWN:
+            self.faults.append(f"{where}: {error}")
