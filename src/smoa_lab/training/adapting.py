@@ -1,4 +1,4 @@
-"""Tries the adapter of a run's method without weights, and gives it to the base."""
+"""Tries the adapter of a run's method without weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def count_trained(empty: PreTrainedModel, wanted: PeftConfig, device: str = "met
         ConfigError: PEFT refuses the adapter.
         RuntimeError: PyTorch's, if ``device`` is meta and the method reads values when it starts.
     """
-    with _explained(), warnings.catch_warnings(), torch.device(device):
+    with explained(), warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter("ignore")  # they come again with the weights
         peft_config: Any = copy.deepcopy(wanted)  # PEFT writes into it
         if hasattr(peft_config, "init_lora_weights"):
@@ -70,23 +70,9 @@ def _check_names(paths: Sequence[str], config: PeftConfig) -> None:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
     """What PEFT refuses as a ConfigError."""
     try:
         yield
     except (ValueError, TypeError, LookupError, ArithmeticError, re.error) as error:
         raise ConfigError(f"adapter: {shorten(str(error), 1000)}") from error
-
-
-def with_adapter(base: PreTrainedModel, peft_config: PeftConfig | None, revision: str | None = None) -> Any:
-    """The model to train: a PeftModel or, for full fine-tuning, the base itself.
-
-    The adapter's config records ``revision``, the base's branch or commit, so that whoever loads it gets the same base.
-
-    Raises:
-        ConfigError: PEFT refuses the adapter.
-    """
-    if peft_config is None:
-        return base
-    with _explained():
-        return get_peft_model(base, peft_config, revision=revision)

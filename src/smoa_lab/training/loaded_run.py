@@ -13,14 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.atomic import check_place
 from smoa.errors import ConfigError, DataError
-from smoa_lab.base_models import base_content, load_base_model
+from smoa_lab.base_models import base_content, load_base_model, load_tokenizer
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.prepared import PreparedRows, Reading, require_good_rows
-from smoa_lab.data.rows import row_from_json
+from smoa_lab.data.rows import PARTS, row_from_json
 from smoa_lab.scoring.evaluation import Evaluation
 from smoa_lab.training.run_folder import RunFolder
 
@@ -41,8 +41,7 @@ class LoadedRun:
     @cached_property
     def digests(self) -> dict[str, str]:
         """What the run starts from, by content: rows, base model, and what turns rows into tokens."""
-        encoder = sha256(json.dumps(self.encoder.state(), sort_keys=True, default=str).encode()).hexdigest()
-        return {"data": self.data.account["sha256"], "base": base_content(self.config.model), "encoder": encoder}
+        return digests_of(self.config, self.encoder, self.data)
 
     def inputs(self) -> dict[str, str]:
         """What a resumed run must find as it was."""
@@ -72,9 +71,8 @@ def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
             is for these rows.
         DataError: model or rows cannot be loaded, bad rows are not to be skipped, or nothing is left to train on.
     """
-    for sources in config.data.sources():
-        for source in sources:
-            source.check()
+    for source in sum(config.data.sources(), []):
+        source.check()
     check_place(cache_folder() / "rows" / "tokens")
     base, tokenizer = load_base_model(config.model)
     encoder, data = trainable_rows_of(config, tokenizer, trains)
@@ -89,6 +87,23 @@ def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
             f"positions; set it to {positions}"
         )
     return LoadedRun(config, base, tokenizer, encoder, data)
+
+
+def inputs(config: RunConfig) -> dict[str, Any]:
+    """What a run would start from, without its weights: ``digests`` and, of each part, how many ``rows`` there are.
+
+    Raises:
+        ConfigError, DataError: as :func:`load_run`.
+    """
+    encoder, rows = trainable_rows_of(config, load_tokenizer(config.model))
+    parts = rows.account["parts"]
+    return {"digests": digests_of(config, encoder, rows), "rows": {part: parts.get(part, 0) for part in PARTS}}
+
+
+def digests_of(config: RunConfig, encoder: Encoder, rows: PreparedRows) -> dict[str, str]:
+    """Of the rows, of the base model, and of what turns rows into tokens."""
+    of_encoder = sha256(json.dumps(encoder.state(), sort_keys=True, default=str).encode()).hexdigest()
+    return {"data": rows.account["sha256"], "base": base_content(config.model), "encoder": of_encoder}
 
 
 def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from peft import PeftConfig, TrainableTokensConfig
+from peft import PeftConfig, TrainableTokensConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainerState, set_seed
@@ -20,7 +20,7 @@ from transformers.trainer_utils import SchedulerType
 from smoa.errors import ConfigError
 from smoa.layers.distributed import is_distributed
 from smoa_lab.data.rows import Part
-from smoa_lab.training.adapting import with_adapter
+from smoa_lab.training.adapting import explained
 from smoa_lab.training.loaded_run import LoadedRun
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,10 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
     arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
     _check_output_layer(run.base, peft_config)
     set_seed(arguments.seed)  # the adapter's factors are drawn here
-    model = with_adapter(run.base, peft_config, config.model.options.get("revision"))
+    model: Any = run.base
+    if peft_config is not None:
+        with explained():  # the revision is recorded: whoever loads the adapter gets the same base
+            model = get_peft_model(run.base, peft_config, revision=config.model.options.get("revision"))
     chosen: Any = trl.DPOTrainer if config.trainer == "dpo" else trl.SFTTrainer
     if chosen is trl.SFTTrainer and arguments.device.type != "cuda":
         from smoa_lab.training.sparse_trainer import SparseSFTTrainer  # here, since it imports TRL
