@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +73,7 @@ def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
             is for these rows.
         DataError: model or rows cannot be loaded, bad rows are not to be skipped, or nothing is left to train on.
     """
-    for source in sum(config.data.sources(), []):
+    for source in chain(*config.data.sources()):
         source.check()
     check_place(cache_folder() / "rows" / "tokens")
     base, tokenizer = load_base_model(config.model)
