@@ -64,7 +64,7 @@ def budget_choices(model: str, amount: str, targets: tuple[str, ...]) -> list[Ch
         DataError: no such model, or none of ``targets`` in it.
     """
     shapes, total = model_shapes(model, targets)
-    limit = _limit(amount, total, lora_parameters(shapes, 1))
+    limit = budget_parameters(amount, total, lora_parameters(shapes, 1))
     widest = max(min(shape) for shape in shapes)
     largest = {k: _largest_r(shapes, k, limit) for k in BLOCKS if k <= widest}
     choices = [choice_of(shapes, total, r, k) for k, r in largest.items() if r >= k]
@@ -93,7 +93,7 @@ def size_methods(model: str, amount: str, targets: tuple[str, ...], names: Seque
     """
     empty = empty_model(ModelSection(name=model))
     shapes, total = shapes_of(empty, targets, model), empty.num_parameters()
-    budget = _limit(amount, total, lora_parameters(shapes, 1))
+    budget = budget_parameters(amount, total, lora_parameters(shapes, 1))
     wanted: Any = ALL_LINEAR if ALL_LINEAR in targets else list(targets)
     sized = []
     for name in names:
@@ -205,7 +205,7 @@ def budget_choice(shapes: Shapes, total: int, amount: str) -> Choice:
     Raises:
         ConfigError: as :func:`budget_choices`.
     """
-    limit = _limit(amount, total, lora_parameters(shapes, 1))
+    limit = budget_parameters(amount, total, lora_parameters(shapes, 1))
     r = _largest_r(shapes, FIRST_BLOCKS, limit) // FIRST_BLOCKS * FIRST_BLOCKS
     if not r:  # r = num_blocks costs what r = 1 costs with one block
         raise _too_small(amount, shapes)
@@ -275,8 +275,12 @@ def _too_small(amount: str, shapes: Shapes) -> ConfigError:
     return ConfigError(f"budget: {amount!r} is too small; the smallest adapter has {least:,} parameters")
 
 
-def _limit(amount: str, total: int, of_lora: int) -> float:
-    """Parameters; ``of_lora`` is what one rank of LoRA has."""
+def budget_parameters(amount: str, total: int, of_lora: int) -> float:
+    """The parameters that ``amount`` is, of a model with ``total``; ``of_lora`` is what one rank of LoRA has.
+
+    Raises:
+        ConfigError: ``amount`` cannot be read, or is more than the model has.
+    """
     text = amount.replace(",", "").replace("_", "").strip().lower()
     unit = of_lora if text.startswith(LORA) else total / 100 if text.endswith("%") else 1
     try:

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import math
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smoa_lab.study.results import Row
-from smoa_lab.study.runner import Runner
-from smoa_lab.study.statistics import Difference, Interval
+import pytest
+
+from smoa.errors import ConfigError
+from smoa_lab.basics.plain import portable
+from smoa_lab.config.run import RunConfig
+from smoa_lab.study import comparison, plan
+from smoa_lab.study.comparison import Comparison, Executor
+from smoa_lab.study.plan import prepare
+from smoa_lab.study.results import Result
+from smoa_lab.study.search import Chosen
+from smoa_lab.study.statistics import Difference
 from smoa_lab.study.study import Entry, Study
-from smoa_lab.study.trials import Trial, TrialStore
+from smoa_lab.training.run_folder import RunFolder
 
 ADAPTER = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}
+ROWS = 60
+BEST = {"smoa": 0.01, "lora": 0.002, "full": 0.0003}
+"""Each method's best learning rate in a study that is written."""
+REACHED = {"smoa": 2.0, "lora": 2.1, "full": 2.2}
+"""Its loss there."""
 
 
 def entry(method: str = "smoa", **values: Any) -> Entry:
@@ -20,85 +37,158 @@ def entry(method: str = "smoa", **values: Any) -> Entry:
     return Entry(method=method, learning_rate=0.01, **{"adapter": ADAPTER} | values)
 
 
-QUESTIONS = 40
-
-
-def tiny_study(folder: Path) -> Study:
+def tiny_study(folder: Path, **values: Any) -> Study:
     """Two entries of one budget and a third of another; nothing is run yet."""
-    return Study(
-        folder=folder,
-        shared={"model": {"name": "base"}, "data": {"tasks": ["arc_easy"]}, "training": {"use_cpu": True}},
-        entries={
-            "ours": {"method": "smoa", "learning_rate": 0.01, "budget": "small"},
-            "lora": {"method": "lora", "learning_rate": 0.01, "budget": "small"},
-            "full": {"method": "full", "learning_rate": 0.001, "budget": "large"},
-        },
-    )
-
-
-def finish(study: Study, trial: Trial, loss: float | None, **values: Any) -> None:
-    """Store the result of a trial, with the same loss on every question; None is a run that diverged."""
-    config = Runner(study.shared).config(study.entries[trial.entry], trial.learning_rate, trial.seed)
-    result = {
-        "config": config.model_dump(mode="json"),
-        "parameters": 1000,
-        "seconds": 7.0,
-        "scores": {"all": {"gold_loss": loss, "accuracy": 0.5, "majority": None}},
-        "questions": {
-            "task": ["arc_easy"] * QUESTIONS,
-            "nll": [None if loss is None else loss + i / QUESTIONS for i in range(QUESTIONS)],
-            "tokens": [1] * QUESTIONS,
-            "right": [int(loss is not None and i % 2 == 0) for i in range(QUESTIONS)],
-        },
+    entries = {
+        "ours": {"method": "smoa", "learning_rate": 0.01, "budget": "small"},
+        "lora": {"method": "lora", "learning_rate": 0.002, "budget": "small"},
+        "full": {"method": "full", "learning_rate": 0.001, "budget": "large"},
     }
-    file = TrialStore(study.folder).file(trial.name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result | values))
-
-
-def row(entry: str = "lora", **values: Any) -> Row:
-    """A row of a study's table; its reference is not there."""
-    known: dict[str, Any] = {
-        "entry": entry,
-        "method": "lora",
-        "budget": "all",
-        "reference": "ours",
-        "parameters": 1000,
-        "learning_rate": 0.01,
-        "search": None,
-        "seeds": [3, 4],
-        "loss": 2.5,
-        "loss_spread": 0.1,
-        "accuracy": 0.5,
-        "accuracy_spread": 0.1,
-        "accuracy_interval": Interval(0.5, 0.4, 0.6),
-        "task_accuracy": {"csqa": 0.5},
-        "seconds": 7.0,
-        "accuracy_difference": None,
-        "loss_difference": Difference(0.5, 0.25, 0.75, "worse"),
+    shared = {
+        "model": {"name": "base"},
+        "data": {"train": "chats.jsonl"},
+        "training": {"use_cpu": True, "max_steps": 100},
     }
-    return Row(**known | values)
+    return Study.model_validate({"folder": folder, "shared": shared, "entries": entries, **values})
+
+
+class WrittenRuns:
+    """What stands in for ``run``, ``score_untouched`` and ``inputs``: it writes a run's folder, and trains nothing."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        """The folders of the runs."""
+        self.kind = "messages"
+        """Of the rows: messages, choices or preference."""
+        self.loss: Callable[[RunConfig], float | None] = self.usual_loss
+        self.step_seconds = {"smoa": 0.108, "lora": 0.1, "full": 0.2}
+        self.digests = {"data": "d", "base": "b", "encoder": "e"}
+        self.rows = {"train": 400, "validation": 40, "test": ROWS}
+
+    def usual_loss(self, config: RunConfig) -> float | None:
+        """The lower the nearer the rate is to the best of the method."""
+        distance = abs(math.log10(config.training["learning_rate"] / BEST[config.method]))
+        return REACHED[config.method] + distance
+
+    def inputs(self, config: RunConfig) -> dict[str, Any]:
+        """The data's digests and sizes."""
+        return {"digests": dict(self.digests), "rows": dict(self.rows)}
+
+    def run(self, config: RunConfig) -> dict[str, Any]:
+        """A run, unless the folder is another process's or has one."""
+        folder = RunFolder(config.folder)
+        with folder.alone():
+            if folder.finished:
+                raise ConfigError(f"{folder.path}: contains a finished run")
+            return self.write(config)
+
+    def write(self, config: RunConfig) -> dict[str, Any]:
+        """Write a run's files."""
+        folder, loss = RunFolder(config.folder), self.loss(config)
+        steps = int(config.training["max_steps"])
+        per_step = self.step_seconds[config.method]
+        rows = [self._row(number, loss, config) for number in range(ROWS)]
+        history = [{"step": step, "loss": 4 - step / steps, "epoch": step / 50} for step in range(10, steps + 1, 10)]
+        samples = [{"question": f"Why {i}?", "reference": "So.", "after": f"{config.method} {i}"} for i in range(2)]
+        metrics = self._metrics(config) | {
+            "training": {"seconds": per_step * steps, "steps": steps, "resumed": False},
+            "evaluation": {"after": self._scores(rows, loss)},
+            "forgetting": {"change": 0.02 if config.method == "smoa" else 0.05} if config.forgetting.tokens else None,
+            "samples": samples,
+            "history": history,
+        }
+        folder.adapter.mkdir(parents=True, exist_ok=True)
+        (folder.adapter / "adapter_model.safetensors").write_bytes(b"x")
+        self._save(folder, metrics, rows)
+        return metrics
+
+    def untouched(self, config: RunConfig) -> dict[str, Any]:
+        """The model as it is."""
+        folder = RunFolder(config.folder)
+        samples = [{"question": f"Why {i}?", "reference": "So.", "before": "untouched"} for i in range(2)]
+        scores = {"loss": 4.0} | ({"accuracy": 0.25, "majority": 0.6} if self.kind == "choices" else {})
+        metrics = self._metrics(config) | {"evaluation": {"before": scores}, "samples": samples}
+        self._save(folder, metrics, [])
+        return metrics
+
+    def _metrics(self, config: RunConfig) -> dict[str, Any]:
+        self.ran.append(config.folder.as_posix())
+        return {
+            "format": 2,
+            "config": portable(config.model_dump(mode="json")),
+            "provenance": {"device": "a CPU", "threads": 1, "commit": "c" * 40},
+            "digests": dict(self.digests),
+            "parameters": {"trainable": 1000},
+        }
+
+    def _save(self, folder: RunFolder, metrics: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with gzip.open(folder.rows, "wt", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in rows)
+        folder.metrics.write_text(json.dumps(metrics), encoding="utf-8")
+
+    def _row(self, number: int, loss: float | None, config: RunConfig) -> dict[str, Any]:
+        chance = random.Random(f"{config.method} {config.training['seed']} {number}")
+        tokens = 5 + number % 3
+        value = None if loss is None else tokens * (loss + number / ROWS + chance.gauss(0, 0.02))
+        row: dict[str, Any] = {"digest": f"{number // 2:x}", "copy": number % 2, "part": config.scoring.part}
+        row |= {"tokens": tokens, "after": value}
+        if self.kind == "choices":
+            row["right_after"] = int(number % 2 == 0 and config.method == "smoa")
+        if self.kind == "preference":
+            row |= {"dpo_loss": value, "margin": -(value or 0.0), "won": int(number % 2 == 0)}
+        return row
+
+    def _scores(self, rows: list[dict[str, Any]], loss: float | None) -> dict[str, Any]:
+        return {"rows": len(rows), "loss": loss} | ({"dpo_loss": loss} if self.kind == "preference" else {})
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> WrittenRuns:
+    """Runs are written from now on."""
+    runs = WrittenRuns()
+    monkeypatch.setattr(comparison, "run", runs.run)
+    monkeypatch.setattr(comparison, "score_untouched", runs.untouched)
+    monkeypatch.setattr(comparison, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(plan, "inputs", runs.inputs)
+    monkeypatch.setattr(plan, "empty_model", lambda model: None)
+    monkeypatch.setattr(plan, "check_adapter", lambda model, method, adapter: None)
+    return runs
+
+
+def compared(study: Study, minutes: float | None = None) -> Comparison:
+    """The study with its plan; nothing of it is run yet."""
+    return Comparison(study, prepare(study, Executor().run_all, minutes))
+
+
+def finished(study: Study) -> Comparison:
+    """The study with all its runs."""
+    compared(study).run()
+    return compared(study)
 
 
 def page(study: Study) -> str:
     return (study.folder / "README.md").read_text()
 
 
-def finish_a_study(study: Study) -> None:
-    """Searches and final runs of two entries, one of them diverged at a rate, and the untouched model."""
-    for name, rate, loss in (("ours", 0.003, 2.2), ("ours", 0.01, 2.1), ("ours", 0.03, None), ("lora", 0.01, 2.3)):
-        finish(study, Trial("tuning", name, rate, 100), loss)
-    for seed in (0, 1):
-        finish(
-            study, Trial("final", "ours", 0.01, seed), 2.0, steps=60, provenance={"device": "a CPU", "commit": "c" * 40}
-        )
-        finish(study, Trial("final", "lora", 0.01, seed), 2.5)
-    scores = {"all": {"gold_loss": 4.0, "accuracy": 0.25, "majority": 0.6}}
-    finish_untouched(study, scores=scores)
-
-
-def finish_untouched(study: Study, **values: Any) -> None:
-    """Store a result of the untouched model."""
-    config = Runner(study.shared).untouched_config(next(iter(study.entries.values()))).model_dump(mode="json")
-    study.folder.mkdir(parents=True, exist_ok=True)
-    (study.folder / "untouched.json").write_text(json.dumps({"config": config, **values}))
+def result(entry: str = "lora", **values: Any) -> Result:
+    """A line of a study's table; its reference is not there."""
+    known: dict[str, Any] = {
+        "entry": entry,
+        "method": "lora",
+        "budget": "all",
+        "reference": "ours",
+        "parameters": 1000,
+        "share": 1.0,
+        "chosen": Chosen(0.01, {0.003: 2.6, 0.01: 2.5, 0.03: 2.7}, "interior"),
+        "seeds": [3, 4, 5],
+        "diverged": 0,
+        "rows": 200,
+        "left_out": 0,
+        "values": {"loss": (2.5, 0.1)},
+        "step_seconds": 1.0,
+        "forgotten": 0.01,
+        "kept": None,
+        "differences": {"loss": Difference(0.5, 0.25, 0.75, "worse")},
+    }
+    return Result(**known | values)

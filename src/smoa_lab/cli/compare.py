@@ -1,4 +1,4 @@
-"""``smoa compare``: tunes and compares methods as a study's YAML file says."""
+"""``smoa compare``: tunes and compares methods on a model and data, or as a study's YAML file says."""
 
 from __future__ import annotations
 
@@ -13,8 +13,18 @@ from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting
 
 
 def compare(
-    study: Annotated[Path, typer.Argument(help="YAML file of the study.")],
+    study: Annotated[
+        str | None, typer.Argument(help="YAML file of a study, such as studies/NAME/study.yaml. Or --model and --data.")
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. seeds=[0,1].")] = None,
+    model: Annotated[str | None, typer.Option(help="Without a file: the base model, as smoa train takes it.")] = None,
+    data: Annotated[str | None, typer.Option(help="Without a file: rows, as smoa train takes them.")] = None,
+    methods: Annotated[str, typer.Option(help="Without a file: what is compared, by commas.")] = "smoa,lora",
+    parameters: Annotated[str, typer.Option(help="Without a file: how many each trains, as for smoa init.")] = "lora:8",
+    seeds: Annotated[int, typer.Option(min=1, help="Without a file: final runs of each.")] = 3,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Take fewer steps, then seeds, to be done in time.")
+    ] = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Run only this entry or budget; may be repeated.")
     ] = None,
@@ -28,34 +38,49 @@ def compare(
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
-    """Tune all methods by the same search, run each with fresh seeds, and report which is better, same or worse."""
-    on_ray = workers > 1 or ray_address is not None
+    """Compare fine-tuning methods on your data: one search of the learning rate for each, fresh seeds, and a verdict.
+
+    With --model and --data it needs no file: it writes one, studies/NAME/study.yaml, which you can edit and run again.
+    """
     with reporting():
-        from smoa.atomic import check_place
         from smoa.errors import ConfigError
-        from smoa_lab.study.comparison import Comparison, load_study
+        from smoa_lab.study.comparison import Comparison, Executor
+        from smoa_lab.study.first import first_study
+        from smoa_lab.study.plan import prepare, write_study
         from smoa_lab.study.ray_executor import RayExecutor
         from smoa_lab.study.report import report
+        from smoa_lab.study.study import load_study
 
-        if report_only and (only or on_ray):
+        if report_only and (only or workers > 1 or ray_address is not None):
             raise ConfigError(
                 "--only, --workers and --ray-address are about runs, and --report-only runs nothing; leave one out"
             )
-        checked = load_study(study, overrides)
-        check_place(checked.folder / "summary.json")
-        if not report_only:
-            comparison = Comparison(checked)
-            if on_ray:  # Ray reports dead workers on stdout, which is kept free for results
-                with redirect_stdout(sys.stderr), RayExecutor(checked, workers, ray_address) as executor:
+        if model is None and data is None and study is not None:
+            checked, given = load_study(study, overrides), Path(study)
+        elif model is None or data is None or (study is not None and "=" not in study):
+            raise ConfigError("give the YAML file of a study, or both --model and --data")
+        else:
+            words = [*([] if study is None else [study]), *(overrides or [])]
+            names = [name.strip().lower() for name in methods.split(",")]
+            checked, given = first_study(model, data, names, parameters, seeds, words), None
+        checked.chosen(only or [])
+        write_study(checked, given)
+        with redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout, which is kept free for results
+            on_ray = workers > 1 or ray_address is not None
+            with RayExecutor(checked, workers, ray_address) if on_ray else Executor() as executor:
+                plan = prepare(checked, None if report_only else executor.run_all, minutes, workers)
+                comparison = Comparison(checked, plan)
+                if not report_only:
+                    plan.table(checked).print()
                     comparison.run(only or [], executor)
-            else:
-                comparison.run(only or [])
-        made = report(checked)
+        made = report(comparison)
         if json:
             print_json(made.summary)
             return
+        for sentence in made.verdict:
+            typer.echo(f"{sentence}\n")
         for title, table in made.results().items():
             typer.echo(f"{title}\n")
             table.print()
             typer.echo("")
-        typer.echo(f"Table, figures and runs: {checked.folder}")
+        typer.echo(f"Page, table and runs: {checked.folder}")

@@ -17,19 +17,29 @@ def tune(
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
-    """Find the learning rate with the lowest loss on validation questions or rows; print the line for the config."""
+    """Find the learning rate with the lowest loss on validation rows; print the line for the config."""
     with reporting():
         from smoa_lab.config.run import load_config
-        from smoa_lab.pages.tables import Table
-        from smoa_lab.study.tune_run import tune_run
+        from smoa_lab.pages.tables import Table, number
+        from smoa_lab.study.comparison import Comparison, Executor
+        from smoa_lab.study.first import tuning_study
+        from smoa_lab.study.plan import prepare, write_study
+        from smoa_lab.study.search import rate_text
 
-        search = tune_run(load_config(config, overrides), max_runs)
+        study, executor = tuning_study(load_config(config, overrides), max_runs), Executor()
+        write_study(study)
+        comparison = Comparison(study, prepare(study, executor.run_all))
+        comparison.run(executor=executor)
+        chosen = next(iter(comparison.chosen.values()))
         if json:
-            losses = {f"{rate:g}": loss for rate, loss in search.losses.items()}
-            print_json({"learning_rate": search.learning_rate, "interior": search.interior, "losses": losses})
+            losses = {rate_text(rate): loss for rate, loss in chosen.losses.items()}
+            interior = chosen.place == "interior"
+            print_json({"learning_rate": chosen.learning_rate, "interior": interior, "losses": losses})
             return
-        rows = [[f"{rate:g}", "diverged" if loss is None else f"{loss:.4f}"] for rate, loss in search.losses.items()]
+        rows = [
+            [rate_text(rate), "diverged" if loss is None else number(loss, 4)] for rate, loss in chosen.losses.items()
+        ]
         Table(["learning rate", "validation loss"], rows).print()
-        if not search.interior:
+        if chosen.place == "edge":
             typer.echo("\nThe best lies at the edge of what was tried: start there and search again.")
-        typer.echo(f"\nPut this under training:\n\n  learning_rate: {search.learning_rate:g}")
+        typer.echo(f"\nPut this under training:\n\n  learning_rate: {rate_text(chosen.learning_rate)}")

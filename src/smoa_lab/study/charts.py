@@ -1,49 +1,110 @@
-"""The chart of a study: each entry's difference to its reference."""
+"""The charts of a study: differences to the reference, searches, loss against time, learned against forgotten."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import altair as alt
 
-from smoa_lab.pages.charts import forest
-from smoa_lab.study.results import Row
-from smoa_lab.study.trials import Trial
+from smoa_lab.pages.charts import DASHES, MUTED, color_of, colors, forest, lines, name_of, tooltip, values
+from smoa_lab.study.results import FinalRun, Result
+from smoa_lab.study.study import Job
+
+LOG = alt.Scale(type="log", nice=False)
+FREE = alt.Scale(zero=False)
 
 
-def final_run(row: Row, seed: int) -> str:
+def final_run(result: Result, seed: int) -> str:
     """Where a page lists a final run of an entry."""
-    return f"#{Trial('final', row.entry, row.learning_rate, seed).name}"
+    return f"#{Job('final', result.entry, result.chosen.learning_rate, seed).name}"
 
 
-def differences(rows: Sequence[Row], names: Mapping[str, str]) -> Any | None:
-    """A forest plot for each budget: test losses minus the reference's, with interval and verdict in words. Entries are
-    called by their ``names``. None before there are any differences."""
+def differences(results: Sequence[Result]) -> Any | None:
+    """A forest plot for each budget: what decides minus the reference's, with interval and verdict; None before
+    there are differences."""
     compared: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        known = row.loss_difference
+    for one in results:
+        title, known = next(iter(one.differences.items()), ("", None))
         if known is not None and math.isfinite(known.mean):
-            compared.setdefault(row.budget, []).append(
+            compared.setdefault(one.budget, []).append(
                 {
-                    "entry": names.get(row.entry, row.entry),
-                    "reference": names.get(row.reference, row.reference),
-                    "method": row.method,
+                    "entry": _full_name(one),
+                    "method": one.method,
                     **{key: getattr(known, key) for key in ("low", "mean", "high")},
                     "difference": known.signed(1, 4),
                     "verdict": known.label,
-                    "clear": known.label in ("better", "worse"),
-                    "run": final_run(row, row.seeds[0]),
+                    "clear": known.final in ("better", "worse"),
+                    "run": final_run(one, one.seeds[0]),
+                    "title": f"{title} on held-out rows minus that of {one.reference}; left is better",
                 }
             )
     if not compared:
         return None
-    titled = len({row.budget for row in rows}) > 1
     plots = [
-        forest(own, f"test loss minus that of {own[0]['reference']} (nats per token); left is better").properties(
-            title=f"Budget: {budget}" if titled else ""
-        )
+        forest(own, own[0]["title"]).properties(title=f"Budget: {budget}" if len(compared) > 1 else "")
         for budget, own in compared.items()
     ]
     return alt.vconcat(*plots).resolve_scale(color="independent")
+
+
+def _full_name(one: Result) -> str:
+    name = name_of(one.method)
+    return name if one.entry == name.lower() else f"{name}: {one.entry}"
+
+
+def searches(results: Sequence[Result]) -> Any | None:
+    """The validation loss at each learning rate that was tried, a line for each entry; None without any search."""
+    rows = [
+        {"name": one.entry, "learning rate": rate, "validation loss": loss}
+        for one in results
+        for rate, loss in one.chosen.losses.items()
+        if loss is not None
+    ]
+    x = alt.X("learning rate:Q", scale=LOG, axis=alt.Axis(format=".0e"))
+    return lines(rows, _looks(results), x, alt.Y("validation loss:Q", scale=FREE), width=500) if rows else None
+
+
+def losses(results: Sequence[Result], finals: Mapping[str, Mapping[int, FinalRun]]) -> Any | None:
+    """The training loss of each entry's first seed against the seconds since its start; None where none was logged."""
+    rows = []
+    for one in results:
+        metrics = finals[one.entry][one.seeds[0]].metrics
+        second = metrics["training"]["seconds"] / max(1, metrics["training"]["steps"])
+        rows += [
+            {"name": one.entry, "seconds": entry["step"] * second, "training loss": entry["loss"]}
+            for entry in metrics["history"]
+            if "loss" in entry
+        ]
+    return lines(rows, _looks(results), alt.X("seconds:Q"), alt.Y("training loss:Q", scale=FREE), 500) if rows else None
+
+
+def learned_and_forgotten(results: Sequence[Result], untouched_loss: float | None) -> Any | None:
+    """What each entry reached on held-out rows against its loss on general text; None where nothing was forgotten or
+    measured."""
+    known = [
+        one for one in results if one.forgotten is not None and math.isfinite(one.values.get("loss", (math.nan,))[0])
+    ]
+    if not known:
+        return None
+    points = [{"entry": one.entry, "forgotten": one.forgotten, "loss": one.values["loss"][0]} for one in known]
+    methods = {one.entry: one.method for one in known}
+    if untouched_loss is not None:
+        points.append({"entry": "untouched", "forgotten": 0.0, "loss": untouched_loss})
+        methods["untouched"] = ""
+    shown = alt.Chart(values(points)).encode(
+        x=alt.X("forgotten:Q", title="loss on general text, change (nats per token); left forgets less"),
+        y=alt.Y("loss:Q", title="loss on held-out rows; lower learned more", scale=FREE),
+        color=colors(methods),
+        tooltip=tooltip(entry="", forgotten="+.4f", loss=".4f"),
+    )
+    rule = alt.Chart(values([{"zero": 0}])).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(x="zero:Q")
+    names = shown.mark_text(align="left", dx=9).encode(text="entry:N")
+    return alt.layer(rule, shown.mark_circle(size=90, opacity=1), names).properties(width=500, height=220)
+
+
+def _looks(results: Sequence[Result]) -> dict[str, tuple[str, list[int]]]:
+    """The color of each entry's method, and a line that differs in gray."""
+    return {one.entry: (color_of(one.method), dash) for one, dash in zip(results, cycle(DASHES), strict=False)}

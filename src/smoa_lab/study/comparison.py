@@ -1,221 +1,265 @@
-"""Reads a study and runs it: the same search of a learning rate for each entry, then fresh seeds on the test part."""
+"""Runs a study: the same search of a learning rate for each entry, then fresh seeds on the test part. Each job is a run
+folder."""
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict
 from operator import itemgetter
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from filelock import Timeout
+from filelock import FileLock
 
+from smoa.atomic import write_whole
 from smoa.errors import ConfigError
-from smoa_lab.config.run import ConfigText, RunConfig
-from smoa_lab.config.validation import block_problems
-from smoa_lab.study.runner import Part, Runner
-from smoa_lab.study.search import Tuned, first_index, nearest_index, next_indices, rate
-from smoa_lab.study.study import Study
-from smoa_lab.study.trials import Job, Result, Trial, TrialStore, Untouched
+from smoa_lab.basics.plain import json_text, portable
+from smoa_lab.config.run import RunConfig
+from smoa_lab.study.plan import INPUTS, Metrics, Plan, duration
+from smoa_lab.study.search import Chosen, best_of, index_of, next_indices, rate, rate_text
+from smoa_lab.study.study import Job, Study
+from smoa_lab.training.run import run, score_untouched
+from smoa_lab.training.run_folder import RunFolder, Taken
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 """How long a process that finds no free job waits before it looks again."""
 
 
-def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
-    """Read a study, lay ``key.key=value`` overrides over it and check every entry's run.
+def perform(job: Job, config: RunConfig) -> Metrics | None:
+    """Run a job in this process. Its metrics get ``wall_seconds``; None where another process runs it."""
+    folder, started = RunFolder(config.folder), time.perf_counter()
+    try:
+        metrics = score_untouched(config) if job.stage == "untouched" else run(config)
+    except Taken:
+        return None
+    except ConfigError:
+        if not folder.finished:  # else another process finished it a moment ago
+            raise
+        metrics = read_metrics(folder)
+    return {**metrics, "wall_seconds": time.perf_counter() - started}
 
-    Raises:
-        ConfigError: lists the problems of the study, and of each entry's run, before any work starts.
-    """
-    text = ConfigText.read(path, overrides)
-    file = Path(path)
-    values = {"folder": f"studies/{file.stem}", **text.values}
-    text.refuse(block_problems(Study, values))
-    study = Study.model_validate(values)
-    for name, entry in study.entries.items():
-        Runner(study.shared).config(entry, entry.learning_rate, seed=0, place=f"{file}: entries.{name}")
-    return study
+
+def read_metrics(folder: RunFolder) -> Metrics:
+    """The metrics of a finished run; raises ConfigError if they are damaged."""
+    try:
+        metrics: Metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{folder.metrics}: is damaged ({error}); delete it to run it again") from error
+    return metrics
+
+
+def measured(metrics: Metrics) -> float | None:
+    """What a search goes by: the loss, for preferences DPO's; None for a run that diverged."""
+    scores = metrics["evaluation"].get("after") or metrics["evaluation"]["before"]
+    loss: float | None = scores.get("dpo_loss", scores["loss"])
+    return loss
 
 
 class Executor:
-    """Runs one job at a time by ``perform``, when its result is asked for."""
+    """Runs one job at a time, when its result is asked for."""
 
-    running: dict[Job, Any]
-    """The jobs that were started and are not given back yet."""
+    workers = 1
 
-    def __init__(self, perform: Callable[[Job], Result]) -> None:
-        self.perform = perform
-        self.running = {}
+    def __init__(self) -> None:
+        self.running: dict[Job, Any] = {}
+        """The jobs that were started and are not given back yet."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End what still runs."""
 
     @property
     def is_full(self) -> bool:
         """Whether no other job can be started now."""
-        return bool(self.running)
+        return len(self.running) >= self.workers
 
-    def start(self, job: Job) -> None:
+    def start(self, job: Job, config: RunConfig) -> None:
         """Take a job."""
-        self.running[job] = None
+        self.running[job] = config
 
-    def next_finished(self) -> tuple[Job, Result]:
+    def next_finished(self) -> tuple[Job, Metrics | None]:
         """Wait for one of the running jobs; raises what that job raised."""
-        job, _ = self.running.popitem()
-        return job, self.perform(job)
+        job, config = self.running.popitem()
+        return job, perform(job, config)
+
+    def run_all(self, jobs: Sequence[tuple[Job, RunConfig]]) -> dict[Job, Metrics]:
+        """Run jobs that no other process runs; their metrics."""
+        waiting, done = list(jobs), dict[Job, Metrics]()
+        while len(done) < len(jobs):
+            while waiting and not self.is_full:
+                self.start(*waiting.pop(0))
+            job, metrics = self.next_finished()
+            assert metrics is not None
+            done[job] = metrics
+        return {job: done[job] for job, _ in jobs}
+
+
+def read_chosen(study: Study) -> dict[str, Chosen]:
+    """The rates that were chosen, by entry."""
+    file = study.folder / "chosen.json"
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {
+        name: Chosen(one["learning_rate"], {float(tried): loss for tried, loss in one["losses"].items()}, one["place"])
+        for name, one in values.items()
+        if name in study.entries
+    }
 
 
 class Comparison:
-    """Runs what is missing of a study; every finished run counts, and a killed one is run again or resumed.
+    """Runs what is missing of a planned study; every finished run counts, and a killed one is run again or resumed.
 
-    Results choose jobs, and the order in which they come does not: many workers run the very trials that one runs.
+    Results choose jobs, and the order in which they come does not: many workers run the very jobs that one runs.
     """
 
-    def __init__(self, study: Study) -> None:
-        self.study = study
-        self.store = TrialStore(study.folder)
-        self.runner = Runner(study.shared)
-        self.finished: set[Job] = set()
-        self._losses: dict[str, dict[int, float | None]] = {}
-        self._configs: dict[str, dict[str, Any]] = {}
+    def __init__(self, study: Study, plan: Plan) -> None:
+        self.study, self.plan = study, plan
+        self.chosen = read_chosen(study)
+        self.losses: dict[Job, float | None] = {}
+        """What the finished jobs reached; None for those that diverged."""
+        self._configs: dict[str, RunConfig] = {}
 
     def run(self, only: Sequence[str] = (), executor: Executor | None = None) -> None:
-        """Tune all entries, or those that ``only`` names or whose budget it names, then the final runs.
+        """Search the rates of all entries, or of those that ``only`` names or whose budget it names, then run these
+        with fresh seeds.
 
-        ``executor`` runs them, by default this process. Other processes may run the same study meanwhile. Entries are
-        checked before the first job that is run.
+        ``executor`` runs jobs, by default in this process. Other processes may run the same study meanwhile.
 
         Raises:
-            ConfigError: ``only`` names nothing of the study, or an entry's adapter does not fit the model.
+            ConfigError: ``only`` names nothing of the study, or a finished run is of another config, other rows or
+                another base.
         """
-        names, checked = self.study.chosen(only), False
-        executor = executor or Executor(partial(self.perform, waits=False))
+        names, taken = self.study.chosen(only), set[Job]()
+        executor = executor or Executor()
+        if self.study.tuning.max_runs == 0:
+            self._choose({n: Chosen(self.study.entries[n].learning_rate, {}, "named") for n in names})
         while jobs := self.ready(names):
-            waiting = [job for job in jobs if job not in executor.running and not executor.is_full]
-            free = (job for job in waiting if not self.store.is_running(job.name))
-            job = next(free, waiting[0] if waiting else None)  # at last one that another process runs
-            if job is not None and self.store.find(job.name) is None:
-                checked = checked or self._check_needs(names)
-                executor.start(job)
-                continue
-            try:
-                job, result = executor.next_finished() if job is None else (job, self.perform(job))
-            except Timeout:  # another process runs it, or took it at the same moment
+            waiting = [job for job in jobs if job not in executor.running and job not in taken]
+            if waiting and (metrics := self.stored(waiting[0])) is not None:
+                self.finish(waiting[0], metrics)
+            elif waiting and not executor.is_full:
+                executor.start(waiting[0], self.config(waiting[0]))
+            elif executor.running:
+                job, metrics = executor.next_finished()
+                if metrics is None:
+                    taken.add(job)
+                    continue
+                taken.clear()
+                self.finish(job, metrics)
+                loss, took = self.losses[job], duration(metrics["wall_seconds"])
+                reached = "diverged" if loss is None else f"loss {loss:.4f}"
+                left = duration(self.at_most_left(names) / executor.workers)
+                logger.info("%s: %s (%s); at most %s left", job.name, reached, took, left)
+            else:  # other processes run all that is left
                 time.sleep(POLL_SECONDS)
-                continue
-            self.finish(job, result)
-            scores, seconds = result["scores"]["all"], result.get("seconds")
-            took = "" if seconds is None else f" ({seconds} s)"  # neither of a resumed run nor of the untouched model
-            diverged = scores["gold_loss"] is None
-            reached = "diverged" if diverged else f"loss {scores['gold_loss']:.4f}, accuracy {scores['accuracy']:.4f}"
-            logger.info("%s: %s%s; %d left or more", job.name, reached, took, self.at_least_left(names))
-
-    def tune(self, name: str) -> Tuned:
-        """Search the learning rate of one entry on the validation part."""
-        self._check_needs([name])
-        while trials := self.search(name):
-            self.finish(trials[0], self.perform(trials[0]))
-        return self.tuned(name)
+                taken.clear()
 
     def ready(self, names: Sequence[str]) -> list[Job]:
-        """What can be run now: the untouched model, searches, one rate of all entries at a time, then final runs, one
-        seed of all at a time."""
-        turns = [
-            (len(self._losses.get(name, {})) + turn, trial)
-            for name in names
-            for turn, trial in enumerate(self.search(name))
-        ]
-        searches = [trial for _, trial in sorted(turns, key=itemgetter(0))]
-        rates = {name: self.tuned(name).learning_rate for name in names if not self.search(name)}
-        finals = [Trial("final", name, value, seed) for seed in self.study.seeds for name, value in rates.items()]
-        jobs: list[Job] = [Untouched(), *searches, *finals]
-        return [job for job in jobs if job not in self.finished]
+        """What can be run now: the untouched model and searches, one rate of all entries at a time; once all rates are
+        chosen, final runs, one seed of all at a time."""
+        first = next(iter(self.plan.entries))
+        untouched = [Job("untouched", first, self.study.entries[first].learning_rate, 0)] if self.plan.seeds else []
+        if all(name in self.chosen for name in names):
+            jobs = [
+                Job("final", name, self.chosen[name].learning_rate, seed) for seed in self.plan.seeds for name in names
+            ]
+        else:
+            turns = [
+                (len(self._searched(name)) + turn, job) for name in names for turn, job in enumerate(self.search(name))
+            ]
+            jobs = [job for _, job in sorted(turns, key=itemgetter(0))]
+        return [job for job in [*untouched, *jobs] if job not in self.losses]
 
-    def at_least_left(self, names: Sequence[str]) -> int:
-        """Jobs that are not finished; of a search only those that it is sure to need."""
-        return len(self.ready(names)) + sum(len(self.study.seeds) for name in names if self.search(name))
-
-    def finish(self, job: Job, result: Result) -> None:
-        """Note the JSON of a finished job."""
-        self.finished.add(job)
-        if isinstance(job, Trial) and job.stage == "tuning":
-            diverged = any(nll is None for nll in result["questions"]["nll"])
-            loss = None if diverged else result["scores"]["all"]["gold_loss"]
-            self._losses.setdefault(job.entry, {})[nearest_index(job.learning_rate)] = loss
-
-    def search(self, name: str) -> list[Trial]:
-        """The trials that an entry's search needs next; none when it is over."""
-        tuning, losses = self.study.tuning, self._losses.get(name, {})
-        if tuning.max_runs == 0:
-            return []
-        start = first_index(self.study.entries[name].learning_rate)
-        indices = next_indices(start, losses, tuning.max_runs, tuning.refine)
-        return [Trial("tuning", name, rate(index), tuning.seed) for index in indices]
-
-    def tuned(self, name: str) -> Tuned:
-        """The outcome of an entry's search that is over."""
-        if self.study.tuning.max_runs == 0:
-            return Tuned({}, self.study.entries[name].learning_rate, interior=False)
-        return Tuned.of(self._losses[name])
-
-    def _check_needs(self, names: Sequence[str]) -> bool:
+    def at_most_left(self, names: Sequence[str]) -> float:
+        """Seconds of the jobs that are not finished, each search at its longest."""
+        seconds = 0.0
         for name in names:
-            try:
-                self.runner.check_needs(self.study.entries[name])
-            except ConfigError as error:
-                raise ConfigError(f"entries.{name}: {error}") from error
-        return True
+            searches = 0 if name in self.chosen else self.study.tuning.max_runs - len(self._searched(name))
+            finals = sum(job.stage == "final" and job.entry == name for job in self.losses)
+            seconds += searches * self.plan.seconds(Job("search", name, 1.0, 0))
+            seconds += (len(self.plan.seeds) - finals) * self.plan.seconds(Job("final", name, 1.0, 0))
+        return seconds
 
-    def perform(self, job: Job, waits: bool = True) -> Result:
-        """The finished job, run in this process unless it is stored already. Where another process runs it, that is
-        waited for, or without ``waits`` a Timeout raised."""
-        if isinstance(job, Untouched):
-            config = self._untouched_config()
-            return self.store.get(
-                job.name, self._wanted(job), lambda work: self.runner.untouched(config, "test"), waits
-            )
-        entry = self.study.entries[job.entry]
-        part: Part = "validation" if job.stage == "tuning" else "test"
-        run = partial(self.runner.run, entry, job.learning_rate, job.seed, part)
-        return self.store.get(job.name, self._wanted(job), run, waits)
+    def search(self, name: str) -> list[Job]:
+        """The runs that an entry's search needs next; none when it is over."""
+        if name in self.chosen:
+            return []
+        start, tuning = self.study.entries[name].learning_rate, self.study.tuning
+        losses = {index_of(start, tried): loss for tried, loss in self._searched(name).items()}
+        indices = next_indices(losses, tuning.max_runs)
+        return [Job("search", name, rate(start, index), tuning.seed) for index in indices]
 
-    def stored(self, job: Job) -> Result | None:
-        """A finished job; raises ConfigError if it was run with other settings than the study's."""
-        return self.store.finished(job.name, self._wanted(job))
+    def _searched(self, name: str) -> dict[float, float | None]:
+        """The losses of an entry's search by rate, as far as they are known."""
+        return {
+            job.learning_rate: loss for job, loss in self.losses.items() if (job.stage, job.entry) == ("search", name)
+        }
 
-    def _wanted(self, job: Job) -> dict[str, Any]:
-        """What is stored of a job's config. An entry's trials differ in rate and seed alone; of the untouched model any
-        training will do, since none took place."""
-        if isinstance(job, Untouched):
-            wanted, stored = self._untouched_config().model_dump(mode="json"), self.store.find(job.name)
-            return wanted if stored is None else {**wanted, "training": stored["config"]["training"]}
+    def config(self, job: Job) -> RunConfig:
+        """The run that a job is."""
         if job.entry not in self._configs:
-            entry = self.study.entries[job.entry]
-            self._configs[job.entry] = self.runner.config(entry, entry.learning_rate, seed=0).model_dump(mode="json")
-        config = self._configs[job.entry]
-        return {**config, "training": {**config["training"], "learning_rate": job.learning_rate, "seed": job.seed}}
+            self._configs[job.entry] = self.study.config(job.entry)
+        return self.study.job_config(self._configs[job.entry], job, self.plan.steps)
 
-    def _untouched_config(self) -> RunConfig:
-        entries = list(self.study.entries.values())
-        return self.runner.untouched_config(next((entry for entry in entries if entry.method != "full"), entries[0]))
-
-    def stored_search(self, name: str) -> Tuned | None:
-        """What of an entry's search is finished, of the trials that the study as it is asks for; None before the first.
+    def stored(self, job: Job) -> Metrics | None:
+        """The metrics of a finished job.
 
         Raises:
-            ConfigError: one of them was run with other settings than the study's.
+            ConfigError: its folder has a run of another config, other rows or another base.
         """
-        while known := {trial: run for trial in self.search(name) if (run := self.stored(trial)) is not None}:
-            for trial, run in known.items():
-                self.finish(trial, run)
-        return self.tuned(name) if name in self._losses else None
+        folder = RunFolder(self.study.folder / job.name)
+        if not folder.finished:
+            return None
+        metrics = read_metrics(folder)
+        old, new = metrics["config"], portable(self.config(job).model_dump(mode="json"))
+        old, new = ({**config, "training": {**config["training"], "output_dir": None}} for config in (old, new))
+        changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        changed += [what for key, what in INPUTS.items() if metrics["digests"][key] != self.plan.digests[key]]
+        if changed:
+            raise ConfigError(
+                f"{folder.path}: was run with other values of {', '.join(sorted(changed))}; move it away to run it "
+                "again, or use a new folder"
+            )
+        return metrics
 
-    def stored_finals(self, name: str, learning_rate: float) -> dict[int, Result]:
-        """The final runs of an entry at a learning rate, by their seeds, of those of the study.
+    def finish(self, job: Job, metrics: Metrics) -> None:
+        """Note a finished job; choose the entry's rate after its search; drop the adapters that are not to be kept."""
+        self.losses[job] = measured(metrics)
+        if job.stage == "search" and not self.search(job.entry):
+            self._choose({job.entry: Chosen.of(self._searched(job.entry))})
+        if job.stage != "untouched":
+            self._drop_adapters(job)
 
-        Raises:
-            ConfigError: one of them was run with other settings than the study's.
-        """
-        trials = {seed: Trial("final", name, learning_rate, seed) for seed in self.study.seeds}
-        return {seed: run for seed, trial in trials.items() if (run := self.stored(trial)) is not None}
+    def _choose(self, chosen: dict[str, Chosen]) -> None:
+        """Write the rates that were chosen, beside those that other processes chose."""
+        with FileLock(self.study.folder / ".lock"):
+            self.chosen = {**chosen, **read_chosen(self.study)}
+            values = {
+                name: {**asdict(one), "losses": {rate_text(tried): loss for tried, loss in one.losses.items()}}
+                for name, one in self.chosen.items()
+            }
+            write_whole(self.study.folder / "chosen.json", json_text(values) + "\n")
+
+    def _drop_adapters(self, job: Job) -> None:
+        """Of final runs the study says what is kept. A search keeps none, but where no final runs follow."""
+        keep = "none" if job.stage == "search" and self.plan.seeds else self.study.keep
+        if keep == "all":
+            return
+        alike = {
+            other: loss for other, loss in self.losses.items() if (other.stage, other.entry) == (job.stage, job.entry)
+        }
+        best = best_job(alike)
+        for other in alike:
+            if keep == "none" or other != best:
+                shutil.rmtree(RunFolder(self.study.folder / other.name).adapter, ignore_errors=True)
+
+
+def best_job(losses: dict[Job, float | None]) -> Job:
+    """The job that reached the lowest loss."""
+    jobs = sorted(losses, key=lambda job: (job.learning_rate, job.seed))
+    return jobs[best_of({number: losses[job] for number, job in enumerate(jobs)})]

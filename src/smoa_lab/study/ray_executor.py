@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,20 +16,19 @@ import torch
 import smoa
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.trust import is_trusted, trust_remote_code
-from smoa_lab.study.comparison import Comparison, Executor
-from smoa_lab.study.study import Study
-from smoa_lab.study.trials import Job, Result
+from smoa_lab.config.run import RunConfig
+from smoa_lab.study.comparison import Executor, perform
+from smoa_lab.study.plan import Metrics
+from smoa_lab.study.study import Job, Study
 
 logger = logging.getLogger(__name__)
 
 STORE = 100 * 2**20
-"""Bytes of Ray's object store; a study passes only the JSON of its runs."""
+"""Bytes of Ray's object store; a study passes only the metrics of its runs."""
 RETRIES = 3
 """How often Ray runs a task again whose worker, or whose machine, died."""
 PATIENCE = 5.0
 """Seconds within which an address must answer. Ray itself would try for two minutes."""
-_begun: dict[Path, Comparison] = {}
-"""The study that this worker process runs, with its records read, by the mark of who started it."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +45,22 @@ class Place:
         it."""
         if not Path(self.folder).is_dir() or not Path(self.folder, self.mark).is_file():
             raise DataError(
-                f"{self.mark.parents[1]}: {socket.gethostname()} does not see what other machines write there; all "
+                f"{self.mark.parent}: {socket.gethostname()} does not see what other machines write there; all "
                 f"machines of the cluster must share this folder, and {self.folder}, under the same path"
             )
         os.chdir(self.folder)
         trust_remote_code(self.is_trusted)
 
 
-def perform(study: Study, place: Place, job: Job, threads: int) -> Result:
-    """What a worker does: run the job, or wait for it where another process runs it, and return its JSON.
+def work(place: Place, threads: int, job: Job, config: RunConfig) -> Metrics | None:
+    """What a worker does: run the job, and return its metrics, or None where another process runs it.
 
     Raises:
         DataError: this machine does not share the study's folder.
     """
     place.enter()
     torch.set_num_threads(threads)
-    return _begun.setdefault(place.mark, Comparison(study)).perform(job)
+    return perform(job, config)
 
 
 class RayExecutor(Executor):
@@ -75,24 +73,20 @@ class RayExecutor(Executor):
     """
 
     def __init__(self, study: Study, workers: int, address: str | None = None) -> None:
+        super().__init__()
         self.study, self.workers, self.address = study, workers, address
-        self.place = Place(str(Path.cwd()), study.folder / "work" / f"driver-{uuid.uuid4().hex}", is_trusted())
-        self.running = {}
+        self.place = Place(str(Path.cwd()), study.folder / f".driver-{uuid.uuid4().hex}", is_trusted())
         self._ray: Any = None
 
-    @property
-    def is_full(self) -> bool:
-        return len(self.running) >= self.workers
-
-    def start(self, job: Job) -> None:
+    def start(self, job: Job, config: RunConfig) -> None:
         if self._ray is None:
             self._begin()
         logger.info("%s", job.name)
         share = {"num_cpus": self.cores, "num_gpus": int(self.on_gpus)}
-        task = self._ray.remote(perform).options(name=job.name, max_retries=RETRIES, **share)
-        self.running[job] = task.remote(self.study, self.place, job, self.cores)
+        task = self._ray.remote(work).options(name=job.name, max_retries=RETRIES, **share)
+        self.running[job] = task.remote(self.place, self.cores, job, config)
 
-    def next_finished(self) -> tuple[Job, Result]:
+    def next_finished(self) -> tuple[Job, Metrics | None]:
         """Wait for one of the running jobs.
 
         Raises:
@@ -103,10 +97,7 @@ class RayExecutor(Executor):
         del self.running[job]
         return job, result_of(self._ray, done, job.name)
 
-    def __enter__(self) -> RayExecutor:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         """End what still runs; a run that had saved a checkpoint goes on from there next time."""
         if self._ray is not None:
             for task in self.running.values():

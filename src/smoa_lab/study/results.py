@@ -1,130 +1,265 @@
-"""The results of a study's entries, a row each, from its stored trials alone, with differences between entries."""
+"""The results of a study's entries, from the folders of its final runs, with differences between entries."""
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from smoa.errors import DataError
 from smoa_lab.basics.plain import finite
-from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.search import Tuned
-from smoa_lab.study.statistics import (
-    Difference,
-    Floats,
-    Interval,
-    accuracy_difference,
-    accuracy_interval,
-    check_paired,
-    corrected,
-    loss_difference,
-    outcomes,
-)
-from smoa_lab.study.study import Study
-from smoa_lab.study.trials import Result
+from smoa_lab.study.comparison import Comparison, best_job, measured
+from smoa_lab.study.plan import Metrics
+from smoa_lab.study.search import Chosen
+from smoa_lab.study.statistics import Difference, Floats, corrected, paired_difference
+from smoa_lab.study.study import Job
+from smoa_lab.training.run_folder import RunFolder
 
-Machine = tuple[str | None, int | None]
+RowKey = tuple[str, int]
+"""A row's digest, and its number among equal ones."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One entry: what it trained and reached over its seeds, and the differences to the reference of its budget."""
+class Measure:
+    """What is compared: a ``field`` of each held-out row, per token or per row; ``sign`` is 1 where higher is better.
+    It is shown ``scale`` times as large, with so many digits."""
+
+    title: str
+    field: str
+    per_token: bool
+    sign: int
+    scale: float
+    digits: int
+
+
+LOSS = Measure("loss", "after", True, -1, 1, 4)
+OF_CHOICES = Measure("accuracy %", "right_after", False, 1, 100, 1)
+OF_PREFERENCES = (
+    Measure("DPO loss", "dpo_loss", False, -1, 1, 4),
+    Measure("margin", "margin", False, 1, 1, 3),
+    Measure("won %", "won", False, 1, 100, 1),
+)
+MEASURES = {each.title: each for each in (LOSS, OF_CHOICES, *OF_PREFERENCES)}
+"""All measures by their titles."""
+
+
+def measures_of(row: Mapping[str, Any]) -> Sequence[Measure]:
+    """What is compared on rows like this one, first what decides."""
+    if "dpo_loss" in row:
+        return OF_PREFERENCES
+    return (LOSS, OF_CHOICES) if "right_after" in row else (LOSS,)
+
+
+@dataclass(frozen=True)
+class FinalRun:
+    """A finished run and its held-out rows."""
+
+    folder: RunFolder
+    metrics: Metrics
+    rows: dict[RowKey, dict[str, Any]]
+
+
+def read_rows(file: Path) -> dict[RowKey, dict[str, Any]]:
+    """The held-out rows of a run."""
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        return {(row["digest"], row["copy"]): row for row in map(json.loads, lines)}
+
+
+def shared_rows(runs: Sequence[FinalRun]) -> list[RowKey]:
+    """The rows that all the runs were scored on, by which they are paired.
+
+    Raises:
+        DataError: they made other tokens of the rows, or share none.
+    """
+    first = runs[0]
+    shared = [key for key in first.rows if all(key in run.rows for run in runs)]
+    for run in runs[1:]:
+        encoders = {each.metrics["digests"]["encoder"] for each in (first, run)}
+        if len(encoders) > 1 or any(run.rows[key]["tokens"] != first.rows[key]["tokens"] for key in shared):
+            raise DataError(
+                f"{first.folder.path} and {run.folder.path} made other tokens of the rows (tokenizer, template or "
+                "max_length), so they can't be compared; move the older one away and run smoa compare again"
+            )
+    if not shared:
+        raise DataError(f"{first.folder.path} and the runs beside it were scored on no row in common")
+    return shared
+
+
+@dataclass(frozen=True)
+class Result:
+    """One entry: what it trained and reached over its seeds, and the differences to the reference of its budget.
+
+    ``values`` are mean and standard deviation over seeds by measure; ``share`` is its number of parameters as a part of
+    the reference's; ``rows`` are those that it shares with the reference, ``left_out`` those that only one of them has.
+    """
 
     entry: str
     method: str
     budget: str
     reference: str
     parameters: int
-    learning_rate: float
-    search: Tuned | None
+    share: float
+    chosen: Chosen
     seeds: list[int]
-    loss: float
-    loss_spread: float
-    accuracy: float
-    accuracy_spread: float
-    accuracy_interval: Interval
-    task_accuracy: dict[str, float]
-    seconds: float | None
-    loss_difference: Difference | None
-    accuracy_difference: Difference | None
+    diverged: int
+    rows: int
+    left_out: int
+    values: dict[str, tuple[float, float]]
+    step_seconds: float | None
+    forgotten: float | None
+    kept: str | None
+    differences: dict[str, Difference]
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Plain values, with null for what a diverged run left without a number."""
-    return [finite(asdict(row)) for row in rows]
+    values = [finite(asdict(result)) for result in results]
+    for one in values:
+        one["chosen"]["losses"] = [[rate, loss] for rate, loss in one["chosen"]["losses"].items()]
+    return values
 
 
-def rows_of(comparison: Comparison) -> list[Row]:
-    """The rows of all entries with a final run, by budget and loss.
+def final_runs(comparison: Comparison) -> dict[str, dict[int, FinalRun]]:
+    """The finished final runs by entry and seed.
 
     Raises:
-        DataError: no final run is finished yet.
-        ConfigError: a run was run with other settings than the study's.
+        DataError: none is finished yet.
+        ConfigError: a run is of another config, other rows or another base.
     """
-    study, store = comparison.study, comparison.store
-    searches = {name: comparison.stored_search(name) for name in study.entries}
-    finals: dict[str, dict[int, Result]] = {}
-    for name, search in searches.items():
-        chosen = search.learning_rate if search else study.entries[name].learning_rate
-        finals[name] = comparison.stored_finals(name, chosen)
-    made = [store.find(run) or {} for name in study.entries for run in store.names(f"final/{name}/")]
-    machine = Counter(map(_machine, made)).most_common(1)  # others take another time for the same work
-    rows = [_row(study, name, searches[name], finals, machine[0][0]) for name in study.entries if finals[name]]
-    if not rows:
-        raise DataError(f"{study.folder}: no final run is finished yet; run smoa compare on this study first")
-    rows.sort(key=lambda row: (row.budget, row.loss))
-    corrected_rows = []
-    for _, group in groupby(rows, lambda row: row.budget):
-        of_budget = list(group)
-        pairs = corrected([each for row in of_budget for each in (row.loss_difference, row.accuracy_difference)])
-        corrected_rows += [
-            replace(row, loss_difference=loss, accuracy_difference=accuracy)
-            for row, loss, accuracy in zip(of_budget, pairs[::2], pairs[1::2], strict=True)
-        ]
-    return corrected_rows
+    found: dict[str, dict[int, FinalRun]] = {}
+    for name, chosen in comparison.chosen.items():
+        for seed in comparison.plan.seeds:
+            job = Job("final", name, chosen.learning_rate, seed)
+            if (metrics := comparison.stored(job)) is not None:
+                folder = RunFolder(comparison.study.folder / job.name)
+                found.setdefault(name, {})[seed] = FinalRun(folder, metrics, read_rows(folder.rows))
+    if not found:
+        raise DataError(
+            f"{comparison.study.folder}: no final run is finished yet; run smoa compare on this study first"
+        )
+    return {name: found[name] for name in comparison.study.entries if name in found}
 
 
-def _machine(run: Result) -> Machine:
+def results_of(comparison: Comparison, finals: Mapping[str, Mapping[int, FinalRun]]) -> list[Result]:
+    """The results of all entries with a final run, by budget and by what decides, best first."""
+    entries = comparison.study.entries
+    budgets: dict[str, list[str]] = {}
+    for name in finals:
+        budgets.setdefault(entries[name].budget, []).append(name)
+    machines = Counter(_machine(run) for of_entry in finals.values() for run in of_entry.values()).most_common(1)
+    return [
+        result
+        for names in budgets.values()
+        for result in _of_budget(comparison, {name: finals[name] for name in names}, machines[0][0])
+    ]
+
+
+def _of_budget(
+    comparison: Comparison, finals: Mapping[str, Mapping[int, FinalRun]], machine: tuple[Any, ...]
+) -> list[Result]:
+    runs = [run for of_entry in finals.values() for run in of_entry.values()]
+    keys, known = shared_rows(runs), set[RowKey]().union(*(run.rows for run in runs))
+    some = runs[0].rows
+    measures = [  # one that is the same everywhere compares nothing, and would cost the others in Holm's correction
+        each
+        for each in measures_of(some[keys[0]])
+        if len({run.rows[key][each.field] for run in runs for key in keys}) > 1
+    ]
+    tokens = np.array([some[key]["tokens"] for key in keys], dtype=np.float64)
+    weights = {each.title: tokens if each.per_token else np.ones(len(keys)) for each in measures}
+
+    def values(name: str, measure: Measure, seeds: Sequence[int]) -> Floats:
+        """Per seed and row."""
+        rows = [[finals[name][seed].rows[key][measure.field] for key in keys] for seed in seeds]
+        return np.array([[np.inf if value is None else value for value in of_seed] for of_seed in rows], np.float64)
+
+    results = []
+    for name, of_entry in finals.items():
+        reference, seeds = comparison.study.reference(name), list(of_entry)
+        shared = [seed for seed in seeds if name != reference and seed in finals.get(reference, {})]
+        means = {each.title: values(name, each, seeds).sum(axis=1) / weights[each.title].sum() for each in measures}
+        differences = {
+            each.title: paired_difference(
+                values(name, each, shared), values(reference, each, shared), weights[each.title], each.sign
+            )
+            for each in measures
+            if shared
+        }
+        result = Result(
+            entry=name,
+            method=comparison.study.entries[name].method,
+            budget=comparison.study.entries[name].budget,
+            reference=reference,
+            parameters=comparison.plan.entries[name].parameters,
+            share=comparison.plan.entries[name].parameters / max(1, comparison.plan.entries[reference].parameters),
+            chosen=comparison.chosen[name],
+            seeds=seeds,
+            diverged=sum(measured(run.metrics) is None for run in of_entry.values()),
+            rows=len(keys),
+            left_out=len(known) - len(keys),
+            values={title: (float(each.mean()), _spread(each)) for title, each in means.items()},
+            step_seconds=_step_seconds([run for run in of_entry.values() if _machine(run) == machine]),
+            forgotten=_forgotten(list(of_entry.values())),
+            kept=_kept(of_entry, comparison),
+            differences=differences,
+        )
+        results.append(result)
+    return sorted(_judged(results), key=lambda one: next(iter(one.values.values()), (0.0, 0.0))[0] * _sign(measures))
+
+
+def _sign(measures: Sequence[Measure]) -> int:
+    return -measures[0].sign if measures else 1
+
+
+def _judged(results: Sequence[Result]) -> list[Result]:
+    """The results with Holm's correction for all comparisons of a budget. An entry whose best rate lies at the edge of
+    its search is never called worse."""
+    places = [(result.entry, title) for result in results for title in result.differences]
+    differences = [result.differences[title] for result in results for title in result.differences]
+    judged = dict(zip(places, corrected(differences), strict=True))
+    at_edge = {result.entry for result in results if result.chosen.place == "edge"}
+    for (entry, title), each in judged.items():
+        reference = next(result.reference for result in results if result.entry == entry)
+        if (each.final == "worse" and entry in at_edge) or (each.final == "better" and reference in at_edge):
+            judged[entry, title] = replace(each, verdict="open", holm_verdict=None)
+    return [
+        replace(result, differences={title: judged[result.entry, title] for title in result.differences})
+        for result in results
+    ]
+
+
+def _machine(run: FinalRun) -> tuple[Any, ...]:
     """Device and threads of a run."""
-    made = run.get("provenance", {})
+    made = run.metrics.get("provenance", {})
     return made.get("device"), made.get("threads")
 
 
-def _row(study: Study, name: str, search: Tuned | None, finals: dict[str, dict[int, Result]], machine: Machine) -> Row:
-    runs, reference = list(finals[name].values()), study.reference(name)
-    reached = outcomes(runs)
-    losses, accuracies = reached.mean_loss(), reached.accuracy()
-    timed = [run["seconds"] for run in runs if run["seconds"] is not None and _machine(run) == machine]
-    tasks = [task for task in runs[0]["scores"] if task != "all"]
-    shared = [seed for seed in finals[name] if seed in finals[reference]] if name != reference else []
-    pairs = [(finals[name][seed], finals[reference][seed]) for seed in shared]
-    for run in (*runs, *(theirs for _, theirs in pairs)):
-        check_paired(run, runs[0])
-    both = [outcomes(side) for side in zip(*pairs, strict=True)]
-    return Row(
-        entry=name,
-        method=study.entries[name].method,
-        budget=study.entries[name].budget,
-        reference=reference,
-        parameters=runs[0]["parameters"],
-        learning_rate=search.learning_rate if search else study.entries[name].learning_rate,
-        search=search,
-        seeds=list(finals[name]),
-        loss=float(losses.mean()),
-        loss_spread=_spread(losses),
-        accuracy=float(accuracies.mean()),
-        accuracy_spread=_spread(accuracies),
-        accuracy_interval=accuracy_interval(reached),
-        task_accuracy={task: float(np.mean([run["scores"][task]["accuracy"] for run in runs])) for task in tasks},
-        seconds=float(np.mean(timed)) if timed else None,
-        loss_difference=loss_difference(*both) if both else None,
-        accuracy_difference=accuracy_difference(*both) if both else None,
-    )
+def _step_seconds(runs: Sequence[FinalRun]) -> float | None:
+    """Of runs that were not interrupted, since a resumed one knows only the time of its last steps."""
+    timed = [run.metrics["training"] for run in runs if not run.metrics["training"]["resumed"]]
+    return fmean(one["seconds"] / max(1, one["steps"]) for one in timed) if timed else None
+
+
+def _forgotten(runs: Sequence[FinalRun]) -> float | None:
+    """The mean change of the loss on general text; None where it wasn't measured or is no number."""
+    changes = [(run.metrics["forgetting"] or {}).get("change") for run in runs]
+    known: list[float] = [change for change in changes if change is not None]
+    return fmean(known) if len(known) == len(runs) else None
+
+
+def _kept(runs: Mapping[int, FinalRun], comparison: Comparison) -> str | None:
+    """The folder of the best of the runs whose adapters are kept."""
+    kept = {
+        Job("final", "", 1.0, seed): measured(run.metrics) for seed, run in runs.items() if run.folder.adapter.is_dir()
+    }
+    return str(runs[best_job(kept).seed].folder.path) if kept else None
 
 
 def _spread(values: Floats) -> float:

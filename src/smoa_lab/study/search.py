@@ -1,7 +1,8 @@
 """The search for a learning rate.
 
-It goes downhill on a grid of half decades until the best has neighbors on both sides; with ``refine`` it also tries the
-quarter decades beside the best. An index counts quarter decades; the even ones are half decades.
+It goes downhill in half decades from the rate that an entry names, until the best has neighbors on both sides, and then
+tries the quarter decades beside the best. An index counts quarter decades from the named rate; the even ones are half
+decades.
 """
 
 from __future__ import annotations
@@ -9,57 +10,60 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+Key = TypeVar("Key", int, float)
 
 
-def rate(index: int) -> float:
-    """1, 2, 3, 6, 10, …: the grid's value at ``index``, 10^(index / 4) to one digit."""
-    return float(f"{10 ** (index / 4):.0e}")
+def rate(start: float, index: int) -> float:
+    """start · 10^(index / 4) to two digits; the start itself is taken as it is."""
+    return float(f"{start * 10 ** (index / 4):.1e}") if index else start
 
 
-def nearest_index(learning_rate: float) -> int:
-    """Where on the grid a learning rate lies."""
-    return round(4 * math.log10(learning_rate))
+def index_of(start: float, learning_rate: float) -> int:
+    """Where a rate of the search lies."""
+    return round(4 * math.log10(learning_rate / start))
 
 
-def first_index(learning_rate: float) -> int:
-    """The half decade at which a search from this learning rate starts."""
-    return 2 * round(2 * math.log10(learning_rate))
+def rate_text(learning_rate: float) -> str:
+    """``2e-3``: a rate in names of folders and in tables."""
+    digits, _, exponent = f"{learning_rate:e}".partition("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
-def next_indices(start: int, losses: Mapping[int, float | None], max_runs: int, refine: bool = False) -> list[int]:
-    """The grid indices that the search needs next, whatever comes out at any of them; none when it is over.
+def next_indices(losses: Mapping[int, float | None], max_runs: int) -> list[int]:
+    """The indices that the search needs next, whatever comes out at any of them; none when it is over.
 
     ``losses`` by index; None is a run that diverged. First come the start and its neighbors, then whatever lies
-    beyond the best, until that is interior, with ``refine`` then two more, on both sides of it; or until ``max_runs``
+    beyond the best half decade until that is interior, then the two quarter decades beside it; or until ``max_runs``
     are spent.
     """
     halves = {index: loss for index, loss in losses.items() if index % 2 == 0}
-    around = [index for index in (start, start - 2, start + 2) if index not in halves]
+    around = [index for index in (0, -2, 2) if index not in halves]
     if around:
-        return around
-    best = best_index(halves)
+        return around[: max(0, max_runs - len(losses))]
+    best = best_of(halves)
     beyond = [index for index in (best - 2, best + 2) if index not in halves]
-    beside = [index for index in (best - 1, best + 1) if refine and index not in losses]
+    beside = [index for index in (best - 1, best + 1) if index not in losses]
     return (beyond or beside)[: max(0, max_runs - len(losses))]
 
 
-def best_index(losses: Mapping[int, float | None]) -> int:
-    """The index of the lowest loss; a diverged run is never the best, the lower of two equals is."""
-    return min(losses, key=lambda index: (losses[index] is None, losses[index] or 0.0, index))
+def best_of(losses: Mapping[Key, float | None]) -> Key:
+    """Where the loss is lowest; a diverged run is never the best, the lower of two equals is."""
+    return min(losses, key=lambda key: (losses[key] is None, losses[key] or 0.0, key))
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """An entry's search: losses by learning rate, the chosen one, and whether something was tried on both sides of
-    it."""
+class Chosen:
+    """The rate that an entry's final runs take, the losses of its search by rate, and where among them it lies:
+    ``named`` is a rate that was taken without a search."""
 
-    losses: dict[float, float | None]
     learning_rate: float
-    interior: bool
+    losses: dict[float, float | None]
+    place: Literal["interior", "edge", "named"]
 
     @classmethod
-    def of(cls, losses: Mapping[int, float | None]) -> Tuned:
-        """What a search over these grid indices chooses."""
-        best = best_index(losses)
-        by_rate = {rate(index): losses[index] for index in sorted(losses)}
-        return cls(by_rate, rate(best), min(losses) < best < max(losses))
+    def of(cls, losses: Mapping[float, float | None]) -> Chosen:
+        """What a search that is over chooses."""
+        best = best_of(losses)
+        return cls(best, dict(sorted(losses.items())), "interior" if min(losses) < best < max(losses) else "edge")

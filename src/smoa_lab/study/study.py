@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,25 @@ from pydantic import Field, field_validator, model_validator
 from smoa.errors import ConfigError
 from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.methods import MethodName
+from smoa_lab.config.run import ConfigText, RunConfig, check_config
+from smoa_lab.config.validation import block_problems
+from smoa_lab.study.search import rate_text
+
+Stage = Literal["timing", "rehearsal", "untouched", "search", "final"]
+FILES = ("study.yaml", "plan.json", "chosen.json", "summary.json", "README.md", "index.html", "differences.png")
+"""What a study's folder has beside the folders of its runs."""
+DECIDED = {
+    "method": "is what an entry has",
+    "adapter": "is what an entry has",
+    "scoring": "is the study's: searches score the validation part, final runs the test part",
+    "training.learning_rate": "is what an entry has, and where its search starts",
+    "training.seed": "is the study's: set seeds and tuning.seed",
+    "training.output_dir": "is the study's: set folder",
+    "training.auto_find_batch_size": "would give one entry other batches than another",
+}
+"""Keys of a run that no block of a study may have, and why."""
+STEPS = ("max_steps", "num_train_epochs")
+"""Keys of training that only the shared block may have, since all entries take the same steps."""
 
 
 class Entry(Section):
@@ -30,21 +50,41 @@ class Entry(Section):
 
 
 class Tuning(Section):
-    """The search for a learning rate, the same for each entry: half decades around the start, and on in the better
-    direction until the best of them has neighbors on both sides or ``max_runs`` are spent; with ``refine`` the quarter
-    decades beside the best as well, which count too. Judged by the gold answers' loss on the validation part after a
-    run with ``seed``. ``max_runs: 0`` takes the start as it is."""
+    """The search for a learning rate, the same for each entry, with at most ``max_runs``: half decades from the entry's
+    rate until the best has neighbors on both sides, then the quarter decades beside it. Judged by the loss on the
+    validation part after a run with ``seed``. ``max_runs: 0`` takes the entry's rate as it is."""
 
     seed: Seed = 100
     max_runs: Literal[0] | Annotated[int, Field(ge=3)] = 6
-    refine: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of an entry: a ``search`` is scored on the validation part, a ``final`` one on the test part. ``timing``
+    and ``rehearsal`` are the first steps of these, thrown away; ``untouched`` is the model as it is, in any entry's
+    config."""
+
+    stage: Stage
+    entry: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder within the study's."""
+        if self.stage == "untouched":
+            return self.stage
+        if self.stage in ("timing", "rehearsal"):
+            return f"timing/{self.entry}-{self.stage}"
+        return f"{self.entry}/lr-{rate_text(self.learning_rate)}-seed-{self.seed}"
 
 
 class Study(Section):
-    """A whole study. ``shared`` is a run's config but for method, adapter and learning rate.
+    """A whole study. ``shared`` is a run's config but for method, adapter, learning rate and seed.
 
     ``references`` are the entries to which the others of their budget are compared, by default the first one of each
-    budget.
+    budget. ``keep`` says whose adapters stay: those of each entry's best seed, of all final runs, or none. Without
+    ``seeds`` rates are searched and there are no final runs.
     """
 
     folder: Path
@@ -52,7 +92,8 @@ class Study(Section):
     entries: dict[str, Entry] = Field(min_length=1)
     references: list[str] = Field(default=[])
     tuning: Tuning = Tuning()
-    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field(default=[0, 1, 2])
+    keep: Literal["best", "all", "none"] = "best"
 
     @field_validator("shared")
     @classmethod
@@ -64,19 +105,32 @@ class Study(Section):
     @model_validator(mode="after")
     def _as_a_whole(self) -> Study:
         """What no block knows by itself."""
+        if problem := next(self._problems(), None):
+            raise ValueError(problem)
+        return self
+
+    def _problems(self) -> Iterator[str]:
         entries = self.entries
-        bad = [name for name in entries if name in ("", ".", "..") or "/" in name or "\\" in name]
-        if bad:
-            raise ValueError(f"entries: {bad[0]!r} can't name a folder; leave out slashes")
+        for name in entries:
+            if name in ("", ".", "..", "timing", "untouched", *FILES) or "/" in name or "\\" in name:
+                yield f"entries: {name!r} can't name a folder of runs; choose another name, without slashes"
         unknown = [name for name in self.references if name not in entries]
         if unknown:
-            raise ValueError(f"references: {', '.join(unknown)} is not an entry; entries: {', '.join(entries)}")
+            yield f"references: {', '.join(unknown)} is not an entry; entries: {', '.join(entries)}"
         both = sorted({entry.budget for entry in entries.values()} & entries.keys())
         if both:
-            raise ValueError(f"entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one")
+            yield f"entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one"
         if not isinstance(self.shared.get("model"), dict):
-            raise ValueError("shared.model: is missing; an entry's own model block only changes parts of it")
-        return self
+            yield "shared.model: is missing; an entry's own model block only changes parts of it"
+        if self.tuning.seed in self.seeds:
+            yield f"seeds: {self.tuning.seed} is the seed of the search; final runs take fresh ones"
+        blocks = {"shared": self.shared} | {f"entries.{name}": {"training": e.training} for name, e in entries.items()}
+        for place, block in blocks.items():
+            given = {*block, *(f"training.{key}" for key in block.get("training") or {})}
+            for key in sorted(given & DECIDED.keys()):
+                yield f"{place}.{key}: {DECIDED[key]}; leave it out"
+            for key in sorted(given & {f"training.{key}" for key in STEPS}) if place != "shared" else ():
+                yield f"{place}.{key}: all entries take the same steps; set it under shared"
 
     def chosen(self, only: Sequence[str]) -> list[str]:
         """The entries of these names or budgets, all where none is given; raises ConfigError for unknown ones."""
@@ -94,3 +148,48 @@ class Study(Section):
         budget = self.entries[name].budget
         names = [other for other, entry in self.entries.items() if entry.budget == budget]
         return next((other for other in self.references if other in names), names[0])
+
+    def config(self, name: str, place: str = "study") -> RunConfig:
+        """The run of an entry at its own rate, scored on the test part; raises ConfigError with all problems of it."""
+        entry, shared = self.entries[name], self.shared
+        own = {"learning_rate": entry.learning_rate, "seed": 0, "output_dir": str(self.folder / name)}
+        values = {
+            **shared,
+            "method": entry.method,
+            "adapter": entry.adapter,
+            "model": {**shared["model"], **entry.model},
+            "training": {**(shared.get("training") or {}), **entry.training, **own},
+            "scoring": {"part": "test", "before": False},
+        }
+        return check_config(values, place)
+
+    def job_config(self, config: RunConfig, job: Job, steps: int | None) -> RunConfig:
+        """``config``, an entry's, as the job runs it, for so many steps where these are known. A search's run has
+        neither sample answers nor a measure of what is forgotten."""
+        own = {"learning_rate": job.learning_rate, "seed": job.seed, "output_dir": str(self.folder / job.name)}
+        training = {**config.training, **own, **({} if steps is None else {"max_steps": steps})}
+        if job.stage not in ("search", "timing"):
+            return config.model_copy(update={"training": training})
+        quiet = {"samples": 0}, {"tokens": 0}, {"part": "validation"}
+        sections = zip(("data", "forgetting", "scoring"), quiet, strict=True)
+        own_sections = {key: getattr(config, key).model_copy(update=values) for key, values in sections}
+        return config.model_copy(update={"training": training, **own_sections})
+
+
+def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
+    """Read a study, lay ``key.key=value`` overrides over it and check every entry's run.
+
+    Raises:
+        ConfigError: lists the problems of the study, and of each entry's run, before any work starts.
+    """
+    return checked_study(ConfigText.read(path, overrides), Path(path))
+
+
+def checked_study(text: ConfigText, file: Path) -> Study:
+    """The study of a file's values; raises as :func:`load_study`."""
+    values = {"folder": f"studies/{file.stem}", **text.values}
+    text.refuse(block_problems(Study, values))
+    study = Study.model_validate(values)
+    for name in study.entries:
+        study.config(name, place=f"{file}: entries.{name}")
+    return study

@@ -1,0 +1,157 @@
+"""The study that ``smoa compare --model --data`` and ``smoa tune`` write: entries of equal size, each with a rate from
+which its search starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from smoa.errors import ConfigError
+from smoa_lab.base_models import empty_model, with_rate
+from smoa_lab.budget import (
+    ALL_LINEAR,
+    FIRST_BLOCKS,
+    MOST,
+    budget_parameters,
+    lora_parameters,
+    shapes_of,
+    size_method,
+)
+from smoa_lab.config.methods import OTHER_LAYERS, find_method
+from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, check_config
+from smoa_lab.config.yaml_text import apply_overrides
+from smoa_lab.init import file_for, first_values
+from smoa_lab.study.study import Study, Tuning, checked_study
+from smoa_lab.training.run import inputs
+
+METHODS = ("smoa", "lora")
+STEPS, PASSES, BATCH = 300, 3, 8
+"""At most so many steps, of so many rows, and passes over the rows."""
+SMALLEST = 0.85
+"""Share of the parameters asked for below which a method isn't compared."""
+WHOLE_MODEL = 2e-5
+"""Where the search begins for a whole model whose config has no learning rate."""
+ALPHAS = ("lora_alpha", "alpha", "psoft_alpha", "randlora_alpha")
+"""Keys of a method's strength, which gets twice its r."""
+OURS = "ours: "
+PEFTS = "PEFT's method_comparison/MetaMathQA at 5d602fdbf, where LoRA has 1e-4: "
+TIMES_LORA = {
+    "smoa": (1, OURS + "studies/rates.md"),
+    "melora": (1, OURS + "studies/biographies-64, both 1e-2"),
+    "dora": (1, OURS + "studies/commonsense, both 3e-3"),
+    "rslora": (1, OURS + "studies/headlines, both 3e-3"),
+    "pissa": (1, OURS + "studies/headlines, both 3e-3"),
+    "miss": (1, OURS + "studies/phonebook-256, both 6e-3"),
+    "hira": (10, OURS + "studies/commonsense, 3e-2 to 3e-3"),
+    "shira": (10, OURS + "studies/phonebook-256, 1e-1 to 6e-3"),
+    "gralora": (3, OURS + "studies/headlines, 1e-2 to 3e-3"),
+    "loha": (3, OURS + "studies/headlines, 1e-2 to 3e-3"),
+    "full": (0.1, OURS + "studies/headlines, 3e-4 to 3e-3"),
+    "adaption_prompt": (5, PEFTS + "5e-4"),
+    "c3a": (3000, PEFTS + "3e-1"),
+    "delora": (10, PEFTS + "1e-3"),
+    "frod": (10, PEFTS + "1e-3"),
+    "glora": (5, PEFTS + "5e-4"),
+    "ia3": (10, PEFTS + "1e-3"),
+    "lokr": (30, PEFTS + "3e-3"),
+    "osf": (0.5, PEFTS + "5e-5"),
+    "pvera": (30, PEFTS + "3e-3"),
+    "road": (10, PEFTS + "1e-3"),
+    "tinylora": (10, PEFTS + "1e-3"),
+    "trainable_tokens": (2000, PEFTS + "2e-1"),
+    "vblora": (5, PEFTS + "5e-4"),
+    "vera": (10, PEFTS + "1e-3"),
+}
+"""How many times LoRA's learning rate each method's search starts from, and the row's source. Others start from
+LoRA's."""
+OWN = (
+    *("output_dir", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "logging_steps", "seed"),
+)
+"""Keys of a run's training that a study sets otherwise."""
+
+
+def first_study(
+    model: str,
+    data: str,
+    methods: Sequence[str] = METHODS,
+    parameters: str = "lora:8",
+    seeds: int = 3,
+    changes: Sequence[str] = (),
+) -> Study:
+    """A study of ``methods`` at ``parameters`` on a model and data, as `smoa train` would take these.
+
+    Raises:
+        ConfigError: a method can't have so many parameters, or ``parameters`` can't be read.
+        DataError: there is no such model, rows cannot be read, or some are bad.
+    """
+    of_data = [change.removeprefix("shared.") for change in changes if change.startswith("shared.data.")]
+    run = first_values(model, data, parameters, changes=of_data)
+    empty, lora_rate = empty_model(ModelSection(name=model)), float(run["training"]["learning_rate"])
+    budget = budget_parameters(
+        parameters, empty.num_parameters(), lora_parameters(shapes_of(empty, (ALL_LINEAR,), model), 1)
+    )
+    kept = {key: value for key, value in run["training"].items() if key not in OWN and value}
+    apply_overrides(run, of_data)
+    looked = {**run, "training": {**kept, "output_dir": "runs"}}
+    rows = inputs(check_config(looked, "smoa compare"))["rows"]["train"]
+    steps = min(STEPS, math.ceil(PASSES * rows / BATCH))
+    training = {"max_steps": steps, "per_device_train_batch_size": BATCH, "logging_steps": max(1, steps // 30)}
+    entries = {}
+    for name in methods:
+        found = find_method(name).config_class
+        fields = set() if found is None else {each.name for each in dataclasses.fields(found)}
+        block: dict[str, Any] = {} if name in OTHER_LAYERS else {"target_modules": ALL_LINEAR}
+        block |= {"num_blocks": FIRST_BLOCKS} if "num_blocks" in fields else {}
+        block |= {"total_step": steps} if "total_step" in fields else {}
+        sized = size_method(empty, name, block, budget)
+        if not budget * SMALLEST <= (sized.parameters or 0) <= budget * MOST:
+            raise ConfigError(
+                f"--methods: {name} can't have the {budget:,.0f} parameters of {parameters} "
+                f"({sized.note or 'its nearest size is too far'}); leave it out, or write it into a study's file"
+            )
+        alphas = [key for key in ALPHAS if key in fields and "r" in sized.adapter][:1]
+        times, _ = TIMES_LORA.get(name, (1, ""))
+        entries[name] = {
+            "method": name,
+            "adapter": {**block, **sized.adapter, **dict.fromkeys(alphas, 2 * sized.adapter.get("r", 0))},
+            "learning_rate": float(f"{times * lora_rate:.1e}"),
+            "parameters": sized.parameters,
+        }
+    values = {
+        "folder": f"studies/{file_for(data).stem}",
+        "shared": {"model": run["model"], "data": run["data"], "training": {**kept, **training}},
+        "entries": entries,
+        "references": [name for name in entries if name == "lora"],
+        "tuning": Tuning().model_dump(),
+        "seeds": list(range(seeds)),
+        "keep": "best",
+    }
+    apply_overrides(values, [change for change in changes if not change.startswith("shared.data.")])
+    return checked_study(ConfigText(values, "smoa compare"), Path("study.yaml"))
+
+
+def tuning_study(config: RunConfig, max_runs: int) -> Study:
+    """The study of a run's learning rate, in the folder beside the run's, ``OUTPUT_DIR-tuning``: one entry, and no
+    final runs.
+
+    Raises:
+        ConfigError: the run has a key that a study can't have.
+        DataError: there is no such model.
+    """
+    config = with_rate(config)
+    shared = config.model_dump(mode="json", exclude={"method", "adapter", "scoring"})
+    own = ("learning_rate", "seed", "output_dir")
+    shared["training"] = {key: value for key, value in config.training.items() if key not in own}
+    rate = config.training.get("learning_rate", WHOLE_MODEL)
+    values = {
+        "folder": str(config.folder.with_name(f"{config.folder.name}-tuning")),
+        "shared": shared,
+        "entries": {config.method: {"method": config.method, "adapter": config.adapter, "learning_rate": rate}},
+        "tuning": {"seed": config.training.get("seed", 42), "max_runs": max_runs},
+        "seeds": [],
+    }
+    return checked_study(ConfigText(values, "smoa tune"), Path("study.yaml"))

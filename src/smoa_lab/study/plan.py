@@ -1,0 +1,301 @@
+"""The plan of a study: how many steps and seeds its runs take, and how long that is.
+
+It is made once, by timing runs that are thrown away, and no resume changes it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+from pydantic import Field, ValidationError
+
+from smoa.atomic import check_place, write_whole
+from smoa.errors import ConfigError, DataError
+from smoa_lab.base_models import empty_model
+from smoa_lab.basics.plain import json_text
+from smoa_lab.basics.section import Section
+from smoa_lab.config.run import RunConfig
+from smoa_lab.config.yaml_text import to_yaml
+from smoa_lab.pages.tables import Table
+from smoa_lab.study.search import rate_text
+from smoa_lab.study.study import Job, Stage, Study, load_study
+from smoa_lab.training.adapting import check_adapter
+from smoa_lab.training.run import inputs
+
+logger = logging.getLogger(__name__)
+
+TIMED = 20
+"""Steps of a timing run."""
+FEWEST = 40
+"""Steps and, below, seeds that a plan does not go below to save time."""
+FEWEST_SEEDS = 2
+MARGIN = 1.1
+"""What a plan is taken to last, of what it lasts by its timing runs."""
+FEW_ROWS = 50
+"""Held-out rows below which a comparison shows large differences only."""
+PARAMETER_TOLERANCE = 0.02
+"""How far the trainable parameters of an entry may differ from what it declares."""
+INPUTS = {
+    "data": "the rows",
+    "base": "the base model",
+    "encoder": "what makes tokens of rows (tokenizer, template or max_length)",
+}
+Metrics = dict[str, Any]
+
+
+class Timing(Section):
+    """What an entry's timing run says: its trainable parameters, seconds of a step, and of a search's run ``beside``
+    its steps."""
+
+    parameters: int
+    step: float
+    beside: float
+
+
+class Plan(Section):
+    """``study`` is the file that was planned, ``digests`` and ``rows`` what its runs start from. ``seeds`` are those of
+    the file that are run, for ``steps`` each; ``final`` is how many seconds a final run takes more than a search's."""
+
+    format: Literal[1] = 1
+    study: dict[str, Any]
+    digests: dict[str, str]
+    rows: dict[str, int]
+    minutes: float | None
+    steps: int
+    seeds: list[int]
+    final: float
+    entries: dict[str, Timing] = Field(default={})
+
+    def seconds(self, job: Job) -> float:
+        """About how long a job takes."""
+        timing = self.entries[job.entry]
+        if job.stage == "untouched":
+            return timing.beside + self.final
+        return timing.beside + self.steps * timing.step + (self.final if job.stage == "final" else 0.0)
+
+    def longest(self, max_runs: int) -> float:
+        """Seconds of all, one after the other, each search at its longest."""
+        untouched = [Job("untouched", name, 1.0, 0) for name in [*self.entries][:1] if self.seeds]
+        searches = [Job("search", name, 1.0, 0) for name in self.entries] * max_runs
+        finals = [Job("final", name, 1.0, seed) for name in self.entries for seed in self.seeds]
+        return sum(map(self.seconds, [*untouched, *searches, *finals]))
+
+    def table(self, study: Study) -> Table:
+        """A line for each entry."""
+        lines = []
+        for name, timing in self.entries.items():
+            search, final = (self.seconds(Job(stage, name, 1.0, 0)) for stage in ("search", "final"))
+            runs, rate = study.tuning.max_runs, rate_text(study.entries[name].learning_rate)
+            parts = f"{runs} × {duration(search)}", f"{len(self.seeds)} × {duration(final)}"
+            lines.append([name, f"{timing.parameters:,}", rate, f"{timing.step:.3g}", *parts])
+        held_out = f"{self.rows['validation']} rows choose the rates, {self.rows['test']} decide"
+        caption = f"{self.steps} steps a run on {self.rows['train']} rows; {held_out}."
+        return Table(["entry", "trained", "from rate", "s a step", "longest search", "final runs"], lines, caption)
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``3 min`` or ``2.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+RunAll = Callable[[Sequence[tuple[Job, RunConfig]]], dict[Job, Metrics]]
+"""Runs jobs; their metrics get ``wall_seconds``, which everything took."""
+
+
+def prepare(study: Study, run_all: RunAll | None, minutes: float | None = None, workers: int = 1) -> Plan:
+    """The plan of a study in its folder, made if there is none, and completed for entries and seeds that were added.
+    With ``minutes`` it takes fewer steps, then fewer seeds, until so many workers need no longer from now on. Without
+    ``run_all`` it is what it is.
+
+    Raises:
+        ConfigError: something else was changed since the plan was made, an entry can't be made or trains another number
+            of parameters than it declares, or the smallest plan lasts longer.
+        DataError: rows are bad, the model can't be loaded, or there is neither ``run_all`` nor a plan.
+    """
+    started = time.monotonic()
+    configs = {name: study.config(name) for name in study.entries}
+    found = inputs(next(iter(configs.values())))
+    check_rows(found["rows"], has_finals=bool(study.seeds))
+    with FileLock(study.folder / ".lock"):  # another process may make it now
+        plan = read_plan(study)
+        if plan is not None:
+            changed = changes(plan.study, study)
+            changed += [f"{what} changed" for key, what in INPUTS.items() if plan.digests[key] != found["digests"][key]]
+            changed += [] if minutes in (None, plan.minutes) else [f"--minutes: {plan.minutes}, now {minutes}"]
+            refuse(f"{study.folder}: contains a study that was planned otherwise", changed)
+        if run_all is None:
+            if plan is None:
+                raise DataError(f"{study.folder}: nothing has run yet; run smoa compare on this study first")
+            return plan
+        new = {name: config for name, config in configs.items() if plan is None or name not in plan.entries}
+        for config in new.values():
+            check_adapter(empty_model(config.model), config.method, config.adapter)
+        timed = timing_runs(study, new, run_all, rehearses=plan is None and bool(study.seeds)) if new else {}
+        timings = {job.entry: timing_of(run) for job, run in timed.items() if job.stage == "timing"}
+        check_parameters(study, timings)
+        if plan is None:
+            rehearsals = [timing_of(run).beside for job, run in timed.items() if job.stage == "rehearsal"]
+            final = max([0.0, *(beside - min(one.beside for one in timings.values()) for beside in rehearsals)])
+            steps = steps_of(next(iter(configs.values())), next(iter(timed.values())))
+            facts = {**found, "minutes": minutes, "final": final, "entries": timings}
+            plan = Plan(study=as_planned(study), steps=steps, seeds=study.seeds, **facts)
+            if minutes is not None:
+                left = 60 * minutes - (time.monotonic() - started)
+                plan = fitted(plan, study.tuning.max_runs, left * workers)
+        else:
+            added = [seed for seed in study.seeds if seed not in plan.study["seeds"]]
+            more = {"seeds": [*plan.seeds, *added], "entries": {**plan.entries, **timings}}
+            plan = plan.model_copy(update={"study": as_planned(study), **more})
+        write_whole(study.folder / "plan.json", json_text(plan.model_dump(mode="json")) + "\n")
+    return plan
+
+
+def write_study(study: Study, given: Path | None = None) -> None:
+    """Write the study into its folder, unless the file there is the one that was ``given``.
+
+    Raises:
+        ConfigError: the folder has another study, or something else.
+    """
+    file = study.folder / "study.yaml"
+    if file.is_file():
+        refuse(f"{file}: says otherwise", changes(as_planned(load_study(file)), study))
+    elif study.folder.is_dir() and not (study.folder / "plan.json").is_file():
+        others = [path.name for path in study.folder.iterdir() if not path.name.startswith(".")]
+        if others:
+            raise ConfigError(f"{study.folder}: contains {min(others)} and no study; choose another folder")
+    if given is None or given.resolve() != file.resolve():
+        check_place(file)
+        write_whole(file, to_yaml(study.model_dump(mode="json", exclude_unset=True)))
+
+
+def check_rows(rows: dict[str, int], has_finals: bool) -> None:
+    """Raise ConfigError where there are no rows to score; warn of few."""
+    for part, use in {"validation": "rates", **({"test": "entries"} if has_finals else {})}.items():
+        if not rows[part]:
+            raise ConfigError(f"shared.data: leaves no {part} rows, by which {use} are compared; give more rows")
+    if has_finals and rows["test"] < FEW_ROWS:
+        logger.warning(few_rows(rows["test"]))
+
+
+def few_rows(number: int) -> str:
+    """The warning that a comparison on so few rows has."""
+    return f"Only {number} rows are held out, which show large differences only; {FEW_ROWS} or more are better."
+
+
+def read_plan(study: Study) -> Plan | None:
+    """The plan that lies in the study's folder; raises ConfigError if it is damaged."""
+    file = study.folder / "plan.json"
+    if not file.is_file():
+        return None
+    try:
+        return Plan.model_validate_json(file.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise ConfigError(f"{file}: is damaged ({error.errors()[0]['msg']}); restore it from a copy") from error
+
+
+def as_planned(study: Study) -> dict[str, Any]:
+    """What a plan keeps of a study's file."""
+    return study.model_dump(mode="json", exclude={"folder"})
+
+
+def changes(before: dict[str, Any], study: Study) -> list[str]:
+    """What differs in a study from what was kept of it before; entries and seeds may have been added."""
+    now = as_planned(study)
+    now["entries"] = {name: entry for name, entry in now["entries"].items() if name in before["entries"]}
+    now["seeds"] = [seed for seed in now["seeds"] if seed in before["seeds"]]
+    return list(_differences(before, now))
+
+
+def refuse(title: str, changed: Sequence[str]) -> None:
+    """Raise ConfigError with all that was changed, if anything was."""
+    if changed:
+        lines = "\n  ".join([title, *changed])
+        raise ConfigError(f"{lines}\n  put that back, or use a new folder (folder=studies/NAME)")
+
+
+def _differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from _differences(old.get(key), new.get(key), f"{place}.{key}" if place else str(key))
+    elif old != new:
+        yield f"{place}: {json.dumps(old)}, now {json.dumps(new)}"
+
+
+def timing_runs(study: Study, configs: dict[str, RunConfig], run_all: RunAll, rehearses: bool) -> dict[Job, Metrics]:
+    """A few steps of each entry, as in a search, and of the first one as in a final run; their folders are removed."""
+    stages: list[tuple[Stage, str]] = [("timing", name) for name in configs]
+    stages += [("rehearsal", name) for name in [*configs][:1] if rehearses]
+    jobs = [Job(stage, name, study.entries[name].learning_rate, study.tuning.seed) for stage, name in stages]
+    logger.info("%d timing runs of %d steps, which are thrown away", len(jobs), TIMED)
+    folder = study.folder / "timing"
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    try:
+        steps = {name: min(TIMED, _max_steps(config) or TIMED) for name, config in configs.items()}
+        return run_all([(job, study.job_config(configs[job.entry], job, steps[job.entry])) for job in jobs])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def timing_of(metrics: Metrics) -> Timing:
+    """What a timing run says."""
+    training = metrics["training"]
+    beside = max(0.0, metrics["wall_seconds"] - training["seconds"])
+    step = training["seconds"] / max(1, training["steps"])
+    return Timing(parameters=metrics["parameters"]["trainable"], step=step, beside=beside)
+
+
+def check_parameters(study: Study, timings: dict[str, Timing]) -> None:
+    """Raise ConfigError for an entry that trains another number of parameters than it declares."""
+    for name, timing in timings.items():
+        trained, wanted = timing.parameters, study.entries[name].parameters
+        if wanted is not None and abs(trained - wanted) > PARAMETER_TOLERANCE * wanted:
+            raise ConfigError(
+                f"entries.{name}: trains {trained:,} parameters, not {wanted:,} to within {PARAMETER_TOLERANCE:.0%}; "
+                "change its size (smoa budget --method lists sizes) or what it declares"
+            )
+
+
+def _max_steps(config: RunConfig) -> int:
+    return max(0, int(config.training.get("max_steps", 0)))
+
+
+def steps_of(config: RunConfig, metrics: Metrics) -> int:
+    """The steps of a whole run: ``max_steps``, or the epochs, whose length the log of a timing run tells."""
+    if steps := _max_steps(config):
+        return steps
+    last = next(entry for entry in reversed(metrics["history"]) if entry.get("epoch"))
+    of_epoch = round(float(last["step"]) / float(last["epoch"]))
+    return math.ceil(float(config.training.get("num_train_epochs", 3)) * of_epoch)
+
+
+def fitted(plan: Plan, max_runs: int, seconds: float) -> Plan:
+    """The plan with the most seeds, and then steps, that ``seconds`` of one worker are enough for.
+
+    Raises:
+        ConfigError: the time is too short for the fewest of both.
+    """
+    fewest, seeds = min(FEWEST, plan.steps), plan.seeds
+    while True:
+        smaller = plan.model_copy(update={"seeds": seeds, "steps": fewest})
+        least = MARGIN * smaller.longest(max_runs)
+        more = smaller.model_copy(update={"steps": fewest + 1})
+        if least <= seconds:
+            of_step = max(MARGIN * more.longest(max_runs) - least, 1e-9)
+            return smaller.model_copy(update={"steps": min(plan.steps, fewest + int((seconds - least) / of_step))})
+        if len(seeds) <= FEWEST_SEEDS:
+            whole = f"{fewest} steps a run, {len(seeds)} seeds and whole searches"
+            raise ConfigError(
+                f"--minutes: the smallest comparison ({whole}) takes about {duration(least)}, and {duration(seconds)} "
+                "are left; give more, or fewer --methods"
+            )
+        seeds = seeds[:-1]

@@ -1,0 +1,101 @@
+"""The verdict of a study in sentences: what differs, what could have been seen, what it costs, and which adapter to
+take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from smoa_lab.study.plan import FEW_ROWS, few_rows
+from smoa_lab.study.results import Result
+from smoa_lab.study.search import rate_text
+from smoa_lab.study.statistics import Difference
+
+EQUAL = 0.02
+"""Shares of the reference's parameters that are so near to it need no word."""
+
+
+def verdict(results: Sequence[Result], untouched_loss: float | None = None) -> list[str]:
+    """What the results of one budget say, best first; ``untouched_loss`` is that of the model without an adapter."""
+    reference = next((one for one in results if one.entry == one.reference), None)
+    if reference is None:
+        return [f"{results[0].reference}, with which the others are compared, has not run yet."]
+    others = {one.entry: one for one in results if one is not reference}
+    decisive = {name: next(iter(one.differences.values())) for name, one in others.items() if one.differences}
+    judged = {
+        kind: [others[name] for name, each in decisive.items() if each.final == kind]
+        for kind in ("better", "worse", "same", "one seed", "open")
+    }
+    told = [*judged["better"], *judged["worse"], *judged["one seed"]]
+    sentences = [difference_sentence(one, reference) for one in told]
+    if judged["same"]:
+        sentences.append(_same_sentence(judged["same"], reference, len(results)))
+    missing = [name for name in others if name not in decisive]
+    sentences += [f"Not compared with {reference.entry} yet: {', '.join(missing)}."] if missing else []
+    sentences += [_edge_sentence(one) for one in results if one.chosen.place == "edge"]
+    if decisive and not judged["one seed"]:
+        sentences.append(_advice(reference, judged["better"], judged["same"], untouched_loss))
+    sentences += [few_rows(reference.rows)] if reference.rows < FEW_ROWS else []
+    if reference.left_out:
+        sentences.append(f"{reference.left_out:,} rows on which only some of the runs were scored are left out.")
+    return sentences
+
+
+def difference_sentence(one: Result, reference: Result) -> str:
+    """How an entry differs from the reference by what decides."""
+    title, difference = next(iter(one.differences.items()))
+    if not math.isfinite(difference.mean):
+        both = (f"{each.entry} diverged in {each.diverged} of {len(each.seeds)} runs" for each in (one, reference))
+        return f"{'; '.join(both)}."
+    way = "lower" if difference.mean < 0 else "higher"
+    low, high = (number(value).replace("-", "−") for value in (difference.low, difference.high))
+    seeds = "one seed, which gives no verdict" if difference.verdict == "one seed" else f"{len(one.seeds)} seeds"
+    holm = "" if difference.holm_p is None else f", Holm {difference.holm_p:.1g}"
+    cost = ""
+    if one.step_seconds and reference.step_seconds:
+        cost = f"; its step takes {one.step_seconds / reference.step_seconds:.2f} of {reference.entry}'s time"
+    return (
+        f"On {one.rows:,} held-out rows {_named(one)}'s {title} is {number(abs(difference.mean))} {way} than "
+        f"{reference.entry}'s [{low}, {high}] ({seeds}{holm}){cost}."
+    )
+
+
+def _same_sentence(same: Sequence[Result], reference: Result, entries: int) -> str:
+    differences: list[Difference] = [next(iter(one.differences.values())) for one in same]
+    width = max((each.high - each.low) / 2 for each in differences)
+    names = ", ".join(map(_named, same))
+    between = f" between {names} and {reference.entry}" if entries > 2 or names != same[0].entry else ""
+    seen = f" ({number(width)} would have been seen)" if width else ""
+    return f"No difference{between} that {len(same[0].seeds)} seeds and {reference.rows:,} rows could show{seen}."
+
+
+def _edge_sentence(one: Result) -> str:
+    side = "lowest" if one.chosen.learning_rate == min(one.chosen.losses) else "highest"
+    return (
+        f"{one.entry}'s best rate, {rate_text(one.chosen.learning_rate)}, is the {side} that was tried: it may do "
+        "better beyond, so it is not called worse."
+    )
+
+
+def _advice(reference: Result, better: Sequence[Result], same: Sequence[Result], untouched_loss: float | None) -> str:
+    """Which to take: of those that are better than the reference the best, else the cheapest of those that are equal
+    to it."""
+    taken = better[0] if better else min([reference, *same], key=lambda one: (one.step_seconds or 0.0, one.parameters))
+    loss, _ = taken.values.get("loss", (-math.inf, 0.0))
+    if untouched_loss is not None and not loss < untouched_loss:
+        return f"Take none: the untouched model's loss, {number(untouched_loss)}, is not higher."
+    cheaper = same and not better
+    place = "" if taken.kept is None else f"{', ' if cheaper else ': '}{taken.kept}"
+    return f"Take {'the cheaper: ' if cheaper else ''}{taken.entry}{place}."
+
+
+def _named(one: Result) -> str:
+    """The entry, with its share of the reference's parameters where that is not all."""
+    if abs(one.share - 1) <= EQUAL:
+        return one.entry
+    return f"{one.entry} with {one.share:.0%} of {one.reference}'s parameters".replace("%", " %")
+
+
+def number(value: float) -> str:
+    """Three digits behind the point, or of a small number its first two."""
+    return f"{value:.3f}" if abs(value) >= 0.01 or not value else f"{value:.2g}"
