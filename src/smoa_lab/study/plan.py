@@ -126,6 +126,7 @@ def prepare(study: Study, run_all: RunAll | None, minutes: float | None = None, 
     configs = {name: study.config(name) for name in study.entries}
     found = inputs(next(iter(configs.values())))
     check_rows(found["rows"], has_finals=bool(study.seeds))
+    study.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(study.folder / ".lock"):  # another process may make it now
         plan = read_plan(study)
         if plan is not None:

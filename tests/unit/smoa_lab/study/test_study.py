@@ -1,0 +1,107 @@
+"""What a study's file may have."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from smoa.errors import ConfigError
+from smoa_lab.study.study import Job, Study, load_study
+from tests.support.studies import tiny_study
+
+LORA = {"method": "lora", "learning_rate": 0.01}
+SHARED = {"model": {"name": "base"}, "data": {"train": "rows.jsonl"}}
+
+
+def load(folder: Path, **changes: Any) -> Study:
+    values = {"shared": SHARED, "entries": {"ours": {"method": "smoa", "learning_rate": 0.01}, "lora": LORA}}
+    file = folder / "two.yaml"
+    file.write_text(yaml.safe_dump(values | changes, sort_keys=False))
+    return load_study(file)
+
+
+def with_shared(**blocks: Any) -> dict[str, Any]:
+    return {"shared": {**SHARED, **blocks}}
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"entries": {}}, "entries"),
+    ({"entries": {"..": LORA}}, r"entries: '\.\.' can't name a folder of runs"),
+    ({"entries": {"untouched": LORA}}, r"entries: 'untouched' can't name a folder of runs"),
+    ({"entries": {"lora": {**LORA, "budget": "lora"}}}, "is both an entry and a budget"),
+    (
+        {"entries": {"ours": {"method": "smoa", "learning_rate": 0.01, "adapter": {"num_block": 2}}}},
+        r"entries\.ours(.|\n)*num_block(.|\n)*did you mean 'num_blocks'",
+    ),
+    ({"references": ["nobody"]}, "nobody is not an entry; entries: ours, lora"),
+    ({"tuning": {"max_runs": 1}}, r"tuning\.max_runs"),
+    ({"shared": {"data": {"train": "x"}}}, r"shared\.model: is missing"),
+    ({"seeds": [1, 100]}, "seeds: 100 is the seed of the search"),
+    (with_shared(method="lora"), r"shared\.method: is what an entry has; leave it out"),
+    (with_shared(adapter={"r": 3}), r"shared\.adapter: is what an entry has; leave it out"),
+    (with_shared(scoring={"part": "test"}), r"shared\.scoring: is the study's"),
+    (with_shared(training={"learning_rate": 0.5}), r"shared\.training\.learning_rate: is what an entry has"),
+    (with_shared(training={"seed": 7}), r"shared\.training\.seed: is the study's: set seeds and tuning\.seed"),
+    (with_shared(training={"output_dir": "x"}), r"shared\.training\.output_dir: is the study's: set folder"),
+    (with_shared(training={"auto_find_batch_size": True}), r"auto_find_batch_size: would give one entry other batches"),
+    ({"entries": {"lora": {**LORA, "training": {"seed": 1}}}}, r"entries\.lora\.training\.seed: is the study's"),
+    ({"entries": {"lora": {**LORA, "training": {"max_steps": 1}}}}, r"max_steps: all entries take the same steps"),
+    (with_shared(forgeting={}), "forgeting: unknown key; did you mean 'forgetting'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_a_wrong_study_is_one_clear_error(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    load(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, **change)
+
+
+@pytest.mark.parametrize("place", ["shared", "entries.ours"])
+def test_no_study_lets_a_repository_run_its_code(place: str, tmp_path: Path) -> None:
+    load(tmp_path)
+    with pytest.raises(ConfigError, match=rf"{place}\.model\.trust_remote_code: a file can't allow"):
+        load_study(tmp_path / "two.yaml", [f"{place}.model.trust_remote_code=true"])
+
+
+def test_all_mistakes_of_keys_are_told_at_once_with_their_lines_and_the_nearest_key(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "folder: 3\nshared: {}\ntuning:\n  sed: 1\nentries:\n  ours:\n    method: smoa\n    learnin_rate: 0.01\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_study(file)
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"{file}: 4 problems"
+    told = [
+        r"line 1: folder: ",
+        r"line 4: tuning\.sed: unknown key; did you mean 'seed'",
+        r"line 6: entries\.ours\.learning_rate: is missing",
+        r"line 8: entries\.ours\.learnin_rate: unknown key; did you mean 'learning_rate'",
+    ]
+    for line, wanted in zip(lines, told, strict=True):
+        assert re.match(wanted, line.strip())
+
+
+def test_a_study_has_one_dtype_on_all_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smoa_lab.config.run.cpu_multiplies_bfloat16", lambda: True)
+    assert tiny_study(tmp_path).config("ours").model.dtype == "float32"
+
+
+def test_a_search_scores_validation_alone_and_a_final_run_the_test_part(tmp_path: Path) -> None:
+    study = tiny_study(tmp_path)
+    config = study.config("lora")
+    search, final = (study.job_config(config, Job(stage, "lora", 6.3e-4, 7), 30) for stage in ("search", "final"))  # type: ignore[arg-type]
+    assert (search.scoring.part, search.scoring.before, search.data.samples, search.forgetting.tokens) == (
+        *("validation", False, 0, 0),
+    )
+    assert (final.scoring.part, final.scoring.before, final.data.samples, final.forgetting.tokens) == (
+        *("test", False, 10, 2048),
+    )
+    assert search.folder == final.folder == tmp_path / "lora" / "lr-6.3e-4-seed-7"
+    own = {key: final.training[key] for key in ("learning_rate", "seed", "max_steps", "use_cpu")}
+    assert own == {"learning_rate": 6.3e-4, "seed": 7, "max_steps": 30, "use_cpu": True}
