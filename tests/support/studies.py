@@ -34,7 +34,8 @@ REACHED = {"smoa": 2.0, "lora": 2.1, "full": 2.2}
 
 def entry(method: str = "smoa", **values: Any) -> Entry:
     """An entry of a study of tiny models."""
-    return Entry(method=method, learning_rate=0.01, **{"adapter": ADAPTER} | values)
+    adapter = ADAPTER if method == "smoa" else {"r": 2, "target_modules": ["q_proj"]}
+    return Entry(method=method, learning_rate=0.01, **{"adapter": adapter} | values)
 
 
 def tiny_study(folder: Path, **values: Any) -> Study:
