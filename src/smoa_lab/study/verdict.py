@@ -47,6 +47,7 @@ def difference_sentence(one: Result, reference: Result) -> str:
     if not math.isfinite(difference.mean):
         both = (f"{each.entry} diverged in {each.diverged} of {len(each.seeds)} runs" for each in (one, reference))
         return f"{'; '.join(both)}."
+    whose = f"{one.entry}'s {title}" if _named(one) == one.entry else f"the {title} of {_named(one)}"
     way = "lower" if difference.mean < 0 else "higher"
     low, high = (number(value).replace("-", "−") for value in (difference.low, difference.high))
     seeds = "one seed, which gives no verdict" if difference.verdict == "one seed" else f"{len(one.seeds)} seeds"
@@ -55,8 +56,8 @@ def difference_sentence(one: Result, reference: Result) -> str:
     if one.step_seconds and reference.step_seconds:
         cost = f"; its step takes {one.step_seconds / reference.step_seconds:.2f} of {reference.entry}'s time"
     return (
-        f"On {one.rows:,} held-out rows {_named(one)}'s {title} is {number(abs(difference.mean))} {way} than "
-        f"{reference.entry}'s [{low}, {high}] ({seeds}{holm}){cost}."
+        f"On {one.rows:,} held-out rows {whose} is {number(abs(difference.mean))} {way} than {reference.entry}'s "
+        f"[{low}, {high}] ({seeds}{holm}){cost}."
     )
 
 

@@ -1,181 +1,209 @@
-"""Reports of studies in all states: half finished, diverged, without a search, without what was known before."""
+"""Reports of studies in all states: half finished, diverged, without a search, of all formats."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from smoa.errors import ConfigError, DataError
+from smoa.errors import DataError
+from smoa_lab.config.run import RunConfig
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.report import report
-from smoa_lab.study.results import Row, rows_of
+from smoa_lab.study.results import Result, final_runs, results_of
 from smoa_lab.study.study import Study, Tuning
-from smoa_lab.study.trials import Trial, TrialStore
-from tests.support.studies import QUESTIONS, finish, finish_a_study, finish_untouched, page
+from tests.support.studies import WrittenRuns, compared, entry, finished, page
 
-pytestmark = pytest.mark.usefixtures("few_resamples")
-
-
-def rows(study: Study) -> dict[str, Row]:
-    """The rows of the report that is written, by entry."""
-    report(study)
-    return {row.entry: row for row in rows_of(Comparison(study))}
+pytestmark = pytest.mark.usefixtures("few_resamples", "quick_pictures")
 
 
-def test_a_first_final_run_is_reported_without_search_or_differences(study: Study) -> None:
-    finish(study, Trial("final", "ours", 0.01, 0), 2.0)
-    (row,) = rows(study).values()
-    assert (row.entry, row.reference, row.search) == ("ours", "ours", None)
-    assert (row.loss_spread, row.seconds) == (0.0, 7.0)
-    text = page(study)
-    assert "Not run yet: lora, full." in text
-    assert "untouched" not in text
-    assert [file.name for file in study.folder.glob("*.png")] == []
-    assert "Learning rates" not in (study.folder / "index.html").read_text()
+def results(study: Study) -> dict[str, Result]:
+    """The results that a study's report has, by entry."""
+    comparison = compared(study)
+    report(comparison)
+    return {one.entry: one for one in results_of(comparison, final_runs(comparison))}
 
 
-def test_an_entry_is_compared_once_the_reference_is_run_and_judged_from_two_seeds(study: Study) -> None:
-    finish(study, Trial("final", "lora", 0.01, 0), 2.5)
-    (row,) = rows(study).values()
-    assert (row.reference, row.loss_difference) == ("ours", None)
-    for file in ("README.md", "index.html"):
-        assert not re.search(r"(\| |<td>)reference( \||</td>)", (study.folder / file).read_text())
-    finish(study, Trial("final", "ours", 0.01, 1), 2.0)
-    row = rows(study)["lora"]
-    assert row.loss_difference is row.accuracy_difference is None  # no seed of both
-    finish(study, Trial("final", "ours", 0.01, 0), 2.0)
-    difference = rows(study)["lora"].loss_difference
-    assert difference is not None
-    assert difference.verdict == "one seed"
-    finish(study, Trial("final", "lora", 0.01, 1), 2.5)
-    difference = rows(study)["lora"].loss_difference
-    assert difference is not None
-    assert difference.verdict == "worse"
-    assert "+0.5000 [+0.5000, +0.5000] | worse" in page(study)
+def rewritten(study: Study, run: str, change: Any) -> None:
+    """Change each row of a run."""
+    file = study.folder / run / "rows.jsonl.gz"
+    with gzip.open(file, "rt") as lines:
+        rows = [change(json.loads(line)) for line in lines]
+    with gzip.open(file, "wt") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows if row is not None)
 
 
-def test_a_search_that_ends_at_its_edge_is_marked_and_a_diverged_run_never_chosen(study: Study) -> None:
-    for rate, loss in ((0.003, 2.2), (0.01, 2.1), (0.03, None)):
-        finish(study, Trial("tuning", "ours", rate, 100), loss)
-    finish(study, Trial("final", "ours", 0.01, 0), 2.0)
-    for rate, loss in ((0.003, 2.2), (0.01, 2.1), (0.03, 1.9)):
-        finish(study, Trial("tuning", "lora", rate, 100), loss)
-    finish(study, Trial("final", "lora", 0.01, 0), 2.0)  # at a learning rate that the search gave up
-    finish(study, Trial("final", "lora", 0.03, 0), 1.8)
-    found = rows(study)
-    assert found["ours"].search is not None
-    assert found["ours"].search.losses == {0.003: 2.2, 0.01: 2.1, 0.03: None}
-    assert found["ours"].search.interior
-    assert found["lora"].loss == pytest.approx(1.8 + (QUESTIONS - 1) / QUESTIONS / 2)
-    text = page(study)
-    assert "| 0.03 ! |" in text
-    assert "| 0.01 |" in text
-    assert "| ours | 2.200 | 2.100 * | diverged |" in text
-    assert "| lora | 2.200 | 2.100 | 1.900 * |" in text
-
-
-def test_a_final_run_that_diverged_is_worse_than_any(study: Study) -> None:
-    for seed in (0, 1):
-        finish(study, Trial("final", "ours", 0.01, seed), 2.0)
-        finish(study, Trial("final", "lora", 0.01, seed), None)
-    found = rows(study)
-    assert found["lora"].loss_difference is not None
-    assert found["lora"].loss_difference.verdict == "worse"
+def test_a_study_is_reported_in_words_in_a_table_on_a_page_and_for_programs(study: Study, written: WrittenRuns) -> None:
+    made = report(finished(study))
+    assert made.verdict[0].startswith("small: On 60 held-out rows lora's loss is 0.10")
+    text, html = page(study), (study.folder / "index.html").read_text()
+    for told in (made.verdict[0], "The untouched model: loss 4.0000.", "On 60 held-out rows, best first"):
+        assert told in text
+    for heading in ("Differences", "Searches", "Loss and time", "Learned and forgotten", "Answers", "Runs"):
+        assert f"<h2>{heading}</h2>" in html
     summary = json.loads((study.folder / "summary.json").read_text(), parse_constant=pytest.fail)
-    assert [one["loss"] for one in summary if one["entry"] == "lora"] == [None]
+    assert summary["format"] == 2
+    assert [one["entry"] for one in summary["entries"]] == ["ours", "lora", "full"]
+    assert summary["entries"][1]["differences"]["loss"]["verdict"] == "worse"
+    files = {file.name for file in study.folder.iterdir() if file.is_file() and not file.name.startswith(".")}
+    assert files == {"plan.json", "chosen.json", "README.md", "index.html", "summary.json", "differences.png"}
 
 
-def test_every_link_of_a_report_leads_to_its_run(study: Study) -> None:
-    finish_a_study(study)
-    report(study)
+def test_the_answers_of_all_entries_stand_beside_the_untouched_models(study: Study, written: WrittenRuns) -> None:
+    made = report(finished(study))
+    assert made.summary["answers"][1] == {
+        "Prompt": "Why 1?",
+        "Reference": "So.",
+        "Untouched": "untouched",
+        "ours": "smoa 1",
+        "lora": "lora 1",
+        "full": "full 1",
+    }
+    assert "<dt>ours</dt><dd>smoa 1</dd><dt>lora</dt><dd>lora 1</dd>" in (study.folder / "index.html").read_text()
+
+
+def test_every_link_of_a_report_leads_to_its_run(study: Study, written: WrittenRuns) -> None:
+    report(finished(study))
     html = (study.folder / "index.html").read_text()
     lines = dict(re.findall(r'<tr><td><span id="([^"]+)">[^<]+</span></td>(.*?)</tr>', html))
-    assert sorted(lines) == TrialStore(study.folder).names()
-    links = set(re.findall(r'"(?:run":")?#((?:final|tuning)/[^"]+)"', html))
-    assert links == {name for name in lines if name != "untouched"}
-    values = re.findall(r"<td>([^<]*)</td>", lines["final/ours/lr-0.01-seed-0"])
-    assert values == ["2.0000", "50.0", "60", "7", "a CPU", "ccccccc"]
-    assert lines["tuning/ours/lr-0.03-seed-100"].startswith("<td>diverged</td>")
-    files = {file.name for file in study.folder.iterdir() if file.is_file()}
-    assert files == {"README.md", "index.html", "summary.json", "untouched.json", "differences.png"}
+    assert len(lines) == 9
+    assert all((study.folder / name / "metrics.json").is_file() for name in lines)
+    assert set(re.findall(r'"(?:run":")?#([^"/]+/lr-[^"]+)"', html)) == set(lines)
+    values = re.findall(r"<td>([^<]*)</td>", lines["ours/lr-1e-2-seed-0"])
+    assert values == ["2.0000", "100", "11", "a CPU", "ccccccc"]
 
 
-def test_what_was_known_before_is_told(study: Study) -> None:
-    finish(study, Trial("final", "ours", 0.01, 0), 2.0)
-    scores = {"all": {"gold_loss": 4.0, "accuracy": 0.25, "majority": 0.6}}
-    finish_untouched(study, scores=scores)
-    report(study)
-    told = "The untouched model: loss 4.0000, accuracy 25.0 %; the commonest label of each task is right in 60.0 %."
-    assert told in page(study)
-    every, small = scores["all"], {"accuracy": 1.0, "majority": 0.5}
-    finish_untouched(study, scores={"large": {**every, "accuracy": 0.2}, "small": small, "all": every})
-    report(study)
-    assert "accuracy 60.0 %; the commonest label of each task is right in 55.0 %." in page(study)
-    every["majority"] = None
-    finish_untouched(study, scores=scores)
-    report(study)
-    assert "The untouched model: loss 4.0000, accuracy 25.0 %.\n" in page(study)
-
-
-@pytest.mark.parametrize("other", ["questions", "tokens"])
-def test_runs_on_different_questions_or_tokens_are_not_compared(study: Study, other: str) -> None:
-    finish(study, Trial("final", "ours", 0.01, 0), 2.0, sha256="one")
-    values: dict[str, Any] = {"sha256": "another"}
-    if other == "tokens":
-        questions = {name: [0] * QUESTIONS for name in ("task", "nll", "right")}
-        values = {"sha256": "one", "questions": {**questions, "tokens": [2] * QUESTIONS}}
-    finish(study, Trial("final", "lora", 0.01, 0), 2.5, **values)
-    with pytest.raises(DataError, match="were scored on different questions"):
-        report(study)
-
-
-def test_a_run_on_data_that_changed_between_two_seeds_is_not_averaged_with_the_others(study: Study) -> None:
-    for seed, content in ((0, "one"), (1, "another")):
-        finish(study, Trial("final", "ours", 0.01, seed), 2.0, sha256=content)
-    with pytest.raises(DataError, match="were scored on different questions"):
-        report(study)
-
-
-def test_without_a_search_entries_run_at_their_own_rates_and_one_seed_has_no_spread(study: Study) -> None:
-    finish(study, Trial("final", "ours", 0.01, 0), 2.0)
-    report(study.model_copy(update={"tuning": Tuning(max_runs=0)}))
-    assert "| ours | 1,000 | 0.01 | 0 | 1 | 2.4875 | 50.0 |" in page(study)
-    assert "The search of a learning rate: none; each entry runs at the rate that the study names." in page(study)
-    assert "is chosen on validation data" not in page(study)
-
-
-def changed(study: Study, **adapter: Any) -> Study:
-    """The study with another adapter of one entry."""
-    entry = study.entries["ours"].model_copy(update={"adapter": adapter})
-    return study.model_copy(update={"entries": {**study.entries, "ours": entry}})
-
-
-@pytest.mark.parametrize("stage", ["tuning", "final"])
-def test_runs_of_other_settings_are_refused_if_the_study_asks_for_them(
-    stage: Literal["tuning", "final"], study: Study
-) -> None:
-    other = changed(study, r=32)
-    for rate, seed in ((0.01, 7), (0.003, 0)):  # which nobody asks for
-        finish(study, Trial("final", "ours", rate, seed), 2.0)
-    finish(study, Trial("final", "lora", 0.01, 0), 2.0)
-    assert list(rows(other)) == ["lora"]
-    finish(study, Trial(stage, "ours", 0.01, study.tuning.seed if stage == "tuning" else 0), 2.0)
-    report(study)
-    with pytest.raises(ConfigError, match=rf"{stage}/ours/.*: was run with other values of adapter"):
-        report(other)
-
-
-def test_an_untouched_model_that_was_scored_on_other_data_is_not_reported(study: Study) -> None:
-    finish_untouched(study)
-    other = study.model_copy(update={"shared": {**study.shared, "data": {"tasks": ["piqa"]}}})
-    finish(other, Trial("final", "ours", 0.01, 0), 2.0)
-    with pytest.raises(ConfigError, match=r"untouched\.json: was run with other values of data"):
-        report(other)
-
-
-def test_before_the_first_run_there_is_nothing_to_report(study: Study) -> None:
+def test_what_is_not_run_yet_is_told(study: Study, written: WrittenRuns) -> None:
+    comparison = compared(study)
     with pytest.raises(DataError, match="no final run is finished yet"):
-        report(study)
+        report(comparison)
+    comparison.run(["lora"])
+    found = results(study)
+    assert found["lora"].differences == {}
+    assert "Not run yet: ours, full." in page(study)
+    assert "ours, with which the others are compared, has not run yet." in page(study)
+    assert not list(study.folder.glob("*.png"))
+
+
+def test_a_verdict_needs_two_seeds(study: Study, written: WrittenRuns) -> None:
+    study = study.model_copy(update={"seeds": [0]})
+    compared(study).run(["small"])
+    assert results(study)["lora"].differences["loss"].verdict == "one seed"
+    assert "one seed, which gives no verdict" in page(study)
+
+
+def test_rates_are_listed_with_the_chosen_one_and_those_that_diverged(study: Study, written: WrittenRuns) -> None:
+    usual = written.loss
+    written.loss = lambda config: None if config.training["learning_rate"] > 0.02 else usual(config)
+    report(finished(study))
+    assert re.search(r"\| ours \|[ |]+ 2\.495 \|[ |]+ 2\.252 \|[ |]+ 2\.000 \* \| 2\.255 \| diverged \|", page(study))
+
+
+def test_a_final_run_that_diverged_is_worse_than_any(study: Study, written: WrittenRuns) -> None:
+    usual = written.loss
+
+    def loss(config: RunConfig) -> float | None:
+        diverges = config.method == "lora" and config.training["seed"] == 1
+        return None if diverges else usual(config)
+
+    written.loss = loss
+    report(finished(study))
+    found = results(study)["lora"]
+    assert (found.differences["loss"].verdict, found.diverged) == ("worse", 1)
+    summary = json.loads((study.folder / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert [one["values"]["loss"] for one in summary["entries"] if one["entry"] == "lora"] == [[None, None]]
+    assert "lora diverged in 1 of 3 runs; ours diverged in 0 of 3 runs." in page(study)
+    assert "| diverged |" in page(study)
+
+
+def test_an_entry_at_the_edge_of_its_search_is_never_called_worse(study: Study, written: WrittenRuns) -> None:
+    usual = written.loss
+    written.loss = lambda config: (
+        3.0 - float(config.training["learning_rate"]) if config.method == "lora" else usual(config)
+    )
+    report(finished(study))
+    found = results(study)
+    assert (found["lora"].chosen.place, found["lora"].differences["loss"].label) == ("edge", "open")
+    assert "it may do better beyond, so it is not called worse" in page(study)
+    assert "| 2e-1 ! |" in page(study)
+    turned = study.model_copy(update={"references": ["lora"], "folder": study.folder.with_name("turned")})
+    report(finished(turned))
+    assert results(turned)["ours"].differences["loss"].label == "open"
+
+
+def test_choices_are_compared_by_accuracy_too_and_a_constant_one_is_no_comparison(
+    study: Study, written: WrittenRuns
+) -> None:
+    written.kind = "choices"
+    report(finished(study))
+    found = results(study)["lora"].differences
+    assert list(found) == ["loss", "accuracy %"]
+    assert found["loss"].holm_p == pytest.approx(2 * (found["loss"].p or 0.0))
+    assert "accuracy 25.0 %; the commonest label is right in 60.0 %." in page(study)
+    for run in study.folder.glob("*/lr-*"):
+        rewritten(study, str(run.relative_to(study.folder)), lambda row: {**row, "right_after": 0})
+    found = results(study)["lora"].differences
+    assert list(found) == ["loss"]
+    assert found["loss"].holm_p == found["loss"].p
+
+
+def test_preferences_are_compared_by_dpos_loss_margin_and_share_won(study: Study, written: WrittenRuns) -> None:
+    written.kind = "preference"
+    made = report(finished(study))
+    assert list(results(study)["lora"].values) == ["DPO loss", "margin", "won %"]
+    assert made.verdict[0].startswith("small: On 60 held-out rows lora's DPO loss is")
+
+
+def test_runs_are_paired_by_digest_and_copy_and_rows_of_one_only_are_counted(
+    study: Study, written: WrittenRuns
+) -> None:
+    report(finished(study))
+    whole = results(study)["lora"]
+    for seed in range(3):  # other rows, in another order
+        rewritten(study, f"lora/lr-2e-3-seed-{seed}", lambda row: None if row["digest"] == "3" else row)
+    part = results(study)["lora"]
+    assert (whole.rows, whole.left_out, part.rows, part.left_out) == (60, 0, 58, 2)
+    assert part.differences["loss"].mean == pytest.approx(whole.differences["loss"].mean, abs=0.01)
+    assert "2 rows on which only some of the runs were scored are left out." in page(study)
+
+
+def test_runs_that_made_other_tokens_of_a_row_are_not_compared(study: Study, written: WrittenRuns) -> None:
+    comparison = finished(study)
+    rewritten(study, "lora/lr-2e-3-seed-0", lambda row: {**row, "tokens": row["tokens"] + 1})
+    with pytest.raises(DataError, match="made other tokens of the rows"):
+        report(comparison)
+    rewritten(study, "lora/lr-2e-3-seed-0", lambda row: {**row, "digest": f"x{row['digest']}"})
+    with pytest.raises(DataError, match="on no row in common"):
+        report(comparison)
+
+
+def test_a_share_of_the_parameters_is_told(study: Study, written: WrittenRuns) -> None:
+    comparison = finished(study)
+    entries = {**comparison.plan.entries}
+    entries["lora"] = entries["lora"].model_copy(update={"parameters": 940})
+    made = report(Comparison(study, comparison.plan.model_copy(update={"entries": entries})))
+    assert "| lora | 940 (94%) |" in page(study)
+    assert "the loss of lora with 94 % of ours's parameters" in made.verdict[0]
+
+
+def test_two_entries_that_are_identical_are_the_same(study: Study, written: WrittenRuns) -> None:
+    entries = {"lora": entry("lora"), "lora-again": entry("lora")}
+    study = study.model_copy(update={"entries": entries, "tuning": Tuning(max_runs=0)})
+    report(finished(study))
+    difference = results(study)["lora-again"].differences["loss"]
+    assert (difference.mean, difference.verdict, difference.p) == (0.0, "same", None)
+    assert "No difference that 3 seeds and 60 rows could show. Take the cheaper: lora," in page(study)
+
+
+def test_a_report_names_no_place_of_this_machine(
+    study: Study, written: WrittenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = study.model_copy(update={"folder": Path("studies/chats")})
+    report(finished(study))
+    for file in ("README.md", "summary.json", "index.html", "plan.json"):
+        assert str(tmp_path) not in (study.folder / file).read_text()

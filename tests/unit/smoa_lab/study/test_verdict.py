@@ -1,0 +1,102 @@
+"""The verdict in words, from results that are given."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from smoa_lab.study.results import Result
+from smoa_lab.study.search import Chosen
+from smoa_lab.study.statistics import Difference
+from smoa_lab.study.verdict import verdict
+from tests.support.studies import result
+
+BETTER = Difference(-0.012, -0.02, -0.004, "better", p=0.005, holm_p=0.01, holm_verdict="better")
+SAME = Difference(0.001, -0.019, 0.021, "same", p=0.9, holm_p=0.9, holm_verdict="same")
+LORA = result(
+    "lora", reference="lora", differences={}, values={"loss": (2.5, 0.1)}, kept="studies/x/lora/lr-2e-3-seed-1"
+)
+
+
+def smoa(difference: Difference | None = BETTER, **values: Any) -> Result:
+    differences = {} if difference is None else {"loss": difference}
+    known = {"method": "smoa", "reference": "lora", "step_seconds": 1.08, "differences": differences}
+    return result("smoa", **{**known, "values": {"loss": (2.488, 0.1)}, "kept": "PATH", **values})
+
+
+def test_a_difference_is_told_with_its_interval_its_cost_and_what_to_take() -> None:
+    assert " ".join(verdict([smoa(), LORA], untouched_loss=3.0)) == (
+        "On 200 held-out rows smoa's loss is 0.012 lower than lora's [−0.020, −0.004] (3 seeds, Holm 0.01); its step "
+        "takes 1.08 of lora's time. Take smoa: PATH."
+    )
+
+
+def test_where_nothing_differs_it_says_what_would_have_been_seen_and_to_take_the_cheaper() -> None:
+    assert " ".join(verdict([LORA, smoa(SAME)], untouched_loss=3.0)) == (
+        "No difference that 3 seeds and 200 rows could show (0.020 would have been seen). "
+        "Take the cheaper: lora, studies/x/lora/lr-2e-3-seed-1."
+    )
+    taken_back = Difference(-0.012, -0.02, -0.004, "better", p=0.03, holm_p=0.06, holm_verdict="same")
+    assert verdict([smoa(taken_back, step_seconds=0.9), LORA], 3.0)[-1] == "Take the cheaper: smoa, PATH."
+
+
+def test_an_entry_of_another_size_is_named_with_its_share() -> None:
+    sentences = verdict([smoa(share=0.94), LORA])
+    assert "smoa with 94 % of lora's parameters's" not in sentences[0]
+    assert "the loss of smoa with 94 % of lora's parameters is 0.012 lower than lora's" in sentences[0]
+    assert verdict([smoa(SAME, share=0.94), LORA])[0].startswith(
+        "No difference between smoa with 94 % of lora's parameters and lora that 3 seeds"
+    )
+
+
+def test_of_several_the_best_of_the_better_ones_is_taken() -> None:
+    others = [smoa(), result("dora", reference="lora", differences={"loss": SAME}), LORA]
+    sentences = verdict(others)
+    assert sentences[0].startswith("On 200 held-out rows smoa's loss is 0.012 lower")
+    assert sentences[1].startswith("No difference between dora and lora that 3 seeds")
+    assert sentences[2] == "Take smoa: PATH."
+
+
+def test_an_entry_at_the_edge_of_its_search_is_told_of_and_not_called_worse() -> None:
+    edge = Chosen(0.03, {0.003: 2.6, 0.01: 2.5, 0.03: 2.4}, "edge")
+    sentences = verdict([LORA, smoa(Difference(0.1, 0.05, 0.15, "open"), chosen=edge)])
+    assert sentences == [
+        "smoa's best rate, 3e-2, is the highest that was tried: it may do better beyond, so it is not called worse.",
+        "Take lora: studies/x/lora/lr-2e-3-seed-1.",
+    ]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("results", "untouched", "told"),
+    [
+        ([smoa(), LORA], 2.4, "Take none: the untouched model's loss, 2.400, is not higher."),
+        ([smoa(), replace(LORA, rows=23)], 3.0, "Only 23 rows are held out"),
+        ([smoa(), replace(LORA, left_out=4)], 3.0, "4 rows on which only some of the runs were scored are left out."),
+        ([smoa(None), LORA], 3.0, "Not compared with lora yet: smoa."),
+        ([smoa()], 3.0, "lora, with which the others are compared, has not run yet."),
+        ([smoa(kept=None), LORA], 3.0, "Take smoa."),
+        (
+            [LORA, smoa(Difference(NAN, NAN, NAN, "worse"), diverged=2)],
+            3.0,
+            "smoa diverged in 2 of 3 runs; lora diverged in 0 of 3 runs.",
+        ),
+    ],
+)
+def test_what_limits_a_verdict_is_part_of_it(results: list[Result], untouched: float, told: str) -> None:
+    assert any(sentence.startswith(told) for sentence in verdict(results, untouched))
+
+
+def test_one_seed_gets_no_advice() -> None:
+    one = Difference(-0.012, -0.02, -0.004, "one seed", p=0.01)
+    (sentence,) = verdict([smoa(one, seeds=[0]), LORA])
+    assert "(one seed, which gives no verdict)" in sentence
+
+
+def test_dpos_loss_is_called_so() -> None:
+    dpo = verdict([smoa(differences={"DPO loss": BETTER}), LORA])
+    assert "smoa's DPO loss is 0.012 lower" in dpo[0]
