@@ -1,33 +1,41 @@
-"""A whole study on a tiny random model: what is run, what is resumed, what is refused, what is reported."""
+"""A whole study on a tiny random model: what it trains, what is resumed, and its numbers by plain transformers and
+PEFT."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from smoa_lab.cli.main import app
-from smoa_lab.study.comparison import Comparison, load_study
-from smoa_lab.study.report import report
-from smoa_lab.study.runner import Runner
-from tests.support import lab
+from smoa_lab.config.run import RunConfig
+from smoa_lab.study import comparison
+from tests.support.own_rows import chats, pairs, rows_base, write_rows
 
-# Not ours: a deprecation between transformers and peft.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # not ours: transformers and peft
+    pytest.mark.usefixtures("quick_pictures"),
+]
+LORA = {"method": "lora", "adapter": {"r": 2, "target_modules": ["q_proj", "v_proj"]}, "learning_rate": 0.003}
 
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A tiny model, and questions in the cache."""
+    """A tiny model, chats, others that are held out, and preferences."""
     room = tmp_path_factory.mktemp("room")
-    lab.tiny_base(room / "base")
-    lab.fill_cache(room / "cache", lab.questions(40, "train"), lab.questions(6, "test"))
+    rows_base(room / "base")
+    write_rows(room / "chats.jsonl", chats(100))
+    write_rows(room / "held-out.jsonl", chats(160)[100:])
+    write_rows(room / "pairs.jsonl", pairs(60))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMOA_CACHE", str(room / "cache"))
         yield room
@@ -35,92 +43,116 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def values(room: Path, tmp_path: Path) -> dict[str, Any]:
-    """Two entries of the same trainable parameters, at one learning rate and seed."""
-    targets = ["q_proj", "v_proj"]
+    """Two entries of the same trainable parameters."""
+    smoa = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}
+    training = {"max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "no", "logging_steps": 1}
     return {
         "folder": str(tmp_path / "study"),
         "shared": {
             "model": {"name": str(room / "base")},
-            "data": {"tasks": ["arc_easy"], "train_examples": 8, "validation_examples": 2},
-            "training": {"max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no", "use_cpu": True},
+            "data": {"train": str(room / "chats.jsonl"), "test": str(room / "held-out.jsonl"), "samples": 2},
+            "forgetting": {"tokens": 128},
+            "training": {**training, "use_cpu": True},
         },
-        "tuning": {"max_runs": 0},
-        "seeds": [0],
+        "tuning": {"max_runs": 3},
+        "seeds": [0, 1],
         "entries": {
-            "ours": {"method": "smoa", "adapter": {"r": 4, "num_blocks": 2, "target_modules": targets}}
-            | {"learning_rate": 0.01, "parameters": 448},
-            "lora": {"method": "lora", "adapter": {"r": 2, "target_modules": targets}}
-            | {"learning_rate": 0.003, "parameters": 448},
+            "ours": {"method": "smoa", "adapter": smoa, "learning_rate": 0.01, "parameters": 448},
+            "lora": {**LORA, "parameters": 448},
         },
+        "keep": "all",
     }
 
 
-def study_file(values: dict[str, Any], tmp_path: Path) -> Path:
+def compare(values: dict[str, Any], tmp_path: Path, *options: str) -> Any:
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False))
-    return file
+    ran = CliRunner().invoke(app, ["compare", str(file), "--json", *options], catch_exceptions=False)
+    assert ran.exit_code == 0, ran.output
+    return json.loads(ran.stdout)
 
 
 def test_a_study_is_run_reported_and_never_run_twice(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = study_file(values | {"tuning": {"max_runs": 3}, "seeds": [0, 1]}, tmp_path)
-    ran = CliRunner().invoke(app, ["compare", str(file), "--json"], catch_exceptions=False)
-    assert ran.exit_code == 0, ran.output
-    rows = {row["entry"]: row for row in json.loads(ran.stdout)}
-    assert rows["ours"]["parameters"] == rows["lora"]["parameters"] == 448
-    assert rows["ours"]["loss_difference"] is None
-    assert rows["lora"]["loss_difference"]["verdict"] in ("better", "same", "worse")
-    assert rows["lora"]["seeds"] == [0, 1]
+    summary = compare(values, tmp_path)
+    entries = {one["entry"]: one for one in summary["entries"]}
+    assert entries["ours"]["parameters"] == entries["lora"]["parameters"] == 448
+    assert entries["lora"]["differences"]["loss"]["verdict"] in ("better", "same", "worse", "open")
+    assert entries["lora"]["forgotten"] is not None
     folder = tmp_path / "study"
-    assert len(list(folder.glob("tuning/*/*.json"))) == 6
-    assert len(list(folder.glob("final/*/*.json"))) == 4
-    for name in ("README.md", "summary.json", "differences.png"):
-        assert (folder / name).stat().st_size > 100
-    assert not list(folder.glob("work/*/*/*"))
-    page = (folder / "index.html").read_text()
-    links = set(re.findall(r'"#((?:tuning|final)/[^"]+)"', page))
-    assert len(links) == 10
-    assert all((folder / f"{name}.json").is_file() and f'id="{name}"' in page for name in links)
-
-    monkeypatch.setattr(Runner, "run", lambda *args: pytest.fail("a finished trial is run again"))
-    Comparison(load_study(file)).run()
+    assert len(list(folder.glob("*/lr-*-seed-100/metrics.json"))) == 6
+    assert len(list(folder.glob("*/lr-*-seed-[01]/adapter/adapter_model.safetensors"))) == 4
+    assert not list(folder.glob("*/lr-*-seed-100/adapter"))
+    assert [set(answers) for answers in summary["answers"]] == [
+        {"Prompt", "Reference", "Untouched", "ours", "lora"}
+    ] * 2
+    monkeypatch.setattr(comparison, "run", lambda config: pytest.fail("a finished run is run again"))
+    assert compare(values, tmp_path) == summary
 
 
-def test_a_killed_trial_is_run_again(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = load_study(study_file(values, tmp_path))
-    whole_run = Runner.run
+def test_a_killed_study_goes_on(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values |= {"tuning": {"max_runs": 0}, "seeds": [0]}
+    whole_run = comparison.run
 
-    def killed(self: Runner, entry: Any, *args: Any) -> dict[str, Any]:
-        if entry.method == "lora":
+    def killed(config: RunConfig) -> dict[str, Any]:
+        if config.method == "lora" and "timing" not in config.folder.parts:
             raise KeyboardInterrupt
-        return whole_run(self, entry, *args)
+        return whole_run(config)
 
-    monkeypatch.setattr(Runner, "run", killed)
-    with pytest.raises(KeyboardInterrupt):
-        Comparison(study).run()
-    assert [row["entry"] for row in report(study).summary] == ["ours"]
-    assert "Not run yet: lora" in (study.folder / "README.md").read_text()
-    monkeypatch.setattr(Runner, "run", whole_run)
-    Comparison(study).run()
-    assert len(report(study).summary) == 2
+    monkeypatch.setattr(comparison, "run", killed)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(values))
+    assert CliRunner().invoke(app, ["compare", str(file)]).exit_code == 130
+    finished = sorted(path.parent.name for path in (tmp_path / "study").glob("*/*/metrics.json"))
+    assert finished == ["lr-1e-2-seed-0"]
+    monkeypatch.setattr(comparison, "run", whole_run)
+    assert len(compare(values, tmp_path)["entries"]) == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--ray-address", "x"], "--ray-address x: must be HOST:PORT"),
-        (["--workers", "2", "--report-only"], "--report-only runs nothing"),
-        (["--only", "ours", "--report-only"], "--report-only runs nothing"),
-        (["--report-only"], "no final run is finished yet"),
-        (["--only", "nobody"], "--only: nobody is neither an entry (ours, lora) nor a budget (all)"),
-        (["--workers", "0"], "greater than or equal to 1"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused_before_any_work(
-    values: dict[str, Any], tmp_path: Path, options: list[str], message: str
+def test_preferences_are_compared(values: dict[str, Any], room: Path, tmp_path: Path) -> None:
+    values["shared"] |= {"data": {"train": str(room / "pairs.jsonl"), "samples": 0}, "trainer": "dpo"}
+    values |= {"tuning": {"max_runs": 0}}
+    summary = compare(values, tmp_path)
+    assert list(summary["entries"][0]["values"]) == ["DPO loss", "margin", "won %"]
+    assert "DPO loss" in summary["verdict"]["all"][0]
+
+
+def plain_losses(run: Path, base: Path, rows: Path) -> tuple[list[float], list[int]]:
+    """The negative log-likelihood of the assistant's tokens of each row, and their number."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter").eval()
+    losses, tokens = [], []
+    for line in rows.read_text().splitlines():
+        encoded = tokenizer.apply_chat_template(
+            json.loads(line)["messages"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = torch.tensor([encoded["input_ids"]]), torch.tensor(encoded["assistant_masks"][1:])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1].double()
+        of_token = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        losses.append(float((of_token * mask).sum()))
+        tokens.append(int(mask.sum()))
+    return losses, tokens
+
+
+def test_difference_and_interval_are_those_of_the_saved_adapters(
+    values: dict[str, Any], room: Path, tmp_path: Path
 ) -> None:
-    refused = CliRunner().invoke(app, ["compare", str(study_file(values, tmp_path)), *options])
-    assert refused.exit_code != 0
-    assert message in refused.output
-    assert not list((tmp_path / "study").glob("*/*"))
+    values |= {"tuning": {"max_runs": 0}, "seeds": [0, 1, 2]}
+    summary = compare(values, tmp_path)
+    reported = next(one["differences"]["loss"] for one in summary["entries"] if one["entry"] == "lora")
+    gaps = []
+    for seed in values["seeds"]:
+        runs = [tmp_path / "study" / f"{name}-seed-{seed}" for name in ("lora/lr-3e-3", "ours/lr-1e-2")]
+        (lora, tokens), (ours, _) = (plain_losses(run, room / "base", room / "held-out.jsonl") for run in runs)
+        gaps.append(np.subtract(lora, ours))
+    count, chance = len(tokens), np.random.default_rng(7)
+    drawn = chance.integers(0, count, (20000, count))
+    of_rows = np.mean(gaps, axis=0)[drawn].sum(axis=1) / np.array(tokens)[drawn].sum(axis=1)
+    of_seeds = np.sum(gaps, axis=1) / sum(tokens)
+    samples = of_rows + chance.standard_t(2, 20000) * of_seeds.std(ddof=1) / 3**0.5
+    low, high = np.percentile(samples, [2.5, 97.5])
+    assert reported["mean"] == pytest.approx(of_seeds.mean(), abs=1e-5)
+    assert reported["low"] == pytest.approx(low, abs=0.1 * (high - low))
+    assert reported["high"] == pytest.approx(high, abs=0.1 * (high - low))

@@ -63,6 +63,7 @@ class WrittenRuns:
         """Of the rows: messages, choices or preference."""
         self.loss: Callable[[RunConfig], float | None] = self.usual_loss
         self.step_seconds = {"smoa": 0.108, "lora": 0.1, "full": 0.2}
+        self.parameters = 1000
         self.digests = {"data": "d", "base": "b", "encoder": "e"}
         self.rows = {"train": 400, "validation": 40, "test": ROWS}
 
@@ -119,7 +120,7 @@ class WrittenRuns:
             "config": portable(config.model_dump(mode="json")),
             "provenance": {"device": "a CPU", "threads": 1, "commit": "c" * 40},
             "digests": dict(self.digests),
-            "parameters": {"trainable": 1000},
+            "parameters": {"trainable": self.parameters},
         }
 
     def _save(self, folder: RunFolder, metrics: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -3,6 +3,8 @@ goes on, and the results are those of one process, bit for bit."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import pickle
 import re
@@ -22,26 +24,27 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from filelock import FileLock
 
 import smoa
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.trust import is_trusted
+from smoa_lab.config.run import RunConfig
 from smoa_lab.study import ray_executor
-from smoa_lab.study.comparison import Comparison, load_study
+from smoa_lab.study.comparison import Comparison, Executor
+from smoa_lab.study.plan import Metrics, prepare
 from smoa_lab.study.ray_executor import (
     Place,
     RayExecutor,
     check_machines,
     connect,
     equal_share,
-    perform,
     result_of,
+    work,
 )
-from smoa_lab.study.study import Study
-from smoa_lab.study.trials import Job, Result, TrialStore
-from tests.support import lab
+from smoa_lab.study.study import Job, Study, load_study
+from smoa_lab.training.run_folder import RunFolder
+from tests.support.own_rows import chats, rows_base, write_rows
 from tests.support.processes import ROOT, environment, free_port
 from tests.support.studies import ADAPTER
 from tests.support.threads import threads
@@ -168,7 +171,7 @@ def machines() -> SimpleNamespace:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("socket.gethostname", lambda: "machine-7")
-    mark = Path("study/work/driver-1")
+    mark = Path("study/.driver-1")
     mark.parent.mkdir(parents=True)
     mark.touch()
     return Place(str(tmp_path), mark)
@@ -204,10 +207,10 @@ def test_a_worker_trusts_what_the_command_trusts(place: Place) -> None:
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a tiny model, questions, and the cache in which they lie."""
+    """A folder with a tiny model and rows."""
     room = tmp_path_factory.mktemp("workers")
-    lab.fill_cache(room / "cache", lab.questions(40, "train"), lab.questions(8, "test"))
-    lab.tiny_base(room / "base")
+    rows_base(room / "base")
+    write_rows(room / "rows.jsonl", chats(60))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMOA_CACHE", str(room / "cache"))
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home folder
@@ -216,14 +219,15 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def study_file(room: Path, name: str) -> Path:
-    """Two entries at two seeds, and the untouched model: five jobs."""
+    """Two entries at two seeds, and the untouched model: five jobs, after three timing runs."""
     training = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "use_cpu": True}
     values = {
         "folder": str(room / name),
         "shared": {
             "model": {"name": str(room / "base")},
-            "data": {"tasks": ["arc_easy"], "train_examples": 16, "validation_examples": 4},
+            "data": {"train": str(room / "rows.jsonl"), "samples": 1},
             "training": training,
+            "forgetting": {"tokens": 64},
         },
         "tuning": {"max_runs": 0},
         "seeds": [0, 1],
@@ -237,20 +241,32 @@ def study_file(room: Path, name: str) -> Path:
     return file
 
 
-def results(study: Study) -> dict[str, dict[str, Any]]:
-    """The finished runs without what differs between two runs of the same: times, and machine."""
-    store = TrialStore(study.folder)
-    runs = {name: store.find(name) or {} for name in store.names()}
-    return {name: {k: v for k, v in run.items() if k not in ("seconds", "provenance")} for name, run in runs.items()}
+def run_study(study: Study, executor: Executor) -> None:
+    with executor:
+        Comparison(study, prepare(study, executor.run_all)).run(executor=executor)
+
+
+def results(study: Study) -> dict[str, Any]:
+    """What the finished runs reached, and the losses of their rows."""
+    folders = [file.parent for file in study.folder.rglob("metrics.json")]
+    return {
+        folder.relative_to(study.folder).as_posix(): (
+            json.loads((folder / "metrics.json").read_text())["evaluation"],
+            gzip.decompress((folder / "rows.jsonl.gz").read_bytes()),
+        )
+        for folder in folders
+    }
 
 
 @pytest.fixture(scope="module")
-def wanted(room: Path) -> dict[str, dict[str, Any]]:
+def wanted(room: Path) -> dict[str, Any]:
     """The runs of one process with one thread."""
     study = load_study(study_file(room, "alone"))
     with threads(1):
-        Comparison(study).run()
-    return results(study)
+        run_study(study, Executor())
+    found = results(study)
+    assert len(found) == 5
+    return found
 
 
 def wait_for(condition: Callable[[], Any], deadline: float = 300.0) -> Any:
@@ -287,39 +303,36 @@ def cluster(room: Path) -> Iterator[str]:
 def test_the_job_of_a_killed_worker_is_run_again_and_all_results_are_those_of_one_process(
     room: Path, two_cores: None, wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = load_study(study_file(room, "killed"))
-    name, mark = "final/ours/lr-0.01-seed-0", room / "worker"
+    study, mark = load_study(study_file(room, "killed")), room / "worker"
 
-    def held(study: Study, place: Place, job: Job, threads: int) -> Result:
+    def held(place: Place, threads: int, job: Job, config: RunConfig) -> Metrics | None:
         """What a worker does; the first one at the job stays in it, holding its lock, until it is killed."""
-        if job.name == name and not mark.exists():
-            with FileLock(TrialStore(study.folder)._lock(name)):
+        if job.name == "ours/lr-1e-2-seed-0" and not mark.exists():
+            with RunFolder(config.folder).alone():
                 write_whole(mark, str(os.getpid()))
                 time.sleep(3600)
-        return perform(study, place, job, threads)
+        return work(place, threads, job, config)
 
     def kill() -> None:
         wait_for(mark.exists)
         psutil.Process(int(mark.read_text())).kill()
 
-    monkeypatch.setattr(ray_executor, "perform", held)
+    monkeypatch.setattr(ray_executor, "work", held)
     thread = Thread(target=kill)
     thread.start()
-    with RayExecutor(study, workers=2) as executor:
-        Comparison(study).run(executor=executor)
+    run_study(study, RayExecutor(study, workers=2))
     thread.join()
     assert mark.exists()
     assert results(study) == wanted
-    assert not list((study.folder / "work").glob("driver-*"))
+    assert not list(study.folder.glob(".driver-*"))
 
 
 @pytest.mark.slow  # half a minute on an idle machine
 def test_workers_of_a_cluster_get_the_results_of_one_process(room: Path, cluster: str, wanted: dict[str, Any]) -> None:
     study = load_study(study_file(room, "beside"))
-    with RayExecutor(study, workers=2, address=cluster) as executor:
-        Comparison(study).run(executor=executor)
+    run_study(study, RayExecutor(study, workers=2, address=cluster))
     assert results(study) == wanted
-    assert not list((study.folder / "work").glob("driver-*"))
+    assert not list(study.folder.glob(".driver-*"))
 
 
 @pytest.mark.slow  # on a busy machine the study may end before the signal comes
@@ -330,7 +343,7 @@ def test_ctrl_c_ends_all_processes_and_the_study_goes_on_from_there(room: Path, 
     driver = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    wait_for(lambda: list(study.folder.glob("*/*/*.json")) or driver.poll())
+    wait_for(lambda: list(study.folder.glob("*/lr-*/metrics.json")) or driver.poll())
     started = psutil.Process(driver.pid).children(recursive=True)
     os.killpg(driver.pid, signal.SIGINT)
     _, told = driver.communicate(timeout=60)
@@ -341,11 +354,10 @@ def test_ctrl_c_ends_all_processes_and_the_study_goes_on_from_there(room: Path, 
     assert [line for line in lines if not re.match(r"\d\d:\d\d:\d\d \S", line)] == []  # nothing of Ray's own
     assert 0 < len(results(study)) < len(wanted)
     with threads(1):
-        Comparison(study).run()
+        run_study(study, Executor())
     assert results(study) == wanted
 
 
 def test_a_study_that_is_finished_starts_no_cluster(room: Path, wanted: dict[str, Any]) -> None:
     study = load_study(study_file(room, "alone"))
-    with RayExecutor(study, workers=2, address="nowhere:1") as executor:
-        Comparison(study).run(executor=executor)
+    run_study(study, RayExecutor(study, workers=2, address="nowhere:1"))

@@ -1,0 +1,179 @@
+"""The studies that commands write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from smoa.errors import ConfigError
+from smoa_lab.cli.main import app
+from smoa_lab.config.methods import method_names
+from smoa_lab.config.run import adapter_rate, check_config
+from smoa_lab.study import first
+from smoa_lab.study.first import TIMES_LORA, first_study, tuning_study
+from smoa_lab.study.study import Study, load_study
+from tests.support.own_rows import chats, rows_base, write_rows
+from tests.support.studies import WrittenRuns
+
+
+@pytest.fixture
+def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: WrittenRuns) -> Path:
+    """A working folder with a tiny model and chats."""
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(first, "inputs", written.inputs)
+    monkeypatch.chdir(tmp_path)
+    written.parameters = 7424  # of LoRA with r = 8
+    rows_base(tmp_path / "base")
+    write_rows(tmp_path / "chats.jsonl", chats(100))
+    return tmp_path
+
+
+def smoa(*words: str, code: int = 0) -> Any:
+    ran = CliRunner().invoke(app, list(words), catch_exceptions=False)
+    assert ran.exit_code == code, ran.output
+    return ran
+
+
+def test_a_first_study_has_entries_of_equal_size_and_all_that_it_decides(room: Path, written: WrittenRuns) -> None:
+    written.rows["train"] = 80
+    study = first_study("base", "chats.jsonl", ["smoa", "lora", "hira"])
+    assert study.folder == Path("studies/chats")
+    training = study.shared["training"]
+    assert (training["max_steps"], training["per_device_train_batch_size"]) == (30, 8)
+    assert study.shared["data"]["train"] == "chats.jsonl"
+    ours, lora, hira = study.entries.values()
+    assert lora.adapter == {"target_modules": "all-linear", "r": 8, "lora_alpha": 16}
+    assert ours.adapter == {"target_modules": "all-linear", "num_blocks": 4, "r": 32, "alpha": 64}
+    assert lora.parameters is not None
+    for other in (ours, hira):
+        assert 0.85 <= (other.parameters or 0) / lora.parameters <= 1.02
+    rate = adapter_rate(1000)
+    assert [entry.learning_rate for entry in (ours, lora, hira)] == [rate, rate, 10 * rate]
+    assert (study.references, study.seeds, study.keep) == (["lora"], [0, 1, 2], "best")
+    written.rows["train"] = 4000
+    assert first_study("base", "chats.jsonl", seeds=2).shared["training"]["max_steps"] == 300
+
+
+def test_changes_are_laid_over_it(room: Path) -> None:
+    changes = ["folder=studies/mine", "shared.data.samples=3", "tuning.max_runs=3"]
+    study = first_study("base", "chats.jsonl", changes=changes)
+    assert (study.folder, study.shared["data"]["samples"], study.tuning.max_runs) == (Path("studies/mine"), 3, 3)
+
+
+@pytest.mark.parametrize("method", ["full", "ln_tuning"])
+def test_a_method_that_cannot_have_so_many_parameters_is_refused_by_name(method: str, room: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"--methods: {method} can't have the [0-9,]+ parameters of lora:8 \("):
+        first_study("base", "chats.jsonl", ["lora", method])
+
+
+def test_every_start_rate_has_its_source_and_is_of_a_method_that_there_is() -> None:
+    assert set(TIMES_LORA) <= set(method_names())
+    for _, source in TIMES_LORA.values():
+        place = source.partition("studies/")[2].partition(",")[0]
+        assert "PEFT" in source or (Path(__file__).parents[4] / "studies" / place).exists()
+
+
+def test_the_command_writes_a_study_runs_it_and_goes_on_with_it(room: Path, written: WrittenRuns) -> None:
+    words = ["compare", "--model", "base", "--data", "chats.jsonl"]
+    ran = smoa(*words)
+    assert "smoa's loss is" in ran.stdout
+    assert "Take smoa: studies/chats/smoa/lr-" in ran.stdout
+    assert ran.stdout.splitlines()[-1] == "Page, table and runs: studies/chats"
+    assert "longest search" in ran.stderr
+    file, number = room / "studies" / "chats" / "study.yaml", len(written.ran)
+    for again in (words, ["compare", str(file)], ["compare", str(file), "--report-only"]):
+        assert smoa(*again).stdout == ran.stdout
+    assert len(written.ran) == number
+    other = smoa("compare", "--model", "base", "--data", "chats.jsonl", "--parameters", "lora:4", code=1)
+    assert "studies/chats/study.yaml: says otherwise" in other.stderr
+    assert "use a new folder (folder=studies/NAME)" in other.stderr
+    smoa("compare", "--model", "base", "--data", "chats.jsonl", "--seeds", "2", "folder=studies/two", "--json")
+    assert len(list((room / "studies" / "two").glob("*/lr-*-seed-[01]"))) == 4
+
+
+def test_an_entry_that_is_added_to_the_file_is_run_beside_the_others(room: Path, written: WrittenRuns) -> None:
+    smoa("compare", "--model", "base", "--data", "chats.jsonl")
+    file = room / "studies" / "chats" / "study.yaml"
+    values = yaml.safe_load(file.read_text())
+    values["entries"]["again"] = values["entries"]["lora"]
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    number = len(written.ran)
+    assert "again" in smoa("compare", str(file)).stdout
+    assert len([path for path in written.ran[number:] if "again" in path]) == 1 + 5 + 3
+    values["shared"]["training"]["max_steps"] = 7
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    assert "shared.training.max_steps: 150, now 7" in smoa("compare", str(file), code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--report-only", "--workers", "2"], "--report-only runs nothing"),
+        (["--report-only"], "nothing has run yet"),
+        (["--only", "nobody"], "--only: nobody is neither an entry (smoa, lora) nor a budget (all)"),
+        (["--ray-address", "x"], "--ray-address x: must be HOST:PORT"),
+        (["--methods", "smoa,nobody"], "there is no method 'nobody'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_any_work(
+    words: list[str], told: str, room: Path, written: WrittenRuns
+) -> None:
+    assert told in smoa("compare", "--model", "base", "--data", "chats.jsonl", *words, code=1).stderr
+    assert written.ran == []
+
+
+@pytest.mark.parametrize("words", [[], ["--model", "base"], ["study.yaml", "--model", "base", "--data", "x"]])
+def test_a_comparison_is_of_a_file_or_of_a_model_and_data(words: list[str], room: Path) -> None:
+    assert "give the YAML file of a study, or both --model and --data" in smoa("compare", *words, code=1).stderr
+
+
+def run_file(room: Path, **training: Any) -> Path:
+    values = {
+        "model": {"name": "base"},
+        "method": "lora",
+        "adapter": {"r": 2, "target_modules": ["q_proj"]},
+        "data": {"train": "chats.jsonl"},
+        "training": {"output_dir": "runs/own", "max_steps": 30, "seed": 3, "use_cpu": True, **training},
+    }
+    (room / "own.yaml").write_text(yaml.safe_dump(values))
+    return room / "own.yaml"
+
+
+def test_tune_is_a_study_of_one_entry_without_final_runs(room: Path, written: WrittenRuns) -> None:
+    file = run_file(room, learning_rate=0.0017)
+    ran = smoa("tune", str(file))
+    assert ran.stdout.splitlines()[-1] == "  learning_rate: 1.7e-3"
+    assert [line.split()[0] for line in ran.stdout.splitlines()[1:6]] == [
+        "5.4e-4",
+        "9.6e-4",
+        "1.7e-3",
+        "3e-3",
+        "5.4e-3",
+    ]
+    folder = room / "runs" / "own-tuning"
+    assert [path.parent.name for path in folder.glob("lora/*/adapter")] == ["lr-1.7e-3-seed-3"]
+    number = len(written.ran)
+    assert '"interior": true' in smoa("tune", str(file), "--json").stdout
+    assert len(written.ran) == number
+    smoa("compare", str(folder / "study.yaml"), "seeds=[0,1]")  # goes on with it
+    assert len(list(folder.glob("lora/lr-1.7e-3-seed-[01]"))) == 2
+
+
+def test_tune_starts_at_the_rate_of_the_models_size_and_tries_as_many_as_it_may(
+    room: Path, written: WrittenRuns
+) -> None:
+    study: Study = tuning_study(check_config(yaml.safe_load(run_file(room).read_text())), max_runs=3)
+    assert study.entries["lora"].learning_rate == adapter_rate(1000)
+    assert study.seeds == []
+    smoa("tune", str(run_file(room)), "--max-runs", "3")
+    assert len(list((room / "runs" / "own-tuning").glob("lora/lr-*"))) == 3
+    assert load_study(room / "runs" / "own-tuning" / "study.yaml").tuning.max_runs == 3
+
+
+def test_a_search_that_ends_at_its_edge_says_to_go_on_from_there(room: Path, written: WrittenRuns) -> None:
+    written.loss = lambda config: -float(config.training["learning_rate"])
+    assert "The best lies at the edge of what was tried" in smoa("tune", str(run_file(room))).stdout
