@@ -154,7 +154,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> WrittenRuns:
     monkeypatch.setattr(comparison, "POLL_SECONDS", 0.005)
     monkeypatch.setattr(plan, "inputs", runs.inputs)
     monkeypatch.setattr(plan, "empty_model", lambda model: None)
-    monkeypatch.setattr(plan, "check_adapter", lambda model, method, adapter: None)
+    monkeypatch.setattr(plan, "check_adapter", lambda model, wanted: None)
     return runs
 
 

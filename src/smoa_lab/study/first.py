@@ -25,7 +25,7 @@ from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, check_confi
 from smoa_lab.config.yaml_text import apply_overrides
 from smoa_lab.init import file_for, first_values
 from smoa_lab.study.study import Study, Tuning, checked_study
-from smoa_lab.training.run import inputs
+from smoa_lab.training.loaded_run import inputs
 
 METHODS = ("smoa", "lora")
 STEPS, PASSES, BATCH = 300, 3, 8

@@ -28,7 +28,7 @@ from smoa_lab.pages.tables import Table
 from smoa_lab.study.search import rate_text
 from smoa_lab.study.study import Job, Stage, Study, load_study
 from smoa_lab.training.adapting import check_adapter
-from smoa_lab.training.run import inputs
+from smoa_lab.training.loaded_run import inputs
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,8 @@ def prepare(study: Study, run_all: RunAll | None, minutes: float | None = None, 
             return plan
         new = {name: config for name, config in configs.items() if plan is None or name not in plan.entries}
         for config in new.values():
-            check_adapter(empty_model(config.model), config.method, config.adapter)
+            if (wanted := config.peft_config()) is not None:
+                check_adapter(empty_model(config.model), wanted)
         timed = timing_runs(study, new, run_all, rehearses=plan is None and bool(study.seeds)) if new else {}
         timings = {job.entry: timing_of(run) for job, run in timed.items() if job.stage == "timing"}
         check_parameters(study, timings)
