@@ -123,7 +123,7 @@ def first_study(
         }
     values = {
         "folder": f"studies/{file_for(data).stem}",
-        "shared": {"model": run["model"], "data": run["data"], "training": {**kept, **training}},
+        "shared": {**{key: run[key] for key in ("model", "trainer", "data")}, "training": {**kept, **training}},
         "entries": entries,
         "references": [name for name in entries if name == "lora"],
         "tuning": Tuning().model_dump(),

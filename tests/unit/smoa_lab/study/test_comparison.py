@@ -138,6 +138,7 @@ def slow(written: WrittenRuns, monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
 
 
 def test_two_drivers_share_a_study_and_run_no_job_twice(study: Study, slow: list[tuple[str, str]]) -> None:
+    study.config("ours")  # imports TRL, which two threads can't do at once
     drivers = [Thread(target=lambda: compared(study).run(), name=name) for name in "ab"]
     for driver in drivers:
         driver.start()
