@@ -34,6 +34,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Format | None]] = {
     "a prompt beside messages": ({"prompt": "a", "messages": []}, "messages"),
     "null": ({"messages": None}, "messages"),
     "prompt": ({"prompt": "a", "completion": "b"}, "prompt"),
+    "choices": ({"prompt": "a", "choices": [], "label": 0, "completion": "b"}, "choices"),
     "preference": ({"chosen": "a", "rejected": "b"}, "preference"),
     "preference with a prompt": ({"prompt": "", "chosen": "a", "rejected": "b"}, "preference"),
     "alpaca": ({"instruction": "a", "output": "b"}, "alpaca"),
@@ -141,6 +142,53 @@ def test_a_preference_has_three_parts_of_one_kind(row: dict[str, Any], preferenc
     assert shaped(row) == preference
 
 
+QUESTION = {"prompt": " Open? ", "choices": ["Yes.", " No."], "label": 1}
+CHOSEN = Row((USER_TURN,), (OTHER_TURN,), choices=("Yes.", "No."), label=1)
+LISTED: dict[str, Any] = {
+    "a number": {},
+    "a text": {"label": "No. "},
+    "as CSV has them": {"choices": '["Yes.", "No."]', "label": "1"},
+    "turns": {"prompt": [USER]},
+    "an id": {"id": "7", "source": None, "part": "mine"},
+}
+
+
+@pytest.mark.parametrize("changes", LISTED.values(), ids=LISTED)
+def test_a_row_with_choices_is_a_conversation_that_the_right_one_answers(changes: dict[str, Any]) -> None:
+    assert shaped(QUESTION | changes) == CHOSEN
+
+
+@pytest.mark.parametrize(
+    ("choices", "label", "expected"),
+    [
+        (["2", "3", "1"], 1, 1),  # beside texts a JSON number is the choice's number alone
+        (["2", "3", "1"], "0", 0),  # the text of none
+        (["2", "3", "1"], "3", 1),  # the number of none
+        (["0", "1"], "1", 1),  # both ways the same
+        (["x", "y", "y"], "y", 1),
+        ([0.5, 2], "2", 1),
+        (["2", "3", "1"], "1", "the text of one choice and the number of another"),
+        *((["x", "y"], label, "expected the number of a choice") for label in (2, -1, 1.5, "z", " ", None, True, [1])),
+    ],
+)
+def test_a_label_is_the_number_of_a_choice_or_its_text_and_refused_where_it_is_both_or_neither(
+    choices: list[Any], label: object, expected: int | str
+) -> None:
+    row = {"prompt": "Which?", "choices": choices, "label": label}
+    if isinstance(expected, int):
+        assert shaped(row).label == expected
+    else:
+        assert fault(row).field == "label"
+        assert expected in fault(row).problem
+
+
+def test_a_row_of_any_format_may_name_its_part() -> None:
+    for row in ({"text": "a"}, QUESTION, {"messages": [USER, ANSWER]}):
+        assert shaped(row | {"part": "test"}).part == "test"
+        for other in (None, "dev", ["test"], 3):
+            assert shaped(row | {"part": other}).part is None
+
+
 def test_a_column_that_would_be_dropped_is_refused_unless_it_is_empty() -> None:
     row = {"messages": [USER, ANSWER]}
     for column in ("tools", "image", "images", "system", "history"):
@@ -241,7 +289,7 @@ SHAREGPT: list[tuple[Any, str, str]] = [
     ([{"from": "human", "value": 3}], "[0].value", "expected text"),
 ]
 COLUMNS: list[tuple[dict[str, Any], str | None, str]] = [
-    ({}, None, "messages; prompt and completion"),
+    ({}, None, "messages; prompt and choices and label; prompt and completion"),
     ({"Text": "a"}, None, "'Text'"),
     ({f"a{i}": i for i in range(99)}, None, "columns"),
     ({"text": None}, "text", "expected text"),
@@ -260,6 +308,13 @@ COLUMNS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"chosen": CHAT, "rejected": [{**USER, "content": "Hi"}, OTHER]}, "chosen[0]", "assistant turn"),
     ({"chosen": CHAT, "rejected": [USER]}, "rejected", "no assistant turn"),
     ({"prompt": [USER], "chosen": CHAT, "rejected": [USER, OTHER]}, "chosen[0]", "alternation"),
+    ({**QUESTION, "prompt": " "}, "prompt", "blank"),
+    ({**QUESTION, "prompt": CHAT}, "prompt[1]", "assistant.*user"),
+    ({**QUESTION, "choices": "Yes.|No."}, "choices", "in CSV as JSON"),
+    ({**QUESTION, "choices": ["Yes."]}, "choices", "2 to 26"),
+    ({**QUESTION, "choices": [f"{i}" for i in range(27)]}, "choices", "2 to 26"),
+    ({**QUESTION, "choices": ["Yes.", " "]}, "choices[1]", "blank"),
+    ({**QUESTION, "tools": ["a"]}, "tools", "SFTTrainer"),
 ]
 BAD = [({"messages": value}, f"messages{place}", words) for value, place, words in TURNS]
 BAD += [({"conversations": value}, f"conversations{place}", words) for value, place, words in SHAREGPT]
