@@ -164,7 +164,7 @@ def _label(value: object, choices: list[str]) -> int:
     """The number of the right choice: an integer from 0, or the text of that choice; what a CSV has of either."""
     if isinstance(value, str) and value.strip() in choices:
         number = choices.index(value.strip())
-        if value.strip().isdecimal() and int(value) != number:
+        if value.strip().isdecimal() and number != int(value) < len(choices):
             problem = f"found {shown(value)}, the text of one choice and the number of another"
             raise BadRow("label", f"{problem}; expected a number without quotes, in JSON lines")
         return number
