@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from smoa import ConfigError
 from smoa_lab.config.run import check_config
-from smoa_lab.data.encoding import Encoder, Tokens
+from smoa_lab.data.chat_templates import set_chat_template
+from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.formats import recognize, shape
 from smoa_lab.training.run import run
 from tests.support import golden
@@ -64,14 +65,20 @@ def test_rows_become_the_same_tokens(format: str, template: str) -> None:
     expected = golden.tokens()
     for way, settings in ENCODERS.items():
         encoder = Encoder(tokenizer, **settings)
-        assert [_plain(encoder.encode(row)) for row in rows] == expected[f"{format} {template}{way}"]
+        assert [golden.plain(encoder.encode(row)) for row in rows] == expected[f"{format} {template}{way}"]
         if format == "preference" and not way:
-            worse = [_plain(encoder.encode(row, rejected=True)) for row in rows]
+            worse = [golden.plain(encoder.encode(row, rejected=True)) for row in rows]
             assert worse == expected[f"{format} {template} rejected"]
 
 
-def _plain(tokens: Tokens) -> list[list[int]]:
-    return [tokens.input_ids, tokens.labels]
+def test_rows_with_choices_become_the_same_tokens_in_alpacas_template() -> None:
+    """Under a chat template BOS is what the template says, and an answer ends as its turns do: those tokens differ."""
+    tokenizer = tokenizer_with(None)
+    set_chat_template(tokenizer, "alpaca")
+    encoder = Encoder(tokenizer, 256)
+    rows = [shape(row, recognize(row)) for row in golden.questions(golden.ROWS)]
+    tokens = [[golden.plain(encoder.encode(row)), list(map(golden.plain, encoder.choices(row)))] for row in rows]
+    assert tokens == golden.tokens()["questions plain alpaca text"]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -79,11 +86,9 @@ def test_a_run_learns_as_it_did(name: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     known, threads = LOSSES[name], torch.get_num_threads()
     settings, format = known["config"], known["config"]["format"]
-    rows = golden.rows(format, 64)
-    if format == "questions":  # a context was a column of its own
-        rows = [row | {"prompt": f"{row['context']}\n{row['prompt']}".strip()} for row in rows]
+    rows = golden.questions(64) if format == "questions" else golden.rows(format, 64)
     parts = {"train": rows[:48], "test": rows[48:]}
-    if format == "questions":  # and they were shuffled twice
+    if format == "questions":  # which were shuffled twice
         for _ in range(2):
             random.Random(0).shuffle(parts["train"])
     files = {part: str(write_rows(tmp_path / f"{part}.jsonl", own)) for part, own in parts.items()}

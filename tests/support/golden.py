@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from smoa_lab.data.encoding import Tokens
 from tests.support import tiny_mixtures, tiny_models
 from tests.support.lab import saved, tiny_llama
 from tests.support.own_rows import PLAIN, tokenizer_with
@@ -123,6 +124,16 @@ def rows(format: str, count: int = ROWS) -> list[dict[str, Any]]:
         return {"prompt": asked, "choices": choices, "label": draw.randrange(3), "context": words(0, 6)}
 
     return [row(number) for number in range(count)]
+
+
+def questions(count: int) -> list[dict[str, Any]]:
+    """Rows with choices. A context was a column of its own."""
+    return [row | {"prompt": f"{row['context']}\n{row['prompt']}".strip()} for row in rows("questions", count)]
+
+
+def plain(tokens: Tokens) -> list[list[int]]:
+    """As the golden files have them."""
+    return [tokens.input_ids, tokens.labels]
 
 
 def tokens() -> dict[str, list[Any]]:

@@ -4,38 +4,47 @@ own."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
-from smoa.errors import DataError
-from smoa_lab.data.encoding import Encoder, Tokens
-from smoa_lab.data.named import SETS, read_set
-from smoa_lab.data.tasks import find_task, select
+from smoa_lab.data.chat_templates import set_chat_template
+from smoa_lab.data.encoding import IGNORED, Encoder, Tokens
+from smoa_lab.data.files import HubSource, find_sources
+from smoa_lab.data.formats import BadRow, recognize, shape
+from smoa_lab.data.named import DEMO, SETS
+from smoa_lab.data.prepared import Reading, Sizes
+from smoa_lab.data.rows import PARTS
 from tests.support import golden
-from tests.support.own_rows import PLAIN, tokenizer_with
+from tests.support.own_rows import tokenizer_with
 
 ON_HUB: dict[str, list[dict[str, Any]]] = json.loads((golden.GOLDEN / "hub.json").read_text())
+SPLITS = dict.fromkeys(SETS, "validation") | dict.fromkeys(
+    ("arc_easy", "arc_challenge", "openbookqa", "gsm8k"), "test"
+)
 
 
-def hub_of(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]] | Exception) -> list[tuple[Any, ...]]:
-    """The Hub has these rows in every split, or raises; what it was asked for."""
-    asked: list[tuple[Any, ...]] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What the Hub was asked for, which has rows of every set in every split."""
+    calls: list[tuple[Any, ...]] = []
 
-    def load(*names: str | None, split: str) -> list[dict[str, Any]]:
-        asked.append((*names, split))
-        if isinstance(rows, Exception):
-            raise rows
-        return rows
+    def load(path: str, config: str | None, *, split: str, **_: Any) -> Iterator[dict[str, Any]]:
+        calls.append((path, config, split))
+        return iter(next(ON_HUB[name] for name, of in SETS.items() if (of.path, of.config) == (path, config)))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    return asked
+    return calls
 
 
-def plain(tokens: Tokens) -> list[list[int]]:
-    return [tokens.input_ids, tokens.labels]
+def alpaca_encoder(max_length: int | None) -> Encoder:
+    tokenizer = tokenizer_with(None)
+    set_chat_template(tokenizer, "alpaca")
+    return Encoder(tokenizer, max_length)
 
 
 def test_the_golden_files_have_every_set() -> None:
@@ -43,53 +52,54 @@ def test_the_golden_files_have_every_set() -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_the_rows_of_a_set_become_the_same_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub_of(monkeypatch, ON_HUB[name])
-    encoder = Encoder(tokenizer_with(PLAIN), 256)
-    rows = read_set(name, "train")
-    assert [plain(encoder.encode(row)) for row in rows] == golden.tokens()[f"set {name}"]
-    assert all(bool(row.choices) == (name != "gsm8k") and bool(row.context) == (name == "boolq") for row in rows)
+def test_the_rows_of_a_set_become_the_same_tokens(name: str, asked: list[Any]) -> None:
+    """Nothing differs in Alpaca's template: a request in words, such as WinoGrande's, or BoolQ's passage are part of
+    the prompt now, and GSM8K's answers are turns of conversations."""
+    train, test = find_sources(name)
+    assert test is not None
+    rows = [shape(row, recognize(row)) for _, row in train.rows() if isinstance(row, dict)]
+    assert [golden.plain(alpaca_encoder(256).encode(row)) for row in rows] == golden.tokens()[f"set {name}"]
+    assert all(bool(row.choices) == (name != "gsm8k") for row in rows)
+    assert len(list(test.rows())) == len(rows)
+    place = SETS[name].path, SETS[name].config
+    assert asked == [(*place, "train"), (*place, SPLITS[name])]
 
 
-def test_a_split_of_the_hub_is_asked_for_by_the_name_that_it_has_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = hub_of(monkeypatch, [])
-    for name in ("winogrande", "gsm8k"):
-        for part in ("train", "test"):
-            read_set(name, part)
-    assert asked == [
-        *(("allenai/winogrande", "winogrande_xl", split) for split in ("train", "validation")),
-        *(("openai/gsm8k", "main", split) for split in ("train", "test")),
-    ]
+def test_a_row_of_the_hub_without_its_column_is_bad() -> None:
+    ((_, row),) = _parsed("piqa", {"text": "x"})
+    assert isinstance(row, BadRow)
+    assert str(row) == "KeyError('goal'); the row has ['text']"
 
 
-def test_a_row_without_its_column_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub_of(monkeypatch, [{"text": "x"}])
-    with pytest.raises(DataError, match=r"piqa, the Hub's row 0: KeyError\('goal'\); the row has \['text'\]"):
-        read_set("piqa", "train")
+def _parsed(name: str, row: dict[str, Any]) -> list[Any]:
+    source, _ = find_sources(name)
+    assert isinstance(source, HubSource)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda *_, **__: iter([row]))
+        return list(source.rows())
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no route to host"), RuntimeError("Dataset scripts are no longer")])
-def test_a_hub_that_does_not_give_a_set_is_named_with_what_to_do(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
+def test_the_demos_rows_are_those_of_the_commit_in_order_and_part_by_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub_of(monkeypatch, error)
-    with pytest.raises(DataError, match=rf"gsm8k: openai/gsm8k .*Hub \({type(error).__name__}.*data\.files"):
-        read_set("gsm8k", "train")
-
-
-def test_the_demos_rows_are_those_of_the_commit_in_order_and_part_by_part() -> None:
+    """Its digests are of rows of at most 96 tokens, and long questions lost their head then, and now the end."""
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
     expected = json.loads((golden.GOLDEN / "demo.json").read_text())
-    chosen = select({"csqa-demo": find_task("csqa-demo")}, {})
-    encoder = Encoder(tokenizer_with(None), 96)
-    for part, rows in {"train": chosen.train, "validation": chosen.validation, "test": chosen.test}.items():
-        tokens = [[plain(encoder.encode(row)), [plain(choice) for choice in encoder.choices(row)]] for row in rows]
+    encoder = alpaca_encoder(None)
+    train, test = find_sources(DEMO)
+    assert test is None
+    prepared = Reading([train], [], None, Sizes(), encoder).prepare()
+    few = Reading([train], [], None, Sizes(5, 0, 2), encoder).prepare()
+
+    def cut(tokens: Tokens) -> list[list[int]]:
+        prompt, answer = tokens.prompt, tokens.answer[:95]
+        prompt = prompt[:1] + prompt[1:][max(0, len(prompt + answer) - 96) :]
+        return [prompt + answer, [IGNORED] * len(prompt) + answer]
+
+    for part, first in zip(PARTS, (5, 0, 2), strict=True):
+        rows = prepared.rows(part)
+        tokens = [[cut(encoder.encode(row)), [cut(choice) for choice in encoder.choices(row)]] for row in rows]
         digest = sha256(json.dumps(tokens).encode()).hexdigest()
-        assert {"rows": len(rows), "first": rows[0].prompt, "sha256": digest} == expected[part]
-
-
-def test_fewer_of_the_demos_rows_are_the_first_ones_and_they_stand_alone() -> None:
-    task = find_task("csqa-demo")
-    chosen = select({"csqa-demo": task}, {"train": 5, "validation": 0, "test": 2}, seed=1)
-    assert (chosen.train, chosen.validation, chosen.test) == (task.read("train")[:5], [], task.read("test")[:2])
-    with pytest.raises(DataError, match=r"data\.tasks: csqa-demo has its own parts and order, and stands alone"):
-        select({"csqa-demo": task, "piqa": find_task("piqa")}, {})
+        asked: Any = rows[0].prompt[0]
+        assert {"rows": len(rows), "first": asked.content, "sha256": digest} == expected[part]
+        assert few.rows(part) == rows[:first]
