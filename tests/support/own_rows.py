@@ -31,7 +31,10 @@ MARKED = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TRIMMED = "{% for message in messages %}{{ message.role + ': ' + message.content | trim + '\n' }}{% endfor %}"
+TRIMMED = (
+    "{% for message in messages %}{{ message.role + ': ' + message.content | trim + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 """Nothing closes a turn but the line's end."""
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + PLAIN
 

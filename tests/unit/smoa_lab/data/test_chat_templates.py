@@ -7,13 +7,13 @@ from transformers import GenerationConfig
 
 from smoa.errors import ConfigError
 from smoa_lab.data.chat_templates import (
+    ALPACA,
     alpaca,
     saved_chat_template,
     set_chat_template,
     stop_at_turns_end,
     training_template,
 )
-from smoa_lab.data.rows import ALPACA
 from tests.support.lab import byte_tokenizer
 from tests.support.own_rows import (
     MARKED,
@@ -77,7 +77,7 @@ def test_a_file_that_is_no_template_is_one_clear_error(content: bytes | None, pr
         file.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         set_chat_template(tokenizer_with(None), str(file))
-    assert str(caught.value).startswith(f"data.chat_template: {file}")
+    assert str(caught.value).startswith(f"data.template: {file}")
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -116,7 +116,7 @@ def test_the_template_beside_an_adapter_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
-def test_alpaca_puts_a_question_as_tasks_do(adds_bos: bool) -> None:
+def test_alpaca_puts_a_question_as_the_reference_does(adds_bos: bool) -> None:
     tokenizer = byte_tokenizer(adds_bos)
     tokenizer.chat_template = alpaca(tokenizer)
     asked = tokenizer.apply_chat_template(chat("Open?"), tokenize=False)

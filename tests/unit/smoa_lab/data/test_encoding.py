@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 import trl
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.data.chat_templates import alpaca
-from smoa_lab.data.encoding import IGNORED, Encoder, Tokens, trained_pieces
+from smoa_lab.data.encoding import Encoder, Tokens, trained_pieces
 from smoa_lab.data.formats import recognize, shape
-from smoa_lab.data.rows import Row, candidates, choice_question, gold_response, instruction, question
-from tests.support import lab
+from smoa_lab.data.rows import AnswerStyle, Row
+from tests.support.lab import byte_tokenizer
 from tests.support.own_rows import MARKED, PLAIN, STRICT, TRIMMED, chat, tiny_chat_model, tokenizer_with, trl_template
 
 CLOSING = {
@@ -82,21 +80,15 @@ def test_an_answer_that_the_template_trims_is_found() -> None:
         assert trained(Encoder(tokenizer_with(TRIMMED)), {"messages": talk}) == [answer.strip()] * 2
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        PLAIN.replace("message.content", "message.content.upper()"),
-        PLAIN.replace("message.content", "message.content[:2]"),
-        PLAIN.replace("message.content", "(message.content + message.content)"),
-        "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% endif %}{% endfor %}",
-    ],
-    ids=["other letters", "shortened", "twice", "left out"],
-)
-def test_a_template_that_changes_what_is_said_is_refused(template: str) -> None:
+def test_a_template_that_changes_what_was_said_before_is_refused() -> None:
+    last = "message.content if loop.last or message.role != 'assistant' else '…'"
+    encoder = Encoder(tokenizer_with(PLAIN.replace("message.content", f"({last})")))
     row = {"messages": chat("Open?", "Yes.", "Today?", "No.")}
-    with pytest.raises(DataError, match=r"template changes what is said.*assistant_only_loss: false"):
-        trained(Encoder(tokenizer_with(template)), row)
-    assert len(trained(Encoder(tokenizer_with(template), assistant_only=False), row)) == 1
+    with pytest.raises(DataError, match=r"changes what was said before.*assistant_only_loss: false"):
+        trained(encoder, row)
+    assert trained(encoder, {"messages": chat("Open?", "Yes.")}) == ["Yes.<|im_end|>"]
+    encoder.assistant_only = False
+    assert len(trained(encoder, row)) == 1
 
 
 def test_a_template_that_refuses_a_row_says_so_in_one_line() -> None:
@@ -107,22 +99,16 @@ def test_a_template_that_refuses_a_row_says_so_in_one_line() -> None:
 
 
 def test_a_model_without_a_template_takes_no_conversations() -> None:
-    with pytest.raises(ConfigError, match=r"data.chat_template: this model has no chat template.*alpaca"):
+    with pytest.raises(ConfigError, match=r"data.template: this model has no chat template.*alpaca"):
         Encoder(tokenizer_with(None)).encode(example_of({"messages": chat("Open?", "Yes.")}))
 
 
-def test_a_token_across_the_beginning_of_an_answer_is_trained() -> None:
-    """A template that ends in a blank: the first word of an answer is one token with it."""
-    words = ["[UNK]", "user:", " Open?", "assistant:", " Yes.", " No.", "\n"]
-    found = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
-    found.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
-    found.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "merged_with_next")]
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=found, unk_token="[UNK]")
+def test_a_template_whose_last_blank_is_one_token_with_the_answer_is_refused() -> None:
+    tokenizer = byte_tokenizer(merges=[("\u0120", "Y")])  # a blank and Y
     tokenizer.chat_template = TRIMMED
-    tokens = Encoder(tokenizer).encode(example_of({"messages": chat("Open?", "Yes.", "Open?", "No.")}))
-    assert [words[label] for label in tokens.labels if label != IGNORED] == [" Yes.", " No."]
+    with pytest.raises(DataError, match="the assistant's turns can't be told apart"):
+        Encoder(tokenizer).encode(example_of({"messages": chat("Open?", "Yes.")}))
+    assert trained(Encoder(tokenizer), {"messages": chat("Open?", "No.")}) == ["No."]
 
 
 def test_a_completion_is_trained_and_closed_with_the_end_token() -> None:
@@ -228,82 +214,26 @@ def test_a_long_row_keeps_its_beginning_and_counts_what_it_lost() -> None:
     assert Encoder(tokenizer_with(None), None).encode(Row("", "a" * 5000)).cut == 0
 
 
-SUN = choice_question("arc_easy", "1", "What warms the Earth?", ["the Moon", "the Sun"], 1)
-BOOLQ = choice_question("boolq", "2", "is water wet?", ["yes", "no"], 0, context="Water -- a liquid.")
+SUN = {"prompt": "What warms the Earth?", "choices": ["the Moon", "the Sun"], "label": 1}
 
 
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    return lab.byte_tokenizer()
+@pytest.mark.parametrize("style", ["text", "letter"])
+def test_choices_follow_the_same_prompt_and_are_not_closed(style: AnswerStyle) -> None:
+    encoder = Encoder(tokenizer_with(CLOSING["alpaca"][0]), style=style)
+    row = example_of(SUN)
+    said = ["the Moon", "the Sun"] if style == "text" else ["A", "B"]
+    assert trained(encoder, SUN) == [f"{said[1]}<eos>"]
+    whole, choices = encoder.encode(row), encoder.choices(row)
+    assert [encoder.tokenizer.decode(choice.answer) for choice in choices] == said
+    asked = encoder.prompt(row)
+    assert asked == (whole.prompt, said[1])
+    assert all(choice.prompt == whole.prompt for choice in choices)
+    assert ("A. the Moon\nB. the Sun\n\n### Response:\n" in encoder.tokenizer.decode(whole.prompt)) == (style == "letter")
 
 
-def test_the_styles_are_worded_as_questions_or_as_the_reference() -> None:
-    assert instruction(SUN, "text") == "What warms the Earth?"
-    assert gold_response(SUN, "text") == "the Sun"
-    assert instruction(SUN, "label") == (
-        "Please choose the correct answer to the question: What warms the Earth?\n\n"
-        "Answer1: the Moon Answer2: the Sun\n\nAnswer format: answer1/answer2"
-    )
-    assert gold_response(SUN, "label") == "the correct answer is answer2"
-    assert instruction(BOOLQ, "text").startswith("Water -- a liquid.\n")
-    assert instruction(BOOLQ, "label") == (
-        "Please answer the following question with true or false, question: is water wet?\n\nAnswer format: true/false"
-    )
-    assert candidates(BOOLQ, "label") == ["the correct answer is true", "the correct answer is false"]
-
-
-def test_an_example_begins_with_bos_ends_with_eos_and_is_trained_on_the_answer_only(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    example = Encoder(tokenizer).encode(SUN)
-    assert example.input_ids[0] == tokenizer.bos_token_id
-    assert example.input_ids.count(tokenizer.bos_token_id) == 1
-    assert example.input_ids[-1] == tokenizer.eos_token_id
-    trained = [token for token, label in zip(*example.columns.values(), strict=True) if label != IGNORED]
-    assert tokenizer.decode(trained) == "the Sun<eos>"
-    assert tokenizer.decode(example.prompt).endswith("### Response:\n")
-    assert 1 not in Encoder(lab.byte_tokenizer(adds_bos=False)).encode(SUN).input_ids
-    assert all(choice.input_ids[-1] != tokenizer.eos_token_id for choice in Encoder(tokenizer).choices(SUN))
-
-
-def test_truncation_keeps_bos_and_the_prompts_tail_and_counts_what_it_cut(tokenizer: PreTrainedTokenizerFast) -> None:
-    whole = Encoder(tokenizer).encode(SUN)
-    short = Encoder(tokenizer, max_length=30).encode(SUN)
-    assert len(short.input_ids) == 30
-    assert short.prompt[0] == tokenizer.bos_token_id
-    assert short.prompt[1:] == whole.prompt[-(len(short.prompt) - 1) :]
-    assert short.answer == whole.answer
-    assert short.cut == len(whole.prompt) - len(short.prompt)
-
-
-def test_an_answer_too_long_for_the_limit_loses_its_end_and_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
-    encoded = Encoder(tokenizer, max_length=8).encode(question("own", "1", "Say it.", "a long long answer"))
-    assert len(encoded.input_ids) == 8
-    assert encoded.answer_cut > 0
-    assert tokenizer.eos_token_id not in encoded.answer
-
-
-@pytest.mark.parametrize("adds_bos", [True, False])
-@pytest.mark.parametrize("length", [30, 31, 32, 40])
-def test_something_always_precedes_the_answer(adds_bos: bool, length: int) -> None:
-    encoder = Encoder(lab.byte_tokenizer(adds_bos), max_length=32)
-    record = question("own", "1", "Say it.", "x" * length)
-    for encoded in (encoder.encode(record), encoder.gold(record)):
-        assert encoded.prompt
-        assert len(encoded.answer) == min(31, len(encoded.answer) + encoded.answer_cut)
-        assert len(encoded.input_ids) == 32
-
-
-def test_an_empty_prompt_needs_a_bos_token(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Encoder, "question_text", lambda encoder, row: "")
-    assert Encoder(tokenizer).gold(SUN).prompt == [tokenizer.bos_token_id]
-    with pytest.raises(DataError, match="the prompt is empty and the tokenizer adds no BOS token"):
-        Encoder(lab.byte_tokenizer(adds_bos=False)).gold(SUN)
-
-
-def test_a_tokenizer_without_an_end_token_cannot_be_trained_with(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.eos_token = None
-    encoder = Encoder(tokenizer)
-    assert encoder.gold(SUN).answer
-    with pytest.raises(DataError, match="no end-of-sequence token"):
-        encoder.encode(SUN)
+def test_a_choice_that_would_change_the_prompts_tokens_stands_apart() -> None:
+    tokenizer = byte_tokenizer(merges=[("\u010a", "x")])  # a line's end and x
+    tokenizer.chat_template = TRIMMED + "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+    first, second = Encoder(tokenizer).choices(example_of({"prompt": "Which?", "choices": ["x", "y"], "label": 1}))
+    assert first.prompt == second.prompt
+    assert [tokenizer.decode(choice.answer) for choice in (first, second)] == ["x", "y"]
