@@ -48,7 +48,7 @@ def files_of(place: Path) -> list[Path]:
     try:
         folder = place.expanduser()
         if not folder.exists():
-            near = nearest(str(place), [DEMO, *SETS])
+            near = "" if is_of_known_kind(place) else nearest(str(place), [DEMO, *SETS])
             raise DataError(f"{place}: no such file, folder or named set{near or '; give the path of one that exists'}")
         files = [place]
         if folder.is_dir():
