@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 from smoa.errors import DataError
-from smoa_lab.data.files import FileSource, HubRows, HubSource, read_rows, source_values
+from smoa_lab.data.files import FileSource, HubRows, HubSource, find_sources, read_rows
 from smoa_lab.data.formats import BadRow
 from tests.support.own_rows import write_rows
 
@@ -173,12 +173,13 @@ def test_two_columns_of_one_name_are_refused_and_any_number_without_one_are_not(
 def test_a_place_without_data_is_named_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     for place, words in (
-        (Path("nowhere.jsonl"), r"nowhere\.jsonl: no such file"),
+        (Path("nowhere.jsonl"), r"nowhere\.jsonl: no such file, folder or named set; give"),
+        (Path("boolqs"), "no such file, folder or named set; did you mean 'boolq'"),
         (tmp_path, "no file in this folder is one of jsonl, csv, parquet, json"),
         (Path("a" * 300 + ".jsonl"), "too long.*permissions"),
     ):
         with pytest.raises(DataError, match=words):
-            FileSource(place).check()
+            FileSource(place, str(place)).check()
 
 
 @pytest.mark.parametrize("place", ["", "a.jsonl"])
@@ -200,7 +201,7 @@ WANTED = HubRows(name="owner/rows", config="small", revision="v1", test_split="t
 
 def test_the_state_of_a_folder_changes_with_each_of_its_files(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", HUB_ROWS)
-    source = FileSource(tmp_path)
+    source = FileSource(tmp_path, "rows")
     states = [source.state()]
     write_rows(tmp_path / "b.jsonl", HUB_ROWS)
     states.append(source.state())
@@ -260,7 +261,7 @@ def test_what_the_hub_refuses_is_one_clear_error(failure: Exception | None, monk
         return broken_stream()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError, match=r"data.hub: cannot read 'owner/rows', split 'train': "):
+    with pytest.raises(DataError, match=r"data.train: cannot read 'owner/rows' of the Hub, split 'train': "):
         list(HubSource(WANTED, "train").rows())
 
 
@@ -273,15 +274,15 @@ def test_a_data_set_that_cannot_be_found_is_one_clear_error(monkeypatch: pytest.
                 raise failure
 
         monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-        with pytest.raises(DataError, match=r"data.hub.name: cannot find 'owner/rows' on the Hub: "):
+        with pytest.raises(DataError, match=r"data.train: cannot find 'owner/rows' on the Hub: "):
             HubSource(WANTED, "train").state()
 
 
 def test_a_local_place_is_told_from_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for place in ("rows.jsonl", "a/rows.jsonl", "./a", "~/a", "/a/b", "folder", "a/b/c"):
-        assert source_values(place) == {"train": place}
+        assert find_sources(place) == (FileSource(Path(place), place), None)
     for place in ("trl-lib/Capybara", "org/rows-v1.0"):
-        assert source_values(place) == {"hub": {"name": place}}
+        assert find_sources(place) == (HubSource(HubRows(name=place), "train"), None)
     (tmp_path / "trl-lib" / "Capybara").mkdir(parents=True)
-    assert source_values("trl-lib/Capybara") == {"train": "trl-lib/Capybara"}
+    assert isinstance(find_sources("trl-lib/Capybara")[0], FileSource)
