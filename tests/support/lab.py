@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-
 SPECIALS = ["<pad>", "<bos>", "<eos>"]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smoa_lab.config.run import RunConfig, check_config
-from tests.support.lab import byte_tokenizer, saved, tiny_llama, write_rows
+from tests.support.lab import byte_tokenizer, saved, tiny_llama
+from tests.support.lab import write_rows as write_rows
 
 SPECIALS = [
     *("<|im_start|>", "<|im_end|>", "<think>", "</think>"),

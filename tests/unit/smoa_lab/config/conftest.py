@@ -8,7 +8,7 @@ RUN = """
 model: {name: base}
 method: smoa
 adapter: {r: 4, num_blocks: 2, target_modules: [q_proj]}
-data: {tasks: [arc_easy]}
+data: {train: rows.jsonl}
 training: {output_dir: runs/x, learning_rate: 1e-2, max_steps: 3}
 """
 

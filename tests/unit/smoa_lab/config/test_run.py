@@ -8,21 +8,15 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, PeftConfig
-from trl import DPOConfig
+from trl import DPOConfig, SFTConfig
 
 from smoa import ConfigError, SmoaConfig
 from smoa_lab.config.methods import find_method, method_names
 from smoa_lab.config.run import ModelSection, adapter_rate, check_config, load_config, native_dtype
 from smoa_lab.config.yaml_text import apply_overrides, parse_yaml, to_yaml
+from smoa_lab.data.files import FileSource, HubRows, HubSource
+from smoa_lab.data.prepared import Sizes
 
-ROWS = """
-model: {name: base}
-adapter: {r: 4, num_blocks: 2, target_modules: [q_proj]}
-data:
-  train: rows.jsonl
-training:
-  max_steps: 3
-"""
 CONFIGS = Path(__file__).parents[4] / "configs"
 SIZES = {"gemma3-270m": 268_098_176, "smollm2-135m": 134_515_008}
 """Parameters of the packaged models."""
@@ -92,92 +86,124 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load_config(file)
 
 
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    """A run's YAML file, without a mistake."""
-    file = tmp_path / "mine.yaml"
-    file.write_text(ROWS)
-    return file
-
-
 def problems(file: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(file, list(overrides))
     return str(caught.value)
 
 
-def test_data_decide_what_a_run_learns_from(rows: Path, tmp_path: Path) -> None:
-    config = load_config(rows)
-    assert config.rows.train == "rows.jsonl"
-    with pytest.raises(ConfigError, match=r"data: names rows \(data\.train or data\.hub\); this takes questions"):
-        assert config.questions
-    (tmp_path / "hub.yaml").write_text(ROWS.replace("train: rows.jsonl", "hub: {name: owner/rows}"))
-    assert load_config(tmp_path / "hub.yaml").has_rows
-    (tmp_path / "tasks.yaml").write_text(ROWS.replace("train: rows.jsonl", "tasks: [arc_easy]"))
-    config = load_config(tmp_path / "tasks.yaml")
-    assert config.questions.tasks == ["arc_easy"]
-    with pytest.raises(ConfigError, match=r"data: names questions \(data\.tasks\); this takes rows"):
-        assert config.rows
+def test_rows_come_from_one_or_more_places(file: Path) -> None:
+    def sources(*changes: str) -> Any:
+        return load_config(file, list(changes)).data.sources()
+
+    rows = FileSource(Path("rows.jsonl"), "rows.jsonl")
+    assert sources() == ([rows], [])
+    own = FileSource(Path("own.csv"), "own.csv")
+    assert sources("data.test=own.csv") == ([rows], [own])
+    several, tested = sources("data.train=[rows.jsonl, boolq, piqa]")
+    assert [source.name for source in several] == ["rows.jsonl", "google/boolq (train)", "baber/piqa (train)"]
+    assert [source.name for source in tested] == ["google/boolq (validation)", "baber/piqa (validation)"]
+    assert sources("data.train=[boolq]", "data.test=own.csv")[1] == [own]
+    hub = HubRows(name="owner/rows", test_split="dev")
+    assert sources("data.train=null", "data.hub={name: owner/rows, test_split: dev}") == (
+        [HubSource(hub, "train")],
+        [HubSource(hub, "dev")],
+    )
+    for changes in (["data.hub={name: owner/rows}"], ["data.train=null"], ["data.train=[]"]):
+        said = "give either train, a file, a folder or a name, or hub, a data set of the Hub"
+        assert said in problems(file, *changes)
 
 
-def test_what_serves_questions_alone_is_refused_and_left_out_for_rows(rows: Path, file: Path) -> None:
-    assert "task: is for questions" in problems(rows, "task.max_length=100")
-    assert "task" not in load_config(rows).model_dump()
-    assert "early_stopping" not in load_config(file).model_dump()
+def test_the_sizes_of_the_parts_are_the_datas(file: Path) -> None:
+    assert load_config(file).data.sizes == Sizes(None, 200, 400)
+    changed = load_config(file, ["data.train_examples=3", "data.validation_examples=0", "data.test_examples=5"])
+    assert changed.data.sizes == Sizes(3, 0, 5)
 
 
-def test_a_saved_config_is_read_as_the_same_run(rows: Path) -> None:
-    config = load_config(rows, ["early_stopping=2", "training.eval_strategy=epoch"])
-    rows.write_text(config.to_yaml())
-    assert load_config(rows) == config
+def test_a_saved_config_is_read_as_the_same_run(file: Path) -> None:
+    changes = ["early_stopping=2", "training.eval_strategy=epoch", "scoring={part: validation, before: false}"]
+    config = load_config(file, changes)
+    file.write_text(config.to_yaml())
+    assert load_config(file) == config
 
 
-def test_an_unknown_key_is_told_the_nearest(rows: Path) -> None:
-    found = problems(rows, "data.chat_templat=alpaca", "training.max_lenght=3", "early_stoping=3")
-    for said in ("did you mean 'chat_template'", "did you mean 'max_length'", "did you mean 'early_stopping'"):
+OLD = {
+    "questions": (
+        {
+            "data": {
+                "tasks": ["csqa", "own"],
+                "files": {"own": {"train": "own.csv", "test": "dev.csv", "columns": {"prompt": "q"}}},
+                "validation_part": 0.1,
+                "train_examples": 50,
+            },
+            "task": {"answer": "label", "max_length": 96, "samples": 2},
+        },
+        "data:\n  train_examples: 50\n  train:\n  - csqa\n  - own.csv\n  test: dev.csv\n  choices: letter\n"
+        "  template: alpaca\n  max_length: 96\n  samples: 2\n",
+    ),
+    "rows": (
+        {"data": {"train": "rows.jsonl", "chat_template": "qwen3", "test_part": 0.1}, "training": {"max_length": 64}},
+        "data:\n  train: rows.jsonl\n  template: qwen3\n  max_length: 64\n",
+    ),
+    "the model's own template": (
+        {"data": {"tasks": ["csqa"]}, "task": {"template": "chat"}},
+        "data:\n  train: csqa\n",
+    ),
+}
+
+
+@pytest.mark.parametrize(("values", "lines"), OLD.values(), ids=OLD)
+def test_a_config_of_an_older_smoa_is_one_error_with_its_new_lines(values: dict[str, Any], lines: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_config({"model": {"name": "base"}, "training": {}} | values, "mine.yaml")
+    said = str(caught.value)
+    assert said.startswith("mine.yaml: is a config of an older smoa.")
+    assert said.endswith(f"\n\n{lines}")
+    new: Any = parse_yaml(lines, Path("new.yaml"))
+    assert check_config({"model": {"name": "base"}, "training": {}, **new}).data.train
+
+
+def test_an_unknown_key_is_told_the_nearest(file: Path) -> None:
+    found = problems(file, "data.templat=alpaca", "training.max_stepz=3", "early_stoping=3")
+    for said in ("did you mean 'template'", "did you mean 'max_steps'", "did you mean 'early_stopping'"):
         assert said in found
     assert "3 problems" in found
-    assert "did you mean 'messages'" in problems(rows, "data.format=message")
-    assert "did you mean 'revision'" in problems(rows, "data.hub={name: a/b, revison: x}", "data.train=null")
+    assert "did you mean 'messages'" in problems(file, "data.format=message")
+    assert "did you mean 'revision'" in problems(file, "data.hub={name: a/b, revison: x}", "data.train=null")
 
 
-def test_rows_come_from_one_place(rows: Path) -> None:
-    for changes in (["data.hub={name: owner/rows}"], ["data.hub=null", "data.train=null"]):
-        assert "give either train, a file or a folder, or hub, a data set of the Hub" in problems(rows, *changes)
-
-
-def test_shares_and_numbers_are_within_bounds(rows: Path) -> None:
-    for change in ("test_part=1", "validation_part=-0.1", "samples=-1", "train_examples=0"):
-        assert f"data.{change.partition('=')[0]}: " in problems(rows, f"data.{change}")
+def test_numbers_are_within_bounds(file: Path) -> None:
+    for change in ("samples=-1", "train_examples=0", "test_examples=-1", "max_length=7", "choices=number"):
+        assert f"data.{change.partition('=')[0]}: " in problems(file, f"data.{change}")
     for value in ("0", "1.5"):
-        assert "early_stopping: " in problems(rows, f"early_stopping={value}", "training.eval_strategy=epoch")
-    assert "training.packing: " in problems(rows, "training.packing=7")
-    assert "training: " in problems(rows, "training=7")
+        assert "early_stopping: " in problems(file, f"early_stopping={value}", "training.eval_strategy=epoch")
+    assert "scoring.part: " in problems(file, "scoring.part=train")
+    assert "training.packing: " in problems(file, "training.packing=7")
+    assert "training: " in problems(file, "training=7")
 
 
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [(["data.format=preference"], "DPOConfig"), (["training.beta=0.1"], "DPOConfig"), ([], "SFTConfig")],
-)
-def test_preferences_are_trained_by_dpo_where_format_or_keys_say_so(changes: list[str], name: str, rows: Path) -> None:
-    assert f"training.max_lenght: {name} has no such key" in problems(rows, *changes, "training.max_lenght=3")
+def test_the_trainer_decides_which_keys_training_has(file: Path) -> None:
+    for changes, name in ((["trainer=dpo"], "DPOConfig"), ([], "SFTConfig")):
+        assert f"training.max_lenght: {name} has no such key" in problems(file, *changes, "training.max_lenght=3")
+    assert "training.beta: SFTConfig has no such key" in problems(file, "training.beta=0.1")
+    assert "trainer: " in problems(file, "trainer=kto")
+    found = load_config(file, ["training.use_cpu=true", "trainer=dpo", "training.beta=0.2"]).arguments()
+    assert isinstance(found, DPOConfig)
+    assert (found.max_steps, found.max_length, found.beta) == (3, 1024, 0.2)
 
 
-def test_the_keys_of_a_trainer_are_picked_and_others_are_refused(rows: Path) -> None:
-    arguments: Any = load_config(rows, ["training.use_cpu=true"]).arguments("preference")
-    assert isinstance(arguments, DPOConfig)
-    assert arguments.max_steps == 3
-    with pytest.raises(ConfigError, match="beta, ld_alpha is not for SFTConfig, which trains rows of the format text"):
-        load_config(rows, ["training.beta=1.0", "training.ld_alpha=0.5", "training.use_cpu=true"]).arguments("text")
-    with pytest.raises(ConfigError, match=r"training\.chat_template_path: .* data\.chat_template; leave it out"):
-        load_config(rows, ["training.chat_template_path=x", "training.use_cpu=true"]).arguments("messages")
+@pytest.mark.parametrize("key", ["max_length", "chat_template_path", "dataset_text_field", "truncation_mode"])
+def test_a_key_of_trl_that_would_contradict_the_rows_tokens_is_refused(key: str, file: Path) -> None:
+    values = {"max_length": 64, "truncation_mode": "keep_start"}
+    said = problems(file, f"training.{key}={values.get(key, 'x')}", "trainer=dpo" if key in values else "trainer=sft")
+    assert f"training.{key}: is not for rows: " in said
 
 
-def test_tokens_that_are_cut_and_labeled_are_left_to_the_trainer_as_they_are(rows: Path) -> None:
-    for changes, length in (([], None), (["training.packing=true", "training.max_length=64"], 64)):
-        arguments: Any = load_config(rows, ["training.use_cpu=true", *changes]).arguments("messages")
-        assert (arguments.assistant_only_loss, arguments.max_length) == (False, length)
-        assert arguments.gradient_checkpointing
+def test_tokens_that_are_cut_and_labeled_are_left_to_the_trainer_as_they_are(file: Path) -> None:
+    for changes, length in (([], None), (["training.packing=true", "data.max_length=64"], 64)):
+        found = load_config(file, ["training.use_cpu=true", "training.assistant_only_loss=true", *changes]).arguments()
+        assert isinstance(found, SFTConfig)
+        assert (found.assistant_only_loss, found.max_length) == (False, length)
 
 
 def stopping(**training: Any) -> dict[str, Any]:

@@ -16,13 +16,12 @@ from smoa_lab.config.run import check_config, load_config
         ({"model": {}}, r"model\.name: is missing"),
         ({"method": "full", "adapter": {"r": 4}}, "method full trains all weights and takes no adapter keys"),
         ({"training": 3}, "training"),
-        ({"data": {"tasks": "arc_easy"}}, r"data\.tasks"),
+        ({"data": {"train": 3}}, r"data\.train"),
         ({"data": 3}, "data"),
         ({"adapter": 3}, "adapter: should be a valid dictionary"),
         ({"model": {"name": "x", "dtype": "float99"}}, r"model\.dtype"),
         ({"method": ["lora"]}, "there is no method"),
-        ({"data": {"tasks": [["arc_easy"]]}}, r"data\.tasks\.0: should be a valid string"),
-        ({"data": {"tasks": ["arc_easy"], "files": 3}}, r"data\.files: should be a valid dictionary"),
+        ({"data": {"train": [["a.csv"]]}}, r"data\.train\..*should be a valid string"),
         ({"training": {"output_dir": None}}, r"training\.output_dir: is empty"),
         ({"training": {"output_dir": ""}}, r"training\.output_dir: is empty"),
         (
@@ -32,7 +31,7 @@ from smoa_lab.config.run import check_config, load_config
     ],
 )
 def test_a_block_that_is_wrong_is_told_by_its_key(change: dict[str, Any], message: str) -> None:
-    config = {"model": {"name": "x"}, "data": {"tasks": ["arc_easy"]}, "training": {"output_dir": "run"}}
+    config = {"model": {"name": "x"}, "data": {"train": "rows.jsonl"}, "training": {"output_dir": "run"}}
     with pytest.raises(ConfigError, match=message):
         check_config(config | change)
 
@@ -46,9 +45,9 @@ adapter:
   r: 4
   num_block: 2
 data:
-  tasks: [arc_esy]
-task:
+  train: arc_easy
   max_lenght: 100
+trainer: stf
 training:
   learning_rat: 1e-3
 """
@@ -60,8 +59,8 @@ def test_five_mistakes_are_reported_at_once_with_line_and_nearest_name(file: Pat
         load_config(file)
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{file}: 5 problems"
-    assert [line.split(":")[0].strip() for line in lines[1:]] == ["line 3", "line 7", "line 9", "line 11", "line 13"]
-    for line, name in zip(lines[1:], ["float32", "num_blocks", "arc_easy", "max_length", "learning_rate"], strict=True):
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["line 3", "line 7", "line 10", "line 11", "line 13"]
+    for line, name in zip(lines[1:], ["float32", "num_blocks", "max_length", "sft", "learning_rate"], strict=True):
         assert f"did you mean '{name}'?" in line
 
 
@@ -73,8 +72,8 @@ def test_five_mistakes_are_reported_at_once_with_line_and_nearest_name(file: Pat
         (["method=melora", "adapter.partition=spectral"], r"adapter.partition: is decided by method melora"),
         (["method=smao"], "no method 'smao'; did you mean 'smoa'"),
         (
-            ["data.files={own: {train: a.csv, trian: b.csv}}"],
-            r"1 problem\n.*data\.files\.own\.trian: unknown key; did you mean 'train'\?$",
+            ["data.trian=b.csv"],
+            r"1 problem\n.*data\.trian: unknown key; did you mean 'train'\?$",
         ),
     ],
 )
@@ -117,7 +116,7 @@ def config() -> dict[str, Any]:
     options = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
     return {
         "model": {"name": "base", "options": options},
-        "data": {"tasks": ["arc_easy"]},
+        "data": {"train": "rows.jsonl"},
         "training": {"use_cpu": True},
     }
 

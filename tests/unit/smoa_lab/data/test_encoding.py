@@ -228,7 +228,9 @@ def test_choices_follow_the_same_prompt_and_are_not_closed(style: AnswerStyle) -
     asked = encoder.prompt(row)
     assert asked == (whole.prompt, said[1])
     assert all(choice.prompt == whole.prompt for choice in choices)
-    assert ("A. the Moon\nB. the Sun\n\n### Response:\n" in encoder.tokenizer.decode(whole.prompt)) == (style == "letter")
+    assert ("A. the Moon\nB. the Sun\n\n### Response:\n" in encoder.tokenizer.decode(whole.prompt)) == (
+        style == "letter"
+    )
 
 
 def test_a_choice_that_would_change_the_prompts_tokens_stands_apart() -> None:

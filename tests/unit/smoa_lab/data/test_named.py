@@ -23,9 +23,7 @@ from tests.support import golden
 from tests.support.own_rows import tokenizer_with
 
 ON_HUB: dict[str, list[dict[str, Any]]] = json.loads((golden.GOLDEN / "hub.json").read_text())
-SPLITS = dict.fromkeys(SETS, "validation") | dict.fromkeys(
-    ("arc_easy", "arc_challenge", "openbookqa", "gsm8k"), "test"
-)
+SPLITS = dict.fromkeys(SETS, "validation") | dict.fromkeys(("arc_easy", "arc_challenge", "openbookqa", "gsm8k"), "test")
 
 
 @pytest.fixture

@@ -5,23 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from transformers import ByT5Tokenizer
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.data.encoding import Encoder, Tokens
 from smoa_lab.data.files import FileSource
-from smoa_lab.data.prepared import (
-    PreparedRows,
-    Reading,
-    Shares,
-    require_good_rows,
-)
+from smoa_lab.data.prepared import PreparedRows, Reading, Sizes, require_good_rows, split
+from smoa_lab.data.rows import PARTS
 from tests.support.own_rows import MARKED, STRICT, chat, chats, tokenizer_with, write_rows
 from tests.support.processes import ROOT, environment
 
@@ -31,6 +28,64 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache folder of a test."""
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "rows"
+
+
+USUAL = Sizes()
+ALL = Sizes(validation=0, test=0)
+"""Every row is trained on."""
+
+
+def parts_of(keys: list[int], named: list[str], sizes: Sizes = USUAL) -> tuple[dict[str, list[int]], int]:
+    """The numbers of each part's rows, as lists, and how many are left out."""
+    chosen, left_out = split(np.array(keys, np.uint64), named, sizes)
+    return {part: numbers.tolist() for part, numbers in chosen.items()}, left_out
+
+
+def test_a_fifth_is_tested_and_a_tenth_validates_at_most_so_many_those_with_the_lowest_digests() -> None:
+    keys = np.random.RandomState(0).permutation(100).tolist()
+    parts, left_out = parts_of(keys, [""] * 100)
+    by_digest = np.argsort(keys)
+    assert set(parts["test"]) == set(by_digest[:20])
+    assert set(parts["validation"]) == set(by_digest[20:30])
+    assert all(numbers == sorted(numbers) for numbers in parts.values())
+    assert (len(parts["train"]), left_out) == (70, 0)
+    sizes = {part: len(numbers) for part, numbers in parts_of(list(range(10_000)), [""] * 10_000)[0].items()}
+    assert sizes == {"test": 400, "validation": 200, "train": 9_400}
+    few, _ = parts_of(keys, [""] * 100, Sizes(30, 4, 7))
+    assert {part: len(numbers) for part, numbers in few.items()} == {"train": 30, "validation": 4, "test": 7}
+    assert parts_of([5, 3], ["", ""])[0] == {"test": [], "validation": [], "train": [0, 1]}
+
+
+def test_equal_contents_never_lie_in_two_parts() -> None:
+    keys = np.random.RandomState(1).randint(0, 40, 200).tolist()
+    parts, left_out = parts_of(keys, [""] * 200)
+    assert Counter(number for numbers in parts.values() for number in numbers) == Counter(range(200))
+    contents = [{keys[number] for number in numbers} for numbers in parts.values()]
+    assert sum(map(len, contents)) == len(set.union(*contents)) == 40
+    assert left_out == 0
+
+
+def test_a_row_that_names_its_part_is_there_and_of_equal_ones_the_test_part_has_them() -> None:
+    named = ["train", "test", "validation", "", "", "train"]
+    parts, left_out = parts_of([1, 2, 3, 2, 4, 3], named)
+    assert parts == {"test": [1], "validation": [2], "train": [0, 4]}
+    assert left_out == 2
+    rows = ["test"] * 4 + [""] * 40
+    parts, _ = parts_of([9, 8, 7, 6, *range(100, 140)], rows, Sizes(test=2))
+    assert parts["test"] == [0, 1]  # the first ones, and no other row is drawn
+    assert (len(parts["validation"]), len(parts["train"])) == (4, 36)
+
+
+def test_a_row_stays_held_out_when_rows_are_added_or_other_sizes_are_asked_for() -> None:
+    keys = np.random.RandomState(2).permutation(1000).tolist()
+
+    def held_out(number: int, sizes: Sizes) -> set[int]:
+        return {keys[place] for place in parts_of(keys[:number], [""] * number, sizes)[0]["test"]}
+
+    fewer = held_out(1000, Sizes(test=50))
+    assert fewer < held_out(1000, Sizes(10, 3)) == held_out(1000, Sizes())
+    first = held_out(500, Sizes())
+    assert len(first & held_out(510, Sizes())) >= len(first) - 10
 
 
 @dataclass(frozen=True)
@@ -59,46 +114,36 @@ def texts(number: int, start: int = 0) -> list[dict[str, Any]]:
 def prepare(train: Any, test: Any = None, template: str | None = MARKED, **changes: Any) -> PreparedRows:
     trained = {key: changes[key] for key in ("assistant_only", "completion_only") if key in changes}
     encoder = Encoder(tokenizer_with(template), changes.get("max_length", 1024), **trained)
-    return Reading(train, test, changes.get("format"), changes.get("shares", Shares()), encoder).prepare()
+    sizes = changes.get("sizes", USUAL)
+    tested = [] if test is None else [test]
+    return Reading([train], tested, changes.get("format"), sizes, encoder).prepare()
 
 
-def test_every_row_lies_in_one_part() -> None:
-    rows = prepare(Listed(texts(1000)), shares=Shares(validation=0.1, test=0.2))
-    parts = rows.account["parts"]
-    assert sum(parts.values()) == 1000
-    assert parts["validation"] == pytest.approx(100, abs=30)
-    assert parts["test"] == pytest.approx(200, abs=40)
-    found: list[Any] = [row.completion for part in ("train", "validation", "test") for row in rows.rows(part)]
-    assert sorted(found) == sorted(row["text"] for row in texts(1000))
+def test_rows_come_in_their_order_into_the_part_that_they_name_and_a_test_source_names_it() -> None:
+    own = [{"text": "a", "part": "validation"}, {"text": "b", "part": "test"}, {"text": "c"}, {"text": "d"}]
+    rows = prepare(Listed(own))
+    found = {part: [row.completion for row in rows.rows(part)] for part in PARTS}
+    assert found == {"train": ["c", "d"], "validation": ["a"], "test": ["b"]}
+    assert rows.account["parts"] == {"train": 2, "validation": 1, "test": 1}
+    rows = prepare(Listed(texts(2)), Listed([{"text": "a", "part": "train"}]))
+    assert [row.completion for row in rows.rows("test")] == ["a"]
 
 
-def test_a_row_stays_in_its_part_when_rows_are_added_or_validation_is_asked_for() -> None:
-    def held_out(number: int, validation: float) -> set[str]:
-        rows = prepare(Listed(texts(number)), shares=Shares(validation, test=0.2))
-        return {str(row.completion) for row in rows.rows("test")}
-
-    first = held_out(100, 0.0)
-    assert first == held_out(100, 0.3)
-    assert first <= held_out(200, 0.0)
-
-
-def test_a_repeated_row_never_lies_in_two_parts() -> None:
-    again = [{"text": f"  TEXT number\t{i}."} for i in range(100)]
-    rows = prepare(Listed(texts(100) + again), shares=Shares(validation=0.3, test=0.3))
-    digests = [{row.digest for row in rows.rows(part)} for part in ("train", "validation", "test")]
-    assert rows.account["repeated"] == 100
-    assert sum(map(len, digests)) == len(set.union(*digests)) == 100
+def test_a_row_is_repeated_whatever_its_white_space_and_case() -> None:
+    rows = prepare(Listed(texts(20) + [{"text": f"  TEXT number\t{i}."} for i in range(20)]))
+    assert rows.account["repeated"] == 20
+    assert rows.account["parts"] == {"test": 8, "validation": 4, "train": 28}
 
 
 def test_training_rows_that_the_test_data_have_are_left_out() -> None:
-    rows = prepare(Listed(texts(10)), Listed(texts(5, start=8), name="test"), shares=Shares())
+    rows = prepare(Listed(texts(10)), Listed(texts(5, start=8), name="test"))
     assert rows.account["parts"] == {"test": 5, "train": 8}
-    assert (rows.account["also_in_test"], rows.account["repeated"]) == (2, 0)
+    assert (rows.account["also_held_out"], rows.account["repeated"]) == (2, 2)
 
 
 def test_labels_and_ids_are_those_of_the_encoder_and_are_cut() -> None:
     encoder = Encoder(tokenizer_with(MARKED), None)
-    rows = prepare(Listed(chats(5)), shares=Shares(test=0), max_length=40)
+    rows = prepare(Listed(chats(5)), sizes=ALL, max_length=40)
     whole = [encoder.encode(row) for row in rows.rows("train")]
     expected = [Tokens(tokens.input_ids[:40], tokens.labels[:40]) for tokens in whole]
     data = rows.part("train")
@@ -110,7 +155,7 @@ def test_labels_and_ids_are_those_of_the_encoder_and_are_cut() -> None:
 def test_rows_of_which_nothing_trained_is_left_are_dropped() -> None:
     long = {"messages": chat("a" * 500, "Yes.")}
     exactly = {"messages": chat("b" * (100 - 52), "Yes.")}
-    rows = prepare(Listed([*chats(3), long, exactly]), shares=Shares(test=0), max_length=100)
+    rows = prepare(Listed([*chats(3), long, exactly]), sizes=ALL, max_length=100)
     assert rows.account["dropped"] == 1
     assert rows.account["parts"] == {"train": 4}
     assert all(any(label >= 0 for label in labels[1:]) for labels in rows.part("train")["labels"])
@@ -118,7 +163,7 @@ def test_rows_of_which_nothing_trained_is_left_are_dropped() -> None:
     tokenizer.eos_token = None
     tokenizer.backend_tokenizer.post_processor = None
     source: Any = Listed([{"text": "a"}, {"text": "ab"}])  # the only token of a text is never predicted
-    account = Reading(source, None, None, Shares(test=0), Encoder(tokenizer, None)).prepare().account
+    account = Reading([source], [], None, ALL, Encoder(tokenizer, None)).prepare().account
     assert (account["parts"], account["dropped"]) == ({"train": 1}, 1)
 
 
@@ -126,7 +171,7 @@ def test_where_no_row_is_left_to_train_on_the_reasons_are_counted() -> None:
     account = prepare(Listed(chats(3)), max_length=20).account
     assert (account["parts"], account["dropped"]) == ({}, 3)
     account = prepare(Listed(texts(3)), Listed(texts(3), name="test")).account
-    assert (account["parts"], account["also_in_test"]) == ({"test": 3}, 3)
+    assert (account["parts"], account["also_held_out"]) == ({"test": 3}, 3)
 
 
 def test_rows_of_another_format_than_the_first_and_those_that_the_template_refuses_are_bad() -> None:
@@ -134,9 +179,18 @@ def test_rows_of_another_format_than_the_first_and_those_that_the_template_refus
     assert (account["format"], account["bad"]) == ("text", 2)
     assert account["faults"][0].startswith("row 3: text: is missing, expected in each row of the format text")
     refused = {"messages": chat("Open?", "Yes.", system="Be brief.")}
-    account = prepare(Listed([*chats(2), refused, refused]), template=STRICT, shares=Shares(test=0)).account
+    account = prepare(Listed([*chats(2), refused, refused]), template=STRICT, sizes=ALL).account
     assert (account["parts"], account["bad"]) == ({"train": 2}, 2)
     assert account["faults"][0].startswith("row 3: the chat template refuses this row: System role not supported")
+
+
+def test_only_the_rows_that_are_used_become_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[Any] = []
+    encode = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, row: (encoded.append(row), encode(self, row))[1])
+    rows = prepare(Listed(texts(100)), sizes=Sizes(3, 1, 2))
+    assert encoded == [row for part in PARTS for row in rows.rows(part)]
+    assert len(encoded) == 6
 
 
 def test_rows_are_read_once_and_again_when_anything_changed() -> None:
@@ -146,7 +200,7 @@ def test_rows_are_read_once_and_again_when_anything_changed() -> None:
     assert len(source.reads) == 1
     changes: list[dict[str, Any]] = [
         {"max_length": 9},
-        {"shares": Shares(0.5)},
+        {"sizes": Sizes(3)},
         {"format": "text"},
         {"template": STRICT},
         {"assistant_only": False},
@@ -165,23 +219,13 @@ def test_a_file_that_is_replaced_by_one_of_the_same_size_and_time_is_read_again(
     for word in ("good", "evil"):
         write_rows(file, [{"text": word}])
         os.utime(file, ns=(1, 1))
-        (row,) = prepare(FileSource(file), shares=Shares(test=0)).rows("train", 1)
+        (row,) = prepare(FileSource(file, "rows"), sizes=ALL).rows("train")
         assert row.completion == word
     with file.open("a") as lines:
         lines.write('{"text": \n')
-    account = prepare(FileSource(file), shares=Shares(test=0)).account
+    account = prepare(FileSource(file, "rows"), sizes=ALL).account
     assert (account["parts"], account["bad"]) == ({"train": 1}, 1)
     assert account["faults"][0].startswith(f"{file}, row 2: ")
-
-
-def test_so_many_rows_are_drawn_the_same_ones_each_time() -> None:
-    rows = prepare(Listed(texts(50)), shares=Shares(test=0))
-    drawn = rows.part("train", 7, seed=3)
-    assert len(drawn) == 7
-    assert drawn["row"][:] == rows.part("train", 7, seed=3)["row"][:]
-    assert drawn["row"][:] != rows.part("train", 7, seed=4)["row"][:]
-    assert len(rows.part("train", 51)) == 50
-    assert len(rows.part("test")) == len(rows.part("train", 0)) == 0
 
 
 def test_a_reading_that_fails_leaves_nothing_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,14 +242,8 @@ def test_a_reading_that_fails_leaves_nothing_behind(cache: Path, monkeypatch: py
     assert not [entry for entry in cache.iterdir() if entry.is_dir()]
 
 
-def test_a_tokenizer_that_knows_no_places_in_the_text_is_refused() -> None:
-    source: Any = Listed(texts(2))
-    with pytest.raises(DataError, match=r"^model\.name: its ByT5Tokenizer cannot tell where .* a tokenizer\.json, or"):
-        Reading(source, None, None, Shares(), Encoder(ByT5Tokenizer())).prepare()
-
-
 def test_bad_rows_are_counted_and_the_first_are_listed_unless_they_may_be_skipped() -> None:
-    rows = prepare(Listed([*texts(2), *({"text": ""} for _ in range(1234))]), shares=Shares(test=0))
+    rows = prepare(Listed([*texts(2), *({"text": ""} for _ in range(1234))]), sizes=ALL)
     with pytest.raises(DataError) as caught:
         require_good_rows(rows.account, skip=False)
     lines = str(caught.value).splitlines()
@@ -223,14 +261,14 @@ import resource, sys
 from pathlib import Path
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.files import FileSource
-from smoa_lab.data.prepared import Reading, Shares
+from smoa_lab.data.prepared import Reading, Sizes
 from tests.support.own_rows import tokenizer_with
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 def prepare(file):
-    Reading(FileSource(Path(file)), None, None, Shares(), Encoder(tokenizer_with(None), None)).prepare()
+    Reading([FileSource(Path(file), file)], [], None, Sizes(), Encoder(tokenizer_with(None), None)).prepare()
     return peak()
 
 print(prepare(sys.argv[1]), prepare(sys.argv[2]))
