@@ -1,7 +1,8 @@
-"""Scores of held-out questions and rows, and what changed between two stages."""
+"""Scores of held-out rows, and what changed between two stages."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -19,127 +20,17 @@ from transformers import (
     PreTrainedModel,
 )
 
-from smoa_lab.data.encoding import IGNORED, Encoder, Tokens
-from smoa_lab.data.rows import Message, Row, candidates, choice_question, question
+from smoa_lab.data.chat_templates import set_chat_template
+from smoa_lab.data.encoding import Encoder
+from smoa_lab.data.formats import shape
+from smoa_lab.data.rows import AnswerStyle, Message, Row
 from smoa_lab.scoring import evaluation as evaluation_module
-from smoa_lab.scoring.evaluation import (
-    Evaluation,
-    Forgetting,
-    Outcome,
-    _of_free_answer,
-    answer_outcomes,
-    at_least,
-    score_outcomes,
-    text_length,
-    text_losses,
-)
-from smoa_lab.scoring.losses import Losses, Score, score
+from smoa_lab.scoring.evaluation import Evaluation, Forgetting, Measured, at_least, text_length, text_losses
+from smoa_lab.scoring.losses import Losses, row_losses
 from tests.support import lab
 from tests.support.own_rows import MARKED, tiny_chat_model, tokenizer_with
 
-FREE = question("own", "1", "How many are two and two?", "four")
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(lab.tiny_base(tmp_path))
-
-
-@pytest.fixture
-def encoder() -> Encoder:
-    return Encoder(lab.byte_tokenizer())
-
-
-def test_a_free_answer_is_scored_without_its_end_token(model: PreTrainedModel, encoder: Encoder) -> None:
-    scores = score_outcomes(answer_outcomes(model, encoder, [FREE]))["own"]
-    (whole,) = score(model, [encoder.gold(FREE)], encoder.pad, 100)
-    assert scores.gold_loss == pytest.approx(whole.loss / len("four"))
-    assert scores.accuracy_norm is scores.majority is None
-
-
-def test_answers_that_fill_the_length_are_scored_without_a_bos_token(model: PreTrainedModel) -> None:
-    encoder = Encoder(lab.byte_tokenizer(adds_bos=False), max_length=32)
-    long = choice_question("own", "1", "Say it.", ["x" * 40, "yes"], 0)
-    (outcome,) = answer_outcomes(model, encoder, [long])
-    assert outcome.gold_tokens == 31
-    (outcome,) = answer_outcomes(model, encoder, [question("own", "1", "Say it.", "x" * 40)])
-    assert outcome.gold_tokens == 31  # the end token was cut
-
-
-@pytest.mark.parametrize("greedy", [True, False])
-def test_a_free_answer_is_right_where_greedy_decoding_gives_it(greedy: bool) -> None:
-    outcome = _of_free_answer(FREE, Score((1.0, 2.0, 0.5), greedy), Tokens([1, 2, 3, 4], [IGNORED, 2, 3, 4]))
-    assert (outcome.gold_nll, outcome.gold_tokens) == (3.0, 2)
-    assert outcome.right == outcome.right_norm == greedy
-    cut = _of_free_answer(FREE, Score((1.0, 2.0), greedy), Tokens([1, 2, 3], [IGNORED, 2, 3], answer_cut=2))
-    assert (cut.gold_nll, cut.gold_tokens, cut.right) == (3.0, 2, False)  # it has no end token
-
-
-def test_tasks_are_scored_alone_and_together() -> None:
-    arc, piqa = lab.questions(2, "test"), lab.questions(4, "test", "piqa")
-    outcomes = [Outcome(record, 2.0, 1, True, False) for record in arc]
-    outcomes += [Outcome(record, 3.0, 3, False, True) for record in piqa]
-    scores = score_outcomes(outcomes)
-    assert list(scores) == ["arc_easy", "piqa", "all"]
-    assert (scores["arc_easy"].gold_loss, scores["piqa"].gold_loss) == (2.0, 1.0)
-    assert scores["all"].gold_loss == pytest.approx((2 * 2 + 4 * 3) / (2 + 12))
-    assert (scores["all"].accuracy, scores["all"].accuracy_norm) == (pytest.approx(2 / 6), pytest.approx(4 / 6))
-    assert scores["all"].majority == 1.0
-
-
-def test_choices_beside_free_answers_leave_only_what_both_have() -> None:
-    scores = score_outcomes(
-        [Outcome(lab.questions(1, "test")[0], 1.0, 1, True, True), Outcome(FREE, 1.0, 1, True, True)]
-    )
-    assert scores["arc_easy"].accuracy_norm == 1.0
-    assert scores["own"].accuracy_norm is None
-    assert scores["all"].accuracy_norm is None
-
-
-RECORDS = lab.questions(3, "test")
-
-
-def test_a_sample_has_question_reference_and_what_was_written_at_each_stage(
-    model: PreTrainedModel, encoder: Encoder
-) -> None:
-    evaluation = Evaluation(encoder, RECORDS, samples=2)
-    evaluation.measure(model, "after")
-    assert len(evaluation.samples) == 2
-    assert evaluation.samples[0].keys() == {"question", "reference", "after"}
-    assert evaluation.samples[0]["reference"] == RECORDS[0].completion
-    assert "\n" not in evaluation.samples[0]["after"]
-    evaluation.measure(model, "before")
-    assert evaluation.samples[1]["before"] == evaluation.samples[1]["after"]
-    assert evaluation.evaluation["before"] == evaluation.evaluation["after"]
-    assert evaluation.gain == {"accuracy": 0.0, "accuracy_stderr": 0.0}
-    scores = evaluation.evaluation["after"]["all"]
-    assert evaluation.measured(model).mean == pytest.approx(scores["gold_loss"], rel=1e-5)
-    assert math.exp(scores["gold_loss"]) == scores["perplexity"]
-
-
-def test_without_rows_nothing_is_measured_and_without_samples_nothing_written(
-    model: PreTrainedModel, encoder: Encoder
-) -> None:
-    without = Evaluation(encoder, [], samples=3)
-    without.measure(model, "before")
-    assert (without.evaluation, without.samples, without.gain) == ({}, [], None)
-    evaluation = Evaluation(encoder, RECORDS, baseline=False)
-    evaluation.measure(model, "before")
-    assert evaluation.evaluation == {}
-    evaluation.measure(model, "after")
-    assert evaluation.samples == []
-    assert evaluation.evaluation["after"]["all"]["questions"] == 3
-
-
-def test_the_gain_is_paired_by_question(encoder: Encoder) -> None:
-    evaluation = Evaluation(encoder, RECORDS)
-    for stage, hits in (("before", (0, 1, 0)), ("after", (1, 1, 0))):
-        evaluation.outcomes[stage] = [
-            Outcome(row, 1.0, 1, bool(hit), bool(hit)) for row, hit in zip(RECORDS, hits, strict=True)
-        ]
-    assert evaluation.gain == pytest.approx({"accuracy": 1 / 3, "accuracy_stderr": (2 / 3 / 2 / 3) ** 0.5})
-
-
+QUESTIONS = [shape(row, "choices") for row in lab.questions(12, "test")]
 ASKED = (Message("user", "Open?"),)
 PAIRS = [
     Row(ASKED, (Message("assistant", "Yes, till six."),), (Message("assistant", "Nope."),)),
@@ -147,33 +38,116 @@ PAIRS = [
 ]
 
 
+@pytest.fixture
+def model(tmp_path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(lab.tiny_base(tmp_path))
+
+
+def of_questions(style: AnswerStyle = "text", max_length: int | None = None) -> Encoder:
+    tokenizer = lab.byte_tokenizer()
+    set_chat_template(tokenizer, "alpaca")
+    return Encoder(tokenizer, max_length, style)
+
+
 def of_turns(max_length: int | None = None) -> Encoder:
     return Encoder(tokenizer_with(MARKED), max_length)
+
+
+def scores_of(encoder: Encoder, rows: list[Row], model: Any) -> dict[str, Any]:
+    evaluation = Evaluation(encoder, rows)
+    evaluation.measure(model, "after")
+    return evaluation.scores()["after"]
+
+
+def given(rows: list[Row], before: Measured, after: Measured, encoder: Encoder | None = None) -> Evaluation:
+    """An evaluation of what models made of rows."""
+    evaluation = Evaluation(encoder or of_questions(), rows)
+    evaluation.measured = {"before": before, "after": after}
+    return evaluation
+
+
+def test_of_choices_the_right_ones_loss_is_taken_without_what_ends_it(model: PreTrainedModel) -> None:
+    encoder = of_questions()
+    right = [encoder.choices(row)[1] for row in QUESTIONS]
+    alone = row_losses(model, right, encoder.pad)
+    found = Evaluation(encoder, QUESTIONS).measure_once(model)
+    assert found.losses.nll == pytest.approx(alone.nll, rel=1e-4)
+    assert found.losses.tokens == alone.tokens == [len(row.choices[1]) for row in QUESTIONS]
+    scores = scores_of(encoder, [dataclasses.replace(QUESTIONS[0], label=0), *QUESTIONS[1:]], model)
+    assert scores["majority"] == 11 / 12
+    assert scores["rows"] == 12
+
+
+def test_a_sample_has_question_reference_and_what_was_written_at_each_stage(model: PreTrainedModel) -> None:
+    evaluation = Evaluation(of_questions(), QUESTIONS[:3], samples=2)
+    evaluation.measure(model, "after")
+    assert len(evaluation.samples) == 2
+    assert evaluation.samples[0].keys() == {"question", "reference", "after"}
+    assert evaluation.samples[0]["reference"] == QUESTIONS[0].choices[1]
+    evaluation.measure(model, "before")
+    assert evaluation.samples[1]["before"] == evaluation.samples[1]["after"]
+    assert evaluation.scores()["before"] == evaluation.scores()["after"]
+    assert evaluation.gain == {"loss": 0.0, "loss_stderr": 0.0, "accuracy": 0.0, "accuracy_stderr": 0.0}
+
+
+def test_without_rows_nothing_is_measured() -> None:
+    without = Evaluation(of_turns(), [], samples=3)
+    without.measure(None, "before")
+    assert (without.scores(), without.samples, without.gain, without.lines()) == ({}, [], None, [])
+
+
+def test_the_gain_is_paired_by_row() -> None:
+    before = Measured(Losses([3.0, 4.0, 5.0], [1, 1, 2]), [False, True, False])
+    after = Measured(Losses([2.0, 4.0, 4.0], [1, 1, 2]), [True, True, False])
+    gain = given(QUESTIONS[:3], before, after).gain
+    assert gain == pytest.approx(
+        {"loss": -0.5, "loss_stderr": (0.25 * 2 * 3 / 2) ** 0.5 / 4}
+        | {"accuracy": 1 / 3, "accuracy_stderr": (2 / 3 / 2 / 3) ** 0.5}
+    )
+
+
+def test_a_line_for_each_row_has_what_pairs_it_and_equal_rows_are_counted() -> None:
+    rows = [QUESTIONS[0], QUESTIONS[1], QUESTIONS[0]]
+    before = Measured(Losses([3.0, 4.0, 5.0], [1, 1, 2]), [False, True, False])
+    after = Measured(Losses([2.0, math.inf, 4.0], [1, 1, 2]), [True, True, False])
+    evaluation = given(rows, before, after)
+    evaluation.part = "validation"
+    first, second, third = evaluation.lines()
+    expected = {"digest": rows[0].digest, "copy": 0, "part": "validation", "tokens": 1}
+    assert first == expected | {"before": 3.0, "right_before": 0, "after": 2.0, "right_after": 1}
+    assert (second["copy"], third["copy"], third["digest"]) == (0, 1, first["digest"])
+    del evaluation.measured["before"]
+    assert evaluation.lines()[0] == expected | {"after": 2.0, "right_after": 1}
 
 
 def test_a_model_to_which_all_tokens_are_alike_has_the_perplexity_of_its_vocabulary() -> None:
     model = tiny_chat_model()
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    evaluation = Evaluation(of_turns(), [Row("", "Open at nine."), Row("", "Closed.")], samples=1)
-    evaluation.measure(model, "before")
-    scores = evaluation.evaluation["before"]["all"]
+    scores = scores_of(of_turns(), [Row("", "Open at nine."), Row("", "Closed.")], model)
     assert scores["perplexity"] == pytest.approx(model.config.vocab_size, rel=1e-5)
     assert scores["loss"] == pytest.approx(math.log(model.config.vocab_size), rel=1e-5)
-    assert scores["rows"] == 2
-    assert evaluation.gain is None
+    assert scores["tokens"] == len("Open at nine.Closed.") + 2  # and each end
     assert Losses([5000.0], [5]).perplexity == math.inf  # which no float holds
-    assert [set(sample) for sample in evaluation.samples] == [{"question", "reference", "before"}]
 
 
-def test_preferred_is_the_share_of_pairs_whose_chosen_answer_gained_on_the_rejected_one() -> None:
-    evaluation, model = Evaluation(of_turns(), PAIRS), tiny_chat_model()
-    evaluation.measure(model, "before")
-    evaluation.measure(model, "after")
-    assert evaluation.gain is not None
-    assert evaluation.gain["preferred"] == 0  # nothing changed
-    evaluation.rejected_losses["after"].nll[0] += 1.0  # the first rejected answer became less likely
-    assert evaluation.gain["preferred"] == 0.5
+def test_a_preference_is_won_where_the_chosen_answer_gained_on_the_rejected_one() -> None:
+    before = Measured(Losses([10.0, 12.0], [4, 6]), rejected=[9.0, 15.0])
+    after = Measured(Losses([9.0, 13.0], [4, 6]), rejected=[10.0, 2015.0])
+    evaluation = given(PAIRS, before, after, of_turns())
+    assert evaluation.margins == [2.0, 1999.0]
+    after.rejected[1] = 13.0  # type: ignore[index]
+    scores = evaluation.scores()
+    losses = [math.log1p(math.exp(-0.1 * margin)) for margin in (2.0, -3.0)]
+    assert scores["after"]["dpo_loss"] == pytest.approx(sum(losses) / 2)
+    assert (scores["after"]["margin"], scores["after"]["won"]) == (-0.5, 0.5)
+    assert "won" not in scores["before"]
+    lines = evaluation.lines()
+    assert [(line["margin"], line["won"], line["before"]) for line in lines] == [(2.0, 1, 10.0), (-3.0, 0, 12.0)]
+    assert [line["dpo_loss"] for line in lines] == pytest.approx(losses)
+    del evaluation.measured["before"]
+    assert evaluation.margins == []
+    assert "won" not in evaluation.scores()["after"]
 
 
 def test_rejected_answers_are_cut_as_the_rows_were() -> None:
@@ -182,7 +156,7 @@ def test_rejected_answers_are_cut_as_the_rows_were() -> None:
     assert len(whole[1].input_ids) > 40
 
 
-@pytest.mark.parametrize("style", ["text", "label"])
+@pytest.mark.parametrize("style", ["text", "letter"])
 def test_accuracies_are_those_of_lm_eval(style: Any, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     from lm_eval.api.model import LM
@@ -198,7 +172,7 @@ def test_accuracies_are_those_of_lm_eval(style: Any, tmp_path: Path) -> None:
 
         @torch.no_grad()
         def scored(self, prompt: str, answer: str) -> tuple[float, bool]:
-            ids = torch.tensor([encoder.tokenizer(prompt + answer)["input_ids"]])
+            ids = torch.tensor([encoder.tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]])
             logits, wanted = model(ids).logits[0, -len(answer) - 1 : -1], ids[0, -len(answer) :]
             greedy = bool((logits.argmax(-1) == wanted).all())
             return float(logits.log_softmax(-1).gather(1, wanted[:, None]).sum()), greedy
@@ -209,14 +183,17 @@ def test_accuracies_are_those_of_lm_eval(style: Any, tmp_path: Path) -> None:
         def generate_until(self, requests: list[Any]) -> list[str]:
             raise NotImplementedError
 
-    questions = lab.questions(12, "test")
     model = LlamaForCausalLM.from_pretrained(lab.tiny_base(tmp_path))
-    encoder = Encoder(lab.byte_tokenizer(), None, style=style)
+    encoder = of_questions(style)
+    decode = encoder.tokenizer.decode
     rows = [
-        {"prompt": encoder.question_text(row), "choices": candidates(row, encoder.style), "label": row.label}
-        for row in questions
+        {
+            "prompt": decode(encoder.choices(row)[0].prompt),
+            "choices": [decode(choice.answer) for choice in encoder.choices(row)],
+            "label": row.label,
+        }
+        for row in QUESTIONS
     ]
-    metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
     task = ConfigurableTask(
         config={
             "task": "sums",
@@ -228,16 +205,15 @@ def test_accuracies_are_those_of_lm_eval(style: Any, tmp_path: Path) -> None:
             "doc_to_target": "label",
             "target_delimiter": "",
             "num_fewshot": 0,
-            "metric_list": metrics,
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         }
     )
     theirs: Any = simple_evaluate(
         Naive(), tasks=[task], task_manager=TaskManager(include_defaults=False), log_samples=False
     )["results"]["sums"]
-    ours = score_outcomes(answer_outcomes(model, encoder, questions))["all"]
-    for name, value in (("acc", ours.accuracy), ("acc_norm", ours.accuracy_norm)):
-        assert theirs[f"{name},none"] == pytest.approx(value)
-    assert theirs["acc_stderr,none"] == pytest.approx(ours.accuracy_stderr)
+    ours = scores_of(encoder, QUESTIONS, model)
+    assert theirs["acc,none"] == pytest.approx(ours["accuracy"])
+    assert theirs["acc_stderr,none"] == pytest.approx(ours["accuracy_stderr"])
 
 
 TEXTS = ["A short text.", "A text that is rather longer than the others are.", "Another text."]
