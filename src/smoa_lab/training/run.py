@@ -93,7 +93,7 @@ def _train(
     forgetting.measure(trainer.model, "before")
     logger.info("Training on %s by %s", loaded.config.data.title, type(trainer).__name__)
     started = time.perf_counter()
-    fit(trainer, loaded.base, checkpoint)
+    fit(trainer, checkpoint)
     seconds = time.perf_counter() - started
     model: Any = trainer.model
     evaluation.measure(model, "after")

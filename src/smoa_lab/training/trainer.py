@@ -62,6 +62,8 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
         from smoa_lab.training.sparse_trainer import SparseSFTTrainer  # here, since it imports TRL
 
         chosen = SparseSFTTrainer
+    settings: Any = run.base.config.get_text_config()
+    routers = getattr(settings, "output_router_logits", None)
     patience = config.early_stopping
     callbacks = [ProgressReport(), *([] if patience is None else [EarlyStoppingCallback(patience)])]
     try:
@@ -78,24 +80,22 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
             trainer.optimizer = trainer.lr_scheduler = None
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"training: TRL or transformers refuses: {error}") from error
+    if routers is not None:  # TRL asks mixtures for them in each step; with a cache of keys and values that fails
+        settings.output_router_logits = routers
     vars(trainer)["create_model_card"] = lambda **_: None  # the adapter gets a card of ours
     for callback in REPLACED:
         trainer.remove_callback(callback)
     return trainer
 
 
-def fit(trainer: Trainer, base: PreTrainedModel, checkpoint: str | None) -> None:
+def fit(trainer: Trainer, checkpoint: str | None) -> None:
     """Train, from a checkpoint if there is one."""
     arguments: Any = trainer.args
     if checkpoint and _is_over(checkpoint):  # within an epoch the Trainer would take another step
         arguments.max_steps, arguments.num_train_epochs = -1, 0
         arguments.lr_scheduler_type = SchedulerType.CONSTANT  # others divide by the steps
         arguments.lr_scheduler_kwargs = None
-    settings: Any = base.config.get_text_config()
-    routers = getattr(settings, "output_router_logits", None)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if routers is not None:  # TRL lets mixtures give them, for a loss that a cache of keys and values breaks
-        settings.output_router_logits = routers
     model: Any = trainer.model
     if REFERENCE in getattr(model, "peft_config", {}):
         model.delete_adapter(REFERENCE)  # otherwise it would be saved too
