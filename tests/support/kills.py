@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from smoa_lab.training.loaded_run import ProgressReport
+from smoa_lab.training.trainer import ProgressReport
 
 
 @contextmanager

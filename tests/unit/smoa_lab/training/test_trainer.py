@@ -17,23 +17,20 @@ import trl
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import smoa
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.config.run import RunConfig, check_config
 from smoa_lab.data.encoding import Tokens
-from smoa_lab.data.prepared import PreparedRows
-from smoa_lab.evaluate import evaluate_run
-from smoa_lab.open_run import open_run
 from smoa_lab.scoring.losses import row_losses
-from smoa_lab.training import loaded_run, train_run
-from smoa_lab.training.loaded_run import ProgressReport, load_run
-from smoa_lab.training.run_folder import RunFolder
+from smoa_lab.training import trainer as trainer_module
+from smoa_lab.training.loaded_run import load_run
+from smoa_lab.training.run import run as train
+from smoa_lab.training.trainer import ProgressReport, make_trainer
 from tests.support.kills import killed_after_saving
-from tests.support.lab import files_with, steps, tiny_gpt2, tiny_run
+from tests.support.lab import steps, tiny_gpt2, tiny_run
 from tests.support.own_rows import (
-    PLAIN,
     chat,
     chats,
     losses,
@@ -44,7 +41,9 @@ from tests.support.own_rows import (
     write_rows,
 )
 
-ALL = {"test_part": 0.0}
+ALL = {"test_examples": 0, "validation_examples": 0}
+"""Every row is trained on."""
+VALIDATED = {"test_examples": 0, "validation_examples": 4}
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +74,13 @@ def preferences(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "pairs.jsonl", pairs(12))
 
 
-def train(config: RunConfig) -> dict[str, Any]:
-    return train_run.train(config)
-
-
 def by_trl(values: dict[str, Any], rows: Path, folder: Path) -> list[float]:
     """The loss curve of TRL's own trainer on the same file."""
     prefers = "chosen" in json.loads(rows.read_text().splitlines()[0])
     messages = "messages" in json.loads(rows.read_text().splitlines()[0])
     kinds = (trl.DPOConfig, trl.DPOTrainer) if prefers else (trl.SFTConfig, trl.SFTTrainer)
-    given = {"report_to": "none", "bf16": False, "learning_rate": 2e-3, **values["training"], "output_dir": str(folder)}
+    own = {**values["training"], "output_dir": str(folder), "max_length": values["data"].get("max_length", 1024)}
+    given = {"report_to": "none", "bf16": False, **own}
     arguments: Any = kinds[0](**given, **({"assistant_only_loss": True} if messages else {}))
     arguments.dataloader_pin_memory = False
     set_seed(arguments.seed)
@@ -100,11 +96,11 @@ def by_trl(values: dict[str, Any], rows: Path, folder: Path) -> list[float]:
 
 
 TRAINING: dict[str, dict[str, Any]] = {
-    "cut": {"max_length": 60},
-    "packed": {"packing": True, "max_length": 128},
+    "cut": {"data": {"max_length": 60}},
+    "packed": {"packing": True, "data": {"max_length": 128}},
     "noise": {"neftune_noise_alpha": 20},
     "accumulated": {"gradient_accumulation_steps": 3},
-    "padding free": {"padding_free": True, "max_length": None},
+    "padding free": {"padding_free": True, "data": {"max_length": None}},
 }
 
 
@@ -112,8 +108,10 @@ TRAINING: dict[str, dict[str, Any]] = {
 def test_the_loss_curve_is_that_of_trls_own_trainer(
     training: dict[str, Any], talks: Path, base: Path, tmp_path: Path
 ) -> None:
-    values = rows_values(tmp_path, talks, base, data=ALL, training={"max_steps": 4, "learning_rate": 0.01, **training})
-    curve = losses(train(rows_config(tmp_path, talks, base, data=ALL, training=values["training"])))
+    own = dict(training)
+    data = ALL | own.pop("data", {})
+    values = rows_values(tmp_path, talks, base, data=data, training={"max_steps": 4, "learning_rate": 0.01, **own})
+    curve = losses(train(check_config(values)))
     assert len(curve) == 4
     assert curve == pytest.approx(by_trl(values, talks, tmp_path / "trl"), abs=1e-4)
 
@@ -138,7 +136,7 @@ def test_so_is_that_of_other_formats(rows: list[dict[str, Any]], base: Path, tmp
 def test_preferences_begin_at_log_2_and_follow_trls_own_curve(preferences: Path, base: Path, tmp_path: Path) -> None:
     """TRL's own reference is the model with its adapter switched off."""
     training = {"max_steps": 4, "learning_rate": 0.01, "beta": 0.3}
-    metrics = train(rows_config(tmp_path, preferences, base, data=ALL, training=training))
+    metrics = train(rows_config(tmp_path, preferences, base, data=ALL, training=training, trainer="dpo"))
     values = rows_values(tmp_path, preferences, base, training=training)
     assert losses(metrics)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses(metrics) == pytest.approx(by_trl(values, preferences, tmp_path / "trl"), abs=1e-4)
@@ -147,12 +145,12 @@ def test_preferences_begin_at_log_2_and_follow_trls_own_curve(preferences: Path,
 
 
 def test_only_the_trained_adapter_of_preferences_is_saved(preferences: Path, base: Path, tmp_path: Path) -> None:
-    metrics = train(rows_config(tmp_path, preferences, base, data={"test_part": 0.3}))
+    metrics = train(rows_config(tmp_path, preferences, base, trainer="dpo"))
     assert {entry.name for entry in (tmp_path / "run" / "adapter").iterdir() if entry.is_dir()} == set()
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     factors = sum(tensor.numel() for name, tensor in saved.items() if "smoa_A" in name or "smoa_B" in name)
     assert metrics["parameters"]["trainable"] == factors
-    assert 0 <= metrics["gain"]["preferred"] <= 1
+    assert 0 <= metrics["evaluation"]["after"]["won"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -162,7 +160,8 @@ def test_other_methods_train_on_rows(
     method: str, kind: str, base: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     adapter = {} if method == "full" else {"r": 4, "target_modules": ["q_proj", "v_proj"]}
-    metrics = train(rows_config(tmp_path, request.getfixturevalue(kind), base, method=method, adapter=adapter))
+    own = {"method": method, "adapter": adapter, "trainer": "sft" if kind == "talks" else "dpo"}
+    metrics = train(rows_config(tmp_path, request.getfixturevalue(kind), base, **own))
     if kind == "preferences":
         assert losses(metrics)[0] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics["config"]["training"].get("learning_rate") == (None if method == "full" else 2e-3)
@@ -177,10 +176,10 @@ def test_an_interrupted_run_goes_on_to_the_same_adapter(
         if state.global_step == 3:
             raise KeyboardInterrupt
 
-    rows = request.getfixturevalue(kind)
+    rows, trainer = request.getfixturevalue(kind), "sft" if kind == "talks" else "dpo"
     training = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.01}
     options = [{**training, "output_dir": str(tmp_path / name)} for name in ("whole", "broken")]
-    whole, broken = (rows_config(tmp_path, rows, base, training=one) for one in options)
+    whole, broken = (rows_config(tmp_path, rows, base, training=one, trainer=trainer) for one in options)
     expected = train(whole)
     monkeypatch.setattr(ProgressReport, "on_step_end", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -206,7 +205,7 @@ def test_a_run_stops_when_the_validation_loss_no_longer_falls(talks: Path, base:
         tmp_path,
         talks,
         base,
-        data={"validation_part": 0.3, **ALL},
+        data=VALIDATED,
         training={**STOPPING, "learning_rate": 0.0, "save_strategy": "steps"},
         early_stopping=2,
     )
@@ -217,7 +216,7 @@ def test_a_run_stops_when_the_validation_loss_no_longer_falls(talks: Path, base:
 def test_a_resumed_run_has_the_patience_that_was_left(
     killed: int, talks: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = {"validation_part": 0.3, "samples": 0, **ALL}
+    data = VALIDATED | {"samples": 0}
     training = {**STOPPING, "learning_rate": 0.0, "save_strategy": "steps"}
     config = rows_config(tmp_path, talks, base, data=data, training=training, early_stopping=3)
     with killed_after_saving(killed, monkeypatch):
@@ -231,12 +230,11 @@ def test_a_resumed_run_has_the_patience_that_was_left(
 def test_the_best_adapter_is_kept_and_not_the_last(talks: Path, base: Path, tmp_path: Path) -> None:
     training = {**STOPPING, "learning_rate": 3.0, "lr_scheduler_type": "constant", "save_strategy": "steps"}
     training["per_device_train_batch_size"] = 8
-    data = {"validation_part": 0.3, **ALL}
+    data = VALIDATED
     config = rows_config(tmp_path, talks, base, data=data, training=training, early_stopping=2)
     history = [entry["eval_loss"] for entry in train(config)["history"] if "eval_loss" in entry]
     run = load_run(config)
     model = PeftModel.from_pretrained(run.base, str(config.folder / "adapter"))
-    assert isinstance(run.data, PreparedRows)
     rows = [Tokens(row["input_ids"], row["labels"]) for row in run.data.part("validation")]
     assert min(history) < history[-1]
     assert row_losses(model, rows, pad=0).mean == pytest.approx(min(history), abs=1e-4)
@@ -254,8 +252,8 @@ def refused(config: RunConfig, error: type[SmoaError] = ConfigError) -> str:
 def test_a_base_model_without_a_template_is_refused_and_trains_with_alpaca(talks: Path, tmp_path: Path) -> None:
     base = rows_base(tmp_path / "plain", template=None)
     assert "this model has no chat template" in refused(rows_config(tmp_path, talks, base))
-    assert "did you mean 'qwen3'" in refused(rows_config(tmp_path, talks, base, data={"chat_template": "qwen-3"}))
-    assert train(rows_config(tmp_path, talks, base, data={"chat_template": "alpaca"}))["training"]["steps"] == 2
+    assert "did you mean 'qwen3'" in refused(rows_config(tmp_path, talks, base, data={"template": "qwen-3"}))
+    assert train(rows_config(tmp_path, talks, base, data={"template": "alpaca"}))["training"]["steps"] == 2
 
 
 def test_a_tokenizer_without_a_token_to_fill_batches_with_is_refused(talks: Path, tmp_path: Path) -> None:
@@ -263,8 +261,8 @@ def test_a_tokenizer_without_a_token_to_fill_batches_with_is_refused(talks: Path
     file = base / "tokenizer_config.json"
     kept = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("pad_token", "eos_token")}
     file.write_text(json.dumps(kept))
-    message = refused(rows_config(tmp_path, talks, base, data={"chat_template": "alpaca"}))
-    assert "has neither a pad_token nor an eos_token, and TRL needs one; add an eos_token" in message
+    message = refused(rows_config(tmp_path, talks, base, data={"template": "alpaca"}))
+    assert "TRL or transformers refuses: The specified `pad_token` ('None') is not found" in message
 
 
 def test_an_adapter_on_the_output_layer_is_refused(talks: Path, base: Path, tmp_path: Path) -> None:
@@ -277,34 +275,28 @@ def test_an_adapter_on_the_output_layer_is_refused(talks: Path, base: Path, tmp_
     assert refused(tokens).startswith("method: trainable_tokens would adapt the output layer, which is tied")
 
 
-def test_rows_beyond_the_models_positions_are_refused_unless_they_are_cut(base: Path, tmp_path: Path) -> None:
-    file = write_rows(tmp_path / "long.jsonl", [{"text": "word " * 300}] * 2)
-    message = refused(rows_config(tmp_path, file, base, data=ALL, training={"max_length": None}))
-    assert message.startswith(
-        "training.max_length: rows of up to 1,502 tokens would be given to this model, which has 1,024 pos"
+def test_rows_of_all_the_models_positions_are_trained_and_answered_and_longer_ones_refused(tmp_path: Path) -> None:
+    base = tiny_gpt2(tmp_path / "gpt2", positions=128)
+    file = write_rows(tmp_path / "long.jsonl", [{"text": f"{i} " + "word " * 60} for i in range(10)])
+    adapter = {"r": 4, "num_blocks": 2, "target_modules": ["c_attn"]}
+    long, endless, fitting = (
+        rows_config(tmp_path, file, base, data={"max_length": length}, adapter=adapter) for length in (129, None, 128)
     )
-    assert losses(train(rows_config(tmp_path, file, base, data=ALL)))
+    assert refused(long).startswith("data.max_length: rows of up to 129 tokens would be given to this model, which has")
+    assert refused(endless).startswith("data.max_length: rows of up to 304 tokens ")
+    assert refused(endless).endswith("set it to 128")
+    metrics = train(fitting)
+    assert metrics["data"]["cut"] == 10
+    assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}]
 
 
 def test_only_answers_whose_prompts_fit_are_asked_for(base: Path, tmp_path: Path) -> None:
     rows = [{"messages": chat("Open?", "Yes.", "a" * 100, f"No. {i}")} for i in range(3)]
     other = write_rows(tmp_path / "test.jsonl", [*rows, *chats(1)])
-    data = {"test": str(other), "samples": 4}
-    metrics = train(
-        rows_config(tmp_path, write_rows(tmp_path / "a.jsonl", chats(6)), base, data=data, training={"max_length": 90})
-    )
-    assert metrics["evaluation"]["after"]["all"]["rows"] == 4
+    data = {"test": str(other), "samples": 4, "max_length": 90}
+    metrics = train(rows_config(tmp_path, write_rows(tmp_path / "a.jsonl", chats(6)), base, data=data))
+    assert metrics["evaluation"]["after"]["rows"] == 4
     assert [sample["reference"] for sample in metrics["samples"]].count("Yes.") == 3
-
-
-def test_validation_without_rows_and_what_lacks_its_package_or_settings_are_refused(
-    talks: Path, base: Path, tmp_path: Path
-) -> None:
-    config = rows_config(tmp_path, talks, base, data={"validation_part": 0.0}, training={"eval_strategy": "epoch"})
-    assert refused(config).startswith("data.validation_part: 0.0 of the rows are none")
-    for key, value in (("report_to", "comet_ml"), ("optim", "grokadamw"), ("lr_scheduler_type", "warmup_stable_decay")):
-        message = refused(rows_config(tmp_path, talks, base, training={key: value}))
-        assert key in message.partition(": ")[0]
 
 
 def test_files_without_a_good_row_are_refused(base: Path, tmp_path: Path) -> None:
@@ -318,66 +310,14 @@ def test_files_without_a_good_row_are_refused(base: Path, tmp_path: Path) -> Non
     assert "leaves no rows to train on" in refused(skipping, DataError)
 
 
-def test_rows_that_a_run_was_trained_on_are_counted_and_not_scored_as_held_out(base: Path, tmp_path: Path) -> None:
-    trained = write_rows(tmp_path / "a.jsonl", chats(6))
-    mixed = write_rows(tmp_path / "b.jsonl", chats(9))
-    config = rows_config(tmp_path, trained, base, data=ALL | {"train_examples": 5})
-    train(config)
-    folder = RunFolder(config.folder)
-    scored = evaluate_run(*open_run(folder.path, [f"data.test={mixed}"]), folder)
-    assert (scored["trained_on"], scored["scores"]["all"]["rows"]) == (5, 4)
-    for change in (f"data.test={trained}", "data.test_part=0.99"):
-        scored = evaluate_run(*open_run(folder.path, [change]), folder)
-        assert (scored["trained_on"], scored["scores"]["all"]["rows"]) == (5, 1)
-    train(rows_config(tmp_path / "all", trained, base, data=ALL))
-    with pytest.raises(DataError, match="nothing is held out that could be scored; give other rows as test"):
-        evaluate_run(*open_run(tmp_path / "all" / "run", [f"data.test={trained}"]), RunFolder(tmp_path / "all" / "run"))
-    folder.trained.unlink()
-    assert evaluate_run(*open_run(folder.path, [f"data.test={mixed}"]), folder)["trained_on"] is None
-
-
-def test_without_held_out_rows_a_run_is_trained_by_a_template_that_nobody_knows_and_not_scored(
-    talks: Path, tmp_path: Path
+def test_processes_that_accelerate_does_not_count_don_t_train(
+    talks: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = rows_base(tmp_path / "plain", template=PLAIN)
-    metrics = train(rows_config(tmp_path, talks, base, data=ALL))
-    assert losses(metrics)
-    assert (metrics["evaluation"], metrics["gain"], metrics["samples"]) == ({}, None, [])
-    assert not (tmp_path / "run" / "samples.md").exists()
-
-
-def test_held_out_rows_are_scored_before_and_after_and_the_card_says_what_was_trained(
-    talks: Path, base: Path, tmp_path: Path
-) -> None:
-    with talks.open("a") as file:
-        file.write('{"messages": []}\n')
-    data = {"test_part": 0.3, "samples": 2, "skip_bad_rows": True}
-    training = {"learning_rate": 0.05, "max_steps": 6}
-    metrics = train(rows_config(tmp_path, talks, base, data=data, training=training))
-    before, after = (metrics["evaluation"][stage]["all"] for stage in ("before", "after"))
-    assert before["rows"] == after["rows"] == metrics["data"]["parts"]["test"]
-    assert metrics["data"]["bad"] == 1
-    assert before["perplexity"] == pytest.approx(math.exp(before["loss"]))
-    assert metrics["gain"]["loss"] == pytest.approx(after["loss"] - before["loss"], abs=1e-6)
-    assert metrics["gain"]["loss"] < 0
-    assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}] * 2
-    run = tmp_path / "run"
-    assert "## Prompt 2" in (run / "samples.md").read_text()
-    card = (run / "adapter" / "README.md").read_text()
-    loss_of_stages = (f"{stage['loss']:.3f}" for stage in (before, after))
-    for said in ("`chats.jsonl`, in the format messages: ", "tokens, ", *loss_of_stages, "```text"):
-        assert said in card
-    # Nothing of this machine is in what a run shares.
-    assert files_with(tmp_path, run) == {"config.yaml", "train.log"}
-    assert files_with(base, run) == {"config.yaml", "adapter/adapter_config.json"}
-
-
-def test_processes_that_accelerate_does_not_count_don_t_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaded_run, "is_distributed", lambda: True)
-    monkeypatch.setattr(loaded_run.dist, "get_world_size", lambda: 2)
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    monkeypatch.setattr(trainer_module, "is_distributed", lambda: True)
+    monkeypatch.setattr(trainer_module.dist, "get_world_size", lambda: 2)
+    config = rows_config(tmp_path, talks, base)
     with pytest.raises(ConfigError, match=r"accelerate counts 1 of 2 processes, .*; leave deepspeed out"):
-        loaded_run.checked_arguments(arguments)
+        make_trainer(load_run(config), config.peft_config())
 
 
 def test_a_run_that_was_killed_after_its_last_step_takes_no_other_one(
@@ -398,28 +338,6 @@ def test_a_run_that_was_killed_after_its_last_step_takes_no_other_one(
     adapters = [load_file(one.folder / "adapter" / "adapter_model.safetensors") for one in (whole, killed)]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(torch.equal(adapters[1][name], tensor) for name, tensor in adapters[0].items())
-
-
-def values_of(room: Path, monkeypatch: pytest.MonkeyPatch, **training: Any) -> dict[str, Any]:
-    """A run of one step."""
-    training = steps(1, save_strategy="no", **training)
-    values = tiny_run(room, monkeypatch, train=15, test=2, training=training, forgetting={"tokens": 0})
-    return {**values, "data": {"tasks": ["arc_easy"]}}
-
-
-def test_questions_of_all_the_models_positions_are_trained_and_answered_and_longer_ones_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    values = values_of(tmp_path, monkeypatch)
-    values["model"] = {"name": str(tiny_gpt2(tmp_path / "gpt2", positions=128))}
-    values["adapter"] = {"r": 4, "num_blocks": 2, "target_modules": ["c_attn"]}
-    long, fitting = (check_config({**values, "task": {"max_length": length, "samples": 2}}) for length in (129, 128))
-    told = refused(long)
-    assert told.startswith("task.max_length: rows of up to 129 tokens ")
-    assert told.endswith("set it to 128")
-    metrics = train(fitting)
-    assert metrics["data"]["truncation"]["prompts_cut"] == 15  # so each has as many tokens as there are positions
-    assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}] * 2
 
 
 @pytest.mark.parametrize("on_terminal", [True, False])

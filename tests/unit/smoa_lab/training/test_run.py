@@ -1,0 +1,322 @@
+"""What a run writes, that any two can be paired by their rows, and runs that leave something out."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from smoa.errors import ConfigError, DataError
+from smoa_lab.config.run import ModelSection, RunConfig, check_config
+from smoa_lab.evaluate import evaluate_run
+from smoa_lab.open_run import base_section, open_run
+from smoa_lab.training import run as run_module
+from smoa_lab.training.loaded_run import load_run
+from smoa_lab.training.run import run, score_untouched
+from smoa_lab.training.run_folder import RunFolder
+from tests.support import lab
+from tests.support.kills import killed_after_saving
+from tests.support.own_rows import chats, pairs, rows_base, rows_config
+
+# Not ours: a deprecation between transformers and peft.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+
+@pytest.fixture
+def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A run of two steps."""
+    training = lab.steps(2, save_strategy="no", learning_rate=0.05)
+    return lab.tiny_run(tmp_path, monkeypatch, train=20, test=3, training=training)
+
+
+def changed(values: dict[str, Any], name: str = "run", **sections: Any) -> RunConfig:
+    """The run in another folder, with keys of its sections changed."""
+    laid = {key: {**values.get(key, {}), **own} if isinstance(own, dict) else own for key, own in sections.items()}
+    folder = str(Path(values["training"]["output_dir"]).with_name(name))
+    config = {**values, **laid}
+    return check_config({**config, "training": {**config["training"], "output_dir": folder}})
+
+
+def rows_of(config: RunConfig) -> list[dict[str, Any]]:
+    with gzip.open(RunFolder(config.folder).rows, "rt", encoding="utf-8") as lines:
+        return list(map(json.loads, lines))
+
+
+def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
+    return float(sum(row[key] for row in rows) / len(rows))
+
+
+def test_the_rows_of_a_run_add_up_to_its_metrics_and_pair_it_with_any_other(values: dict[str, Any]) -> None:
+    extra = Path(values["data"]["train"])
+    extra.write_text(extra.read_text() + json.dumps(lab.questions(1, "test")[0]) + "\n")  # one twice
+    lora = {**values, "adapter": {"r": 2, "target_modules": ["q_proj"]}, "method": "lora"}
+    first, second = changed(values), changed(lora, "other")
+    metrics, others = run(first), run(second)
+    assert metrics == json.loads(RunFolder(first.folder).metrics.read_text())
+    assert metrics["format"] == 2
+    rows, paired = rows_of(first), rows_of(second)
+    assert Counter(row["part"] for row in rows) == {"test": 4}
+    assert sorted(row["copy"] for row in rows) == [0, 0, 0, 1]
+    assert metrics["digests"] == others["digests"]
+    for key in ("digest", "copy", "tokens", "before", "right_before"):
+        assert [row[key] for row in rows] == [row[key] for row in paired]
+    assert [row["after"] for row in rows] != [row["after"] for row in paired]
+    for stage in ("before", "after"):
+        scores = metrics["evaluation"][stage]
+        assert (scores["rows"], scores["tokens"]) == (4, sum(row["tokens"] for row in rows))
+        assert scores["loss"] == pytest.approx(sum(row[stage] for row in rows) / scores["tokens"])
+        assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
+        assert scores["accuracy"] == mean(rows, f"right_{stage}")
+        assert scores["majority"] == 1
+
+
+def test_the_digests_change_with_what_they_are_of_alone(values: dict[str, Any]) -> None:
+    own = load_run(changed(values)).digests
+    for what, change in (
+        ("encoder", {"data": {"max_length": 300}}),
+        ("encoder", {"data": {"choices": "letter"}}),
+        ("data", {"data": {"train_examples": 7}}),
+    ):
+        other = load_run(changed(values, **change)).digests
+        assert [name for name in own if own[name] != other[name]] == [what]
+
+
+def test_preferences_have_margins_and_the_loss_that_trl_itself_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    rows = [row | {"part": "validation" if number < 5 else "train"} for number, row in enumerate(pairs(12))]
+    training = {"beta": 0.3, "learning_rate": 0.02, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    config = rows_config(
+        tmp_path,
+        lab.write_rows(tmp_path / "pairs.jsonl", rows),
+        rows_base(tmp_path / "base"),
+        trainer="dpo",
+        scoring={"part": "validation", "before": False},  # which the loss needs all the same
+        training=training,
+    )
+    metrics, lines = run(config), rows_of(config)
+    scores = metrics["evaluation"]["after"]
+    (theirs,) = (entry["eval_loss"] for entry in metrics["history"] if "eval_loss" in entry)
+    assert scores["dpo_loss"] == pytest.approx(theirs, abs=1e-5)
+    assert abs(theirs - math.log(2)) > 1e-3
+    assert scores["rows"] == len(lines) == 5
+    for name, key in (("dpo_loss", "dpo_loss"), ("margin", "margin"), ("won", "won")):
+        assert scores[name] == pytest.approx(mean(lines, key))
+    for line in lines:
+        assert line["won"] == (line["margin"] > 0)
+        assert line["dpo_loss"] == pytest.approx(math.log1p(math.exp(-0.3 * line["margin"])))
+    assert set(metrics["evaluation"]) == {"before", "after"}
+
+
+def test_the_untouched_model_is_scored_as_before_a_run_and_nothing_is_trained(values: dict[str, Any]) -> None:
+    trained, untouched = changed(values), changed(values, "untouched")
+    expected, found = run(trained), score_untouched(untouched)
+    assert found["evaluation"] == {"before": expected["evaluation"]["before"]}
+    assert found["parameters"]["trainable"] == 0
+    assert found["digests"] == expected["digests"]
+    kept = ("digest", "copy", "part", "tokens", "before", "right_before")
+    assert rows_of(untouched) == [{key: row[key] for key in kept} for row in rows_of(trained)]
+    assert not RunFolder(untouched.folder).adapter.exists()
+    with pytest.raises(ConfigError, match="contains a finished run"):
+        score_untouched(untouched)
+
+
+def test_a_run_that_is_told_so_scores_validation_once_and_nothing_else(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smoa_lab.scoring.evaluation.continue_prompts", lambda _, __, prompts, *___: prompts and 1 / 0)
+    config = changed(
+        values,
+        scoring={"part": "validation", "before": False},
+        data={"samples": 0},
+        forgetting={"tokens": 0},
+        training={"eval_strategy": "steps", "eval_steps": 1},
+    )
+    metrics = run(config)
+    assert list(metrics["evaluation"]) == ["after"]
+    assert (metrics["gain"], metrics["forgetting"], metrics["samples"]) == (None, None, [])
+    assert [set(row) for row in rows_of(config)] == [{"digest", "copy", "part", "tokens", "after", "right_after"}] * 2
+    assert {row["part"] for row in rows_of(config)} == {"validation"}
+    assert [entry["step"] for entry in metrics["history"] if "eval_loss" in entry] == [1, 2]
+    log = RunFolder(config.folder).log.read_text()
+    assert "step 1/2: loss" in log
+    assert "eval_loss" in log
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "an optimizer that does not exist": ({"training": {"optim": "nonsense"}}, r"training.*nonsense"),
+    "an optimizer whose package is missing": ({"training": {"optim": "grokadamw"}}, "training: .*grokadamw"),
+    "a schedule that needs more": (
+        {"training": {"lr_scheduler_type": "warmup_stable_decay"}},
+        "training: .*num_decay_steps",
+    ),
+    "a report whose package is missing": ({"training": {"report_to": "comet_ml"}}, "training: .*Comet"),
+    "validation without rows": (
+        {"training": {"eval_strategy": "epoch"}, "data": {"validation_examples": 0}},
+        "training: .*eval_dataset",
+    ),
+    "another trainer's rows": ({"trainer": "dpo"}, "trainer: dpo is not for rows of the format choices; set it to sft"),
+    "an adapter that does not fit": ({"adapter": {"target_modules": ["q_prj"]}}, "did you mean 'q_proj'"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_comes_before_any_scoring_and_leaves_nothing(
+    change: dict[str, Any], words: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(values["training"]["output_dir"])
+    monkeypatch.setattr(run_module, "Evaluation", pytest.fail)
+    monkeypatch.setattr("smoa_lab.training.loaded_run.Evaluation", pytest.fail)
+    with pytest.raises(ConfigError, match=words):
+        run(changed(values, **change))
+    assert not folder.exists() or not any(folder.iterdir())
+
+
+def test_without_held_out_rows_a_run_is_trained_and_a_line_says_that_it_is_not_scored(values: dict[str, Any]) -> None:
+    config = changed(values, data={"test_examples": 0})
+    model = config.model.model_copy(update={"options": {"revision": "v2"}})
+    metrics = run(config.model_copy(update={"model": model}))
+    assert (metrics["evaluation"], metrics["gain"], metrics["samples"]) == ({}, None, [])
+    assert metrics["training"]["steps"] == 2
+    folder = RunFolder(config.folder)
+    assert "No rows are held out, so none are scored" in folder.log.read_text()
+    assert not folder.samples.exists()
+    assert rows_of(config) == []
+    assert base_section(folder.adapter) == ModelSection(name=model.name, options={"revision": "v2"})
+
+
+def test_a_mixture_gives_router_logits_only_while_it_is_trained(values: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = lab.byte_tokenizer()
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(**lab.SIZES, **ends, vocab_size=len(tokenizer), num_local_experts=4, sliding_window=None)
+    lab.saved(MixtralForCausalLM(config), tokenizer, tmp_path / "mixture")
+    values |= {"method": "full", "adapter": {}}
+    metrics = run(changed(values, model={"name": str(tmp_path / "mixture")}))
+    assert metrics["evaluation"]["after"]["rows"] == 3
+    assert any("aux_loss" in entry for entry in metrics["history"])
+    assert not AutoConfig.from_pretrained(tmp_path / "run" / "adapter").output_router_logits
+
+
+@pytest.mark.parametrize("method", ["smoa", "full"])
+def test_a_run_is_scored_again_from_its_folder_which_shares_nothing_of_this_machine(
+    method: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    values |= {"method": method} | ({"adapter": {}} if method == "full" else {})
+    metrics = run(changed(values))
+    own = {"config.yaml", "train.log"}  # of the user
+    named = {"adapter/adapter_config.json"} if method != "full" else set()  # as PEFT does
+    assert lab.files_with(tmp_path, tmp_path / "run") == own | named
+    assert (metrics["parameters"]["trainable"] == metrics["parameters"]["total"]) == (method == "full")
+    again = evaluate_run(*open_run(tmp_path / "run"), RunFolder(tmp_path / "run"))
+    assert again["scores"] == metrics["evaluation"]["after"]
+    assert again["trained_on"] == 0
+    assert (again["format"], again["digests"]["encoder"]) == (2, metrics["digests"]["encoder"])
+
+
+def test_rows_that_a_run_was_trained_on_are_counted_and_not_scored_as_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    base = rows_base(tmp_path / "base")
+    trained = lab.write_rows(tmp_path / "a.jsonl", chats(6))
+    mixed = lab.write_rows(tmp_path / "b.jsonl", chats(9))
+    none = {"test_examples": 0, "validation_examples": 0}
+    run(rows_config(tmp_path, trained, base, data=none | {"train_examples": 5}))
+    folder = RunFolder(tmp_path / "run")
+    for change, left in ((f"data.test={mixed}", 4), (f"data.test={trained}", 1)):
+        scored = evaluate_run(*open_run(folder.path, [change, "data.test_examples=400"]), folder)
+        assert (scored["trained_on"], scored["scores"]["rows"]) == (5, left)
+    one = [f"data.train={tmp_path / 'c.jsonl'}", f"data.test={lab.write_rows(tmp_path / 'd.jsonl', chats(1))}"]
+    lab.write_rows(tmp_path / "c.jsonl", chats(1))
+    folder.trained.unlink()
+    assert evaluate_run(*open_run(folder.path, [*one, "data.test_examples=400"]), folder)["trained_on"] is None
+    with pytest.raises(DataError, match=r"nothing is held out that could be scored; give other rows as data\.test"):
+        evaluate_run(*open_run(folder.path))
+
+
+def test_held_out_rows_are_scored_before_and_after_and_the_card_says_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    base, talks = rows_base(tmp_path / "base"), tmp_path / "chats.jsonl"
+    lab.write_rows(talks, [*chats(20), {"messages": []}])
+    data = {"samples": 2, "skip_bad_rows": True}
+    metrics = run(rows_config(tmp_path, talks, base, data=data, training={"learning_rate": 0.05, "max_steps": 6}))
+    before, after = (metrics["evaluation"][stage] for stage in ("before", "after"))
+    assert before["rows"] == after["rows"] == metrics["data"]["parts"]["test"] == 4
+    assert metrics["data"]["bad"] == 1
+    assert metrics["gain"]["loss"] == pytest.approx(after["loss"] - before["loss"], abs=1e-6)
+    assert metrics["gain"]["loss"] < 0
+    assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}] * 2
+    folder = tmp_path / "run"
+    assert "## Prompt 2" in (folder / "samples.md").read_text()
+    card = (folder / "adapter" / "README.md").read_text()
+    loss_of_stages = (f"{stage['loss']:.3f}" for stage in (before, after))
+    for said in ("`chats.jsonl`, in the format messages: ", "tokens, ", *loss_of_stages, "```text"):
+        assert said in card
+
+
+def test_a_second_start_while_a_run_trains_is_refused_before_any_work(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = check_config(values)
+    fit = run_module.fit
+
+    def started_again(*given: Any) -> None:
+        monkeypatch.setattr(run_module, "load_run", pytest.fail)
+        with pytest.raises(ConfigError, match="another process trains into it"):
+            run(config)
+        fit(*given)
+
+    monkeypatch.setattr(run_module, "fit", started_again)
+    assert run(config)["training"]["steps"] == 2
+    assert not RunFolder(config.folder).lock.exists()
+    with pytest.raises(ConfigError, match="contains a finished run"):
+        run(config)
+
+
+def test_only_the_first_process_tells(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = changed(values, data={"test_examples": 0})
+    level = logging.getLogger("smoa_lab").level
+    made = RunConfig.arguments
+
+    def of_rank_one(run: RunConfig) -> Any:
+        arguments = made(run)
+        monkeypatch.setattr(type(arguments), "process_index", property(lambda self: 1))
+        return arguments
+
+    monkeypatch.setattr(RunConfig, "arguments", of_rank_one)
+    run(config)
+    assert "step 1/2" not in RunFolder(config.folder).log.read_text()
+    assert logging.getLogger("smoa_lab").level == level
+    assert json.loads((config.folder / "metrics.json").read_text())["training"]["steps"] == 2
+
+
+def test_a_run_is_not_resumed_on_other_rows_or_another_base(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["training"] |= {"save_strategy": "steps", "save_steps": 1}
+    with killed_after_saving(1, monkeypatch):
+        run(check_config(values))
+    rows = Path(values["data"]["train"])
+    before = rows.read_text()
+    rows.write_text(before.replace("In train", "Of train"))
+    with pytest.raises(ConfigError, match="unfinished run, and the data changed since then"):
+        run(check_config(values))
+    rows.write_text(before)
+    weights = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    weights.lm_head.weight.data.neg_()
+    weights.save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match="unfinished run, and the base model changed since then"):
+        run(check_config(values))
