@@ -42,7 +42,7 @@ def compare(
 
     With --model and --data it needs no file: it writes one, studies/NAME/study.yaml, which you can edit and run again.
     """
-    with reporting():
+    with reporting("smoa_lab.study"):
         from smoa.errors import ConfigError
         from smoa_lab.study.comparison import Comparison, Executor
         from smoa_lab.study.first import first_study

@@ -38,12 +38,13 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @contextmanager
-def reporting() -> Iterator[None]:
-    """Show the lab's log on stderr; an error of smoa's ends the command with one message and exit code 1."""
+def reporting(of: str = "smoa_lab") -> Iterator[None]:
+    """Show the log ``of`` the lab, or of a package in it and all warnings, on stderr; an error of smoa's ends the
+    command with one message and exit code 1."""
     from smoa.errors import SmoaError
 
     try:
-        with _logging():
+        with _logging(of):
             yield
     except SmoaError as error:
         raise failed(str(error)) from error
@@ -58,7 +59,7 @@ def reporting() -> Iterator[None]:
 
 
 @contextmanager
-def _logging() -> Iterator[None]:
+def _logging(of: str) -> Iterator[None]:
     """Show the lab's log on stderr; on a terminal in color, elsewhere as plain lines and without progress bars."""
     import transformers
     from rich.console import Console
@@ -72,6 +73,7 @@ def _logging() -> Iterator[None]:
         shown.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         transformers.utils.logging.disable_progress_bar()
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    shown.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith(of))
     logger = logging.getLogger("smoa_lab")
     logger.addHandler(shown)
     logger.setLevel(logging.INFO)

@@ -18,7 +18,7 @@ def tune(
     json: AsJson = False,
 ) -> None:
     """Find the learning rate with the lowest loss on validation rows; print the line for the config."""
-    with reporting():
+    with reporting("smoa_lab.study"):
         from smoa_lab.config.run import load_config
         from smoa_lab.pages.tables import Table, number
         from smoa_lab.study.comparison import Comparison, Executor
