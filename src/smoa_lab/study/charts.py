@@ -63,7 +63,7 @@ def searches(results: Sequence[Result]) -> Any | None:
         for rate, loss in one.chosen.losses.items()
         if loss is not None
     ]
-    rates = sorted({row["learning rate"] for row in rows})
+    rates = sorted({rate for one in results for rate in one.chosen.losses})
     x = alt.X("learning rate:Q", scale=LOG, axis=alt.Axis(format=".1e", values=rates, labelOverlap=True))
     return lines(rows, _looks(results), x, alt.Y("validation loss:Q", scale=FREE), width=500) if rows else None
 
