@@ -20,7 +20,7 @@ from smoa_lab.report import report_run
 from smoa_lab.study.report import report
 from tests.support import lab
 from tests.support.runs import stored_run
-from tests.support.studies import finish_a_study, tiny_study
+from tests.support.studies import finished, tiny_study, write_runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -54,8 +54,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     adapters = {name: inspect_layers(folder / name, base=str(base)) for name in ("SMOA", "LORA")}
     (folder / "inspect.html").write_text(inspection_page("Adapters", adapters), encoding="utf-8")
     study = tiny_study(folder / "study")
-    finish_a_study(study)
-    report(study)
+    with pytest.MonkeyPatch.context() as patch:
+        write_runs(patch)
+        report(finished(study))
     run = report_run(stored_run(folder / "run"))
     return {"inspect": folder / "inspect.html", "compare": study.folder / "index.html", "report": run}
 

@@ -145,16 +145,15 @@ class WrittenRuns:
         return {"rows": len(rows), "loss": loss} | ({"dpo_loss": loss} if self.kind == "preference" else {})
 
 
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> WrittenRuns:
+def write_runs(patch: pytest.MonkeyPatch) -> WrittenRuns:
     """Runs are written from now on."""
     runs = WrittenRuns()
-    monkeypatch.setattr(comparison, "run", runs.run)
-    monkeypatch.setattr(comparison, "score_untouched", runs.untouched)
-    monkeypatch.setattr(comparison, "POLL_SECONDS", 0.005)
-    monkeypatch.setattr(plan, "inputs", runs.inputs)
-    monkeypatch.setattr(plan, "empty_model", lambda model: None)
-    monkeypatch.setattr(plan, "check_adapter", lambda model, wanted: None)
+    patch.setattr(comparison, "run", runs.run)
+    patch.setattr(comparison, "score_untouched", runs.untouched)
+    patch.setattr(comparison, "POLL_SECONDS", 0.005)
+    patch.setattr(plan, "inputs", runs.inputs)
+    patch.setattr(plan, "empty_model", lambda model: None)
+    patch.setattr(plan, "check_adapter", lambda model, wanted: None)
     return runs
 
 

@@ -7,9 +7,13 @@ import pytest
 from smoa_lab.study import statistics
 from smoa_lab.study.study import Study
 from tests.support import studies
-from tests.support.studies import written
+from tests.support.studies import WrittenRuns, write_runs
 
-__all__ = ["written"]
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> WrittenRuns:
+    """Runs are written, and not trained."""
+    return write_runs(monkeypatch)
 
 
 @pytest.fixture
