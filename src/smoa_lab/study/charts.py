@@ -57,7 +57,7 @@ def _full_name(one: Result) -> str:
 
 def searches(results: Sequence[Result]) -> Any | None:
     """The validation loss at each learning rate that was tried, a line for each entry; None without any search."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": one.entry, "learning rate": rate, "validation loss": loss}
         for one in results
         for rate, loss in one.chosen.losses.items()

@@ -253,13 +253,6 @@ class Comparison:
         alike = {
             other: loss for other, loss in self.losses.items() if (other.stage, other.entry) == (job.stage, job.entry)
         }
-        best = best_job(alike)
         for other in alike:
-            if keep == "none" or other != best:
+            if keep == "none" or other != best_of(alike):
                 shutil.rmtree(RunFolder(self.study.folder / other.name).adapter, ignore_errors=True)
-
-
-def best_job(losses: dict[Job, float | None]) -> Job:
-    """The job that reached the lowest loss."""
-    jobs = sorted(losses, key=lambda job: (job.learning_rate, job.seed))
-    return jobs[best_of({number: losses[job] for number, job in enumerate(jobs)})]

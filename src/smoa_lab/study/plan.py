@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from smoa.atomic import check_place, write_whole
 from smoa.errors import ConfigError, DataError
@@ -125,10 +125,15 @@ def prepare(study: Study, run_all: RunAll | None, minutes: float | None = None, 
     started = time.monotonic()
     configs = {name: study.config(name) for name in study.entries}
     found = inputs(next(iter(configs.values())))
-    check_rows(found["rows"], has_finals=bool(study.seeds))
+    for part, use in {"validation": "rates", **({"test": "entries"} if study.seeds else {})}.items():
+        if not found["rows"][part]:
+            raise ConfigError(f"shared.data: leaves no {part} rows, by which {use} are compared; give more rows")
+    if study.seeds and found["rows"]["test"] < FEW_ROWS:
+        logger.warning(few_rows(found["rows"]["test"]))
     study.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(study.folder / ".lock"):  # another process may make it now
-        plan = read_plan(study)
+        file = study.folder / "plan.json"
+        plan = Plan.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
         if plan is not None:
             changed = changes(plan.study, study)
             changed += [f"{what} changed" for key, what in INPUTS.items() if plan.digests[key] != found["digests"][key]]
@@ -138,27 +143,22 @@ def prepare(study: Study, run_all: RunAll | None, minutes: float | None = None, 
             if plan is None:
                 raise DataError(f"{study.folder}: nothing has run yet; run smoa compare on this study first")
             return plan
-        new = {name: config for name, config in configs.items() if plan is None or name not in plan.entries}
-        for config in new.values():
-            if (wanted := config.peft_config()) is not None:
-                check_adapter(empty_model(config.model), wanted)
+        known = {} if plan is None else plan.entries
+        new = {name: config for name, config in configs.items() if name not in known}
         timed = timing_runs(study, new, run_all, rehearses=plan is None and bool(study.seeds)) if new else {}
-        timings = {job.entry: timing_of(run) for job, run in timed.items() if job.stage == "timing"}
-        check_parameters(study, timings)
+        timings = {job.entry: timing_of(study, job, run) for job, run in timed.items() if job.stage == "timing"}
         if plan is None:
-            rehearsals = [timing_of(run).beside for job, run in timed.items() if job.stage == "rehearsal"]
-            final = max([0.0, *(beside - min(one.beside for one in timings.values()) for beside in rehearsals)])
-            steps = steps_of(next(iter(configs.values())), next(iter(timed.values())))
-            facts = {**found, "minutes": minutes, "final": final, "entries": timings}
-            plan = Plan(study=as_planned(study), steps=steps, seeds=study.seeds, **facts)
-            if minutes is not None:
-                left = 60 * minutes - (time.monotonic() - started)
-                plan = fitted(plan, study.tuning.max_runs, left * workers)
-        else:
-            added = [seed for seed in study.seeds if seed not in plan.study["seeds"]]
-            more = {"seeds": [*plan.seeds, *added], "entries": {**plan.entries, **timings}}
-            plan = plan.model_copy(update={"study": as_planned(study), **more})
-        write_whole(study.folder / "plan.json", json_text(plan.model_dump(mode="json")) + "\n")
+            job, last = [*timed.items()][-1]  # as in a final run, where there will be any
+            final = max(0.0, timing_of(study, job, last).beside - min(one.beside for one in timings.values()))
+            steps = steps_of(configs[job.entry], last)
+            plan = Plan(study=as_planned(study), steps=steps, seeds=study.seeds, minutes=minutes, final=final, **found)
+        added = [seed for seed in study.seeds if seed not in plan.study["seeds"]]
+        more = {"seeds": [*plan.seeds, *added], "entries": {**known, **timings}}
+        plan = plan.model_copy(update={"study": as_planned(study), **more})
+        if minutes is not None and not known:
+            left = 60 * minutes - (time.monotonic() - started)
+            plan = fitted(plan, study.tuning.max_runs, left * workers)
+        write_whole(file, json_text(plan.model_dump(mode="json")) + "\n")
     return plan
 
 
@@ -180,29 +180,9 @@ def write_study(study: Study, given: Path | None = None) -> None:
         write_whole(file, to_yaml(study.model_dump(mode="json", exclude_unset=True)))
 
 
-def check_rows(rows: dict[str, int], has_finals: bool) -> None:
-    """Raise ConfigError where there are no rows to score; warn of few."""
-    for part, use in {"validation": "rates", **({"test": "entries"} if has_finals else {})}.items():
-        if not rows[part]:
-            raise ConfigError(f"shared.data: leaves no {part} rows, by which {use} are compared; give more rows")
-    if has_finals and rows["test"] < FEW_ROWS:
-        logger.warning(few_rows(rows["test"]))
-
-
 def few_rows(number: int) -> str:
     """The warning that a comparison on so few rows has."""
     return f"Only {number} rows are held out, which show large differences only; {FEW_ROWS} or more are better."
-
-
-def read_plan(study: Study) -> Plan | None:
-    """The plan that lies in the study's folder; raises ConfigError if it is damaged."""
-    file = study.folder / "plan.json"
-    if not file.is_file():
-        return None
-    try:
-        return Plan.model_validate_json(file.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise ConfigError(f"{file}: is damaged ({error.errors()[0]['msg']}); restore it from a copy") from error
 
 
 def as_planned(study: Study) -> dict[str, Any]:
@@ -234,7 +214,14 @@ def _differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
 
 
 def timing_runs(study: Study, configs: dict[str, RunConfig], run_all: RunAll, rehearses: bool) -> dict[Job, Metrics]:
-    """A few steps of each entry, as in a search, and of the first one as in a final run; their folders are removed."""
+    """A few steps of each entry, as in a search, and last of the first one as in a final run. No folder is left.
+
+    Raises:
+        ConfigError: an entry can't be made, which is found before any run.
+    """
+    for config in configs.values():
+        if (wanted := config.peft_config()) is not None:
+            check_adapter(empty_model(config.model), wanted)
     stages: list[tuple[Stage, str]] = [("timing", name) for name in configs]
     stages += [("rehearsal", name) for name in [*configs][:1] if rehearses]
     jobs = [Job(stage, name, study.entries[name].learning_rate, study.tuning.seed) for stage, name in stages]
@@ -248,23 +235,17 @@ def timing_runs(study: Study, configs: dict[str, RunConfig], run_all: RunAll, re
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def timing_of(metrics: Metrics) -> Timing:
-    """What a timing run says."""
-    training = metrics["training"]
-    beside = max(0.0, metrics["wall_seconds"] - training["seconds"])
-    step = training["seconds"] / max(1, training["steps"])
-    return Timing(parameters=metrics["parameters"]["trainable"], step=step, beside=beside)
-
-
-def check_parameters(study: Study, timings: dict[str, Timing]) -> None:
-    """Raise ConfigError for an entry that trains another number of parameters than it declares."""
-    for name, timing in timings.items():
-        trained, wanted = timing.parameters, study.entries[name].parameters
-        if wanted is not None and abs(trained - wanted) > PARAMETER_TOLERANCE * wanted:
-            raise ConfigError(
-                f"entries.{name}: trains {trained:,} parameters, not {wanted:,} to within {PARAMETER_TOLERANCE:.0%}; "
-                "change its size (smoa budget --method lists sizes) or what it declares"
-            )
+def timing_of(study: Study, job: Job, metrics: Metrics) -> Timing:
+    """What a timing run says; raises ConfigError if it trained another number of parameters than its entry declares."""
+    trained, wanted = int(metrics["parameters"]["trainable"]), study.entries[job.entry].parameters
+    if wanted is not None and abs(trained - wanted) > PARAMETER_TOLERANCE * wanted:
+        raise ConfigError(
+            f"entries.{job.entry}: trains {trained:,} parameters, not {wanted:,} to within {PARAMETER_TOLERANCE:.0%}; "
+            "change its size (smoa budget --method lists sizes) or what it declares"
+        )
+    seconds, steps = metrics["training"]["seconds"], metrics["training"]["steps"]
+    beside = max(0.0, metrics["wall_seconds"] - seconds)
+    return Timing(parameters=trained, step=seconds / max(1, steps), beside=beside)
 
 
 def _max_steps(config: RunConfig) -> int:
@@ -286,18 +267,16 @@ def fitted(plan: Plan, max_runs: int, seconds: float) -> Plan:
     Raises:
         ConfigError: the time is too short for the fewest of both.
     """
-    fewest, seeds = min(FEWEST, plan.steps), plan.seeds
-    while True:
-        smaller = plan.model_copy(update={"seeds": seeds, "steps": fewest})
-        least = MARGIN * smaller.longest(max_runs)
-        more = smaller.model_copy(update={"steps": fewest + 1})
+    fewest = min(FEWEST, plan.steps)
+    for number in range(len(plan.seeds), min(len(plan.seeds), FEWEST_SEEDS) - 1, -1):
+        smallest, longer = (
+            plan.model_copy(update={"seeds": plan.seeds[:number], "steps": steps}) for steps in (fewest, fewest + 1)
+        )
+        least = MARGIN * smallest.longest(max_runs)
         if least <= seconds:
-            of_step = max(MARGIN * more.longest(max_runs) - least, 1e-9)
-            return smaller.model_copy(update={"steps": min(plan.steps, fewest + int((seconds - least) / of_step))})
-        if len(seeds) <= FEWEST_SEEDS:
-            whole = f"{fewest} steps a run, {len(seeds)} seeds and whole searches"
-            raise ConfigError(
-                f"--minutes: the smallest comparison ({whole}) takes about {duration(least)}, and {duration(seconds)} "
-                "are left; give more, or fewer --methods"
-            )
-        seeds = seeds[:-1]
+            of_step = max(MARGIN * longer.longest(max_runs) - least, 1e-9)
+            return smallest.model_copy(update={"steps": min(plan.steps, fewest + int((seconds - least) / of_step))})
+    raise ConfigError(
+        f"--minutes: the smallest comparison ({fewest} steps a run, {number} seeds and whole searches) takes about "
+        f"{duration(least)}, and {duration(seconds)} are left; give more, or fewer --methods"
+    )

@@ -15,9 +15,9 @@ import numpy as np
 
 from smoa.errors import DataError
 from smoa_lab.basics.plain import finite
-from smoa_lab.study.comparison import Comparison, best_job, measured
+from smoa_lab.study.comparison import Comparison, measured
 from smoa_lab.study.plan import Metrics
-from smoa_lab.study.search import Chosen
+from smoa_lab.study.search import Chosen, best_of
 from smoa_lab.study.statistics import Difference, Floats, corrected, paired_difference
 from smoa_lab.study.study import Job
 from smoa_lab.training.run_folder import RunFolder
@@ -207,7 +207,7 @@ def _of_budget(
             values={title: (float(each.mean()), _spread(each)) for title, each in means.items()},
             step_seconds=_step_seconds([run for run in of_entry.values() if _machine(run) == machine]),
             forgotten=_forgotten(list(of_entry.values())),
-            kept=_kept(of_entry, comparison),
+            kept=_kept(of_entry),
             differences=differences,
         )
         results.append(result)
@@ -254,12 +254,10 @@ def _forgotten(runs: Sequence[FinalRun]) -> float | None:
     return fmean(known) if len(known) == len(runs) else None
 
 
-def _kept(runs: Mapping[int, FinalRun], comparison: Comparison) -> str | None:
+def _kept(runs: Mapping[int, FinalRun]) -> str | None:
     """The folder of the best of the runs whose adapters are kept."""
-    kept = {
-        Job("final", "", 1.0, seed): measured(run.metrics) for seed, run in runs.items() if run.folder.adapter.is_dir()
-    }
-    return str(runs[best_job(kept).seed].folder.path) if kept else None
+    kept = {seed: measured(run.metrics) for seed, run in runs.items() if run.folder.adapter.is_dir()}
+    return str(runs[best_of(kept)].folder.path) if kept else None
 
 
 def _spread(values: Floats) -> float:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-Key = TypeVar("Key", int, float)
+Key = TypeVar("Key")
 
 
 def rate(start: float, index: int) -> float:
@@ -50,7 +50,9 @@ def next_indices(losses: Mapping[int, float | None], max_runs: int) -> list[int]
 
 def best_of(losses: Mapping[Key, float | None]) -> Key:
     """Where the loss is lowest; a diverged run is never the best, the lower of two equals is."""
-    return min(losses, key=lambda key: (losses[key] is None, losses[key] or 0.0, key))
+    ordered: Any = losses
+    best: Key = min(ordered, key=lambda key: (losses[key] is None, losses[key] or 0.0, key))
+    return best
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Tuning(Section):
     max_runs: Literal[0] | Annotated[int, Field(ge=3)] = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Job:
     """A run of an entry: a ``search`` is scored on the validation part, a ``final`` one on the test part. ``timing``
     and ``rehearsal`` are the first steps of these, thrown away; ``untouched`` is the model as it is, in any entry's

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,11 +196,3 @@ def test_a_file_that_is_the_studys_own_is_left_as_its_author_wrote_it(study: Stu
     file.write_text(text)
     write_study(load_study(file, ["seeds=[0,1,2,3]"]), given=file)
     assert file.read_text() == text
-
-
-def test_a_damaged_plan_is_named(study: Study, written: WrittenRuns) -> None:
-    compared(study)
-    file: Path = study.folder / "plan.json"
-    file.write_text(json.dumps({"format": 2}))
-    with pytest.raises(ConfigError, match=r"plan\.json: is damaged .*; restore it"):
-        compared(study)
