@@ -211,11 +211,8 @@ def _of_budget(
             differences=differences,
         )
         results.append(result)
-    return sorted(_judged(results), key=lambda one: next(iter(one.values.values()), (0.0, 0.0))[0] * _sign(measures))
-
-
-def _sign(measures: Sequence[Measure]) -> int:
-    return -measures[0].sign if measures else 1
+    sign = -measures[0].sign if measures else 1
+    return sorted(_judged(results), key=lambda one: sign * next(iter(one.values.values()), (0.0, 0.0))[0])
 
 
 def _judged(results: Sequence[Result]) -> list[Result]:

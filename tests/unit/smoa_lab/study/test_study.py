@@ -50,6 +50,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (with_shared(training={"auto_find_batch_size": True}), r"auto_find_batch_size: would give one entry other batches"),
     ({"entries": {"lora": {**LORA, "training": {"seed": 1}}}}, r"entries\.lora\.training\.seed: is the study's"),
     ({"entries": {"lora": {**LORA, "training": {"max_steps": 1}}}}, r"max_steps: all entries take the same steps"),
+    ({"entries": {"lora": {**LORA, "model": {"name": "other"}}}}, r"model\.name: all entries adapt the same base"),
     (with_shared(forgeting={}), "forgeting: unknown key; did you mean 'forgetting'"),
 ]
 
