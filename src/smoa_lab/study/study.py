@@ -125,7 +125,7 @@ class Study(Section):
         if self.tuning.seed in self.seeds:
             yield f"seeds: {self.tuning.seed} is the seed of the search; final runs take fresh ones"
         for name in (name for name, entry in entries.items() if "name" in entry.model):
-            yield f"entries.{name}.model.name: all entries adapt the same base; compare another one in a study of its own"
+            yield f"entries.{name}.model.name: all entries adapt the same base; make another study of the other"
         blocks = {"shared": self.shared} | {f"entries.{name}": {"training": e.training} for name, e in entries.items()}
         for place, block in blocks.items():
             given = {*block, *(f"training.{key}" for key in block.get("training") or {})}
