@@ -21,7 +21,7 @@ from smoa_lab.study.plan import Metrics
 from smoa_lab.study.results import MEASURES, FinalRun, Result, as_json, final_runs, results_of
 from smoa_lab.study.search import rate_text
 from smoa_lab.study.statistics import Difference
-from smoa_lab.study.verdict import verdict
+from smoa_lab.study.verdict import EQUAL, verdict
 from smoa_lab.training.run_folder import RunFolder
 
 BUDGET = "Budget: "
@@ -68,7 +68,8 @@ class Report:
         answers = [
             {name: text.strip() or "(nothing)" for name, text in each.items()} for each in self.summary["answers"]
         ]
-        sections.insert(-1, ("Answers", [ANSWERS, *answers])) if answers else None
+        if answers:
+            sections.insert(-1, ("Answers", [ANSWERS, *answers]))
         return page(self.title, sections, [*self.verdict, *self.introduction])
 
     def readme(self) -> str:
@@ -94,9 +95,9 @@ def report(comparison: Comparison) -> Report:
     results = results_of(comparison, finals)
     untouched = read_untouched(comparison)
     loss = None if untouched is None else untouched["evaluation"]["before"]["loss"]
-    budgets = {
-        budget: [one for one in results if one.budget == budget] for budget in dict.fromkeys(r.budget for r in results)
-    }
+    budgets: dict[str, list[Result]] = {}
+    for one in results:
+        budgets.setdefault(one.budget, []).append(one)
     sentences = {budget: verdict(own, loss) for budget, own in budgets.items()}
     sections: dict[str, Table | Figure] = {f"{BUDGET}{budget}": result_table(own) for budget, own in budgets.items()}
     drawn = (
@@ -105,16 +106,13 @@ def report(comparison: Comparison) -> Report:
         charts.losses(results, finals),
         charts.learned_and_forgotten(results, loss),
     )
-    named = zip(CAPTIONS, drawn, strict=True)
-    sections |= {title: Figure(chart, CAPTIONS[title]) for title, chart in named if chart is not None}
+    for (title, caption), chart in zip(CAPTIONS.items(), drawn, strict=True):
+        sections |= {} if chart is None else {title: Figure(chart, caption)}
     sections |= {"Learning rates": rate_table(results)} if any(one.chosen.losses for one in results) else {}
     sections["Runs"] = run_table(comparison, finals)
     missing = [name for name in comparison.study.entries if name not in finals]
-    notes = [
-        *untouched_sentence(untouched),
-        INTRODUCTION,
-        *([f"Not run yet: {', '.join(missing)}."] if missing else []),
-    ]
+    notes = [*untouched_sentence(untouched), INTRODUCTION]
+    notes += [f"Not run yet: {', '.join(missing)}."] if missing else []
     made = Report(
         title=f"{folder.resolve().name}: {comparison.study.shared['model']['name']}",
         summary={
@@ -124,9 +122,7 @@ def report(comparison: Comparison) -> Report:
             "untouched": untouched and untouched["evaluation"]["before"],
             "answers": answers(finals, untouched),
         },
-        verdict=[
-            " ".join([*([] if len(budgets) == 1 else [f"{budget}:"]), *own]) for budget, own in sentences.items() if own
-        ],
+        verdict=[" ".join([f"{budget}:", *own][len(budgets) == 1 :]) for budget, own in sentences.items() if own],
         introduction=notes,
         sections=sections,
     )
@@ -155,7 +151,7 @@ def result_table(results: Sequence[Result]) -> Table:
     for one in results:
         rate = f"{rate_text(one.chosen.learning_rate)}{' !' if one.chosen.place == 'edge' else ''}"
         links = {str(seed): charts.final_run(one, seed) for seed in one.seeds}
-        share = "" if abs(one.share - 1) <= 0.02 else f" ({one.share:.0%})"
+        share = "" if abs(one.share - 1) <= EQUAL else f" ({one.share:.0%})"
         line: list[Any] = [one.entry, Cell(f"{one.parameters:,}{share}", one.parameters)]
         line += [rate, len(one.chosen.losses), Cell(str(len(one.seeds)), links=links)]
         for each in measures:
