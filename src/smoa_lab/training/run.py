@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,10 @@ def _train(
     evaluation, _ = loaded.evaluation(answers=arguments.world_size == 1)
     if not evaluation.rows:
         logger.info("No rows are held out, so none are scored")
-    if loaded.config.scoring.before or evaluation.prefers:  # the loss of preferences compares with what was before
-        evaluation.measure(trainer.model, "before")
-    forgetting.measure(trainer.model, "before")
+    with _untouched(trainer.model):
+        if loaded.config.scoring.before or evaluation.prefers:  # the loss of preferences compares with what was before
+            evaluation.measure(trainer.model, "before")
+        forgetting.measure(trainer.model, "before")
     logger.info("Training on %s by %s", loaded.config.data.title, type(trainer).__name__)
     started = time.perf_counter()
     fit(trainer, checkpoint)
@@ -117,6 +119,15 @@ def _train(
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded else None  # all ranks gather it
     return from_rank_zero(partial(_save, loaded, folder, model, state, metrics, evaluation))
+
+
+def _untouched(model: Any) -> AbstractContextManager[Any]:
+    """Within it a model before its training is its base, also where the method starts with another update than zero. An
+    ``init_lora_weights`` with a name may move a part of the base into the adapter, with which it adds up to the base.
+    """
+    config = getattr(model, "active_peft_config", None)
+    adds_up = config is None or isinstance(getattr(config, "init_lora_weights", None), str)
+    return nullcontext() if adds_up else model.disable_adapter()
 
 
 def _metrics(

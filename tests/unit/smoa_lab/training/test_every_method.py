@@ -19,6 +19,8 @@ from smoa_lab.config.run import check_config
 from smoa_lab.merge import Merged, merge_in_memory
 from smoa_lab.training.adapting import check_adapter
 from smoa_lab.training.loaded_run import LoadedRun, load_run
+from smoa_lab.training.run import _untouched
+from smoa_lab.training.trainer import fit, make_trainer
 from tests.support import lab
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of single methods
@@ -62,17 +64,27 @@ def test_a_method_is_trained_saved_loaded_scored_and_merged(name: str, run: Load
     block = {"target_modules": ["q_proj", "down_proj"], **OWN.get(name, {})}
     block = {key: value for key, value in block.items() if value is not None}
     config = check_config({**run.config.model_dump(), "method": name, "adapter": block})
-    check_adapter(empty_model(config.model), name, block)
+    wanted = config.peft_config()
+    assert wanted is not None
+    check_adapter(empty_model(config.model), wanted)
+    evaluation, _ = run.evaluation(answers=False)
 
-    own = dataclasses.replace(run, config=config, base=copy.deepcopy(run.base))
-    model, trainer, _ = own.fit(own.arguments(), None)
-    trained = run.evaluation(alone=False).measured(model).nll
+    def measured(model: Any) -> list[float]:
+        return evaluation.measure_once(model).losses.nll
+
+    trainer = make_trainer(dataclasses.replace(run, config=config, base=copy.deepcopy(run.base)), wanted)
+    model: Any = trainer.model
+    before = measured(run.base)
+    with _untouched(model):
+        assert measured(model) == pytest.approx(before, abs=1e-4)
+    fit(trainer, None)
+    trained = measured(model)
     assert trainer.state.global_step == 2
-    assert trained != run.evaluation(alone=False).measured(run.base).nll
+    assert trained != before
 
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(copy.deepcopy(run.base), str(tmp_path / "adapter"))
-    assert run.evaluation(alone=False).measured(loaded).nll == pytest.approx(trained, abs=1e-4)
+    assert measured(loaded) == pytest.approx(trained, abs=1e-4)
 
     def merge() -> None:
         result = Merged(tmp_path / "merged", "base")
@@ -84,4 +96,4 @@ def test_a_method_is_trained_saved_loaded_scored_and_merged(name: str, run: Load
         return
     merge()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert run.evaluation(alone=False).measured(merged).nll == pytest.approx(trained, abs=1e-3)
+    assert measured(merged) == pytest.approx(trained, abs=1e-3)
