@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
+from smoa_lab.training.train_run import train
 
 from smoa import SmoaConfig
 from smoa.atomic import SAVE
@@ -24,7 +25,6 @@ from smoa_lab.open_run import (
     with_saved_adapter,
 )
 from smoa_lab.training.run_folder import RunFolder
-from smoa_lab.training.train_run import train
 from tests.support import lab, tiny_models
 
 
