@@ -71,7 +71,9 @@ def compare(
                 plan = prepare(checked, None if report_only else executor.run_all, minutes, workers)
                 comparison = Comparison(checked, plan)
                 if not report_only:
-                    plan.table(checked).print()
+                    table = plan.table(checked, workers)
+                    table.print()
+                    typer.echo(table.caption)
                     comparison.run(only or [], executor)
         made = report(comparison)
         if json:

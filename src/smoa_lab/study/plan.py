@@ -88,8 +88,8 @@ class Plan(Section):
         finals = [Job("final", name, 1.0, seed) for name in self.entries for seed in self.seeds]
         return sum(map(self.seconds, [*untouched, *searches, *finals]))
 
-    def table(self, study: Study) -> Table:
-        """A line for each entry."""
+    def table(self, study: Study, workers: int = 1) -> Table:
+        """A line for each entry, and what they share as caption."""
         lines = []
         for name, timing in self.entries.items():
             search, final = (self.seconds(Job(stage, name, 1.0, 0)) for stage in ("search", "final"))
@@ -97,7 +97,8 @@ class Plan(Section):
             parts = f"{runs} × {duration(search)}", f"{len(self.seeds)} × {duration(final)}"
             lines.append([name, f"{timing.parameters:,}", rate, f"{timing.step:.3g}", *parts])
         held_out = f"{self.rows['validation']} rows choose the rates, {self.rows['test']} decide"
-        caption = f"{self.steps} steps a run on {self.rows['train']} rows; {held_out}."
+        lasts = duration(self.longest(study.tuning.max_runs) / workers)
+        caption = f"{self.steps} steps a run on {self.rows['train']} rows; {held_out}; {lasts} at most."
         return Table(["entry", "trained", "from rate", "s a step", "longest search", "final runs"], lines, caption)
 
 

@@ -165,17 +165,16 @@ class Study(Section):
         }
         return check_config(values, place)
 
-    def job_config(self, config: RunConfig, job: Job, steps: int | None) -> RunConfig:
-        """``config``, an entry's, as the job runs it, for so many steps where these are known. A search's run has
-        neither sample answers nor a measure of what is forgotten."""
+    def job_config(self, config: RunConfig, job: Job, steps: int) -> RunConfig:
+        """``config``, an entry's, as the job runs it, for so many steps. A search's run has neither sample answers nor a
+        measure of what is forgotten."""
         own = {"learning_rate": job.learning_rate, "seed": job.seed, "output_dir": str(self.folder / job.name)}
-        training = {**config.training, **own, **({} if steps is None else {"max_steps": steps})}
+        training = {**config.training, **own, "max_steps": steps}
         if job.stage not in ("search", "timing"):
             return config.model_copy(update={"training": training})
-        quiet = {"samples": 0}, {"tokens": 0}, {"part": "validation"}
-        sections = zip(("data", "forgetting", "scoring"), quiet, strict=True)
-        own_sections = {key: getattr(config, key).model_copy(update=values) for key, values in sections}
-        return config.model_copy(update={"training": training, **own_sections})
+        quiet = {"data": {"samples": 0}, "forgetting": {"tokens": 0}, "scoring": {"part": "validation"}}
+        sections = {key: getattr(config, key).model_copy(update=values) for key, values in quiet.items()}
+        return config.model_copy(update={"training": training, **sections})
 
 
 def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:

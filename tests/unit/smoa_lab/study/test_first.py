@@ -84,6 +84,7 @@ def test_the_command_writes_a_study_runs_it_and_goes_on_with_it(room: Path, writ
     assert "Take smoa: studies/chats/smoa/lr-" in ran.stdout
     assert ran.stdout.splitlines()[-1] == "Page, table and runs: studies/chats"
     assert "longest search" in ran.stderr
+    assert "150 steps a run on 400 rows" in ran.stderr
     file, number = room / "studies" / "chats" / "study.yaml", len(written.ran)
     for again in (words, ["compare", str(file)], ["compare", str(file), "--report-only"]):
         assert smoa(*again).stdout == ran.stdout

@@ -170,7 +170,7 @@ def test_the_plan_is_shown_with_each_entrys_longest_search(study: Study) -> None
     study = study.model_copy(update={"entries": {"smoa": entry(), "lora": entry("lora")}})
     table = plan.table(study)
     assert table.rows[0] == ["smoa", "1", "1e-2", "0.1", "6 × 40 s", "3 × 50 s"]
-    assert table.caption == "300 steps a run on 400 rows; 40 rows choose the rates, 60 decide."
+    assert table.caption == "300 steps a run on 400 rows; 40 rows choose the rates, 60 decide; 18 min at most."
     assert plan.seconds(Job("untouched", "smoa", 1.0, 0)) == 20
 
 
