@@ -45,7 +45,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "convert": (adapters.convert, "smoa convert runs/my lora --rank 16"),
     "verify": (adapters.verify, "smoa verify runs/my --against merged --against lora"),
     "serve": (serve.serve, "smoa serve smollm2-135m --adapters runs"),
-    "compare": (compare.compare, "smoa compare study.yaml --workers 2"),
+    "compare": (compare.compare, "smoa compare --model smollm2-135m --data chats.jsonl"),
     "inspect": (adapters.inspect, "smoa inspect runs/my --html inside.html"),
     "budget": (adapters.budget, "smoa budget gemma3-270m lora:8"),
     "demo": (demo.demo, "smoa demo"),

@@ -166,8 +166,8 @@ class Study(Section):
         return check_config(values, place)
 
     def job_config(self, config: RunConfig, job: Job, steps: int) -> RunConfig:
-        """``config``, an entry's, as the job runs it, for so many steps. A search's run has neither sample answers nor a
-        measure of what is forgotten."""
+        """``config``, an entry's, as the job runs it, for so many steps. A search's run has neither sample answers nor
+        a measure of what is forgotten."""
         own = {"learning_rate": job.learning_rate, "seed": job.seed, "output_dir": str(self.folder / job.name)}
         training = {**config.training, **own, "max_steps": steps}
         if job.stage not in ("search", "timing"):
