@@ -8,16 +8,16 @@ from typing import Any
 
 
 def stored_metrics() -> dict[str, Any]:
-    """What a finished run on questions of one task leaves in metrics.json."""
-    before = {"questions": 40, "gold_loss": 3.25, "accuracy": 0.5, "accuracy_stderr": 0.08, "majority": 0.25}
-    after = {**before, "gold_loss": 2.125, "accuracy": 0.625}
+    """What a finished run on rows with choices leaves in metrics.json."""
+    before = {"rows": 40, "tokens": 80, "loss": 3.25, "accuracy": 0.5, "accuracy_stderr": 0.08, "majority": 0.25}
+    after = {**before, "loss": 2.125, "accuracy": 0.625}
     return {
-        "format": 1,
+        "format": 2,
         "config": {"model": {"name": "org/base"}, "method": "smoa", "training": {"learning_rate": 0.01}},
         "provenance": {"versions": {"smoa": "0.2.0", "trl": None}, "device": "a CPU", "commit": None, "dirty": None},
         "parameters": {"trainable": 448, "total": 10_000, "percent": 4.48},
         "training": {"steps": 20, "seconds": 7.25},
-        "evaluation": {"before": {"piqa": before, "all": before}, "after": {"piqa": after, "all": after}},
+        "evaluation": {"before": before, "after": after},
         "gain": {"accuracy": 0.125, "accuracy_stderr": 0.05},
         "forgetting": {"text": "A story", "tokens": 2048, "before": 3.0, "after": 3.25, "change": 0.25, "stderr": 0.02},
         "samples": [{"question": "2 < 3?", "reference": "yes", "before": "", "after": "yes"}],

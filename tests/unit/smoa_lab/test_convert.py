@@ -27,9 +27,7 @@ ADAPTER = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}
 @pytest.fixture
 def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A run's config."""
-    return lab.tiny_run(
-        tmp_path, monkeypatch, train=10, test=5, training={}, adapter=ADAPTER, data={"tasks": ["arc_easy"]}
-    )
+    return lab.tiny_run(tmp_path, monkeypatch, train=10, test=5, training={}, adapter=ADAPTER)
 
 
 def finished_run(values: dict[str, Any], init_weights: bool = False) -> Path:

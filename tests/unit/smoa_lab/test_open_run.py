@@ -24,6 +24,8 @@ from smoa_lab.open_run import (
     run_name,
     with_saved_adapter,
 )
+from smoa_lab.training.loaded_run import load_run
+from smoa_lab.training.run import run as train
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab, tiny_models
 
@@ -110,8 +112,9 @@ def test_what_a_run_knows_of_its_inputs_is_told_where_it_is_gone_and_refused_whe
     config = check_config(values)
     train(config)
     run = RunFolder(tmp_path / "run")
-    asked = config.questions.select()
-    assert run.not_trained_on(asked.train[:2] + asked.test) == (asked.test, 2)
+    data = load_run(config).data
+    test = data.rows("test")
+    assert run.not_trained_on(data.rows("train")[:2] + test) == (test, 2)
     shutil.copytree(tmp_path / "base", tmp_path / "other")
     (tmp_path / "other/generation_config.json").write_text("{}")
     assert open_run(run.path, base=str(tmp_path / "other"))
@@ -122,12 +125,12 @@ def test_what_a_run_knows_of_its_inputs_is_told_where_it_is_gone_and_refused_whe
             open_run(run.path)
         run.trained.write_text(content, errors="surrogateescape")
         with pytest.raises(ConfigError, match=r"trained\.npy: is damaged"):
-            run.not_trained_on(asked.test)
+            run.not_trained_on(test)
     run.inputs.unlink()
     run.trained.unlink()
     assert open_run(run.path)
     assert "doesn't keep which model it was trained on" in caplog.messages[-1]
-    assert run.not_trained_on(asked.test) == (asked.test, None)
+    assert run.not_trained_on(test) == (test, None)
 
 
 @pytest.mark.parametrize("content", ['{"peft_type": "NOPE"}', "[]", "\udcff"])

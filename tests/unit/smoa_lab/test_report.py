@@ -37,7 +37,7 @@ def test_a_finished_run_is_shown_whole(tmp_path: Path) -> None:
         "smoa, 448 of 10,000 parameters trained, 20 steps in 7 s on a CPU. smoa 0.2.0.",
         "Forgotten: +0.250 ± 0.020 nats per token of general text (A story, 2,048 tokens).",
         "<dt>Prompt</dt><dd>2 &lt; 3?</dd><dt>Reference</dt><dd>yes</dd><dt>Before</dt><dd>(nothing)</dd>",
-        "<td>piqa</td><td>after</td><td>40</td><td>2.125</td><td>0.625 ± 0.080</td><td>0.250</td>",
+        "<td>after</td><td>40</td><td>80</td><td>2.125</td><td>0.625 ± 0.080</td><td>0.250</td>",
         "model:\n  name: org/base\n",
     ):
         assert told in page
@@ -78,7 +78,7 @@ def test_of_an_unfinished_run_the_last_checkpoint_and_the_config_are_shown(tmp_p
 
 def test_what_was_not_measured_or_is_no_number_is_left_out(tmp_path: Path) -> None:
     metrics = stored_metrics()
-    metrics["evaluation"]["after"]["all"]["gold_loss"] = metrics["history"][2]["loss"] = None
+    metrics["evaluation"]["after"]["loss"] = metrics["history"][2]["loss"] = None
     metrics["forgetting"] |= {"after": None, "change": None, "stderr": None}
     page = reported(stored_run(tmp_path / "run", **metrics))
     assert headings(page) == ALL[:-1]

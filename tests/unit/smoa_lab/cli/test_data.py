@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from smoa_lab.cli.main import app
-from tests.support.lab import fill_cache, questions, tiny_base
+from tests.support.lab import questions
 from tests.support.own_rows import chat, chats, pairs, rows_base, rows_values, write_rows
 
 
@@ -43,7 +43,7 @@ def test_rows_are_counted_and_bad_ones_are_listed(base: Path, tmp_path: Path) ->
         "1 rows are cut at 100 tokens",
         "1 rows are dropped: nothing that is trained is left in them",
         "1 rows repeat an earlier one",
-        "0 training rows are dropped, since the test rows have them",
+        "0 training rows are dropped, since held-out rows are the same",
         "2 bad rows",
         f"  {file}, row 9: messages: found [], expected a list of at least one message",
     ):
@@ -65,13 +65,13 @@ def test_preferences_and_other_templates_are_shown(base: Path, tmp_path: Path) -
     done = check(write_rows(tmp_path / "pairs.jsonl", pairs(3)), base, "--examples", "1")
     assert "preference" in done.stdout
     assert ", I think.<eos>⟧" in done.stdout
-    done = check(write_rows(tmp_path / "rows.jsonl", chats(3)), base, "--chat-template", "alpaca", "--examples", "1")
+    done = check(write_rows(tmp_path / "rows.jsonl", chats(3)), base, "--template", "alpaca", "--examples", "1")
     assert "### Response:" in done.stdout
 
 
 def test_a_runs_file_says_model_and_rows(base: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", chats(5))
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(rows_values(tmp_path, file, base, training={"max_length": 40})))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(rows_values(tmp_path, file, base, data={"max_length": 40})))
     done = check(tmp_path / "run.yaml", Path("nowhere"))
     assert done.exit_code == 0, done.stderr
     assert "5 rows are cut at 40 tokens" in done.stdout
@@ -81,16 +81,15 @@ def test_a_runs_file_says_model_and_rows(base: Path, tmp_path: Path) -> None:
     assert (done.exit_code, "1 bad rows" in done.stdout) == (0, True)
 
 
-def test_a_run_on_questions_is_refused(tmp_path: Path) -> None:
-    fill_cache(tmp_path / "cache", questions(3, "train"), questions(3, "test"))
-    values = {"model": {"name": str(tiny_base(tmp_path / "base"))}, "data": {"tasks": ["arc_easy"]}, "training": {}}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    done = check(tmp_path / "run.yaml", tmp_path)
-    assert done.exit_code == 1
-    assert "trains on questions (data.tasks); this shows rows" in done.stderr
+def test_rows_with_choices_are_counted_in_the_part_that_they_name(base: Path, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [*questions(3, "train"), *questions(2, "test")])
+    done = check(file, base, "--template", "alpaca", "--examples", "1")
+    assert done.exit_code == 0, done.stderr
+    assert "rows.jsonl: choices; rows: 3 train, 2 test\n" in done.stdout
+    assert "### Response:\n⟦1<eos>⟧" in done.stdout
 
 
-@pytest.mark.parametrize("options", [("--format", "chat"), ("--chat-template", "alpacca"), ("--model", "nowhere")])
+@pytest.mark.parametrize("options", [("--format", "chat"), ("--template", "alpacca"), ("--model", "nowhere")])
 def test_what_cannot_be_used_is_one_clear_error(options: tuple[str, str], base: Path, tmp_path: Path) -> None:
     done = check(write_rows(tmp_path / "rows.jsonl", chats(5)), base, *options)
     assert done.exit_code == 1
@@ -103,4 +102,4 @@ def test_an_empty_place_is_not_the_current_folder(base: Path, tmp_path: Path, mo
     write_rows(tmp_path / "rows.jsonl", chats(3))
     done = check("", base)
     assert done.exit_code == 1
-    assert "data.train: String should have at least 1 character; got ''" in done.stderr
+    assert "data: give either train, a file, a folder or a name, or hub" in done.stderr

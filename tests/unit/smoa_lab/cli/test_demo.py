@@ -8,14 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 from smoa_lab.cli.main import app
-from smoa_lab.training import loaded_run, train_run
 
 
 def test_a_method_that_saves_a_whole_model_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (loaded_run, train_run):
-        monkeypatch.setattr(module, "load_run", pytest.fail)
+    monkeypatch.setattr("smoa_lab.training.run.load_run", pytest.fail)
     config = Path(__file__).parents[4] / "configs" / "demo.yaml"
     changes = [f"training.output_dir={tmp_path / 'run'}", "method=full", "adapter={}"]
     done = CliRunner().invoke(app, ["demo", str(config), *changes])

@@ -40,25 +40,31 @@ def data_block(rows: list[dict[str, Any]], model: str = "base") -> dict[str, Any
 
 def test_conversations_get_a_template_if_the_model_has_none(tmp_path: Path) -> None:
     found = data_block(chats(40))
-    assert found == {"train": "rows.jsonl", "format": "messages", "chat_template": "alpaca", "test_part": 0.05}
-    assert "chat_template" not in data_block(chats(40), str(chat_base(tmp_path / "chat")))
+    assert found == {"train": "rows.jsonl", "format": "messages", "template": "alpaca", "max_length": 192}
+    assert "template" not in data_block(chats(40), str(chat_base(tmp_path / "chat")))
 
 
 def test_plain_text_and_pairs_of_texts_need_no_template_and_pairs_of_turns_do() -> None:
-    assert "chat_template" not in data_block([{"text": f"Line {i}."} for i in range(20)])
-    assert "chat_template" not in data_block(
-        [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(20)]
-    )
+    assert "template" not in data_block([{"text": f"Line {i}."} for i in range(20)])
+    assert "template" not in data_block([{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(20)])
     pairs = [{"chosen": chat(f"{i}?", "Yes."), "rejected": chat(f"{i}?", "No.")} for i in range(20)]
     found = data_block(pairs)
-    assert (found["format"], found["chat_template"]) == ("preference", "alpaca")
+    assert (found["format"], found["template"]) == ("preference", "alpaca")
+
+
+def test_preferences_get_their_trainer_and_choices_a_template(tmp_path: Path) -> None:
+    write_rows(Path("rows.jsonl"), [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(20)])
+    assert first_values("base", "rows.jsonl")["trainer"] == "dpo"
+    values = first_values("base", "csqa-demo")
+    assert (values["trainer"], values["data"]["format"], values["data"]["template"]) == ("sft", "choices", "alpaca")
+    assert values["training"]["output_dir"] == "runs/csqa-demo"
 
 
 def test_rows_are_cut_where_99_of_100_are_shorter_and_never_beyond_the_model() -> None:
     rows = [{"text": f"Line {i} " * (1 + 60 * (i == 3))} for i in range(300)]
     for all_rows, length in ((rows, 64), ([{"text": f"{i} " * 400} for i in range(20)], 512)):
         write_rows(Path("rows.jsonl"), all_rows)
-        assert first_values("base", "rows.jsonl")["training"]["max_length"] == length
+        assert first_values("base", "rows.jsonl")["data"]["max_length"] == length
 
 
 def test_size_and_rate_are_by_the_model_and_its_memory_is_saved_if_it_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,19 +79,15 @@ def test_size_and_rate_are_by_the_model_and_its_memory_is_saved_if_it_is_large(m
 
 ODD = "/rows of #1: mine/" + "long name " * 30 + ".jsonl"
 BLOCKS: dict[str, dict[str, Any]] = {
-    "rows": {"format": "messages", "test_part": 0.05},
-    "odd names": {"train": ODD, "chat_template": "alpaca"},
-    "hub": {"train": None, "hub": {"name": "some/rows"}},
-    "questions": {"train": None, "tasks": ["arc_easy"]},
+    "rows": {"format": "messages", "max_length": 64},
+    "odd names": {"train": ODD, "template": "alpaca"},
 }
 
 
 @pytest.mark.parametrize("case", BLOCKS)
 def test_the_file_says_exactly_what_was_chosen_with_a_comment_beside_every_key(tmp_path: Path, case: str) -> None:
     values = first_values("base", "talks.jsonl")
-    values["data"] = {key: value for key, value in {"train": "a.jsonl", **BLOCKS[case]}.items() if value is not None}
-    if case == "questions":
-        del values["training"]["max_length"]
+    values["data"] = {"train": "a.jsonl", **BLOCKS[case]}
     file = tmp_path / "mine.yaml"
     file.write_text(config_text(Path("mine.yaml"), values))
     assert parse_yaml(file.read_text(), file) == values

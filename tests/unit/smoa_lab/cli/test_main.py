@@ -73,7 +73,7 @@ def test_the_folder_of_a_stranger_runs_no_code(
     options = "options: {quantization_config: {load_in_4bit: true}}" if method == "smoa" else "options: {}"
     (run / "config.yaml").write_text(
         f"model: {{name: {base}, trust_remote_code: true, {options}}}\nmethod: {method}\n"
-        "data: {tasks: [arc_easy]}\ntraining: {use_cpu: true}\n"
+        "data: {train: csqa-demo}\ntraining: {use_cpu: true}\n"
     )
     (run / "metrics.json").write_text("{}")
     done = CliRunner().invoke(app, command.replace("RUN", "run").split(), input="hi\n")

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from smoa_lab.cli.main import app
 from smoa_lab.training import loaded_run
+from tests.support.lab import questions
 from tests.support.own_rows import MARKED, chats, rows_values, tiny_chat_model, tokenizer_with, write_rows
 
 GOOD = [{"text": f"The shop opens at {i}."} for i in range(6)]
@@ -77,37 +78,45 @@ def test_the_same_command_runs_once_the_file_is_mended(room: Path) -> None:
         assert command(room, rows).exit_code == 1
         assert not (room / "run").exists()
     rows.write_bytes(content)
-    done = command(room, rows, data={"test_part": 0})
+    done = command(room, rows, data={"test_examples": 0})
     assert done.exit_code == 0, done.stderr
-    assert "held-out" not in done.stdout
+    assert "perplexity" not in done.stdout
     assert "2 steps of SFTTrainer" in done.stdout
 
 
 def test_the_result_of_rows_is_printed(room: Path) -> None:
-    done = command(room, write_rows(room / "rows.jsonl", chats(20)), data={"test_part": 0.2})
+    done = command(room, write_rows(room / "rows.jsonl", chats(20)))
     assert done.exit_code == 0, done.stderr
-    for said in ("held-out rows", "perplexity", "The loss changed by ", "paired by row", "tokens a second"):
+    for said in ("rows  tokens", "perplexity", "The loss changed by ", "paired by row", "tokens a second"):
         assert said in done.stdout
-    again = command(room, room / "rows.jsonl", data={"test_part": 0.2})
+    again = command(room, room / "rows.jsonl")
     assert again.exit_code == 1
     assert "contains a finished run; choose another training.output_dir" in again.stderr
 
 
+def test_the_result_of_rows_with_choices_is_printed(room: Path) -> None:
+    rows = [*questions(6, "train"), *questions(4, "test")]
+    done = command(room, write_rows(room / "rows.jsonl", rows), data={"template": "alpaca"})
+    assert done.exit_code == 0, done.stderr
+    for said in ("Accuracy changed by ", "learned: accuracy ", "forgot: ", "accuracy  majority"):
+        assert said in done.stdout
+
+
 def test_the_result_of_preferences_is_printed_and_keys_can_be_changed_on_the_command_line(room: Path) -> None:
     rows = [{"prompt": f"{i}?", "chosen": " Yes.", "rejected": " No."} for i in range(20)]
-    done = command(room, write_rows(room / "rows.jsonl", rows), "training.max_steps=1", data={"test_part": 0.2})
+    done = command(room, write_rows(room / "rows.jsonl", rows), "training.max_steps=1", trainer="dpo")
     assert done.exit_code == 0, done.stderr
     assert "The chosen answer gained on the rejected one in " in done.stdout
     assert "1 steps of DPOTrainer" in done.stdout
 
 
 def test_the_metrics_are_printed_as_json(room: Path) -> None:
-    done = command(room, write_rows(room / "rows.jsonl", chats(6)), "data.test_part=0", "--json")
+    done = command(room, write_rows(room / "rows.jsonl", chats(6)), "data.test_examples=0", "--json")
     assert json.loads(done.stdout)["training"]["steps"] == 2
 
 
 def test_the_other_processes_print_nothing(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smoa_lab.training.train_run.train", lambda config: {})
+    monkeypatch.setattr("smoa_lab.training.run.run", lambda config: {})
     monkeypatch.setenv("RANK", "1")
     done = command(room, write_rows(room / "rows.jsonl", chats(6)))
     assert (done.exit_code, done.stdout) == (0, "")

@@ -75,23 +75,20 @@ def test_one_table_is_shown_in_markdown_on_a_page_and_in_a_pipe(capsys: pytest.C
     assert capsys.readouterr().out.split() == ["name", "rank", "q_proj", "8", "v_proj", "3", "4"]
 
 
-def test_scores_have_a_row_for_each_task_and_stage_with_their_errors() -> None:
-    scores = {"questions": 1200, "accuracy": 0.25, "accuracy_stderr": 0.0123, "majority": None}
-    table = score_table({"before": {"piqa": scores, "all": {**scores, "accuracy": None}}})
-    assert table.header == ["task", "training", "held-out questions", "accuracy"]
-    assert table.rows == [["piqa", "before", "1,200", "0.250 ± 0.012"], ["all", "before", "1,200", "–"]]
-
-
-def test_scores_of_rows_have_no_column_of_tasks() -> None:
-    table = score_table({stage: {"all": {"rows": 6, "loss": 1.5}} for stage in ("before", "after")})
-    assert table.header == ["training", "held-out rows", "loss"]
-    assert table.rows == [["before", "6", "1.500"], ["after", "6", "1.500"]]
+def test_scores_have_a_row_for_each_stage_with_their_errors() -> None:
+    before = {"rows": 1200, "loss": 1.5, "accuracy": 0.25, "accuracy_stderr": 0.0123, "majority": None}
+    table = score_table({"before": before, "after": {**before, "loss": None, "won": 0.5}})
+    assert table.header == ["training", "rows", "loss", "accuracy", "won"]
+    assert table.rows == [
+        ["before", "1,200", "1.500", "0.250 ± 0.012", "–"],
+        ["after", "1,200", "–", "0.250 ± 0.012", "0.500"],
+    ]
     assert score_table({}).rows == []
 
 
 HISTORY = stored_metrics()["history"]
 EVALUATION = stored_metrics()["evaluation"]
-ROWS = {stage: {"all": {"loss": loss, "perplexity": 9.0}} for stage, loss in (("before", 3.0), ("after", 2.0))}
+ROWS = {stage: {"loss": loss, "perplexity": 9.0} for stage, loss in (("before", 3.0), ("after", 2.0))}
 
 
 def rows(chart: Any) -> list[dict[str, Any]]:
@@ -117,7 +114,7 @@ def test_the_loss_of_preferences_is_not_drawn_with_that_of_held_out_rows() -> No
 
 def test_losses_that_are_no_numbers_are_left_out() -> None:
     history = [*HISTORY[:2], {"step": 15, "loss": None}]
-    diverged = {**ROWS, "after": {"all": {"loss": None, "perplexity": None}}}
+    diverged = {**ROWS, "after": {"loss": None, "perplexity": None}}
     found = {(row["data"], row["step"]) for row in rows(losses(history, diverged, "smoa"))}
     assert found == {("training", 5), ("training", 10), ("held-out rows", 0)}
     assert balance(diverged, {"before": 3.0, "after": None}, "smoa") is None
@@ -153,12 +150,11 @@ CONFIG = SmoaConfig(r=8, num_blocks=4, target_modules=["q_proj"], task_type="CAU
 def metrics() -> dict[str, Any]:
     """What a run of two stages leaves."""
     metrics = stored_metrics()
-    metrics["config"] |= {"adapter": {"r": 8}, "data": {"tasks": ["piqa"], "seed": 5}}
+    metrics["config"] |= {"adapter": {"r": 8}, "data": {"train": "piqa"}}
     metrics["provenance"] |= {"commit": "0123456789abcdef", "dirty": True}
-    metrics["data"] = {
-        "tasks": {"piqa": {"source": "hub: baber/piqa", "train": 15000, "validation": 800, "test": 1800}},
-        "used": {part: {"examples": number} for part, number in (("train", 1600), ("validation", 0), ("test", 40))},
-    }
+    counts = {"max_length": 256, "trained_tokens": 3_000, "cut": 1_234, "tokens": {"total": 50_000}}
+    parts = {"train": 1600, "test": 40}
+    metrics["data"] = {"source": "piqa", "format": "choices", "parts": parts, **counts}
     return metrics
 
 
@@ -175,10 +171,9 @@ def test_the_card_tells_base_results_data_settings_and_versions(metrics: dict[st
         "# demo\n",
         "of `org/base (from GGUF)`: r = 8, 4 blocks.",
         "before and after training",
-        "| piqa | before | 40 | 3.250 | 0.500 ± 0.080 | 0.250 |",
+        "| before | 40 | 80 | 3.250 | 0.500 ± 0.080 | 0.250 |",
         "Forgotten: +0.250 ± 0.020 nats per token of general text",
-        "1,600 train, 40 test questions, drawn with seed 5",
-        "| piqa | hub: baber/piqa | 15,000 | 800 | 1,800 |",
+        "`piqa`, in the format choices: 1,600 train, 40 test rows; 50,000 tokens, 3,000 of them trained; 1,234 rows",
         "`smoa train` (commit 0123456789ab, changed), 20 steps in 7 s on a CPU, with smoa 0.2.0.",
         "method: smoa\n",
     ):
@@ -189,8 +184,8 @@ def test_what_was_not_measured_is_not_told(metrics: dict[str, Any]) -> None:
     del metrics["evaluation"]["before"]
     metrics["provenance"] |= {"commit": None, "dirty": None}  # as of an installed release
     text = card({**metrics, "forgetting": None}).text
-    assert "On held-out questions, after training" in text
-    assert "| piqa | after | 40 | 2.125 |" in text
+    assert "On held-out rows, after training" in text
+    assert "| after | 40 | 80 | 2.125 |" in text
     assert "Trained by `smoa train`, 20 steps" in text
     assert "Forgotten" not in text
     assert "Results" not in card({**metrics, "evaluation": {}}).text
