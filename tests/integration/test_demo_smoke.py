@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from smoa.errors import DataError
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import RunConfig, load_config
-from smoa_lab.training import loaded_run
 from tests.support import lab
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -32,7 +31,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
         yield [
             f"model.name={base}",
             f"training.output_dir={room / 'run'}",
-            "task.max_length=256",
+            "data.max_length=512",
             "data.train_examples=24",
             "data.test_examples=8",
             *(f"training.{key}={value}" for key, value in small.items()),
@@ -53,7 +52,6 @@ def test_the_demo_trains_scores_reloads_merges_and_says_where_things_lie(finishe
         "before",
         "after",
         "trainable parameters",
-        "agrees  as trained",
         "agrees  merged",
         str(run / "adapter"),
     ):
@@ -65,8 +63,8 @@ def test_the_demo_trains_scores_reloads_merges_and_says_where_things_lie(finishe
     assert metrics["training"]["steps"] == 2
     assert metrics["parameters"]["adapter_bytes"] > 4 * metrics["parameters"]["trainable"] > 0
     assert {"commit", "dirty", "versions", "device", "seed"} <= metrics["provenance"].keys()
-    assert metrics["data"]["used"]["test"]["examples"] == 8
-    assert metrics["evaluation"]["after"]["all"]["questions"] == 8
+    assert metrics["data"]["parts"] == {"train": 24, "validation": 64, "test": 8}
+    assert metrics["evaluation"]["after"]["rows"] == 8
 
 
 def test_the_demo_needs_no_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +74,7 @@ def test_the_demo_needs_no_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         started.append(config)
         raise DataError("far enough")
 
-    monkeypatch.setattr(loaded_run, "load_run", prepare)
+    monkeypatch.setattr("smoa_lab.training.run.run", prepare)
     monkeypatch.chdir(tmp_path)
     assert "far enough" in CliRunner().invoke(app, ["demo"]).output
     assert started == [load_config(DEMO)]

@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from smoa_lab.config.run import check_config
-from smoa_lab.training import train_run
+from smoa_lab.training.run import run
 from tests.integration.workers.strategies import (
     adapted,
     labels,
@@ -197,20 +197,8 @@ def test_a_sharded_checkpoint_loads_back_on_one_process(
 def test_accelerate_launch_gives_the_curve_of_one_process_with_twice_the_accumulation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    lab.fill_cache(tmp_path / "cache", lab.questions(40, "train"), lab.questions(6, "test"))
-    config = {
-        "model": {"name": str(lab.tiny_base(tmp_path / "base")), "dtype": "float32"},
-        "adapter": {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]},  # dropout would differ
-        "data": {"tasks": ["arc_easy"], "train_examples": 24, "validation_examples": 2},
-        "training": {
-            "max_steps": 6,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 0.01,
-            "logging_steps": 1,
-            "use_cpu": True,
-        },
-    }
+    config = lab.tiny_run(tmp_path, monkeypatch, train=24, test=6, training=lab.steps(6, learning_rate=0.01))
+    config["data"]["train_examples"] = 24
     one, two = trained_by_one_and_by_two(config, tmp_path)
     curves = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (two, one)]
     assert len(curves[0]) == 6
@@ -223,8 +211,8 @@ def test_so_does_it_on_rows(kind: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     rows = own_rows.write_rows(tmp_path / "rows.jsonl", (own_rows.chats if kind == "messages" else own_rows.pairs)(24))
     base = own_rows.rows_base(tmp_path / "base")
-    training = {"max_steps": 4, "learning_rate": 0.01}
-    config = own_rows.rows_values(tmp_path, rows, base, data={"test_part": 0.2}, training=training)
+    training, trainer = {"max_steps": 4, "learning_rate": 0.01}, "sft" if kind == "messages" else "dpo"
+    config = own_rows.rows_values(tmp_path, rows, base, training=training, trainer=trainer)
     one, two = trained_by_one_and_by_two(config, tmp_path)
     assert own_rows.losses(two) == pytest.approx(own_rows.losses(one), rel=CURVE_TOLERANCE)
     assert two["data"] == one["data"]
@@ -239,7 +227,7 @@ def trained_by_one_and_by_two(config: dict[str, Any], folder: Path) -> tuple[dic
     launch_two(folder / "config.yaml")
 
     config["training"] |= {"output_dir": str(folder / "one"), "gradient_accumulation_steps": 2}
-    one = train_run.train(check_config(config))
+    one = run(check_config(config))
     two = json.loads((folder / "two" / "metrics.json").read_text())
     assert (one["training"]["processes"], two["training"]["processes"]) == (1, 2)
     saved, expected = (load_file(folder / name / "adapter" / "adapter_model.safetensors") for name in ("two", "one"))

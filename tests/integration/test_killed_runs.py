@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from trl import SFTTrainer
 
 from smoa_lab.config.run import RunConfig, check_config
-from smoa_lab.training import train_run
+from smoa_lab.training.run import run as train
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
 from tests.support.killing import killed_at
@@ -39,8 +39,9 @@ def settings(room: Path) -> Iterator[dict[str, Any]]:
     saving = {"save_steps": 1, "save_total_limit": 1}
     adapter = {"r": 4, "num_blocks": 2, "smoa_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
     training = lab.steps(4, learning_rate=0.01, **saving)
+    scoring = {"before": False}
     with pytest.MonkeyPatch.context() as patch:
-        yield lab.tiny_run(room, patch, train=40, test=3, training=training, adapter=adapter, task={"baseline": False})
+        yield lab.tiny_run(room, patch, train=40, test=3, training=training, adapter=adapter, scoring=scoring)
 
 
 def config_in(settings: dict[str, Any], folder: Path) -> RunConfig:
@@ -51,7 +52,7 @@ def config_in(settings: dict[str, Any], folder: Path) -> RunConfig:
 @pytest.fixture(scope="module")
 def whole(settings: dict[str, Any], room: Path) -> Path:
     """The folder of the run that nobody killed."""
-    train_run.train(config_in(settings, room / "whole"))
+    train(config_in(settings, room / "whole"))
     return room / "whole"
 
 
@@ -82,10 +83,10 @@ def test_a_run_killed_anywhere_and_started_again_ends_in_the_same_bits(
     for number in calls:
         folder = tmp_path / f"killed-{number}"
         config = config_in(settings, folder)
-        killed.append(killed_at(number, partial(train_run.train, config), partial(touches, folder)))
+        killed.append(killed_at(number, partial(train, config), partial(touches, folder)))
         if not RunFolder(folder).finished:
             assert killed[-1]
-            train_run.train(config)
+            train(config)
         assert_same_result(folder, whole)
     assert all(killed[: 2 * len(killed) // 3])
 
@@ -108,10 +109,10 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_clear_error_and_it_goes_on_lat
 
     monkeypatch.setattr(SFTTrainer, "_save_optimizer_and_scheduler", full)
     with pytest.raises(OSError, match=r"No space left on device.*checkpoint-3"):
-        train_run.train(config)
+        train(config)
     run = RunFolder(config.folder)
     assert not run.finished
     assert not run.adapter.exists()
     monkeypatch.setattr(SFTTrainer, "_save_optimizer_and_scheduler", save)
-    assert train_run.train(config)["training"]["resumed"]
+    assert train(config)["training"]["resumed"]
     assert_same_result(run.path, whole)

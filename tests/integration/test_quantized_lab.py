@@ -15,8 +15,8 @@ from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection, check_config, load_config
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.merge import merge_run
-from smoa_lab.training import train_run
-from smoa_lab.training.loaded_run import load_run
+from smoa_lab.training import run as run_module
+from smoa_lab.training.loaded_run import LoadedRun
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.verify import TOLERANCE, verify_merged
 from tests.support import lab
@@ -41,7 +41,6 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         test=6,
         training=lab.steps(4, learning_rate=0.01),
         adapter={"r": 4, "num_blocks": 2, "alpha": 128, "target_modules": "all-linear"},
-        data={"tasks": ["arc_easy"], "train_examples": 16, "validation_examples": 2},
     )
     config["model"]["options"] = {"quantization_config": NF4}
     return config
@@ -49,19 +48,21 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("quantization", "kind"), [(NF4, bnb.nn.Linear4bit), (INT8, bnb.nn.Linear8bitLt)])
 def test_a_run_trains_on_the_quantized_model_and_is_scored_again_from_its_folder(
-    config: dict[str, Any], quantization: dict[str, Any], kind: type
+    config: dict[str, Any], quantization: dict[str, Any], kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config["model"]["options"]["quantization_config"] = quantization
     run = check_config(config)
-    ready = load_run(run)
-    metrics = train_run.train(run, ready)
-    adapted = [module for module in ready.base.modules() if isinstance(module, QuantizedLinear)]
+    loaded: list[LoadedRun] = []
+    load = run_module.load_run
+    monkeypatch.setattr(run_module, "load_run", lambda config: loaded.append(load(config)) or loaded[0])
+    metrics = run_module.run(run)
+    adapted = [module for module in loaded[0].base.modules() if isinstance(module, QuantizedLinear)]
     assert adapted
     assert all(type(layer.get_base_layer()) is kind for layer in adapted)
     assert all(layer.smoa_B["default"].weight.any() for layer in adapted)
-    assert metrics["evaluation"]["after"]["all"] != metrics["evaluation"]["before"]["all"]
+    assert metrics["evaluation"]["after"] != metrics["evaluation"]["before"]
     again = evaluate_run(load_config(RunFolder(run.folder).config), RunFolder(run.folder).adapter)
-    assert again["scores"]["all"] == pytest.approx(metrics["evaluation"]["after"]["all"], rel=1e-5)
+    assert again["scores"] == pytest.approx(metrics["evaluation"]["after"], rel=1e-5)
     full, _ = load_base_model(ModelSection(name=config["model"]["name"]))
     packed = metrics["parameters"]
     assert packed["total"] - packed["trainable"] == sum(weight.numel() for weight in full.parameters())

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from smoa_lab.cli.main import app
 from smoa_lab.data.files import read_rows
-from smoa_lab.data.formats import BadRow, recognize, shape
+from tests.support.lab import write_rows
 from tests.support.own_rows import rows_base, rows_values
 from tests.support.processes import ROOT
 
@@ -35,48 +35,38 @@ def invoke(*arguments: object) -> Any:
     return json.loads(result.stdout)
 
 
-def places(file: Path) -> list[float]:
-    """Where its rows lie between 0 and 1, which decides about what is held out."""
-    found = []
-    for _, row in read_rows(file):
-        assert not isinstance(row, BadRow)
-        format = recognize(row)
-        assert format is not None
-        found.append(int(shape(row, format).digest[:12], 16) / 16**12)
-    return found
-
-
 @pytest.mark.parametrize("name", ["messages.jsonl", "preference.jsonl", "prompt-completion.jsonl", "text.jsonl"])
 def test_an_example_is_trained_scored_merged_and_converted(
     name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of each way to train; the adapters of two are merged and converted."""
-    file = EXAMPLES / name
-    one_row = sum(sorted(places(file))[:2]) / 2  # between the places of the first and the second
+    rows = [row for _, row in read_rows(EXAMPLES / name) if isinstance(row, dict)]
+    file = write_rows(tmp_path / name, [rows[0] | {"part": "test"}, *rows[1:]])
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     run, config = tmp_path / "run", tmp_path / "run.yaml"
     training = {"learning_rate": 0.02}
-    values = rows_values(tmp_path, file, base, data={"test_part": one_row}, training=training)
+    trainer = "dpo" if name == "preference.jsonl" else "sft"
+    values = rows_values(tmp_path, file, base, training=training, trainer=trainer)
     config.write_text(yaml.safe_dump(values))
 
     metrics = invoke("train", config)
-    before, after = (metrics["evaluation"][stage]["all"]["loss"] for stage in ("before", "after"))
+    before, after = (metrics["evaluation"][stage]["loss"] for stage in ("before", "after"))
     assert metrics["data"]["parts"] == {"train": 2, "test": 1}
     assert after < before
     assert (run / "samples.md").is_file()
-    assert invoke("eval", run)["scores"]["all"]["loss"] == pytest.approx(after, abs=1e-6)
+    assert invoke("eval", run)["scores"]["loss"] == pytest.approx(after, abs=1e-6)
     if name not in ("messages.jsonl", "preference.jsonl"):
         return
 
     invoke("merge", run, tmp_path / "merged")
     merged = invoke("eval", config, f"model.name={tmp_path / 'merged'}")
-    assert merged["scores"]["all"]["loss"] == pytest.approx(after, abs=1e-4)
+    assert merged["scores"]["loss"] == pytest.approx(after, abs=1e-4)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     prompt = AutoTokenizer.from_pretrained(tmp_path / "merged")("Open?", return_tensors="pt")
     assert model.generate(**prompt, max_new_tokens=3).shape[1] > prompt["input_ids"].shape[1]
 
     loss = invoke("convert", run, tmp_path / "lora", "--rank", "32")["loss"]
-    assert loss["questions"] == 1
+    assert loss["rows"] == 1
     assert (loss["base"], loss["adapter"]) == (pytest.approx(before, abs=1e-6), pytest.approx(after, abs=1e-6))
     assert loss["lora"] == pytest.approx(after, abs=1e-3)
 
@@ -86,7 +76,7 @@ def test_where_nothing_is_held_out_nothing_can_be_scored(
 ) -> None:
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(rows_values(tmp_path, FILES[0], base, data={"test_part": 0})))
+    config.write_text(yaml.safe_dump(rows_values(tmp_path, FILES[0], base, data={"test_examples": 0})))
     done = CliRunner().invoke(app, ["eval", str(config)])
     assert done.exit_code == 1
-    assert "nothing is held out that could be scored; give test, or a larger test_part" in done.stderr
+    assert "nothing is held out that could be scored; give other rows as data.test" in done.stderr

@@ -11,12 +11,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.chat import COMMANDS
 from smoa_lab.config.run import ModelSection, check_config
-from smoa_lab.data.rows import Template
+from smoa_lab.data.chat_templates import alpaca
 from smoa_lab.open_run import find_model
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.chats import KeptChat, chat_base, saved_adapter, written
@@ -47,9 +47,7 @@ def other(room: Path, base: Path) -> Path:
     return saved_adapter(room / "other", base, seed=2, target_modules=["o_proj", "up_proj"])
 
 
-def finished_run(
-    room: Path, base: Path, method: str = "smoa", template: Template = "alpaca", name: str = "run"
-) -> RunFolder:
+def finished_run(room: Path, base: Path, method: str = "smoa", name: str = "run") -> RunFolder:
     """A run's folder without its weights."""
     folder = RunFolder(room / name)
     folder.adapter.mkdir(parents=True)
@@ -59,8 +57,7 @@ def finished_run(
             "model": {"name": str(base), "dtype": "bfloat16"},
             "method": method,
             "adapter": settings,
-            "data": {"tasks": ["arc_easy"]},
-            "task": {"template": template},
+            "data": {"train": "rows.jsonl"},
             "training": {"output_dir": str(folder.path)},
         }
     )
@@ -69,22 +66,22 @@ def finished_run(
     return folder
 
 
-def test_what_is_opened_is_a_run_an_adapter_or_a_model_with_its_dtype_base_and_template_unless_others_are_given(
+def test_what_is_opened_is_a_run_an_adapter_or_a_model_with_its_dtype_and_base_unless_others_are_given(
     tmp_path: Path, base: Path, mine: Path
 ) -> None:
     run = finished_run(tmp_path, base)
     shutil.copytree(mine, run.adapter, dirs_exist_ok=True)
-    assert find_model(str(run.path), {}) == (ModelSection(name=str(base), dtype="bfloat16"), run.adapter, "alpaca")
+    assert find_model(str(run.path), {}) == (ModelSection(name=str(base), dtype="bfloat16"), run.adapter)
     moved = ModelSection(name="moved", dtype="float16")
-    assert find_model(str(run.path), {"name": "moved", "dtype": "float16"}) == (moved, run.adapter, "alpaca")
+    assert find_model(str(run.path), {"name": "moved", "dtype": "float16"}) == (moved, run.adapter)
     full = finished_run(tmp_path, base, method="full", name="full")
     whole = ModelSection(name=str(full.adapter), dtype="bfloat16")
-    assert find_model(str(full.path), {}) == (whole, None, "alpaca")
-    assert find_model(str(mine), {}) == (ModelSection(name=str(base)), mine, "chat")
+    assert find_model(str(full.path), {}) == (whole, None)
+    assert find_model(str(mine), {}) == (ModelSection(name=str(base)), mine)
     assert find_model(str(mine), {"name": "moved"})[0].name == "moved"
     (tmp_path / "model.gguf").touch()
     for place in ("smollm2-135m", "google/gemma-3-270m", str(base), str(tmp_path / "model.gguf")):
-        assert find_model(place, {}) == (ModelSection(name=place), None, "chat")
+        assert find_model(place, {}) == (ModelSection(name=place), None)
 
 
 def test_an_adapter_that_records_no_base_needs_one(tmp_path: Path, base: Path, mine: Path) -> None:
@@ -110,22 +107,26 @@ def test_a_model_without_a_chat_template_says_what_to_do(tmp_path: Path, monkeyp
         KeptChat(plain)
 
 
-def test_each_adapter_is_talked_to_through_its_own_template(tmp_path: Path, base: Path, mine: Path) -> None:
+def test_each_adapter_is_talked_to_through_the_template_saved_with_it_unless_another_is_named(
+    tmp_path: Path, base: Path, mine: Path
+) -> None:
     asked = [{"role": "user", "content": "Why?"}]
-    runs = [finished_run(tmp_path, base, template=name, name=name) for name in ("chat", "alpaca")]
-    own = []
-    for run in runs:
+    first, second = (finished_run(tmp_path, base, name=name) for name in ("first", "second"))
+    for run in (first, second):
         shutil.copytree(mine, run.adapter, dirs_exist_ok=True)
-        own.append(KeptChat(run.path).tokens(asked)["input_ids"].tolist())
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = alpaca(tokenizer)
+    tokenizer.save_pretrained(second.adapter)
+    own = [KeptChat(run.path).tokens(asked)["input_ids"].tolist() for run in (first, second)]
     assert own[0] != own[1]
-    model = KeptChat(runs[0].path)
-    model.load(str(runs[1].path))
+    model = KeptChat(first.path)
+    model.load(str(second.path))
     assert model.tokens(asked)["input_ids"].tolist() == own[1]
-    model.use("chat")
+    model.use("first")
     assert model.tokens(asked)["input_ids"].tolist() == own[0]
-    forced = KeptChat(runs[1].path, "chat")
-    forced.load(str(runs[1].path))
-    assert forced.tokens(asked)["input_ids"].tolist() == own[0]
+    assert KeptChat(first.path, "alpaca").tokens(asked)["input_ids"].tolist() == own[1]
+    with pytest.raises(ConfigError, match="there is no template 'alpacca'; did you mean 'alpaca'"):
+        KeptChat(first.path, "alpacca")
 
 
 def said(model: KeptChat, name: str | None = None) -> str:

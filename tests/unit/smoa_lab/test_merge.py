@@ -462,7 +462,7 @@ def quantized_run(folder: Path, base: str) -> tuple[RunFolder, PeftModel]:
     values: dict[str, Any] = {
         "model": {"name": base, "options": {"quantization_config": NF4}},
         "adapter": {"r": 4, "num_blocks": 2},
-        "data": {"tasks": ["arc_easy"]},
+        "data": {"train": "rows.jsonl"},
         "training": {"output_dir": str(run.path), "use_cpu": True},
     }
     run.config.write_text(check_config(values).to_yaml())
