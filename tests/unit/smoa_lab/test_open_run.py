@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
-from smoa_lab.training.train_run import train
 
 from smoa import SmoaConfig
 from smoa.atomic import SAVE
