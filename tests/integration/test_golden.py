@@ -123,3 +123,6 @@ def test_a_run_learns_as_it_did(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert losses == pytest.approx(known["losses"], rel=1e-3)
     for when in ("before", "after"):
         assert metrics["forgetting"][when] == pytest.approx(known["forgetting"][when], rel=1e-3)
+        now, then = metrics["evaluation"][when], known["evaluation"][when]["all"]
+        assert now["loss"] == pytest.approx(then.get("loss", then.get("gold_loss")), rel=1e-3)
+        assert now.get("accuracy") == then.get("accuracy")
