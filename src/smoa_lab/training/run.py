@@ -6,7 +6,9 @@ import gzip
 import json
 import logging
 import time
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,13 +123,19 @@ def _train(
     return from_rank_zero(partial(_save, loaded, folder, model, state, metrics, evaluation))
 
 
-def _untouched(model: Any) -> AbstractContextManager[Any]:
+@contextmanager
+def _untouched(model: Any) -> Iterator[None]:
     """Within it a model before its training is its base, also where the method starts with another update than zero. An
     ``init_lora_weights`` with a name may move a part of the base into the adapter, with which it adds up to the base.
     """
     config = getattr(model, "active_peft_config", None)
     adds_up = config is None or isinstance(getattr(config, "init_lora_weights", None), str)
-    return nullcontext() if adds_up else model.disable_adapter()
+    with ExitStack() as stack:
+        if not adds_up:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of biases, which nothing has trained yet
+                stack.enter_context(model.disable_adapter())
+        yield
 
 
 def _metrics(

@@ -58,7 +58,7 @@ def test_the_rows_of_a_run_add_up_to_its_metrics_and_pair_it_with_any_other(valu
     extra = Path(values["data"]["train"])
     extra.write_text(extra.read_text() + json.dumps(lab.questions(1, "test")[0]) + "\n")  # one twice
     lora = {**values, "adapter": {"r": 2, "target_modules": ["q_proj"]}, "method": "lora"}
-    first, second = changed(values), changed(lora, "other")
+    first, second = changed(values, adapter={"bias": "smoa_only"}), changed(lora, "other")
     metrics, others = run(first), run(second)
     assert metrics == json.loads(RunFolder(first.folder).metrics.read_text())
     assert metrics["format"] == 2
