@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from smoa.errors import ConfigError
 from smoa_lab.base_models import empty_model
 from smoa_lab.config.methods import PRESETS, find_method
 from smoa_lab.config.run import ModelSection
-from smoa_lab.training.adapting import check_adapter, with_adapter
+from smoa_lab.training.adapting import check_adapter, explained
 from tests.support import lab
 
 TARGETS = ["q_proj"]
@@ -85,5 +85,6 @@ def test_an_adapter_of_each_preset_that_fits_is_taken(method: str, empty: Any) -
 @pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'corda'")
 def test_what_peft_refuses_only_with_the_weights_is_an_error_of_the_adapter_too(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(lab.tiny_base(tmp_path / "base"))
-    with pytest.raises(ConfigError, match="adapter: `eigens` attribute not found"):
-        with_adapter(base, config_of("lora", {"init_lora_weights": "corda", "target_modules": TARGETS}))
+    config = config_of("lora", {"init_lora_weights": "corda", "target_modules": TARGETS})
+    with pytest.raises(ConfigError, match="adapter: `eigens` attribute not found"), explained():
+        get_peft_model(base, config)
