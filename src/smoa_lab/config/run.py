@@ -255,8 +255,9 @@ class ConfigText:
         """The run, its training block laid over our defaults; raises ConfigError with all problems."""
         if (block := _new_data(self.values)) is not None:
             raise ConfigError(
-                f"{self.place}: is a config of an older smoa. All rows are one kind now; instead of data, task and "
-                f"training.max_length write\n\n{to_yaml({'data': block})}"
+                f"{self.place}: is a config of an older smoa. All rows are one kind now, questions with the columns "
+                "prompt, choices and label, and the numbers of examples say how many are held out; instead of data, "
+                f"task and training.max_length write\n\n{to_yaml({'data': block})}"
             )
         values, given = self.values, self.values.get("training")
         training: dict[str, Any] = given if isinstance(given, dict) else {}

@@ -198,9 +198,9 @@ class Encoder:
             until = self._chat(messages[: place + 1])
             if ids[: len(until)] != until or until[: len(before)] != before:
                 raise DataError(
-                    "data.template: this model's template changes what was said before, so the assistant's turns "
-                    "can't be told apart; name another template, or set training.assistant_only_loss: false to train "
-                    "on whole conversations"
+                    "data.template: under this model's template the assistant's turns can't be told apart: a longer "
+                    "conversation doesn't begin with the tokens of a shorter one; name another template, or set "
+                    "training.assistant_only_loss: false to train on whole conversations"
                 )
             end = len(until)
             while end > len(before) and not str(self.tokenizer.decode(ids[end - 1])).strip():

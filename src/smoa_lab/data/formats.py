@@ -168,8 +168,9 @@ def _label(value: object, choices: list[str]) -> int:
             problem = f"found {shown(value)}, the text of one choice and the number of another"
             raise BadRow("label", f"{problem}; expected a number without quotes, in JSON lines")
         return number
-    if isinstance(value, str) and value.strip().isdecimal():
-        value = int(value)
+    is_whole = isinstance(value, float) and value.is_integer()  # as in a Parquet column in which one is missing
+    if is_whole or (isinstance(value, str) and value.strip().isdecimal()):
+        value = int(value)  # type: ignore[call-overload]
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(choices):
         raise BadRow("label", f"found {shown(value)}, expected the number of a choice, from 0, or its text")
     return value

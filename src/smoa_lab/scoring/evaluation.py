@@ -84,7 +84,7 @@ class Evaluation:
             losses = [sum(choice) for choice in of_row]
             nll.append(losses[row.label])
             tokens.append(len(of_row[row.label]))
-            right.append(losses.index(min(losses)) == row.label)
+            right.append(math.isfinite(sum(losses)) and losses.index(min(losses)) == row.label)
         return Measured(Losses(nll, tokens), right)
 
     def scores(self) -> dict[str, dict[str, Any]]:

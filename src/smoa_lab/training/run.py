@@ -65,18 +65,18 @@ def score_untouched(config: RunConfig) -> dict[str, Any]:
     """Score the model as it is, into the run's folder, without any training; raises as :func:`run`."""
     folder, text = RunFolder(config.folder), config.to_yaml()
     folder.check(text)
-    loaded = load_run(config)
-    forgetting = Forgetting(config.forgetting.text, config.forgetting.tokens, loaded.tokenizer, loaded.base.config)
-    arguments = config.arguments()
+    loaded, arguments = load_run(config), config.arguments()
     with folder.alone():
         folder.start(text, loaded.inputs())
         with folder.logging():
             if not arguments.use_cpu:
                 to_device(loaded.base)
             evaluation, _ = loaded.evaluation()
+            started = time.perf_counter()
             evaluation.measure(loaded.base, "before")
-            forgetting.measure(loaded.base, "before")
-            metrics = _metrics(loaded, arguments, loaded.base, evaluation, forgetting)
+            metrics = _metrics(loaded, arguments, loaded.base, evaluation)
+            seconds = round(time.perf_counter() - started, 1)
+            metrics["training"] = {"trainer": None, "seconds": seconds, "steps": 0, "resumed": False}
             _write_rows(folder.rows, evaluation)
             folder.finish(metrics)
             return metrics
@@ -143,7 +143,7 @@ def _metrics(
     arguments: TrainingArguments,
     model: Any,
     evaluation: Evaluation,
-    forgetting: Forgetting,
+    forgetting: Forgetting | None = None,
     trainable: int = 0,
 ) -> dict[str, Any]:
     """What is known of a model, its training aside."""
@@ -157,7 +157,7 @@ def _metrics(
         "data": portable({"source": loaded.config.data.title, **loaded.data.account}),
         "evaluation": evaluation.scores(),
         "gain": evaluation.gain,
-        "forgetting": forgetting.metrics,
+        "forgetting": forgetting and forgetting.metrics,
         "samples": evaluation.samples,
         "training": None,
         "history": [],

@@ -84,7 +84,7 @@ def test_a_template_that_changes_what_was_said_before_is_refused() -> None:
     last = "message.content if loop.last or message.role != 'assistant' else '…'"
     encoder = Encoder(tokenizer_with(PLAIN.replace("message.content", f"({last})")))
     row = {"messages": chat("Open?", "Yes.", "Today?", "No.")}
-    with pytest.raises(DataError, match=r"changes what was said before.*assistant_only_loss: false"):
+    with pytest.raises(DataError, match=r"a longer conversation.*assistant_only_loss: false"):
         trained(encoder, row)
     assert trained(encoder, {"messages": chat("Open?", "Yes.")}) == ["Yes.<|im_end|>"]
     encoder.assistant_only = False

@@ -168,6 +168,7 @@ def test_a_row_with_choices_is_a_conversation_that_the_right_one_answers(changes
         (["x", "y", "y"], "y", 1),
         ([0.5, 2], "2", 1),
         (["2", "3", "1"], "1", "the text of one choice and the number of another"),
+        (["x", "y"], 1.0, 1),  # as in a Parquet column in which one is missing
         *((["x", "y"], label, "expected the number of a choice") for label in (2, -1, 1.5, "z", " ", None, True, [1])),
     ],
 )
