@@ -57,17 +57,17 @@ def test_the_command_the_demo_the_text_for_forgetting_and_pages_come_with_the_wh
     ask = (
         "from smoa_lab.cli.demo import CONFIG; from smoa_lab.config.run import load_config; "
         "from smoa_lab.data.general_text import passages; "
-        "from smoa_lab.data.named import DEMO, read_demo; "
+        "from smoa_lab.data.files import read_rows; from smoa_lab.data.named import DEMO_FILE; "
         "from smoa_lab.pages.templates import page; "
         "print(load_config(CONFIG).folder, len(passages('packaged')), 'vega-lite' in page('Empty'), "
-        "len(read_demo('train')), DEMO.with_name('csqa_demo.LICENSE').is_file()); "
+        "len(list(read_rows(DEMO_FILE))), DEMO_FILE.with_name('csqa_demo.LICENSE').is_file()); "
         "import runpy, sys; sys.argv[1:] = ['--help']; "
         f"runpy.run_path({str(python.parents[1] / SCRIPTS / 'smoa')!r}, run_name='__main__')"
     )
     done = subprocess.run(
         [str(python), "-c", ask], cwd=tmp_path, env=ELSEWHERE, capture_output=True, text=True, check=False
     )
-    assert done.stdout.startswith(f"{Path('runs/demo')} 34 True 1520 True\n"), done.stderr
+    assert done.stdout.startswith(f"{Path('runs/demo')} 34 True 1884 True\n"), done.stderr
     assert {"train", "eval", "merge", "convert"} <= set(re.findall(r"\w+", done.stdout))
 
 
