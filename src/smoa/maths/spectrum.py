@@ -87,24 +87,13 @@ def _tall_scores(weight: Tensor, precise: bool) -> tuple[Tensor, Tensor]:
     """
     gram = _upper_gram(weight)
     col_is_zero = gram.diagonal() == 0
-    energy, vectors, index = _spectrum_of(gram, precise)
+    eigenvalues, vectors = torch.linalg.eigh(gram.double() if precise else gram, UPLO="U")
+    energy = eigenvalues.clamp_min(0)  # σ², ascending
+    index = torch.arange(len(energy) - 1, -1, -1, dtype=energy.dtype, device=gram.device)
     del gram
     row_scores = _row_scores(weight, vectors.to(weight.dtype), index)
     col_scores = _mean_index(vectors.square_() * energy, index)
     return row_scores, col_scores.masked_fill_(col_is_zero, 0)  # a zero column may have energy from rounding
-
-
-def gram_scores(gram: Tensor, precise: bool = False) -> Tensor:
-    """Scores of the columns of a weight W, given `WᵀW` on and above the diagonal: (in_features,)."""
-    energy, vectors, index = _spectrum_of(gram, precise)
-    return _mean_index(vectors.square_() * energy, index).masked_fill_(gram.diagonal() == 0, 0)
-
-
-def _spectrum_of(gram: Tensor, precise: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """σ², ascending, right singular vectors, and the index j of each."""
-    eigenvalues, vectors = torch.linalg.eigh(gram.double() if precise else gram, UPLO="U")
-    energy = eigenvalues.clamp_min(0)
-    return energy, vectors, torch.arange(len(energy) - 1, -1, -1, dtype=energy.dtype, device=gram.device)
 
 
 def _upper_gram(weight: Tensor) -> Tensor:
