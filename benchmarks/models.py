@@ -36,7 +36,6 @@ from _common import (
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 
-import smoa
 from smoa import SmoaConfig
 from smoa.layers.quantized import QuantizedLinear
 from smoa.tuner.generation import caches_of_generate
@@ -48,7 +47,7 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
 }
 STEP_BARS = {"time": 1.15, "memory": 1.03}
-DECODING_BARS = {"merged": 1.00, "cached": 1.10}
+DECODING_BARS = {"merged": 1.00}
 BOTH = ("smoa", "lora")
 MERGED_BLOCKS = (0, 8, 17)
 RELATIVE_SIZES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -159,28 +158,24 @@ def decoding(
     """What an unmerged adapter costs in token-by-token decoding of one sequence, in float32.
 
     Routes: the base model, SMoA merged, SMoA unmerged as `generate` does by default (the blocks of ΔW kept for each
-    call), with `smoa.cached_weights`, with neither, and LoRA unmerged. Prefill (the prompt and the first token) and
-    decoding are timed apart; the default fills its cache in the prefill. That of `cached_weights` stays open, as in a
-    server; the time to fill it is reported separately.
+    call) and with nothing kept, and LoRA unmerged. Prefill (the prompt and the first token) and decoding are timed
+    apart; the cache is filled in the prefill.
     """
     given = torch.randint(10, 200_000, (1, prompt), device=device)
-    methods = {"base": "base", **dict.fromkeys(("merged", "default", "cached", "unmerged"), "smoa"), "lora": "lora"}
+    methods = {"base": "base", **dict.fromkeys(("merged", "default", "unmerged"), "smoa"), "lora": "lora"}
     models = {route: gemma(method, r, num_blocks, device) for route, method in methods.items()}
     models["merged"].merge_adapter()
-    with smoa.cached_weights(models["cached"]):
-        decoders = {
-            route: Decoder(model, given, tokens, caches_of_generate if route == "default" else lambda _: nullcontext())
-            for route, model in models.items()
-        }
-        filling, filled = decoders["cached"]()[0], decoders["cached"]()[0]
-        for decode in decoders.values():
-            decode()
-        plain = decoders["unmerged"].text
-        same = {route: (decoders[route].text == plain).float().mean().item() for route in ("default", "cached")}
-        phases: dict[str, list[tuple[float, float]]] = {route: [] for route in decoders}
-        for _ in range(repeats):
-            for route, decode in decoders.items():
-                phases[route].append(decode())
+    decoders = {
+        route: Decoder(model, given, tokens, caches_of_generate if route == "default" else lambda _: nullcontext())
+        for route, model in models.items()
+    }
+    for decode in decoders.values():
+        decode()
+    same = (decoders["default"].text == decoders["unmerged"].text).float().mean().item()
+    phases: dict[str, list[tuple[float, float]]] = {route: [] for route in decoders}
+    for _ in range(repeats):
+        for route, decode in decoders.items():
+            phases[route].append(decode())
     times = {route: [sum(pair) for pair in pairs] for route, pairs in phases.items()}
     quickest = {route: lower_quartile(of_route) for route, of_route in times.items()}
     of_phase = {
@@ -198,8 +193,6 @@ def decoding(
             phase: {route: time / ways["base"] for route, time in ways.items()} for phase, ways in of_phase.items()
         },
         "same_tokens_with_and_without_cache": same,
-        "seconds_to_fill_cache": filling - filled,
-        "cache_bytes": decoders["cached"].kept,
         "default_cache_bytes": decoders["default"].kept,
         "model_bytes": sum(parameter.nbytes for parameter in models["base"].parameters()),
     }
@@ -324,7 +317,7 @@ def quantized_merge(device: torch.device, r: int = 32, num_blocks: int = 4) -> d
             pairs: list[tuple[float, float]] = []
             for layer, factors in zip(layers, of_unit_size, strict=True):
                 layer.smoa_B["default"].weight.copy_(factors * size)
-                layer.requantizations = pairs
+                layer.losses = pairs
                 layer.merge()
                 layer.unmerge()
             error, update = (sum(value**2 for value in column) ** 0.5 for column in zip(*pairs, strict=True))

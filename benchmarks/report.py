@@ -28,7 +28,6 @@ ROUTES = {
     "base": "base model",
     "merged": "SMoA, merged",
     "default": "SMoA, unmerged, as `generate` does",
-    "cached": "SMoA, unmerged, `cached_weights`",
     "unmerged": "SMoA, unmerged, nothing kept",
     "lora": "LoRA, unmerged",
 }
@@ -119,9 +118,8 @@ def decoding() -> str:
         for key, name in ROUTES.items()
     ]
     note = (
-        f"The cache takes {content['cache_bytes'] / 1e6:.0f} MB for a model of {content['model_bytes'] / 1e6:.0f} MB, "
-        f"and {content['seconds_to_fill_cache']:.2f} s to fill. What `generate` keeps by default takes "
-        f"{content['default_cache_bytes'] / 1e6:.0f} MB."
+        f"What `generate` keeps takes {content['default_cache_bytes'] / 1e6:.0f} MB for a model of "
+        f"{content['model_bytes'] / 1e6:.0f} MB."
     )
     return section(["route", "tokens/s", "time ÷ base", "of the fastest", *phases, "target"], rows, results, note)
 

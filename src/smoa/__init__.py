@@ -29,11 +29,11 @@ from smoa.errors import (  # noqa: E402
 )
 from smoa.files.loading import guard_loading  # noqa: E402
 from smoa.files.saving import save_adapter  # noqa: E402
-from smoa.layers.weight_cache import cached_weights  # noqa: E402
 from smoa.maths.blocks import Blocks as SpectralPartition  # noqa: E402  (its public name)
 from smoa.maths.spectrum import make_partition, spectral_scores  # noqa: E402
 from smoa.state import clear_spectrum_cache, use_kernels  # noqa: E402
 from smoa.tuner.generation import keep_in_generate  # noqa: E402
+from smoa.tuner.merging import merged  # noqa: E402
 from smoa.tuner.model import SmoaModel  # noqa: E402
 from smoa.tuner.pool import AdapterPool  # noqa: E402
 
@@ -56,10 +56,10 @@ __all__ = [
     "SpectralPartition",
     "UnsupportedModuleError",
     "UnsupportedVersionError",
-    "cached_weights",
     "clear_spectrum_cache",
     "keep_in_generate",
     "make_partition",
+    "merged",
     "save_adapter",
     "spectral_scores",
     "use_kernels",

@@ -13,7 +13,6 @@ from jinja2 import TemplateError
 from peft import PeftModel
 from transformers import TextStreamer
 
-from smoa import cached_weights
 from smoa.atomic import check_place, write_whole
 from smoa.errors import DataError, SmoaError, nearest
 from smoa_lab.base_models import load_base_model, load_tokenizer, packaged_name, to_device
@@ -165,9 +164,7 @@ class Chat:
         vars(streamer)["on_finalized_text"] = lambda text, stream_end=False: (
             self.show(text) if text or stream_end else None
         )
-        adapter: Any = cached_weights(self.model)  # anew: an adapter may have added layers
-        if name == BASE:
-            adapter = self.model.disable_adapter() if self.adapter else nullcontext()
+        adapter: Any = self.model.disable_adapter() if name == BASE and self.adapter else nullcontext()
         options = {"temperature": self.temperature} if self.temperature else GREEDY
         try:
             with scoring(self.model), adapter:

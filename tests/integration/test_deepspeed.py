@@ -91,7 +91,7 @@ def test_a_model_under_zero3_generates_before_it_is_trained(ranks: list[dict[str
     assert [result["tokens"] for result in of_strategy(ranks, "zero3_generation")] == [expected] * 2
 
 
-def test_weights_that_zero3_has_partitioned_are_neither_merged_nor_saved_nor_cached(
+def test_weights_that_zero3_has_partitioned_are_neither_merged_nor_saved(
     ranks: list[dict[str, Any]],
 ) -> None:
     first, second = of_strategy(ranks, "zero3_refusals")
@@ -99,7 +99,7 @@ def test_weights_that_zero3_has_partitioned_are_neither_merged_nor_saved_nor_cac
         assert result["merge"].startswith(
             "UnsupportedModuleError: a weight of shape (32, 32) is partitioned by DeepSpeed"
         )
-        assert "sharded over processes" in result["cache"]
+        assert "sharded over processes" in result["merged"]
     assert "smoa_A.default.weight and 11 more: empty, because DeepSpeed" in first["save"]
     assert second["save"] is None
 

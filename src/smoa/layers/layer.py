@@ -70,8 +70,10 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         backend: PEFT's quantization backend, if the weight is quantized.
     """
 
-    generation_cache: Literal["blocks", "weights", "off"] = "blocks"
+    generation_cache: Literal["blocks", "off"] = "blocks"
     """What `generate` keeps: see `smoa.keep_in_generate`."""
+    losses: list[tuple[float, float]] | None = None
+    """Where a merge appends (‖error‖, ‖ΔW‖) of each matrix while `smoa.tuner.merging.losses_reported` is open."""
     converted_by_peft = True
     tied = False
     """Whether another layer has the same weight and the same adapters (`ensure_weight_tying`)."""
@@ -536,7 +538,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             self.last_batch = None
         self._may_have_gradients = True
         if self.smoa_weight_cache is not None:
-            for cache in self.smoa_weight_cache.siblings:
+            for cache in self.smoa_weight_cache.watch.caches:
                 cache.clear()
 
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
@@ -623,8 +625,14 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         chosen = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in self._present(chosen) if name not in self.merged_adapters]
         with torch.no_grad():
-            for _, _, merged in self.merged_matrices([*self.merged_adapters, *names]):
-                check_finite(merged, names)
+            for *_, merged in self.merged_matrices([*self.merged_adapters, *names]):
+                if not torch.isfinite(merged).all():
+                    # The first sentences are PEFT's, whose users may match them.
+                    raise MergeError(
+                        f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken, "
+                        f"or overflows {merged.dtype}; nothing was merged. Train it again, or load the base model in "
+                        "float32"
+                    )
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -639,18 +647,25 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         Raises:
             MergeError: `safe_merge` found NaN or infinite weights; nothing was merged.
             UnsupportedModuleError: ZeRO-3 would drop the merged weight.
+            RuntimeError: no memory, for example; no adapter of the layer is merged then.
         """
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
         refuse_writing(self.stored_weight())
         with self.onloaded(names, written=True):
-            if safe_merge and self.matrix_count > 1:
+            if safe_merge:
                 self.check_merge(names)
-            for number, pristine, merged in self.merged_matrices([*self.merged_adapters, *names]):
-                if safe_merge:
-                    check_finite(merged, names)
-                self._write_merged(number, pristine, merged, names)
+            try:
+                for number, pristine, delta, merged in self.merged_matrices([*self.merged_adapters, *names]):
+                    exact = None if self.losses is None else pristine + delta  # the write may change W
+                    self._write_merged(number, pristine, merged, names)
+                    if self.losses is not None and exact is not None:
+                        self.losses.append((float((self.base_weight(number) - exact).norm()), float(delta.norm())))
+            except BaseException:
+                self._restore_pristine()
+                self.merged_adapters.clear()
+                raise
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -664,18 +679,14 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             self._restore_pristine()
         self.merged_adapters.clear()
 
-    def merged_matrices(self, adapter_names: list[str]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Number, pristine W and `W + Σ ΔW` of one matrix after the other, rounded once."""
+    def merged_matrices(self, adapter_names: list[str]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Number, pristine W, `Σ ΔW` and `W + Σ ΔW` of one matrix after the other, rounded once."""
         updates = [self.updates(name) for name in adapter_names]
         for number in range(self.matrix_count):
             pristine = self.pristine_matrix(number)
             total = sum((of_adapter[number].delta(pristine) for of_adapter in updates), pristine.new_zeros(()))
             # Keep the exact bits where nothing is added: -0 + 0 is 0, and `unmerge` restores diagonal blocks only.
-            yield number, pristine, torch.where(total == 0, pristine, (total + pristine).to(pristine.dtype))
-
-    def merged_weight(self, adapter_names: list[str]) -> Tensor:
-        """`W + Σ ΔW` of the named adapters on the pristine W, rounded once: (out_features, in_features)."""
-        return next(self.merged_matrices(adapter_names))[2]
+            yield number, pristine, total, torch.where(total == 0, pristine, (total + pristine).to(pristine.dtype))
 
     def _write_merged(self, number: int, pristine: Tensor, merged: Tensor, names: list[str]) -> None:
         """Write a matrix. If other modules use it, the base layer gets one of its own until `unmerge`."""
@@ -692,11 +703,12 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def _restore_pristine(self) -> None:
         if self._shared_weight:
             self.get_base_layer().weight, self._shared_weight = self._shared_weight[0], ()
-        else:
+        elif self._pristine_blocks:
             for number in range(self.matrix_count):
                 matrix = self.base_weight(number)
                 for kept in self._pristine_blocks.values():
-                    kept[number].write_to(matrix)
+                    if number in kept:  # a merge may have failed
+                        kept[number].write_to(matrix)
                 self._write_matrix(matrix, number)
         self._pristine_blocks.clear()
 
@@ -731,16 +743,6 @@ def is_instrumented(module: nn.Module) -> bool:
     """Whether a hook, also one of all modules, or a replaced forward (accelerate's) must see the base layer's call."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook()
-
-
-def check_finite(merged: Tensor, names: list[str]) -> None:
-    """Raise MergeError if a merged weight has NaN or infinite entries."""
-    if not torch.isfinite(merged).all():
-        # The first sentences are PEFT's, whose users may match them.
-        raise MergeError(
-            f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken, or overflows "
-            f"{merged.dtype}; nothing was merged. Train it again, or load the base model in float32"
-        )
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape
-from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_instrumented
+from smoa.layers.layer import SmoaLayer, is_instrumented
 from smoa.layers.mixed_batch import mixed_outputs, shared_output
-from smoa.layers.weight_cache import BLOCKS, DIAGONAL, WHOLE, KeptUpdate, WeightCache
+from smoa.layers.weight_cache import BLOCKS, DIAGONAL, KeptUpdate, WeightCache
 from smoa.maths.kernels.choice import prefers_apart, prefers_shared
 from smoa.maths.kernels.operators import is_transformed, multiplies_exactly
 from smoa.maths.update import Update
@@ -36,8 +36,8 @@ class Linear(SmoaLayer):
 
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
         if active and (cache := self.open_cache(active, x)) is not None:
-            return self._cached_forward(cache, x, active, *args, **kwargs)
-        if len(active) == 1 and (update := self._fusable(x, active[0])) is not None:
+            cache.retain({BLOCKS, DIAGONAL}, active)
+        elif len(active) == 1 and (update := self._fusable(x, active[0])) is not None:
             return update.apply_with_base(x, self.base_weight(), self.bias)
         return super()._active_forward(x, active, *args, **kwargs)
 
@@ -71,51 +71,30 @@ class Linear(SmoaLayer):
         """The blocks of ΔW that `cache` keeps; None without M, where the factors are as quick, or without memory."""
         if self.modulation[adapter_name] == "none":
             return None
-        dtype = x.dtype
-
-        def make() -> KeptUpdate:
-            return KeptUpdate.of(self.update(adapter_name), self.pristine_weight(), dtype)
-
-        return cache.get((BLOCKS, adapter_name), (dtype, *self.state_of_update([adapter_name])), make)
+        state = x.dtype, *self.state_of_update([adapter_name])
+        weight = self.pristine_weight
+        return cache.get(
+            (BLOCKS, adapter_name), state, lambda: KeptUpdate.of(self.update(adapter_name), weight(), x.dtype)
+        )
 
     def _apply_update(self, update: Update, x: Tensor) -> Tensor:
         return update.apply(x, self.pristine_weight())
 
-    def _cached_forward(self, cache: WeightCache, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        whole = cache.whole and self._may_add_to_weight(x.device.type) and not is_instrumented(self.base_layer)
-        cache.retain({WHOLE} if whole else {BLOCKS, DIAGONAL}, active)
-        if whole:
-            weight = cache.get((WHOLE, *active), self.state_of_update(active), lambda: self.merged_weight(active))
-            if weight is not None:
-                return nn.functional.linear(x, weight, self.bias)
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        x = in_autocast_dtype(x.to(result.device))
-        for name in active:
-            kept = self._kept_update(cache, name, x)
-            result = result + (self.branch_output(x, name) if kept is None else kept.apply(x)).to(result.dtype)
-        return result
-
-    def _may_add_to_weight(self, device_type: str) -> bool:
-        """Whether `x (W + ΔW)ᵀ` keeps a small ΔW, which 16-bit floats and TF32 would round away."""
-        is_plain = self.quantization_backend is None and type(self.base_layer) in (nn.Linear, Conv1D)
-        if not is_plain or torch.is_autocast_enabled(device_type):
-            return False
-        dtype = self.stored_weight().dtype
-        return dtype == torch.float64 or (dtype == torch.float32 and multiplies_exactly(device_type))
-
     def _fusable(self, x: Tensor, adapter_name: str) -> Update | None:
         """The update if `x(W + ΔW)ᵀ + b` can be computed in one product, and is to be."""
-        if torch.compiler.is_compiling() or not self._may_add_to_weight(x.device.type):
+        device, weight, base = x.device.type, self.stored_weight(), self.base_layer
+        is_plain = self.quantization_backend is None and type(base) in (nn.Linear, Conv1D) and not is_instrumented(base)
+        if torch.compiler.is_compiling() or not is_plain or torch.is_autocast_enabled(device):
+            return None
+        # 16-bit floats and TF32 would round a small ΔW away
+        if weight.dtype != torch.float64 and not (weight.dtype == torch.float32 and multiplies_exactly(device)):
             return None
         dropout = self.smoa_dropout[adapter_name]
         if self.modulation[adapter_name] == "none" or (isinstance(dropout, nn.Dropout) and self.training):
             return None
-        if is_instrumented(self.base_layer):
-            return None
-        weight = self.stored_weight()
         if weight.dtype != x.dtype or weight.requires_grad or is_transformed(x, weight):
             return None
         blocks = len(self.ranks[adapter_name]), self.contiguous[adapter_name]
-        if prefers_apart(*blocks, x.device.type, x.shape[:-1].numel(), chosen_kernels()):
+        if prefers_apart(*blocks, device, x.shape[:-1].numel(), chosen_kernels()):
             return None
         return self.update(adapter_name)

@@ -8,9 +8,6 @@ backward too, and never kept.
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,8 +111,7 @@ class QuantizedLinear(Linear):
     """
 
     quantization_backend: QuantizationBackend
-    requantizations: list[tuple[float, float]] | None = None
-    """Where a merge appends (‖error‖, ‖ΔW‖) while `requantization_reported` is open."""
+    generation_cache = "off"
     _pristine_layers: tuple[nn.Module, ...] = ()  # a module in a tuple is not saved with the model
 
     def stored_weight(self) -> Tensor:
@@ -155,12 +151,10 @@ class QuantizedLinear(Linear):
         self.quantization_backend.set_base_weight(self, merged)
         base: Any = self.get_base_layer()
         base.bias = self._pristine_layers[0].bias  # the same parameter; PEFT drops it with HQQ
-        if self.requantizations is not None:
-            delta = sum((self.delta(name) for name in [*self.merged_adapters, *names]), torch.zeros(()))
-            error = self.base_weight() - self.pristine_weight() - delta
-            self.requantizations.append((float(error.norm()), float(delta.norm())))
 
     def _restore_pristine(self) -> None:
+        if not self._pristine_layers:  # a merge failed before it wrote
+            return
         device = self.stored_weight().device
         self.base_layer, self._pristine_layers = self._pristine_layers[0].train(self.training), ()
         if self.stored_weight().device != device:  # the model was moved while merged
@@ -173,27 +167,3 @@ def _copied(base: nn.Module) -> nn.Module:
     if hasattr(weight, "module"):  # a copied 4-bit weight still writes its statistics to the original layer
         weight.module = copied
     return copied
-
-
-@contextmanager
-def requantization_reported(model: nn.Module) -> Iterator[None]:
-    """Warn how much of ΔW was lost if quantized layers of `model` are merged while the context is open."""
-    losses: list[tuple[float, float]] = []
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.requantizations = losses
-    try:
-        yield
-    finally:
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear):
-                module.requantizations = None
-    parts = [error / size for error, size in losses if size]
-    if parts:
-        total = [sum(value**2 for value in column) ** 0.5 for column in zip(*losses, strict=True)]
-        warnings.warn(
-            f"merged weights were quantized again in {len(losses)} layers: the relative error of ΔW is "
-            f"{total[0] / total[1]:.3g} (layers: {min(parts):.3g} to {max(parts):.3g}). Keep the adapter unmerged, or "
-            "load it on the model in float32 or bfloat16 and merge there",
-            stacklevel=4,
-        )

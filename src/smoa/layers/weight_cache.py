@@ -1,13 +1,8 @@
 """What adapted layers keep for calls without gradients, so that decoding token by token need not form ΔW again.
 
-Forming ΔW takes a pass over the weight: cheap for a training batch, expensive for one token. While caches are open, an
-adapted layer keeps after its first call without gradients
-
-- the diagonal blocks of ΔW, in the dtype of its input: 1/K of the memory that the adapted weights take;
-- or, if asked for the whole weight, W + ΔW of a float32 or float64 weight: as much memory as W takes. In 16 bits, and
-  under autocast or TF32, W + ΔW would round small updates away, so there it keeps the blocks.
-
-`generate` opens caches of blocks by itself (`smoa.tuner.generation`), `cached_weights` caches of whole weights.
+Forming ΔW takes a pass over the weight: cheap for a training batch, expensive for one token. While caches are open, as
+`generate` opens them (`smoa.tuner.generation`), an adapted layer keeps after its first call without gradients the
+diagonal blocks of ΔW, in the dtype of its input: 1/K of the memory that the adapted weights take.
 
 What a layer keeps has a key: the versions of factors, labels, scales and base weight, and the dtype. If one changes,
 the next call computes it again. A call with gradients drops it, for PyTorch's version counters leave out the writes of
@@ -35,13 +30,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from smoa.errors import UnsupportedModuleError
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun
 from smoa.maths.update import Update
 
 T = TypeVar("T")
-WHOLE, BLOCKS, DIAGONAL, STACKED = "W + ΔW", "blocks of ΔW", "blocks of W", "factors of a batch"
+BLOCKS, DIAGONAL, STACKED = "blocks of ΔW", "blocks of W", "factors of a batch"
 _LOCK = threading.Lock()
 
 
@@ -50,13 +44,9 @@ class WeightCache:
     """What one layer keeps: values by kind and the adapters that they are made of, with the state that they came from.
 
     Args:
-        whole: Keep W + ΔW where that is exact enough, not only the blocks of ΔW.
-        siblings: The caches that were opened together.
-        watch: Sees what changes in their layers.
+        watch: Knows the caches that were opened together, and sees what changes in their layers.
     """
 
-    whole: bool
-    siblings: list[WeightCache]
     watch: Watch
     users: int = 0
     gave_up: bool = False
@@ -81,7 +71,7 @@ class WeightCache:
         return value
 
     def _give_up(self, error: Exception) -> None:
-        for cache in self.siblings:
+        for cache in self.watch.caches:
             cache.gave_up = True
             cache.clear()
         message = f"no memory to keep ΔW for decoding, so it is formed again for every token ({error})"
@@ -92,16 +82,6 @@ class WeightCache:
         for slot in list(self.kept):
             if slot[0] not in kinds or (slot[0] == BLOCKS and not set(names).issuperset(slot[1:])):
                 self.kept.pop(slot, None)
-
-    @property
-    def effective(self) -> Tensor | None:
-        """W + ΔW, if it is kept."""
-        return next((value for slot, (_, value) in self.kept.items() if slot[0] == WHOLE), None)
-
-    @property
-    def updates(self) -> list[KeptUpdate]:
-        """The blocks of each ΔW that are kept."""
-        return [value for slot, (_, value) in self.kept.items() if slot[0] == BLOCKS]
 
     def nbytes(self) -> int:
         """Bytes that are kept."""
@@ -147,6 +127,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.layers: list[Any] = []
+        self.caches: list[WeightCache] = []
         self._asked: set[int] = set()
         self._known: list[int] = []
         self._parameters: list[dict[str, Any]] = []
@@ -195,20 +176,18 @@ def tensor_state(tensor: Tensor) -> Hashable:
 
 
 @contextmanager
-def open_caches(layers: Iterable[tuple[Any, bool]]) -> Iterator[None]:
-    """Open the caches of adapted layers, each with whether to keep whole weights; the last user closes them."""
+def open_caches(layers: Iterable[Any]) -> Iterator[None]:
+    """Open the caches of adapted layers; the last user closes them."""
     opened: list[tuple[Any, WeightCache]] = []
-    siblings: list[WeightCache] = []
     watch = Watch()
     with _LOCK:
-        for layer, whole in layers:
+        for layer in layers:
             if layer.smoa_weight_cache is None:
-                layer.smoa_weight_cache = WeightCache(whole, siblings, watch)
-                siblings.append(layer.smoa_weight_cache)
+                layer.smoa_weight_cache = WeightCache(watch)
                 watch.layers.append(layer)
+                watch.caches.append(layer.smoa_weight_cache)
             cache: WeightCache = layer.smoa_weight_cache
             cache.users += 1
-            cache.whole = cache.whole or whole
             opened.append((layer, cache))
     try:
         yield
@@ -218,29 +197,16 @@ def open_caches(layers: Iterable[tuple[Any, bool]]) -> Iterator[None]:
                 cache.users -= 1
                 if not cache.users:
                     layer.smoa_weight_cache = None
-                    cache.clear()  # frees it now: siblings hold each other until the garbage collector comes
+                    cache.clear()  # frees it now: they hold each other until the garbage collector comes
 
 
-@contextmanager
-def cached_weights(model: nn.Module) -> Iterator[None]:
-    """Keep W + ΔW of `model`'s adapted layers while the context is open, for calls without gradients.
-
-    16-bit layers keep the blocks of ΔW. `model.generate` keeps the blocks anyway: use this for loops of your own, to
-    decode float32 models faster, and to keep everything from one `generate` to the next.
-
-    Raises:
-        UnsupportedModuleError: a layer's parameters are sharded (FSDP, ZeRO-3). They are refilled between steps
-            unnoticed, so the cache could be stale.
-    """
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "smoa_weight_cache")}
-    for name, layer in layers.items():
-        if is_sharded(layer):
-            raise UnsupportedModuleError(
-                f"{name}: the parameters are sharded over processes, so a cache of them could be stale; "
-                "use cached_weights on a model that is whole on one process, or merge the adapter"
-            )
-    with open_caches((layer, True) for layer in layers.values()):
-        yield
+def why_not_plain(layer: Any) -> str | None:
+    """What an adapted layer's weight is, if it isn't a plain one in this process's memory."""
+    if any(parameter.is_meta for parameter in layer.parameters()):
+        return "offloaded"
+    if is_sharded(layer):
+        return "sharded over processes"
+    return None if layer.quantization_backend is None else "quantized"
 
 
 def is_sharded(layer: nn.Module) -> bool:

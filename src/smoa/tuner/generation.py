@@ -8,19 +8,13 @@ Keeps the blocks of ΔW while a model generates, so that an adapter that is not 
 How the start and the end are found. PEFT's `generate` calls the base model's, some of it past the tuner; TRL, lm-eval
 and pipelines call either, and transformers' own `model.load_adapter` has no PeftModel at all. All of them look up
 `generate` on the base model. So injection wraps this method of the base model's class, once: a model without adapters
-finds no layer whose cache to open. The other ways were rejected:
+finds no layer whose cache to open. An attribute of the one object must hold its model: weakly, so that
+`from_pretrained(adapter).generate(…)` loses it, or strongly, so that a deleted model keeps its memory. A model that has
+a `generate` of its own on the object keeps it.
 
-- A method of the tuner misses `PeftModel.generate` without a task type, and models without a PeftModel.
-- A layer can't see where `generate` ends. The key-value cache, whose lifetime it might share, outlives the call if it
-  is static or returned.
-- An attribute of the one object must hold its model. Held weakly, `from_pretrained(adapter).generate(…)` loses its
-  model; held strongly, a deleted model keeps its memory until the garbage collector comes.
-
-A model that has a `generate` of its own on the object keeps it.
-
-These layers keep nothing and compute as ever: quantized ones, whose dequantized blocks might be larger than the model;
-sharded ones (FSDP, ZeRO-3), whose refilled storage a cache can't notice; those that accelerate offloads; adapters in
-training mode with dropout; and all that `keep_in_generate(model, "off")` names.
+These layers keep nothing and compute as ever: quantized ones, whose dequantized blocks might be larger than the model,
+unless `keep_in_generate(model, "blocks")` was called; sharded ones (FSDP, ZeRO-3), whose refilled storage a cache can't
+notice; those that accelerate offloads; adapters in training mode with dropout; and all that are "off".
 
 `adapter_names=[…]` gives each sample of a batch its adapter, as in PEFT's LoRA. `generate` repeats samples, for each
 beam or sequence to return, so the names are repeated too.
@@ -41,9 +35,9 @@ from torch import nn
 
 from smoa.errors import ConfigError, nearest
 from smoa.layers.layer import SmoaLayer, smoa_layers
-from smoa.layers.weight_cache import is_sharded, open_caches
+from smoa.layers.weight_cache import open_caches, why_not_plain
 
-Kept = Literal["blocks", "weights", "off"]
+Kept = Literal["blocks", "off"]
 BASE = "__base__"
 COPIES: ContextVar[int] = ContextVar("smoa_copies", default=1)
 """Rows for each sample in the `generate` that runs: one for each beam, or each sequence to return."""
@@ -51,17 +45,14 @@ COPIES: ContextVar[int] = ContextVar("smoa_copies", default=1)
 
 def caches_of_generate(model: nn.Module) -> AbstractContextManager[None]:
     """The caches that are open while `model.generate` runs."""
-    return open_caches([(layer, layer.generation_cache == "weights") for layer in _keeping(model)])
+    return open_caches(_keeping(model))
 
 
 def _keeping(model: nn.Module) -> list[SmoaLayer]:
     return [
         layer
         for layer in smoa_layers(model).values()
-        if layer.generation_cache != "off"
-        and layer.quantization_backend is None
-        and not any(parameter.is_meta for parameter in layer.parameters())  # accelerate offloads them
-        and not is_sharded(layer)
+        if layer.generation_cache == "blocks" and why_not_plain(layer) in (None, "quantized")
     ]
 
 
@@ -84,13 +75,12 @@ def watch_generate(model: nn.Module) -> None:
 
 
 def keep_in_generate(model: nn.Module, kept: Kept) -> None:
-    """Set what the model's adapted layers keep while `generate` runs. Layers that are adapted later keep "blocks".
+    """Set what the model's adapted layers keep while `generate` runs. Layers that are adapted later keep the default.
 
     Args:
         model: A model with SMoA adapters.
-        kept: "blocks", the default, keeps the diagonal blocks of ΔW: 1/K of the memory of the adapted weights.
-            "weights" keeps W + ΔW where the weights are float32 or float64: faster, and as much memory as they take.
-            "off" keeps nothing: every token forms ΔW again.
+        kept: "blocks" keeps the diagonal blocks of ΔW: 1/K of the memory of the adapted weights, dequantized. "off"
+            keeps nothing: every token forms ΔW again. The default is "off" for quantized layers, else "blocks".
 
     Raises:
         ConfigError: `kept` is none of these, or the model has no SMoA adapter.

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from peft import set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from smoa.compat import StateDictHooks
-from smoa.errors import MergeError, PartitionError
+from smoa.errors import PartitionError
 from smoa.files.checks import check_adapter_state, check_gathered
 from smoa.files.loading import incoming
 from smoa.files.names import (
@@ -30,11 +27,12 @@ from smoa.files.names import (
 from smoa.layers.distributed import plain_name, refuse_writing, with_plain_names
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer, smoa_layers
-from smoa.layers.quantized import keep_unpacked, requantization_reported
+from smoa.layers.quantized import keep_unpacked
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.generation import adapter_names_hooks, watch_generate
+from smoa.tuner.merging import check_all_finite, check_merge_allowed, losses_reported
 from smoa.tuner.targets import check_target, existing_wrapper, survey_targets
-from smoa.tuner.tying import refuse_shared, tie_layers, users_of, weight_id
+from smoa.tuner.tying import tie_layers
 
 
 class SmoaModel(BaseTuner, StateDictHooks):
@@ -187,9 +185,9 @@ class SmoaModel(BaseTuner, StateDictHooks):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's `merge_adapter`. With `safe_merge`, all layers are checked before the first one is changed."""
         if safe_merge:
-            self._check_all_finite(adapter_names)
-        with requantization_reported(self.model):
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+            check_all_finite(self.model, adapter_names)
+        with losses_reported(self.model):
+            super().merge_adapter(adapter_names=adapter_names)
 
     def _unload_and_optionally_merge(
         self,
@@ -199,9 +197,9 @@ class SmoaModel(BaseTuner, StateDictHooks):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge and safe_merge:
-            self._check_all_finite(adapter_names)
-        with requantization_reported(self.model):
-            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            check_all_finite(self.model, adapter_names)
+        with losses_reported(self.model):
+            return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: Combination = "cat"
@@ -226,31 +224,9 @@ class SmoaModel(BaseTuner, StateDictHooks):
         for layer in layers.values():
             fill_combined(layer, adapters, weights, adapter_name, combination_type)
 
-    @torch.no_grad()
-    def _check_all_finite(self, adapter_names: list[str] | None) -> None:
-        for name, layer in smoa_layers(self.model).items():
-            try:
-                with onload_layer(layer):  # accelerate may have offloaded its weights
-                    layer.check_merge(adapter_names)
-            except MergeError as error:
-                raise MergeError(f"{name}: {error}") from None
-
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
-        # an adapter that is deleted leaves its layers
-        layers = {name: layer for name, layer in smoa_layers(self.model).items() if layer.ranks}
-        refuse_shared((name, layer.stored_weight(), dict(layer.smoa_A.items())) for name, layer in layers.items())
-        for name, layer in layers.items():
-            if isinstance(layer.base_layer, AuxiliaryTrainingWrapper):
-                raise MergeError(
-                    f"{name}: trainable_token_indices replaces rows of its weight, and a merge would lose what the "
-                    "adapter adds to them; keep the adapter unmerged, or train again without one of the two"
-                )
-        users, adapted = users_of(self.model), Counter(weight_id(layer.stored_weight()) for layer in layers.values())
-        for layer in layers.values():
-            if not isinstance(layer, ParamWrapper):
-                weight = weight_id(layer.stored_weight())
-                layer.shares_weight = users[weight] > adapted[weight]
+        check_merge_allowed(self.model)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         return adapter_names_hooks(self, kwargs)

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from smoa import SmoaError, cached_weights
+from smoa import SmoaError, merged
 from smoa.hotswap import hotswap_adapter
 from tests.integration.workers.strategies import (
     RANK,
@@ -149,10 +149,11 @@ def zero3_refusals(folder: Path) -> Result:
     found = {
         "merge": _refusal(model.merge_adapter),
         "save": _refusal(lambda: model.save_pretrained(folder / f"rank{RANK}")),
+        "merged": _refusal(merged(model).__enter__),
     }
     with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
         model.merge_adapter()
-        return found | {"cache": _refusal(cached_weights(model).__enter__)}
+    return found
 
 
 def zero3_merge(folder: Path) -> Result:

@@ -1,13 +1,16 @@
-"""Merging and unmerging layers and models: layers/layer.py and tuner/model.py."""
+"""Merging and unmerging layers and models: layers/layer.py, tuner/model.py and tuner/merging.py."""
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from smoa import MergeError, SmoaConfig
+from smoa import MergeError, SmoaConfig, UnsupportedModuleError, merged
 from tests import reference
 from tests.support.layers import (
     adapted_layer,
@@ -207,3 +210,88 @@ def test_a_weight_shared_by_two_adapted_layers_is_not_merged_twice() -> None:
     with pytest.raises(MergeError, match=r"first.*second|second.*first"):
         model.merge_adapter()
     assert_same_bits(state(model), before)
+
+
+# for a while
+
+
+def test_a_model_is_merged_for_a_while_and_restored_bit_for_bit() -> None:
+    model, x = adapted_model(), torch.randn(5, 10, dtype=torch.float64)
+    before, expected = state(model), model(x)
+    with contextlib.suppress(ZeroDivisionError), merged(model) as same:
+        assert same is model
+        assert all(layer.merged for layer in layers_of(model))
+        assert_close(model(x), expected)
+        raise ZeroDivisionError
+    assert_same_bits(state(model), before)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_merge_that_fails_on_the_way_leaves_nothing_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted_model()
+    before = state(model)
+    second = layers_of(model)[1]
+    write = second._write_matrix
+
+    def fail(matrix: Tensor, number: int) -> None:
+        monkeypatch.undo()
+        write(matrix, number)
+        raise MemoryError
+
+    monkeypatch.setattr(second, "_write_matrix", fail)
+    with pytest.raises(MemoryError), merged(model):
+        pass
+    assert_same_bits(state(model), before)
+    with merged(model):
+        assert second.merged
+
+
+def test_what_is_merged_already_is_refused_and_stays_so() -> None:
+    model = adapted_model()
+
+    def refused() -> bool:
+        with pytest.raises(MergeError, match="already; call unmerge_adapter first"), merged(model):
+            pass
+        return all(layer.merged for layer in layers_of(model))
+
+    with merged(model):
+        assert refused()
+    model.merge_adapter()
+    assert refused()
+
+
+def test_nothing_is_trained_while_a_model_is_merged() -> None:
+    model = adapted_model()
+    with merged(model), pytest.raises(RuntimeError, match="does not require grad"):
+        model(torch.randn(5, 10, dtype=torch.float64)).sum().backward()
+
+
+def test_offloaded_weights_are_merged_for_a_while_if_asked_for() -> None:
+    model, x = adapted_model(), torch.randn(5, 10, dtype=torch.float64)
+    expected = model(x)
+    cpu_offload(model)
+    with pytest.raises(UnsupportedModuleError, match=r"first: .* is offloaded; .*lossy=True"), merged(model):
+        pass
+    with merged(model, lossy=True):
+        assert_close(model(x), expected)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_one_warning_says_what_rounding_takes(dtype: torch.dtype) -> None:
+    model = adapted_model(dtype=dtype)
+    before = torch.cat([base_weight(layer).double().flatten() for layer in layers_of(model)])
+    delta = torch.cat([oracle_delta(layer).flatten() for layer in layers_of(model)])
+    with pytest.warns(UserWarning, match="rounded to 16 bits") as warned, merged(model):
+        after = torch.cat([base_weight(layer).double().flatten() for layer in layers_of(model)])
+    (told,) = (float(str(each.message).split("error of ΔW is ")[1].split()[0]) for each in warned)
+    assert told == pytest.approx(float((after - before - delta).norm() / delta.norm()), rel=1e-2)
+
+
+def test_what_is_unloaded_meanwhile_stays_merged() -> None:
+    model, x = adapted_model(), torch.randn(5, 10, dtype=torch.float64)
+    expected = model(x)
+    with pytest.warns(UserWarning, match="already merged"), merged(model):
+        plain = model.merge_and_unload()
+    assert_close(plain(x), expected)

@@ -427,6 +427,23 @@ def test_adapters_merged_one_after_the_other_are_both_made_from_the_pristine_wei
         assert torch.equal(wrapper.stored_weight(), before)
 
 
+def test_a_merge_that_fails_among_the_experts_leaves_none_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper = wrappers(experts_of("qwen3_moe"))["down_proj"]
+    before, write = clone_leaf(wrapper.stored_weight()), wrapper._write_matrix
+
+    def fail(matrix: Tensor, number: int) -> None:
+        write(matrix, number)
+        if number == 1:
+            monkeypatch.undo()
+            raise MemoryError
+
+    monkeypatch.setattr(wrapper, "_write_matrix", fail)
+    with pytest.raises(MemoryError):
+        wrapper.merge()
+    assert torch.equal(wrapper.stored_weight(), before)
+    assert not wrapper.merged
+
+
 def test_a_safe_merge_of_broken_factors_changes_nothing() -> None:
     wrapper = wrappers(experts_of("qwen3_moe"))["down_proj"]
     before = clone_leaf(wrapper.stored_weight())

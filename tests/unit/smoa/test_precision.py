@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 import torch
 
-from smoa import cached_weights
 from smoa.layers.layer import SmoaLayer
+from smoa.layers.weight_cache import open_caches
 from tests.support.layers import adapted_layer, base_layer, base_weight, factors, labels, oracle_delta
 from tests.support.tolerance import relative_error
 
@@ -116,12 +116,7 @@ def test_the_cache_keeps_the_update_apart_where_products_are_rounded(
 ) -> None:
     layer = layer_of_relative_size(torch.float32, 1e-3, factors_in_float32=True)
     x = torch.randn(200, 64)
-    with torch.no_grad(), cached_weights(layer):
+    with torch.no_grad(), open_caches([layer]), rounding():
         layer(x)
-        cache = layer.smoa_weight_cache
-        assert cache is not None
-        assert cache.effective is not None
-        with rounding():
-            layer(x)
-            assert cache.effective is None
-            assert relative_error(cache.updates[0].apply(x), x.double() @ oracle_delta(layer).T) <= 0.01
+        ((_, kept),) = layer.smoa_weight_cache.kept.values()
+        assert relative_error(kept.apply(x), x.double() @ oracle_delta(layer).T) <= 0.01

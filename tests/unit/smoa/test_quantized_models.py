@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 
-from smoa import SmoaConfig, state
+from smoa import SmoaConfig, UnsupportedModuleError, merged, state
 from smoa.layers.quantized import QuantizedLinear
 from tests.support import tiny_models
 from tests.support.layers import labels, layers_of, oracle_delta, randomise
@@ -93,6 +93,10 @@ def test_a_merge_tells_what_rounding_lost_and_is_undone(tmp_path: Path, bits: in
     error = torch.stack([(k - d).norm() for k, d in zip(kept, deltas, strict=True)]).norm()
     assert told == pytest.approx(float(error / torch.stack([d.norm() for d in deltas]).norm()), rel=1e-2)
     model.unmerge_adapter()
+    with pytest.raises(UnsupportedModuleError, match=r"is quantized; .*lossy=True"), merged(model):
+        pass
+    with pytest.warns(UserWarning, match=LOST), merged(model, lossy=True):
+        assert all(layer.merged for layer in layers)
     assert stored_bits(model) == before
 
 

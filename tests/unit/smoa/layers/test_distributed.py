@@ -23,8 +23,8 @@ from smoa import (
     SmoaConfig,
     SmoaError,
     UnsupportedModuleError,
-    cached_weights,
     make_partition,
+    merged,
 )
 from smoa.layers import distributed
 from smoa.layers.layer import SmoaLayer
@@ -128,14 +128,13 @@ def test_an_adapter_with_biases_is_loaded_into_a_model_under_fsdp(bias: str, uni
 
 
 @pytest.mark.usefixtures("_one_rank")
-def test_sharded_layers_keep_no_weights() -> None:
+def test_sharded_layers_are_not_merged_for_a_while() -> None:
     layer = adapted_layer(nn.Linear(12, 18), num_blocks=3)
     factor = layer.smoa_A["default"]
     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
     factor.weight = nn.Parameter(distribute_tensor(factor.weight.detach(), mesh, [Shard(0)]))
-    with pytest.raises(UnsupportedModuleError, match=r"sharded over processes"), cached_weights(layer):
+    with pytest.raises(UnsupportedModuleError, match=r"sharded over processes"), merged(layer):
         pass
-    assert layer.smoa_weight_cache is None
 
 
 def _partition(parameter: nn.Parameter, *, whole: bool = False) -> None:
@@ -158,7 +157,7 @@ def test_a_merge_that_zero3_would_drop_is_refused_and_one_within_gathered_parame
     layer = adapted_layer(nn.Linear(12, 18), num_blocks=3)
     weight = layer.base_layer.weight
     _partition(weight, whole=True)
-    with pytest.raises(UnsupportedModuleError, match=r"sharded over processes"), cached_weights(layer):
+    with pytest.raises(UnsupportedModuleError, match=r"sharded over processes"), merged(layer):
         pass
     before = weight.detach().clone()
     with pytest.raises(UnsupportedModuleError, match=r"loses what is written to it; .*GatheredParameters"):

@@ -16,10 +16,11 @@ import torch
 from peft import get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
-from smoa import SmoaConfig, UnsupportedModuleError, cached_weights
+from smoa import SmoaConfig, UnsupportedModuleError, keep_in_generate
 from smoa.layers import quantized
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.quantized import QuantizedLinear
+from smoa.tuner.generation import caches_of_generate
 from tests import reference
 from tests.support.layers import Wrapper, clone_leaf, factors, labels, oracle_delta
 from tests.support.quantized import (
@@ -129,15 +130,17 @@ def test_it_compiles() -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_cached_weights_keep_the_blocks_of_the_update_alone(kind: str) -> None:
+def test_generate_keeps_the_blocks_of_the_update_if_it_is_told_to(kind: str) -> None:
     layer = adapted(quantized_layer(kind)).eval()
     x = torch.randn(2, 64)
     with torch.no_grad():
-        expected = layer(x)
-        with cached_weights(layer):
+        with caches_of_generate(layer):
+            expected = layer(x)
+            assert layer.smoa_weight_cache is None
+        keep_in_generate(layer, "blocks")
+        with caches_of_generate(layer):
             assert_close(layer(x), expected)
-            assert layer.smoa_weight_cache.effective is None
-            kept = sum(cached.nbytes // 4 for cached in layer.smoa_weight_cache.updates)
+            kept = layer.smoa_weight_cache.nbytes() // 4
             assert kept == sum(len(r) * len(c) for r, c in zip(*parts_of(layer), strict=True))
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoa import SmoaConfig, cached_weights
+from smoa import SmoaConfig
 from smoa.layers.linear import Linear
 from smoa.layers.weight_cache import DIAGONAL, open_caches
-from tests.support.layers import adapted_layer, add_adapter, base_layer, oracle_output
+from tests.support.layers import adapted_layer, add_adapter, base_layer, layers_of, oracle_output
 from tests.support.tolerance import assert_close
 
 
@@ -28,7 +28,7 @@ def test_the_cache_does_not_change_the_output(dtype: torch.dtype, modulation: st
     x = torch.randn(2, 3, 11).to(dtype)
     expected, calls = output(layer, x), []
     layer.base_layer.register_forward_hook(lambda *args: calls.append(1))
-    with cached_weights(layer):
+    with open_caches([layer]):
         for _ in range(2):
             assert_close(output(layer, x), expected, dtype)
     assert calls == [1, 1]
@@ -69,7 +69,7 @@ def test_every_change_is_seen(change: str) -> None:
     layer.update_layer("other", SmoaConfig(r=4, num_blocks=2, init_weights=False))
     layer.set_adapter("default")
     x = torch.randn(2, 12)
-    with cached_weights(layer):
+    with open_caches([layer]):
         before = output(layer, x)
         with torch.no_grad():
             CHANGES[change](layer)
@@ -94,7 +94,7 @@ def test_a_batch_of_many_adapters_sees_every_change_in_the_next_forward(change: 
     add_adapter(layer, "other", num_blocks=3)
     model, batch = torch.nn.ModuleList([layer, adapted_layer(base_layer(12, 12), num_blocks=3)]).eval(), {}
     batch["adapter_names"] = ["other", "default"]
-    with cached_weights(model):
+    with open_caches(layers_of(model)):
         before = layer(x := torch.randn(2, 12), **batch)
         CHANGES_OF_BATCHES[change](layer)
         kept = layer(x := x.to(layer.get_base_layer().weight.dtype), **batch)
@@ -109,7 +109,7 @@ def test_a_step_of_an_optimizer_keeps_the_blocks_of_a_frozen_weight() -> None:
     layer.get_base_layer().requires_grad_(False)
     add_adapter(layer, "other", num_blocks=3)
     x, found = torch.randn(2, 12, dtype=torch.float64), []
-    with cached_weights(layer):
+    with open_caches([layer]):
         for _ in range(2):
             layer(x, adapter_names=["default", "other"])
             found += [value for slot, (_, value) in layer.smoa_weight_cache.kept.items() if slot[0] == DIAGONAL]
@@ -130,61 +130,15 @@ def test_only_what_a_call_uses_is_kept() -> None:
     layer.set_adapter("default")
     x = torch.randn(2, 12, dtype=torch.float64)
     blocks = {"default": 3 * 4 * 4 * 8, "other": 2 * 6 * 6 * 8}
-    with cached_weights(layer), torch.no_grad():
+    with open_caches([layer]), torch.no_grad():
         layer(x)
-        assert layer.smoa_weight_cache.nbytes() == 12 * 12 * 8
+        assert layer.smoa_weight_cache.nbytes() == blocks["default"]
         layer(x, adapter_names=["default", "other"])
         assert bytes_of_blocks(layer) == sum(blocks.values())
         layer(x, adapter_names=["other", "__base__"])
         assert bytes_of_blocks(layer) == sum(blocks.values())  # of W, for the next batch
         layer(x)
-        assert layer.smoa_weight_cache.nbytes() == 12 * 12 * 8
-
-
-def test_the_last_user_closes_a_cache() -> None:
-    layer = adapted_layer(base_layer(12, 12))
-    with cached_weights(layer):
-        output(layer, torch.randn(2, 12, dtype=torch.float64))
-        with cached_weights(layer):
-            pass
-        assert layer.smoa_weight_cache.nbytes()
-    assert layer.smoa_weight_cache is None
-
-
-def test_a_cache_of_blocks_is_widened_to_whole_weights() -> None:
-    layer = adapted_layer(base_layer(12, 12))
-    x = torch.randn(2, 12, dtype=torch.float64)
-    with open_caches([(layer, False)]):
-        output(layer, x)
-        assert layer.smoa_weight_cache.effective is None
-        with cached_weights(layer):
-            output(layer, x)
-            assert layer.smoa_weight_cache.effective is not None
-
-
-def test_a_generate_within_cached_weights_keeps_whole_weights() -> None:
-    layer = adapted_layer(base_layer(12, 12))
-    with cached_weights(layer):
-        with open_caches([(layer, False)]):  # as `generate` does
-            output(layer, torch.randn(2, 12, dtype=torch.float64))
-            assert layer.smoa_weight_cache.effective is not None
-        assert layer.smoa_weight_cache.whole
-
-
-def test_if_memory_runs_out_the_output_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = adapted_layer(base_layer(12, 12))
-    x = torch.randn(2, 12, dtype=torch.float64)
-    expected = output(layer, x)
-
-    def full(names: list[str]) -> Tensor:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes")
-
-    monkeypatch.setattr(layer, "merged_weight", full)
-    with cached_weights(layer):
-        with pytest.warns(RuntimeWarning, match="no memory to keep ΔW for decoding.*64 bytes"):
-            assert_close(output(layer, x), expected)
-        assert_close(output(layer, x), expected)
-        assert layer.smoa_weight_cache.nbytes() == 0
+        assert layer.smoa_weight_cache.nbytes() == sum(blocks.values()) + blocks["default"]
 
 
 def test_a_compiled_model_keeps_nothing() -> None:
@@ -192,7 +146,7 @@ def test_a_compiled_model_keeps_nothing() -> None:
     layer = adapted_layer(base_layer(12, 12), route="apart")
     x = torch.randn(2, 12, dtype=torch.float64)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    with cached_weights(layer), torch.no_grad():
+    with open_caches([layer]), torch.no_grad():
         assert_close(compiled(x), oracle_output(layer, x))
         assert layer.smoa_weight_cache.nbytes() == 0
 
@@ -203,7 +157,7 @@ def test_nothing_is_kept_between_a_backward_and_the_step_after_it() -> None:
     optimizer = torch.optim.AdamW(
         [part["default"].weight for part in (first.smoa_B, second.smoa_B)], lr=1.0, fused=True
     )
-    with cached_weights(model):
+    with open_caches(layers_of(model)):
         output(model, x)
         model(x).sum().backward()
         before = output(model, x)
@@ -219,7 +173,7 @@ def test_nothing_is_kept_between_a_backward_and_the_step_after_it() -> None:
 def test_a_call_with_gradients_ends_what_every_layer_of_the_model_keeps() -> None:
     first, second = (adapted_layer(base_layer(12, 12, dtype=torch.float32)) for _ in range(2))
     x = torch.randn(2, 12)
-    with cached_weights(torch.nn.Sequential(first, second)):
+    with open_caches([first, second]):
         output(second, x)
         assert second.smoa_weight_cache.nbytes()
         first(x)

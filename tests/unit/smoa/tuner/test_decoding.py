@@ -7,7 +7,6 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
-from smoa import ConfigError, SmoaConfig, cached_weights, keep_in_generate, use_kernels
+from smoa import ConfigError, SmoaConfig, keep_in_generate, use_kernels
 from smoa.layers.mixed_batch import shared_output
 from smoa.layers.weight_cache import KeptUpdate
 from smoa.maths.blocks import Blocks
@@ -127,18 +126,12 @@ def test_in_float32_logits_are_those_of_the_plain_route_to_the_last_bit(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "modulation", "kept"),
-    [
-        (torch.float64, "hadamard", "weights"),
-        (torch.float32, "none", "blocks"),
-        (torch.bfloat16, "hadamard", "blocks"),
-        (torch.bfloat16, "hadamard", "weights"),
-    ],
+    ("dtype", "modulation"),
+    [(torch.float64, "hadamard"), (torch.float32, "none"), (torch.bfloat16, "hadamard")],
 )
-def test_the_text_is_that_of_the_plain_route(dtype: torch.dtype, modulation: str, kept: Any) -> None:
+def test_the_text_is_that_of_the_plain_route(dtype: torch.dtype, modulation: str) -> None:
     model = model_of(dtype=dtype, modulation=modulation)
     plain_tokens, plain_logits = plain_answer(model)
-    keep_in_generate(model, kept)
     tokens, logits = answer(model)
     if dtype != torch.bfloat16:
         assert torch.equal(tokens, plain_tokens)
@@ -182,20 +175,6 @@ def test_every_way_of_decoding_does(options: dict[str, Any], spy: Spy) -> None:
     model.generate(input_ids=prompts(), max_new_tokens=6, pad_token_id=0, **options)
     assert (spy.fills, spy.plain) == (len(layers_of(model)), 0)
     assert_nothing_kept(model, spy)
-
-
-def test_whole_weights_are_kept_if_asked_for(spy: Spy) -> None:
-    model = model_of()
-    keep_in_generate(model, "weights")
-    found: list[Tensor | None] = []
-    answer(
-        model,
-        logits_processor=[
-            During(lambda: found.extend(layer.smoa_weight_cache.effective for layer in layers_of(model)))
-        ],
-    )
-    assert [w.shape for w in found if w is not None] == [layer.base_weight().shape for layer in layers_of(model)]
-    assert (spy.fills, spy.plain) == (0, 0)
 
 
 # several adapters
@@ -262,16 +241,16 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_while_it_generates_is_seen_then_and_in_the_next_call(change: str, spy: Spy) -> None:
     found, original = [], two_adapters()
-    for kept in ("blocks", "weights", "off"):
+    for kept in ("blocks", "off"):
         model = copy.deepcopy(original)
         keep_in_generate(model, kept)  # type: ignore[arg-type]
         during = answer(model, logits_processor=[During(lambda model=model: CHANGES[change](model))])
         found.append((*during, *answer(model)))
         assert_nothing_kept(model, spy)
-    for own in found[:2]:
-        assert torch.equal(own[0], found[2][0])
-        for one, plain in zip(own[1:], found[2][1:], strict=True):
-            assert_close(one, plain, torch.float32)
+    own, plain = found
+    assert torch.equal(own[0], plain[0])
+    for one, other in zip(own[1:], plain[1:], strict=True):
+        assert_close(one, other, torch.float32)
 
 
 @pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
@@ -302,15 +281,6 @@ def test_a_nested_call_shares_what_is_kept(spy: Spy) -> None:
     outer = answer(model, logits_processor=[During(lambda: inner.append(answer(model)))])
     assert spy.fills == len(layers_of(model))
     assert torch.equal(inner[0][0], outer[0])
-    assert_nothing_kept(model, spy)
-
-
-def test_caches_that_are_open_already_stay_open(spy: Spy) -> None:
-    model = model_of(dtype=torch.bfloat16)
-    with cached_weights(model):
-        answer(model)
-        answer(model)
-        assert spy.fills == len(layers_of(model))
     assert_nothing_kept(model, spy)
 
 
@@ -363,11 +333,6 @@ def test_other_errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
 # who keeps nothing
 
 
-def quantized(model: Any) -> None:
-    for layer in layers_of(model):
-        layer.quantization_backend = SimpleNamespace()  # type: ignore[assignment]
-
-
 def under_zero_3(model: Any) -> None:
     for layer in layers_of(model):
         layer.smoa_A["default"].weight.ds_id = 1
@@ -383,7 +348,7 @@ def off(model: Any) -> None:
     keep_in_generate(model, "off")
 
 
-@pytest.mark.parametrize("state", [off, quantized, under_zero_3, flat_shards])
+@pytest.mark.parametrize("state", [off, under_zero_3, flat_shards])
 def test_it_goes_the_plain_route_in_silence(state: Callable[[Any], None], spy: Spy) -> None:
     model = model_of()
     state(model)
@@ -399,10 +364,8 @@ def test_offloaded_layers_keep_nothing() -> None:
     assert _keeping(model) == layers[1:]
 
 
-@pytest.mark.parametrize("kept", ["blocks", "weights"])
-def test_dropout_acts_in_training_mode(kept: Any, spy: Spy) -> None:
+def test_dropout_acts_in_training_mode(spy: Spy) -> None:
     model = model_of(smoa_dropout=0.5)
-    keep_in_generate(model, kept)
     answer(model.train())
     assert spy.fills == 0
     assert spy.plain == 6 * len(layers_of(model))
@@ -411,7 +374,7 @@ def test_dropout_acts_in_training_mode(kept: Any, spy: Spy) -> None:
 
 
 def test_a_setting_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'all' must be one of 'blocks', 'weights', 'off'"):
+    with pytest.raises(ConfigError, match=r"'all' must be one of 'blocks', 'off'"):
         keep_in_generate(model_of(), "all")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no SMoA adapter"):
         keep_in_generate(tiny_models.build("llama"), "off")
