@@ -27,6 +27,8 @@ from smoa.maths.spectrum import PartitionKind
 Bias = Literal["none", "all", "smoa_only"]
 Shape = tuple[int, int]
 """(out_features, in_features) of a weight."""
+FORMAT = 1
+"""`smoa_format` in a saved config, to be increased when an older smoa would read the adapter wrongly."""
 
 
 @dataclass
@@ -101,6 +103,8 @@ class SmoaConfig(PeftConfig):
 
     lora_alpha: InitVar[float | None] = None
     lora_dropout: InitVar[float | None] = None
+    # In files:
+    smoa_format: InitVar[int] = 0
     # In older files:
     save_id: InitVar[object] = None
     block_ranks: InitVar[object] = None
@@ -110,12 +114,18 @@ class SmoaConfig(PeftConfig):
         self,
         lora_alpha: float | None,
         lora_dropout: float | None,
+        smoa_format: int,
         save_id: object,
         block_ranks: object,
         expert_partition: object,
     ) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
         self.peft_type = PeftType("SMOA")
+        if fits(smoa_format, int) and smoa_format > FORMAT:  # alone: other settings may mean something else there
+            raise ConfigError(
+                f"SmoaConfig: smoa_format={smoa_format} was made by a newer smoa, and this one reads up to {FORMAT}; "
+                "run: pip install -U smoa"
+            )
         self.scale = DEFAULT_SCALE if self.scale is None else self.scale
         for name in (each.name for each in fields(self)):
             setattr(self, name, _as_json(getattr(self, name)))
@@ -129,6 +139,7 @@ class SmoaConfig(PeftConfig):
             for name, value in gone.items()
             if value is not None
         ]
+        problems += value_problems("smoa_format", smoa_format, int)
         problems += self._rename("alpha", "lora_alpha", lora_alpha)
         problems += self._rename("smoa_dropout", "lora_dropout", lora_dropout)
         problems += config_problems(self)
@@ -164,6 +175,10 @@ class SmoaConfig(PeftConfig):
             folder = Path(pretrained_model_name_or_path, subfolder or "")
             raise ConfigError(f"{folder / CONFIG_NAME}: {error}") from None
         return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings and, as in a saved config, `smoa_format`."""
+        return {**super().to_dict(), "smoa_format": FORMAT}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json` in one step.
@@ -252,6 +267,7 @@ RULES: dict[str, Rule] = {
     "lora_dropout": SHARE,
     "layers_to_transform": INDEX,
     "trainable_token_indices": INDEX,
+    "smoa_format": INDEX,
 }
 """The range of a value, or of each value in a list or mapping."""
 EXPRESSIONS = ("target_modules", "exclude_modules", "layers_pattern")

@@ -17,6 +17,7 @@ from tests import reference
 WRONG: dict[str, list[Any]] = {
     "target_modules": [3, {"a": 1}, [1], "(", True],
     "target_parameters": ["experts.down_proj", [1], {"a": 1}],
+    "smoa_format": [-1, "1", 0.5, None, True],
     "expert_partition": ["shared", True],
     "exclude_modules": [3, [None], "["],
     "modules_to_save": ["head", 1, [2]],
@@ -155,6 +156,19 @@ def test_what_older_files_say_of_removed_settings_is_read_or_ignored(tmp_path: P
     assert older.keys().isdisjoint(json.loads(file.read_text()))
     file.write_text(json.dumps(json.loads(file.read_text()) | older))
     assert SmoaConfig.from_pretrained(tmp_path) == SmoaConfig(r=4)
+
+
+def test_a_file_says_its_format_and_one_of_a_newer_smoa_is_refused(tmp_path: Path) -> None:
+    SmoaConfig(r=4).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    assert saved["smoa_format"] == 1
+    for older in (saved | {"smoa_format": 0}, {key: saved[key] for key in saved if key != "smoa_format"}):
+        file.write_text(json.dumps(older))
+        assert PeftConfig.from_pretrained(tmp_path).to_dict()["smoa_format"] == 1
+    file.write_text(json.dumps(saved | {"smoa_format": 2, "r": "many"}))
+    with pytest.raises(ConfigError, match=r"adapter_config\.json: .*newer smoa.*: pip install -U smoa$"):
+        SmoaConfig.from_pretrained(tmp_path)
 
 
 def test_removed_settings_in_a_file_are_ignored_with_one_warning(tmp_path: Path) -> None:
