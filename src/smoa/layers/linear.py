@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape
-from smoa.layers.layer import SmoaLayer, is_instrumented
+from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_instrumented
 from smoa.layers.mixed_batch import mixed_outputs, shared_output
 from smoa.layers.weight_cache import BLOCKS, DIAGONAL, KeptUpdate, WeightCache
 from smoa.maths.kernels.choice import prefers_apart, prefers_shared
@@ -37,7 +37,13 @@ class Linear(SmoaLayer):
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
         if active and (cache := self.open_cache(active, x)) is not None:
             cache.retain({BLOCKS, DIAGONAL}, active)
-        elif len(active) == 1 and (update := self._fusable(x, active[0])) is not None:
+            result = self.base_layer(x, *args, **kwargs)
+            x = in_autocast_dtype(x.to(result.device))
+            for name in active:
+                kept = self._kept_update(cache, name, x)
+                result = result + (self.branch_output(x, name) if kept is None else kept.apply(x)).to(result.dtype)
+            return result
+        if len(active) == 1 and (update := self._fusable(x, active[0])) is not None:
             return update.apply_with_base(x, self.base_weight(), self.bias)
         return super()._active_forward(x, active, *args, **kwargs)
 
