@@ -46,7 +46,7 @@ def compare(
         from smoa.errors import ConfigError
         from smoa_lab.study.comparison import Comparison, Executor
         from smoa_lab.study.first import first_study
-        from smoa_lab.study.plan import prepare, write_study
+        from smoa_lab.study.plan import check_folder, prepare, write_study
         from smoa_lab.study.ray_executor import RayExecutor
         from smoa_lab.study.report import report
         from smoa_lab.study.study import load_study
@@ -64,11 +64,12 @@ def compare(
             names = [name.strip().lower() for name in methods.split(",")]
             checked, given = first_study(model, data, names, parameters, seeds, words), None
         checked.chosen(only or [])
-        write_study(checked, given)
+        check_folder(checked)
         with redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout, which is kept free for results
             on_ray = workers > 1 or ray_address is not None
             with RayExecutor(checked, workers, ray_address) if on_ray else Executor() as executor:
                 plan = prepare(checked, None if report_only else executor.run_all, minutes, workers)
+                write_study(checked, given)
                 comparison = Comparison(checked, plan)
                 if not report_only:
                     table = plan.table(checked, workers)

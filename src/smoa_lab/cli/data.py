@@ -34,7 +34,7 @@ def check(
     with reporting():
         from smoa_lab.base_models import load_tokenizer
         from smoa_lab.config.run import check_config, load_config
-        from smoa_lab.training.loaded_run import read_rows_of
+        from smoa_lab.training.loaded_run import check_trainer, read_rows_of
 
         if place.endswith((".yaml", ".yml")):
             config = load_config(place)
@@ -50,6 +50,8 @@ def check(
             _print_account(place, config.model.name, account)
             for number, row in enumerate(islice(rows.part("train"), examples), start=1):
                 _print_example(f"example {number} of {min(examples, trained)}", row, tokenizer)
+        if place.endswith((".yaml", ".yml")):
+            check_trainer(config, account["format"])
         if not trained or (account["bad"] and not config.data.skip_bad_rows):
             raise typer.Exit(1)
 

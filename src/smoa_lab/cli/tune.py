@@ -23,12 +23,13 @@ def tune(
         from smoa_lab.pages.tables import Table, number
         from smoa_lab.study.comparison import Comparison, Executor
         from smoa_lab.study.first import tuning_study
-        from smoa_lab.study.plan import prepare, write_study
+        from smoa_lab.study.plan import check_folder, prepare, write_study
         from smoa_lab.study.search import rate_text
 
         study, executor = tuning_study(load_config(config, overrides), max_runs), Executor()
-        write_study(study)
+        check_folder(study)
         comparison = Comparison(study, prepare(study, executor.run_all))
+        write_study(study)
         comparison.run(executor=executor)
         chosen = next(iter(comparison.chosen.values()))
         if json:

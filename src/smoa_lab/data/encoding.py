@@ -123,7 +123,9 @@ class Encoder:
             together = self._of_template(prompt + choice)  # unless that changes the prompt that generates
             is_same = together[: len(before)] == before and len(together) > len(before)
             answer = together[len(before) :] if is_same else self._of_template(choice)
-            found.append(self._cut(Tokens(before + answer, [IGNORED] * len(before) + answer)))
+            length = self.max_length or len(before) + len(answer)
+            kept = before[max(0, len(before) + len(answer) - length) :]  # else choices would be cut to the same
+            found.append(Tokens(kept + answer, [IGNORED] * len(kept) + answer))
         return found
 
     def _put(self, row: Row) -> Row:

@@ -71,6 +71,10 @@ REFUSED_COLUMNS = {
 """Columns that change what a row means, and what to do instead. Others are ignored, such as an id or a source."""
 
 
+LIKE_PARTS = {*PARTS, "training", "valid", "val", "dev", "eval", "testing", "heldout", "held-out"}
+"""What a column ``part`` that means the part of a row may hold by mistake."""
+
+
 def recognize(row: dict[str, Any]) -> Format:
     """The format of a row. ``conversations`` whose turns have ``role`` are the format ``messages``.
 
@@ -91,6 +95,8 @@ def shape(row: dict[str, Any], format: Format) -> Row:
         BadRow: a column is missing, or what it holds can't be trained on.
     """
     part: Part | None = row["part"] if row.get("part") in PARTS else None
+    if part is None and str(row.get("part")).lower() in LIKE_PARTS:
+        raise BadRow("part", f"found {shown(row['part'])}, expected one of {', '.join(PARTS)}")
     return replace(_shaped(row, format), part=part)
 
 

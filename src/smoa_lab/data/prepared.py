@@ -231,7 +231,7 @@ class Reading:
         except DataError as error:
             self._note(read["where"], error)
             return False
-        self.contents.update(f"{part} {row.digest} ".encode())
+        self.contents.update(f"{part} {read['row']}\n".encode())
         self.lengths.append(len(tokens.input_ids) + tokens.cut)
         self.counts["cut"] += tokens.cut > 0
         self.counts["trained_tokens"] += tokens.trained

@@ -49,15 +49,15 @@ class Row:
     @property
     def digest(self) -> str:
         """Equal for rows that say the same, whatever their format, white space and case: what is said in turn, the
-        rejected answer and the choices, in any order. It decides a row's part, so its form never changes."""
+        rejected answer and the choices, in any order."""
         said = [*_texts(self.prompt), *_texts(self.completion)]
-        form = [said, _texts(self.rejected or ""), sorted(map(_even, self.choices))]
-        return hashlib.sha256(json.dumps(form).encode()).hexdigest()
+        return _hash([said, _texts(self.rejected or ""), sorted(map(_even, self.choices))])
 
     @property
     def key(self) -> int:
-        """The first 8 bytes of :attr:`digest`, which stand for the row where many are kept."""
-        return int(self.digest[:16], 16)
+        """A number that is equal where prompt and completion are, whatever the other answers: by it rows are split, and
+        known again."""
+        return int(_hash([*_texts(self.prompt), *_texts(self.completion)])[:16], 16)
 
     def answered(self, choice: str) -> Row:
         """The row with another of its choices as the completion."""
@@ -85,6 +85,10 @@ def row_from_json(text: str) -> Row:
         if isinstance(values[key], list):
             values[key] = tuple(Message(**turn) for turn in values[key])
     return Row(**{**values, "choices": tuple(values["choices"])})
+
+
+def _hash(form: object) -> str:
+    return hashlib.sha256(json.dumps(form).encode()).hexdigest()
 
 
 def _texts(said: Said) -> list[str]:

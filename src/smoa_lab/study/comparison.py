@@ -101,9 +101,12 @@ class Executor:
 
 
 def read_chosen(study: Study) -> dict[str, Chosen]:
-    """The rates that were chosen, by entry."""
+    """The rates that were chosen, by entry; raises ConfigError if their file is damaged."""
     file = study.folder / "chosen.json"
-    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ConfigError(f"{file}: is damaged ({error}); delete it to choose again from the stored runs") from error
     return {
         name: Chosen(one["learning_rate"], {float(tried): loss for tried, loss in one["losses"].items()}, one["place"])
         for name, one in values.items()
@@ -135,6 +138,9 @@ class Comparison:
                 another base.
         """
         names, taken = self.study.chosen(only), set[Job]()
+        for name, one in self.chosen.items():  # the searches must still be those of this study
+            for tried in one.losses:
+                self.stored(Job("search", name, tried, self.study.tuning.seed))
         executor = executor or Executor()
         if self.study.tuning.max_runs == 0:
             self._choose({n: Chosen(self.study.entries[n].learning_rate, {}, "named") for n in names})
@@ -150,7 +156,7 @@ class Comparison:
                     taken.add(job)
                     continue
                 taken.clear()
-                self.finish(job, metrics)
+                self.finish(job, self._checked(job, metrics))
                 loss, took = self.losses[job], duration(metrics["wall_seconds"])
                 reached = "diverged" if loss is None else f"loss {loss:.4f}"
                 left = duration(self.at_most_left(names) / executor.workers)
@@ -213,17 +219,18 @@ class Comparison:
             ConfigError: its folder has a run of another config, other rows or another base.
         """
         folder = RunFolder(self.study.folder / job.name)
-        if not folder.finished:
-            return None
-        metrics = read_metrics(folder)
+        return self._checked(job, read_metrics(folder)) if folder.finished else None
+
+    def _checked(self, job: Job, metrics: Metrics) -> Metrics:
+        """The metrics of a job, if it is the one that was planned; raises as :meth:`stored`."""
         old, new = metrics["config"], portable(self.config(job).model_dump(mode="json"))
         old, new = ({**config, "training": {**config["training"], "output_dir": None}} for config in (old, new))
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         changed += [what for key, what in INPUTS.items() if metrics["digests"][key] != self.plan.digests[key]]
         if changed:
             raise ConfigError(
-                f"{folder.path}: was run with other values of {', '.join(sorted(changed))}; move it away to run it "
-                "again, or use a new folder"
+                f"{self.study.folder / job.name}: was run with other values of {', '.join(sorted(changed))}; move it "
+                "away to run it again, or use a new folder"
             )
         return metrics
 

@@ -88,6 +88,8 @@ def first_study(
         ConfigError: a method can't have so many parameters, or ``parameters`` can't be read.
         DataError: there is no such model, rows cannot be read, or some are bad.
     """
+    if twice := [name for name in methods if list(methods).count(name) > 1]:
+        raise ConfigError(f"--methods: {twice[0]} is named twice; name each once")
     of_data = [change.removeprefix("shared.") for change in changes if change.startswith("shared.data.")]
     run = first_values(model, data, parameters, changes=of_data)
     empty, lora_rate = empty_model(ModelSection(name=model)), float(run["training"]["learning_rate"])

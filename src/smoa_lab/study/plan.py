@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 from filelock import FileLock
@@ -134,7 +135,10 @@ def prepare(study: Study, run_all: RunAll | None, minutes: float | None = None, 
     study.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(study.folder / ".lock"):  # another process may make it now
         file = study.folder / "plan.json"
-        plan = Plan.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+        try:
+            plan = Plan.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+        except ValueError as error:
+            raise ConfigError(f"{file}: is damaged ({shorten(str(error), 200)}); restore it from a copy") from error
         if plan is not None:
             changed = changes(plan.study, study)
             changed += [f"{what} changed" for key, what in INPUTS.items() if plan.digests[key] != found["digests"][key]]
@@ -163,21 +167,22 @@ def prepare(study: Study, run_all: RunAll | None, minutes: float | None = None, 
     return plan
 
 
-def write_study(study: Study, given: Path | None = None) -> None:
-    """Write the study into its folder, unless the file there is the one that was ``given``.
-
-    Raises:
-        ConfigError: the folder has another study, or something else.
-    """
+def check_folder(study: Study) -> None:
+    """Raise ConfigError if the study's folder has another study, or something else."""
     file = study.folder / "study.yaml"
+    check_place(file)
     if file.is_file():
         refuse(f"{file}: says otherwise", changes(as_planned(load_study(file)), study))
     elif study.folder.is_dir() and not (study.folder / "plan.json").is_file():
         others = [path.name for path in study.folder.iterdir() if not path.name.startswith(".")]
         if others:
             raise ConfigError(f"{study.folder}: contains {min(others)} and no study; choose another folder")
+
+
+def write_study(study: Study, given: Path | None = None) -> None:
+    """Write a planned study into its folder, unless the file there is the one that was ``given``."""
+    file = study.folder / "study.yaml"
     if given is None or given.resolve() != file.resolve():
-        check_place(file)
         write_whole(file, to_yaml(study.model_dump(mode="json", exclude_unset=True)))
 
 
@@ -279,5 +284,5 @@ def fitted(plan: Plan, max_runs: int, seconds: float) -> Plan:
             return smallest.model_copy(update={"steps": min(plan.steps, fewest + int((seconds - least) / of_step))})
     raise ConfigError(
         f"--minutes: the smallest comparison ({fewest} steps a run, {number} seeds and whole searches) takes about "
-        f"{duration(least)}, and {duration(seconds)} are left; give more, or fewer --methods"
+        f"{duration(least)}, and {duration(max(0.0, seconds))} are left; give more, or fewer --methods"
     )

@@ -67,9 +67,14 @@ class FinalRun:
 
 
 def read_rows(file: Path) -> dict[RowKey, dict[str, Any]]:
-    """The held-out rows of a run."""
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        return {(row["digest"], row["copy"]): row for row in map(json.loads, lines)}
+    """The held-out rows of a run; raises DataError if their file is missing or damaged."""
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            return {(row["digest"], row["copy"]): row for row in map(json.loads, lines)}
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{file}: is missing or damaged ({error}); move the run's folder away to run it again"
+        ) from error
 
 
 def shared_rows(runs: Sequence[FinalRun]) -> list[RowKey]:
@@ -170,7 +175,7 @@ def _of_budget(
     measures = [  # one that is the same everywhere compares nothing, and would cost the others in Holm's correction
         each
         for each in measures_of(some[keys[0]])
-        if len({run.rows[key][each.field] for run in runs for key in keys}) > 1
+        if {None} <= (found := {run.rows[key][each.field] for run in runs for key in keys}) or len(found) > 1
     ]
     tokens = np.array([some[key]["tokens"] for key in keys], dtype=np.float64)
     weights = {each.title: tokens if each.per_token else np.ones(len(keys)) for each in measures}

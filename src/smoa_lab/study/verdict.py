@@ -26,15 +26,19 @@ def verdict(results: Sequence[Result], untouched_loss: float | None = None) -> l
         kind: [others[name] for name, each in decisive.items() if each.final == kind]
         for kind in ("better", "worse", "same", "one seed", "open")
     }
-    told = [*judged["better"], *judged["worse"], *judged["one seed"]]
+    diverged = [one for one in judged["same"] if not math.isfinite(decisive[one.entry].mean)]
+    same = [one for one in judged["same"] if one not in diverged]
+    told = [*judged["better"], *judged["worse"], *judged["open"], *judged["one seed"], *diverged]
     sentences = [difference_sentence(one, reference) for one in told]
-    if judged["same"]:
-        sentences.append(_same_sentence(judged["same"], reference, len(results)))
+    if same:
+        sentences.append(_same_sentence(same, reference, len(results)))
     missing = [name for name in others if name not in decisive]
     sentences += [f"Not compared with {reference.entry} yet: {', '.join(missing)}."] if missing else []
     sentences += [_edge_sentence(one) for one in results if one.chosen.place == "edge"]
-    if decisive and not judged["one seed"]:
-        sentences.append(_advice(reference, judged["better"], judged["same"], untouched_loss))
+    if judged["open"] and not judged["better"]:
+        sentences.append("Search further before you take one: name a rate beyond, or raise tuning.max_runs.")
+    elif decisive and not judged["one seed"]:
+        sentences.append(_advice(reference, judged["better"], same, untouched_loss))
     sentences += [few_rows(reference.rows)] if reference.rows < FEW_ROWS else []
     if reference.left_out:
         sentences.append(f"{reference.left_out:,} rows on which only some of the runs were scored are left out.")
@@ -74,7 +78,7 @@ def _edge_sentence(one: Result) -> str:
     side = "lowest" if one.chosen.learning_rate == min(one.chosen.losses) else "highest"
     return (
         f"{one.entry}'s best rate, {rate_text(one.chosen.learning_rate)}, is the {side} that was tried: it may do "
-        "better beyond, so it is not called worse."
+        "better beyond, and isn't called worse."
     )
 
 
@@ -82,9 +86,10 @@ def _advice(reference: Result, better: Sequence[Result], same: Sequence[Result],
     """Which to take: of those that are better than the reference the best, else the cheapest of those that are equal
     to it."""
     taken = better[0] if better else min([reference, *same], key=lambda one: (one.step_seconds or 0.0, one.parameters))
-    loss, _ = taken.values.get("loss", (-math.inf, 0.0))
-    if untouched_loss is not None and not loss < untouched_loss:
-        return f"Take none: the untouched model's loss, {number(untouched_loss)}, is not higher."
+    title, (loss, _) = next(iter(taken.values.items()))
+    untouched = math.log(2) if title == "DPO loss" else untouched_loss if title == "loss" else None
+    if untouched is not None and not loss < untouched:
+        return f"Take none: the untouched model's {title}, {number(untouched)}, is not higher."
     cheaper = same and not better
     place = "" if taken.kept is None else f"{', ' if cheaper else ': '}{taken.kept}"
     return f"Take {'the cheaper: ' if cheaper else ''}{taken.entry}{place}."

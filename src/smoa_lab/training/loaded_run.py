@@ -135,11 +135,8 @@ def trainable_rows_of(
     encoder, rows = read_rows_of(config, tokenizer)
     account = rows.account
     require_good_rows(account, config.data.skip_bad_rows)
-    if trains and (account["format"] == "preference") != (config.trainer == "dpo"):
-        right = "dpo" if account["format"] == "preference" else "sft"
-        raise ConfigError(
-            f"trainer: {config.trainer} is not for rows of the format {account['format']}; set it to {right}"
-        )
+    if trains:
+        check_trainer(config, account["format"])
     if trains and not account["parts"].get("train"):
         raise DataError(
             f"{config.data.title}: leaves no rows to train on: {account['also_held_out']} are held out too, "
@@ -147,3 +144,10 @@ def trainable_rows_of(
             f"{account['parts'].get('test', 0)} are held out, {account['bad']} are bad"
         )
     return encoder, rows
+
+
+def check_trainer(config: RunConfig, format: str) -> None:
+    """Raise ConfigError if another trainer is for rows of this format."""
+    right = "dpo" if format == "preference" else "sft"
+    if format and config.trainer != right:
+        raise ConfigError(f"trainer: {config.trainer} is not for rows of the format {format}; set it to {right}")

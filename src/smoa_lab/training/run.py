@@ -78,8 +78,9 @@ def score_untouched(config: RunConfig) -> dict[str, Any]:
             seconds = round(time.perf_counter() - started, 1)
             metrics["training"] = {"trainer": None, "seconds": seconds, "steps": 0, "resumed": False}
             _write_rows(folder.rows, evaluation)
-            folder.finish(metrics)
-            return metrics
+            found: dict[str, Any] = finite(metrics)
+            folder.finish(found)
+            return found
 
 
 def _train(
@@ -189,6 +190,7 @@ def _save(
     with new_file(folder.trained) as file, file.open("wb") as stream:
         np.save(stream, loaded.trained_keys())
     _write_rows(folder.rows, evaluation)
+    metrics = finite(metrics)
     folder.finish(metrics)
     logger.info("Finished: %s", folder.path)
     return metrics

@@ -239,3 +239,10 @@ def test_a_choice_that_would_change_the_prompts_tokens_stands_apart() -> None:
     first, second = Encoder(tokenizer).choices(example_of({"prompt": "Which?", "choices": ["x", "y"], "label": 1}))
     assert first.prompt == second.prompt
     assert [tokenizer.decode(choice.answer) for choice in (first, second)] == ["x", "y"]
+
+
+def test_choices_that_are_too_long_lose_the_prompts_head_and_stay_different() -> None:
+    question = {"prompt": "Why? " * 40, "choices": ["no, it isn't", "no, it is"], "label": 1}
+    first, second = Encoder(tokenizer_with(PLAIN), 64).choices(example_of(question))
+    assert max(len(one.input_ids) for one in (first, second)) == 64
+    assert first.answer != second.answer

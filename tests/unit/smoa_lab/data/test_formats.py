@@ -186,8 +186,10 @@ def test_a_label_is_the_number_of_a_choice_or_its_text_and_refused_where_it_is_b
 def test_a_row_of_any_format_may_name_its_part() -> None:
     for row in ({"text": "a"}, QUESTION, {"messages": [USER, ANSWER]}):
         assert shaped(row | {"part": "test"}).part == "test"
-        for other in (None, "dev", ["test"], 3):
+        for other in (None, "red", ["test"], 3):
             assert shaped(row | {"part": other}).part is None
+        for near in ("dev", "Test"):
+            assert fault(row | {"part": near}).field == "part"
 
 
 def test_a_column_that_would_be_dropped_is_refused_unless_it_is_empty() -> None:

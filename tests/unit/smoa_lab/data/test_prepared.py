@@ -135,6 +135,11 @@ def test_a_row_is_repeated_whatever_its_white_space_and_case() -> None:
     assert rows.account["parts"] == {"test": 8, "validation": 4, "train": 28}
 
 
+def test_the_content_of_an_account_is_exact() -> None:
+    accounts = [prepare(Listed([{"text": text}], version=n)).account for n, text in enumerate(("A b.", "A B.", "A b."))]
+    assert [one["sha256"] == accounts[0]["sha256"] for one in accounts] == [True, False, True]
+
+
 def test_training_rows_that_the_test_data_have_are_left_out() -> None:
     rows = prepare(Listed(texts(10)), Listed(texts(5, start=8), name="test"))
     assert rows.account["parts"] == {"test": 5, "train": 8}

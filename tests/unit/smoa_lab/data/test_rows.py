@@ -27,6 +27,8 @@ def test_the_digest_looks_past_format_white_space_and_case_and_at_nothing_else()
         *(Row("One", "two.", "four"), QUESTION, QUESTION.answered("0"), dataclasses.replace(QUESTION, choices=("1",))),
     ]
     assert len({row.digest for row in others}) == len(others)
+    answered = dataclasses.replace(QUESTION, choices=(), label=None)  # as a conversation
+    assert (answered.key == QUESTION.key, answered.digest == QUESTION.digest) == (True, False)
 
 
 def test_the_digests_that_split_rows_stay_as_they_are() -> None:

@@ -254,3 +254,20 @@ def test_a_damaged_file_of_a_run_is_named(study: Study, written: WrittenRuns) ->
     (study.folder / "lora" / "lr-2e-3-seed-0" / "metrics.json").write_text('{"config": ')
     with pytest.raises(ConfigError, match=r"metrics\.json: is damaged .*; delete it to run it again"):
         compared(study).run(["lora"])
+
+
+def test_rows_that_change_while_a_study_runs_end_it_with_the_first_job(study: Study, written: WrittenRuns) -> None:
+    comparison, ran = compared(study), len(written.ran)
+    written.digests["data"] = "another"
+    with pytest.raises(ConfigError, match="was run with other values of the rows"):
+        comparison.run()
+    assert len(written.ran) == ran + 1
+
+
+def test_searches_behind_a_chosen_rate_must_be_of_the_study_too(study: Study, written: WrittenRuns) -> None:
+    compared(study).run()
+    folder = RunFolder(study.folder / "lora" / "lr-2e-3-seed-100")
+    metrics = json.loads(folder.metrics.read_text())
+    folder.metrics.write_text(json.dumps(metrics | {"digests": {**metrics["digests"], "base": "another"}}))
+    with pytest.raises(ConfigError, match="seed-100: was run with other values of the base model"):
+        compared(study).run()

@@ -9,7 +9,7 @@ import pytest
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import plan as planning
-from smoa_lab.study.plan import FEWEST, Plan, Timing, fitted, prepare, steps_of, write_study
+from smoa_lab.study.plan import FEWEST, Plan, Timing, check_folder, fitted, prepare, steps_of, write_study
 from smoa_lab.study.study import Job, Study, load_study
 from tests.support.studies import WrittenRuns, compared, entry
 
@@ -179,14 +179,14 @@ def test_a_folder_of_something_else_or_of_another_study_is_refused(study: Study,
     other = study.folder / "notes.txt"
     other.touch()
     with pytest.raises(ConfigError, match=r"contains notes\.txt and no study"):
-        write_study(study)
+        check_folder(study)
     other.unlink()
     write_study(study)
     stored = load_study(study.folder / "study.yaml")
     assert stored == study
     write_study(study.model_copy(update={"entries": {**study.entries, "dora": entry()}}))
     with pytest.raises(ConfigError, match=r"study\.yaml: says otherwise\n  entries\.dora: .*now null\n"):
-        write_study(study)
+        check_folder(study)
 
 
 def test_a_file_that_is_the_studys_own_is_left_as_its_author_wrote_it(study: Study, written: WrittenRuns) -> None:

@@ -128,7 +128,7 @@ def test_an_entry_at_the_edge_of_its_search_is_never_called_worse(study: Study, 
     report(finished(study))
     found = results(study)
     assert (found["lora"].chosen.place, found["lora"].differences["loss"].label) == ("edge", "open")
-    assert "it may do better beyond, so it is not called worse" in page(study)
+    assert "it may do better beyond, and isn't called worse" in page(study)
     assert "| 2e-1 ! |" in page(study)
     turned = study.model_copy(update={"references": ["lora"], "folder": study.folder.with_name("turned")})
     report(finished(turned))

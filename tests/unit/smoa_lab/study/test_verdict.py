@@ -62,9 +62,10 @@ def test_of_several_the_best_of_the_better_ones_is_taken() -> None:
 def test_an_entry_at_the_edge_of_its_search_is_told_of_and_not_called_worse() -> None:
     edge = Chosen(0.03, {0.003: 2.6, 0.01: 2.5, 0.03: 2.4}, "edge")
     sentences = verdict([LORA, smoa(Difference(0.1, 0.05, 0.15, "open"), chosen=edge)])
-    assert sentences == [
-        "smoa's best rate, 3e-2, is the highest that was tried: it may do better beyond, so it is not called worse.",
-        "Take lora: studies/x/lora/lr-2e-3-seed-1.",
+    assert sentences[0].startswith("On 200 held-out rows smoa's loss is 0.100 higher than lora's [0.050, 0.150]")
+    assert sentences[1:] == [
+        "smoa's best rate, 3e-2, is the highest that was tried: it may do better beyond, and isn't called worse.",
+        "Search further before you take one: name a rate beyond, or raise tuning.max_runs.",
     ]
 
 
@@ -77,6 +78,11 @@ NAN = float("nan")
         ([smoa(), LORA], 2.4, "Take none: the untouched model's loss, 2.400, is not higher."),
         ([smoa(), replace(LORA, rows=23)], 3.0, "Only 23 rows are held out"),
         ([smoa(), replace(LORA, left_out=4)], 3.0, "4 rows on which only some of the runs were scored are left out."),
+        (
+            [smoa(Difference(NAN, NAN, NAN, "same"), diverged=3), replace(LORA, diverged=3)],
+            3.0,
+            "smoa diverged in 3 of 3",
+        ),
         ([smoa(None), LORA], 3.0, "Not compared with lora yet: smoa."),
         ([smoa()], 3.0, "lora, with which the others are compared, has not run yet."),
         ([smoa(kept=None), LORA], 3.0, "Take smoa."),

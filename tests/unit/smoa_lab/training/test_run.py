@@ -320,3 +320,10 @@ def test_a_run_is_not_resumed_on_other_rows_or_another_base(
     weights.save_pretrained(tmp_path / "base")
     with pytest.raises(ConfigError, match="unfinished run, and the base model changed since then"):
         run(check_config(values))
+
+
+def test_a_diverged_run_has_null_in_what_it_returns_and_writes(values: dict[str, Any]) -> None:
+    config = changed(values, training={"learning_rate": 1e30})
+    metrics = run(config)
+    assert metrics["evaluation"]["after"]["loss"] is None
+    assert json.loads(RunFolder(config.folder).metrics.read_text()) == metrics
