@@ -51,6 +51,8 @@ DECIDED = {
     "truncation_mode": "rows keep their beginning",
 }
 """Keys of TRL that would contradict the tokens that are made here, and what to do instead."""
+OLD_DATA = {"tasks", "files", "chat_template", "test_part", "validation_part", "seed"}
+"""Keys that the data block of an older config may have."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 SMALL, LARGE = (3e8, 2e-3), (1e9, 2e-4)
 """Parameters of a base model, and where the search for an adapter's learning rate begins there. Up to 300M it was
@@ -111,8 +113,8 @@ class DataSection(Section):
     max_length: int | None = Field(default=1024, ge=8)
     skip_bad_rows: bool = False
     train_examples: int | None = Field(default=None, gt=0)
-    validation_examples: int = Field(default=200, ge=0)
-    test_examples: int = Field(default=400, ge=0)
+    validation_examples: int = Field(default=Sizes.validation, ge=0)
+    test_examples: int = Field(default=Sizes.test, ge=0)
     samples: int = Field(default=10, ge=0)
 
     @model_validator(mode="after")
@@ -306,9 +308,6 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 def check_config(values: dict[str, Any], place: str = "config") -> RunConfig:
     """The checked config of plain values, as :func:`load_config` makes it."""
     return ConfigText(values, place).checked()
-
-
-OLD_DATA = {"tasks", "files", "chat_template", "test_part", "validation_part", "seed"}
 
 
 def _new_data(values: dict[str, Any]) -> dict[str, Any] | None:

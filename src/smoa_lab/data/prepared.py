@@ -44,8 +44,8 @@ class Sizes:
     """How many rows of each part are used at most; None is all of them."""
 
     train: int | None = None
-    validation: int | None = 200
-    test: int | None = 400
+    validation: int = 200
+    test: int = 400
 
 
 def length_summary(lengths: array[int]) -> dict[str, Any]:
@@ -89,8 +89,7 @@ def split(keys: NDArray[np.uint64], named: Sequence[str], sizes: Sizes) -> tuple
     contents = len(free)
     for name, divisor in HELD_OUT.items():
         if name not in named:
-            most = getattr(sizes, name)
-            number = contents // divisor if most is None else min(contents // divisor, most)
+            number = min(contents // divisor, getattr(sizes, name))
             parts[(parts == "") & np.isin(keys, free[:number])] = name
             free = free[number:]
     parts[parts == ""] = "train"
@@ -237,7 +236,7 @@ class Reading:
         self.counts["trained_tokens"] += tokens.trained
         self.counts["dropped"] += not tokens.trained
         if tokens.trained:
-            writer.write({**tokens.columns, "row": row.to_json()})
+            writer.write({**tokens.columns, "row": read["row"]})
         return tokens.trained > 0
 
     def _note(self, where: str, error: DataError) -> None:

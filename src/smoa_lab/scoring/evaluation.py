@@ -25,6 +25,8 @@ Stage = Literal["before", "after"]
 NEW_TOKENS = 128
 """The most tokens of a sample answer, and of one to a row with choices."""
 CHOICE_TOKENS = 24
+BETA = 0.1
+"""TRL's default of DPO's β."""
 BATCH_TOKENS = 4096
 """Padded tokens of a batch of choices."""
 
@@ -45,7 +47,7 @@ class Evaluation:
     ``samples``. Each row is tokenized once. ``beta`` is DPO's."""
 
     def __init__(
-        self, encoder: Encoder, rows: Sequence[Row], samples: int = 0, part: str = "test", beta: float = 0.1
+        self, encoder: Encoder, rows: Sequence[Row], samples: int = 0, part: str = "test", beta: float = BETA
     ) -> None:
         self.encoder, self.rows, self.part, self.beta = encoder, rows, part, beta
         self.prefers = bool(rows) and rows[0].rejected is not None

@@ -187,8 +187,8 @@ class Comparison:
         for name in names:
             searches = 0 if name in self.chosen else self.study.tuning.max_runs - len(self._searched(name))
             finals = sum(job.stage == "final" and job.entry == name for job in self.losses)
-            seconds += searches * self.plan.seconds(Job("search", name, 1.0, 0))
-            seconds += (len(self.plan.seeds) - finals) * self.plan.seconds(Job("final", name, 1.0, 0))
+            seconds += searches * self.plan.seconds("search", name)
+            seconds += (len(self.plan.seeds) - finals) * self.plan.seconds("final", name)
         return seconds
 
     def search(self, name: str) -> list[Job]:

@@ -75,25 +75,24 @@ class Plan(Section):
     final: float
     entries: dict[str, Timing] = Field(default={})
 
-    def seconds(self, job: Job) -> float:
-        """About how long a job takes."""
-        timing = self.entries[job.entry]
-        if job.stage == "untouched":
+    def seconds(self, stage: Stage, entry: str) -> float:
+        """About how long a job of that stage takes."""
+        timing = self.entries[entry]
+        if stage == "untouched":
             return timing.beside + self.final
-        return timing.beside + self.steps * timing.step + (self.final if job.stage == "final" else 0.0)
+        return timing.beside + self.steps * timing.step + (self.final if stage == "final" else 0.0)
 
     def longest(self, max_runs: int) -> float:
         """Seconds of all, one after the other, each search at its longest."""
-        untouched = [Job("untouched", name, 1.0, 0) for name in [*self.entries][:1] if self.seeds]
-        searches = [Job("search", name, 1.0, 0) for name in self.entries] * max_runs
-        finals = [Job("final", name, 1.0, seed) for name in self.entries for seed in self.seeds]
-        return sum(map(self.seconds, [*untouched, *searches, *finals]))
+        untouched = sum(self.seconds("untouched", name) for name in [*self.entries][:1] if self.seeds)
+        searches = max_runs * sum(self.seconds("search", name) for name in self.entries)
+        return untouched + searches + len(self.seeds) * sum(self.seconds("final", name) for name in self.entries)
 
     def table(self, study: Study, workers: int = 1) -> Table:
         """A line for each entry, and what they share as caption."""
         lines = []
         for name, timing in self.entries.items():
-            search, final = (self.seconds(Job(stage, name, 1.0, 0)) for stage in ("search", "final"))
+            search, final = self.seconds("search", name), self.seconds("final", name)
             runs, rate = study.tuning.max_runs, rate_text(study.entries[name].learning_rate)
             parts = f"{runs} × {duration(search)}", f"{len(self.seeds)} × {duration(final)}"
             lines.append([name, f"{timing.parameters:,}", rate, f"{timing.step:.3g}", *parts])

@@ -23,11 +23,8 @@ from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.prepared import PreparedRows, Reading, require_good_rows
 from smoa_lab.data.rows import PARTS, row_from_json
-from smoa_lab.scoring.evaluation import Evaluation
+from smoa_lab.scoring.evaluation import BETA, Evaluation
 from smoa_lab.training.run_folder import RunFolder
-
-BETA = 0.1
-"""TRL's default of DPO's β."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,8 @@ class LoadedRun:
         """What will be measured on the held-out rows, and how many are left out because the run in ``folder`` was
         trained on them, None where it doesn't know. Without ``answers`` the model answers no samples."""
         section, part = self.config.data, self.config.scoring.part
-        rows, trained_on = self.data.rows(part), 0 if folder is None else None
+        rows = self.data.rows(part)
+        trained_on: int | None = 0
         if folder is not None:
             rows, trained_on = folder.not_trained_on(rows)
         beta = float(self.config.training.get("beta", BETA))

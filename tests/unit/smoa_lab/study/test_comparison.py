@@ -223,7 +223,7 @@ def test_the_time_left_is_never_underestimated_and_ends_at_none(study: Study, wr
     jobs = carried_out(study, plan, written, workers=1, seed=0)
     comparison = Comparison(study, plan)
     for number, job in enumerate(jobs):
-        left = sum(plan.seconds(each) for each in jobs[number:] if each.stage != "untouched")
+        left = sum(plan.seconds(each.stage, each.entry) for each in jobs[number:] if each.stage != "untouched")
         assert comparison.at_most_left(names) >= left - 1e-6
         loss = 1.0 if job.stage == "untouched" else written.loss(comparison.config(job))
         comparison.finish(job, {"evaluation": {"after": {"loss": loss}}})

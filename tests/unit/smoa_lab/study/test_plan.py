@@ -10,7 +10,7 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import plan as planning
 from smoa_lab.study.plan import FEWEST, Plan, Timing, check_folder, fitted, prepare, steps_of, write_study
-from smoa_lab.study.study import Job, Study, load_study
+from smoa_lab.study.study import Study, load_study
 from tests.support.studies import WrittenRuns, compared, entry
 
 
@@ -171,7 +171,7 @@ def test_the_plan_is_shown_with_each_entrys_longest_search(study: Study) -> None
     table = plan.table(study)
     assert table.rows[0] == ["smoa", "1", "1e-2", "0.1", "6 × 40 s", "3 × 50 s"]
     assert table.caption == "300 steps a run on 400 rows; 40 rows choose the rates, 60 decide; 18 min at most."
-    assert plan.seconds(Job("untouched", "smoa", 1.0, 0)) == 20
+    assert plan.seconds("untouched", "smoa") == 20
 
 
 def test_a_folder_of_something_else_or_of_another_study_is_refused(study: Study, written: WrittenRuns) -> None:
