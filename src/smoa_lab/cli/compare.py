@@ -45,7 +45,7 @@ def compare(
     with reporting("smoa_lab.study"):
         from smoa.errors import ConfigError
         from smoa_lab.study.comparison import Comparison, Executor
-        from smoa_lab.study.first import first_study
+        from smoa_lab.study.default_study import default_study
         from smoa_lab.study.plan import check_folder, prepare, write_study
         from smoa_lab.study.ray_executor import RayExecutor
         from smoa_lab.study.report import report
@@ -62,7 +62,7 @@ def compare(
         else:
             words = [*([] if study is None else [study]), *(overrides or [])]
             names = [name.strip().lower() for name in methods.split(",")]
-            checked, given = first_study(model, data, names, parameters, seeds, words), None
+            checked, given = default_study(model, data, names, parameters, seeds, words), None
         checked.chosen(only or [])
         check_folder(checked)
         with redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout, which is kept free for results

@@ -22,7 +22,7 @@ def tune(
         from smoa_lab.config.run import load_config
         from smoa_lab.pages.tables import Table, number
         from smoa_lab.study.comparison import Comparison, Executor
-        from smoa_lab.study.first import tuning_study
+        from smoa_lab.study.default_study import tuning_study
         from smoa_lab.study.plan import check_folder, prepare, write_study
         from smoa_lab.study.search import rate_text
 

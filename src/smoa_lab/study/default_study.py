@@ -74,7 +74,7 @@ OWN = (
 """Keys of a run's training that a study sets otherwise."""
 
 
-def first_study(
+def default_study(
     model: str,
     data: str,
     methods: Sequence[str] = METHODS,

@@ -13,8 +13,8 @@ from smoa.errors import ConfigError
 from smoa_lab.cli.main import app
 from smoa_lab.config.methods import method_names
 from smoa_lab.config.run import adapter_rate, check_config
-from smoa_lab.study import first
-from smoa_lab.study.first import TIMES_LORA, first_study, tuning_study
+from smoa_lab.study import default_study as module
+from smoa_lab.study.default_study import TIMES_LORA, default_study, tuning_study
 from smoa_lab.study.study import Study, load_study
 from tests.support.own_rows import chats, rows_base, write_rows
 from tests.support.studies import WrittenRuns
@@ -24,7 +24,7 @@ from tests.support.studies import WrittenRuns
 def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: WrittenRuns) -> Path:
     """A working folder with a tiny model and chats."""
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(first, "inputs", written.inputs)
+    monkeypatch.setattr(module, "inputs", written.inputs)
     monkeypatch.chdir(tmp_path)
     written.parameters = 7424  # of LoRA with r = 8
     rows_base(tmp_path / "base")
@@ -40,7 +40,7 @@ def smoa(*words: str, code: int = 0) -> Any:
 
 def test_a_first_study_has_entries_of_equal_size_and_all_that_it_decides(room: Path, written: WrittenRuns) -> None:
     written.rows["train"] = 80
-    study = first_study("base", "chats.jsonl", ["smoa", "lora", "hira"])
+    study = default_study("base", "chats.jsonl", ["smoa", "lora", "hira"])
     assert study.folder == Path("studies/chats")
     training = study.shared["training"]
     assert (training["max_steps"], training["per_device_train_batch_size"]) == (30, 8)
@@ -55,19 +55,19 @@ def test_a_first_study_has_entries_of_equal_size_and_all_that_it_decides(room: P
     assert [entry.learning_rate for entry in (ours, lora, hira)] == [rate, rate, 10 * rate]
     assert (study.references, study.seeds, study.keep) == (["lora"], [0, 1, 2], "best")
     written.rows["train"] = 4000
-    assert first_study("base", "chats.jsonl", seeds=2).shared["training"]["max_steps"] == 300
+    assert default_study("base", "chats.jsonl", seeds=2).shared["training"]["max_steps"] == 300
 
 
 def test_changes_are_laid_over_it(room: Path) -> None:
     changes = ["folder=studies/mine", "shared.data.samples=3", "tuning.max_runs=3"]
-    study = first_study("base", "chats.jsonl", changes=changes)
+    study = default_study("base", "chats.jsonl", changes=changes)
     assert (study.folder, study.shared["data"]["samples"], study.tuning.max_runs) == (Path("studies/mine"), 3, 3)
 
 
 @pytest.mark.parametrize("method", ["full", "ln_tuning"])
 def test_a_method_that_cannot_have_so_many_parameters_is_refused_by_name(method: str, room: Path) -> None:
     with pytest.raises(ConfigError, match=rf"--methods: {method} can't have the [0-9,]+ parameters of lora:8 \("):
-        first_study("base", "chats.jsonl", ["lora", method])
+        default_study("base", "chats.jsonl", ["lora", method])
 
 
 def test_every_start_rate_has_its_source_and_is_of_a_method_that_there_is() -> None:
