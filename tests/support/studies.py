@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from smoa.atomic import write_whole
 from smoa.errors import ConfigError
 from smoa_lab.basics.plain import portable
 from smoa_lab.config.run import RunConfig
@@ -127,7 +128,7 @@ class WrittenRuns:
         folder.path.mkdir(parents=True, exist_ok=True)
         with gzip.open(folder.rows, "wt", encoding="utf-8") as lines:
             lines.writelines(json.dumps(row) + "\n" for row in rows)
-        folder.metrics.write_text(json.dumps(metrics), encoding="utf-8")
+        write_whole(folder.metrics, json.dumps(metrics))
 
     def _row(self, number: int, loss: float | None, config: RunConfig) -> dict[str, Any]:
         chance = random.Random(f"{config.method} {config.training['seed']} {number}")
