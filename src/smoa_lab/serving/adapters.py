@@ -115,11 +115,11 @@ class Adapters:
         if place is None:
             known = [self.base, ALIAS, *self._places()]
             raise refusal(404, f"the model {name!r} does not exist{nearest(name, known)}", "model_not_found")
+        state = _state(place)
+        before, reason = self._refused.get(name, (None, ""))
+        if before == state:
+            raise refusal(422, reason, "adapter_refused")
         try:
-            state = _state(place)
-            refused = self._refused.get(name)
-            if refused is not None and refused[0] == state:
-                raise AdapterError(refused[1])
             if served is None or served.state != state:
                 served = self._read(name, place, state)
             elif served.key not in self.pool.names:  # it had to leave its slot
@@ -127,19 +127,16 @@ class Adapters:
         except NoSlotError:
             raise
         except Exception as error:  # whatever is wrong with this adapter, the others are served
-            reason = str(error).replace(f"{place}", name)
-            if not isinstance(error, AdapterError | OSError | MemoryError):  # these may pass
+            reason = f"the adapter {name!r} can't be served: {str(error).replace(str(place), name)}"
+            if not isinstance(error, OSError | MemoryError):  # these may pass
                 self._refused[name] = state, reason
-                logger.warning("%s is not served: %s", name, reason)
-            raise refusal(422, f"the adapter {name!r} can't be served: {reason}", "adapter_refused") from error
+                logger.warning("%s", reason)
+            raise refusal(422, reason, "adapter_refused") from error
         return served
 
     def _read(self, name: str, place: Path, state: Any) -> Served:
         key = f"{name}@{next(self._numbers)}"
         self.pool.load(key, place)
-        if _state(place) != state:
-            self.pool.unload(key)
-            raise AdapterError("it is being written; ask again")
         before, self._served[name] = self._served.get(name), self._as_served(name, key, state, place)
         if before is not None:
             with suppress(ConfigError):  # requests run with it: it leaves its slot like any other
@@ -173,10 +170,6 @@ class Adapters:
         except DataError:  # it has none, so that it can only complete texts
             tokenizer.chat_template = None
         return Served(name, key, state, tokenizer, ends.eos_token_id)
-
-
-class AdapterError(ValueError):
-    """Why an adapter isn't served at this moment."""
 
 
 def _state(place: Path) -> tuple[tuple[int, int, int], ...]:

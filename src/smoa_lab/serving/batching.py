@@ -1,7 +1,6 @@
 """transformers' continuous batching over a pool, with an adapter for each request and its own generation config.
 
-The manager computes in a thread of its own, which is why a step names its adapters there. `names` has all that this
-takes of transformers.
+The manager computes in a thread of its own, which is why a step names its adapters there.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -190,28 +190,16 @@ class PoolManager(ContinuousBatchingManager):
 
         Raises:
             ConfigError: there is no such adapter, all slots are in use by other adapters, a request of this name
-                runs, the cache has no room for this one, a token isn't in the vocabulary, or its generation config or
-                seed can't be used.
+                runs, or its generation config or seed can't be used.
             AdapterFileError: the adapter is damaged.
         """
         own = generation_config or self._default
         if max_new_tokens is None:
             max_new_tokens = own.max_new_tokens or self.generation_config.max_new_tokens
-        tokens, vocabulary = list(map(int, input_ids)), self.model.config.get_text_config().vocab_size
-        if not tokens or len(tokens) + (max_new_tokens or 1) > self.capacity:
-            raise ConfigError(
-                f"add_request: {len(tokens)} tokens and {max_new_tokens} new ones: must be at least one, and at most "
-                f"{self.capacity} together, for which the cache has room; shorten them, or raise num_blocks"
-            )
-        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
-            raise ConfigError(
-                f"add_request: tokens from {min(tokens)} to {max(tokens)}: the vocabulary has {vocabulary}"
-            )
+        tokens, request_id = list(map(int, input_ids)), request_id or uuid.uuid4().hex
         chooses = self._chooser(own, tokens, seed, stops)
         lease = Lease(adapter, self._pool.hold(adapter), chooses)
         with self._lease_lock:
-            if request_id is None:
-                request_id, self._request_counter = f"req_{self._request_counter}", self._request_counter + 1
             if self._leases.setdefault(request_id, lease) is not lease:
                 self._pool.release([adapter])
                 raise ConfigError(f"add_request: a request {request_id!r} runs already; choose another request_id")

@@ -125,31 +125,32 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if scope["path"] != "/health" and not self._may(scope):
+        headers, limit = dict(scope["headers"]), self.settings.max_request_bytes
+        if scope["path"] != "/health" and not self._may(headers):
             await answer(401, "the API key is missing or wrong: send Authorization: Bearer KEY")(scope, receive, send)
             return
-        body = await self._body(scope, receive)
-        if body is None:
-            limit = self.settings.max_request_bytes
-            await answer(413, f"a request may have {limit} bytes at most")(scope, receive, send)
+        if b"transfer-encoding" in headers or int(headers.get(b"content-length", 0)) > limit:
+            await answer(413, f"a request states its length, and may have {limit} bytes")(scope, receive, send)
             return
-        request_id, gone = uuid.uuid4().hex, asyncio.Event()
-        headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
-        scope = {**scope, "headers": [*headers, (b"x-request-id", request_id.encode())]}
-        parts = iter([{"type": "http.request", "body": body, "more_body": False}])
+        request_id, whole, gone = uuid.uuid4().hex, asyncio.Event(), asyncio.Event()
+        scope = {**scope, "headers": [*({**headers, b"x-request-id": request_id.encode()}).items()]}
 
-        async def replay() -> Message:
-            part = next(parts, None)
-            if part is None:
+        async def read() -> Message:
+            if whole.is_set():
                 await gone.wait()
-            return part or {"type": "http.disconnect"}
+                return {"type": "http.disconnect"}
+            part = await receive()
+            if not part.get("more_body"):
+                whole.set()
+            return part
 
         async def watch() -> None:
+            await whole.wait()
             while (await receive())["type"] != "http.disconnect":
                 pass
             gone.set()
 
-        work, watcher = asyncio.ensure_future(self.app(scope, replay, send)), asyncio.ensure_future(watch())
+        work, watcher = asyncio.ensure_future(self.app(scope, read, send)), asyncio.ensure_future(watch())
         with suppress(asyncio.CancelledError):  # the server ends
             try:
                 await asyncio.wait((work, watcher), return_when=asyncio.FIRST_COMPLETED)
@@ -164,22 +165,8 @@ class Guard:
                     self.manager.cancel_request(request_id)
                     await asyncio.wait((work,))
 
-    def _may(self, scope: Scope) -> bool:
+    def _may(self, headers: dict[bytes, bytes]) -> bool:
         if self.settings.api_key is None:
             return True
-        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.settings.api_key.encode())
-
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """None if it is too large."""
-        limit, body = self.settings.max_request_bytes, bytearray()
-        with suppress(ValueError):
-            if int(dict(scope["headers"]).get(b"content-length", b"0")) > limit:
-                return None
-        while True:
-            part = await receive()
-            body += part.get("body", b"")
-            if len(body) > limit:
-                return None
-            if not part.get("more_body"):
-                return bytes(body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import shutil
 import socket
@@ -17,11 +18,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import transformers
 from peft import PeftModel
 from transformers import GenerationConfig
 
 from smoa import AdapterPool
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, UnsupportedVersionError
 from tests.support.chats import chat_base, saved_adapter, written
 from tests.support.lab import byte_tokenizer
 
@@ -31,6 +33,7 @@ pytest.importorskip("transformers", minversion="5.24")
 
 from fastapi import HTTPException  # noqa: E402
 
+import smoa_lab.serving  # noqa: E402
 from smoa_lab.base_models import load_base_model  # noqa: E402
 from smoa_lab.config.run import ModelSection  # noqa: E402
 from smoa_lab.serving.adapters import Adapters  # noqa: E402
@@ -363,6 +366,14 @@ def test_nothing_else_of_transformers_app_is_there(address: str) -> None:
     for path in ("/docs", "/openapi.json"):
         assert post(address, path, None) == 404  # type: ignore[arg-type]
     assert post(address, "/health", None, key=None) == 200  # type: ignore[arg-type]
+
+
+def test_another_release_of_transformers_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.25.0")
+    with pytest.raises(
+        UnsupportedVersionError, match=r"is for transformers 5\.24, .*5\.25\.0 is installed: pip install"
+    ):
+        importlib.reload(smoa_lab.serving)
 
 
 def test_a_missing_or_wrong_key_is_401(address: str) -> None:
