@@ -51,8 +51,6 @@ DECIDED = {
     "truncation_mode": "rows keep their beginning",
 }
 """Keys of TRL that would contradict the tokens that are made here, and what to do instead."""
-OLD_DATA = {"tasks", "files", "chat_template", "test_part", "validation_part", "seed"}
-"""Keys that the data block of an older config may have."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 SMALL, LARGE = (3e8, 2e-3), (1e9, 2e-4)
 """Parameters of a base model, and where the search for an adapter's learning rate begins there. Up to 300M it was
@@ -255,12 +253,6 @@ class ConfigText:
 
     def checked(self) -> RunConfig:
         """The run, its training block laid over our defaults; raises ConfigError with all problems."""
-        if (block := _new_data(self.values)) is not None:
-            raise ConfigError(
-                f"{self.place}: is a config of an older smoa. All rows are one kind now, questions with the columns "
-                "prompt, choices and label, and the numbers of examples say how many are held out; instead of data, "
-                f"task and training.max_length write\n\n{to_yaml({'data': block})}"
-            )
         values, given = self.values, self.values.get("training")
         training: dict[str, Any] = given if isinstance(given, dict) else {}
         defaults = {**TRAINING_DEFAULTS, "output_dir": f"runs/{Path(self.place).stem}"}
@@ -308,27 +300,6 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 def check_config(values: dict[str, Any], place: str = "config") -> RunConfig:
     """The checked config of plain values, as :func:`load_config` makes it."""
     return ConfigText(values, place).checked()
-
-
-def _new_data(values: dict[str, Any]) -> dict[str, Any] | None:
-    """What the data block of an older config would be now; None for one of today."""
-    blocks: list[Any] = [values.get(name) for name in ("data", "task", "training")]
-    data, task, training = ({} if not isinstance(block, dict) else dict[str, Any](block) for block in blocks)
-    if not (OLD_DATA & data.keys() or task):
-        return None
-    block = {key: value for key, value in data.items() if key not in OLD_DATA}
-    if isinstance(tasks := data.get("tasks"), list):
-        own: Any = data.get("files")
-        own = own if isinstance(own, dict) else {}
-        files = [own.get(name, {"train": name}) for name in map(str, tasks)]
-        for part in ("train", "test"):
-            places = [file[part] for file in files if isinstance(file, dict) and file.get(part)]
-            block |= {part: places[0] if len(places) == 1 else places} if places else {}
-    style = {"choices": "letter"} if task.get("answer") == "label" else {}
-    length = training.get("max_length", task.get("max_length"))
-    template = data.get("chat_template") or ("alpaca" if "tasks" in data and task.get("template") != "chat" else None)
-    named = {"template": template, "max_length": length, "samples": task.get("samples")}
-    return block | style | {key: value for key, value in named.items() if value is not None}
 
 
 def _forbidden(values: Any, path: tuple[str, ...] = ()) -> Iterator[Problem]:

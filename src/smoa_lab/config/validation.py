@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import typing
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    PydanticSchemaGenerationError,
-    PydanticUserError,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from transformers import TrainingArguments
 from transformers.quantizers.auto import AutoQuantizationConfig
 
@@ -26,6 +19,7 @@ from smoa_lab.config.methods import find_method
 RESUMES = "smoa resumes an interrupted run by itself: leave it out, and run the same command again"
 Problem = tuple[tuple[str, ...], str]
 """A key's path, by which its line is found, and what is wrong with it."""
+STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def all_problems(
@@ -93,32 +87,29 @@ def _training_problems(training: Any, training_class: type[TrainingArguments]) -
 
 def _dataclass_problems(block: str, target: type[Any], values: dict[str, Any]) -> Iterable[Problem]:
     """Unknown keys, and values of the wrong type, for the dataclass to which a block is handed."""
-    valid = {field.name: field for field in dataclasses.fields(target) if field.init}
-    hints = typing.get_type_hints(target)
+    fields, wrong = {field.name: field for field in dataclasses.fields(target) if field.init}, dict[str, str]()
+    try:
+        _model_of(target).model_validate(values)  # type: ignore[arg-type]
+    except ValidationError as error:
+        for problem in error.errors():  # of a union one for each of its types
+            wrong.setdefault(str(problem["loc"][0]), str(problem["msg"]).removeprefix("Input "))
     for key, value in values.items():
         path = (block, str(key))
-        if key not in valid:
-            yield path, f"{target.__name__} has no such key{nearest(str(key), valid)}"
-            continue
-        allowed = [str(choice) for choice in valid[key].metadata.get("choices", ())]
-        if (reason := _type_problem(hints[key], value)) is not None:
-            yield path, f"{reason}; got {value!r}"
-        elif value not in (None, valid[key].default) and allowed and str(value) not in allowed:
-            yield path, f"there is no {value!r}{nearest(str(value), allowed)}"
+        choices = [str(choice) for choice in fields[key].metadata.get("choices", ())] if key in fields else []
+        if key not in fields:
+            yield path, f"{target.__name__} has no such key{nearest(str(key), fields)}"
+        elif key in wrong:
+            yield path, f"{wrong[key]}; got {value!r}"
+        elif value not in (None, fields[key].default) and choices and str(value) not in choices:
+            yield path, f"there is no {value!r}{nearest(str(value), choices)}"
 
 
-def _type_problem(hint: Any, value: Any) -> str | None:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "should be a finite number"
-    try:
-        checked = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except (PydanticSchemaGenerationError, PydanticUserError):
-        return None  # a type that pydantic cannot check is left to the class itself
-    except ValidationError as error:
-        return str(error.errors()[0]["msg"]).removeprefix("Input ")
-    if isinstance(value, str) and isinstance(checked, bool | int | float):  # a trainer would take the text "no" for yes
-        return f"should be {'true or false' if isinstance(checked, bool) else 'a number'}, and no text"
-    return None
+@cache
+def _model_of(target: Any) -> type[BaseModel]:
+    """The dataclass as a model, whose types are strict: a trainer would take the text "no" for yes."""
+    hints = typing.get_type_hints(target)
+    fields: dict[str, Any] = {field.name: (hints[field.name], None) for field in dataclasses.fields(target)}
+    return create_model(target.__name__, __config__=STRICT, **fields)
 
 
 def _quantization_problems(values: dict[str, Any]) -> Iterable[Problem]:

@@ -127,42 +127,6 @@ def test_a_saved_config_is_read_as_the_same_run(file: Path) -> None:
     assert load_config(file) == config
 
 
-OLD = {
-    "questions": (
-        {
-            "data": {
-                "tasks": ["csqa", "own"],
-                "files": {"own": {"train": "own.csv", "test": "dev.csv", "columns": {"prompt": "q"}}},
-                "validation_part": 0.1,
-                "train_examples": 50,
-            },
-            "task": {"answer": "label", "max_length": 96, "samples": 2},
-        },
-        "data:\n  train_examples: 50\n  train:\n  - csqa\n  - own.csv\n  test: dev.csv\n  choices: letter\n"
-        "  template: alpaca\n  max_length: 96\n  samples: 2\n",
-    ),
-    "rows": (
-        {"data": {"train": "rows.jsonl", "chat_template": "qwen3", "test_part": 0.1}, "training": {"max_length": 64}},
-        "data:\n  train: rows.jsonl\n  template: qwen3\n  max_length: 64\n",
-    ),
-    "the model's own template": (
-        {"data": {"tasks": ["csqa"]}, "task": {"template": "chat"}},
-        "data:\n  train: csqa\n",
-    ),
-}
-
-
-@pytest.mark.parametrize(("values", "lines"), OLD.values(), ids=OLD)
-def test_a_config_of_an_older_smoa_is_one_error_with_its_new_lines(values: dict[str, Any], lines: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_config({"model": {"name": "base"}, "training": {}} | values, "mine.yaml")
-    said = str(caught.value)
-    assert said.startswith("mine.yaml: is a config of an older smoa.")
-    assert said.endswith(f"\n\n{lines}")
-    new: Any = parse_yaml(lines, Path("new.yaml"))
-    assert check_config({"model": {"name": "base"}, "training": {}, **new}).data.train
-
-
 def test_an_unknown_key_is_told_the_nearest(file: Path) -> None:
     found = problems(file, "data.templat=alpaca", "training.max_stepz=3", "early_stoping=3")
     for said in ("did you mean 'template'", "did you mean 'max_steps'", "did you mean 'early_stopping'"):

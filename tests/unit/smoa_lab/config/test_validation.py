@@ -87,9 +87,9 @@ def test_a_mistake_is_told_by_its_key(overrides: list[str], message: str, file: 
     [
         ("learning_rate=.nan", "should be a finite number; got nan"),
         ("learning_rate=1e999", "should be a finite number; got inf"),
-        ("learning_rate='1e-3'", "should be a number, and no text; got '1e-3'"),
+        ("learning_rate='1e-3'", "should be a valid number; got '1e-3'"),
         ("max_steps=0", "should be at least 1; got 0"),
-        ("bf16=no", "should be true or false, and no text; got 'no'"),
+        ("bf16=no", "should be a valid boolean; got 'no'"),
         ("train_sampling_strategy=group_by_lenght", "there is no 'group_by_lenght'; did you mean 'group_by_length'?"),
         ("resume_from_checkpoint=true", "smoa resumes an interrupted run by itself: leave it out"),
     ],
