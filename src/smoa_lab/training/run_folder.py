@@ -87,8 +87,7 @@ class RunFolder:
     def check(self, config_yaml: str) -> None:
         """Raise ConfigError if another process trains into the folder, or it contains a finished run, or checkpoints of
         another config, or files that are not of a run, or cannot be written. Nothing is left in it."""
-        for file in (self.config, self.inputs, self.log, self.picture, self.samples, self.report, self.metrics):
-            check_place(file)
+        check_place(self.config)
         self._check_foreign()
         if self.lock.is_file() and is_first_process():
             with self._locked():
@@ -174,7 +173,7 @@ class RunFolder:
             try:
                 json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
             except (OSError, ValueError):
-                logging.getLogger(__name__).warning("%s is incomplete and is removed", checkpoint)
+                logger.warning("%s is incomplete and is removed", checkpoint)
                 shutil.rmtree(checkpoint)
                 continue
             # The Trainer would silently go on without its moments and schedule
@@ -190,12 +189,9 @@ class RunFolder:
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, which marks the run finished, and remove its checkpoints."""
         write_whole(self.metrics, json_text(metrics) + "\n")
-        for checkpoint in filter(Path.is_dir, self._checkpoints()):
-            shutil.rmtree(checkpoint)
-
-    def _checkpoints(self) -> list[Path]:
-        """What is named as the Trainer names its checkpoints; ``checkpoint-best`` is not."""
-        return [path for path in self.path.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+        for path in self.path.glob("checkpoint-*"):
+            if path.is_dir() and path.name.partition("-")[2].isdecimal():  # as the Trainer names its own
+                shutil.rmtree(path)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -230,9 +226,18 @@ class RunFolder:
                 self.lock.unlink(missing_ok=True)  # whoever takes it now, or makes a new one, finds the finished run
 
     @contextmanager
-    def logging(self) -> Iterator[None]:
+    def claimed(self, config_yaml: str, inputs: Mapping[str, str]) -> Iterator[str | None]:
+        """What :meth:`start` gives, while no other process trains into the folder and the log goes there too."""
+        with self.alone():
+            checkpoint = self.start(config_yaml, inputs)
+            with self._logging():
+                if checkpoint:
+                    logger.info("Resuming from %s", checkpoint)
+                yield checkpoint
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
         """Append what smoa logs to ``train.log``."""
-        self.path.mkdir(parents=True, exist_ok=True)
         logger = logging.getLogger("smoa_lab")
         handler = logging.FileHandler(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -270,7 +275,8 @@ def provenance(seed: int, device: torch.device) -> dict[str, Any]:
     """Commit, versions, machine and seed of a result."""
     return {
         **_git_state(),
-        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "seed": seed,
@@ -307,13 +313,6 @@ def _git(*arguments: str) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

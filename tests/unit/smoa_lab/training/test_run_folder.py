@@ -62,13 +62,6 @@ def test_a_checkpoint_of_several_processes_has_its_state_elsewhere(tmp_path: Pat
     assert run.start(run.config.read_text()) == str(checkpoint)
 
 
-@pytest.mark.parametrize("name", ["train.log", "samples.md", "loss_curve.png"])
-def test_a_folder_in_the_way_of_a_file_is_found_before_any_work(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).mkdir()
-    with pytest.raises(ConfigError, match=rf"{name}: cannot be written"):
-        RunFolder(tmp_path).check(SMOA)
-
-
 def test_an_unfinished_run_is_resumed_by_the_same_config_in_other_words(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.config.write_text("method: smoa\ntraining: {eval_strategy: 'no', learning_rate: 1.0e-05}\n")
