@@ -27,6 +27,8 @@ def evaluate_run(config: RunConfig, adapter: Path | None = None, folder: RunFold
         raise DataError("data: nothing is held out that could be scored; give other rows as data.test")
     if not config.training.get("use_cpu"):
         to_device(run.base)
+    if adapter is not None and evaluation.prefers:  # the loss of preferences compares with the base
+        evaluation.measure(run.base, "before")
     model: Any = run.base if adapter is None else with_saved_adapter(run.base, adapter)
     evaluation.measure(model, "after")
     return {

@@ -68,8 +68,9 @@ def compare(
         with redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout, which is kept free for results
             on_ray = workers > 1 or ray_address is not None
             with RayExecutor(checked, workers, ray_address) if on_ray else Executor() as executor:
+                if not report_only:
+                    write_study(checked, given)  # first: an interrupted start leaves a file to edit
                 plan = prepare(checked, None if report_only else executor.run_all, minutes, workers)
-                write_study(checked, given)
                 comparison = Comparison(checked, plan)
                 if not report_only:
                     table = plan.table(checked, workers)

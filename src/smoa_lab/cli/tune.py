@@ -28,8 +28,8 @@ def tune(
 
         study, executor = tuning_study(load_config(config, overrides), max_runs), Executor()
         check_folder(study)
-        comparison = Comparison(study, prepare(study, executor.run_all))
         write_study(study)
+        comparison = Comparison(study, prepare(study, executor.run_all))
         comparison.run(executor=executor)
         chosen = next(iter(comparison.chosen.values()))
         if json:

@@ -226,7 +226,7 @@ class Comparison:
         old, new = metrics["config"], portable(self.config(job).model_dump(mode="json"))
         old, new = ({**config, "training": {**config["training"], "output_dir": None}} for config in (old, new))
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        changed += [what for key, what in INPUTS.items() if metrics["digests"][key] != self.plan.digests[key]]
+        changed += [what for key, what in INPUTS.items() if metrics["digests"].get(key) != self.plan.digests.get(key)]
         if changed:
             raise ConfigError(
                 f"{self.study.folder / job.name}: was run with other values of {', '.join(sorted(changed))}; move it "

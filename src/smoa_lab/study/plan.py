@@ -48,6 +48,7 @@ INPUTS = {
     "data": "the rows",
     "base": "the base model",
     "encoder": "what makes tokens of rows (tokenizer, template or max_length)",
+    "forgetting": "the text of forgetting.text",
 }
 Metrics = dict[str, Any]
 
@@ -140,7 +141,8 @@ def prepare(study: Study, run_all: RunAll | None, minutes: float | None = None, 
             raise ConfigError(f"{file}: is damaged ({shorten(str(error), 200)}); restore it from a copy") from error
         if plan is not None:
             changed = changes(plan.study, study)
-            changed += [f"{what} changed" for key, what in INPUTS.items() if plan.digests[key] != found["digests"][key]]
+            now = found["digests"]
+            changed += [f"{what} changed" for key, what in INPUTS.items() if plan.digests.get(key) != now.get(key)]
             changed += [] if minutes in (None, plan.minutes) else [f"--minutes: {plan.minutes}, now {minutes}"]
             refuse(f"{study.folder}: contains a study that was planned otherwise", changed)
         if run_all is None:
@@ -148,16 +150,21 @@ def prepare(study: Study, run_all: RunAll | None, minutes: float | None = None, 
                 raise DataError(f"{study.folder}: nothing has run yet; run smoa compare on this study first")
             return plan
         known = {} if plan is None else plan.entries
-        new = {name: config for name, config in configs.items() if name not in known}
-        timed = timing_runs(study, new, run_all, rehearses=plan is None and bool(study.seeds)) if new else {}
+        rehearses = bool(study.seeds) and (plan is None or not plan.seeds)
+        first = next(iter(configs)) if rehearses else None
+        new = {name: config for name, config in configs.items() if name not in known or name == first}
+        timed = timing_runs(study, new, run_all, rehearses) if new else {}
         timings = {job.entry: timing_of(study, job, run) for job, run in timed.items() if job.stage == "timing"}
         if plan is None:
-            job, last = [*timed.items()][-1]  # as in a final run, where there will be any
-            final = max(0.0, timing_of(study, job, last).beside - min(one.beside for one in timings.values()))
+            job, last = next(iter(timed.items()))
             steps = steps_of(configs[job.entry], last)
-            plan = Plan(study=as_planned(study), steps=steps, seeds=study.seeds, minutes=minutes, final=final, **found)
+            plan = Plan(study=as_planned(study), steps=steps, seeds=study.seeds, minutes=minutes, final=0.0, **found)
+        final = plan.final
+        if rehearses:
+            job, last = [*timed.items()][-1]
+            final = max(0.0, timing_of(study, job, last).beside - min(one.beside for one in timings.values()))
         added = [seed for seed in study.seeds if seed not in plan.study["seeds"]]
-        more = {"seeds": [*plan.seeds, *added], "entries": {**known, **timings}}
+        more = {"seeds": [*plan.seeds, *added], "entries": {**known, **timings}, "final": final}
         plan = plan.model_copy(update={"study": as_planned(study), **more})
         if minutes is not None and not known:
             left = 60 * minutes - (time.monotonic() - started)

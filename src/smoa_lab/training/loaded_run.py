@@ -21,6 +21,7 @@ from smoa_lab.basics.positions import positions_of
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end
 from smoa_lab.data.encoding import Encoder
+from smoa_lab.data.general_text import FINEWIKI, STORY, passages
 from smoa_lab.data.prepared import PreparedRows, Reading, require_good_rows
 from smoa_lab.data.rows import PARTS, row_from_json
 from smoa_lab.scoring.evaluation import BETA, Evaluation
@@ -44,7 +45,9 @@ class LoadedRun:
 
     def inputs(self) -> dict[str, str]:
         """What a resumed run must find as it was."""
-        return {"data": self.data.folder.name, "base model": self.digests["base"]}
+        named = {"base": "base model", "forgetting": "forgetting.text"}
+        known = {name: self.digests[key] for key, name in named.items() if key in self.digests}
+        return {"data": self.data.folder.name, **known}
 
     def trained_keys(self) -> NDArray[np.uint64]:
         """The keys of the rows that are trained on, each once, sorted."""
@@ -101,9 +104,12 @@ def inputs(config: RunConfig) -> dict[str, Any]:
 
 
 def digests_of(config: RunConfig, encoder: Encoder, rows: PreparedRows) -> dict[str, str]:
-    """Of the rows, of the base model, and of what turns rows into tokens."""
+    """Of the rows, of the base model, of what turns rows into tokens, and of a file as ``forgetting.text``."""
     of_encoder = sha256(json.dumps(encoder.state(), sort_keys=True, default=str).encode()).hexdigest()
-    return {"data": rows.account["sha256"], "base": base_content(config.model), "encoder": of_encoder}
+    digests = {"data": rows.account["sha256"], "base": base_content(config.model), "encoder": of_encoder}
+    if (text := config.forgetting.text) not in (STORY, FINEWIKI):
+        digests["forgetting"] = sha256("\n".join(passages(text)).encode()).hexdigest()
+    return digests
 
 
 def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:

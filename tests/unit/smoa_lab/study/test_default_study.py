@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from smoa.errors import ConfigError
 from smoa_lab.cli.main import app
 from smoa_lab.config.methods import method_names
-from smoa_lab.config.run import adapter_rate, check_config
+from smoa_lab.config.run import RunConfig, adapter_rate, check_config
 from smoa_lab.study import default_study as module
 from smoa_lab.study.default_study import TIMES_LORA, default_study, tuning_study
 from smoa_lab.study.study import Study, load_study
@@ -94,6 +94,15 @@ def test_the_command_writes_a_study_runs_it_and_goes_on_with_it(room: Path, writ
     assert "use a new folder (folder=studies/NAME)" in other.stderr
     smoa("compare", "--model", "base", "--data", "chats.jsonl", "--seeds", "2", "folder=studies/two", "--json")
     assert len(list((room / "studies" / "two").glob("*/lr-*-seed-[01]"))) == 4
+
+
+def test_an_interrupted_first_start_leaves_a_file_to_edit(room: Path, written: WrittenRuns) -> None:
+    def interrupted(config: RunConfig) -> None:
+        raise KeyboardInterrupt
+
+    written.loss = interrupted
+    smoa("compare", "--model", "base", "--data", "chats.jsonl", code=130)
+    assert list(yaml.safe_load((room / "studies" / "chats" / "study.yaml").read_text())["entries"]) == ["smoa", "lora"]
 
 
 def test_an_entry_that_is_added_to_the_file_is_run_beside_the_others(room: Path, written: WrittenRuns) -> None:

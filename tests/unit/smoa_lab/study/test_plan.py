@@ -10,7 +10,7 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import plan as planning
 from smoa_lab.study.plan import FEWEST, Plan, Timing, check_folder, fitted, prepare, steps_of, write_study
-from smoa_lab.study.study import Study, load_study
+from smoa_lab.study.study import Job, Study, load_study
 from tests.support.studies import WrittenRuns, compared, entry
 
 
@@ -89,6 +89,19 @@ def test_entries_and_seeds_may_be_added_and_run_at_the_plans_steps(study: Study,
         compared(study)
 
 
+def test_a_study_without_seeds_that_gets_some_knows_how_long_they_last(
+    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def perform(job: Job, config: RunConfig) -> dict[str, Any]:
+        metrics = written.write(config)
+        return metrics | {"wall_seconds": metrics["training"]["seconds"] + (9 if job.stage == "rehearsal" else 2)}
+
+    monkeypatch.setattr("smoa_lab.study.comparison.perform", perform)
+    assert compared(study.model_copy(update={"seeds": []})).plan.final == 0
+    assert compared(study).plan.final == pytest.approx(7)
+    assert compared(study).plan.seconds("final", "ours") == pytest.approx(2 + 7 + 100 * 0.108)
+
+
 @pytest.mark.parametrize(
     ("block", "value", "told"),
     [
@@ -112,7 +125,13 @@ def test_any_other_change_of_the_file_is_refused_with_what_differs(
 
 
 @pytest.mark.parametrize(
-    ("key", "told"), [("data", "the rows changed"), ("base", "the base model changed"), ("encoder", "template")]
+    ("key", "told"),
+    [
+        ("data", "the rows changed"),
+        ("base", "the base model changed"),
+        ("encoder", "template"),
+        ("forgetting", r"forgetting\.text changed"),
+    ],
 )
 def test_other_rows_or_another_base_are_refused_also_where_all_has_run(
     key: str, told: str, study: Study, written: WrittenRuns

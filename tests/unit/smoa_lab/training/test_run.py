@@ -78,13 +78,18 @@ def test_the_rows_of_a_run_add_up_to_its_metrics_and_pair_it_with_any_other(valu
         assert scores["majority"] == 1
 
 
-def test_the_digests_change_with_what_they_are_of_alone(values: dict[str, Any]) -> None:
+def test_the_digests_change_with_what_they_are_of_alone(values: dict[str, Any], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one " * 130)
+    values["forgetting"] = {"text": str(text)}
     own = load_run(changed(values)).digests
     for what, change in (
         ("encoder", {"data": {"max_length": 300}}),
         ("encoder", {"data": {"choices": "letter"}}),
         ("data", {"data": {"train_examples": 7}}),
+        ("forgetting", {"forgetting": {"text": str(text)}}),
     ):
+        text.write_text(("one " if what != "forgetting" else "other ") * 130)
         other = load_run(changed(values, **change)).digests
         assert [name for name in own if own[name] != other[name]] == [what]
 
@@ -115,6 +120,7 @@ def test_preferences_have_margins_and_the_loss_that_trl_itself_computes(
         assert line["won"] == (line["margin"] > 0)
         assert line["dpo_loss"] == pytest.approx(math.log1p(math.exp(-0.3 * line["margin"])))
     assert set(metrics["evaluation"]) == {"before", "after"}
+    assert evaluate_run(*open_run(config.folder), RunFolder(config.folder))["scores"] == scores
 
 
 def test_the_untouched_model_is_scored_as_before_a_run_and_nothing_is_trained(values: dict[str, Any]) -> None:
