@@ -30,7 +30,7 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
     that is not finished it has the config, and the loss until the last checkpoint.
 
     Raises:
-        ConfigError: ``place`` is not the folder of a run, or a file in it is damaged.
+        ConfigError: ``place`` is not the folder of a run.
     """
     folder = RunFolder(Path(place))
     if not folder.config.is_file():
@@ -39,10 +39,7 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
     check_place(file)
     config = parse_yaml(folder.config.read_text(encoding="utf-8"), folder.config)
     method = str(config.get("method", "smoa"))
-    try:
-        introduction, sections = _shown(folder, method)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{folder.metrics}: is damaged ({error!r}); smoa eval scores an adapter again") from error
+    introduction, sections = _shown(folder, method)
     sections["Config"] = [code(to_yaml(config))]
     if folder.adapter.is_dir():
         loaded = WHOLE_MODEL

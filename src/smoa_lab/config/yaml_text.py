@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node
 
 from smoa.errors import ConfigError
@@ -28,7 +28,7 @@ def _yaml() -> Any:
 def parse_yaml(text: str, file: Path) -> dict[str, Any]:
     """The mapping in ``text``; raises ConfigError, with the line, if it is not YAML or not a mapping."""
     try:
-        values = _load(text)
+        values = _yaml().load(text)
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -36,13 +36,6 @@ def parse_yaml(text: str, file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: must contain blocks of keys; configs/ has examples")
     return values
-
-
-def _load(text: str) -> Any:
-    try:
-        return _yaml().load(text)
-    except ValueError as error:  # such as a date that does not exist
-        raise MarkedYAMLError(problem=str(error)) from error
 
 
 def to_yaml(values: dict[str, Any]) -> str:
@@ -78,6 +71,6 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> None:
             if not isinstance(block, dict):
                 raise ConfigError(f"{override!r}: {parent} is not a block of keys")
         try:
-            block[last] = _load(value)
+            block[last] = _yaml().load(value)
         except YAMLError:
             block[last] = value

@@ -65,6 +65,7 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.pad_token_id or 0)
 
 
+@dataclass(eq=False)
 class Encoder:
     """Tokens of rows by a tokenizer: the first ``max_length`` of each. Choices are answered in ``style``.
 
@@ -72,21 +73,15 @@ class Encoder:
     trained.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int | None = 1024,
-        style: AnswerStyle = "text",
-        assistant_only: bool = True,
-        completion_only: bool = True,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.style = style
-        self.assistant_only = assistant_only
-        self.completion_only = completion_only
-        self.pad = pad_token(tokenizer)
-        self.eos = str(tokenizer.eos_token or "")
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int | None = 1024
+    style: AnswerStyle = "text"
+    assistant_only: bool = True
+    completion_only: bool = True
+
+    def __post_init__(self) -> None:
+        self.pad = pad_token(self.tokenizer)
+        self.eos = str(self.tokenizer.eos_token or "")
 
     @cached_property
     def marked_template(self) -> str | None:
@@ -110,13 +105,15 @@ class Encoder:
         row = self._put(row)
         completion = row.rejected if rejected and row.rejected is not None else row.completion
         if isinstance(completion, str):
-            return self._cut(self._text(str(row.prompt), completion))
+            prompt, text = str(row.prompt), f"{row.prompt}{completion}"
+            ids = self._ids(text if text.endswith(self.eos) else text + self.eos)
+            return self._cut(_trained_after(self._ids(prompt) if prompt and self.completion_only else [], ids))
         return self._cut(self._turns(_messages(row.prompt), completion))
 
     def choices(self, row: Row) -> list[Tokens]:
         """The prompt with each choice, and without what ends the answer: whose likelihoods are compared."""
         row = self._put(row)
-        prompt = self._formatted(_messages(row.prompt), add_generation_prompt=True)
+        prompt = str(self._apply(_messages(row.prompt), tokenize=False, add_generation_prompt=True))
         before = self._of_template(prompt)
         found = []
         for choice in row.choices:
@@ -159,11 +156,6 @@ class Encoder:
         return next((prompt for prompt in prompts if longest is None or len(prompt[0]) <= longest), None)
 
     # Texts and turns
-
-    def _text(self, prompt: str, completion: str) -> Tokens:
-        text = prompt + completion
-        ids = self._ids(text if text.endswith(self.eos) else text + self.eos)
-        return _trained_after(self._ids(prompt) if prompt and self.completion_only else [], ids)
 
     def _turns(self, asked: Sequence[Message], said: Sequence[Message]) -> Tokens:
         messages = [*asked, *said]
@@ -209,9 +201,6 @@ class Encoder:
                 end -= 1
             labels[len(before) : end] = ids[len(before) : end]
         return Tokens(ids, labels)
-
-    def _formatted(self, messages: Sequence[Message], **options: Any) -> str:
-        return str(self._apply(messages, tokenize=False, **options))
 
     def _of_template(self, text: str) -> list[int]:
         """The tokens of a text in which the template has put the special ones."""

@@ -208,17 +208,15 @@ class HubSource:
                 wanted.name, wanted.config, split=self.split, revision=wanted.revision, streaming=True
             )
             for number, row in enumerate(stream, start=1):
-                yield f"{self.name}, row {number}", self._parsed(row)
+                try:
+                    parsed = row if self.parse is None else self.parse(row)
+                except (KeyError, ValueError, TypeError) as error:
+                    parsed = BadRow(None, f"{error!r}; the row has {sorted(row)}")
+                yield f"{self.name}, row {number}", parsed
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
                 f"data.train: cannot read {wanted.name!r} of the Hub, split {self.split!r}: {error}"
             ) from error
-
-    def _parsed(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
-        try:
-            return row if self.parse is None else self.parse(row)
-        except (KeyError, ValueError, TypeError) as error:
-            return BadRow(None, f"{error!r}; the row has {sorted(row)}")
 
     def state(self) -> Any:
         """The commit, so that a data set that changed is read anew."""

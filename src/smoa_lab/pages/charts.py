@@ -157,11 +157,8 @@ def forest(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
     ).properties(width=room, height=LINE * len(rows))
 
 
-SCALE = 2
-
-
 def save_picture(chart: Any, file: Path) -> None:
     """Write the chart as a PNG, on white, at twice its size."""
     picture = BytesIO()
-    chart.save(picture, format="png", scale_factor=SCALE)
+    chart.save(picture, format="png", scale_factor=2)
     write_whole(file, picture.getvalue())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ def losses(history: History, evaluation: Evaluation, method: str) -> Any | None:
         return None
     prefers = any("rewards/margins" in entry for entry in history)
     title = "loss of preferences" if prefers else "loss on trained tokens (nats per token)"
-    held_out = [] if prefers else list(_held_out(evaluation, history[-1]["step"]))
+    stages = [] if prefers else zip(STAGES, (0, history[-1]["step"]), strict=True)
+    known = ((step, evaluation.get(stage, {}).get("loss")) for stage, step in stages)
+    held_out = [{"step": step, "loss": loss, "data": HELD_OUT} for step, loss in known if loss is not None]
     shades = alt.Scale(domain=[*KINDS, HELD_OUT], range=[color_of(method), MUTED, INK])
     chart = alt.Chart(values(points)).encode(
         x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickMinStep=1, grid=False)),
@@ -54,13 +56,6 @@ def losses(history: History, evaluation: Evaluation, method: str) -> Any | None:
         chart.properties(data=values(held_out)).mark_point(shape="diamond", size=90, filled=True, opacity=1),
         chart.properties(data=values(names)).mark_text(align="left", dx=8).encode(text="data:N"),
     ).properties(width=WIDTH - 80, height=230)
-
-
-def _held_out(evaluation: Evaluation, last_step: int) -> Iterator[dict[str, Any]]:
-    for stage, step in zip(STAGES, (0, last_step), strict=True):
-        loss = evaluation.get(stage, {}).get("loss")
-        if loss is not None:
-            yield {"step": step, "loss": loss, "data": HELD_OUT}
 
 
 def accuracies(evaluation: Evaluation, method: str) -> Any | None:

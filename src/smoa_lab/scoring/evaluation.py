@@ -91,21 +91,20 @@ class Evaluation:
 
     def scores(self) -> dict[str, dict[str, Any]]:
         """The scores of each stage, as ``metrics.json`` has them; those of preferences need both."""
-        return {stage: self._scores(stage) for stage in self.measured}
-
-    def _scores(self, stage: Stage) -> dict[str, Any]:
-        found = self.measured[stage]
-        losses = found.losses
-        scores: dict[str, Any] = {"rows": len(losses.nll), "tokens": sum(losses.tokens), "loss": losses.mean}
-        scores |= {"loss_stderr": losses.stderr, "perplexity": losses.perplexity}
-        if found.right:
-            scores["accuracy"], scores["accuracy_stderr"] = proportion(found.right)
-            scores["majority"] = max(Counter(row.label for row in self.rows).values()) / len(self.rows)
-        if self.margins and stage == "after":
-            scores["dpo_loss"] = sum(map(self._dpo_loss, self.margins)) / len(self.margins)
-            scores["margin"] = sum(self.margins) / len(self.margins)
-            scores["won"] = sum(margin > 0 for margin in self.margins) / len(self.margins)
-        return scores
+        every: dict[str, dict[str, Any]] = {}
+        for stage, found in self.measured.items():
+            losses = found.losses
+            scores: dict[str, Any] = {"rows": len(losses.nll), "tokens": sum(losses.tokens), "loss": losses.mean}
+            scores |= {"loss_stderr": losses.stderr, "perplexity": losses.perplexity}
+            if found.right:
+                scores["accuracy"], scores["accuracy_stderr"] = proportion(found.right)
+                scores["majority"] = max(Counter(row.label for row in self.rows).values()) / len(self.rows)
+            every[stage] = scores
+        if margins := self.margins:
+            every["after"]["dpo_loss"] = sum(map(self._dpo_loss, margins)) / len(margins)
+            every["after"]["margin"] = sum(margins) / len(margins)
+            every["after"]["won"] = sum(margin > 0 for margin in margins) / len(margins)
+        return every
 
     @property
     def margins(self) -> list[float]:

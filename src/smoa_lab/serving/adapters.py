@@ -63,17 +63,14 @@ class Adapters:
         self.pool, self.tokenizer, self.base, self.folder = pool, tokenizer, base, folder
         self._lock, self._turn, self._numbers = threading.Lock(), asyncio.Lock(), count(1)
         self._served = {base: self._as_served(base, BASE, None, None)}
-        self._refused: dict[str, tuple[Any, str]] = {}
 
     def listed(self) -> list[dict[str, Any]]:
-        """The base and all adapters, as ``/v1/models`` has them, without those that were refused."""
+        """The base and all adapters, as ``/v1/models`` has them."""
         found = [{"id": self.base, "object": "model", "created": 0, "owned_by": "smoa"}]
         for name, place in self._places().items():
             with suppress(OSError):
-                state = _state(place)
-                if self._refused.get(name, (None, ""))[0] != state:
-                    created = int(state[0][0] // 1e9)
-                    found.append({"id": name, "object": "model", "created": created, "owned_by": "smoa"})
+                created = int(_state(place)[0][0] // 1e9)
+                found.append({"id": name, "object": "model", "created": created, "owned_by": "smoa"})
         return found
 
     @asynccontextmanager
@@ -116,9 +113,6 @@ class Adapters:
             known = [self.base, ALIAS, *self._places()]
             raise refusal(404, f"the model {name!r} does not exist{nearest(name, known)}", "model_not_found")
         state = _state(place)
-        before, reason = self._refused.get(name, (None, ""))
-        if before == state:
-            raise refusal(422, reason, "adapter_refused")
         try:
             if served is None or served.state != state:
                 served = self._read(name, place, state)
@@ -128,9 +122,7 @@ class Adapters:
             raise
         except Exception as error:  # whatever is wrong with this adapter, the others are served
             reason = f"the adapter {name!r} can't be served: {str(error).replace(str(place), name)}"
-            if not isinstance(error, OSError | MemoryError):  # these may pass
-                self._refused[name] = state, reason
-                logger.warning("%s", reason)
+            logger.warning("%s", reason)
             raise refusal(422, reason, "adapter_refused") from error
         return served
 

@@ -93,10 +93,6 @@ NEUTRAL: dict[str, Any] = {
 
 def checked(body: dict[str, Any], kind: type[Asked]) -> dict[str, Any]:
     """The fields of a request; raises HTTPException (400) for one that is wrong or not supported."""
-    try:
-        json.dumps(body, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise refusal(400, f"half of a character, a lone surrogate, can't be read: {error}", "invalid_value") from error
     for field, value in body.items():
         same = (
             field in NEUTRAL and value == NEUTRAL[field] and isinstance(value, bool) == isinstance(NEUTRAL[field], bool)

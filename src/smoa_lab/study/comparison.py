@@ -44,11 +44,8 @@ def perform(job: Job, config: RunConfig) -> Metrics | None:
 
 
 def read_metrics(folder: RunFolder) -> Metrics:
-    """The metrics of a finished run; raises ConfigError if they are damaged."""
-    try:
-        metrics: Metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{folder.metrics}: is damaged ({error}); delete it to run it again") from error
+    """The metrics of a finished run."""
+    metrics: Metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
     return metrics
 
 
@@ -101,12 +98,9 @@ class Executor:
 
 
 def read_chosen(study: Study) -> dict[str, Chosen]:
-    """The rates that were chosen, by entry; raises ConfigError if their file is damaged."""
+    """The rates that were chosen, by entry."""
     file = study.folder / "chosen.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise ConfigError(f"{file}: is damaged ({error}); delete it to choose again from the stored runs") from error
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return {
         name: Chosen(one["learning_rate"], {float(tried): loss for tried, loss in one["losses"].items()}, one["place"])
         for name, one in values.items()

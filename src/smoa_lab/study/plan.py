@@ -12,7 +12,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Literal
 
 from filelock import FileLock
@@ -135,10 +134,7 @@ def prepare(study: Study, run_all: RunAll | None, minutes: float | None = None, 
     study.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(study.folder / ".lock"):  # another process may make it now
         file = study.folder / "plan.json"
-        try:
-            plan = Plan.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
-        except ValueError as error:
-            raise ConfigError(f"{file}: is damaged ({shorten(str(error), 200)}); restore it from a copy") from error
+        plan = Plan.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
         if plan is not None:
             changed = changes(plan.study, study)
             now = found["digests"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,15 +35,21 @@ PATIENCE = 5.0
 @dataclass(frozen=True)
 class Place:
     """Where a study is run: the folder in which the command was given, a file in the study's folder that only machines
-    see which share it, and whether the command trusts the repositories of models."""
+    see which share it, whether the command trusts the repositories of models, and smoa's version there."""
 
     folder: str
     mark: Path
     is_trusted: bool = False
+    version: str = smoa.__version__
 
     def enter(self) -> None:
-        """Make it the working folder, with the command's trust; raises DataError where this machine does not share
-        it."""
+        """Make it the working folder, with the command's trust; raises DataError where this machine does not share it,
+        or has another smoa."""
+        if self.version != smoa.__version__:
+            raise DataError(
+                f"{socket.gethostname()}: {sys.executable} has smoa {smoa.__version__}, and the command "
+                f"{self.version}; all machines of a cluster must have the same versions"
+            )
         if not Path(self.folder).is_dir() or not Path(self.folder, self.mark).is_file():
             raise DataError(
                 f"{self.mark.parent}: {socket.gethostname()} does not see what other machines write there; all "
@@ -56,7 +63,7 @@ def work(place: Place, threads: int, job: Job, config: RunConfig) -> Metrics | N
     """What a worker does: run the job, and return its metrics, or None where another process runs it.
 
     Raises:
-        DataError: this machine does not share the study's folder.
+        DataError: this machine does not share the study's folder, or has another smoa.
     """
     place.enter()
     torch.set_num_threads(threads)
@@ -91,11 +98,21 @@ class RayExecutor(Executor):
 
         Raises:
             DataError: workers died again and again at the same job.
+            Exception: what the job itself raised.
         """
-        done = self._ray.wait(list(self.running.values()))[0][0]
+        ray = self._ray
+        done = ray.wait(list(self.running.values()))[0][0]
         job = next(job for job, task in self.running.items() if task == done)
         del self.running[job]
-        return job, result_of(self._ray, done, job.name)
+        try:
+            return job, ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except ray.exceptions.RayError as error:
+            raise DataError(
+                f"{job.name}: its worker died {RETRIES + 1} times ({str(error).splitlines()[0]}); where memory ran "
+                "out, give fewer --workers. Ray's logs are in /tmp/ray/session_latest/logs"
+            ) from error
 
     def __exit__(self, *error: object) -> None:
         """End what still runs; a run that had saved a checkpoint goes on from there next time."""
@@ -114,8 +131,6 @@ class RayExecutor(Executor):
         self.cores = equal_share(machines, self.workers, self.on_gpus)
         self.place.mark.parent.mkdir(parents=True, exist_ok=True)
         self.place.mark.touch()
-        if self.address is not None:
-            check_machines(self._ray, self.place)
         gpu = " and a GPU" if self.on_gpus else ""
         logger.info("%d machines, %d workers; cores for each: %d%s", len(machines), self.workers, self.cores, gpu)
 
@@ -152,61 +167,6 @@ def connect(address: str | None) -> Any:
             "`ray start` on this machine too, and set RAY_AUTH_MODE=token here if the cluster's machines have it"
         ) from error
     return ray
-
-
-def result_of(ray: Any, task: Any, what: str) -> Any:
-    """What a task returns, once it is finished; ``what`` it is, for the error.
-
-    Raises:
-        DataError: its workers died again and again.
-        Exception: what the task itself raised.
-    """
-    try:
-        return ray.get(task)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
-    except ray.exceptions.RayError as error:
-        raise DataError(
-            f"{what}: its worker died {RETRIES + 1} times ({str(error).splitlines()[0]}); where memory ran out, "
-            "give fewer --workers. Ray's logs are in /tmp/ray/session_latest/logs"
-        ) from error
-
-
-def check_machines(ray: Any, place: Place) -> None:
-    """Let each machine of the cluster import smoa and enter the study's folder, before any work.
-
-    Raises:
-        DataError: a machine cannot import what runs jobs, has another version of smoa, or does not share the folder.
-    """
-    module, ours = __name__, smoa.__version__
-
-    def fault() -> str | None:
-        """Why a machine can't run jobs. Ray sends the code of this function, as it is within another one: a function of
-        a module is sent by name, and fails unexplained where the module is missing."""
-        import importlib
-        import socket
-        import sys
-
-        here = f"{socket.gethostname()}: {sys.executable}"
-        try:
-            importlib.import_module(module)
-            theirs = importlib.import_module("smoa").__version__
-        except Exception as error:  # whatever an environment raises that lacks something
-            return f"{here} cannot run a study's runs ({error})"
-        return None if theirs == ours else f"{here} has smoa {theirs}, and this machine {ours}"
-
-    on = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-    for node in ray.nodes():
-        if node["Alive"] and node["Resources"].get("CPU"):
-            there = {"num_cpus": 0, "scheduling_strategy": on(node["NodeID"], soft=False)}
-            problem = result_of(ray, ray.remote(fault).options(**there).remote(), "checking the machines")
-            if problem is not None:
-                raise DataError(
-                    f"{problem}; install smoa {ours} there with its extra cluster, and give `ray start` in that "
-                    "environment: all machines of a cluster must have the same versions"
-                )
-            entering = ray.remote(Place.enter).options(**there).remote(place)
-            result_of(ray, entering, "checking the machines")
 
 
 def equal_share(machines: Sequence[tuple[int, int]], workers: int, on_gpus: bool) -> int:

@@ -93,7 +93,8 @@ def report(comparison: Comparison) -> Report:
     """
     folder, finals = comparison.study.folder, final_runs(comparison)
     results = results_of(comparison, finals)
-    untouched = read_untouched(comparison)
+    as_it_is = RunFolder(folder / "untouched")
+    untouched = read_metrics(as_it_is) if as_it_is.finished else None
     loss = None if untouched is None else untouched["evaluation"]["before"]["loss"]
     budgets: dict[str, list[Result]] = {}
     for one in results:
@@ -132,12 +133,6 @@ def report(comparison: Comparison) -> Report:
     write_whole(folder / "README.md", made.readme())
     write_whole(folder / "index.html", made.page())
     return made
-
-
-def read_untouched(comparison: Comparison) -> Metrics | None:
-    """The metrics of the model as it is."""
-    folder = RunFolder(comparison.study.folder / "untouched")
-    return read_metrics(folder) if folder.finished else None
 
 
 def result_table(results: Sequence[Result]) -> Table:

@@ -112,17 +112,12 @@ def digests_of(config: RunConfig, encoder: Encoder, rows: PreparedRows) -> dict[
     return digests
 
 
-def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    """The encoder that a run's config asks for. The tokenizer gets the chat template that the config names."""
-    set_chat_template(tokenizer, config.data.template)
-    assistant, completion = (config.training.get(key) for key in ("assistant_only_loss", "completion_only_loss"))
-    section = config.data
-    return Encoder(tokenizer, section.max_length, section.choices, assistant is not False, completion is not False)
-
-
 def read_rows_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Encoder, PreparedRows]:
-    """The rows of a run as tokens; bad ones are counted."""
-    encoder, section = encoder_of(config, tokenizer), config.data
+    """The rows of a run as tokens; bad ones are counted. The tokenizer gets the chat template that the config names."""
+    section = config.data
+    set_chat_template(tokenizer, section.template)
+    assistant, completion = (config.training.get(key) for key in ("assistant_only_loss", "completion_only_loss"))
+    encoder = Encoder(tokenizer, section.max_length, section.choices, assistant is not False, completion is not False)
     train, test = section.sources()
     return encoder, Reading(train, test, section.format, section.sizes, encoder).prepare()
 

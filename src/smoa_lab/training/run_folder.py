@@ -66,19 +66,11 @@ class RunFolder:
         return self.metrics.is_file()
 
     def not_trained_on(self, rows: Sequence[Row]) -> tuple[list[Row], int | None]:
-        """The rows that the run was not trained on, and how many it was; all and None where that isn't known.
-
-        Raises:
-            ConfigError: the file that knows is damaged.
-        """
+        """The rows that the run was not trained on, and how many it was; all and None where that isn't known."""
         if not self.trained.is_file():
             logger.warning("%s: doesn't keep which rows it was trained on; some of these may be", self.path)
             return list(rows), None
-        try:
-            keys = np.load(self.trained)
-            new = ~np.isin(np.array([row.key for row in rows], np.uint64), keys.astype(np.uint64, casting="equiv"))
-        except (ValueError, TypeError, EOFError, OSError) as error:
-            raise ConfigError(f"{self.trained}: is damaged ({error}); restore it from a copy of the run") from error
+        new = ~np.isin(np.array([row.key for row in rows], np.uint64), np.load(self.trained))
         kept = list(compress(rows, new))
         if len(kept) < len(rows):
             logger.warning("%d of the %d rows were trained on, and are left out", len(rows) - len(kept), len(rows))

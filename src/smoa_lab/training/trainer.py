@@ -25,10 +25,6 @@ from smoa_lab.training.loaded_run import LoadedRun
 
 logger = logging.getLogger(__name__)
 
-REFERENCE = "ref"
-"""DPOTrainer's name of its copy of the untrained adapter, which it compares with."""
-REPLACED = (PrinterCallback, ProgressCallback)
-"""The Trainer's own callbacks, which :class:`ProgressReport` replaces."""
 SHOWN = ("loss", "eval_loss", "learning_rate")
 """What is shown of the Trainer's logs."""
 
@@ -83,7 +79,7 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
     if routers is not None:  # TRL asks mixtures for them in each step; with a cache of keys and values that fails
         settings.output_router_logits = routers
     vars(trainer)["create_model_card"] = lambda **_: None  # the adapter gets a card of ours
-    for callback in REPLACED:
+    for callback in (PrinterCallback, ProgressCallback):  # which ProgressReport replaces
         trainer.remove_callback(callback)
     return trainer
 
@@ -97,8 +93,8 @@ def fit(trainer: Trainer, checkpoint: str | None) -> None:
         arguments.lr_scheduler_kwargs = None
     trainer.train(resume_from_checkpoint=checkpoint)
     model: Any = trainer.model
-    if REFERENCE in getattr(model, "peft_config", {}):
-        model.delete_adapter(REFERENCE)  # otherwise it would be saved too
+    if "ref" in getattr(model, "peft_config", {}):  # DPOTrainer's copy of the untrained adapter
+        model.delete_adapter("ref")  # otherwise it would be saved too
 
 
 def _check_output_layer(base: PreTrainedModel, wanted: PeftConfig | None) -> None:

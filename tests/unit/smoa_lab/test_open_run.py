@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -100,11 +99,11 @@ def test_another_model_of_the_bases_name_is_refused_unless_the_user_names_it(
         assert [opened(name) for name in ("base", "../moved")] == ["base", "../moved"]
     monkeypatch.chdir(tmp_path)
     for opened in openings:
-        with pytest.raises(ConfigError, match=f"renamed: its base model 'base' is not in {tmp_path}; name it with --b"):
+        with pytest.raises(ConfigError, match=f"renamed: its base model 'base' is not in {tmp_path}; name it, or"):
             opened(None)
 
 
-def test_what_a_run_knows_of_its_inputs_is_told_where_it_is_gone_and_refused_where_it_is_damaged(
+def test_what_a_run_knows_of_its_inputs_is_told_where_it_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     values = lab.tiny_run(tmp_path, monkeypatch, train=20, test=3, training=lab.steps(1, save_strategy="no"))
@@ -118,13 +117,6 @@ def test_what_a_run_knows_of_its_inputs_is_told_where_it_is_gone_and_refused_whe
     (tmp_path / "other/generation_config.json").write_text("{}")
     assert open_run(run.path, base=str(tmp_path / "other"))
     assert "was trained on another model than" in caplog.messages[-1]
-    for content in ("", "[]", '{"data": 1}', "\udcff"):
-        run.inputs.write_text(content, errors="surrogateescape")
-        with pytest.raises(ConfigError, match=r"inputs\.json: is damaged"):
-            open_run(run.path)
-        run.trained.write_text(content, errors="surrogateescape")
-        with pytest.raises(ConfigError, match=r"trained\.npy: is damaged"):
-            run.not_trained_on(test)
     run.inputs.unlink()
     run.trained.unlink()
     assert open_run(run.path)
@@ -132,23 +124,15 @@ def test_what_a_run_knows_of_its_inputs_is_told_where_it_is_gone_and_refused_whe
     assert run.not_trained_on(test) == (test, None)
 
 
-@pytest.mark.parametrize("content", ['{"peft_type": "NOPE"}', "[]", "\udcff"])
+@pytest.mark.parametrize("content", ['{"peft_type": "NOPE"}', '{"peft_type": "SMOA", "base_mod', "[]", "\udcff"])
 def test_a_config_that_this_peft_cannot_read_is_one_error(content: str, tmp_path: Path) -> None:
     (tmp_path / CONFIG_NAME).write_text(content, errors="surrogateescape")
     with pytest.raises(ConfigError, match=r"adapter_config\.json: is missing, damaged or of a method that this PEFT"):
         base_name(tmp_path)
 
 
-def test_a_half_written_config_of_an_adapter_is_one_error(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "SMOA", "base_model_name_or_path": "ba')
-    with pytest.raises(ConfigError, match=r"adapter_config\.json: is not whole JSON .*; save or fetch it again"):
-        base_name(tmp_path)
-
-
 @pytest.mark.parametrize("method", ["smoa", "lora"])
-def test_weights_that_are_damaged_locked_or_of_another_base_are_one_error(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_are_damaged_or_of_another_base_are_one_error(method: str, tmp_path: Path) -> None:
     config = SmoaConfig(target_modules=["q_proj"]) if method == "smoa" else LoraConfig(target_modules=["q_proj"])
     get_peft_model(tiny_models.build("llama"), config).save_pretrained(tmp_path)
     assert isinstance(with_saved_adapter(tiny_models.build("llama"), tmp_path), PeftModel)
@@ -158,10 +142,6 @@ def test_weights_that_are_damaged_locked_or_of_another_base_are_one_error(
     file.write_bytes(file.read_bytes()[:99])
     with pytest.raises(DataError, match=r"adapter_model\.safetensors: is not a whole safetensors file"):
         with_saved_adapter(tiny_models.build("llama"), tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "access", lambda *_: False)  # root may read all files
-        with pytest.raises(DataError, match="this user may not read it; its owner can allow that"):
-            with_saved_adapter(tiny_models.build("llama"), tmp_path)
     file.rename(tmp_path / "adapter_model.bin")
     with pytest.raises(DataError, match="is not a whole safetensors file"):
         with_saved_adapter(tiny_models.build("llama"), tmp_path)

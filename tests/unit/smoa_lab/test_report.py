@@ -57,14 +57,6 @@ def test_how_to_load_the_adapter_is_told(config: Any, code: str, tmp_path: Path)
     assert f'from_pretrained("{run / "adapter"}")' in unescape(page)
 
 
-@pytest.mark.parametrize("content", ['{"config": {', "[1]", "{}"])
-def test_damaged_metrics_are_one_error(content: str, tmp_path: Path) -> None:
-    run = stored_run(tmp_path / "run")
-    (run / "metrics.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"metrics\.json: is damaged \("):
-        report_run(run)
-
-
 def test_of_an_unfinished_run_the_last_checkpoint_and_the_config_are_shown(tmp_path: Path) -> None:
     run = stored_run(tmp_path / "run")
     (run / "metrics.json").unlink()

@@ -18,7 +18,6 @@ from smoa_lab.pages.charts import (
     INK,
     METHODS,
     MUTED,
-    SCALE,
     color_of,
     colors,
     dashes,
@@ -112,7 +111,7 @@ def test_a_picture_is_in_color_on_white_at_twice_its_size(tmp_path: Path) -> Non
     save_picture(chart(), tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as saved:
         size, picture = saved.size, saved.convert("RGB")
-    assert size[0] > 100 * SCALE
+    assert size[0] > 200
     assert picture.getpixel((0, 0)) == (255, 255, 255)
     blue = tuple(int(color_of("smoa")[start : start + 2], 16) for start in (1, 3, 5))
     assert blue in {color for _, color in picture.getcolors(2**16) or []}

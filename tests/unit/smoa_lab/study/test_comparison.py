@@ -249,13 +249,6 @@ def test_a_run_of_another_config_or_on_other_rows_or_another_base_is_refused(
         compared(study).run(["lora"])
 
 
-def test_a_damaged_file_of_a_run_is_named(study: Study, written: WrittenRuns) -> None:
-    compared(study).run(["lora"])
-    (study.folder / "lora" / "lr-2e-3-seed-0" / "metrics.json").write_text('{"config": ')
-    with pytest.raises(ConfigError, match=r"metrics\.json: is damaged .*; delete it to run it again"):
-        compared(study).run(["lora"])
-
-
 def test_rows_that_change_while_a_study_runs_end_it_with_the_first_job(study: Study, written: WrittenRuns) -> None:
     comparison, ran = compared(study), len(written.ran)
     written.digests["data"] = "another"

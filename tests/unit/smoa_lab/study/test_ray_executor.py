@@ -6,7 +6,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import pickle
 import re
 import signal
 import socket
@@ -33,15 +32,7 @@ from smoa_lab.config.run import RunConfig
 from smoa_lab.study import ray_executor
 from smoa_lab.study.comparison import Comparison, Executor
 from smoa_lab.study.plan import Metrics, prepare
-from smoa_lab.study.ray_executor import (
-    Place,
-    RayExecutor,
-    check_machines,
-    connect,
-    equal_share,
-    result_of,
-    work,
-)
+from smoa_lab.study.ray_executor import Place, RayExecutor, connect, equal_share, work
 from smoa_lab.study.study import Job, Study, load_study
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.own_rows import chats, rows_base, write_rows
@@ -50,7 +41,6 @@ from tests.support.studies import ADAPTER
 from tests.support.threads import threads
 
 ray = pytest.importorskip("ray")
-cloudpickle = pytest.importorskip("ray.cloudpickle")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -125,46 +115,22 @@ class FailedError(Exception):
         (
             OSError("The worker died.\nAll about it"),
             DataError,
-            r"^x: its worker died 4 times \(The worker died\.\); wh",
+            r"^lora/lr-1e-2-seed-0: its worker died 4 times \(The worker died\.\); wh",
         ),
     ],
 )
 def test_a_task_that_fails_does_so_in_its_own_words(
-    lonely: SimpleNamespace, raised: Exception, error: type[Exception], message: str
+    lonely: SimpleNamespace, study: Study, raised: Exception, error: type[Exception], message: str
 ) -> None:
     def get(task: object) -> None:
         raise raised
 
     lonely.get, lonely.exceptions = get, SimpleNamespace(RayTaskError=FailedError, RayError=OSError)
+    lonely.wait = lambda tasks: [tasks]
+    executor, job = RayExecutor(study, workers=2), Job("final", "lora", 0.01, 0)
+    executor._ray, executor.running = lonely, {job: None}
     with pytest.raises(error, match=message):
-        result_of(lonely, None, "x")
-
-
-class Task:
-    """A function that is called as Ray does it: pickled here, and unpickled where it runs."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.sent = cloudpickle.dumps(function)
-
-    def options(self, **_: Any) -> Task:
-        return self
-
-    def remote(self, *arguments: Any) -> Any:
-        return pickle.loads(self.sent)(*arguments)
-
-
-@pytest.fixture
-def machines() -> SimpleNamespace:
-    """A cluster of one machine, which is this process, and of one that is gone."""
-    offers = {"NodeID": "1", "Resources": {"CPU": 2.0}}
-    strategies = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: None)
-    return SimpleNamespace(
-        nodes=lambda: [{"Alive": True, **offers}, {"Alive": False, **offers}],
-        remote=Task,
-        get=lambda told: told,
-        util=SimpleNamespace(scheduling_strategies=strategies),
-        exceptions=SimpleNamespace(RayTaskError=(), RayError=()),
-    )
+        executor.next_finished()
 
 
 @pytest.fixture
@@ -177,24 +143,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return Place(str(tmp_path), mark)
 
 
-def test_a_machine_that_cannot_do_the_work_is_named_and_told_what_to_do(
-    machines: SimpleNamespace, place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def assert_refused(message: str) -> None:
-        with pytest.raises(DataError, match=message):
-            check_machines(machines, place)
-
-    check_machines(machines, place)
-    with monkeypatch.context() as patch:
-        for name in ("smoa_lab", ray_executor.__name__):
-            patch.setitem(sys.modules, name, None)
-        cannot = rf"machine-7: {sys.executable} cannot run a study's runs \(.*smoa_lab.*\)"
-        assert_refused(rf"{cannot}; install smoa {smoa.__version__} there with its extra cluster")
-    with monkeypatch.context() as patch:
-        patch.setattr(ray_executor, "smoa", SimpleNamespace(__version__="0.1.0"))
-        assert_refused(rf"machine-7: .* has smoa {smoa.__version__}, and this machine 0\.1\.0; ins")
+def test_a_machine_with_another_smoa_or_without_the_folder_is_named_and_told_what_to_do(place: Place) -> None:
+    place.enter()
+    with pytest.raises(DataError, match=rf"machine-7: .* has smoa {smoa.__version__}, and the command 0\.1\.0; all"):
+        replace(place, version="0.1.0").enter()
     place.mark.unlink()
-    assert_refused("machine-7 does not see what other machines write there")
+    with pytest.raises(DataError, match="machine-7 does not see what other machines write there"):
+        place.enter()
     with pytest.raises(DataError, match="must share this folder, and /no/such/place, under the same path"):
         Place("/no/such/place", place.mark).enter()
 
