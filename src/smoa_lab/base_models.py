@@ -26,6 +26,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -197,6 +198,12 @@ def with_rate(config: RunConfig) -> RunConfig:
         return config
     rate = adapter_rate(empty_model(config.model).num_parameters())
     return config.model_copy(update={"training": {**config.training, "learning_rate": rate}})
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """How many tokens a model takes at once; None where its positions are not limited."""
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 def base_content(wanted: ModelSection) -> str:

@@ -22,7 +22,7 @@ from smoa.errors import ConfigError, DataError
 from smoa.layers.kinds import kind_of
 from smoa.maths.experts import Layout
 from smoa_lab.base_models import empty_model
-from smoa_lab.config.methods import OTHER_LAYERS, find_method
+from smoa_lab.config.methods import OTHER_LAYERS, Method, find_method
 from smoa_lab.config.run import ModelSection
 from smoa_lab.training.adapting import count_trained
 
@@ -110,84 +110,74 @@ def size_method(empty: PreTrainedModel, name: str, adapter: dict[str, Any], budg
     method = find_method(name)
     if method.config_class is None:
         return Sized(name, {}, empty.num_parameters(), "trains all weights")
-    key, trains = method.budget_key, _Trains(empty, name, adapter, method.budget_key)
+    key, counts = method.budget_key, dict[int, float]()
+
+    def count(value: int) -> float:
+        """Infinite where PEFT refuses the value."""
+        if value not in counts:
+            try:
+                counts[value] = _trained(empty, method, {**adapter, str(key): value})
+            except ConfigError:
+                counts[value] = math.inf
+        return counts[value]
+
     try:
         if key is None:
-            found = trains.with_block(adapter)
+            found = _trained(empty, method, adapter)
             return Sized(name, {}, found, f"no whole number sets its size{'' if found else '; needs keys of its own'}")
         if key.endswith("block_size"):  # which divides the sides of every layer
             sides = math.gcd(*(side for shape in shapes_of(empty, (ALL_LINEAR,), name) for side in shape))
-            values: Sequence[int] = [
-                size for size in range(2, sides + 1) if sides % size == 0 and trains.at(size) < math.inf
-            ]
+            divisors = (size for size in range(2, sides + 1) if sides % size == 0)
+            values: Sequence[int] = [size for size in divisors if count(size) < math.inf]
         else:
-            step = next((2**power for power in range(7) if trains.at(2**power) < math.inf), 0)
+            step = next((2**power for power in range(7) if count(2**power) < math.inf), 0)
             values = range(step, step * LARGEST, step) if step else ()
         if not values:
-            trains.with_block({**adapter, key: 8})
+            _trained(empty, method, {**adapter, key: 8})
     except ConfigError as error:
         return Sized(name, note=str(error).removeprefix("adapter: "))
-    place = _last_within(values, trains.at, budget) if values else -1
-    near = [value for value in values[max(0, place - 1) : place + 2] if 0 < trains.at(value) <= MOST * budget]
+    place = _last_within(values, count, budget)
+    near = [value for value in values[max(0, place - 1) : place + 2] if 0 < count(value) <= MOST * budget]
     if not near:
-        least = min((found for found in trains.counts.values() if 0 < found < math.inf), default=0)
+        least = min((found for found in counts.values() if 0 < found < math.inf), default=0)
         return Sized(name, note=f"{key} can't make it so small: it trains {least:,} or more")
-    chosen = min(near, key=lambda value: abs(trains.at(value) - budget))
-    trained = int(trains.at(chosen))
-    if place == len(values) - 1 and trains.at(values[0]) < trained:  # counts of LoKr and others end at whole factors
-        chosen = values[bisect_left(values, True, key=lambda value: trains.at(value) >= trained)]
+    chosen = min(near, key=lambda value: abs(count(value) - budget))
+    trained = int(count(chosen))
+    if place == len(values) - 1 and count(values[0]) < trained:  # counts of LoKr and others end at whole factors
+        chosen = values[bisect_left(values, float(trained), key=count)]
     share = trained / budget
     note = "" if share >= NEAR else f"{share:.0%} of the budget is the nearest that {key} allows"
     return Sized(name, {key: chosen}, trained, note)
 
 
-class _Trains:
-    """What a method trains on an empty model for each value of its budget key, beside the other keys of its block."""
-
-    def __init__(self, empty: PreTrainedModel, name: str, adapter: dict[str, Any], key: str | None) -> None:
-        self.empty, self.name, self.adapter, self.key = empty, name, adapter, key
-        self.device = "meta"
-        self.counts: dict[int, float] = {}
-
-    def at(self, value: int) -> float:
-        """Infinite where PEFT refuses the value."""
-        if value not in self.counts:
-            try:
-                self.counts[value] = self.with_block({**self.adapter, str(self.key): value})
-            except ConfigError:
-                self.counts[value] = math.inf
-        return self.counts[value]
-
-    def with_block(self, block: dict[str, Any]) -> int:
-        """Raises ConfigError where the block is refused."""
-        own = copy.deepcopy(self.empty)
-        try:
-            wanted = find_method(self.name).peft_config(block)
-            assert wanted is not None
-            return count_trained(own if self.device == "meta" else _with_zeros(own), wanted, self.device)
-        except RuntimeError as error:  # of PyTorch: a value of a tensor without data
-            if self.device != "meta" or "no data" in str(error):
-                raise ConfigError("reads the weights when it starts, so it can't be counted without them") from error
-        self.device = "cpu"
-        return self.with_block(block)
+def _trained(empty: PreTrainedModel, method: Method, block: dict[str, Any]) -> int:
+    """What the method trains; one that looks at weights when it starts is given zeros. Raises ConfigError where the
+    block is refused."""
+    wanted = method.peft_config(block)
+    assert wanted is not None
+    try:
+        return count_trained(copy.deepcopy(empty), wanted)
+    except RuntimeError as error:  # of PyTorch: a value of a tensor without data
+        refused = ConfigError("reads the weights when it starts, so it can't be counted without them")
+        if "no data" in str(error):
+            raise refused from error
+    try:
+        return count_trained(_with_zeros(copy.deepcopy(empty)), wanted, "cpu")
+    except RuntimeError as error:
+        raise refused from error
 
 
 def _last_within(values: Sequence[int], count: Callable[[int], float], budget: float) -> int:
     """The place in ``values`` of the largest count up to ``budget``, -1 if there is none. Counts rise or fall all along
     ``values``, most of them in a line."""
-    places = range(len(values))
-
-    def is_within(place: int) -> bool:
-        return place < len(values) and count(values[place]) <= budget
-
     first, second = (count(value) for value in (values[0], values[min(1, len(values) - 1)]))
     if first >= second:
-        place = bisect_left(places, True, key=is_within) if second < first else 0
-        return place if is_within(place) else -1
+        place = bisect_left(values, -budget, key=lambda value: -count(value)) if second < first else 0
+        return place if place < len(values) and count(values[place]) <= budget else -1
     guess = max(0, int((budget - first) / (second - first)))
-    if is_within(guess) and not is_within(guess + 1):
+    if guess + 1 < len(values) and count(values[guess]) <= budget < count(values[guess + 1]):
         return guess
-    return bisect_left(places, True, key=lambda place: not is_within(place)) - 1
+    return bisect_right(values, budget, key=count) - 1
 
 
 def _with_zeros(model: PreTrainedModel) -> PreTrainedModel:

@@ -15,9 +15,8 @@ from transformers import TextStreamer
 
 from smoa.atomic import check_place, write_whole
 from smoa.errors import DataError, SmoaError, nearest
-from smoa_lab.base_models import load_base_model, load_tokenizer, packaged_name, to_device
+from smoa_lab.base_models import load_base_model, load_tokenizer, packaged_name, positions_of, to_device
 from smoa_lab.basics.cache import free_name
-from smoa_lab.basics.positions import positions_of
 from smoa_lab.data.chat_templates import chat_template, stop_at_turns_end
 from smoa_lab.open_run import (
     adapter_config,

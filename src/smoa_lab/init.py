@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smoa.errors import DataError
-from smoa_lab.base_models import empty_model, load_tokenizer
-from smoa_lab.basics.positions import positions_of
+from smoa_lab.base_models import empty_model, load_tokenizer, positions_of
 from smoa_lab.budget import ALL_LINEAR, budget_choice, shapes_of
 from smoa_lab.config.methods import find_method
 from smoa_lab.config.run import ConfigText, Dtype, ModelSection, RunConfig, adapter_rate, check_config, native_dtype

@@ -134,21 +134,19 @@ def inspect(
     """Show size, norm, ranks and spectral coverage of the update of every adapted layer."""
     with reporting():
         from smoa.atomic import check_place, write_whole
-        from smoa_lab.inspect import inspect_layers, layer_table
+        from smoa_lab.inspect import LayerReport, inspect_layers, layer_table
 
         if html is not None:
             check_place(html)
         reports = {place: inspect_layers(place, base) for place in adapters}
         if html is not None:
+            from smoa_lab.basics.cache import free_name
             from smoa_lab.inspect_page import inspection_page
             from smoa_lab.open_run import run_name
 
-            # The run's name instead of ``adapter``; of several with one name, the whole path.
-            names = [run_name(place) for place in reports]
-            by_name = {
-                str(place) if names.count(name) > 1 else name: layers
-                for name, (place, layers) in zip(names, reports.items(), strict=True)
-            }
+            by_name: dict[str, list[LayerReport]] = {}
+            for place, layers in reports.items():
+                by_name[free_name(run_name(place), by_name.__contains__)] = layers
             write_whole(html, inspection_page(f"Inside {', '.join(by_name)}", by_name, layer or []))
             typer.echo(f"Page: {html}", err=True)
         if json:

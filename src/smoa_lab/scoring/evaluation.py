@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from smoa_lab.basics.positions import positions_of
+from smoa_lab.base_models import positions_of
 from smoa_lab.data.encoding import Encoder, Tokens, pad_token
 from smoa_lab.data.general_text import describe, passages
 from smoa_lab.data.rows import Row

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from smoa_lab.basics.positions import prompt_room
+from smoa_lab.base_models import positions_of
 from smoa_lab.data.encoding import pad_token
 from smoa_lab.scoring.losses import left_padded, progress, scoring
 
@@ -22,12 +22,16 @@ def continue_prompts(
 ) -> list[str]:
     """What the model writes after each prompt's token ids, in order; greedy where ``options`` say nothing else.
 
-    Prompt and answer fit the model's positions: a prompt that is too long for that loses its head.
+    Prompt and answer fit the model's positions, at most half of which the answer gets: a prompt that is too long for
+    that loses its head.
     """
     texts: dict[int, str] = {}
     pad = pad_token(tokenizer)
-    room, new_tokens = prompt_room(model.config, new_tokens)
-    if room is not None:  # BOS stays where the prompt begins with it
+    positions = positions_of(model.config)
+    if positions is not None:
+        new_tokens = min(new_tokens, positions // 2)
+        room = positions - new_tokens
+        # BOS stays where the prompt begins with it
         heads = [ids[:1] if ids[:1] == [tokenizer.bos_token_id] else [] for ids in prompts]
         prompts = [
             ids if len(ids) <= room else head + ids[len(ids) - room + len(head) :]

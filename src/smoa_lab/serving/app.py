@@ -30,7 +30,7 @@ from transformers.cli.serving.utils import (
 )
 
 from smoa.errors import ConfigError
-from smoa_lab.basics.positions import positions_of
+from smoa_lab.base_models import positions_of
 from smoa_lab.serving.adapters import Adapters, Served
 from smoa_lab.serving.batching import PoolManager
 from smoa_lab.serving.requests import Asked, AskedChat, AskedText, answer, checked, refusal

@@ -13,9 +13,9 @@ from transformers import BloomConfig, GPT2Config, LlamaConfig
 
 import smoa_lab
 from smoa.errors import LISTED, nearest
+from smoa_lab.base_models import positions_of
 from smoa_lab.basics.cache import cache_folder, free_name
 from smoa_lab.basics.plain import finite, json_text, portable
-from smoa_lab.basics.positions import positions_of, prompt_room
 
 
 def test_the_cache_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,11 +55,6 @@ def test_positions_are_the_configs_own_or_not_limited() -> None:
     assert positions_of(GPT2Config(n_positions=100)) == 100
     assert positions_of(LlamaConfig(max_position_embeddings=100)) == 100
     assert positions_of(BloomConfig()) is None
-
-
-@pytest.mark.parametrize(("positions", "new_tokens", "room"), [(100, 24, (76, 24)), (100, 99, (50, 50))])
-def test_prompt_and_answer_share_the_positions(positions: int, new_tokens: int, room: tuple[int, int]) -> None:
-    assert prompt_room(GPT2Config(n_positions=positions), new_tokens) == room
 
 
 def test_what_is_not_finite_becomes_none_wherever_it_is() -> None:
