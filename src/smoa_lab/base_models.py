@@ -153,6 +153,8 @@ def load_weights(
     """
     source, gguf_file = locate(wanted.name)
     options: dict[str, Any] = dict(wanted.options)
+    if gguf_file and "quantization_config" in options:
+        raise DataError("model.options.quantization_config: a GGUF file is dequantized when loaded; leave it out")
     if gguf_file:
         options |= _dequantize(gguf_file)
     with _explained(wanted):

@@ -16,12 +16,13 @@ from smoa_lab.base_models import described_base
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.open_run import adapter_config
 from smoa_lab.pages.run_card import ANSWERS
-from smoa_lab.pages.run_charts import accuracies, balance, losses
+from smoa_lab.pages.run_charts import losses
 from smoa_lab.pages.tables import score_table, time_text
 from smoa_lab.pages.templates import Figure, code, page, warning
 from smoa_lab.training.run_folder import RunFolder
 
 WHOLE_MODEL = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("PATH")'
+SCORES = "Held-out data; losses are in nats per token."
 UNFINISHED = "The run is not finished. Run the same smoa train again to go on with it."
 
 
@@ -62,8 +63,8 @@ def _shown(folder: RunFolder, method: str) -> tuple[Any, dict[str, list[Any]]]:
         metrics["history"] = state["log_history"]
     loss = losses(metrics["history"], metrics["evaluation"], method)
     return _facts(metrics, method) if folder.finished else warning(UNFINISHED), {
-        "Learned and forgotten": _balance(metrics, method),
-        "Held-out scores": _scores(metrics["evaluation"], method),
+        "Learned and forgotten": _balance(metrics) if folder.finished else [],
+        "Held-out scores": [score_table(metrics["evaluation"], SCORES)] if metrics["evaluation"] else [],
         "Loss": [] if loss is None else [Figure(loss, "Loss by optimizer step.")],
         "Answers before and after": [
             {title: sample[name].strip() or "(nothing)" for name, title in NAMES.items() if name in sample}
@@ -85,25 +86,12 @@ def _facts(metrics: dict[str, Any], method: str) -> str:
     )
 
 
-def _balance(metrics: dict[str, Any], method: str) -> list[Any]:
-    forgot = metrics["forgetting"]
+def _balance(metrics: dict[str, Any]) -> list[str]:
+    gain, forgot = metrics["gain"], metrics["forgetting"]
+    learned = [f"Learned: the loss of held-out rows changed by {gain['loss']:+.3f}."] if gain and gain["loss"] else []
     if not forgot:
-        sentence = "What is forgotten was not measured."
-    elif forgot["change"] is None:
-        sentence = "What is forgotten is not known: the loss on general text is no number. Training diverged."
-    else:
-        sentence = (
-            f"Forgotten: {forgot['change']:+.3f} ± {forgot['stderr']:.3f} nats per token of general text "
-            f"({forgot['text']}, {forgot['tokens']:,} tokens)."
-        )
-    chart = balance(metrics["evaluation"], forgot, method)
-    if chart is not None:
-        return [Figure(chart, sentence)]
-    return [sentence] if forgot else []
-
-
-def _scores(evaluation: dict[str, Any], method: str) -> list[Any]:
-    chart = accuracies(evaluation, method)
-    figures: list[Any] = [] if chart is None else [Figure(chart, "Accuracy before and after training.")]
-    table = score_table(evaluation, "Held-out data; losses are in nats per token.")
-    return [*figures, table] if table.rows else []
+        return [*learned, "What is forgotten was not measured."] if learned else []
+    if forgot["change"] is None:
+        return [*learned, "What is forgotten is not known: the loss on general text is no number. Training diverged."]
+    measured = f"{forgot['change']:+.3f} ± {forgot['stderr']:.3f} nats per token of general text"
+    return [*learned, f"Forgotten: {measured} ({forgot['text']}, {forgot['tokens']:,} tokens)."]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import typing
 from collections.abc import Iterable
 from functools import cache
@@ -11,7 +10,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from transformers import TrainingArguments
-from transformers.quantizers.auto import AutoQuantizationConfig
 
 from smoa.errors import ConfigError, nearest
 from smoa_lab.config.methods import find_method
@@ -28,7 +26,6 @@ def all_problems(
     """Problems of our own blocks, of the method, ``adapter`` and ``training``, which is for ``training_class``."""
     return [
         *block_problems(model, values),
-        *_quantization_problems(values),
         *_method_problems(values),
         *_training_problems(values.get("training"), training_class),
     ]
@@ -110,29 +107,3 @@ def _model_of(target: Any) -> type[BaseModel]:
     hints = typing.get_type_hints(target)
     fields: dict[str, Any] = {field.name: (hints[field.name], None) for field in dataclasses.fields(target)}
     return create_model(target.__name__, __config__=STRICT, **fields)
-
-
-def _quantization_problems(values: dict[str, Any]) -> Iterable[Problem]:
-    """The problems of the quantization that a run's config asks for."""
-    model = values.get("model")
-    options = model.get("options") if isinstance(model, dict) else None
-    if not isinstance(model, dict) or not isinstance(options, dict):
-        return
-    place = ("model", "options", "quantization_config")
-    if place[2] not in options:
-        return
-    if str(model.get("name")).endswith(".gguf"):
-        yield place, "a GGUF file is dequantized when loaded; name a model in float32 or bfloat16"
-    if str(values.get("method")).lower() == "full":
-        yield ("method",), "full trains the weights, and quantized weights cannot be trained; choose an adapter"
-    wanted = options[place[2]]
-    if not isinstance(wanted, dict):
-        yield place, f"must be a block of keys, such as load_in_4bit: true; got {wanted!r}"
-        return
-    try:
-        known = {"quant_method", *inspect.signature(type(AutoQuantizationConfig.from_dict(wanted))).parameters}
-    except (ValueError, TypeError, AttributeError, ImportError) as error:
-        yield place, f"{error}; pip install 'smoa[quantized]'" if isinstance(error, ImportError) else str(error)
-        return
-    for key in wanted.keys() - known:
-        yield (*place, key), f"there is no such key{nearest(key, known)}"

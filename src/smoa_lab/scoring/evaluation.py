@@ -17,7 +17,7 @@ from smoa_lab.data.encoding import Encoder, Tokens, pad_token
 from smoa_lab.data.general_text import describe, passages
 from smoa_lab.data.rows import Row
 from smoa_lab.scoring.generation import continue_prompts
-from smoa_lab.scoring.losses import Losses, proportion, row_losses, score
+from smoa_lab.scoring.losses import Losses, row_losses, score
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,11 @@ class Measured:
     losses: Losses
     right: Sequence[bool] = ()
     rejected: Sequence[float] = ()
+
+    @property
+    def hits(self) -> Losses:
+        """The choices that are right: their mean and its error are those of the accuracy."""
+        return Losses(list(map(float, self.right)), [1] * len(self.right))
 
 
 class Evaluation:
@@ -97,7 +102,7 @@ class Evaluation:
             scores: dict[str, Any] = {"rows": len(losses.nll), "tokens": sum(losses.tokens), "loss": losses.mean}
             scores |= {"loss_stderr": losses.stderr, "perplexity": losses.perplexity}
             if found.right:
-                scores["accuracy"], scores["accuracy_stderr"] = proportion(found.right)
+                scores |= {"accuracy": found.hits.mean, "accuracy_stderr": found.hits.stderr}
                 scores["majority"] = max(Counter(row.label for row in self.rows).values()) / len(self.rows)
             every[stage] = scores
         if margins := self.margins:
@@ -132,11 +137,8 @@ class Evaluation:
         change = after.losses.change_from(before.losses)
         gain = {"loss": change.mean, "loss_stderr": change.stderr}
         if after.right:
-            rises = [late - early for early, late in zip(before.right, after.right, strict=True)]
-            mean = sum(rises) / len(rises)
-            squares = sum((rise - mean) ** 2 for rise in rises)
-            gain["accuracy"] = mean
-            gain["accuracy_stderr"] = math.sqrt(squares / max(1, len(rises) - 1) / len(rises))
+            change = after.hits.change_from(before.hits)
+            gain |= {"accuracy": change.mean, "accuracy_stderr": change.stderr}
         return gain
 
     def lines(self) -> list[dict[str, Any]]:

@@ -75,12 +75,6 @@ class Change:
     stderr: float
 
 
-def proportion(hits: Sequence[bool]) -> tuple[float, float]:
-    """The share of hits and its standard error."""
-    share = sum(hits) / len(hits)
-    return share, math.sqrt(share * (1 - share) / max(1, len(hits) - 1))
-
-
 def _ratio_error(nll: Sequence[float], tokens: Sequence[int]) -> float:
     """The standard error of a ratio of sums."""
     mean, rows = sum(nll) / sum(tokens), len(nll)

@@ -28,10 +28,11 @@ def differences(results: Sequence[Result]) -> Any | None:
     compared: dict[str, list[dict[str, Any]]] = {}
     for one in results:
         title, known = next(iter(one.differences.items()), ("", None))
+        name = name_of(one.method)
         if known is not None and math.isfinite(known.mean):
             compared.setdefault(one.budget, []).append(
                 {
-                    "entry": _full_name(one),
+                    "entry": name if one.entry == name.lower() else f"{name}: {one.entry}",
                     "method": one.method,
                     **{key: getattr(known, key) for key in ("low", "mean", "high")},
                     "difference": known.signed(1, 4),
@@ -48,11 +49,6 @@ def differences(results: Sequence[Result]) -> Any | None:
         for budget, own in compared.items()
     ]
     return alt.vconcat(*plots).resolve_scale(color="independent")
-
-
-def _full_name(one: Result) -> str:
-    name = name_of(one.method)
-    return name if one.entry == name.lower() else f"{name}: {one.entry}"
 
 
 def searches(results: Sequence[Result]) -> Any | None:

@@ -9,8 +9,6 @@ from hashlib import sha256
 from itertools import chain
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.atomic import check_place
@@ -22,7 +20,7 @@ from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.general_text import FINEWIKI, STORY, passages
 from smoa_lab.data.prepared import PreparedRows, Reading, require_good_rows
-from smoa_lab.data.rows import PARTS, row_from_json
+from smoa_lab.data.rows import PARTS
 from smoa_lab.scoring.evaluation import BETA, Evaluation
 from smoa_lab.training.run_folder import RunFolder
 
@@ -47,11 +45,6 @@ class LoadedRun:
         named = {"base": "base model", "forgetting": "forgetting.text"}
         known = {name: self.digests[key] for key, name in named.items() if key in self.digests}
         return {"data": self.data.folder.name, **known}
-
-    def trained_keys(self) -> NDArray[np.uint64]:
-        """The keys of the rows that are trained on, each once, sorted."""
-        rows = self.data.part("train").select_columns("row")
-        return np.unique(np.fromiter((row_from_json(row["row"]).key for row in rows), np.uint64))
 
     def evaluation(self, answers: bool = True, folder: RunFolder | None = None) -> tuple[Evaluation, int | None]:
         """What will be measured on the held-out rows, and how many are left out because the run in ``folder`` was

@@ -21,6 +21,7 @@ from smoa.layers.distributed import from_rank_zero
 from smoa_lab.base_models import described_base, empty_model, to_device, with_rate
 from smoa_lab.basics.plain import finite, portable
 from smoa_lab.config.run import RunConfig
+from smoa_lab.data.rows import row_from_json
 from smoa_lab.pages.run_card import run_card, samples_text
 from smoa_lab.pages.run_charts import draw_run
 from smoa_lab.scoring.evaluation import Evaluation, Forgetting
@@ -177,8 +178,9 @@ def _save(
     draw_run(metrics["history"], metrics["evaluation"], folder.picture, method, title)
     if metrics["samples"]:
         write_whole(folder.samples, f"# {folder.path.resolve().name}\n\n{samples_text(metrics['samples'])}")
+    trained = loaded.data.part("train").select_columns("row")
     with new_file(folder.trained) as file, file.open("wb") as stream:
-        np.save(stream, loaded.trained_keys())
+        np.save(stream, np.unique(np.fromiter((row_from_json(row["row"]).key for row in trained), np.uint64)))
     return _finish(folder, metrics, evaluation)
 
 

@@ -168,8 +168,11 @@ class RunFolder:
                 logger.warning("%s is incomplete and is removed", checkpoint)
                 shutil.rmtree(checkpoint)
                 continue
-            # The Trainer would silently go on without its moments and schedule
-            damaged = [file for file in _state_files(Path(checkpoint)) if not zipfile.is_zipfile(file)]
+            # The Trainer would silently go on without its moments and schedule. DeepSpeed and FSDP have them elsewhere.
+            folder = Path(checkpoint)
+            is_split = any(any(folder.glob(name)) for name in ("global_step*", "optimizer_*", "optimizer.bin"))
+            needed = [] if is_split else [folder / OPTIMIZER_NAME, folder / SCHEDULER_NAME]
+            damaged = [file for file in (*needed, *folder.glob("rng_state*.pth")) if not zipfile.is_zipfile(file)]
             if damaged:
                 raise ConfigError(
                     f"{damaged[0]}: is missing or damaged, so training can't go on as it was (save_only_model leaves "
@@ -242,13 +245,6 @@ class RunFolder:
             logger.removeHandler(handler)
             logger.setLevel(level)
             handler.close()
-
-
-def _state_files(checkpoint: Path) -> list[Path]:
-    """What PyTorch wrote beside the weights. DeepSpeed and FSDP keep the optimizer in a place of their own."""
-    is_split = any(any(checkpoint.glob(name)) for name in ("global_step*", "optimizer_*", "optimizer.bin"))
-    needed = [] if is_split else [checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME]
-    return [*needed, *checkpoint.glob("rng_state*.pth")]
 
 
 def is_first_process() -> bool:

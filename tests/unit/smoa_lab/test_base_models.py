@@ -69,6 +69,10 @@ def test_a_model_that_cannot_be_loaded_is_told_with_what_would_do(tmp_path: Path
     odd = ModelSection(name=str(lab.tiny_base(tmp_path / "base")), options={"load_in_5bit": True})
     for section, told in (
         (ModelSection(name=str(tmp_path)), r"model.name: cannot load .*Give a Hub id, a folder"),
+        (
+            ModelSection(name=str(tmp_path / "tiny.gguf"), options={"quantization_config": {}}),
+            "a GGUF file is dequantized when loaded",
+        ),
         (ModelSection(name="no/such.gguf"), r"'no/such\.gguf': no such file"),
         (ModelSection(name=str(tmp_path / "cut.gguf")), r"model\.name: cannot load .*cut\.gguf"),
         (odd, r"model\.options: cannot load .*load_in_5bit"),

@@ -16,7 +16,7 @@ from smoa import SmoaConfig
 from smoa.files.card import NamedBase
 from smoa_lab.pages.charts import PAPER, values
 from smoa_lab.pages.run_card import run_card, samples_text
-from smoa_lab.pages.run_charts import accuracies, balance, draw_run, losses
+from smoa_lab.pages.run_charts import draw_run, losses
 from smoa_lab.pages.tables import Cell, Table, score_table
 from smoa_lab.pages.templates import Figure, code, page, warning
 from tests.support.runs import stored_metrics
@@ -117,21 +117,6 @@ def test_losses_that_are_no_numbers_are_left_out() -> None:
     diverged = {**ROWS, "after": {"loss": None, "perplexity": None}}
     found = {(row["data"], row["step"]) for row in rows(losses(history, diverged, "smoa"))}
     assert found == {("training", 5), ("training", 10), ("held-out rows", 0)}
-    assert balance(diverged, {"before": 3.0, "after": None}, "smoa") is None
-
-
-def test_what_was_not_measured_is_not_drawn() -> None:
-    assert accuracies({"after": EVALUATION["after"]}, "smoa") is accuracies(ROWS, "smoa") is None
-    assert losses([{"step": 3, "train_loss": 1.0}], {}, "smoa") is None
-    assert balance({}, None, "smoa") is None
-
-
-def test_learned_and_forgotten_stand_in_one_chart() -> None:
-    found = rows(balance(EVALUATION, stored_metrics()["forgetting"], "smoa"))
-    assert {(row["of"], row["label"]) for row in found} == {
-        ("held-out data (learned)", "-1.125"),
-        ("general text (forgot)", "+0.250"),
-    }
 
 
 def test_a_run_has_a_picture_unless_it_logged_nothing(tmp_path: Path) -> None:
