@@ -28,14 +28,11 @@ from smoa_lab.open_run import (
     loading_adapter,
     run_name,
 )
-from smoa_lab.scoring.generation import ends_of
+from smoa_lab.scoring.generation import GREEDY, ends_of
 from smoa_lab.scoring.losses import scoring
 from smoa_lab.training.run_folder import RunFolder
 
 BASE = "base"
-GREEDY: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
-"""Settings that a model may have, for sampling alone."""
-
 
 COMMANDS = {
     "base": ("", "turn the adapter off, or on again"),
@@ -164,7 +161,7 @@ class Chat:
             self.show(text) if text or stream_end else None
         )
         adapter: Any = self.model.disable_adapter() if name == BASE and self.adapter else nullcontext()
-        options = {"temperature": self.temperature} if self.temperature else GREEDY
+        options = {"do_sample": True, "temperature": self.temperature} if self.temperature else GREEDY
         try:
             with scoring(self.model), adapter:
                 self.model.generate(
@@ -173,7 +170,6 @@ class Chat:
                     pad_token_id=self.tokenizer.pad_token_id,
                     eos_token_id=ends_of(self.base_model, self.tokenizer),
                     streamer=streamer,
-                    do_sample=self.temperature > 0,
                     **options,
                 )
         finally:

@@ -15,8 +15,7 @@ from smoa.files.card import loading_code
 from smoa_lab.base_models import described_base
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.open_run import adapter_config
-from smoa_lab.pages.run_card import ANSWERS
-from smoa_lab.pages.run_charts import losses
+from smoa_lab.pages.run_report import ANSWERS, losses
 from smoa_lab.pages.tables import score_table, time_text
 from smoa_lab.pages.templates import Figure, code, page, warning
 from smoa_lab.training.run_folder import RunFolder

@@ -25,6 +25,7 @@ from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
 from smoa_lab.merge import class_name, layers_to_merge, resize_as_saved, untie, with_plain_weights
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, run_name, with_saved_adapter
+from smoa_lab.scoring.generation import GREEDY
 from smoa_lab.scoring.losses import logits_at
 
 logger = logging.getLogger(__name__)
@@ -203,14 +204,13 @@ def _logits(model: Any, ids: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def _greedy(model: Any, ids: Tensor, tokens: int) -> tuple[list[int], list[float]]:
     """The tokens of the greedy continuation, and the gap between the two best logits at each, to the largest one."""
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     output = model.generate(
         input_ids=ids.to(model.device),
         max_new_tokens=tokens,
         return_dict_in_generate=True,
         output_logits=True,
         pad_token_id=model.generation_config.pad_token_id or 0,
-        **options,
+        **GREEDY,
     )
     best = [logits.float().topk(2).values[0] for logits in output.logits]
     largest = max(float(logits.float().abs().max()) for logits in output.logits)

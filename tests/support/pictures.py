@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from smoa_lab.pages import run_charts
+from smoa_lab.pages import run_report
 from smoa_lab.study import report
 
 
@@ -21,6 +21,6 @@ def quick_pictures() -> Iterator[None]:
         file.write_text(json.dumps(chart.to_dict()), encoding="utf-8")
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (run_charts, report):
+        for module in (run_report, report):
             patch.setattr(module, "save_picture", save)
         yield

@@ -65,7 +65,7 @@ class WrittenRuns:
         self.loss: Callable[[RunConfig], float | None] = self.usual_loss
         self.step_seconds = {"smoa": 0.108, "lora": 0.1, "full": 0.2}
         self.parameters = 1000
-        self.digests = {"data": "d", "base": "b", "encoder": "e"}
+        self.digests = {"data": "d", "base": "b", "encoder": "e", "forgetting": "f"}
         self.rows = {"train": 400, "validation": 40, "test": ROWS}
 
     def usual_loss(self, config: RunConfig) -> float | None:

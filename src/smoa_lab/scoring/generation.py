@@ -11,6 +11,9 @@ from smoa_lab.base_models import positions_of
 from smoa_lab.data.encoding import pad_token
 from smoa_lab.scoring.losses import left_padded, progress, scoring
 
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+"""Without what a model's generation config may have for sampling alone."""
+
 
 def continue_prompts(
     model: Any,

@@ -18,7 +18,7 @@ from smoa.atomic import write_whole
 from smoa.errors import ConfigError
 from smoa_lab.basics.plain import json_text, portable
 from smoa_lab.config.run import RunConfig
-from smoa_lab.study.plan import INPUTS, Metrics, Plan, duration
+from smoa_lab.study.plan import Metrics, Plan, duration, other_inputs
 from smoa_lab.study.search import Chosen, best_of, index_of, next_indices, rate, rate_text
 from smoa_lab.study.study import Job, Study
 from smoa_lab.training.run import run, score_untouched
@@ -220,7 +220,7 @@ class Comparison:
         old, new = metrics["config"], portable(self.config(job).model_dump(mode="json"))
         old, new = ({**config, "training": {**config["training"], "output_dir": None}} for config in (old, new))
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        changed += [what for key, what in INPUTS.items() if metrics["digests"].get(key) != self.plan.digests.get(key)]
+        changed += other_inputs(self.plan.digests, metrics["digests"])
         if changed:
             raise ConfigError(
                 f"{self.study.folder / job.name}: was run with other values of {', '.join(sorted(changed))}; move it "

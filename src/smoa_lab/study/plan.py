@@ -137,8 +137,7 @@ def prepare(study: Study, run_all: RunAll | None, minutes: float | None = None, 
         plan = Plan.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
         if plan is not None:
             changed = changes(plan.study, study)
-            now = found["digests"]
-            changed += [f"{what} changed" for key, what in INPUTS.items() if plan.digests.get(key) != now.get(key)]
+            changed += [f"{what} changed" for what in other_inputs(plan.digests, found["digests"])]
             changed += [] if minutes in (None, plan.minutes) else [f"--minutes: {plan.minutes}, now {minutes}"]
             refuse(f"{study.folder}: contains a study that was planned otherwise", changed)
         if run_all is None:
@@ -167,6 +166,11 @@ def prepare(study: Study, run_all: RunAll | None, minutes: float | None = None, 
             plan = fitted(plan, study.tuning.max_runs, left * workers)
         write_whole(file, json_text(plan.model_dump(mode="json")) + "\n")
     return plan
+
+
+def other_inputs(planned: dict[str, str], found: dict[str, str]) -> list[str]:
+    """What is another than planned; an older plan knows nothing of ``forgetting.text``."""
+    return [what for key, what in INPUTS.items() if key in planned and planned[key] != found.get(key)]
 
 
 def check_folder(study: Study) -> None:

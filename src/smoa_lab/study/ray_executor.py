@@ -149,15 +149,13 @@ def connect(address: str | None) -> Any:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init("local", include_dashboard=False, object_store_memory=STORE, **quiet)
         return ray
-    host, _, port = address.rpartition(":")
-    if address != "auto" and (not host or not port.isdecimal() or "/" in host):
-        raise ConfigError(f"--ray-address {address}: must be HOST:PORT, as `ray start --head` prints it, or auto")
     try:
         if address != "auto":
-            socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
-    except (OSError, OverflowError) as error:
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]") or "?", int(port)), PATIENCE).close()
+    except (OSError, ValueError, OverflowError) as error:
         raise ConfigError(
-            f"--ray-address {address}: does not answer ({error}); start the cluster with `ray start --head`"
+            f"--ray-address {address}: does not answer ({error}); give HOST:PORT, as `ray start --head` tells, or auto"
         ) from error
     try:
         ray.init(address, **quiet)

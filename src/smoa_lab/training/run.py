@@ -22,8 +22,7 @@ from smoa_lab.base_models import described_base, empty_model, to_device, with_ra
 from smoa_lab.basics.plain import finite, portable
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.rows import row_from_json
-from smoa_lab.pages.run_card import run_card, samples_text
-from smoa_lab.pages.run_charts import draw_run
+from smoa_lab.pages.run_report import draw_run, run_card, samples_text
 from smoa_lab.scoring.evaluation import Evaluation, Forgetting
 from smoa_lab.training.adapting import check_adapter
 from smoa_lab.training.loaded_run import LoadedRun, load_run

@@ -15,8 +15,7 @@ from PIL import Image
 from smoa import SmoaConfig
 from smoa.files.card import NamedBase
 from smoa_lab.pages.charts import PAPER, values
-from smoa_lab.pages.run_card import run_card, samples_text
-from smoa_lab.pages.run_charts import draw_run, losses
+from smoa_lab.pages.run_report import draw_run, losses, run_card, samples_text
 from smoa_lab.pages.tables import Cell, Table, score_table
 from smoa_lab.pages.templates import Figure, code, page, warning
 from tests.support.runs import stored_metrics

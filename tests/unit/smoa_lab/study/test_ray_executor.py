@@ -71,15 +71,15 @@ def lonely(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return found
 
 
-ADDRESSES = {
-    **dict.fromkeys(("nonsense", "ray://head:10001", ":6379", "head:x"), "must be HOST:PORT"),
-    **dict.fromkeys(("127.0.0.1:1", "[::1]:1", "no-such-host.invalid:1", "127.0.0.1:99999"), "does not answer ("),
-}
-
-
-@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("nonsense", "ray://head:10001", ":6379", "head:x", "127.0.0.1:1", "[::1]:1", "no-such-host.invalid:1"),
+        "127.0.0.1:99999",
+    ],
+)
 def test_an_address_that_is_none_or_does_not_answer_is_named_at_once(lonely: SimpleNamespace, address: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"--ray-address {address}: {ADDRESSES[address]}")):
+    with pytest.raises(ConfigError, match=re.escape(f"--ray-address {address}: does not answer (")):
         connect(address)
 
 
