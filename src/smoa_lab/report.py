@@ -21,7 +21,6 @@ from smoa_lab.pages.templates import Figure, code, page, warning
 from smoa_lab.training.run_folder import RunFolder
 
 WHOLE_MODEL = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("PATH")'
-SCORES = "Held-out data; losses are in nats per token."
 UNFINISHED = "The run is not finished. Run the same smoa train again to go on with it."
 
 
@@ -63,7 +62,9 @@ def _shown(folder: RunFolder, method: str) -> tuple[Any, dict[str, list[Any]]]:
     loss = losses(metrics["history"], metrics["evaluation"], method)
     return _facts(metrics, method) if folder.finished else warning(UNFINISHED), {
         "Learned and forgotten": _balance(metrics) if folder.finished else [],
-        "Held-out scores": [score_table(metrics["evaluation"], SCORES)] if metrics["evaluation"] else [],
+        "Held-out scores": [score_table(metrics["evaluation"], "Losses are in nats per token.")]
+        if metrics["evaluation"]
+        else [],
         "Loss": [] if loss is None else [Figure(loss, "Loss by optimizer step.")],
         "Answers before and after": [
             {title: sample[name].strip() or "(nothing)" for name, title in NAMES.items() if name in sample}

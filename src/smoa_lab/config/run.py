@@ -182,11 +182,6 @@ class RunConfig(Section):
         """The run folder."""
         return Path(self.training["output_dir"])
 
-    @property
-    def validates(self) -> bool:
-        """Whether a validation part is needed while training."""
-        return str(self.training.get("eval_strategy", "no")) != "no"
-
     def to_yaml(self) -> str:
         """The resolved config: every default of ours filled in."""
         return to_yaml(self.model_dump(mode="json"))

@@ -12,15 +12,12 @@ from ruamel.yaml.nodes import MappingNode, Node
 
 from smoa.errors import ConfigError
 
-LONGEST = 10_000
-"""Characters of a line that is written; a long path is not spread over several."""
-
 
 def _yaml() -> Any:
     """Plain Python values; the pure loader, since libyaml's follows YAML 1.1."""
     yaml: Any = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.width = LONGEST
+    yaml.width = 10_000  # characters: a long path is not spread over several lines
     yaml.sort_base_mapping_type_on_output = False
     return yaml
 

@@ -82,14 +82,8 @@ class _OfRequest(CBGenerateManager):
 
     def generate_streaming(self, *args: Any, **options: Any) -> tuple[Any, Any]:
         queue, streamer = super().generate_streaming(*args, **options)
-        tokenizer, stops = _SERVED.get().tokenizer, self._cb.config.stops
-        if options.get("response_parser") is not None:  # what it shows is not the text
-            return queue, streamer
-
-        def whole() -> str:
-            return str(tokenizer.decode(self._cb.written, skip_special_tokens=True))
-
-        return UntilStop(queue, stops or Stops((), tokenizer), self._stopped, whole), streamer
+        stops = self._cb.config.stops
+        return queue if stops is None else UntilStop(queue, stops, self._stopped), streamer
 
     async def generate_non_streaming(self, *args: Any, **options: Any) -> tuple[str, int, list[int]]:
         text, length, written = await super().generate_non_streaming(*args, **options)
@@ -110,7 +104,6 @@ class _Bound:
 
     def __init__(self, manager: PoolManager, key: str) -> None:
         self._manager, self._key = manager, key
-        self.written: list[int] = []
         self._start: Callable[[], object] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -146,11 +139,7 @@ class _Bound:
         return request_id
 
     def register_result_handler(self, request_id: str, callback: Callable[..., None]) -> None:
-        def noted(output: Any) -> None:
-            self.written = output.generated_tokens
-            callback(output)
-
-        self._manager.register_result_handler(request_id, noted)
+        self._manager.register_result_handler(request_id, callback)
         if self._start is not None:
             self._start()
 

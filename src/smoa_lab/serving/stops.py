@@ -38,13 +38,11 @@ class Stops:
 
 class UntilStop:
     """A stream's queue of text that ends before a string of ``stops``, at which it calls ``stopped``; what may be its
-    beginning is held back. At the end comes what the ``whole`` text has more: a part of a character."""
+    beginning is held back."""
 
-    def __init__(
-        self, queue: asyncio.Queue[Any], stops: Stops, stopped: Callable[[], object], whole: Callable[[], str]
-    ) -> None:
-        self._queue, self._stops, self._stopped, self._whole = queue, stops, stopped, whole
-        self._held, self._ready, self._ended, self._taken = "", deque[Any](), False, 0
+    def __init__(self, queue: asyncio.Queue[Any], stops: Stops, stopped: Callable[[], object]) -> None:
+        self._queue, self._stops, self._stopped = queue, stops, stopped
+        self._held, self._ready, self._ended = "", deque[Any](), False
 
     async def get(self) -> Any:
         """The next text, error or end, as the queue has it."""
@@ -59,13 +57,10 @@ class UntilStop:
         return self._ready.popleft()
 
     def _take(self, item: Any) -> None:
-        if item is None and not self._ended:
-            self._take(self._whole()[self._taken :])
         if not isinstance(item, str):
             self._ready += [self._held, item] if self._held else [item]
             self._held = ""
         elif not self._ended:
-            self._taken += len(item)
             text = self._held + item
             before = self._stops.before(text)
             if before is not None:

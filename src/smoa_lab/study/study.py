@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,8 +17,6 @@ from smoa_lab.config.validation import block_problems
 from smoa_lab.study.search import rate_text
 
 Stage = Literal["timing", "rehearsal", "untouched", "search", "final"]
-FILES = ("study.yaml", "plan.json", "chosen.json", "summary.json", "README.md", "index.html", "differences.png")
-"""What a study's folder has beside the folders of its runs."""
 DECIDED = {
     "method": "is what an entry has",
     "adapter": "is what an entry has",
@@ -105,34 +103,32 @@ class Study(Section):
     @model_validator(mode="after")
     def _as_a_whole(self) -> Study:
         """What no block knows by itself."""
-        if problem := next(self._problems(), None):
-            raise ValueError(problem)
-        return self
-
-    def _problems(self) -> Iterator[str]:
         entries = self.entries
         for name in entries:
-            if name in ("", ".", "..", "timing", "untouched", *FILES) or "/" in name or "\\" in name:
-                yield f"entries: {name!r} can't name a folder of runs; choose another name, without slashes"
+            if name in ("", ".", "..", "timing", "untouched") or "/" in name or "\\" in name:
+                raise ValueError(f"entries: {name!r} can't name a folder of runs; choose another name, without slashes")
         unknown = [name for name in self.references if name not in entries]
         if unknown:
-            yield f"references: {', '.join(unknown)} is not an entry; entries: {', '.join(entries)}"
+            raise ValueError(f"references: {', '.join(unknown)} is not an entry; entries: {', '.join(entries)}")
         both = sorted({entry.budget for entry in entries.values()} & entries.keys())
         if both:
-            yield f"entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one"
+            raise ValueError(f"entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one")
         if not isinstance(self.shared.get("model"), dict):
-            yield "shared.model: is missing; an entry's own model block only changes parts of it"
+            raise ValueError("shared.model: is missing; an entry's own model block only changes parts of it")
         if self.tuning.seed in self.seeds:
-            yield f"seeds: {self.tuning.seed} is the seed of the search; final runs take fresh ones"
+            raise ValueError(f"seeds: {self.tuning.seed} is the seed of the search; final runs take fresh ones")
         for name in (name for name, entry in entries.items() if "name" in entry.model):
-            yield f"entries.{name}.model.name: all entries adapt the same base; make another study of the other"
+            raise ValueError(
+                f"entries.{name}.model.name: all entries adapt the same base; make another study of the other"
+            )
         blocks = {"shared": self.shared} | {f"entries.{name}": {"training": e.training} for name, e in entries.items()}
         for place, block in blocks.items():
             given = {*block, *(f"training.{key}" for key in block.get("training") or {})}
             for key in sorted(given & DECIDED.keys()):
-                yield f"{place}.{key}: {DECIDED[key]}; leave it out"
+                raise ValueError(f"{place}.{key}: {DECIDED[key]}; leave it out")
             for key in sorted(given & {f"training.{key}" for key in STEPS}) if place != "shared" else ():
-                yield f"{place}.{key}: all entries take the same steps; set it under shared"
+                raise ValueError(f"{place}.{key}: all entries take the same steps; set it under shared")
+        return self
 
     def chosen(self, only: Sequence[str]) -> list[str]:
         """The entries of these names or budgets, all where none is given; raises ConfigError for unknown ones."""

@@ -80,36 +80,30 @@ class RunFolder:
         """Raise ConfigError if another process trains into the folder, or it contains a finished run, or checkpoints of
         another config, or files that are not of a run, or cannot be written. Nothing is left in it."""
         check_place(self.config)
-        self._check_foreign()
-        if self.lock.is_file() and is_first_process():
-            with self._locked():
+        if self.lock.is_file():
+            with self.alone():
                 pass
-        self._check_content(config_yaml)
+        self._check(config_yaml)
 
-    def _check_content(self, config_yaml: str) -> None:
-        if self.finished:
-            raise ConfigError(f"{self.path}: contains a finished run; choose another training.output_dir or move it")
-        began = self.config.is_file() and get_last_checkpoint(str(self.path)) is not None
-        if began and not self._was_started_by(config_yaml):
-            raise ConfigError(
-                f"{self.path}: contains an unfinished run of another config ({self.config}); "
-                "give the values that it has, also where a default has changed, choose another training.output_dir, or "
-                "remove it"
-            )
-
-    def _check_foreign(self) -> None:
-        """Raise ConfigError if there are files, and not the config of a run: what a run writes and removes would be
-        among them."""
-        began = False
+    def _check(self, config_yaml: str) -> None:
+        is_run = False
         with suppress(OSError, ValueError):  # no file, neither UTF-8 nor YAML
-            began = {"method", "training"} <= parse_yaml(self.config.read_text(encoding="utf-8"), self.config).keys()
-        if not began and is_first_process() and self.path.is_dir():
+            is_run = {"method", "training"} <= parse_yaml(self.config.read_text(encoding="utf-8"), self.config).keys()
+        if not is_run and is_first_process() and self.path.is_dir():  # what a run removes would be among the files
             foreign = [path for path in self.path.iterdir() if path != self.lock and not path.name.startswith(".")]
             if foreign:
                 raise ConfigError(
                     f"{self.path}: is not empty and contains no run of smoa's ({min(foreign).name}); choose another "
                     "training.output_dir"
                 )
+        if self.finished:
+            raise ConfigError(f"{self.path}: contains a finished run; choose another training.output_dir or move it")
+        if is_run and get_last_checkpoint(str(self.path)) is not None and not self._was_started_by(config_yaml):
+            raise ConfigError(
+                f"{self.path}: contains an unfinished run of another config ({self.config}); "
+                "give the values that it has, also where a default has changed, choose another training.output_dir, or "
+                "remove it"
+            )
 
     def start(self, config_yaml: str, inputs: Mapping[str, str] | None = None) -> str | None:
         """Claim the folder for this config; the checkpoint to resume from, if an interrupted run left one.
@@ -120,8 +114,7 @@ class RunFolder:
             ConfigError: the folder contains a finished run, checkpoints of another config or of other inputs, or files
                 not of a run.
         """
-        self._check_foreign()
-        self._check_content(config_yaml)
+        self._check(config_yaml)
         checkpoint = self._last_whole_checkpoint() if self.path.is_dir() else None
         if checkpoint and self.inputs.is_file():
             began_with = json.loads(self.inputs.read_text(encoding="utf-8"))
@@ -201,11 +194,6 @@ class RunFolder:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        with self._locked():
-            yield
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
         lock = FileLock(self.lock)
         try:
             lock.acquire(timeout=0)

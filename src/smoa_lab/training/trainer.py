@@ -60,14 +60,14 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
         chosen = SparseSFTTrainer
     settings: Any = run.base.config.get_text_config()
     routers = getattr(settings, "output_router_logits", None)
-    patience = config.early_stopping
+    patience, validates = config.early_stopping, str(config.training.get("eval_strategy", "no")) != "no"
     callbacks = [ProgressReport(), *([] if patience is None else [EarlyStoppingCallback(patience)])]
     try:
         trainer: Trainer = chosen(
             model=model,
             args=arguments,
             train_dataset=_dataset(run, "train"),
-            eval_dataset=_dataset(run, "validation") if config.validates else None,
+            eval_dataset=_dataset(run, "validation") if validates else None,
             processing_class=run.tokenizer,
             callbacks=callbacks,
         )
