@@ -179,12 +179,7 @@ def _load(
     section: ModelSection, adapter: Path, config: PeftConfig, dtype: Dtype
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The base with plain weights, in the class that the adapter is for and with as many labels and tokens as it has;
-    and what to say of it.
-
-    Raises:
-        DataError: it cannot be loaded.
-        MergeError: it has tensors that the class does not load, or lacks some that the adapter does not have either.
-    """
+    and what to say of it."""
     name, chosen = class_name(config), _class_of(adapter, config)
     saved = load_peft_weights(str(adapter), device="cpu")
     options: dict[str, Any] = dict(section.options)

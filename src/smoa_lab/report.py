@@ -21,7 +21,8 @@ from smoa_lab.pages.templates import Figure, code, page, warning
 from smoa_lab.training.run_folder import RunFolder
 
 WHOLE_MODEL = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("PATH")'
-UNFINISHED = "The run is not finished. Run the same smoa train again to go on with it."
+NAMES = {"question": "Prompt", **ANSWERS}
+"""What a sample's texts are called."""
 
 
 def report_run(place: str | Path, output: Path | None = None) -> Path:
@@ -38,7 +39,24 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
     check_place(file)
     config = parse_yaml(folder.config.read_text(encoding="utf-8"), folder.config)
     method = str(config.get("method", "smoa"))
-    introduction, sections = _shown(folder, method)
+    metrics: dict[str, Any] = {"history": [], "evaluation": {}, "gain": None, "forgetting": None, "samples": []}
+    introduction: Any = warning("The run is not finished. Run the same smoa train again to go on with it.")
+    if folder.finished:
+        metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
+        introduction = _facts(metrics, method)
+    elif (checkpoint := get_last_checkpoint(str(folder.path))) is not None:
+        state = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        metrics["history"] = state["log_history"]
+    loss, evaluation = losses(metrics["history"], metrics["evaluation"], method), metrics["evaluation"]
+    sections: dict[str, list[Any]] = {
+        "Learned and forgotten": _balance(metrics),
+        "Held-out scores": [score_table(evaluation, "Losses are in nats per token.")] if evaluation else [],
+        "Loss": [] if loss is None else [Figure(loss, "Loss by optimizer step.")],
+        "Answers before and after": [
+            {title: sample[name].strip() or "(nothing)" for name, title in NAMES.items() if name in sample}
+            for sample in metrics["samples"]
+        ],
+    }
     sections["Config"] = [code(to_yaml(config))]
     if folder.adapter.is_dir():
         loaded = WHOLE_MODEL
@@ -49,32 +67,6 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
     shown = [(title, parts) for title, parts in sections.items() if parts]
     write_whole(file, page(folder.path.resolve().name, shown, [introduction]))
     return file
-
-
-def _shown(folder: RunFolder, method: str) -> tuple[Any, dict[str, list[Any]]]:
-    """The introduction, and the sections of what was measured."""
-    metrics: dict[str, Any] = {"history": [], "evaluation": {}, "forgetting": None, "samples": []}
-    if folder.finished:
-        metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
-    elif (checkpoint := get_last_checkpoint(str(folder.path))) is not None:
-        state = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        metrics["history"] = state["log_history"]
-    loss = losses(metrics["history"], metrics["evaluation"], method)
-    return _facts(metrics, method) if folder.finished else warning(UNFINISHED), {
-        "Learned and forgotten": _balance(metrics) if folder.finished else [],
-        "Held-out scores": [score_table(metrics["evaluation"], "Losses are in nats per token.")]
-        if metrics["evaluation"]
-        else [],
-        "Loss": [] if loss is None else [Figure(loss, "Loss by optimizer step.")],
-        "Answers before and after": [
-            {title: sample[name].strip() or "(nothing)" for name, title in NAMES.items() if name in sample}
-            for sample in metrics["samples"]
-        ],
-    }
-
-
-NAMES = {"question": "Prompt", **ANSWERS}
-"""What a sample's texts are called."""
 
 
 def _facts(metrics: dict[str, Any], method: str) -> str:

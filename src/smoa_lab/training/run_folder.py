@@ -150,9 +150,6 @@ class RunFolder:
         """The latest checkpoint; one that a kill or a full disk left half-written is removed.
 
         The Trainer writes ``trainer_state.json`` last, so where that is whole everything was.
-
-        Raises:
-            ConfigError: a file that training goes on from was removed since then, or is damaged.
         """
         while checkpoint := get_last_checkpoint(str(self.path)):
             try:

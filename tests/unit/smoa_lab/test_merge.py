@@ -95,12 +95,6 @@ def change(base: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_an_adapter_that_names_no_base_needs_one(adapter: Path, output: Path) -> None:
-    get_peft_model(nn.Sequential(nn.Linear(4, 4)), SmoaConfig(target_modules=["0"])).save_pretrained(adapter)
-    with pytest.raises(ConfigError, match="name it with --base"):
-        merge_run(adapter, output)
-
-
 def test_a_shard_size_that_is_none_is_refused(base: Path, adapter: Path, output: Path) -> None:
     saved(base, adapter)
     with pytest.raises(ConfigError, match="such as 2GB"):
@@ -379,21 +373,6 @@ def test_a_merge_that_fails_is_one_error_and_leaves_nothing_behind(
     saved(base, adapter)
     spoil(base)
     with pytest.raises((DataError, MergeError), match=reason):
-        merge_run(adapter, output)
-    assert sorted(path.name for path in output.parent.iterdir()) == ["adapter", "base"]
-
-
-def test_a_full_disk_leaves_nothing_behind(
-    base: Path, adapter: Path, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved(base, adapter)
-
-    def full(self: PreTrainedModel, folder: Path, **options: Any) -> None:
-        (folder / "model.safetensors").write_text("half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(OSError, match="No space left"):
         merge_run(adapter, output)
     assert sorted(path.name for path in output.parent.iterdir()) == ["adapter", "base"]
 

@@ -19,6 +19,7 @@ from smoa.errors import SmoaError
 from smoa_lab.base_models import empty_model
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import ModelSection
+from tests.support.runs import stored_metrics
 
 OUTSIDE = """
 import sys
@@ -75,7 +76,7 @@ def test_the_folder_of_a_stranger_runs_no_code(
         f"model: {{name: {base}, trust_remote_code: true, {options}}}\nmethod: {method}\n"
         "data: {train: csqa-demo}\ntraining: {use_cpu: true}\n"
     )
-    (run / "metrics.json").write_text("{}")
+    (run / "metrics.json").write_text(json.dumps(stored_metrics()))
     done = CliRunner().invoke(app, command.replace("RUN", "run").split(), input="hi\n")
     assert not ran.exists()
     assert done.exception is None or isinstance(done.exception, SystemExit)
