@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
 from collections.abc import Iterable
 from functools import cache
@@ -10,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from transformers import TrainingArguments
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from smoa.errors import ConfigError, nearest
 from smoa_lab.config.methods import find_method
@@ -26,6 +28,7 @@ def all_problems(
     """Problems of our own blocks, of the method, ``adapter`` and ``training``, which is for ``training_class``."""
     return [
         *block_problems(model, values),
+        *_quantization_problems(values.get("model")),
         *_method_problems(values),
         *_training_problems(values.get("training"), training_class),
     ]
@@ -107,3 +110,21 @@ def _model_of(target: Any) -> type[BaseModel]:
     hints = typing.get_type_hints(target)
     fields: dict[str, Any] = {field.name: (hints[field.name], None) for field in dataclasses.fields(target)}
     return create_model(target.__name__, __config__=STRICT, **fields)
+
+
+def _quantization_problems(model: Any) -> Iterable[Problem]:
+    """What is wrong with the quantization that a run's model asks for; of unknown keys transformers would only warn."""
+    options, place = (
+        model.get("options") if isinstance(model, dict) else None,
+        ("model", "options", "quantization_config"),
+    )
+    if not isinstance(options, dict) or place[2] not in options:
+        return
+    wanted = options[place[2]]
+    try:
+        known = {"quant_method", *inspect.signature(type(AutoQuantizationConfig.from_dict(wanted))).parameters}
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        yield place, f"{error}; give a block of keys, such as load_in_4bit: true"
+        return
+    for key in wanted.keys() - known:
+        yield (*place, key), f"there is no such key{nearest(key, known)}"

@@ -108,3 +108,41 @@ def test_a_training_value_that_the_trainer_would_fail_at_or_pass_over_is_refused
 )
 def test_a_training_value_that_means_none_is_taken(override: str, value: float | None, file: Path) -> None:
     assert load_config(file, [f"training.{override}"]).training[override.partition("=")[0]] == value
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    """A run on a model in NF4."""
+    options = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+    return {
+        "model": {"name": "base", "options": options},
+        "data": {"train": "rows.jsonl"},
+        "training": {"use_cpu": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"quantization_config": True},
+            r"quantization_config: .*; give a block of keys, such as load_in_4bit: true",
+        ),
+        ({"quantization_config": {"load_in_3bit": True}}, r"quantization_config: .*no `quant_method`"),
+        (
+            {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quantype": "nf4"}},
+            r"quantization_config\.bnb_4bit_quantype: there is no such key; did you mean 'bnb_4bit_quant_type'\?",
+        ),
+        (
+            {"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bflot16"}},
+            r"quantization_config: .*bflot16",
+        ),
+    ],
+)
+def test_a_mistaken_quantization_is_told_before_anything_is_loaded(
+    config: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    assert check_config(config).model.options == config["model"]["options"]
+    config["model"]["options"] = options
+    with pytest.raises(ConfigError, match=message):
+        check_config(config)
