@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from accelerate.utils import named_module_tensors
 from torch import Tensor, nn
@@ -153,25 +152,12 @@ def _needs_gathering(parameter: Any) -> UnsupportedModuleError:
 
 
 def partition_to_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """State dict hook: save exact block scales, and under FSDP2 save labels and scales as replicated DTensors."""
+    """State dict hook: under FSDP2, save labels and scales as replicated DTensors."""
     for name, factor in layer.smoa_A.items():
-        if (key := f"{prefix}{SCALE}.{name}") in state_dict:
-            scale = state_dict[key]
-            exact = layer.exact_scales(name)[: scale.numel()].view(scale.shape)
-            if not exact.is_meta and (scale.dtype != exact.dtype or not torch.equal(scale, exact)):
-                state_dict[key] = exact.clone()  # FSDP1 casts buffers in place; safetensors takes no part of a tensor
-        weight = next(factor.parameters())
-        if isinstance(weight, DTensor):
+        if isinstance(weight := next(factor.parameters()), DTensor):
             for key in {f"{prefix}{part}.{name}" for part in PARTITION} & state_dict.keys():
                 placements = [Replicate()] * weight.device_mesh.ndim
                 state_dict[key] = DTensor.from_local(state_dict[key], weight.device_mesh, placements, run_check=False)
-
-
-def partition_from_state_dict(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Load state dict pre-hook: replace the DTensors of `partition_to_state_dict` by plain tensors."""
-    for key in state_dict:
-        if key.startswith(tuple(f"{prefix}{part}." for part in PARTITION)):
-            state_dict[key] = whole(state_dict[key])
 
 
 def plain_name(name: str) -> str:

@@ -15,8 +15,7 @@ from smoa.errors import UnsupportedModuleError
 from smoa.layers.distributed import refuse_partitioned
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.stand_in import StandIn
-from smoa.maths.blocks import Blocks
-from smoa.maths.experts import Layout, Run, Stack, stacked_blocks
+from smoa.maths.experts import Layout, Run, Stack
 from smoa.maths.factors import saved_shapes
 from smoa.maths.update import Update
 
@@ -32,7 +31,6 @@ class ParamWrapper(SmoaLayer):
     """
 
     converted_by_peft = False
-    other_param_names: tuple[str, ...] = (*SmoaLayer.other_param_names, "_stack_blocks")
 
     def __init__(
         self,
@@ -44,7 +42,6 @@ class ParamWrapper(SmoaLayer):
         defer_partition: bool = False,
     ) -> None:
         self.parameter_name = parameter_name
-        self._stack_blocks: dict[str, list[Blocks]] = {}
         self._in_call: dict[int, dict[str, Stack]] = {}
         super().__init__(base_layer, adapter_name, config, key, defer_partition=defer_partition)
 
@@ -60,9 +57,6 @@ class ParamWrapper(SmoaLayer):
     def saved_shapes(self, ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Shapes of A, B, row labels, column labels and block scales in the file of an adapter of these ranks."""
         return saved_shapes(self.layout.shape, ranks, self.layout.count)
-
-    def _derive_orders(self, adapter_name: str, rows: Tensor, cols: Tensor) -> None:
-        self._stack_blocks[adapter_name] = stacked_blocks(rows, cols, len(self.ranks[adapter_name]))
 
     # Weights and updates.
 
@@ -90,17 +84,12 @@ class ParamWrapper(SmoaLayer):
             return self.matrices()
         return self._stacked([self.pristine_matrix(number) for number in range(self.layout.count)])
 
-    def blocks(self, adapter_name: str, number: int = 0) -> Blocks:
-        """The adapter's blocks of one matrix; decided now if they are still pending."""
-        self.decide_partition(adapter_name)
-        return self._stack_blocks[adapter_name][number]
-
     def stack(self, adapter_name: str) -> Stack:
         """The adapter's `Stack`, which forms ΔW of each matrix or applies it to x, given the pristine weights."""
-        self.decide_partition(adapter_name)
+        derived = self.derived(adapter_name)
         A, B = self.factors(adapter_name)
-        ranks, scaling, scale = self.ranks[adapter_name], self.scaling[adapter_name], self.rank_scale(adapter_name)
-        return Stack(A, B, ranks, scaling, scale, self._stack_blocks[adapter_name], self.modulation[adapter_name])
+        ranks, scaling, modulation = self.ranks[adapter_name], self.scaling[adapter_name], self.modulation[adapter_name]
+        return Stack(A, B, ranks, scaling, derived.rank_scale, derived.blocks, modulation)
 
     def updates(self, adapter_name: str) -> list[Update]:
         """The adapter's `Update` of each matrix."""

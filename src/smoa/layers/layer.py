@@ -10,7 +10,6 @@ import warnings
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from operator import is_
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
@@ -20,24 +19,23 @@ from torch import Tensor, nn
 
 from smoa.config import Shape, SmoaConfig
 from smoa.errors import MergeError, PartitionError
-from smoa.layers.buffers import AdapterBuffers, PartitionSpec
 from smoa.layers.distributed import (
     awaits_process_group,
     from_rank_zero,
     gather_for,
     onloaded,
-    partition_from_state_dict,
     partition_to_state_dict,
     placed_like,
     refuse_partitioned,
     refuse_writing,
     whole,
 )
+from smoa.layers.partition import AdapterPartition, AdapterTensors, Derived, PartitionSpec
 from smoa.layers.weight_cache import WeightCache, tensor_state
-from smoa.maths.blocks import UNDECIDED, Blocks, DiagonalBlocks, Orders, ascend, check_labels, check_num_blocks
+from smoa.maths.blocks import Blocks, DiagonalBlocks, check_num_blocks
 from smoa.maths.factors import Factors, Initialization, init_factors, saved_shapes
 from smoa.maths.kernels.operators import is_transformed
-from smoa.maths.scale import DEFAULT_SCALE, ModulationKind, rank_scale
+from smoa.maths.scale import DEFAULT_SCALE, ModulationKind
 from smoa.maths.update import Update
 from smoa.state import chosen_kernels
 
@@ -53,9 +51,8 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
 
     All state except `base_layer` is keyed by adapter name. `smoa_A[name]` is a `Linear(⌈n/K⌉ → r)` and `smoa_B[name]` a
     `Linear(r → ⌈m/K⌉)`, both without bias. Only they, the labels, uint8 (m,) and (n,), and the block scales, float32
-    (K,), are saved. The block scales are the part of s_k that comes from the weight. Derived from labels and scales
-    when those change, and never saved, are the orders of the coordinates, whether the blocks are contiguous, and the
-    scales of blocks and ranks as int32 of the same bits, which no cast of the model's floats rounds.
+    (K,), are saved. The block scales are the part of s_k that comes from the weight. `partitions[name]` decides labels
+    and scales, and has what follows from them.
 
     A layer that holds G matrices of one shape, such as experts, stacks its factors: `Linear(⌈n/K⌉ → G·r)` and
     `Linear(G·r → ⌈m/K⌉)`, r ranks of the first matrix, then r of the second.
@@ -88,17 +85,11 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         "scaling",
         "ranks",
         "modulation",
-        "made_from",
-        "pending_partition",
-        "contiguous",
+        "partitions",
         "smoa_dropout",
         "smoa_row_labels",
         "smoa_col_labels",
         "smoa_block_scale",
-        "smoa_orders",
-        "smoa_scale_bits",
-        "labels_digest",
-        "_derived_from",
     )
 
     def __init__(
@@ -120,19 +111,13 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.ranks: dict[str, tuple[int, ...]] = {}
         self.modulation: dict[str, ModulationKind] = {}
-        self.pending_partition: dict[str, PartitionSpec] = {}
-        self.contiguous: dict[str, bool] = {}
-        self.made_from: dict[str, tuple[SmoaConfig, PartitionSpec]] = {}
-        self.labels_digest: dict[str, int] = {}
+        self.partitions: dict[str, AdapterPartition] = {}
         self.smoa_dropout = nn.ModuleDict()
         self.smoa_A = nn.ModuleDict()
         self.smoa_B = nn.ModuleDict()
-        self.smoa_row_labels = AdapterBuffers()
-        self.smoa_col_labels = AdapterBuffers()
-        self.smoa_block_scale = AdapterBuffers()
-        self.smoa_orders = AdapterBuffers(persistent=False)
-        self.smoa_scale_bits = AdapterBuffers(persistent=False)
-        self._derived_from: dict[str, tuple[tuple[Tensor, ...], list[int]]] = {}
+        self.smoa_row_labels = AdapterTensors()
+        self.smoa_col_labels = AdapterTensors()
+        self.smoa_block_scale = AdapterTensors()
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
@@ -144,8 +129,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self._may_have_gradients = False
         self.out_features, self.in_features = self._weight_shape()
         self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(SmoaLayer.refresh_orders)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(SmoaLayer._derive)  # type: ignore[no-untyped-call]
         self.update_layer(adapter_name, config, module, defer_partition=defer_partition)
 
     def __getattr__(self, name: str) -> Any:
@@ -206,9 +190,10 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self._add_factors(adapter_name, config.init_weights)
         seed = zlib.crc32(f"{torch.initial_seed()} {module}".encode())
         spec = PartitionSpec(config.partition, config.modulation, config.scale or DEFAULT_SCALE, seed)
-        self.made_from[adapter_name] = config, spec
+        stores = self.smoa_row_labels, self.smoa_col_labels, self.smoa_block_scale
+        self.partitions[adapter_name] = AdapterPartition(stores, adapter_name, config, spec, ranks)
         self._add_partition(adapter_name, defer_partition)
-        if config.init_weights is False:
+        if config.init_weights is False and not self.partitions[adapter_name].pending:
             with torch.no_grad():  # a random ΔW has the same size for every scale
                 self.smoa_B[adapter_name].weight.div_(self.rank_scale(adapter_name).flatten())  # type: ignore[operator]
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -235,9 +220,8 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def follow(self, other: SmoaLayer, adapter_name: str) -> None:
         """Use another layer's factors, blocks and scales for an adapter. Both layers have one weight."""
         self.smoa_A[adapter_name], self.smoa_B[adapter_name] = other.smoa_A[adapter_name], other.smoa_B[adapter_name]
-        if adapter_name not in other.pending_partition:
-            self._set_partition(adapter_name, *other._partition(adapter_name))
-            self.pending_partition.pop(adapter_name, None)
+        if not (source := other.partitions[adapter_name]).pending:
+            self.partitions[adapter_name].decide(*source.saved())
         self.tied = other.tied = True
         self._pristine_blocks = other._pristine_blocks  # whichever is merged first overwrites the weight of both
 
@@ -252,46 +236,28 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             if not any(parameter.is_meta for parameter in factor.parameters()):
                 factor.to(device, weight.dtype if weight.is_floating_point() else None)
         if device.type != "meta":  # where accelerate offloads the weight
-            for buffers in self._saved_buffers():
-                buffers[adapter_name] = buffers[adapter_name].to(device)
-            self._derive(adapter_name)
+            self.partitions[adapter_name].move(device)
 
     # Blocks and block scales: decided at injection, at first use, or by a loaded file.
 
-    def _saved_buffers(self) -> tuple[AdapterBuffers, AdapterBuffers, AdapterBuffers]:
-        return self.smoa_row_labels, self.smoa_col_labels, self.smoa_block_scale
-
-    def _partition(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Row labels, column labels and block scales."""
-        rows, cols, scale = (buffers[adapter_name] for buffers in self._saved_buffers())
-        return rows, cols, scale
-
     def changes(self) -> int:
         """How often adapters were added, removed, cast or moved, or their blocks or block scales were replaced."""
-        return self._changes + sum(buffers.replaced for buffers in self._saved_buffers())
-
-    def partition_tensors(self, adapter_names: Sequence[str]) -> list[Tensor | None]:
-        """Row labels, column labels and block scales of some adapters, as they are stored."""
-        stored = [buffers._buffers for buffers in self._saved_buffers()]
-        return [tensors[name] for tensors in stored for name in adapter_names]
+        replaced = self.smoa_row_labels.replaced + self.smoa_col_labels.replaced + self.smoa_block_scale.replaced
+        return self._changes + replaced + sum(partition.derivations for partition in self.partitions.values())
 
     def _add_partition(self, adapter_name: str, defer: bool) -> None:
-        config, spec = self.made_from[adapter_name]
-        device = self.stored_weight().device
-        device = torch.device("cpu") if device.type == "meta" else device
-        rows, cols, scale = self.saved_shapes(self.ranks[adapter_name])[2:]
-        labels = [torch.full(shape, UNDECIDED, dtype=torch.uint8, device=device) for shape in (rows, cols)]
-        self._set_partition(adapter_name, labels[0], labels[1], torch.ones(scale, device=device, dtype=torch.float32))
-        self.pending_partition[adapter_name] = spec
+        own, device = self.partitions[adapter_name], self.stored_weight().device
+        shapes = self.saved_shapes(own.ranks)[2:]
+        own.reserve(shapes, torch.device("cpu") if device.type == "meta" else device)
         if defer:
             return
-        for name, (other, made) in self.made_from.items():
-            same = other is config and made == spec and len(self.ranks[name]) == len(self.ranks[adapter_name])
-            if same and name not in self.pending_partition:  # TRL's reference, to which it copies factors alone
-                self.share_partition(name, adapter_name)
+        for other in self.partitions.values():
+            same = other.config is own.config and other.spec == own.spec and len(other.ranks) == len(own.ranks)
+            if same and not other.pending:  # TRL's reference, to which it copies factors alone
+                own.decide(*other.saved())
                 return
-        if not awaits_process_group() and self._compute_partition(adapter_name):
-            del self.pending_partition[adapter_name]
+        if not awaits_process_group() and (parts := self._computed_partition(own)) is not None:
+            own.decide(*parts)
 
     def decide_partition(self, adapter_name: str) -> None:
         """Compute the blocks of an adapter, unless they have been computed or loaded already.
@@ -301,130 +267,53 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         Raises:
             PartitionError: the base weight is on the meta device.
         """
-        if adapter_name not in self.pending_partition:
+        partition = self.partitions[adapter_name]
+        if not partition.pending:
             return
-        if self.has_valid_labels(adapter_name):  # from a file, or from another process
-            self._derive(adapter_name)
-        elif not self._compute_partition(adapter_name):
+        if partition.is_valid():  # from a file, or from another process
+            partition.pending = False
+        elif (parts := self._computed_partition(partition)) is not None:
+            partition.decide(*parts)
+        else:
             raise PartitionError("the base weight is on the meta device; load the weights before the adapter is used")
-        del self.pending_partition[adapter_name]
 
-    def has_valid_labels(self, adapter_name: str) -> bool:
-        """Whether the adapter's labels are there, and a partition."""
-        rows, cols, _ = self._partition(adapter_name)
-        if rows.device.type == "meta":
-            return False
-        try:
-            for labels in (*rows.view(-1, self.out_features), *cols.view(-1, self.in_features)):
-                check_labels(labels, len(self.ranks[adapter_name]), "labels")
-        except PartitionError:
-            return False
-        return True
-
-    def _compute_partition(self, adapter_name: str) -> bool:
-        """Compute labels and scales from rank 0's weight. Return False if that is on the meta device."""
-        spec, num_blocks = self.pending_partition[adapter_name], len(self.ranks[adapter_name])
+    def _computed_partition(self, partition: AdapterPartition) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Labels and scales by rank 0's weight; None if that is on the meta device."""
         with onloaded([self.get_base_layer()]), gather_params_ctx(self.stored_weight()):  # for DeepSpeed ZeRO-3
             is_meta = self.stored_weight().device.type == "meta"
             weight = None if is_meta else whole(self.pristine_weight())  # for FSDP2
-            parts = from_rank_zero(lambda: None if weight is None else spec.decide(num_blocks, weight))
-        if parts is None:
-            return False
-        self._set_partition(adapter_name, *parts)
-        return True
+            decide = partition.spec.decide
+            return from_rank_zero(lambda: None if weight is None else decide(len(partition.ranks), weight))
 
-    def share_partition(self, source: str, adapter_name: str, with_scale: bool = True) -> None:
-        """Give the adapter the blocks of `source`, which must have as many, and its block scales or scales of 1."""
-        self.decide_partition(source)
-        rows, cols, scale = self._partition(source)
-        self._set_partition(adapter_name, rows, cols, scale if with_scale else torch.ones_like(scale))
-        self.pending_partition.pop(adapter_name, None)
+    def derived(self, adapter_name: str) -> Derived:
+        """What follows from the adapter's labels and block scales; decided now if they are still pending."""
+        self.decide_partition(adapter_name)
+        return self.partitions[adapter_name].derived()
 
-    def _set_partition(self, adapter_name: str, *partition: Tensor) -> None:
-        """Write row labels, column labels and block scales, in place, so that a state dict sees it."""
-        for buffers, tensor in zip(self._saved_buffers(), partition, strict=True):
-            if adapter_name not in buffers or buffers[adapter_name].device.type == "meta":
-                buffers[adapter_name] = tensor.clone()
-            else:
-                buffers[adapter_name].copy_(tensor)
-        self._derive(adapter_name)
-
-    def refresh_orders(self, incompatible_keys: object = None) -> None:
-        """Derive the orders of all adapters again, after labels or block scales were written to or loaded in place."""
-        for adapter_name in self.ranks:
-            self._derive(adapter_name)
-
-    def _derive(self, adapter_name: str) -> None:
-        """Derive orders and scale bits from the adapter's labels and block scales."""
-        rows, cols, _ = saved = self._partition(adapter_name)
-        if rows.is_meta:
-            return
-        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode can't be used in training
-            self._derive_orders(adapter_name, rows, cols)
-            bits = self.exact_scales(adapter_name, derived=False).float().view(torch.int32)
-            if adapter_name in self.smoa_scale_bits and self.smoa_scale_bits[adapter_name].device == bits.device:
-                self.smoa_scale_bits[adapter_name].copy_(bits)  # in place, so that a state dict sees it
-            else:
-                self.smoa_scale_bits[adapter_name] = bits
-        self._derived_from[adapter_name] = saved, versions(saved)
-        self._changes += 1
-
-    def _derive_orders(self, adapter_name: str, rows: Tensor, cols: Tensor) -> None:
-        digest = hash(torch.cat([rows, cols]).cpu().numpy().tobytes())
-        if digest == self.labels_digest.get(adapter_name) and self.smoa_orders[adapter_name].device == rows.device:
-            return  # written to, as DDP does in each forward, but not changed
-        self.smoa_orders[adapter_name] = torch.cat(Orders.of(rows, cols))
-        self.contiguous[adapter_name] = ascend(rows, cols)
-        self.labels_digest[adapter_name] = digest
-
-    def _is_derived(self, adapter_name: str) -> bool:
-        """Whether orders and scale bits hold; makes them again if what they come from was replaced or written to.
-
-        They don't hold if a transform (`torch.func`) has put others in place, of which nothing is kept.
-        """
-        if torch.compiler.is_compiling():
-            return True
-        saved, (known, of_known) = self._partition(adapter_name), self._derived_from[adapter_name]
-        if not all(map(is_, saved, known)) or versions(saved) != of_known:
-            if is_transformed(*saved):
-                return False
-            self._derive(adapter_name)
-        return True
+    def _derive(self, incompatible_keys: object = None) -> None:
+        """Derive anew what was loaded or moved, which a compiled model would not do."""
+        for partition in self.partitions.values():
+            if not partition.pending:
+                partition.derived()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._changes += 1
-        for adapter_name in self.ranks:  # a compiled model would not do so
-            self._is_derived(adapter_name)
+        self._derive()
         return self
 
     def blocks(self, adapter_name: str, number: int = 0) -> Blocks:
-        """The adapter's blocks of one matrix; decided now if they are still pending."""
-        self.decide_partition(adapter_name)
-        kept = self._is_derived(adapter_name)
-        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
-        m, n = shape = self.out_features, self.in_features
-        orders = Orders(*self.smoa_orders[adapter_name].split([m, m, n, n])) if kept else Orders.of(rows, cols)
-        return Blocks(rows, cols, len(self.ranks[adapter_name]), orders, kept and self.contiguous[adapter_name], shape)
+        """The adapter's blocks of one matrix."""
+        return self.derived(adapter_name).blocks[number]
 
     def block_scale(self, adapter_name: str) -> Tensor:
         """Factor of each block's update in addition to α/r: (num_blocks,) float32."""
         self.decide_partition(adapter_name)
-        shape = self.smoa_block_scale[adapter_name].shape
-        return self.exact_scales(adapter_name)[: shape.numel()].view(shape)
+        return self.smoa_block_scale[adapter_name]
 
     def rank_scale(self, adapter_name: str) -> Tensor:
         """`block_scale` of the block that each rank belongs to: (r,) float32."""
-        shape = self.smoa_block_scale[adapter_name].shape
-        return self.exact_scales(adapter_name)[shape.numel() :].view(*shape[:-1], -1)
-
-    def exact_scales(self, adapter_name: str, derived: bool = True) -> Tensor:
-        """The scales of all blocks, then of all ranks, whether or not they are decided yet."""
-        is_traced = torch._C._get_tracing_state() is not None  # a trace has no views of a dtype
-        if derived and not is_traced and self._is_derived(adapter_name):
-            return self.smoa_scale_bits[adapter_name].view(torch.float32)
-        scale = self.smoa_block_scale[adapter_name]
-        return torch.cat([scale.flatten(), rank_scale(scale, self.ranks[adapter_name]).flatten()])
+        return self.derived(adapter_name).rank_scale
 
     # Weights and updates.
 
@@ -465,10 +354,10 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
 
     def update(self, adapter_name: str) -> Update:
         """The adapter's `Update`, which forms ΔW or applies it to x, given the pristine weight."""
-        blocks = self.blocks(adapter_name)
+        derived = self.derived(adapter_name)
         A, B = self.factors(adapter_name)
         ranks, scaling = self.ranks[adapter_name], self.scaling[adapter_name]
-        factors = Factors(A, B, ranks, scaling, self.rank_scale(adapter_name), blocks)
+        factors = Factors(A, B, ranks, scaling, derived.rank_scale, derived.blocks[0])
         return Update(factors, self.modulation[adapter_name], chosen_kernels())
 
     def updates(self, adapter_name: str) -> list[Update]:
@@ -579,7 +468,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         dropout = self.smoa_dropout[adapter_name]
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
         dtype = next(self.smoa_A[adapter_name].parameters()).dtype
-        return self.ranks[adapter_name], self.modulation[adapter_name], p, dtype, self.labels_digest[adapter_name]
+        return self.ranks[adapter_name], self.modulation[adapter_name], p, dtype, self.derived(adapter_name).digest
 
     def onloaded(self, adapter_names: list[str], written: bool = False) -> AbstractContextManager[None]:
         """Load what a branch reads, or a merge writes, if accelerate has offloaded it. The base layer's own call does
@@ -588,7 +477,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         if torch.compiler.is_compiling() or "_hf_hook" not in base.__dict__:
             return nullcontext()
         factors = [part[name] for part in (self.smoa_A, self.smoa_B) for name in adapter_names]
-        return onloaded([base, *self._saved_buffers(), *factors], base if written else None)
+        return onloaded([base, *factors], base if written else None)
 
     def gather(self, *adapter_names: str) -> None:
         """Gather weight and factors, which this layer reads without calling their modules, if ZeRO-3 splits them."""
@@ -614,8 +503,8 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
 
     def state_of_update(self, names: list[str]) -> tuple[Hashable, ...]:
         """Changes when ΔW of one of these adapters does."""
-        buffers = [tensor for name in names for tensor in self._partition(name)]
-        tensors = [self.stored_weight(), *(factor for name in names for factor in self.factors(name)), *buffers]
+        saved = [tensor for name in names for tensor in self.partitions[name].saved()]
+        tensors = [self.stored_weight(), *(factor for name in names for factor in self.factors(name)), *saved]
         return *(self.scaling[name] for name in names), *map(tensor_state, tensors)
 
     # Merging.
@@ -743,11 +632,6 @@ def is_instrumented(module: nn.Module) -> bool:
     """Whether a hook, also one of all modules, or a replaced forward (accelerate's) must see the base layer's call."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook()
-
-
-def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often tensors were written to; of those made in inference mode it is not known."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def linear_weight(linear: nn.Module) -> Tensor:

@@ -100,7 +100,7 @@ class Linear(SmoaLayer):
             return None
         if weight.dtype != x.dtype or weight.requires_grad or is_transformed(x, weight):
             return None
-        blocks = len(self.ranks[adapter_name]), self.contiguous[adapter_name]
+        blocks = len(self.ranks[adapter_name]), self.blocks(adapter_name).is_contiguous
         if prefers_apart(*blocks, device, x.shape[:-1].numel(), chosen_kernels()):
             return None
         return self.update(adapter_name)

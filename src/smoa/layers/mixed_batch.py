@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import is_
 
 import torch
 from torch import Tensor
@@ -101,11 +100,11 @@ class MixedBatch:
             slots = torch.tensor([slot_of[adapter_names[row]] for row in rows], device=device)
             chosen = None if len(rows) == len(adapter_names) else torch.tensor(rows, device=device)
             self.groups.append(MixedGroup(layer, names, chosen, slots))
-        self._layer, self._partition = layer, layer.partition_tensors(self.names)
+        self._layer, self._derived = layer, [layer.derived(name) for name in self.names]
 
     def is_current(self) -> bool:
-        """Whether the labels and block scales are the same tensors as when this was made."""
-        return all(map(is_, self._partition, self._layer.partition_tensors(self.names)))
+        """Whether the labels and block scales are those with which this was made."""
+        return all(self._layer.derived(name) is known for name, known in zip(self.names, self._derived, strict=True))
 
 
 @dataclass(frozen=True)
@@ -194,6 +193,6 @@ class MixedGroup:
         cache = self.layer.open_cache([], self.slots)
         if cache is None:
             return make()
-        digest = self.layer.labels_digest[self.names[0]]
+        digest = self.layer.derived(self.names[0]).digest
         kept = cache.get((DIAGONAL, str(digest)), tensor_state(self.layer.stored_weight()), make)
         return make() if kept is None else kept

@@ -147,13 +147,8 @@ class SmoaModel(BaseTuner, StateDictHooks):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        for name, layer in adapter_layers(model, adapter_name).items():
-            layer.decide_partition(adapter_name)  # in place: the buffers in `state_dict` see it
-            if not layer.has_valid_labels(adapter_name):
-                raise PartitionError(
-                    f"{name}: the labels of {adapter_name!r} are no partition any more, as after averaging buffers; "
-                    "average parameters only: AveragedModel(model, use_buffers=False)"
-                )
+        for layer in adapter_layers(model, adapter_name).values():
+            layer.decide_partition(adapter_name)  # in place: the tensors in `state_dict` see it
         for name, layer in embeddings_of(model).items():
             if isinstance(layer, SmoaLayer):  # PEFT saves its table too
                 layer.unmerge_saved(state_dict, f"{plain_name(name)}.base_layer.")
@@ -179,7 +174,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         for layer in adapter_layers(model, adapter_name).values():
             for parameter in (*layer.smoa_A[adapter_name].parameters(), *layer.smoa_B[adapter_name].parameters()):
                 refuse_writing(parameter)
-            layer.pending_partition.pop(adapter_name, None)
+            layer.partitions[adapter_name].pending = False
         return dict(remapped)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -24,7 +24,7 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-import smoa.layers.buffers
+import smoa.layers.partition
 from smoa import PartitionError, SmoaConfig, make_partition, merged
 from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models, tiny_reader
@@ -145,7 +145,7 @@ def save_adapter(accelerator: Accelerator, model: nn.Module, folder: Path) -> No
 def late_process_group(folder: Path) -> Result:
     """The adapter is injected before there is a process group; must be the first."""
     model = adapted()
-    pending = all(layer.pending_partition for layer in layers(model).values())
+    pending = all(layer.partitions["default"].pending for layer in layers(model).values())
     accelerator = fresh_accelerator()
     model, _, losses = train(accelerator, model)
     return {"pending": pending, "losses": losses, "labels": labels(model)}
@@ -171,9 +171,9 @@ def disagreeing_weights(folder: Path) -> Result:
         calls += 1
         return make_partition(*arguments)
 
-    smoa.layers.buffers.make_partition = counted
+    smoa.layers.partition.make_partition = counted
     model = get_peft_model(base, SmoaConfig(num_blocks=2, target_modules=TARGETS))
-    smoa.layers.buffers.make_partition = make_partition
+    smoa.layers.partition.make_partition = make_partition
     torch.manual_seed(RANK)
     shuffled = get_peft_model(
         tiny_models.build("llama"), SmoaConfig(num_blocks=2, target_modules=TARGETS, partition="random")

@@ -366,10 +366,10 @@ def test_an_adapter_about_to_be_loaded_decomposes_nothing_until_it_is_used() -> 
     with NoDecomposition():
         wrapper = ParamWrapper(base, "default", "down_proj", config, "experts.down_proj", defer_partition=True)
     assert (wrapper.smoa_row_labels["default"] == UNDECIDED).all()
-    assert wrapper.pending_partition
+    assert wrapper.partitions["default"].pending
     wrapper.stack("default")
     assert (wrapper.smoa_row_labels["default"] < K).all()
-    assert not wrapper.pending_partition
+    assert not wrapper.partitions["default"].pending
 
 
 def test_experts_adapted_on_the_meta_device_are_partitioned_once_weights_are_there() -> None:

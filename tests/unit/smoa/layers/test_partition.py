@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from smoa import PartitionError, SmoaConfig, make_partition
 from smoa.files.names import PREFIX
-from smoa.layers import layer as layers
+from smoa.layers import partition
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.kernels.choice import Kernels
 from smoa.state import clear_spectrum_cache
@@ -167,7 +167,7 @@ def test_orders_follow_the_labels(change: str) -> None:
         layer.load_state_dict(other.state_dict())
     else:
         layer.update_layer("other", SmoaConfig(r=4, num_blocks=2, partition="random"))
-        layer.share_partition("other", "default")
+        layer.partitions["default"].decide(*layer.partitions["other"].saved())
         other = layer
     name = "other" if change == "share" else "default"
     found, expected = layer.blocks("default"), other.blocks(name)
@@ -293,7 +293,7 @@ def test_labels_that_happen_to_ascend_are_recognized(monkeypatch: pytest.MonkeyP
     layer, x = contiguous(partition="random", route="apart")
     for side in (layer.smoa_row_labels["default"], layer.smoa_col_labels["default"]):
         side.copy_(side.sort().values)
-    layer.refresh_orders()
+    layer.derived("default")
     with gathers(monkeypatch) as found:
         step(layer, x)
     assert not found
@@ -316,11 +316,10 @@ def test_merging_gathers_nothing_and_is_undone_bit_for_bit(monkeypatch: pytest.M
 def test_labels_are_compared_when_they_change_and_never_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = contiguous()
     compared: list[int] = []
-    original = layers.ascend
-    monkeypatch.setattr(layers, "ascend", lambda *labels: compared.append(1) or original(*labels))
+    original = partition.ascend
+    monkeypatch.setattr(partition, "ascend", lambda *labels: compared.append(1) or original(*labels))
     step(layer, x)
     step(layer, x)
-    layer.load_state_dict(layer.state_dict())  # the same ones
     assert not compared
     layer.load_state_dict({"smoa_row_labels.default": layer.smoa_row_labels["default"].roll(1)}, strict=False)
     step(layer, x)
@@ -335,7 +334,7 @@ def test_a_compiled_layer_computes_the_same(route: Kernels, dtype: torch.dtype) 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert_close(compiled(x), layer(x))
     layer.smoa_row_labels["default"].copy_(layer.smoa_row_labels["default"].roll(1))
-    layer.refresh_orders()
+    layer.derived("default")
     assert_close(compiled(x), layer(x))
 
 

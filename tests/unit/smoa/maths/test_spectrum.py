@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smoa.analysis import update_spectrum
 from smoa.errors import ConfigError
-from smoa.layers.buffers import PartitionSpec
+from smoa.layers.partition import PartitionSpec
 from smoa.maths import spectrum
 from smoa.maths.spectrum import (
     PartitionKind,
