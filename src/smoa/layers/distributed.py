@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from accelerate.utils import named_module_tensors
 from torch import Tensor, nn
@@ -152,12 +153,22 @@ def _needs_gathering(parameter: Any) -> UnsupportedModuleError:
 
 
 def partition_to_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """State dict hook: under FSDP2, save labels and scales as replicated DTensors."""
+    """State dict hook: save exact block scales, and under FSDP2 save labels and scales as replicated DTensors."""
     for name, factor in layer.smoa_A.items():
+        if (scale := state_dict.get(f"{prefix}{SCALE}.{name}")) is not None and scale.dtype != torch.float32:
+            exact = layer.partitions[name].derived().block_scale.clone()  # FSDP1 casts buffers in place
+            state_dict[f"{prefix}{SCALE}.{name}"] = exact
         if isinstance(weight := next(factor.parameters()), DTensor):
             for key in {f"{prefix}{part}.{name}" for part in PARTITION} & state_dict.keys():
                 placements = [Replicate()] * weight.device_mesh.ndim
                 state_dict[key] = DTensor.from_local(state_dict[key], weight.device_mesh, placements, run_check=False)
+
+
+def partition_from_state_dict(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Load state dict pre-hook: replace the DTensors of `partition_to_state_dict` by plain tensors."""
+    for key in state_dict:
+        if key.startswith(tuple(f"{prefix}{part}." for part in PARTITION)):
+            state_dict[key] = whole(state_dict[key])
 
 
 def plain_name(name: str) -> str:

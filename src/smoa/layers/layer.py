@@ -24,13 +24,14 @@ from smoa.layers.distributed import (
     from_rank_zero,
     gather_for,
     onloaded,
+    partition_from_state_dict,
     partition_to_state_dict,
     placed_like,
     refuse_partitioned,
     refuse_writing,
     whole,
 )
-from smoa.layers.partition import AdapterPartition, AdapterTensors, Derived, PartitionSpec
+from smoa.layers.partition import AdapterBuffers, AdapterPartition, Derived, PartitionSpec
 from smoa.layers.weight_cache import WeightCache, tensor_state
 from smoa.maths.blocks import Blocks, DiagonalBlocks, check_num_blocks
 from smoa.maths.factors import Factors, Initialization, init_factors, saved_shapes
@@ -115,9 +116,9 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self.smoa_dropout = nn.ModuleDict()
         self.smoa_A = nn.ModuleDict()
         self.smoa_B = nn.ModuleDict()
-        self.smoa_row_labels = AdapterTensors()
-        self.smoa_col_labels = AdapterTensors()
-        self.smoa_block_scale = AdapterTensors()
+        self.smoa_row_labels = AdapterBuffers()
+        self.smoa_col_labels = AdapterBuffers()
+        self.smoa_block_scale = AdapterBuffers()
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
@@ -129,6 +130,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self._may_have_gradients = False
         self.out_features, self.in_features = self._weight_shape()
         self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(SmoaLayer._derive)  # type: ignore[no-untyped-call]
         self.update_layer(adapter_name, config, module, defer_partition=defer_partition)
 
@@ -308,8 +310,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
 
     def block_scale(self, adapter_name: str) -> Tensor:
         """Factor of each block's update in addition to α/r: (num_blocks,) float32."""
-        self.decide_partition(adapter_name)
-        return self.smoa_block_scale[adapter_name]
+        return self.derived(adapter_name).block_scale
 
     def rank_scale(self, adapter_name: str) -> Tensor:
         """`block_scale` of the block that each rank belongs to: (r,) float32."""

@@ -1,8 +1,7 @@
 """The blocks of an adapter in one layer: how they are decided, where they are kept, and what follows from them.
 
-Labels and block scales are kept in three `AdapterTensors` of the layer, by which they have their names in files. They
-are no buffers, so nothing casts, broadcasts or offloads them. `Derived` follows from them, and is made anew when they
-are written to or replaced.
+Labels and block scales are buffers of the layer, because DeepSpeed saves and `torch.distributed.checkpoint` loads
+parameters and buffers alone. `Derived` follows from them, is no buffer, and is made anew when they change.
 """
 
 from __future__ import annotations
@@ -10,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from smoa.config import SmoaConfig
 from smoa.errors import PartitionError
-from smoa.layers.distributed import whole
 from smoa.maths.blocks import UNDECIDED, Blocks, Orders, ascend, check_labels
 from smoa.maths.experts import stack_partition, stacked_blocks
 from smoa.maths.kernels.operators import is_transformed
@@ -58,114 +56,105 @@ class PartitionSpec:
         return block_scale(self.scale, None if self.modulation == "none" else weight, blocks)
 
 
-class AdapterTensors(nn.Module):
-    """A tensor of each adapter, by the adapter's name, that is moved, saved and loaded with the layer, and never cast.
+class AdapterBuffers(nn.Module):
+    """A tensor of each adapter, by the adapter's name, that moves with the layer and keeps its dtype.
 
-    `state_dict` hands out the tensors themselves. As attributes, `torch.func.functional_call` and
-    `torch.distributed.checkpoint` find them.
+    PEFT casts a `BufferDict` to the base layer's dtype, and moves it to the meta device together with a weight that
+    accelerate offloads. This is none, and stays in memory then.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.tensors: dict[str, Tensor] = {}
         self.replaced = 0
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
+        return self._buffers[name]  # type: ignore[return-value]  # none is None
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self.tensors[name], self.replaced = tensor, self.replaced + 1
+        self._buffers[name], self.replaced = tensor, self.replaced + 1
 
     def __delitem__(self, name: str) -> None:
-        del self.tensors[name]
+        del self._buffers[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.tensors
+        return name in self._buffers
 
-    def __getattr__(self, name: str) -> Any:
-        tensors = self.__dict__.get("tensors", {})
-        return tensors[name] if name in tensors else super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__.get("tensors", {}):
-            self[name] = value
-        else:
-            super().__setattr__(name, value)
-
-    @torch.no_grad()
     def write(self, name: str, values: Tensor) -> None:
         """Write in place, which a state dict sees, or keep a copy where there is nothing to write to."""
-        known = self.tensors.get(name)
-        if known is None or known.is_meta or known.is_inference() or known.shape != values.shape:
-            self[name] = values.clone() if known is None else values.to(known.dtype, copy=True)
+        known = self._buffers.get(name)
+        if known is None or known.is_meta or known.shape != values.shape:
+            self[name] = values.clone()
         else:
             known.copy_(values)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        for name, tensor in self.tensors.items():
-            moved = fn(tensor)
-            if not moved.is_meta:  # where accelerate offloads a weight, labels stay
-                self.tensors[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        for name, tensor in self._buffers.items():
+            moved = fn(tensor)  # type: ignore[arg-type]  # none is None
+            if not moved.is_meta:
+                self._buffers[name] = moved if moved.dtype == self[name].dtype else self[name].to(moved.device)
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination.update({prefix + name: tensor for name, tensor in self.tensors.items()})
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        given = {key.removeprefix(prefix): whole(state_dict[key]) for key in state_dict if key.startswith(prefix)}
-        for name, tensor in self.tensors.items():
-            if name in given and given[name].shape != tensor.shape:
-                shapes = f"{tuple(given[name].shape)} in the file, {tuple(tensor.shape)} in the model"
-                error_msgs.append(f"size mismatch for {prefix}{name}: {shapes}")
-            elif name in given and not given[name].is_meta:
-                self.write(name, given[name])
-        if strict:
-            missing_keys += [prefix + name for name in self.tensors if name not in given]
-            unexpected_keys += [prefix + name for name in given if name not in self.tensors]
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Derived:
     """What follows from an adapter's labels and block scales.
 
     Args:
-        saved: Row labels, column labels and block scales.
+        saved: Row labels, column labels and block scales, as the layer has them.
         versions: How often these had been written to.
-        blocks: Of each matrix of the layer.
+        labels: Copies of the labels.
+        block_scale: The block scales in float32, which FSDP1 may have rounded in the layer.
         rank_scale: The block scale of the block that each rank belongs to, float32 (r,), or (G, r).
+        blocks: Of each matrix of the layer.
         digest: The same for equal labels.
     """
 
     saved: tuple[Tensor, ...]
     versions: list[int]
-    blocks: list[Blocks]
+    labels: tuple[Tensor, ...]
+    block_scale: Tensor
     rank_scale: Tensor
+    blocks: list[Blocks]
     digest: int = 0
 
     @classmethod
     @torch.no_grad()
-    def of(cls, saved: tuple[Tensor, ...], ranks: Sequence[int]) -> Derived:
-        """Sort the labels and compare them, which waits for their device. Called when they change, never in a step."""
+    def of(cls, saved: tuple[Tensor, ...], ranks: Sequence[int], exact: Tensor | None = None) -> Derived:
+        """Sort the labels and compare them, which waits for their device. Called when they change, never in a step.
+
+        Args:
+            saved: As above.
+            ranks: r_k of every block.
+            exact: The block scales before they were rounded, if they were.
+        """
         rows, cols, scale = saved
+        scale = scale.to(torch.float32, copy=True) if exact is None else exact.to(scale.device)
+        kept = saved, versions(saved), (rows.clone(), cols.clone()), scale, rank_scale(scale, ranks)
         if rows.dim() == 2:
-            return cls(saved, versions(saved), stacked_blocks(rows, cols, len(ranks)), rank_scale(scale, ranks))
+            return cls(*kept, stacked_blocks(rows, cols, len(ranks)))
         shape = rows.shape[0], cols.shape[0]
         blocks = Blocks(rows, cols, len(ranks), Orders.of(rows, cols), ascend(rows, cols), shape)
         digest = 0 if rows.is_meta else hash(torch.cat([rows, cols]).cpu().numpy().tobytes())
-        return cls(saved, versions(saved), [blocks], rank_scale(scale, ranks), digest)
+        return cls(*kept, [blocks], digest)
 
-    def holds(self, saved: tuple[Tensor, ...]) -> bool:
-        """Whether this still follows from these tensors."""
-        return all(map(is_, saved, self.saved)) and versions(saved) == self.versions
+    def is_of(self, saved: tuple[Tensor, ...]) -> bool:
+        """Whether these tensors are the same, and nobody has written to them, or are offloaded."""
+        return saved[0].is_meta or (all(map(is_, saved, self.saved)) and versions(saved) == self.versions)
+
+    def equals(self, saved: tuple[Tensor, ...]) -> bool:
+        """Whether other tensors hold the same, as after DDP's broadcasts; they are known from now on then."""
+        rows, cols, scale = saved
+        if rows.device != self.labels[0].device or not self.rounds_to(scale):
+            return False
+        if not torch.equal(rows, self.labels[0]) or not torch.equal(cols, self.labels[1]):
+            return False
+        self.saved, self.versions = saved, versions(saved)
+        return True
+
+    def rounds_to(self, scale: Tensor) -> bool:
+        """Whether these are the block scales in this tensor's dtype."""
+        known = self.block_scale
+        return known.shape == scale.shape and torch.equal(known.to(scale.device, scale.dtype), scale)
 
 
 class AdapterPartition:
@@ -181,7 +170,7 @@ class AdapterPartition:
 
     def __init__(
         self,
-        stores: tuple[AdapterTensors, AdapterTensors, AdapterTensors],
+        stores: tuple[AdapterBuffers, AdapterBuffers, AdapterBuffers],
         name: str,
         config: SmoaConfig,
         spec: PartitionSpec,
@@ -234,19 +223,21 @@ class AdapterPartition:
         Of labels that a transform (`torch.func`) has put in place for a call, nothing is kept. A compiled model doesn't
         look: labels don't change while it runs.
         """
-        if torch.compiler.is_compiling() and self._derived is not None:
-            return self._derived
-        saved = self.saved()
-        if self._derived is None or not self._derived.holds(saved):
-            if self._derived is not None and is_transformed(*saved):
-                rows, cols, scale = saved
-                blocks = self._derived.blocks
-                if rows.dim() == 1:
-                    blocks = [Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols), False, blocks[0].shape)]
-                return Derived(saved, [], blocks, rank_scale(scale, self.ranks))
-            with torch.inference_mode(False):  # what is made in inference mode can't be used in training
-                self._derived = Derived.of(saved, self.ranks)
-            self.derivations += 1
+        known, saved = self._derived, self.saved()
+        if known is not None and (torch.compiler.is_compiling() or known.is_of(saved)):
+            return known
+        rows, cols, scale = saved
+        if known is not None and is_transformed(*saved):
+            blocks = known.blocks
+            if rows.dim() == 1:
+                blocks = [Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols), False, blocks[0].shape)]
+            return Derived(saved, [], (), scale, rank_scale(scale, self.ranks), blocks)
+        if known is not None and known.equals(saved):
+            return known
+        exact = known.block_scale if known is not None and known.rounds_to(scale) else None
+        with torch.inference_mode(False):  # what is made in inference mode can't be used in training
+            self._derived = Derived.of(saved, self.ranks, exact)
+        self.derivations += 1
         return self._derived
 
 

@@ -147,8 +147,13 @@ class SmoaModel(BaseTuner, StateDictHooks):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        for layer in adapter_layers(model, adapter_name).values():
+        for name, layer in adapter_layers(model, adapter_name).items():
             layer.decide_partition(adapter_name)  # in place: the tensors in `state_dict` see it
+            if not layer.partitions[adapter_name].is_valid():
+                raise PartitionError(
+                    f"{name}: the labels of {adapter_name!r} are no partition any more, as after averaging buffers; "
+                    "average parameters only: AveragedModel(model, use_buffers=False)"
+                )
         for name, layer in embeddings_of(model).items():
             if isinstance(layer, SmoaLayer):  # PEFT saves its table too
                 layer.unmerge_saved(state_dict, f"{plain_name(name)}.base_layer.")

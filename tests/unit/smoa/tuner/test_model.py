@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
 
-from smoa import SmoaConfig
+from smoa import PartitionError, SmoaConfig
 from tests.support import tiny_models
 from tests.support.adapted_models import QV, adapted, add_adapter
 from tests.support.layers import (
@@ -220,14 +220,18 @@ def test_an_adapter_is_loaded_whether_or_not_another_is_on_an_embedding(
         assert torch.equal(logits(beside), logits(model))
 
 
-def test_an_average_keeps_the_labels(tiny_llama: PreTrainedModel) -> None:
+def test_an_average_of_buffers_is_not_saved(tiny_llama: PreTrainedModel) -> None:
     model = adapted(tiny_llama, num_blocks=4)
     for use_buffers in (False, True):
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=use_buffers)
         for _ in range(2):
             average.update_parameters(model)
-        assert_close(logits(average.module), logits(model))
-        get_peft_model_state_dict(average.module)
+        if use_buffers:
+            with pytest.raises(PartitionError, match=r"q_proj: the labels of 'default' are no partition any more"):
+                get_peft_model_state_dict(average.module)
+        else:
+            assert_close(logits(average.module), logits(model))
+            get_peft_model_state_dict(average.module)
 
 
 # --- the ways in -----------------------------------------------------------------------------------------------------
