@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smoa.maths.blocks import Blocks
-from smoa.maths.experts import stack_partition, stacked_blocks
+from smoa.maths.experts import stack_partition
 from smoa.maths.scale import ModulationKind, ScaleKind, block_scale
 from smoa.maths.spectrum import PartitionKind, make_partition
 from smoa.state import cached_spectral_scores
@@ -39,9 +39,9 @@ class PartitionSpec:
             blocks = make_partition(weight, num_blocks, *how)
             return blocks.row_labels.cpu(), blocks.col_labels.cpu(), self._block_scale(weight, blocks)
         rows, cols = stack_partition(weight, num_blocks, *how)
-        stacked = stacked_blocks(rows.to(weight.device), cols.to(weight.device), num_blocks)
         matrices = (matrix for expert in weight for matrix in expert)
-        scales = [self._block_scale(matrix, blocks) for matrix, blocks in zip(matrices, stacked, strict=True)]
+        labels = zip(matrices, rows.to(weight.device), cols.to(weight.device), strict=True)
+        scales = [self._block_scale(matrix, Blocks(row, col, num_blocks)) for matrix, row, col in labels]
         return rows, cols, torch.stack(scales)
 
     def _block_scale(self, weight: Tensor, blocks: Blocks) -> Tensor:

@@ -16,8 +16,9 @@ from smoa.layers.distributed import refuse_partitioned
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.stand_in import StandIn
 from smoa.maths.blocks import Blocks
-from smoa.maths.experts import Layout, Run, Stack, stacked_blocks
+from smoa.maths.experts import Layout, Stack
 from smoa.maths.factors import saved_shapes
+from smoa.maths.kernels.grouped import Side
 from smoa.maths.update import Update
 
 _LOCK = threading.Lock()
@@ -32,7 +33,7 @@ class ParamWrapper(SmoaLayer):
     """
 
     converted_by_peft = False
-    other_param_names: tuple[str, ...] = (*SmoaLayer.other_param_names, "_stack_blocks")
+    other_param_names: tuple[str, ...] = (*SmoaLayer.other_param_names, "_sides")
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class ParamWrapper(SmoaLayer):
         defer_partition: bool = False,
     ) -> None:
         self.parameter_name = parameter_name
-        self._stack_blocks: dict[str, list[Blocks]] = {}
+        self._sides: dict[str, tuple[Side, Side]] = {}
         self._in_call: dict[int, dict[str, Stack]] = {}
         super().__init__(base_layer, adapter_name, config, key, defer_partition=defer_partition)
 
@@ -62,7 +63,9 @@ class ParamWrapper(SmoaLayer):
         return saved_shapes(self.layout.shape, ranks, self.layout.count)
 
     def _derive_orders(self, adapter_name: str, rows: Tensor, cols: Tensor) -> None:
-        self._stack_blocks[adapter_name] = stacked_blocks(rows, cols, len(self.ranks[adapter_name]))
+        labels = (side.unflatten(0, (-1, self.layout.halves)) for side in (rows, cols))
+        own, other = (Side.of(side, len(self.ranks[adapter_name])) for side in labels)
+        self._sides[adapter_name] = own, other
 
     # Weights and updates.
 
@@ -92,15 +95,14 @@ class ParamWrapper(SmoaLayer):
 
     def blocks(self, adapter_name: str, number: int = 0) -> Blocks:
         """The adapter's blocks of one matrix; decided now if they are still pending."""
-        self.decide_partition(adapter_name)
-        return self._stack_blocks[adapter_name][number]
+        return self.stack(adapter_name).blocks(number)
 
     def stack(self, adapter_name: str) -> Stack:
         """The adapter's `Stack`, which forms ΔW of each matrix or applies it to x, given the pristine weights."""
         self.decide_partition(adapter_name)
         A, B = self.factors(adapter_name)
         ranks, scaling, scale = self.ranks[adapter_name], self.scaling[adapter_name], self.rank_scale(adapter_name)
-        return Stack(A, B, ranks, scaling, scale, self._stack_blocks[adapter_name], self.modulation[adapter_name])
+        return Stack(A, B, ranks, scaling, scale, *self._sides[adapter_name], self.modulation[adapter_name])
 
     def updates(self, adapter_name: str) -> list[Update]:
         """The adapter's `Update` of each matrix."""
@@ -184,7 +186,7 @@ class ParamWrapper(SmoaLayer):
                 if not self._in_call:
                     del attributes[self.parameter_name]
 
-    def added_output(self, x: Tensor, runs: list[Run], backwards: bool = False) -> Tensor:
+    def added_output(self, x: Tensor, ends: Tensor | int, backwards: bool) -> Tensor:
         """What the adapters of this call add to x (rows, in_features), in the order of the parameter's outputs.
 
         With `backwards` it is `x ΔW`, for x (rows, out_features).
@@ -192,7 +194,10 @@ class ParamWrapper(SmoaLayer):
         matrices, stacks = self.matrices(), self._in_call[threading.get_ident()]
         if backwards:
             matrices, stacks = matrices.mT, {name: stack.transposed() for name, stack in stacks.items()}
-        parts = [stack.apply(self.branch_input(x, name), matrices, runs) for name, stack in stacks.items()]
+        if isinstance(ends, int):
+            matrices, stacks = matrices[ends, None], {name: stack.of_expert(ends) for name, stack in stacks.items()}
+            ends = torch.full((1,), len(x), dtype=torch.int32, device=x.device)
+        parts = [stack.apply(self.branch_input(x, name), matrices, ends) for name, stack in stacks.items()]
         return self.layout.join(sum(parts[1:], parts[0]))
 
     def unload_and_optionally_merge_module(

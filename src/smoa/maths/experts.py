@@ -2,25 +2,25 @@ r"""The updates of a stack of matrices of one shape, such as the experts of a mi
 
     ΔW_g[I_gk, J_gk] = s_gk·(B_gk A_gk) ⊙ W_g[I_gk, J_gk],   g = 0 … G−1   (arXiv:2605.21147)
 
-Every matrix has a partition of its own: `Stack.update(g)` is its `Update`. The matrices share K, the ranks and α/r. A
-product concerns only the matrices that some row of x belongs to. Their diagonal blocks are formed one matrix after the
-other, and formed again for the backward, so that only x and the factors are kept.
+Every matrix has a partition of its own: `Stack.update(g)` is its `Update`. The matrices share K, the ranks and α/r. So
+the blocks of all experts are padded to one shape, and multiplied by one grouped product. They are formed again for the
+backward, so that only x and the factors are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from smoa.maths.blocks import Blocks, Orders
+from smoa.maths.blocks import Blocks, Orders, slices
 from smoa.maths.factors import Factors
-from smoa.maths.kernels.batched import batched_backward, batched_forward
-from smoa.maths.kernels.operators import Gradients, is_transformed, recomputed
+from smoa.maths.kernels.grouped import Grouped, Side
+from smoa.maths.kernels.operators import is_transformed, recomputed
 from smoa.maths.scale import ModulationKind
 from smoa.maths.spectrum import PartitionKind, finite_peak, make_partition
 from smoa.maths.update import Update
@@ -102,13 +102,6 @@ class Layout:
         return (outputs.transpose(1, 2) if self.interleaved else outputs).flatten(1)
 
 
-class Run(NamedTuple):
-    """Neighboring rows of x that belong to one expert."""
-
-    expert: int
-    rows: slice
-
-
 @dataclass(frozen=True, eq=False)
 class Stack:
     """The updates of G = E·H matrices: H of each of E experts, the matrix h of expert e being number e·H + h.
@@ -119,7 +112,8 @@ class Stack:
         ranks: r_k of every block, the same in each matrix.
         scaling: α/r.
         rank_scale: The part of the scale that comes from the weights, (G, r) float32.
-        blocks: Blocks of each matrix.
+        rows: The outputs of each matrix.
+        cols: The inputs of each matrix.
         modulation: As in `Update`.
     """
 
@@ -128,96 +122,65 @@ class Stack:
     ranks: tuple[int, ...]
     scaling: float
     rank_scale: Tensor
-    blocks: Sequence[Blocks]
+    rows: Side
+    cols: Side
     modulation: ModulationKind = "hadamard"
 
-    def slots(self, number: int) -> slice:
-        """The ranks of one matrix."""
-        r = sum(self.ranks)
-        return slice(number * r, (number + 1) * r)
+    def blocks(self, number: int) -> Blocks:
+        """The blocks of one matrix."""
+        rows, cols = (side.labels.flatten(0, 1)[number] for side in (self.rows, self.cols))
+        return Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols))
 
     def update(self, number: int) -> Update:
         """ΔW of one matrix."""
-        slots, of_ranks, blocks = self.slots(number), self.rank_scale[number], self.blocks[number]
-        factors = Factors(self.A[slots], self.B[:, slots], self.ranks, self.scaling, of_ranks, blocks)
+        own = slice(number * sum(self.ranks), (number + 1) * sum(self.ranks))
+        of_ranks, blocks = self.rank_scale[number], self.blocks(number)
+        factors = Factors(self.A[own], self.B[:, own], self.ranks, self.scaling, of_ranks, blocks)
         return Update(factors, self.modulation)
 
     def transposed(self) -> Stack:
         """The updates of the transposed matrices, which are ΔWᵀ."""
-        return replace(self, A=self.B.T, B=self.A.T, blocks=[blocks.transposed() for blocks in self.blocks])
+        return replace(self, A=self.B.T, B=self.A.T, rows=self.cols, cols=self.rows)
 
-    def apply(self, x: Tensor, matrices: Tensor, runs: Sequence[Run]) -> Tensor:
-        """`x ΔWᵀ` with the matrices of each row's expert: (rows, H, out_features), zero for rows outside all runs.
+    def of_expert(self, number: int) -> Stack:
+        """The updates of one expert's matrices."""
+        halves, r, expert = self.rows.order.shape[1], sum(self.ranks), slice(number, number + 1)
+        own, ranks = (slice(number * size, (number + 1) * size) for size in (halves, halves * r))
+        rows, cols = (Side(*(table[expert] for table in side)) for side in (self.rows, self.cols))
+        return replace(self, A=self.A[ranks], B=self.B[:, ranks], rank_scale=self.rank_scale[own], rows=rows, cols=cols)
+
+    def apply(self, x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+        """`x ΔWᵀ` with the matrices of each row's expert: (rows, H, out_features), undefined after the last end.
 
         Differentiable in x and the factors. For the backward it keeps them, and no block of W or ΔW.
 
         Args:
-            x: (rows, in_features).
+            x: (rows, in_features), sorted by expert.
             matrices: Pristine W of all experts, (E, H, out_features, in_features).
-            runs: The rows of each expert.
+            ends: int32 (E,), where the rows of each expert end.
         """
-        route = _OfRuns(tuple(runs))
-        if self.modulation == "none" or is_transformed(x):  # without M, autograd keeps the products of x with A only
-            return route.plain(self, x, matrices)
-        return recomputed(route, self, x, matrices)
+        route = Grouped(ends)
+        return route.plain(self, x, matrices) if is_transformed(x) else recomputed(route, self, x, matrices)
 
+    def by_block(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, Bᵀ and their scale by half, block and expert, (H, K, E, rank, …), padded by zeros; differentiable."""
+        scale = self.rank_scale.to(torch.promote_types(self.A.dtype, torch.float32)) * self.scaling
+        A, B = self._padded(self.A, self.cols), self._padded(self.B.T, self.rows)
+        return A, B, self._by_block(scale.view(-1, 1))
 
-@dataclass(frozen=True)
-class _OfRuns:
-    """The route of a stack: batched products, one matrix after the other."""
+    def _by_block(self, of_ranks: Tensor) -> Tensor:
+        (E, H, K, _), ranks, rank = self.rows.order.shape, self.ranks, max(self.ranks)
+        if len(set(ranks)) > 1:
+            sources = [own.start + i if i < own.stop - own.start else -1 for own in slices(ranks) for i in range(rank)]
+            of_ranks = F.pad(of_ranks.unflatten(0, (E * H, -1)), (0, 0, 0, 1))[:, sources].flatten(0, 1)
+        return of_ranks.view(E, H, K, rank, -1).permute(1, 2, 0, 3, 4)
 
-    runs: tuple[Run, ...]
-
-    def _parts(self, stack: Stack, matrices: Tensor) -> Iterator[tuple[slice, int, int, Update, Tensor]]:
-        """Rows, half, number, update and weight of each matrix that some row belongs to."""
-        halves = matrices.shape[1]
-        for expert, rows in self.runs:
-            for half in range(halves):
-                number = expert * halves + half
-                yield rows, half, number, stack.update(number), matrices[expert, half]
-
-    def _room(self, x: Tensor, *shape: int) -> Tensor:
-        """Room for the rows of x: zero, unless the runs fill all of it."""
-        filled = sum(rows.stop - rows.start for _, rows in self.runs) == len(x)
-        return x.new_empty(len(x), *shape) if filled else x.new_zeros(len(x), *shape)
-
-    def forward(self, stack: Stack, x: Tensor, matrices: Tensor, bias: Tensor | None = None) -> Tensor:
-        output = self._room(x, *matrices.shape[1:3])
-        for rows, half, _, update, matrix in self._parts(stack, matrices):
-            output[rows, half] = batched_forward(update.factors, x[rows], matrix)
-        return output
-
-    def plain(self, stack: Stack, x: Tensor, matrices: Tensor) -> Tensor:
-        output = x.new_zeros(len(x), *matrices.shape[1:3])
-        for rows, half, _, update, matrix in self._parts(stack, matrices):
-            output[rows, half] = update.apply(x[rows], matrix)
-        return output
-
-    def backward(self, stack: Stack, g: Tensor, x: Tensor, matrices: Tensor, needs_x: bool) -> Gradients:
-        grad_x, grad_A, grad_B = self._room(x, x.shape[1]), torch.zeros_like(stack.A), torch.zeros_like(stack.B)
-        for rows, half, number, update, matrix in self._parts(stack, matrices):
-            slots = stack.slots(number)
-            gradients = batched_backward(update.factors, g[rows, half], x[rows], matrix, needs_x)
-            of_x, grad_A[slots], grad_B[:, slots] = gradients
-            if needs_x:
-                grad_x[rows] = of_x if half == 0 else of_x.add_(grad_x[rows])
-        return grad_x, grad_A, grad_B
-
-
-def stacked_blocks(row_labels: Tensor, col_labels: Tensor, num_blocks: int) -> list[Blocks]:
-    """Blocks of each of G matrices; their orders are int32, because there may be many matrices.
-
-    Args:
-        row_labels: uint8 (G, out_features).
-        col_labels: uint8 (G, in_features).
-        num_blocks: K.
-    """
-    orders = [order.int().unbind() for order in Orders.of(row_labels, col_labels)]
-    ascending = [(side[:, 1:] >= side[:, :-1]).all(dim=1) for side in (row_labels, col_labels)]
-    both = ascending[0] & ascending[1]
-    contiguous = [False] * len(both) if both.device.type == "meta" else both.tolist()
-    rows = zip(row_labels.unbind(), col_labels.unbind(), zip(*orders, strict=True), contiguous, strict=True)
-    return [Blocks(row, col, num_blocks, Orders(*order), flag) for row, col, order, flag in rows]
+    def _padded(self, factor: Tensor, side: Side) -> Tensor:
+        own, padding = self._by_block(factor), side.order.shape[3] - factor.shape[1]
+        if larger := side.labels.shape[2] % len(self.ranks):  # the other blocks have a column of padding already
+            first, rest = F.pad(own[:, :larger], (0, padding)), F.pad(own[:, larger:, ..., :-1], (0, padding + 1))
+            return torch.cat([first, rest], 1)
+        return F.pad(own, (0, padding)) if padding else own
 
 
 def stack_partition(

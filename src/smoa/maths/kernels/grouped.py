@@ -1,0 +1,240 @@
+"""Computes `x ΔWᵀ` for a stack of matrices, each with its own rows, in a fixed number of operations.
+
+All blocks are padded to one shape. One product multiplies the rows and blocks of all matrices, grouped by block and
+matrix. It is PyTorch's `grouped_mm`, for float32 and 16 bits on a CPU and a GPU. For anything else, groups of similar
+size are padded to a power of two, which at most doubles their rows, for a batched product.
+
+Nothing waits for the device, unless groups are padded. A CPU forms a part of ΔW at a time, which bounds memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from smoa.maths.blocks import block_sizes, slices
+from smoa.maths.kernels.loops import product_dtype
+from smoa.maths.kernels.operators import Gradients, is_transformed
+
+if TYPE_CHECKING:
+    from smoa.maths.experts import Stack
+
+ALIGNED = 8
+"""Blocks are padded to a multiple of it, because `grouped_mm` wants widths of 16 bytes."""
+MOST_PARTS, PART = 16, 1 << 18
+"""On a CPU, a stack is computed in as many parts at most, of so many entries of ΔW at least."""
+GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)  # since PyTorch 2.10
+
+
+class Side(NamedTuple):
+    """One side of H matrices of each of E experts: its coordinates sorted by block, each block padded to p places.
+
+    Args:
+        labels: uint8 (E, H, size), the block of each coordinate.
+        order: int32 (E, H, K, p), the coordinate at each place; the padding of a block repeats its last one.
+        places: int32 (E, H, size), the place of each coordinate, of K·p.
+    """
+
+    labels: Tensor
+    order: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, num_blocks: int) -> Side:
+        """Sort the coordinates of each matrix, stable."""
+        sizes = block_sizes(labels.shape[-1], num_blocks)
+        p = -(-sizes[0] // ALIGNED) * ALIGNED
+        sources = [[min(own.start + i, own.stop - 1) for i in range(p)] for own in slices(sizes)]
+        places = torch.tensor([k * p + i for k, size in enumerate(sizes) for i in range(size)], device=labels.device)
+        order = torch.argsort(labels, stable=True)
+        return cls(labels, order[..., sources].int(), places[order.argsort()].int())
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """The route of a stack, for rows that are sorted by expert.
+
+    Args:
+        ends: int32 (E,), where the rows of each expert end.
+    """
+
+    ends: Tensor
+
+    def forward(self, stack: Stack, x: Tensor, matrices: Tensor, bias: Tensor | None = None) -> Tensor:
+        output, factors = x.new_zeros(len(x), *matrices.shape[1:3]), stack.by_block()
+        for part in self._parts(stack, x, matrices):
+            A, B, _ = part.own(factors)
+            delta = part.delta(part.entries(), A, B)
+            y = _product(part.sort(x[part.rows], stack.cols), delta.mT, part.ends)
+            del delta
+            output[part.rows] = part.unsort(y, stack.rows).to(x.dtype)
+        return output
+
+    def plain(self, stack: Stack, x: Tensor, matrices: Tensor) -> Tensor:
+        return self.forward(stack, x, matrices)  # which is differentiable
+
+    def backward(self, stack: Stack, g: Tensor, x: Tensor, matrices: Tensor, needs_x: bool) -> Gradients:
+        with torch.enable_grad():
+            leaves = [factor.detach().requires_grad_() for factor in (stack.A, stack.B)]
+            *by_block, of_ranks = replace(stack, A=leaves[0], B=leaves[1]).by_block()
+        grad_A, grad_B = totals = [torch.zeros_like(factor) for factor in by_block]
+        grad_x = torch.zeros_like(x) if needs_x else None
+        for part in self._parts(stack, x, matrices):
+            entries, (A, B, scale) = part.entries(), part.own((*(factor.detach() for factor in by_block), of_ranks))
+            sorted_x = part.sort(x[part.rows], stack.cols)
+            sorted_g = part.sort(g[part.rows].transpose(0, 1)[:, None], stack.rows)
+            grad_delta = _outer(sorted_g, sorted_x, part.ends).to(A.dtype)
+            del sorted_x
+            if entries is not None:
+                grad_delta.mul_(entries)
+            for total, own in zip(totals, (torch.bmm(B, grad_delta), torch.bmm(A, grad_delta.mT) * scale), strict=True):
+                total[:, :, part.experts] = own.view(*total.shape[:2], -1, *total.shape[3:])
+            del grad_delta
+            if grad_x is not None:
+                y = _product(sorted_g, part.delta(entries, A, B), part.ends)
+                grad_x[part.rows] = part.unsort(y, stack.cols).sum(1)
+        of_A, of_B = torch.autograd.grad(by_block, leaves, (grad_A, grad_B))
+        return grad_x, of_A, of_B
+
+    def _parts(self, stack: Stack, x: Tensor, matrices: Tensor) -> Iterator[_Part]:
+        """Parts of the experts; on a GPU one, since only the device knows the ends."""
+        ends, count = self.ends, len(self.ends)
+        if x.device.type != "cpu":
+            ends = torch.cat([ends[:-1], ends.new_full((1,), len(x))])  # a group can't start after the rows of none
+            yield _Part(stack, matrices, slice(0, count), slice(0, len(x)), ends, product_dtype(x.dtype, x.device.type))
+            return
+        stops = [0, *ends.tolist()]
+        hit = [i for i in range(count) if stops[i] < stops[i + 1]]
+        few = len(hit) <= min(MOST_PARTS, count // 2)  # as in decoding
+        number = min(MOST_PARTS, 1 + matrices.numel() // len(stack.ranks) // PART)
+        groups, size = (hit, 1) if few else (range(count), -(-count // number))
+        for own in (groups[i : i + size] for i in range(0, len(groups), size)):
+            first, start, stop = own[0], stops[own[0]], stops[own[-1] + 1]
+            if start < stop:
+                own_ends = ends[first : own[-1] + 1] - start
+                experts = slice(first, own[-1] + 1)
+                yield _Part(stack, matrices, experts, slice(start, stop), own_ends, product_dtype(x.dtype, "cpu"))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """C neighboring experts and their rows. The H·K·C blocks are ordered by half, block and expert.
+
+    Args:
+        stack: The updates of all experts.
+        matrices: W of all experts.
+        experts: Which.
+        rows: Their rows of x.
+        ends_of_rows: int32 (C,), where the rows of each end within `rows`.
+        dtype: Of the products.
+    """
+
+    stack: Stack
+    matrices: Tensor
+    experts: slice
+    rows: slice
+    ends_of_rows: Tensor
+    dtype: torch.dtype
+
+    @cached_property
+    def expert_of_rows(self) -> Tensor:
+        """The expert of each row, int64 (rows,)."""
+        places = torch.arange(self.rows.stop - self.rows.start, device=self.ends_of_rows.device)
+        experts: Tensor = torch.bucketize(places, self.ends_of_rows[:-1], right=True) + self.experts.start
+        return experts
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Where the rows of each block end, int32 (H·K·C,)."""
+        (_, H, K, _), count = self.stack.rows.order.shape, self.rows.stop - self.rows.start
+        blocks = torch.arange(H * K, dtype=torch.int32, device=self.ends_of_rows.device)
+        ends: Tensor = (blocks[:, None] * count + self.ends_of_rows).flatten()
+        return ends
+
+    def own(self, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """A, Bᵀ with the scale, and the scale, float32 or wider, of each block."""
+        wide = torch.promote_types(self.stack.A.dtype, torch.float32)
+        A, B, scale = (factor[:, :, self.experts].flatten(0, 2).to(wide) for factor in factors)
+        return A, B * scale, scale
+
+    def sort(self, x: Tensor, side: Side) -> Tensor:
+        """x (…, rows, size), with or without axes of H and K, sorted by block: (H·K·rows, p)."""
+        index = side.order.permute(1, 2, 0, 3).index_select(2, self.expert_of_rows).long()
+        return x.expand(*index.shape[:3], -1).gather(3, index).flatten(0, 2).to(self.dtype)
+
+    def unsort(self, y: Tensor, side: Side) -> Tensor:
+        """y (H·K·rows, p) in natural order: (rows, H, size)."""
+        index = side.places.index_select(0, self.expert_of_rows).long()
+        by_row: Tensor = y.unflatten(0, (index.shape[1], -1, len(index))).permute(2, 0, 1, 3).flatten(2)
+        return by_row.gather(2, index)
+
+    def entries(self) -> Tensor | None:
+        """The diagonal blocks of W, (H·K·C, p of outputs, p of inputs), or nothing without M."""
+        rows, cols = self.stack.rows, self.stack.cols
+        if self.stack.modulation == "none":
+            return None
+        labels, order, of_cols = (table[self.experts] for table in (rows.labels, rows.order, cols.order))
+        C, H, size = labels.shape
+        number = torch.arange(C * H, device=labels.device).view(C, H, 1)
+        of_rows = (number * order.shape[2] + labels).flatten()  # the block of each row
+        index = of_cols.flatten(0, 2).long().index_select(0, of_rows).view(C, H, size, -1)
+        entries = self.matrices[self.experts].gather(3, index).flatten(0, 2)
+        del index  # twice the bytes of the blocks
+        places = ((number * size).unsqueeze(-1) + order).permute(1, 2, 0, 3)
+        return entries.index_select(0, places.flatten()).view(-1, order.shape[3], of_cols.shape[3])
+
+    def delta(self, entries: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+        """The blocks of ΔW from those of M."""
+        product = torch.bmm(B.mT, A)
+        return (product if entries is None else product.mul_(entries)).to(self.dtype)
+
+
+def _product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """The rows of each group (rows, p) times its matrix (groups, p, q): (rows, q)."""
+    if _has_grouped_mm(a):
+        return grouped_mm(a, b, offs=ends)  # type: ignore[no-any-return, misc]  # it is there
+    output = a.new_empty(len(a), b.shape[2])
+    for groups, rows, valid in _buckets(ends):
+        output[rows] = torch.bmm(_padded(a, rows, valid), b[groups])[valid]
+    return output
+
+
+def _outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """The sum of `aᵀ b` over the rows of each group: (groups, p, q), zero without rows."""
+    if _has_grouped_mm(a):
+        return grouped_mm(a.mT, b, offs=ends)  # type: ignore[no-any-return, misc]  # it is there
+    output = a.new_zeros(len(ends), a.shape[1], b.shape[1])
+    for groups, rows, valid in _buckets(ends):
+        output[groups] = torch.bmm(_padded(a, rows, valid).mT, _padded(b, rows, valid))
+    return output
+
+
+def _has_grouped_mm(a: Tensor) -> bool:
+    """Whether PyTorch groups products of these rows, and here: it can't differentiate them twice, or in transforms."""
+    if grouped_mm is None or a.dtype not in GROUPED_DTYPES or torch.is_grad_enabled() or is_transformed(a):
+        return False
+    return a.device.type == "cpu" or (a.device.type == "cuda" and torch.cuda.get_device_capability(a.device) >= (8, 0))
+
+
+def _buckets(ends: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Groups of similar size: their numbers, their rows, and which of (groups, rows of the largest) are rows."""
+    sizes = ends.diff(prepend=ends.new_zeros(1))
+    powers = torch.where(sizes > 0, sizes.log2().ceil(), -1)
+    for power in powers.unique().tolist():
+        if power >= 0:
+            groups = (powers == power).nonzero()[:, 0]
+            places = torch.arange(2 ** int(power), device=ends.device)
+            valid = places < sizes[groups, None]
+            yield groups, ((ends - sizes)[groups, None] + places)[valid], valid
+
+
+def _padded(a: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
+    padded = a.new_zeros(*valid.shape, a.shape[1])
+    padded[valid] = a[rows]
+    return padded
