@@ -16,9 +16,9 @@ from smoa.layers.distributed import refuse_partitioned
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.stand_in import StandIn
 from smoa.maths.blocks import Blocks
-from smoa.maths.experts import Layout, Stack
+from smoa.maths.experts import Layout
 from smoa.maths.factors import saved_shapes
-from smoa.maths.kernels.grouped import Side
+from smoa.maths.stack import Side, Stack
 from smoa.maths.update import Update
 
 _LOCK = threading.Lock()

@@ -1,10 +1,15 @@
-"""Computes `x ΔWᵀ` for a stack of matrices, each with its own rows, in a fixed number of operations.
+r"""The updates of a stack of matrices of one shape, such as the experts of a mixture, each with rows of its own:
 
-All blocks are padded to one shape. One product multiplies the rows and blocks of all matrices, grouped by block and
-matrix. It is PyTorch's `grouped_mm`, for float32 and 16 bits on a CPU and a GPU. For anything else, groups of similar
-size are padded to a power of two, which at most doubles their rows, for a batched product.
+    ΔW_g[I_gk, J_gk] = s_gk·(B_gk A_gk) ⊙ W_g[I_gk, J_gk],   g = 0 … G−1   (arXiv:2605.21147)
 
-Nothing waits for the device, unless groups are padded. A CPU forms a part of ΔW at a time, which bounds memory.
+Every matrix has a partition of its own: `Stack.update(g)` is its `Update`. The matrices share K, the ranks and α/r. So
+all blocks are padded to one shape, and one product multiplies the rows and blocks of all matrices, grouped by block and
+matrix: the number of operations doesn't grow with G. The product is PyTorch's `grouped_mm`, for float32 and 16 bits on
+a CPU and a GPU. For anything else, groups of similar size are padded to a power of two, which at most doubles their
+rows, for a batched product.
+
+Nothing waits for the device, unless groups are padded. The blocks of ΔW are formed again for the backward, so that only
+x and the factors are kept. A CPU forms those of a part of the matrices at a time, which bounds memory.
 """
 
 from __future__ import annotations
@@ -12,17 +17,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from smoa.maths.blocks import block_sizes, slices
+from smoa.maths.blocks import Blocks, Orders, block_sizes, slices
+from smoa.maths.factors import Factors
 from smoa.maths.kernels.loops import product_dtype
-from smoa.maths.kernels.operators import Gradients, is_transformed
-
-if TYPE_CHECKING:
-    from smoa.maths.experts import Stack
+from smoa.maths.kernels.operators import Gradients, is_transformed, recomputed
+from smoa.maths.scale import ModulationKind
+from smoa.maths.update import Update
 
 ALIGNED = 8
 """Blocks are padded to a multiple of it, because `grouped_mm` wants widths of 16 bytes."""
@@ -56,8 +62,89 @@ class Side(NamedTuple):
         return cls(labels, order[..., sources].int(), places[order.argsort()].int())
 
 
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The updates of G = E·H matrices: H of each of E experts, the matrix h of expert e being number e·H + h.
+
+    Args:
+        A: (G·r, ⌈n/K⌉), r ranks of the first matrix, then r of the second.
+        B: (⌈m/K⌉, G·r).
+        ranks: r_k of every block, the same in each matrix.
+        scaling: α/r.
+        rank_scale: The part of the scale that comes from the weights, (G, r) float32.
+        rows: The outputs of each matrix.
+        cols: The inputs of each matrix.
+        modulation: As in `Update`.
+    """
+
+    A: Tensor
+    B: Tensor
+    ranks: tuple[int, ...]
+    scaling: float
+    rank_scale: Tensor
+    rows: Side
+    cols: Side
+    modulation: ModulationKind = "hadamard"
+
+    def blocks(self, number: int) -> Blocks:
+        """The blocks of one matrix."""
+        rows, cols = (side.labels.flatten(0, 1)[number] for side in (self.rows, self.cols))
+        return Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols))
+
+    def update(self, number: int) -> Update:
+        """ΔW of one matrix."""
+        own = slice(number * sum(self.ranks), (number + 1) * sum(self.ranks))
+        of_ranks, blocks = self.rank_scale[number], self.blocks(number)
+        factors = Factors(self.A[own], self.B[:, own], self.ranks, self.scaling, of_ranks, blocks)
+        return Update(factors, self.modulation)
+
+    def transposed(self) -> Stack:
+        """The updates of the transposed matrices, which are ΔWᵀ."""
+        return replace(self, A=self.B.T, B=self.A.T, rows=self.cols, cols=self.rows)
+
+    def of_expert(self, number: int) -> Stack:
+        """The updates of one expert's matrices."""
+        halves, r, expert = self.rows.order.shape[1], sum(self.ranks), slice(number, number + 1)
+        own, ranks = (slice(number * size, (number + 1) * size) for size in (halves, halves * r))
+        rows, cols = (Side(*(table[expert] for table in side)) for side in (self.rows, self.cols))
+        return replace(self, A=self.A[ranks], B=self.B[:, ranks], rank_scale=self.rank_scale[own], rows=rows, cols=cols)
+
+    def apply(self, x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+        """`x ΔWᵀ` with the matrices of each row's expert: (rows, H, out_features), undefined after the last end.
+
+        Differentiable in x and the factors. For the backward it keeps them, and no block of W or ΔW.
+
+        Args:
+            x: (rows, in_features), sorted by expert.
+            matrices: Pristine W of all experts, (E, H, out_features, in_features).
+            ends: int32 (E,), where the rows of each expert end.
+        """
+        route = _Grouped(ends)
+        return route.plain(self, x, matrices) if is_transformed(x) else recomputed(route, self, x, matrices)
+
+    def by_block(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, Bᵀ and their scale by half, block and expert, (H, K, E, rank, …), padded by zeros; differentiable."""
+        scale = self.rank_scale.to(torch.promote_types(self.A.dtype, torch.float32)) * self.scaling
+        A, B = self._padded(self.A, self.cols), self._padded(self.B.T, self.rows)
+        return A, B, self._by_block(scale.view(-1, 1))
+
+    def _by_block(self, of_ranks: Tensor) -> Tensor:
+        (E, H, K, _), ranks, rank = self.rows.order.shape, self.ranks, max(self.ranks)
+        if len(set(ranks)) > 1:
+            sources = [own.start + i if i < own.stop - own.start else -1 for own in slices(ranks) for i in range(rank)]
+            of_ranks = F.pad(of_ranks.unflatten(0, (E * H, -1)), (0, 0, 0, 1))[:, sources].flatten(0, 1)
+        return of_ranks.view(E, H, K, rank, -1).permute(1, 2, 0, 3, 4)
+
+    def _padded(self, factor: Tensor, side: Side) -> Tensor:
+        own, padding = self._by_block(factor), side.order.shape[3] - factor.shape[1]
+        if larger := side.labels.shape[2] % len(self.ranks):  # the other blocks have a column of padding already
+            first, rest = F.pad(own[:, :larger], (0, padding)), F.pad(own[:, larger:, ..., :-1], (0, padding + 1))
+            return torch.cat([first, rest], 1)
+        return F.pad(own, (0, padding)) if padding else own
+
+
 @dataclass(frozen=True)
-class Grouped:
+class _Grouped:
     """The route of a stack, for rows that are sorted by expert.
 
     Args:
