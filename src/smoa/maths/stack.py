@@ -45,11 +45,13 @@ class Side(NamedTuple):
         labels: uint8 (E, H, size), the block of each coordinate.
         order: int32 (E, H, K, p), the coordinate at each place; the padding of a block repeats its last one.
         places: int32 (E, H, size), the place of each coordinate, of K·p.
+        is_sorted: Whether each coordinate is at its own place in all matrices.
     """
 
     labels: Tensor
     order: Tensor
     places: Tensor
+    is_sorted: bool
 
     @classmethod
     def of(cls, labels: Tensor, num_blocks: int) -> Side:
@@ -59,7 +61,11 @@ class Side(NamedTuple):
         sources = [[min(own.start + i, own.stop - 1) for i in range(p)] for own in slices(sizes)]
         places = torch.tensor([k * p + i for k, size in enumerate(sizes) for i in range(size)], device=labels.device)
         order = torch.argsort(labels, stable=True)
-        return cls(labels, order[..., sources].int(), places[order.argsort()].int())
+        of_coordinates = places[order.argsort()].int()
+        is_sorted = torch.equal(
+            of_coordinates, torch.arange(labels.shape[-1], dtype=torch.int32, device=labels.device).expand_as(labels)
+        )
+        return cls(labels, order[..., sources].int(), of_coordinates, is_sorted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +112,10 @@ class Stack:
         """The updates of one expert's matrices."""
         halves, r, expert = self.rows.order.shape[1], sum(self.ranks), slice(number, number + 1)
         own, ranks = (slice(number * size, (number + 1) * size) for size in (halves, halves * r))
-        rows, cols = (Side(*(table[expert] for table in side)) for side in (self.rows, self.cols))
+        rows, cols = (
+            Side(side.labels[expert], side.order[expert], side.places[expert], side.is_sorted)
+            for side in (self.rows, self.cols)
+        )
         return replace(self, A=self.A[ranks], B=self.B[:, ranks], rank_scale=self.rank_scale[own], rows=rows, cols=cols)
 
     def apply(self, x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
@@ -175,7 +184,7 @@ class _Grouped:
         for part in self._parts(stack, x, matrices):
             entries, (A, B, scale) = part.entries(), part.own((*(factor.detach() for factor in by_block), of_ranks))
             sorted_x = part.sort(x[part.rows], stack.cols)
-            sorted_g = part.sort(g[part.rows].transpose(0, 1)[:, None], stack.rows)
+            sorted_g = part.sort(g[part.rows].transpose(0, 1), stack.rows)
             grad_delta = _outer(sorted_g, sorted_x, part.ends).to(A.dtype)
             del sorted_x
             if entries is not None:
@@ -251,30 +260,38 @@ class _Part:
         return A, B * scale, scale
 
     def sort(self, x: Tensor, side: Side) -> Tensor:
-        """x (…, rows, size), with or without axes of H and K, sorted by block: (H·K·rows, p)."""
-        index = side.order.permute(1, 2, 0, 3).index_select(2, self.expert_of_rows).long()
-        return x.expand(*index.shape[:3], -1).gather(3, index).flatten(0, 2).to(self.dtype)
+        """x (rows, size), or (H, rows, size) with those of each half, sorted by block: (H·K·rows, p)."""
+        _, H, K, p = side.order.shape
+        if side.is_sorted:
+            own: Tensor = x.unflatten(-1, (K, p)).transpose(-2, -3).expand(H, K, -1, p)
+        else:
+            index = side.order.permute(1, 2, 0, 3).index_select(2, self.expert_of_rows).long()
+            own = x.unsqueeze(-3).expand(H, K, -1, -1).gather(3, index)
+        return own.flatten(0, 2).to(self.dtype)
 
     def unsort(self, y: Tensor, side: Side) -> Tensor:
         """y (H·K·rows, p) in natural order: (rows, H, size)."""
-        index = side.places.index_select(0, self.expert_of_rows).long()
-        by_row: Tensor = y.unflatten(0, (index.shape[1], -1, len(index))).permute(2, 0, 1, 3).flatten(2)
-        return by_row.gather(2, index)
+        _, H, K, p = side.order.shape
+        by_row: Tensor = y.view(H, K, -1, p).permute(2, 0, 1, 3).flatten(2)
+        return by_row if side.is_sorted else by_row.gather(2, side.places.index_select(0, self.expert_of_rows).long())
 
     def entries(self) -> Tensor | None:
         """The diagonal blocks of W, (H·K·C, p of outputs, p of inputs), or nothing without M."""
-        rows, cols = self.stack.rows, self.stack.cols
         if self.stack.modulation == "none":
             return None
+        rows, cols, matrices = self.stack.rows, self.stack.cols, self.matrices[self.experts]
+        _, H, K, p = rows.order.shape
+        if rows.is_sorted and cols.is_sorted:
+            entries: Tensor = matrices.unflatten(3, (K, -1)).unflatten(2, (K, p)).diagonal(dim1=2, dim2=4)
+            return entries.permute(1, 4, 0, 2, 3).flatten(0, 2)
         labels, order, of_cols = (table[self.experts] for table in (rows.labels, rows.order, cols.order))
-        C, H, size = labels.shape
-        number = torch.arange(C * H, device=labels.device).view(C, H, 1)
-        of_rows = (number * order.shape[2] + labels).flatten()  # the block of each row
-        index = of_cols.flatten(0, 2).long().index_select(0, of_rows).view(C, H, size, -1)
-        entries = self.matrices[self.experts].gather(3, index).flatten(0, 2)
+        number = torch.arange(len(labels) * H, device=labels.device).view(-1, H, 1)
+        of_rows = (number * K + labels).flatten()  # the block of each row
+        index = of_cols.flatten(0, 2).long().index_select(0, of_rows).view(*labels.shape, -1)
+        entries = matrices.gather(3, index).flatten(0, 2)
         del index  # twice the bytes of the blocks
-        places = ((number * size).unsqueeze(-1) + order).permute(1, 2, 0, 3)
-        return entries.index_select(0, places.flatten()).view(-1, order.shape[3], of_cols.shape[3])
+        places = ((number * labels.shape[2]).unsqueeze(-1) + order).permute(1, 2, 0, 3)
+        return entries.index_select(0, places.flatten()).view(-1, p, of_cols.shape[3])
 
     def delta(self, entries: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
         """The blocks of ΔW from those of M."""
