@@ -32,8 +32,8 @@ from smoa.maths.update import Update
 
 ALIGNED = 8
 """Blocks are padded to a multiple of it, because `grouped_mm` wants widths of 16 bytes."""
-MOST_PARTS, PART = 16, 1 << 18
-"""On a CPU, a stack is computed in as many parts at most, of so many entries of ΔW at least."""
+LARGE, PARTS = 1 << 20, 16
+"""On a CPU, a stack whose blocks have more entries is computed in parts (measured: docs/experiment-log.md)."""
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)  # since PyTorch 2.10
 
@@ -207,9 +207,9 @@ class _Grouped:
             return
         stops = [0, *ends.tolist()]
         hit = [i for i in range(count) if stops[i] < stops[i + 1]]
-        few = len(hit) <= min(MOST_PARTS, count // 2)  # as in decoding
-        number = min(MOST_PARTS, 1 + matrices.numel() // len(stack.ranks) // PART)
-        groups, size = (hit, 1) if few else (range(count), -(-count // number))
+        few = len(hit) <= min(PARTS, count // 2)  # as in decoding
+        parts = PARTS if matrices.numel() > LARGE * len(stack.ranks) else 1
+        groups, size = (hit, 1) if few else (range(count), -(-count // parts))
         for own in (groups[i : i + size] for i in range(0, len(groups), size)):
             first, start, stop = own[0], stops[own[0]], stops[own[-1] + 1]
             if start < stop:
