@@ -17,6 +17,7 @@ import torch
 from _common import gemma_weights, interleaved, run, step_peak, trainable
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -118,6 +119,16 @@ class Mixture(nn.Module):
             nn.init.normal_(parameter, std=0.02).requires_grad_(False)
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations that PyTorch dispatches."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **kwargs or {})
+
+
 def experts(
     device: torch.device,
     experts: int = 32,
@@ -132,8 +143,8 @@ def experts(
 ) -> dict[str, Any]:
     """A training step of adapted experts, with SMoA and with PEFT's LoRA, on top of that of the frozen experts.
 
-    Each method is timed with each of transformers' experts functions, all in turn. Memory is the most that torch's
-    allocator holds at once during a step, in addition to what it held before.
+        Each method is timed with each of transformers' experts functions, all in turn. Memory is the most that torch's
+    allocator holds at once during a step, in addition to what it held before. Operations are those that a step starts.
     """
     configs = {
         "lora": LoraConfig(r=lora_r, **EXPERT_PARAMETERS),
@@ -159,6 +170,11 @@ def experts(
         steps = {name: (lambda model=model: step(model)) for name, model in models.items()}
         interleaved(steps, 1, device)
         memory = {name: step_peak(of_model) for name, of_model in steps.items()} if device.type == "cpu" else {}
+        operations = {}
+        for name, of_model in steps.items():
+            with Operations() as started:
+                of_model()
+            operations[name] = started.count
         times = interleaved(steps, repeats, device)
         median = {name: statistics.median(of_model) for name, of_model in times.items()}
         fastest = {
@@ -176,7 +192,7 @@ def experts(
         ratio = {unit: on_top["smoa"][unit] / on_top["lora"][unit] for unit in on_top["smoa"]}
         print(size, on_top, ratio)
         counts = {name.partition(" ")[0]: trainable(model) for name, model in models.items()}
-        case = {"intermediate": size, "trainable": counts, "times": times, "memory": memory}
+        case = {"intermediate": size, "trainable": counts, "times": times, "memory": memory, "operations": operations}
         cases.append(case | {"on_top": on_top, "ratio": ratio})
     return {"cases": cases}
 

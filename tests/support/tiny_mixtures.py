@@ -43,9 +43,9 @@ COMMON: dict[str, Any] = {
 }
 
 
-def qwen3_moe() -> PreTrainedModel:
+def qwen3_moe(num_experts: int = 5) -> PreTrainedModel:
     """Gate above up."""
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON, moe_intermediate_size=16, num_experts=5, head_dim=6))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON, moe_intermediate_size=16, num_experts=num_experts, head_dim=6))
 
 
 def mixtral() -> PreTrainedModel:

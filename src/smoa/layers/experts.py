@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from smoa.errors import UnsupportedModuleError
 from smoa.layers.distributed import refuse_partitioned
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.stand_in import StandIn
-from smoa.maths.experts import Layout, Run, Stack
+from smoa.maths.blocks import Blocks
+from smoa.maths.experts import Layout
 from smoa.maths.factors import saved_shapes
+from smoa.maths.stack import Side, Stack
 from smoa.maths.update import Update
 
 _LOCK = threading.Lock()
@@ -47,6 +49,7 @@ class ParamWrapper(SmoaLayer):
 
     def _weight_shape(self) -> tuple[int, int]:
         self.layout = Layout.of(self.get_base_layer(), self.parameter_name)
+        self.halves = self.layout.halves
         return self.layout.shape
 
     @property
@@ -84,12 +87,16 @@ class ParamWrapper(SmoaLayer):
             return self.matrices()
         return self._stacked([self.pristine_matrix(number) for number in range(self.layout.count)])
 
+    def blocks(self, adapter_name: str, number: int = 0) -> Blocks:
+        """The adapter's blocks of one matrix; decided now if they are still pending."""
+        return self.stack(adapter_name).blocks(number)
+
     def stack(self, adapter_name: str) -> Stack:
         """The adapter's `Stack`, which forms ΔW of each matrix or applies it to x, given the pristine weights."""
         derived = self.derived(adapter_name)
         A, B = self.factors(adapter_name)
         ranks, scaling, modulation = self.ranks[adapter_name], self.scaling[adapter_name], self.modulation[adapter_name]
-        return Stack(A, B, ranks, scaling, derived.rank_scale, derived.blocks, modulation)
+        return Stack(A, B, ranks, scaling, derived.rank_scale, *cast(tuple[Side, Side], derived.blocks), modulation)
 
     def updates(self, adapter_name: str) -> list[Update]:
         """The adapter's `Update` of each matrix."""
@@ -173,7 +180,7 @@ class ParamWrapper(SmoaLayer):
                 if not self._in_call:
                     del attributes[self.parameter_name]
 
-    def added_output(self, x: Tensor, runs: list[Run], backwards: bool = False) -> Tensor:
+    def added_output(self, x: Tensor, ends: Tensor | int, backwards: bool) -> Tensor:
         """What the adapters of this call add to x (rows, in_features), in the order of the parameter's outputs.
 
         With `backwards` it is `x ΔW`, for x (rows, out_features).
@@ -181,7 +188,10 @@ class ParamWrapper(SmoaLayer):
         matrices, stacks = self.matrices(), self._in_call[threading.get_ident()]
         if backwards:
             matrices, stacks = matrices.mT, {name: stack.transposed() for name, stack in stacks.items()}
-        parts = [stack.apply(self.branch_input(x, name), matrices, runs) for name, stack in stacks.items()]
+        if isinstance(ends, int):
+            matrices, stacks = matrices[ends, None], {name: stack.of_expert(ends) for name, stack in stacks.items()}
+            ends = torch.full((1,), len(x), dtype=torch.int32, device=x.device)
+        parts = [stack.apply(self.branch_input(x, name), matrices, ends) for name, stack in stacks.items()]
         return self.layout.join(sum(parts[1:], parts[0]))
 
     def unload_and_optionally_merge_module(

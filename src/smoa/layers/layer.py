@@ -73,6 +73,8 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     losses: list[tuple[float, float]] | None = None
     """Where a merge appends (‖error‖, ‖ΔW‖) of each matrix while `smoa.tuner.merging.losses_reported` is open."""
     converted_by_peft = True
+    halves = 1
+    """How many matrices W each expert has, if the layer has a stack of them."""
     tied = False
     """Whether another layer has the same weight and the same adapters (`ensure_weight_tying`)."""
     shares_weight = False
@@ -193,7 +195,8 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         seed = zlib.crc32(f"{torch.initial_seed()} {module}".encode())
         spec = PartitionSpec(config.partition, config.modulation, config.scale or DEFAULT_SCALE, seed)
         stores = self.smoa_row_labels, self.smoa_col_labels, self.smoa_block_scale
-        self.partitions[adapter_name] = AdapterPartition(stores, adapter_name, config, spec, ranks)
+        own = AdapterPartition(stores, adapter_name, config, spec, ranks, self.halves)
+        self.partitions[adapter_name] = own
         self._add_partition(adapter_name, defer_partition)
         if config.init_weights is False and not self.partitions[adapter_name].pending:
             with torch.no_grad():  # a random ΔW has the same size for every scale
@@ -306,7 +309,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
 
     def blocks(self, adapter_name: str, number: int = 0) -> Blocks:
         """The adapter's blocks of one matrix."""
-        return self.derived(adapter_name).blocks[number]
+        return cast(Blocks, self.derived(adapter_name).blocks)
 
     def block_scale(self, adapter_name: str) -> Tensor:
         """Factor of each block's update in addition to α/r: (num_blocks,) float32."""
@@ -358,7 +361,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         derived = self.derived(adapter_name)
         A, B = self.factors(adapter_name)
         ranks, scaling = self.ranks[adapter_name], self.scaling[adapter_name]
-        factors = Factors(A, B, ranks, scaling, derived.rank_scale, derived.blocks[0])
+        factors = Factors(A, B, ranks, scaling, derived.rank_scale, cast(Blocks, derived.blocks))
         return Update(factors, self.modulation[adapter_name], chosen_kernels())
 
     def updates(self, adapter_name: str) -> list[Update]:

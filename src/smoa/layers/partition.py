@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from smoa.config import SmoaConfig
 from smoa.errors import PartitionError
 from smoa.maths.blocks import UNDECIDED, Blocks, Orders, ascend, check_labels
-from smoa.maths.experts import stack_partition, stacked_blocks
+from smoa.maths.experts import stack_partition
 from smoa.maths.kernels.operators import is_transformed
 from smoa.maths.scale import ModulationKind, ScaleKind, block_scale, rank_scale
 from smoa.maths.spectrum import PartitionKind, make_partition
+from smoa.maths.stack import Side
 from smoa.state import cached_spectral_scores
 
 
@@ -47,9 +48,9 @@ class PartitionSpec:
             blocks = make_partition(weight, num_blocks, *how)
             return blocks.row_labels.cpu(), blocks.col_labels.cpu(), self._block_scale(weight, blocks)
         rows, cols = stack_partition(weight, num_blocks, *how)
-        stacked = stacked_blocks(rows.to(weight.device), cols.to(weight.device), num_blocks)
         matrices = (matrix for expert in weight for matrix in expert)
-        scales = [self._block_scale(matrix, blocks) for matrix, blocks in zip(matrices, stacked, strict=True)]
+        labels = zip(matrices, rows.to(weight.device), cols.to(weight.device), strict=True)
+        scales = [self._block_scale(matrix, Blocks(row, col, num_blocks)) for matrix, row, col in labels]
         return rows, cols, torch.stack(scales)
 
     def _block_scale(self, weight: Tensor, blocks: Blocks) -> Tensor:
@@ -105,7 +106,7 @@ class Derived:
         labels: Copies of the labels.
         block_scale: The block scales in float32, which FSDP1 may have rounded in the layer.
         rank_scale: The block scale of the block that each rank belongs to, float32 (r,), or (G, r).
-        blocks: Of each matrix of the layer.
+        blocks: The blocks of a layer's one matrix, or both sides of those of a stack.
         digest: The same for equal labels.
     """
 
@@ -114,28 +115,30 @@ class Derived:
     labels: tuple[Tensor, ...]
     block_scale: Tensor
     rank_scale: Tensor
-    blocks: list[Blocks]
+    blocks: Blocks | tuple[Side, Side]
     digest: int = 0
 
     @classmethod
     @torch.no_grad()
-    def of(cls, saved: tuple[Tensor, ...], ranks: Sequence[int], exact: Tensor | None = None) -> Derived:
+    def of(cls, saved: tuple[Tensor, ...], ranks: Sequence[int], halves: int, exact: Tensor | None = None) -> Derived:
         """Sort the labels and compare them, which waits for their device. Called when they change, never in a step.
 
         Args:
             saved: As above.
             ranks: r_k of every block.
+            halves: H of a stack.
             exact: The block scales before they were rounded, if they were.
         """
         rows, cols, scale = saved
         scale = scale.to(torch.float32, copy=True) if exact is None else exact.to(scale.device)
         kept = saved, versions(saved), (rows.clone(), cols.clone()), scale, rank_scale(scale, ranks)
         if rows.dim() == 2:
-            return cls(*kept, stacked_blocks(rows, cols, len(ranks)))
+            outputs, inputs = (Side.of(side.unflatten(0, (-1, halves)), len(ranks)) for side in (rows, cols))
+            return cls(*kept, (outputs, inputs))
         shape = rows.shape[0], cols.shape[0]
         blocks = Blocks(rows, cols, len(ranks), Orders.of(rows, cols), ascend(rows, cols), shape)
         digest = 0 if rows.is_meta else hash(torch.cat([rows, cols]).cpu().numpy().tobytes())
-        return cls(*kept, [blocks], digest)
+        return cls(*kept, blocks, digest)
 
     def is_of(self, saved: tuple[Tensor, ...]) -> bool:
         """Whether these tensors are the same, and nobody has written to them, or are offloaded."""
@@ -166,6 +169,7 @@ class AdapterPartition:
         config: Its settings.
         spec: How its blocks are decided.
         ranks: r_k of every block.
+        halves: H, if the layer has a stack of matrices (`smoa.maths.stack`).
     """
 
     def __init__(
@@ -175,8 +179,10 @@ class AdapterPartition:
         config: SmoaConfig,
         spec: PartitionSpec,
         ranks: tuple[int, ...],
+        halves: int = 1,
     ) -> None:
-        self.stores, self.name, self.config, self.spec, self.ranks = stores, name, config, spec, ranks
+        self.stores, self.name, self.config, self.spec = stores, name, config, spec
+        self.ranks, self.halves = ranks, halves
         self.pending = True
         """Whether labels and scales are not decided yet: they will be loaded, or computed when they are needed."""
         self.derivations = 0
@@ -229,14 +235,14 @@ class AdapterPartition:
         rows, cols, scale = saved
         if known is not None and is_transformed(*saved):
             blocks = known.blocks
-            if rows.dim() == 1:
-                blocks = [Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols), False, blocks[0].shape)]
+            if isinstance(blocks, Blocks):
+                blocks = Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols), False, blocks.shape)
             return Derived(saved, [], (), scale, rank_scale(scale, self.ranks), blocks)
         if known is not None and known.equals(saved):
             return known
         exact = known.block_scale if known is not None and known.rounds_to(scale) else None
         with torch.inference_mode(False):  # what is made in inference mode can't be used in training
-            self._derived = Derived.of(saved, self.ranks, exact)
+            self._derived = Derived.of(saved, self.ranks, self.halves, exact)
         self.derivations += 1
         return self._derived
 

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from smoa.errors import UnsupportedModuleError
-from smoa.maths.experts import Layout, Run
+from smoa.maths.experts import Layout
 
-Branch = Callable[[Tensor, list[Run], bool], Tensor]
+Branch = Callable[[Tensor, Tensor | int, bool], Tensor]
 """Computes what the adapters add, (rows, out_features of the parameter), for x (rows, in_features).
 
-With True, it computes `x ΔW` instead of `x ΔWᵀ`, for x (rows, out_features).
+Given are also where the rows of each expert end, int32 (experts,), or the one expert of all rows. With True, it
+computes `x ΔW` instead of `x ΔWᵀ`, for x (rows, out_features).
 """
 
 
@@ -97,9 +98,9 @@ class StandIn:
     def rows(self, x: Tensor, experts: Tensor) -> Tensor:
         """What the adapters add for x (rows, in_features) and the expert of each row."""
         order = experts.argsort(stable=True)
-        sizes = torch.bincount(experts, minlength=self.layout.experts)
-        added = self.branch(x[order], _runs(sizes.cumsum(0)), False)
-        return added[order.argsort()]
+        numbers = torch.arange(self.layout.experts, device=x.device)
+        ends = torch.searchsorted(experts[order], numbers, right=True, out_int32=True)
+        return self.branch(x[order], ends, False)[order.argsort()]
 
     def one(self, x: Tensor, backwards: bool) -> Tensor | None:
         """What the adapters add for x (…, in_features) and the one picked expert.
@@ -114,21 +115,13 @@ class StandIn:
         if picked is None or (isinstance(picked, Tensor) and picked.numel() != 1) or isinstance(picked, (slice, tuple)):
             return None
         flat = x.reshape(-1, x.shape[-1])
-        return self.branch(flat, [Run(int(picked), slice(0, len(flat)))], backwards)
+        return self.branch(flat, int(picked), backwards)
 
     def _unknown(self, what: str) -> UnsupportedModuleError:
         return UnsupportedModuleError(
             f"{self.name}: SMoA can't follow what this model's experts do with the parameter ({what}); choose another "
             'implementation, such as model.set_experts_implementation("grouped_mm") or "eager"'
         )
-
-
-def _runs(ends: Tensor) -> list[Run]:
-    """The rows of each expert that has some, given where the rows of each end."""
-    stops = ends.tolist()
-    starts = [0, *stops[:-1]]
-    pairs = zip(starts, stops, strict=True)
-    return [Run(expert, slice(start, stop)) for expert, (start, stop) in enumerate(pairs) if stop > start]
 
 
 def _linear(own: StandIn, input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None:
@@ -145,9 +138,8 @@ def _bmm(own: StandIn, input: Any, mat2: Any) -> Tensor | None:
         return None
     x: Tensor = input if mat2 is own else mat2.mT
     if own.picked is None:
-        rows = x.shape[1]
-        runs = [Run(expert, slice(expert * rows, (expert + 1) * rows)) for expert in range(len(x))]
-        added = own.branch(x.flatten(0, 1), runs, False)
+        ends = torch.arange(1, len(x) + 1, dtype=torch.int32, device=x.device) * x.shape[1]
+        added = own.branch(x.flatten(0, 1), ends, False)
     elif isinstance(own.picked, Tensor) and own.picked.ndim == 1 and x.shape[1] == 1:
         added = own.rows(x[:, 0], own.picked)
     else:
@@ -160,7 +152,7 @@ def _grouped(own: StandIn, input: Any, weight: Any, offs: Tensor | None = None, 
     unusual = any(value is not None for value in options.values())
     if offs is None or unusual or weight is not own or not own.outputs_last or own.picked is not None:
         return None
-    added: Tensor = own.branch(input, _runs(offs), False)
+    added: Tensor = own.branch(input, offs.int(), False)
     return added
 
 

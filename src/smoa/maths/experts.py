@@ -1,29 +1,15 @@
-r"""The updates of a stack of matrices of one shape, such as the experts of a mixture, and where a parameter holds them:
-
-    ΔW_g[I_gk, J_gk] = s_gk·(B_gk A_gk) ⊙ W_g[I_gk, J_gk],   g = 0 … G−1   (arXiv:2605.21147)
-
-Every matrix has a partition of its own: `Stack.update(g)` is its `Update`. The matrices share K, the ranks and α/r. A
-product concerns only the matrices that some row of x belongs to. Their diagonal blocks are formed one matrix after the
-other, and formed again for the backward, so that only x and the factors are kept.
-"""
+"""Where a parameter holds a stack of matrices, such as those of a mixture's experts, and the partition of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from smoa.maths.blocks import Blocks, Orders
-from smoa.maths.factors import Factors
-from smoa.maths.kernels.batched import batched_backward, batched_forward
-from smoa.maths.kernels.operators import Gradients, is_transformed, recomputed
-from smoa.maths.scale import ModulationKind
 from smoa.maths.spectrum import PartitionKind, finite_peak, make_partition
-from smoa.maths.update import Update
 
 Scores = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 
@@ -100,124 +86,6 @@ class Layout:
     def join(self, outputs: Tensor) -> Tensor:
         """Outputs of the halves (rows, halves, out_features) as the parameter's own: (rows, halves·out_features)."""
         return (outputs.transpose(1, 2) if self.interleaved else outputs).flatten(1)
-
-
-class Run(NamedTuple):
-    """Neighboring rows of x that belong to one expert."""
-
-    expert: int
-    rows: slice
-
-
-@dataclass(frozen=True, eq=False)
-class Stack:
-    """The updates of G = E·H matrices: H of each of E experts, the matrix h of expert e being number e·H + h.
-
-    Args:
-        A: (G·r, ⌈n/K⌉), r ranks of the first matrix, then r of the second.
-        B: (⌈m/K⌉, G·r).
-        ranks: r_k of every block, the same in each matrix.
-        scaling: α/r.
-        rank_scale: The part of the scale that comes from the weights, (G, r) float32.
-        blocks: Blocks of each matrix.
-        modulation: As in `Update`.
-    """
-
-    A: Tensor
-    B: Tensor
-    ranks: tuple[int, ...]
-    scaling: float
-    rank_scale: Tensor
-    blocks: Sequence[Blocks]
-    modulation: ModulationKind = "hadamard"
-
-    def slots(self, number: int) -> slice:
-        """The ranks of one matrix."""
-        r = sum(self.ranks)
-        return slice(number * r, (number + 1) * r)
-
-    def update(self, number: int) -> Update:
-        """ΔW of one matrix."""
-        slots, of_ranks, blocks = self.slots(number), self.rank_scale[number], self.blocks[number]
-        factors = Factors(self.A[slots], self.B[:, slots], self.ranks, self.scaling, of_ranks, blocks)
-        return Update(factors, self.modulation)
-
-    def transposed(self) -> Stack:
-        """The updates of the transposed matrices, which are ΔWᵀ."""
-        return replace(self, A=self.B.T, B=self.A.T, blocks=[blocks.transposed() for blocks in self.blocks])
-
-    def apply(self, x: Tensor, matrices: Tensor, runs: Sequence[Run]) -> Tensor:
-        """`x ΔWᵀ` with the matrices of each row's expert: (rows, H, out_features), zero for rows outside all runs.
-
-        Differentiable in x and the factors. For the backward it keeps them, and no block of W or ΔW.
-
-        Args:
-            x: (rows, in_features).
-            matrices: Pristine W of all experts, (E, H, out_features, in_features).
-            runs: The rows of each expert.
-        """
-        route = _OfRuns(tuple(runs))
-        if self.modulation == "none" or is_transformed(x):  # without M, autograd keeps the products of x with A only
-            return route.plain(self, x, matrices)
-        return recomputed(route, self, x, matrices)
-
-
-@dataclass(frozen=True)
-class _OfRuns:
-    """The route of a stack: batched products, one matrix after the other."""
-
-    runs: tuple[Run, ...]
-
-    def _parts(self, stack: Stack, matrices: Tensor) -> Iterator[tuple[slice, int, int, Update, Tensor]]:
-        """Rows, half, number, update and weight of each matrix that some row belongs to."""
-        halves = matrices.shape[1]
-        for expert, rows in self.runs:
-            for half in range(halves):
-                number = expert * halves + half
-                yield rows, half, number, stack.update(number), matrices[expert, half]
-
-    def _room(self, x: Tensor, *shape: int) -> Tensor:
-        """Room for the rows of x: zero, unless the runs fill all of it."""
-        filled = sum(rows.stop - rows.start for _, rows in self.runs) == len(x)
-        return x.new_empty(len(x), *shape) if filled else x.new_zeros(len(x), *shape)
-
-    def forward(self, stack: Stack, x: Tensor, matrices: Tensor, bias: Tensor | None = None) -> Tensor:
-        output = self._room(x, *matrices.shape[1:3])
-        for rows, half, _, update, matrix in self._parts(stack, matrices):
-            output[rows, half] = batched_forward(update.factors, x[rows], matrix)
-        return output
-
-    def plain(self, stack: Stack, x: Tensor, matrices: Tensor) -> Tensor:
-        output = x.new_zeros(len(x), *matrices.shape[1:3])
-        for rows, half, _, update, matrix in self._parts(stack, matrices):
-            output[rows, half] = update.apply(x[rows], matrix)
-        return output
-
-    def backward(self, stack: Stack, g: Tensor, x: Tensor, matrices: Tensor, needs_x: bool) -> Gradients:
-        grad_x, grad_A, grad_B = self._room(x, x.shape[1]), torch.zeros_like(stack.A), torch.zeros_like(stack.B)
-        for rows, half, number, update, matrix in self._parts(stack, matrices):
-            slots = stack.slots(number)
-            gradients = batched_backward(update.factors, g[rows, half], x[rows], matrix, needs_x)
-            of_x, grad_A[slots], grad_B[:, slots] = gradients
-            if needs_x:
-                grad_x[rows] = of_x if half == 0 else of_x.add_(grad_x[rows])
-        return grad_x, grad_A, grad_B
-
-
-def stacked_blocks(row_labels: Tensor, col_labels: Tensor, num_blocks: int) -> list[Blocks]:
-    """Blocks of each of G matrices; their orders are int32, because there may be many matrices.
-
-    Args:
-        row_labels: uint8 (G, out_features).
-        col_labels: uint8 (G, in_features).
-        num_blocks: K.
-    """
-    orders = [order.int().unbind() for order in Orders.of(row_labels, col_labels)]
-    ascending = [(side[:, 1:] >= side[:, :-1]).all(dim=1) for side in (row_labels, col_labels)]
-    both = ascending[0] & ascending[1]
-    contiguous = [False] * len(both) if both.device.type == "meta" else both.tolist()
-    rows = zip(row_labels.unbind(), col_labels.unbind(), zip(*orders, strict=True), contiguous, strict=True)
-    return [Blocks(row, col, num_blocks, Orders(*order), flag) for row, col, order, flag in rows]
 
 
 def stack_partition(

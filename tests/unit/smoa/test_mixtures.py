@@ -13,6 +13,7 @@ from accelerate import disk_offload
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from smoa import MergeError, SmoaConfig, UnsupportedModuleError
 from smoa.hotswap import hotswap_adapter
@@ -32,6 +33,7 @@ from tests.support.tiny_mixtures import (
     experts_of,
     matrix_of,
     oracle_deltas,
+    qwen3_moe,
     tokens,
     wrappers,
 )
@@ -88,6 +90,40 @@ def test_every_implementation_of_the_experts_gives_the_same_output_and_gradients
     for other in found[1:]:
         for own, first in zip(other, found[0], strict=True):
             torch.testing.assert_close(own, first, rtol=1e-3, atol=1e-3)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that PyTorch dispatches."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("experts", [8, 32, 128])
+def test_an_adapted_layer_starts_few_operations_however_many_experts_it_has(experts: int, implementation: str) -> None:
+    model = qwen3_moe(num_experts=experts)
+    model.set_experts_implementation(implementation)
+    config = SmoaConfig(target_modules=[], target_parameters=EXPERTS, num_blocks=4, partition="random")
+    model = get_peft_model(model, config)
+    layer, x = model.base_model.model.model.layers[0], torch.randn(1, 512, 24, requires_grad=True)
+    positions = model.base_model.model.model.rotary_emb(x, torch.arange(512)[None])
+
+    def started() -> tuple[int, int]:
+        with Operations() as operations:
+            y = layer(x, position_embeddings=positions)
+            forward = operations.count
+            y.sum().backward()
+        return forward, operations.count
+
+    adapted, adapted_step = started()
+    with model.disable_adapter():
+        frozen, frozen_step = started()
+    assert adapted <= 3 * frozen
+    assert adapted_step <= 4 * frozen_step
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
@@ -382,9 +418,8 @@ def test_experts_adapted_on_the_meta_device_are_partitioned_once_weights_are_the
         with torch.no_grad():
             wrapper.stored_weight().copy_(ready[name].stored_weight())
         own, expected = wrapper.stack("default"), ready[name].stack("default")
-        for mine, theirs in zip(own.blocks, expected.blocks, strict=True):
-            assert torch.equal(mine.row_labels, theirs.row_labels)
-            assert torch.equal(mine.col_labels, theirs.col_labels)
+        assert torch.equal(own.rows.labels, expected.rows.labels)
+        assert torch.equal(own.cols.labels, expected.cols.labels)
         assert_close(own.rank_scale, expected.rank_scale)
 
 

@@ -1,4 +1,4 @@
-"""Updates and partitions of the matrices of experts."""
+"""Where parameters hold the matrices of experts, and their partitions."""
 
 from __future__ import annotations
 
@@ -8,70 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smoa.maths.blocks import Blocks, Orders
-from smoa.maths.experts import Layout, Run, Stack, stack_partition, stacked_blocks
+from smoa.maths.experts import Layout, stack_partition
 from smoa.maths.spectrum import spectral_scores
 from tests import reference
-from tests.support.tolerance import assert_close
-from tests.support.updates import Problem, problem
-
-EXPERTS, HALVES, RANKS = 3, 2, (3, 2, 2)
-RUNS = [Run(2, slice(0, 4)), Run(0, slice(4, 5))]
-"""Rows of x of the experts 2 and 0; the last row belongs to none."""
-
-
-def stack() -> tuple[Stack, list[Problem], Tensor]:
-    """Six ragged matrices, and their weights (experts, halves, 11, 13)."""
-    cases = [problem(11, 13, RANKS) for _ in range(EXPERTS * HALVES)]
-    blocks = [case.partition for case in cases]
-    A, B = torch.cat([case.A for case in cases]), torch.cat([case.B for case in cases], dim=1)
-    found = Stack(A, B, RANKS, 0.5, torch.ones(len(cases), sum(RANKS)), blocks)
-    return found, cases, torch.stack([case.weight for case in cases]).unflatten(0, (EXPERTS, HALVES))
-
-
-def test_only_x_and_the_factors_are_kept_for_the_backward() -> None:
-    own, _, matrices = stack()
-    x = torch.randn(6, 13, dtype=torch.float64, requires_grad=True)
-    kept: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() != matrices.untyped_storage().data_ptr():
-            kept.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        own.apply(x, matrices, RUNS)
-    assert sum(kept) == x.numel() + own.A.numel() + own.B.numel()
-
-
-def test_stacked_blocks_are_the_blocks_of_each_matrix() -> None:
-    own, runs = problem(11, 13, RANKS).partition, problem(11, 13, RANKS, "contiguous").partition
-    mixed = Blocks(runs.row_labels, own.col_labels, len(RANKS)), Blocks(own.row_labels, runs.col_labels, len(RANKS))
-    cases: list[Any] = [own, runs, *mixed]
-    rows, cols = (torch.stack([getattr(case, side) for case in cases]) for side in ("row_labels", "col_labels"))
-    for own, expected in zip(stacked_blocks(rows, cols, len(RANKS)), cases, strict=True):
-        assert isinstance(own, Blocks)
-        assert torch.equal(own.row_labels, expected.row_labels)
-        assert torch.equal(own.col_labels, expected.col_labels)
-        assert own.is_contiguous == expected.is_contiguous
-        assert all(torch.equal(a, b) for a, b in zip(own.orders, Orders(*expected.orders), strict=True))
-
-
-def test_batched_and_repeated_gradients_are_the_oracles() -> None:
-    own, cases, matrices = stack()
-    x, run = torch.randn(2, 13, dtype=torch.float64, requires_grad=True), Run(1, slice(0, 2))
-    leaves, g = [x, cases[2].A, cases[2].B], torch.randn(4, 2, 11, dtype=torch.float64)
-    y, expected = own.apply(x, matrices, [run])[:, 0], x @ cases[2].oracle("hadamard", 0.5).T
-    batched = [torch.autograd.grad(out, leaves, g, is_grads_batched=True, retain_graph=True) for out in (y, expected)]
-    (first, second) = (
-        torch.autograd.grad(out.square().sum(), leaves[1], create_graph=True)[0] for out in (y, expected)
-    )
-    repeated = [torch.autograd.grad(out.square().sum(), leaves) for out in (first, second)]
-    for found, oracles in zip(*batched, strict=True):
-        assert_close(found, oracles)
-    for found, oracles in zip(*repeated, strict=True):
-        assert_close(found, oracles)
-
 
 K = 3
 
