@@ -15,28 +15,36 @@ from smoa.compat import trained_biases
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, PartitionError, first_of
 from smoa.files.loading import incoming
-from smoa.files.names import PARTS, PREFIX, adapter_layers, embeddings_of
+from smoa.files.names import PARTS, PREFIX, embeddings_of
 from smoa.layers.distributed import LABELS, SCALE, is_distributed, plain_name, whole, with_plain_names
+from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import check_labels
 
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+def check_adapter_state(
+    model: nn.Module,
+    config: SmoaConfig,
+    adapter_name: str,
+    state_dict: dict[str, Tensor],
+    layers: Mapping[str, SmoaLayer],
+) -> None:
     """Check the tensors about to be loaded, keyed as in the model, against the layers that have the adapter.
 
     Raises:
         AdapterFileError: a tensor is missing, unknown, not finite or has a wrong shape or dtype, labels are not a
             partition of their layer, a tensor would replace one that is not the adapter's, or FSDP wraps the model.
     """
-    names = [name for name, _ in model.named_parameters()]
-    if any(plain_name(name).startswith(PREFIX) for name in names) and not any(n.startswith(PREFIX) for n in names):
+    names = (name for name, _ in model.named_parameters())
+    first = next(names, "")
+    if not first.startswith(PREFIX) and plain_name(first).startswith(PREFIX):
         raise AdapterFileError(  # PEFT loads nothing into such a model, silently
-            f"{names[0]}: the model is wrapped, as by FSDP, and PEFT would load nothing into it; "
+            f"{first}: the model is wrapped, as by FSDP, and PEFT would load nothing into it; "
             "load the adapter before the model is wrapped, or into the wrapper's .module"
         )
     try:
-        _check_state(model, config, adapter_name, state_dict)
+        _check_state(model, config, adapter_name, state_dict, layers)
     except AdapterFileError as error:
         file = incoming()
         if file is None:
@@ -44,13 +52,19 @@ def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str,
         raise AdapterFileError(f"{file.path}: {error}; does {CONFIG_NAME} come from another save?") from None
 
 
-def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    layers = adapter_layers(model, adapter_name)
+def _check_state(
+    model: nn.Module,
+    config: SmoaConfig,
+    adapter_name: str,
+    state_dict: dict[str, Tensor],
+    layers: Mapping[str, SmoaLayer],
+) -> None:
     parts = [part.partition(".") for part in PARTS]
     keys_of = {layer: [f"{layer}.{name}.{adapter_name}{dot}{rest}" for name, dot, rest in parts] for layer in layers}
     expected = {key for keys in keys_of.values() for key in keys}
     own = {key for key in state_dict if ".smoa_" in key}
-    lost, foreign = _compare_others(model, config, state_dict.keys() - own)
+    others = state_dict.keys() - own
+    lost, foreign = _compare_others(model, config, others) if others or config.bias != "none" else ([], [])
     differences = {"lacks": sorted(expected - own) + lost, "has unknown": sorted(own - expected) + foreign}
     problems = [f"{verb} {len(keys)} tensor(s): {first_of(keys)}" for verb, keys in differences.items() if keys]
     if problems:

@@ -54,6 +54,8 @@ def new_tables(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, 
     The names in a file depend on whether an adapter was on the embedding, perhaps another one. A table that is not new
     would overwrite a merged one or, where PEFT assigns it, part it from the layers tied to it.
     """
+    if all(".smoa_" in key for key in state_dict):
+        return dict(state_dict)
     embeddings = {
         plain_name(name).removeprefix(PREFIX): module
         for name, module in embeddings_of(model).items()

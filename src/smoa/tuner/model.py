@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -92,8 +93,9 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Report all unsuitable targets at once, before any module is replaced."""
-        for module in model.modules():
-            keep_unpacked(module)
+        if "bitsandbytes" in sys.modules:
+            for module in model.modules():
+                keep_unpacked(module)
         targets = survey_targets(model, peft_config, self._check_target_module_exists, self._loads_labels)
         decomposes = peft_config.partition == "spectral" and not self._loads_labels
         hidden = None if decomposes else True  # None: shown on a terminal only
@@ -175,8 +177,9 @@ class SmoaModel(BaseTuner, StateDictHooks):
         saved = renamed(without_id(state_dict), wrappers)
         remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, saved)
         remapped = new_tables(model, remapped)
-        check_adapter_state(model, config, adapter_name, remapped)
-        for layer in adapter_layers(model, adapter_name).values():
+        layers = adapter_layers(named, adapter_name)
+        check_adapter_state(model, config, adapter_name, remapped, layers)
+        for layer in layers.values():
             for parameter in (*layer.smoa_A[adapter_name].parameters(), *layer.smoa_B[adapter_name].parameters()):
                 refuse_writing(parameter)
             layer.partitions[adapter_name].pending = False

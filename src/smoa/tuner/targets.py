@@ -69,7 +69,7 @@ def survey_targets(
     of_parameters: dict[str, Shape] = {}
     parameters: list[TargetParameter] = []
     for name, module in model.named_modules():
-        if name and not name.startswith(inside) and is_target(config, name):
+        if name and ".smoa_" not in name and not name.startswith(inside) and is_target(config, name):
             with _collected(problems):
                 _, shapes[name], backend = check_target(name, module, config, model, file)
                 if not loads_labels and backend is None:
@@ -309,7 +309,8 @@ def target_parameters(model: nn.Module, config: SmoaConfig) -> list[TargetParame
     Raises:
         ConfigError: a name matches none.
     """
-    named = config.target_parameters or []
+    if not (named := config.target_parameters or []):
+        return []
     targets = [target for target in parameters_of(model) if any(_matches(target.key, name) for name in named)]
     for name in named:
         if any(_matches(target.key, name) for target in targets):

@@ -350,3 +350,14 @@ def test_labels_that_are_written_in_place_are_followed(partition: str) -> None:
         for name, tensor in target.state_dict().items():
             tensor.copy_(source.state_dict()[name])
     assert_close(target(x), source(x))
+
+
+def test_loading_an_adapter_derives_nothing_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained_llama()
+    folder, layers = saved(model, tmp_path), len(smoa_layers(model))
+    model.load_adapter(folder, "second")
+    derived: list[int] = []
+    original = partition.Derived.of
+    monkeypatch.setattr(partition.Derived, "of", lambda *args: derived.append(1) or original(*args))
+    model.load_adapter(folder, "third")
+    assert len(derived) == layers
