@@ -26,6 +26,7 @@ from peft import PeftModel
 from peft.auto import _BaseAutoPeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as read_tensors
 from torch import Tensor
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -62,9 +63,9 @@ class AdapterFile:
             raise AdapterFileError(f"{path}: is not a regular file; save the adapter again")
         try:
             with safe_open(path, "pt") as file:
-                keys = list(file.keys())
-                shapes = [file.get_slice(key).get_shape() for key in keys if key.endswith(".smoa_A.weight")]
-                tensors = {key: file.get_tensor(key) for key in keys} if read else None
+                keys = [key for key in list(file.keys()) if key.endswith(".smoa_A.weight")]
+                shapes = [file.get_slice(key).get_shape() for key in keys]
+            tensors = read_tensors(path.read_bytes()) if read else None
         except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch can't map the file
             raise AdapterFileError(
                 f"{path}: is not a whole safetensors file ({error}); save or fetch it again"
