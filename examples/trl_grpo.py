@@ -34,30 +34,22 @@ def main() -> None:
             per_device_train_batch_size=8,
             num_generations=8,
             max_completion_length=8,
-            gradient_checkpointing=False,
             bf16=False,
             logging_steps=5,
-            disable_tqdm=True,
-            save_strategy="no",
             report_to=[],
         )
-        trainer = GRPOTrainer(
-            model,
-            reward_funcs=share_of_vowels,
-            args=arguments,
-            train_dataset=data,
-            processing_class=tokenizer,
-            peft_config=SmoaConfig(**ADAPTER),
-        )
+        adapter = SmoaConfig(**ADAPTER)  # before: LoraConfig(…)
+        trainer = GRPOTrainer(model, share_of_vowels, arguments, data, processing_class=tokenizer, peft_config=adapter)
         base = {name: tensor.clone() for name, tensor in trainer.model.named_parameters() if "smoa_" not in name}
         trainer.train()
-    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     for _ in range(100):
         trainer.model.merge_adapter()
         trainer.model.unmerge_adapter()
     same = all(torch.equal(tensor, base[name]) for name, tensor in trainer.model.named_parameters() if name in base)
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     print(f"reward {rewards[0]:.2f} -> {rewards[-1]:.2f}; after 100 merges the base is the same: {same}")
-    assert same and rewards[-1] > 2 * rewards[0]
+    assert same
+    assert rewards[-1] > 2 * rewards[0]
 
 
 if __name__ == "__main__":
