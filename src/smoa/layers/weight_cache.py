@@ -32,6 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun
+from smoa.maths.kernels.batched import multiply
 from smoa.maths.update import Update
 
 T = TypeVar("T")
@@ -107,10 +108,7 @@ class KeptUpdate:
 
     def apply(self, x: Tensor) -> Tensor:
         """`x ΔWᵀ`: (…, out_features) in the dtype of x, not differentiable."""
-        flat = self.blocks.sort_inputs(x.reshape(-1, x.shape[-1])).to(self.runs[0][1].dtype)
-        parts = [(run.of_inputs(flat) @ entries.mT).transpose(0, 1).flatten(1) for run, entries in self.runs]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return self.blocks.unsort_outputs(y).to(x.dtype).view(*x.shape[:-1], y.shape[1])
+        return multiply(self.blocks, x, self.runs)
 
     @property
     def nbytes(self) -> int:

@@ -10,7 +10,7 @@ Beside buffers of x and g, a step holds at most three times the entries of the d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -40,6 +40,14 @@ def batched_delta(wide: Factors, anchor: Tensor, dtype: torch.dtype) -> Iterator
     """The diagonal blocks of ΔW, (blocks, height, width) for each run, rounded to `dtype`, from wide factors."""
     for run in wide.runs():
         yield run, _delta(wide, run, diagonal_blocks(wide.blocks, run, anchor), dtype)
+
+
+def multiply(blocks: Blocks, x: Tensor, deltas: Iterable[tuple[BlockRun, Tensor]]) -> Tensor:
+    """`x ΔWᵀ` (…, out_features) in the dtype of x, from the diagonal blocks of ΔW as `batched_delta` gives them."""
+    flat = blocks.sort_inputs(x.reshape(-1, x.shape[-1]))
+    parts = [(run.of_inputs(flat).to(delta.dtype) @ delta.mT).transpose(0, 1).flatten(1) for run, delta in deltas]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return blocks.unsort_outputs(y).to(x.dtype).view(*x.shape[:-1], blocks.out_features)
 
 
 def batched_backward(

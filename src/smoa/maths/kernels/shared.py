@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun, Factors
-from smoa.maths.kernels.batched import diagonal_blocks
+from smoa.maths.kernels.batched import diagonal_blocks, multiply
 from smoa.maths.kernels.loops import product_dtype
 from smoa.maths.kernels.operators import is_transformed, without_autocast
 
@@ -123,14 +123,12 @@ def formed(stack: StackedFactors, x: Tensor, gathered: Gathered, diagonal: Seque
         gathered: The stack's factors of the adapter's slot.
         diagonal: The blocks of M, (blocks, height, width) for each run.
     """
-    dtype, sorted_x, outputs = product_dtype(x.dtype, x.device.type), stack.blocks.sort_inputs(x), []
+    dtype, deltas = product_dtype(x.dtype, x.device.type), []
     with without_autocast(x.device.type):
         for run, factors, entries in zip(stack.runs, gathered, diagonal, strict=True):
             A, B = (part[0, 0].transpose(0, 1) for part in factors)
-            delta = torch.bmm(B.mT, A.to(B.dtype)).mul_(entries).to(dtype)
-            y = torch.bmm(run.of_inputs(sorted_x).to(dtype), delta.mT)
-            outputs.append(y.transpose(0, 1).flatten(1))
-    return stack.blocks.unsort_outputs(torch.cat(outputs, dim=-1).to(x.dtype))
+            deltas.append((run, torch.bmm(B.mT, A.to(B.dtype)).mul_(entries).to(dtype)))
+        return multiply(stack.blocks, x, deltas)
 
 
 def _products(stack: StackedFactors, x: Tensor, gathered: Gathered, diagonal: Sequence[Tensor]) -> Tensor:
