@@ -44,7 +44,23 @@ def check_adapter_state(
             "load the adapter before the model is wrapped, or into the wrapper's .module"
         )
     try:
-        _check_state(model, config, adapter_name, state_dict, layers)
+        own = {key for key in state_dict if ".smoa_" in key}
+        keys_of = {name: [_key(name, part, adapter_name) for part in PARTS] for name in layers}
+        expected = {key for keys in keys_of.values() for key in keys}
+        others = state_dict.keys() - own
+        lost, foreign = _compare_others(model, config, others) if others or config.bias != "none" else ([], [])
+        differences = {"lacks": sorted(expected - own) + lost, "has unknown": sorted(own - expected) + foreign}
+        problems = [f"{verb} {len(keys)} tensor(s): {first_of(keys)}" for verb, keys in differences.items() if keys]
+        if problems:
+            raise AdapterFileError("; ".join(f"the adapter file {problem}" for problem in problems))
+        for key in state_dict:  # in the order of all ranks, which gather FSDP2's shards together
+            if key in others and (tensor := whole(state_dict[key])).is_floating_point():
+                _largest(key, tensor)
+        for name, layer in layers.items():
+            tensors = {key: whole(state_dict[key]) for key in keys_of[name]}
+            ranks, scaling = layer.ranks[adapter_name], layer.scaling[adapter_name]
+            stored = next(layer.smoa_A[adapter_name].parameters()).dtype
+            check_parts(name, tensors, layer.saved_shapes(ranks), ranks, scaling, stored)
     except AdapterFileError as error:
         file = incoming()
         if file is None:
@@ -52,33 +68,9 @@ def check_adapter_state(
         raise AdapterFileError(f"{file.path}: {error}; does {CONFIG_NAME} come from another save?") from None
 
 
-def _check_state(
-    model: nn.Module,
-    config: SmoaConfig,
-    adapter_name: str,
-    state_dict: dict[str, Tensor],
-    layers: Mapping[str, SmoaLayer],
-) -> None:
-    parts = [part.partition(".") for part in PARTS]
-    keys_of = {layer: [f"{layer}.{name}.{adapter_name}{dot}{rest}" for name, dot, rest in parts] for layer in layers}
-    expected = {key for keys in keys_of.values() for key in keys}
-    own = {key for key in state_dict if ".smoa_" in key}
-    others = state_dict.keys() - own
-    lost, foreign = _compare_others(model, config, others) if others or config.bias != "none" else ([], [])
-    differences = {"lacks": sorted(expected - own) + lost, "has unknown": sorted(own - expected) + foreign}
-    problems = [f"{verb} {len(keys)} tensor(s): {first_of(keys)}" for verb, keys in differences.items() if keys]
-    if problems:
-        raise AdapterFileError("; ".join(f"the adapter file {problem}" for problem in problems))
-    for key in state_dict:  # in the order of all ranks, which gather FSDP2's shards together
-        if key not in own:
-            tensor = whole(state_dict[key])
-            if tensor.is_floating_point():
-                _largest(key, tensor)
-    for name, layer in layers.items():
-        tensors = {key: whole(state_dict[key]) for key in keys_of[name]}
-        ranks, scaling = layer.ranks[adapter_name], layer.scaling[adapter_name]
-        stored = next(layer.smoa_A[adapter_name].parameters()).dtype
-        check_parts(name, tensors, layer.saved_shapes(ranks), ranks, scaling, stored)
+def _key(layer: str, part: str, adapter_name: str) -> str:
+    name, dot, rest = part.partition(".")
+    return f"{layer}.{name}.{adapter_name}{dot}{rest}"
 
 
 def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tuple[list[str], list[str]]:
