@@ -26,6 +26,10 @@ The last column counts entries against the reference of their budget (`r1` means
 rank 1) by the test loss, or by what was recalled, paired by seed and question. *Same* means that the 95 % interval
 includes 0, or that Holm's correction for all comparisons of the budget takes the difference back.
 """
+PLANNED = (
+    "The planned tests that [the verdict](verdict.md#planned-tests) does not show, in the same columns. *Forgot* is the "
+    "rise of the first task's loss; *rate too high* is one step above each method's best rate."
+)
 HEADROOM = (
     "Can a study of a task show a difference between methods? A small LoRA and full fine-tuning get the same search "
     "for a learning rate. A task has headroom if training moves accuracy and full fine-tuning beats LoRA, both by "
@@ -39,7 +43,9 @@ RECALLED = {"random pairs", "phone book"}
 
 def main(docs: Path = DOCS) -> None:
     table = Table(HEADER, list(map(line, folders()))).markdown(["---"] * len(HEADER))
-    (docs / "results.md").write_text(f"{INTRODUCTION}\n{table}\n\n{headroom_table()}", encoding="utf-8")
+    planned = f"## Other planned tests\n\n{textwrap.fill(PLANNED, WIDTH)}\n\n{verdict_tables.table(verdict_tables.OTHERS)}"
+    text = f"{INTRODUCTION}\n{table}\n\n{planned}\n\n{headroom_table()}"
+    (docs / "results.md").write_text(text, encoding="utf-8")
     verdict_tables.write(docs / "verdict.md")
 
 

@@ -1,6 +1,7 @@
-"""The table of docs/verdict.md, from the summaries of the studies; results_page.py writes it.
+"""The tables of the planned tests, from the summaries of the studies; results_page.py writes them.
 
-It goes between `<!-- begin planned -->` and `<!-- end planned -->`; the rest of the page is written by hand.
+Ten are in docs/verdict.md, between `<!-- begin planned -->` and `<!-- end planned -->`; the rest of that page is written
+by hand. The other ten are in docs/results.md.
 """
 
 from __future__ import annotations
@@ -70,37 +71,45 @@ class Forgot:
         return Values(forgot, forgot - mean, mean, low, high, found["holm_p"], found["holm_verdict"])
 
 
-ROWS: list[tuple[str, str, Compared | Forgot]] = [
+Row = tuple[str, str, Compared | Forgot]
+"""A title, a study and what is compared in it."""
+OF_THE_VERDICT: list[Row] = [
     ("Loss, commonsense mixture, Gemma", "commonsense", Compared("loss", "smoa-k8-r1", "lora-r1")),
     ("The same, LoRA r = 2", "commonsense-float32", Compared("loss", "smoa-k8-r2", "lora-r2")),
-    ("Loss, headlines, MiniLM", "headlines", Compared("loss", "smoa-k8")),
-    ("The same, finer rates", "headlines-refined", Compared("loss", "smoa-k8")),
+    ("Loss, headlines, MiniLM, finer rates", "headlines-refined", Compared("loss", "smoa-k8")),
     ("Loss, CommonsenseQA, Gemma", "which-blocks", Compared("loss", "smoa-spectral")),
-    ("Accuracy (%)", "which-blocks", Compared("accuracy", "smoa-spectral")),
     ("512 pairs recalled (%), MiniLM", "recall-512", Compared("accuracy", "smoa-k8")),
-    ("256 pairs recalled (%), Gemma", "recall-gemma-256", Compared("accuracy", "smoa-k8")),
-    ("256 numbers recalled (%), SmolLM2", "phonebook-256", Compared("accuracy", "smoa-spectral")),
-    ("The same, LoRA r = 2", "phonebook-256", Compared("accuracy", "smoa-spectral-r2", "lora-r2")),
     ("512 numbers recalled (%), SmolLM2", "phonebook-512", Compared("accuracy", "smoa-spectral")),
     ("The same, LoRA r = 2", "phonebook-512", Compared("accuracy", "smoa-spectral-r2", "lora-r2")),
     ("Facts in a new phrasing (%), SmolLM2", "biographies-64", Compared("accuracy", "smoa-spectral")),
-    ("The same, four times the facts", "biographies-256", Compared("accuracy", "smoa-spectral")),
     ("Forgot, SmolLM2", "retention-smollm2", Forgot("equal")),
+    ("Forgot, SmolLM2, rate too high", "retention-smollm2", Forgot("next_rate")),
+]
+OTHERS: list[Row] = [
+    ("Loss, headlines, MiniLM", "headlines", Compared("loss", "smoa-k8")),
+    ("Accuracy (%), CommonsenseQA, Gemma", "which-blocks", Compared("accuracy", "smoa-spectral")),
+    ("256 pairs recalled (%), Gemma", "recall-gemma-256", Compared("accuracy", "smoa-k8")),
+    ("256 numbers recalled (%), SmolLM2", "phonebook-256", Compared("accuracy", "smoa-spectral")),
+    ("The same, LoRA r = 2", "phonebook-256", Compared("accuracy", "smoa-spectral-r2", "lora-r2")),
+    ("Facts about 256 people (%), SmolLM2", "biographies-256", Compared("accuracy", "smoa-spectral")),
     ("Forgot, SmolLM2, tasks swapped", "retention-smollm2-reversed", Forgot("equal")),
     ("Forgot, SmolLM2, 1 in 11 rows old", "retention-replay", Forgot("equal")),
     ("Forgot, Gemma", "retention-seeds", Forgot("equal")),
     ("Forgot, Gemma, rate too high", "retention-seeds", Forgot("next_rate")),
-    ("Forgot, SmolLM2, rate too high", "retention-smollm2", Forgot("next_rate")),
 ]
 HEADER = ["measure", "SMoA", "LoRA", "difference", "Holm's p", "result"]
 
 
 def write(page: Path) -> None:
-    """Write the table into the page."""
-    text = page.read_text(encoding="utf-8")
-    table = Table(HEADER, [line(title, STUDIES / study, what) for title, study, what in ROWS]).markdown()
-    text = re.sub(r"(<!-- begin planned -->\n).*?(<!-- end planned -->)", rf"\1\n{table}\n\n\2", text, flags=re.DOTALL)
+    """Write the verdict's table into the page."""
+    text, shown = page.read_text(encoding="utf-8"), table(OF_THE_VERDICT)
+    text = re.sub(r"(<!-- begin planned -->\n).*?(<!-- end planned -->)", rf"\1\n{shown}\n\n\2", text, flags=re.DOTALL)
     page.write_text(text, encoding="utf-8")
+
+
+def table(rows: list[Row]) -> str:
+    """The rows in Markdown."""
+    return Table(HEADER, [line(title, STUDIES / study, what) for title, study, what in rows]).markdown()
 
 
 def line(title: str, study: Path, what: Compared | Forgot) -> list[str]:
