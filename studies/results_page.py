@@ -43,7 +43,9 @@ RECALLED = {"random pairs", "phone book"}
 
 def main(docs: Path = DOCS) -> None:
     table = Table(HEADER, list(map(line, folders()))).markdown(["---"] * len(HEADER))
-    planned = f"## Other planned tests\n\n{textwrap.fill(PLANNED, WIDTH)}\n\n{verdict_tables.table(verdict_tables.OTHERS)}"
+    planned = (
+        f"## Other planned tests\n\n{textwrap.fill(PLANNED, WIDTH)}\n\n{verdict_tables.table(verdict_tables.OTHERS)}"
+    )
     text = f"{INTRODUCTION}\n{table}\n\n{planned}\n\n{headroom_table()}"
     (docs / "results.md").write_text(text, encoding="utf-8")
     verdict_tables.write(docs / "verdict.md")
