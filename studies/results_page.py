@@ -27,8 +27,8 @@ rank 1) by the test loss, or by what was recalled, paired by seed and question. 
 includes 0, or that Holm's correction for all comparisons of the budget takes the difference back.
 """
 PLANNED = (
-    "The planned tests that [the verdict](verdict.md#planned-tests) does not show, in the same columns. *Forgot* is the "
-    "rise of the first task's loss; *rate too high* is one step above each method's best rate."
+    "The planned tests that [the verdict](verdict.md#planned-tests) does not show, in the same columns. *Forgot* is "
+    "the rise of the first task's loss; *rate too high* is one step above each method's best rate."
 )
 HEADROOM = (
     "Can a study of a task show a difference between methods? A small LoRA and full fine-tuning get the same search "

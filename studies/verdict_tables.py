@@ -1,7 +1,7 @@
 """The tables of the planned tests, from the summaries of the studies; results_page.py writes them.
 
-Ten are in docs/verdict.md, between `<!-- begin planned -->` and `<!-- end planned -->`; the rest of that page is written
-by hand. The other ten are in docs/results.md.
+Ten are in docs/verdict.md, between `<!-- begin planned -->` and `<!-- end planned -->`; the rest of that page is
+written by hand. The other ten are in docs/results.md.
 """
 
 from __future__ import annotations
