@@ -102,7 +102,7 @@ class Derived:
 
     Args:
         saved: Row labels, column labels and block scales, as the layer has them.
-        versions: How often these had been written to.
+        versions: How often these had been written to, if that is known.
         labels: Copies of the labels.
         block_scale: The block scales in float32, which FSDP1 may have rounded in the layer.
         rank_scale: The block scale of the block that each rank belongs to, float32 (r,), or (G, r).
@@ -111,7 +111,7 @@ class Derived:
     """
 
     saved: tuple[Tensor, ...]
-    versions: list[int]
+    versions: list[int] | None
     labels: tuple[Tensor, ...]
     block_scale: Tensor
     rank_scale: Tensor
@@ -142,7 +142,8 @@ class Derived:
 
     def is_of(self, saved: tuple[Tensor, ...]) -> bool:
         """Whether these tensors are the same, and nobody has written to them, or are offloaded."""
-        return saved[0].is_meta or (all(map(is_, saved, self.saved)) and versions(saved) == self.versions)
+        known = self.versions is not None and all(map(is_, saved, self.saved)) and versions(saved) == self.versions
+        return saved[0].is_meta or known
 
     def equals(self, saved: tuple[Tensor, ...]) -> bool:
         """Whether other tensors hold the same, as after DDP's broadcasts; they are known from now on then."""
@@ -247,6 +248,6 @@ class AdapterPartition:
         return self._derived
 
 
-def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often tensors were written to; of those made in inference mode it is not known."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+def versions(tensors: Sequence[Tensor]) -> list[int] | None:
+    """How often tensors were written to; None for those made in inference mode, whose writes PyTorch doesn't count."""
+    return None if any(tensor.is_inference() for tensor in tensors) else [tensor._version for tensor in tensors]

@@ -45,7 +45,7 @@ class Side(NamedTuple):
         labels: uint8 (E, H, size), the block of each coordinate.
         order: int32 (E, H, K, p), the coordinate at each place; the padding of a block repeats its last one.
         places: int32 (E, H, size), the place of each coordinate, of K·p.
-        is_sorted: Whether each coordinate is at its own place in all matrices.
+        is_sorted: Whether each coordinate is at its own place in all matrices, and nothing is padded.
     """
 
     labels: Tensor
@@ -62,9 +62,8 @@ class Side(NamedTuple):
         places = torch.tensor([k * p + i for k, size in enumerate(sizes) for i in range(size)], device=labels.device)
         order = torch.argsort(labels, stable=True)
         of_coordinates = places[order.argsort()].int()
-        is_sorted = torch.equal(
-            of_coordinates, torch.arange(labels.shape[-1], dtype=torch.int32, device=labels.device).expand_as(labels)
-        )
+        every = torch.arange(num_blocks * p, dtype=torch.int32, device=labels.device)
+        is_sorted = len(every) == labels.shape[-1] and torch.equal(of_coordinates, every.expand_as(labels))
         return cls(labels, order[..., sources].int(), of_coordinates, is_sorted)
 
 

@@ -338,18 +338,20 @@ def test_a_compiled_layer_computes_the_same(route: Kernels, dtype: torch.dtype) 
     assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("partition", ["random", "contiguous"])
-def test_labels_that_are_written_in_place_are_followed(partition: str) -> None:
+def test_labels_that_are_written_in_place_are_followed(partition: str, inference: bool) -> None:
     torch.manual_seed(1)
     source = adapted_layer(base_layer(12, 14, dtype=torch.float32), partition="random", num_blocks=3)
     torch.manual_seed(2)
-    target = adapted_layer(base_layer(12, 14, dtype=torch.float32), partition=partition, num_blocks=3)
+    with torch.inference_mode(inference):
+        target = adapted_layer(base_layer(12, 14, dtype=torch.float32), partition=partition, num_blocks=3)
     x = torch.randn(5, 14)
-    assert not torch.allclose(target(x), source(x))
-    with torch.no_grad():
+    with torch.inference_mode(inference), torch.no_grad():
+        assert not torch.allclose(target(x), source(x))
         for name, tensor in target.state_dict().items():
             tensor.copy_(source.state_dict()[name])
-    assert_close(target(x), source(x))
+        assert_close(target(x), source(x))
 
 
 def test_loading_an_adapter_derives_nothing_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

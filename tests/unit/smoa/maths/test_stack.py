@@ -42,7 +42,10 @@ def oracle(cases: list[Problem], x: Tensor, ends: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(("sizes", "kind"), [((11, 13), "spectral"), ((24, 24), "spectral"), ((24, 24), "contiguous")])
+@pytest.mark.parametrize(
+    ("sizes", "kind"),
+    [((11, 13), "spectral"), ((24, 24), "spectral"), ((24, 24), "contiguous"), ((23, 23), "contiguous")],
+)
 @pytest.mark.parametrize("ends", [[4, 4, 9], [0, 9, 9], [0, 0, 0]])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_outputs_and_gradients_are_the_oracles_however_rows_are_shared_out(
