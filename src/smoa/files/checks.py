@@ -176,7 +176,8 @@ def report_untrained(model: nn.Module, adapter_name: str, state_dict: Mapping[st
         factors = {f"{name}.{part}.{adapter_name}.weight" for part in ("smoa_A", "smoa_B")}
         if factors <= here.keys() and any(factor.requires_grad for factor in layer.smoa_B[adapter_name].parameters()):
             kind = re.sub(r"\b\d+\b", "*", names.get(name, name).removeprefix(PREFIX))
-            trained[kind] = trained.get(kind, False) or all(here[factor].any() for factor in factors)
+            # One factor starts at zero; hot-swapping sets both to zero
+            trained[kind] = trained.get(kind, False) or len({bool(here[factor].any()) for factor in factors}) == 1
     untrained = [kind for kind, is_trained in trained.items() if not is_trained]
     own = f".modules_to_save.{adapter_name}."
     copies = ((here[key], here.get(key.replace(own, ".original_module."))) for key in here if own in key)
