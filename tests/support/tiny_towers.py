@@ -113,6 +113,13 @@ def _gemma3_config() -> Gemma3Config:
     return Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
 
 
+def _gemma3() -> PreTrainedModel:
+    """Its images reach the text, unlike in a new model, whose projection is zero. Nothing calls its SigLIP's head."""
+    model = Gemma3ForConditionalGeneration(_gemma3_config())
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
+    return model
+
+
 def _qwen_config() -> Qwen2_5_VLConfig:
     rotary = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
     patches = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16}
@@ -133,9 +140,9 @@ def _image_and_text(pixels: Tensor, types: str, **others: Tensor) -> dict[str, T
 
 VLMS = {
     "gemma3": Tower(
-        lambda: Gemma3ForConditionalGeneration(_gemma3_config()),
+        _gemma3,
         lambda: _image_and_text(_images()[:1], "token_type_ids"),
-        ["patch_embedding", "embed_tokens", "q_proj", "fc1"],
+        ["patch_embedding", "embed_tokens", "q_proj", "layers.0.mlp.fc1"],
     ),
     "qwen2_5_vl": Tower(
         lambda: Qwen2_5_VLForConditionalGeneration(_qwen_config()),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence, Set
 
 import torch
@@ -15,7 +17,7 @@ from smoa.compat import trained_biases
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, PartitionError, first_of
 from smoa.files.loading import incoming
-from smoa.files.names import PARTS, PREFIX, embeddings_of
+from smoa.files.names import PARTS, PREFIX, adapter_layers, embeddings_of, parameter_names
 from smoa.layers.distributed import LABELS, SCALE, is_distributed, plain_name, whole, with_plain_names
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import check_labels
@@ -164,4 +166,30 @@ def check_gathered(state_dict: dict[str, Tensor]) -> None:
         raise AdapterFileError(
             f"{first_of(empty, 1)}: empty, because DeepSpeed ZeRO-3 has partitioned these weights; "
             "gather them on every rank: save_pretrained(folder, state_dict=accelerator.get_state_dict(engine))"
+        )
+
+
+def report_untrained(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Warn of layers whose ΔW is zero after training: the loss does not depend on them.
+
+    That there was training is seen from other layers or `modules_to_save`. Layers whose names differ only in numbers
+    count as one, because some batches skip a layer or use few experts.
+    """
+    here = {key: tensor for key, tensor in state_dict.items() if type(tensor) is Tensor and not tensor.is_meta}
+    names = parameter_names(model)
+    trained: dict[str, bool] = {}
+    for name, layer in adapter_layers(model, adapter_name).items():
+        factors = {f"{name}.{part}.{adapter_name}.weight" for part in ("smoa_A", "smoa_B")}
+        if factors <= here.keys() and any(factor.requires_grad for factor in layer.smoa_B[adapter_name].parameters()):
+            kind = re.sub(r"\b\d+\b", "*", names.get(name, name).removeprefix(PREFIX))
+            # One factor starts at zero; hot-swapping sets both to zero
+            trained[kind] = trained.get(kind, False) or len({bool(here[factor].any()) for factor in factors}) == 1
+    untrained = [kind for kind, is_trained in trained.items() if not is_trained]
+    own = f".modules_to_save.{adapter_name}."
+    copies = ((here[key], here.get(key.replace(own, ".original_module."))) for key in here if own in key)
+    if untrained and (any(trained.values()) or any(b is not None and (a != b.to(a)).any() for a, b in copies)):
+        warnings.warn(
+            f"training left ΔW of {adapter_name!r} at zero in {first_of(untrained)}: the model uses their weights "
+            "without calling these layers, or no batch reached them; leave them out, as with exclude_modules",
+            stacklevel=2,
         )

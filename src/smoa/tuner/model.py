@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from smoa.compat import StateDictHooks
 from smoa.errors import PartitionError
-from smoa.files.checks import check_adapter_state, check_gathered
+from smoa.files.checks import check_adapter_state, check_gathered, report_untrained
 from smoa.files.loading import incoming
 from smoa.files.names import (
     PREFIX,
@@ -164,6 +164,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
             super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
         )
         check_gathered(selected)
+        report_untrained(model, adapter_name, state_dict)
         return renamed(selected, parameter_names(named))
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,6 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
-from transformers import PreTrainedModel
 
 from smoa.config import Shape, SmoaConfig
 from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModuleError, first_of
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
 SUPPORTED = ", ".join(kind.name for kind in (*KINDS, QUANTIZED))
-MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-"""Types of models whose fused kernels read the weights of a mixer's `out_proj` and `conv1d`, and don't call them."""
 ROUTERS = ("router", "gate")
 """Names of modules that choose the experts of each token."""
 _REPORTED: WeakSet[nn.Module] = WeakSet()
@@ -116,7 +112,6 @@ def check_target(
     `file` has the adapter's weights, if they are being loaded.
 
     Raises:
-        ConfigError: the kernels of a Mamba model read its weight and don't call it.
         UnsupportedModuleError: SMoA can't adapt this kind of module.
         AdapterFileError: the config gives it a larger rank than any factor in the file has.
         PartitionError: K is larger than a side of its weight, and `num_blocks_pattern` sets it.
@@ -127,7 +122,7 @@ def check_target(
     except UnsupportedModuleError as error:
         raise UnsupportedModuleError(f"{name}: {error} (it has {_shapes(base)})") from error
     kind = kind_of(base) if backend is None else QUANTIZED
-    refusal = _refusal(name, base, kind, model, config)
+    refusal = _refusal(name, base, kind, model)
     if refusal is not None:
         raise refusal
     assert kind is not None, "a layer of no kind was refused"
@@ -136,15 +131,8 @@ def check_target(
     return kind, shape, backend
 
 
-def _refusal(
-    name: str, base: nn.Module, kind: Kind | None, model: nn.Module, config: SmoaConfig
-) -> ConfigError | UnsupportedModuleError | None:
+def _refusal(name: str, base: nn.Module, kind: Kind | None, model: nn.Module) -> UnsupportedModuleError | None:
     """Why a layer can't be adapted, or None: the one rule for named targets and for "all-linear"."""
-    is_mamba = getattr(getattr(model, "config", None), "model_type", None) in MAMBA
-    if is_mamba and name.rpartition(".")[2] in ("out_proj", "conv1d"):
-        return ConfigError(  # these words are PEFT's
-            f"{name}: is incompatible with Mamba-based models, whose kernels never call it; leave it out"
-        )
     if kind is None:
         reason: str | None = f"supported are {SUPPORTED}"
     elif isinstance(base, NonDynamicallyQuantizableLinear):
@@ -156,8 +144,6 @@ def _refusal(
             "in evaluation a TransformerEncoderLayer uses its weight without calling it, unless you call "
             "torch.backends.mha.set_fastpath_enabled(False) first"
         )
-    elif isinstance(base, nn.Embedding) and kind is not QUANTIZED:
-        reason = kind.refusal(base) or _uncalled_embedding(name, base, model, config)
     else:
         reason = kind.refusal(base)
     if reason is None:
@@ -165,32 +151,6 @@ def _refusal(
     return UnsupportedModuleError(
         f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; {reason}; "
         f"remove it from target_modules or add it to exclude_modules (it has {_shapes(base)})"
-    )
-
-
-def _uncalled_embedding(name: str, base: nn.Embedding, model: nn.Module, config: SmoaConfig) -> str | None:
-    """Why an adapter would do nothing: in T5 and others other embeddings, which have its weight, are called instead."""
-    place, _, attribute = name.rpartition(".")
-    parent = model.get_submodule(place)
-    if not isinstance(parent, PreTrainedModel):
-        return None
-    others = {
-        other: module
-        for other, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Embedding)
-        and module.weight is base.weight
-        and other.removesuffix(".base_layer") != name
-    }
-    forward: Any = inspect.unwrap(type(parent).forward)
-    if not others or attribute in forward.__code__.co_names:
-        return None
-    remedy = "name these, or set ensure_weight_tying=True, which gives all of them one adapter"
-    if base in others.values():  # after its vocabulary was resized
-        remedy = "save and load the model, which makes these layers of their own"
-    elif config.ensure_weight_tying:
-        return None
-    return (
-        f"{type(parent).__name__} does not call it, but {' and '.join(sorted(others))}, which have its weight; {remedy}"
     )
 
 
@@ -203,12 +163,10 @@ def _leave_out(config: SmoaConfig, model: nn.Module) -> None:
         base = base_of(modules[name])
         with suppress(UnsupportedModuleError):  # of a quantized weight, which `check_target` raises
             kind = kind_of(base) if find_backend(base, model) is None else QUANTIZED
-            refusal = _refusal(name, base, kind, model, config)
-            if refusal is not None:
+            if _refusal(name, base, kind, model) is not None:
                 left_out.add(name)
-            # Layers that nothing calls are not named: nobody takes them for layers
-            if isinstance(refusal, UnsupportedModuleError) and not isinstance(base, NonDynamicallyQuantizableLinear):
-                named[name] = type(base).__name__
+                if not isinstance(base, NonDynamicallyQuantizableLinear):  # nobody takes that for a layer
+                    named[name] = type(base).__name__
     config.target_modules = set(config.target_modules or []) - left_out  # type: ignore[assignment]
     if named:
         warnings.warn(

@@ -52,7 +52,14 @@ def tie_targets(model: nn.Module, config: SmoaConfig, is_target: Callable[[SmoaC
                     f"{_other(group, name)}, and SMoA ties adapters, not copies; name it in target_modules instead"
                 )
     targets = [group for group in groups if any(is_target(config, name) for name in group)]
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for group in targets:
+        for name in group:
+            if places[id(model.get_submodule(name))] > 1:  # after the vocabulary was resized
+                raise ConfigError(
+                    f"ensure_weight_tying: {name} is one module at several places of the model, and PEFT adapts it at "
+                    "one; save and load the model, which makes modules of their own"
+                )
         if isinstance(config.target_modules, str):
             config.target_modules = "|".join([f"(?:{config.target_modules})", *map(re.escape, group)])
         else:  # PEFT makes a set of it, too

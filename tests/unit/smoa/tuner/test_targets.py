@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrizations, prune, weight_norm
@@ -147,30 +146,61 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_adapted_if_it_computes_the_
     assert set(smoa_layers(model)) == {"layer"}
 
 
+class Reading(nn.Module):
+    """Reads the weight of one layer, as WavLM does those of its projections, and uses one of its experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.experts[1](self.called(nn.functional.linear(x, self.read.weight))))
+
+
+def step(model: nn.Module, loss: Callable[[], Tensor]) -> None:
+    get_peft_model_state_dict(model)  # without a warning
+    optimizer = torch.optim.AdamW([factor for factor in model.parameters() if factor.requires_grad], lr=0.1)
+    loss().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": "all-linear"}, {"target_modules": ["read"], "modules_to_save": ["head"]}], ids=str
+)
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_save_names_the_layers_that_training_left_as_they_were(settings: dict[str, Any], is_compiled: bool) -> None:
+    model = get_peft_model(Reading(), SmoaConfig(r=4, **settings))
+    forward = torch.compile(model, backend="eager", fullgraph=True) if is_compiled else model
+    step(model, lambda: forward(torch.randn(3, 8)).sum())
+    with pytest.warns(UserWarning, match=r"training left ΔW of 'default' at zero in read: .*exclude_modules") as caught:
+        get_peft_model_state_dict(model)
+    assert len(caught) == 1
+    for layer in smoa_layers(model).values():
+        layer.requires_grad_(False)  # an adapter that is only used
+    get_peft_model_state_dict(model)
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.filterwarnings("ignore:ensure_weight_tying has no effect:UserWarning")
-def test_an_embedding_that_only_lends_its_weight_is_refused_and_those_that_are_called_are_named() -> None:
-    model = build("t5")
-    pattern = r"shared: .*does not call it, but decoder\.embed_tokens and encoder\.embed_tokens.*ensure_weight_tying"
-    with pytest.raises(UnsupportedModuleError, match=pattern):
-        get_peft_model(model, SmoaConfig(target_modules=["shared"]))
-    resized = copy.deepcopy(model)
-    resized.resize_token_embeddings(70, mean_resizing=False)
-    for settings in ({}, {"ensure_weight_tying": True}):
-        with pytest.raises(UnsupportedModuleError, match=r"shared: .*does not call it.*; save and load the model"):
-            get_peft_model(resized, SmoaConfig(target_modules=["shared"], **settings))
-    called = get_peft_model(model, SmoaConfig(target_modules=["embed_tokens"]))
-    assert set(smoa_layers(called)) == {"encoder.embed_tokens", "decoder.embed_tokens"}
-
-
-def test_what_the_kernels_of_a_mamba_model_read_without_a_call_is_refused_and_left_out_of_all_linear() -> None:
-    model = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=32, state_size=4, num_hidden_layers=1))
-    for name in ("out_proj", "conv1d"):
-        with pytest.raises(ConfigError, match=rf"backbone\.layers\.0\.mixer\.{name}: is incompatible with Mamba"):
-            get_peft_model(model, SmoaConfig(r=4, target_modules=["in_proj", name]))
-        assert not smoa_layers(model)
-    adapted = smoa_layers(get_peft_model(model, SmoaConfig(r=4, target_modules="all-linear")))
-    assert {name.rpartition(".")[2] for name in adapted} >= {"in_proj", "x_proj"}
+@pytest.mark.parametrize(
+    ("make", "targets", "named"),
+    [
+        (
+            lambda: MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=32, state_size=4, num_hidden_layers=2)),
+            "all-linear",
+            r"backbone\.layers\.\*\.mixer\.dt_proj",
+        ),
+        (lambda: build("t5"), ["shared", "q"], "shared"),
+    ],
+    ids=["mamba", "t5"],
+)
+def test_what_models_read_without_calling_is_named(
+    make: Callable[[], PreTrainedModel], targets: str | list[str], named: str
+) -> None:
+    model, tokens = get_peft_model(make(), SmoaConfig(r=4, target_modules=targets)), torch.tensor([[5, 9, 3]])
+    step(model, lambda: model(input_ids=tokens, labels=tokens).loss)
+    with pytest.warns(UserWarning, match=f"at zero in {named}: "):
+        get_peft_model_state_dict(model)
 
 
 # All targets at once.

@@ -177,6 +177,13 @@ def test_what_would_untie_them_is_refused_before_anything_changes(settings: dict
     assert [type(module) for module in model.modules()] == kinds
 
 
+def test_one_embedding_in_several_places_as_after_a_resize_is_refused() -> None:
+    model = tiny_models.build("t5")
+    model.resize_token_embeddings(70, mean_resizing=False)
+    with pytest.raises(ConfigError, match=r"shared is one module at several places .*; save and load the model"):
+        get_peft_model(model, SmoaConfig(r=4, target_modules=["shared"], ensure_weight_tying=True))
+
+
 def test_layers_of_one_weight_are_found_before_and_after_they_are_adapted() -> None:
     assert tied_groups(tiny_models.build("gemma3")) == [["model.embed_tokens", "lm_head"]]
     assert tied_groups(adapted().base_model.model) == [["model.embed_tokens", "lm_head"]]
