@@ -268,7 +268,7 @@ def _shared(gguf_file: str | None) -> dict[str, Any]:
 def _explained(wanted: ModelSection) -> Iterator[None]:
     try:
         yield
-    except TypeError as error:  # transformers passes on unknown options
+    except (TypeError, AttributeError) as error:  # transformers passes on unknown options, and dtypes unknown to torch
         raise DataError(f"model.options: cannot load {wanted.name!r} with {wanted.options}: {error}") from error
     except ImportError as error:  # transformers', of a package that the model's quantization or file format takes
         raise DataError(f"model.name: cannot load {wanted.name!r}: {error}") from error

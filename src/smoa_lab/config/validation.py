@@ -19,7 +19,11 @@ from smoa_lab.config.methods import find_method
 RESUMES = "smoa resumes an interrupted run by itself: leave it out, and run the same command again"
 Problem = tuple[tuple[str, ...], str]
 """A key's path, by which its line is found, and what is wrong with it."""
-STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False, protected_namespaces=())
+LEAST = dict.fromkeys(
+    ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1
+) | {"dataloader_num_workers": 0, "seed": 0}
+"""Numbers below which the Trainer would fail in the middle of a run, or take whole epochs."""
+CHECKED = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def all_problems(
@@ -72,9 +76,10 @@ def _training_problems(training: Any, training_class: type[TrainingArguments]) -
     problems = list(_dataclass_problems("training", training_class, training))
     if training.get("resume_from_checkpoint") is not None:
         problems.append((("training", "resume_from_checkpoint"), RESUMES))
-    steps = training.get("max_steps")
-    if isinstance(steps, int) and steps < 1 and steps != -1:  # the Trainer would take whole epochs
-        problems.append((("training", "max_steps"), f"should be at least 1; got {steps}"))
+    for key, least in LEAST.items():
+        value = training.get(key)
+        if isinstance(value, int) and value < least and (key, value) != ("max_steps", -1):  # which is its default
+            problems.append((("training", key), f"should be at least {least}; got {value}"))
     if not training.get("output_dir", "runs"):
         problems.append((("training", "output_dir"), "is empty; name a folder"))
     yield from problems
@@ -87,29 +92,29 @@ def _training_problems(training: Any, training_class: type[TrainingArguments]) -
 
 def _dataclass_problems(block: str, target: type[Any], values: dict[str, Any]) -> Iterable[Problem]:
     """Unknown keys, and values of the wrong type, for the dataclass to which a block is handed."""
-    fields, wrong = {field.name: field for field in dataclasses.fields(target) if field.init}, dict[str, str]()
-    try:
-        _model_of(target).model_validate(values)  # type: ignore[arg-type]
-    except ValidationError as error:
-        for problem in error.errors():  # of a union one for each of its types
-            wrong.setdefault(str(problem["loc"][0]), str(problem["msg"]).removeprefix("Input "))
+    fields = {field.name: field for field in dataclasses.fields(target) if field.init}
     for key, value in values.items():
-        path = (block, str(key))
+        path, wrong = (block, str(key)), None
         choices = [str(choice) for choice in fields[key].metadata.get("choices", ())] if key in fields else []
+        try:  # strict: a trainer would take the text "no" for yes; a list may stand for a tuple, a block for a class
+            checked: Any = _model_of(target)  # type: ignore[arg-type]
+            checked.model_validate({key: value}, strict=not isinstance(value, list | dict))
+        except ValidationError as error:  # of a union one for each of its types
+            wrong = str(error.errors()[0]["msg"]).removeprefix("Input ")
         if key not in fields:
             yield path, f"{target.__name__} has no such key{nearest(str(key), fields)}"
-        elif key in wrong:
-            yield path, f"{wrong[key]}; got {value!r}"
+        elif wrong:
+            yield path, f"{wrong}; got {value!r}"
         elif value not in (None, fields[key].default) and choices and str(value) not in choices:
             yield path, f"there is no {value!r}{nearest(str(value), choices)}"
 
 
 @cache
 def _model_of(target: Any) -> type[BaseModel]:
-    """The dataclass as a model, whose types are strict: a trainer would take the text "no" for yes."""
+    """The dataclass as a model."""
     hints = typing.get_type_hints(target)
     fields: dict[str, Any] = {field.name: (hints[field.name], None) for field in dataclasses.fields(target)}
-    return create_model(target.__name__, __config__=STRICT, **fields)
+    return create_model(target.__name__, __config__=CHECKED, **fields)
 
 
 def _quantization_problems(model: Any) -> Iterable[Problem]:
@@ -124,7 +129,9 @@ def _quantization_problems(model: Any) -> Iterable[Problem]:
     try:
         known = {"quant_method", *inspect.signature(type(AutoQuantizationConfig.from_dict(wanted))).parameters}
     except (ValueError, TypeError, AttributeError, ImportError) as error:
-        yield place, f"{error}; give a block of keys, such as load_in_4bit: true"
+        missing = isinstance(error, ImportError)
+        remedy = "pip install 'smoa[quantized]'" if missing else "give a block of keys, such as load_in_4bit: true"
+        yield place, f"{error}; {remedy}"
         return
     for key in wanted.keys() - known:
         yield (*place, key), f"there is no such key{nearest(key, known)}"

@@ -26,7 +26,7 @@ def parse_yaml(text: str, file: Path) -> dict[str, Any]:
     """The mapping in ``text``; raises ConfigError, with the line, if it is not YAML or not a mapping."""
     try:
         values = _yaml().load(text)
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:  # a ValueError of a date that does not exist
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{file}{line}: {getattr(error, 'problem', error)}") from error
@@ -69,5 +69,5 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> None:
                 raise ConfigError(f"{override!r}: {parent} is not a block of keys")
         try:
             block[last] = _yaml().load(value)
-        except YAMLError:
+        except (YAMLError, ValueError):
             block[last] = value

@@ -74,5 +74,5 @@ def explained() -> Iterator[None]:
     """What PEFT refuses as a ConfigError."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, ArithmeticError, re.error) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, re.error) as error:
         raise ConfigError(f"adapter: {shorten(str(error), 1000)}") from error

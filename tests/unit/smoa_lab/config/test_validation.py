@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ def test_a_mistake_is_told_by_its_key(overrides: list[str], message: str, file: 
         ("learning_rate=1e999", "should be a finite number; got inf"),
         ("learning_rate='1e-3'", "should be a valid number; got '1e-3'"),
         ("max_steps=0", "should be at least 1; got 0"),
+        ("gradient_accumulation_steps=0", "should be at least 1; got 0"),
+        ("seed=2020-13-45", "should be a valid integer; got '2020-13-45'"),
         ("bf16=no", "should be a valid boolean; got 'no'"),
         ("train_sampling_strategy=group_by_lenght", "there is no 'group_by_lenght'; did you mean 'group_by_length'?"),
         ("resume_from_checkpoint=true", "smoa resumes an interrupted run by itself: leave it out"),
@@ -108,6 +111,11 @@ def test_a_training_value_that_the_trainer_would_fail_at_or_pass_over_is_refused
 )
 def test_a_training_value_that_means_none_is_taken(override: str, value: float | None, file: Path) -> None:
     assert load_config(file, [f"training.{override}"]).training[override.partition("=")[0]] == value
+
+
+def test_a_list_may_stand_for_a_tuple_and_a_block_for_a_class(file: Path) -> None:
+    own = {"layer_replication": [[0, 1], [0, 2]], "monteclora_config": {}}
+    load_config(file, ["method=lora", f"adapter={json.dumps(own)}"])
 
 
 @pytest.fixture
