@@ -179,7 +179,7 @@ def report_untrained(model: nn.Module, adapter_name: str, state_dict: Mapping[st
     names = parameter_names(model)
     trained: dict[str, bool] = {}
     for name, layer in adapter_layers(model, adapter_name).items():
-        factors = {f"{name}.{part}.{adapter_name}.weight" for part in ("smoa_A", "smoa_B")}
+        factors = {_key(name, part, adapter_name) for part in PARTS[:2]}
         if factors <= here.keys() and any(factor.requires_grad for factor in layer.smoa_B[adapter_name].parameters()):
             kind = re.sub(r"\b\d+\b", "*", names.get(name, name).removeprefix(PREFIX))
             # One factor starts at zero; hot-swapping sets both to zero
