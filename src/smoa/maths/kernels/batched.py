@@ -47,7 +47,7 @@ def multiply(blocks: Blocks, x: Tensor, deltas: Iterable[tuple[BlockRun, Tensor]
     flat = blocks.sort_inputs(x.reshape(-1, x.shape[-1]))
     parts = [(run.of_inputs(flat).to(delta.dtype) @ delta.mT).transpose(0, 1).flatten(1) for run, delta in deltas]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    return blocks.unsort_outputs(y).to(x.dtype).view(*x.shape[:-1], blocks.out_features)
+    return blocks.unsort_outputs(y).to(x.dtype).view(*x.shape[:-1], y.shape[1])  # of all slices of a fused layer
 
 
 def batched_backward(
