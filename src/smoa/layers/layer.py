@@ -246,9 +246,9 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     # Blocks and block scales: decided at injection, at first use, or by a loaded file.
 
     def changes(self) -> int:
-        """How often adapters were added, removed, cast or moved, or their blocks or block scales were replaced."""
-        replaced = self.smoa_row_labels.replaced + self.smoa_col_labels.replaced + self.smoa_block_scale.replaced
-        return self._changes + replaced + sum(partition.derivations for partition in self.partitions.values())
+        """How often adapters were added, removed, cast or moved, or their blocks or block scales changed."""
+        buffers = self.smoa_row_labels, self.smoa_col_labels, self.smoa_block_scale
+        return self._changes + sum(each.changes for each in buffers)
 
     def _add_partition(self, adapter_name: str, defer: bool) -> None:
         own, device = self.partitions[adapter_name], self.stored_weight().device

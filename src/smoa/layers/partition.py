@@ -66,13 +66,14 @@ class AdapterBuffers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.replaced = 0
+        self.changes = 0
+        """How often a tensor was replaced, or found to have been written to. It never falls."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self._buffers[name]  # type: ignore[return-value]  # none is None
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self._buffers[name], self.replaced = tensor, self.replaced + 1
+        self._buffers[name], self.changes = tensor, self.changes + 1
 
     def __delitem__(self, name: str) -> None:
         del self._buffers[name]
@@ -145,15 +146,10 @@ class Derived:
         known = self.versions is not None and all(map(is_, saved, self.saved)) and versions(saved) == self.versions
         return saved[0].is_meta or known
 
-    def equals(self, saved: tuple[Tensor, ...]) -> bool:
-        """Whether other tensors hold the same, as after DDP's broadcasts; they are known from now on then."""
-        rows, cols, scale = saved
-        if rows.device != self.labels[0].device or not self.rounds_to(scale):
-            return False
-        if not torch.equal(rows, self.labels[0]) or not torch.equal(cols, self.labels[1]):
-            return False
-        self.saved, self.versions = saved, versions(saved)
-        return True
+    def has_labels(self, rows: Tensor, cols: Tensor) -> bool:
+        """Whether these are the labels, and on their device."""
+        own_rows, own_cols = self.labels
+        return rows.device == own_rows.device and torch.equal(rows, own_rows) and torch.equal(cols, own_cols)
 
     def rounds_to(self, scale: Tensor) -> bool:
         """Whether these are the block scales in this tensor's dtype."""
@@ -186,7 +182,6 @@ class AdapterPartition:
         self.ranks, self.halves = ranks, halves
         self.pending = True
         """Whether labels and scales are not decided yet: they will be loaded, or computed when they are needed."""
-        self.derivations = 0
         self._derived: Derived | None = None
 
     def saved(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,12 +234,13 @@ class AdapterPartition:
             if isinstance(blocks, Blocks):
                 blocks = Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols), False, blocks.shape)
             return Derived(saved, [], (), scale, rank_scale(scale, self.ranks), blocks)
-        if known is not None and known.equals(saved):
-            return known
         exact = known.block_scale if known is not None and known.rounds_to(scale) else None
+        if known is not None and exact is not None and known.has_labels(rows, cols):
+            known.saved, known.versions = saved, versions(saved)  # written to without a change, as by DDP's broadcasts
+            return known
         with torch.inference_mode(False):  # what is made in inference mode can't be used in training
             self._derived = Derived.of(saved, self.ranks, self.halves, exact)
-        self.derivations += 1
+        self.stores[0].changes += 1
         return self._derived
 
 

@@ -363,3 +363,11 @@ def test_loading_an_adapter_derives_nothing_for_the_others(tmp_path: Path, monke
     monkeypatch.setattr(partition.Derived, "of", lambda *args: derived.append(1) or original(*args))
     model.load_adapter(folder, "third")
     assert len(derived) == layers
+
+
+def test_removing_an_adapter_counts_as_a_change() -> None:
+    layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2)
+    layer.update_layer("other", SmoaConfig(r=4, num_blocks=2))
+    before = layer.changes()
+    layer.delete_adapter("other")
+    assert layer.changes() > before
