@@ -17,7 +17,7 @@ from smoa.compat import trained_biases
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, PartitionError, first_of
 from smoa.files.loading import incoming
-from smoa.files.names import PARTS, PREFIX, adapter_layers, embeddings_of, parameter_names
+from smoa.files.names import PARTS, PREFIX, embeddings_of
 from smoa.layers.distributed import LABELS, SCALE, is_distributed, plain_name, whole, with_plain_names
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import check_labels
@@ -169,16 +169,23 @@ def check_gathered(state_dict: dict[str, Tensor]) -> None:
         )
 
 
-def report_untrained(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+def report_untrained(
+    adapter_name: str, state_dict: Mapping[str, Tensor], layers: Mapping[str, SmoaLayer], names: Mapping[str, str]
+) -> None:
     """Warn of layers whose ΔW is zero after training: the loss does not depend on them.
 
     That there was training is seen from other layers or `modules_to_save`. Layers whose names differ only in numbers
     count as one, because some batches skip a layer or use few experts.
+
+    Args:
+        adapter_name: The adapter.
+        state_dict: The model's.
+        layers: Those that have the adapter, by name.
+        names: What `parameter_names` calls some of them.
     """
     here = {key: tensor for key, tensor in state_dict.items() if type(tensor) is Tensor and not tensor.is_meta}
-    names = parameter_names(model)
     trained: dict[str, bool] = {}
-    for name, layer in adapter_layers(model, adapter_name).items():
+    for name, layer in layers.items():
         factors = {_key(name, part, adapter_name) for part in PARTS[:2]}
         if factors <= here.keys() and any(factor.requires_grad for factor in layer.smoa_B[adapter_name].parameters()):
             kind = re.sub(r"\b\d+\b", "*", names.get(name, name).removeprefix(PREFIX))

@@ -149,7 +149,9 @@ class SmoaModel(BaseTuner, StateDictHooks):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        for name, layer in adapter_layers(model, adapter_name).items():
+        named = with_plain_names(model)
+        layers, names = adapter_layers(named, adapter_name), parameter_names(named)
+        for name, layer in layers.items():
             layer.decide_partition(adapter_name)  # in place: the tensors in `state_dict` see it
             if not layer.partitions[adapter_name].is_valid():
                 raise PartitionError(
@@ -159,13 +161,12 @@ class SmoaModel(BaseTuner, StateDictHooks):
         for name, layer in embeddings_of(model).items():
             if isinstance(layer, SmoaLayer):  # PEFT saves its table too
                 layer.unmerge_saved(state_dict, f"{plain_name(name)}.base_layer.")
-        named = with_plain_names(model)
         selected = dict(
             super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
         )
         check_gathered(selected)
-        report_untrained(model, adapter_name, state_dict)
-        return renamed(selected, parameter_names(named))
+        report_untrained(adapter_name, state_dict, layers, names)
+        return renamed(selected, names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
