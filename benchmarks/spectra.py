@@ -143,7 +143,7 @@ def experts(
 ) -> dict[str, Any]:
     """A training step of adapted experts, with SMoA and with PEFT's LoRA, on top of that of the frozen experts.
 
-        Each method is timed with each of transformers' experts functions, all in turn. Memory is the most that torch's
+    Each method is timed with each of transformers' experts functions, all in turn. Memory is the most that torch's
     allocator holds at once during a step, in addition to what it held before. Operations are those that a step starts.
     """
     configs = {

@@ -183,7 +183,8 @@ class ParamWrapper(SmoaLayer):
     def added_output(self, x: Tensor, ends: Tensor | int, backwards: bool) -> Tensor:
         """What the adapters of this call add to x (rows, in_features), in the order of the parameter's outputs.
 
-        With `backwards` it is `x ΔW`, for x (rows, out_features).
+        `ends` are where the rows of each expert end, int32 (experts,), or the one expert of all rows. With
+        `backwards` it is `x ΔW`, for x (rows, out_features).
         """
         matrices, stacks = self.matrices(), self._in_call[threading.get_ident()]
         if backwards:

@@ -35,7 +35,7 @@ ALIGNED = 8
 LARGE, PARTS = 1 << 20, 16
 """On a CPU, a stack whose blocks have more entries is computed in parts (measured: docs/experiment-log.md)."""
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)  # since PyTorch 2.10
+grouped_mm = getattr(F, "grouped_mm", None)  # since PyTorch 2.10
 
 
 class Side(NamedTuple):
@@ -304,7 +304,7 @@ def _product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
         return grouped_mm(a, b, offs=ends)  # type: ignore[no-any-return, misc]  # it is there
     output = a.new_empty(len(a), b.shape[2])
     for groups, rows, valid in _buckets(ends):
-        output[rows] = torch.bmm(_padded(a, rows, valid), b[groups])[valid]
+        output[rows] = torch.bmm(_rows_of_groups(a, rows, valid), b[groups])[valid]
     return output
 
 
@@ -314,7 +314,7 @@ def _outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
         return grouped_mm(a.mT, b, offs=ends)  # type: ignore[no-any-return, misc]  # it is there
     output = a.new_zeros(len(ends), a.shape[1], b.shape[1])
     for groups, rows, valid in _buckets(ends):
-        output[groups] = torch.bmm(_padded(a, rows, valid).mT, _padded(b, rows, valid))
+        output[groups] = torch.bmm(_rows_of_groups(a, rows, valid).mT, _rows_of_groups(b, rows, valid))
     return output
 
 
@@ -337,7 +337,8 @@ def _buckets(ends: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             yield groups, ((ends - sizes)[groups, None] + places)[valid], valid
 
 
-def _padded(a: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
+def _rows_of_groups(a: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
+    """The rows of a in each group, padded by zeros: (groups, rows of the largest, p)."""
     padded = a.new_zeros(*valid.shape, a.shape[1])
     padded[valid] = a[rows]
     return padded

@@ -93,12 +93,12 @@ def _training_problems(training: Any, training_class: type[TrainingArguments]) -
 def _dataclass_problems(block: str, target: type[Any], values: dict[str, Any]) -> Iterable[Problem]:
     """Unknown keys, and values of the wrong type, for the dataclass to which a block is handed."""
     fields = {field.name: field for field in dataclasses.fields(target) if field.init}
+    model = _model_of(target)  # type: ignore[arg-type]  # a class is hashable
     for key, value in values.items():
         path, wrong = (block, str(key)), None
         choices = [str(choice) for choice in fields[key].metadata.get("choices", ())] if key in fields else []
         try:  # strict: a trainer would take the text "no" for yes; a list may stand for a tuple, a block for a class
-            checked: Any = _model_of(target)  # type: ignore[arg-type]
-            checked.model_validate({key: value}, strict=not isinstance(value, list | dict))
+            model.model_validate({key: value}, strict=not isinstance(value, list | dict))
         except ValidationError as error:  # of a union one for each of its types
             wrong = str(error.errors()[0]["msg"]).removeprefix("Input ")
         if key not in fields:
@@ -119,10 +119,8 @@ def _model_of(target: Any) -> type[BaseModel]:
 
 def _quantization_problems(model: Any) -> Iterable[Problem]:
     """What is wrong with the quantization that a run's model asks for; of unknown keys transformers would only warn."""
-    options, place = (
-        model.get("options") if isinstance(model, dict) else None,
-        ("model", "options", "quantization_config"),
-    )
+    place = ("model", "options", "quantization_config")
+    options = model.get("options") if isinstance(model, dict) else None
     if not isinstance(options, dict) or place[2] not in options:
         return
     wanted = options[place[2]]
