@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +46,7 @@ def compare(
         from smoa.errors import ConfigError
         from smoa_lab.study.comparison import Comparison, Executor
         from smoa_lab.study.default_study import default_study
-        from smoa_lab.study.plan import check_folder, prepare, write_study
+        from smoa_lab.study.plan import check_folder, prepare, study_file
         from smoa_lab.study.ray_executor import RayExecutor
         from smoa_lab.study.report import report
         from smoa_lab.study.study import load_study
@@ -68,9 +68,8 @@ def compare(
         with redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout, which is kept free for results
             on_ray = workers > 1 or ray_address is not None
             with RayExecutor(checked, workers, ray_address) if on_ray else Executor() as executor:
-                if not report_only:
-                    write_study(checked, given)  # first: an interrupted start leaves a file to edit
-                plan = prepare(checked, None if report_only else executor.run_all, minutes, workers)
+                with nullcontext() if report_only else study_file(checked, given):
+                    plan = prepare(checked, None if report_only else executor.run_all, minutes, workers)
                 comparison = Comparison(checked, plan)
                 if not report_only:
                     table = plan.table(checked, workers)

@@ -23,13 +23,13 @@ def tune(
         from smoa_lab.pages.tables import Table, number
         from smoa_lab.study.comparison import Comparison, Executor
         from smoa_lab.study.default_study import tuning_study
-        from smoa_lab.study.plan import check_folder, prepare, write_study
+        from smoa_lab.study.plan import check_folder, prepare, study_file
         from smoa_lab.study.search import rate_text
 
         study, executor = tuning_study(load_config(config, overrides), max_runs), Executor()
         check_folder(study)
-        write_study(study)
-        comparison = Comparison(study, prepare(study, executor.run_all))
+        with study_file(study):
+            comparison = Comparison(study, prepare(study, executor.run_all))
         comparison.run(executor=executor)
         chosen = next(iter(comparison.chosen.values()))
         if json:

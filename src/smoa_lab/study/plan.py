@@ -11,6 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from filelock import FileLock
 from pydantic import Field
 
 from smoa.atomic import check_place, write_whole
-from smoa.errors import ConfigError, DataError
+from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.base_models import empty_model
 from smoa_lab.basics.plain import json_text
 from smoa_lab.basics.section import Section
@@ -186,10 +187,25 @@ def check_folder(study: Study) -> None:
 
 
 def write_study(study: Study, given: Path | None = None) -> None:
-    """Write a planned study into its folder, unless the file there is the one that was ``given``."""
+    """Write a study into its folder, unless the file there is the one that was ``given``."""
     file = study.folder / "study.yaml"
     if given is None or given.resolve() != file.resolve():
         write_whole(file, to_yaml(study.model_dump(mode="json", exclude_unset=True)))
+
+
+@contextmanager
+def study_file(study: Study, given: Path | None = None) -> Iterator[None]:
+    """Write the study as :func:`write_study` does, and plan it in the block: an interrupted start leaves the file to be
+    edited, a study that is refused leaves none, by which the next would be refused."""
+    file = study.folder / "study.yaml"
+    is_new = not file.exists()
+    write_study(study, given)
+    try:
+        yield
+    except SmoaError:
+        if is_new:
+            file.unlink()
+        raise
 
 
 def few_rows(number: int) -> str:

@@ -105,6 +105,12 @@ def test_an_interrupted_first_start_leaves_a_file_to_edit(room: Path, written: W
     assert list(yaml.safe_load((room / "studies" / "chats" / "study.yaml").read_text())["entries"]) == ["smoa", "lora"]
 
 
+def test_a_study_that_is_refused_leaves_no_file_that_refuses_the_next(room: Path, written: WrittenRuns) -> None:
+    words = ["compare", "--model", "base", "--data", "chats.jsonl"]
+    assert "--minutes: the smallest" in smoa(*words, "--minutes", "0.01", code=1).stderr
+    smoa(*words, "--seeds", "2")
+
+
 def test_an_entry_that_is_added_to_the_file_is_run_beside_the_others(room: Path, written: WrittenRuns) -> None:
     smoa("compare", "--model", "base", "--data", "chats.jsonl")
     file = room / "studies" / "chats" / "study.yaml"
