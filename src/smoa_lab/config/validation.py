@@ -97,8 +97,9 @@ def _dataclass_problems(block: str, target: type[Any], values: dict[str, Any]) -
     for key, value in values.items():
         path, wrong = (block, str(key)), None
         choices = [str(choice) for choice in fields[key].metadata.get("choices", ())] if key in fields else []
-        try:  # strict: a trainer would take the text "no" for yes; a list may stand for a tuple, a block for a class
-            model.model_validate({key: value}, strict=not isinstance(value, list | dict))
+        # A trainer would take the text "no" for yes. But 16.0 may stand for 16, a list for a tuple, a block for a class.
+        try:
+            model.model_validate({key: value}, strict=not isinstance(value, float | list | dict))
         except ValidationError as error:  # of a union one for each of its types
             wrong = str(error.errors()[0]["msg"]).removeprefix("Input ")
         if key not in fields:

@@ -113,8 +113,8 @@ def test_a_training_value_that_means_none_is_taken(override: str, value: float |
     assert load_config(file, [f"training.{override}"]).training[override.partition("=")[0]] == value
 
 
-def test_a_list_may_stand_for_a_tuple_and_a_block_for_a_class(file: Path) -> None:
-    own = {"layer_replication": [[0, 1], [0, 2]], "monteclora_config": {}}
+def test_a_list_may_stand_for_a_tuple_a_block_for_a_class_and_a_float_for_a_whole_number(file: Path) -> None:
+    own = {"layer_replication": [[0, 1], [0, 2]], "monteclora_config": {}, "lora_alpha": 16.0}
     load_config(file, ["method=lora", f"adapter={json.dumps(own)}"])
 
 
