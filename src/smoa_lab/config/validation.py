@@ -97,7 +97,7 @@ def _dataclass_problems(block: str, target: type[Any], values: dict[str, Any]) -
     for key, value in values.items():
         path, wrong = (block, str(key)), None
         choices = [str(choice) for choice in fields[key].metadata.get("choices", ())] if key in fields else []
-        # A trainer would take the text "no" for yes. But 16.0 may stand for 16, a list for a tuple, a block for a class.
+        # A trainer would take the text "no" for yes. But 16.0 may be 16, a list a tuple, a block a class.
         try:
             model.model_validate({key: value}, strict=not isinstance(value, float | list | dict))
         except ValidationError as error:  # of a union one for each of its types
