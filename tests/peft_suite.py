@@ -209,7 +209,7 @@ def _download(folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "-d", str(folder), *wanted], check=True)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
-        opened.extractall(folder, filter="data")
+        opened.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # since 3.11.4
     return folder / archive.name.removesuffix(".tar.gz")
 
 
