@@ -41,18 +41,17 @@ from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model, prepare_mod
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-import smoa
 from smoa import SmoaConfig
 from smoa.maths.blocks import Blocks
 from smoa.maths.spectrum import make_partition
-from smoa.state import clear_spectrum_cache
+from smoa.scores import clear_spectrum_cache
 from smoa.tuner.generation import caches_of_generate
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (2048, 640))
 TOKENS = (512, 4096, 1, 16384)
 NUM_BLOCKS = (2, 4, 8)
 OTHERS = ("frozen", "lora", "dora", "hira", "released")
-OURS = tuple(product(("batched", "loop", "compiled"), ("random", "contiguous")))
+OURS = tuple(product(("eager", "compiled"), ("random", "contiguous")))
 MODELS = (("lora", 0, ""), ("hira", 0, ""), *(("smoa", k, p) for k in (8, 2) for p in ("random", "contiguous")))
 LLAMA_3_8B = LlamaConfig(
     hidden_size=4096,
@@ -150,12 +149,11 @@ def layer_cost(
     rows: Rows, shape: tuple[int, int], tokens: int, method: str, num_blocks: int, route: str, partition: str
 ) -> dict[str, Any]:
     base = OneLayer(*shape, torch.bfloat16, rows.device)
-    smoa.use_kernels("loop" if route == "loop" else "batched")
     model = adapted(method, base, 64, num_blocks, partition or "random")
     torch.compiler.reset()
     step = training_step(torch.compile(model) if route == "compiled" else model, *inputs(base, tokens))
     costs = rows.cost_of(step, 20)
-    if route == "batched" and rows.device.type == "cuda":
+    if route == "eager" and rows.device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")  # raises where the program waits for the GPU
         try:
             step()
@@ -199,7 +197,6 @@ def adapted_llama(model: Any, method: str, num_blocks: int, partition: str) -> A
 
 def model(rows: Rows, quantized: bool = False) -> None:
     """Training steps with gradient checkpointing and AdamW, five targets, the parameters of LoRA r = 8."""
-    smoa.use_kernels("batched")
     for batch, compiled, adapter in product((1, 4), (False, True), MODELS):
         named = dict(zip(("method", "num_blocks", "partition"), adapter, strict=True))
         cost = partial(model_cost, rows, adapter, batch, compiled, quantized)
@@ -228,7 +225,6 @@ def model_cost(
 
 def decoding(rows: Rows) -> None:
     """Tokens a second of `generate`, one sequence, after a prompt of 64."""
-    smoa.use_kernels("batched")
     for way in ("base", "merged", "lora", "smoa-8", "smoa-4", "smoa-2"):
         rows.measure(partial(decode, rows, way), way=way)
 

@@ -1,7 +1,6 @@
 """Times single adapted layers.
 
     python benchmarks/layers.py layer_step [--shape 4096x4096] [--dtype float32] [--compile]
-    python benchmarks/layers.py layer_kernels
     python benchmarks/layers.py layer_kinds_step
     python benchmarks/layers.py sweep
 
@@ -11,10 +10,8 @@ A step is forward and backward, with the gradient of x. Times are taken in turn 
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 import torch
@@ -22,14 +19,12 @@ from _common import interleaved, lower_quartile, run, saved_bytes, trainable
 from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
-import smoa
 from smoa import SmoaConfig
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import split_rank
 from smoa.maths.spectrum import make_partition
 
 METHODS = ("frozen", "smoa", "lora", "hira", "released")
-KERNEL_SHAPES = ("256x256", "640x640", "2048x640", "4096x4096")
 SWEPT = {
     "tokens": (1, 16, 64, 256, 1024, 4096, 16384),
     "width": (512, 1024, 2048, 4096, 8192),
@@ -185,37 +180,6 @@ def layer_step(
     return {"name": name, "results": results}
 
 
-def layer_kernels(device: torch.device, only: str | None = None, repeats: int = 7) -> dict[str, Any]:
-    """A layer as the library computes it now, against as it did with loops over the blocks alone.
-
-    "before" is `SMOA_KERNELS=loop`, "now" is `auto`.
-    """
-    rows = []
-    dtypes, partitions = ("float32", "bfloat16"), ("random", "contiguous")
-    for shape, dtype, partition, blocks in product([only] if only else KERNEL_SHAPES, dtypes, partitions, (2, 8)):
-        base = OneLayer(*map(int, shape.split("x")), getattr(torch, dtype), device)
-        model = adapted("smoa", base, 16, blocks, partition)
-        for tokens, training in product((1, 16, 64, 512), (True, False)):
-            x, grad = inputs(base, tokens)
-            now = training_step(model, x, grad) if training else torch.no_grad()(lambda model=model, x=x: model(x))
-
-            def before(now: Callable[[], object] = now) -> None:
-                smoa.use_kernels("loop")
-                now()
-                smoa.use_kernels("auto")
-
-            interleaved({"before": before, "now": now}, 2)
-            times = interleaved({"before": before, "now": now}, repeats)
-            ways = {way: lower_quartile(of_way) for way, of_way in times.items()}
-            row = {"shape": shape, "dtype": dtype, "partition": partition, "num_blocks": blocks, "tokens": tokens}
-            row |= {"part": "step" if training else "forward"} | ways | {"ratio": ways["now"] / ways["before"]}
-            rows.append(row)
-            print(row, flush=True)
-    mean = math.exp(sum(math.log(row["ratio"]) for row in rows) / len(rows))
-    print(f"geometric mean {mean:.3f}, highest {max(row['ratio'] for row in rows):.3f}")
-    return {"results": rows, "geometric_mean": mean}
-
-
 def layer_kinds_step(device: torch.device, r: int = 32, num_blocks: int = 4, repeats: int = 9) -> dict[str, Any]:
     """A step of an adapted convolution and embedding, with SMoA, and LoRA and HiRA of r / K, in float32."""
     measured = {}
@@ -271,4 +235,4 @@ def sweep(device: torch.device, dtype: str = "float32") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(__doc__, layer_step=layer_step, layer_kernels=layer_kernels, layer_kinds_step=layer_kinds_step, sweep=sweep)
+    run(__doc__, layer_step=layer_step, layer_kinds_step=layer_kinds_step, sweep=sweep)

@@ -124,24 +124,6 @@ def decoding() -> str:
     return section(["route", "tokens/s", "time ÷ base", "of the fastest", *phases, "target"], rows, results, note)
 
 
-def kernels() -> str:
-    """Time now ÷ with loops alone: of a step, and of a forward in brackets."""
-    results = load("layer_kernels")
-    content = results["layer_kernels"]
-    keys = ("shape", "dtype", "partition", "num_blocks", "tokens", "part")
-    ratios = {tuple(row[key] for key in keys): row["ratio"] for row in content["results"]}
-    cases, tokens = dict.fromkeys(key[:4] for key in ratios), sorted({key[4] for key in ratios})
-    rows = [
-        [f"{case[0]}, {case[1]}", case[2], str(case[3])]
-        + [f"{ratios[*case, count, 'step']:.2f} ({ratios[*case, count, 'forward']:.2f})" for count in tokens]
-        for case in cases
-    ]
-    highest, lowest = max(ratios.values()), min(ratios.values())
-    note = f"Geometric mean {content['geometric_mean']:.2f}, highest {highest:.2f}, lowest {lowest:.2f}."
-    header = ["layer, dtype", "blocks", "K", *(f"{count} tokens" for count in tokens)]
-    return section(header, rows, results, note)
-
-
 def gpu() -> str:
     """What benchmarks/gpu.py measured, part by part."""
     parts = load("gpu_*")
@@ -261,7 +243,6 @@ def main() -> None:
         FOLDER / "tables.md": {
             "layer-step": layer_step(),
             "injection": injection(),
-            "kernels": kernels(),
         },
     }
     for page, of_page in pages.items():

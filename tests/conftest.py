@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
 
 # Before transformers is imported: a test that would reach for a hub fails at once instead of waiting for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,7 +13,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from smoa import use_kernels
+from smoa.layers import kinds
+from smoa.maths.kernels import branch, fused
 from tests.support import tiny_models
 from tests.support.peft_versions import adapt_to_peft
 
@@ -47,18 +47,17 @@ def _float32_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _kernels_of_its_own() -> Iterator[None]:
-    """What a test chooses holds for no other one."""
-    yield
-    use_kernels("auto")
+def _route_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test chooses (`take_route`) holds for no other one."""
+    monkeypatch.setattr(fused, "MIN_TOKENS", fused.MIN_TOKENS)
+    monkeypatch.setattr(kinds, "convolves_exactly", kinds.convolves_exactly)
 
 
-@pytest.fixture(params=["loop", "batched"])
-def kernels(request: pytest.FixtureRequest) -> str:
-    """Each way to compute the blocks' products in turn."""
-    use_kernels(request.param)
-    name: str = request.param
-    return name
+@pytest.fixture(params=["whole", "cut"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of blocks as a GPU multiplies them, and cut into the smallest pieces, of 16 rows, that are copied."""
+    monkeypatch.setattr(branch, "PIECE", 1 << 60 if request.param == "whole" else 1)
+    monkeypatch.setattr(branch, "LARGE_BLOCK", 1 << 60 if request.param == "whole" else 0)
 
 
 @pytest.fixture(params=tiny_models.BUILDERS)

@@ -31,7 +31,7 @@ from smoa.files.loading import guard_loading  # noqa: E402
 from smoa.files.saving import save_adapter  # noqa: E402
 from smoa.maths.blocks import Blocks as SpectralPartition  # noqa: E402  (its public name)
 from smoa.maths.spectrum import make_partition, spectral_scores  # noqa: E402
-from smoa.state import clear_spectrum_cache, use_kernels  # noqa: E402
+from smoa.scores import clear_spectrum_cache  # noqa: E402
 from smoa.tuner.generation import keep_in_generate  # noqa: E402
 from smoa.tuner.merging import merged  # noqa: E402
 from smoa.tuner.model import SmoaModel  # noqa: E402
@@ -62,5 +62,4 @@ __all__ = [
     "merged",
     "save_adapter",
     "spectral_scores",
-    "use_kernels",
 ]

@@ -11,15 +11,24 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from smoa import SmoaConfig, use_kernels
+from smoa import SmoaConfig
 from smoa.files.names import PREFIX
+from smoa.layers import kinds
 from smoa.layers.layer import SmoaLayer
-from smoa.maths.kernels.choice import Kernels
+from smoa.maths.kernels import fused
 from tests import reference
 
 # (out_features, in_features, num_blocks): square, tall, wide, K that divides neither side, K = min(m, n), K = 1.
 SHAPES = [(12, 12, 3), (17, 10, 4), (9, 16, 2), (11, 13, 5), (6, 7, 6), (8, 5, 1)]
-ROUTES: list[Kernels] = ["fused", "apart"]
+ROUTES = ["fused", "apart"]
+
+
+def take_route(route: str | None) -> None:
+    """The rest of the test forms W + ΔW wherever that is exact ("fused"), or nowhere ("apart")."""
+    if route is not None:
+        fused.MIN_TOKENS = 0 if route == "fused" else 1 << 60
+    if route == "apart":
+        kinds.convolves_exactly = lambda *_: False
 
 
 class Wrapper(nn.Module):
@@ -51,14 +60,13 @@ def base_layer(
 
 
 def adapted_layer(
-    base: nn.Module, adapter: str = "default", *, trained: bool = True, route: Kernels | None = None, **config: Any
+    base: nn.Module, adapter: str = "default", *, trained: bool = True, route: str | None = None, **config: Any
 ) -> SmoaLayer:
     """`base` with a SMoA adapter whose factors hold random numbers, as if trained (unless `trained=False`).
 
-    With `route` the rest of the test computes by these kernels.
+    With `route` the rest of the test takes it.
     """
-    if route is not None:
-        use_kernels(route)
+    take_route(route)
     model = inject_adapter_in_model(SmoaConfig(target_modules=["layer"], **config), Wrapper(base), adapter)
     if trained:
         randomise(model.layer, adapter)

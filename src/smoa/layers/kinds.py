@@ -25,8 +25,7 @@ from smoa.layers.layer import SmoaLayer, as_stored, in_autocast_dtype, is_instru
 from smoa.layers.linear import Linear
 from smoa.layers.quantized import QuantizedLinear
 from smoa.maths.factors import Initialization
-from smoa.maths.kernels.operators import is_transformed
-from smoa.state import chosen_kernels
+from smoa.maths.kernels.autograd import is_transformed
 
 
 class Embedding(SmoaLayer):
@@ -99,8 +98,8 @@ class Convolution(SmoaLayer):
         weight, device_type = self.stored_weight(), x.device.type
         exact = weight.dtype == x.dtype and convolves_exactly(device_type, x.dtype)
         dropped = self.training and isinstance(self.smoa_dropout[adapter_name], nn.Dropout)
-        fused = chosen_kernels() != "apart" and not torch.is_autocast_enabled(device_type)
-        return fused and exact and not dropped and not is_instrumented(self.base_layer)
+        plain = not torch.is_autocast_enabled(device_type) and not is_instrumented(self.base_layer)
+        return plain and exact and not dropped
 
     def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
         """`conv(x, ΔW)`, without bias; in training, dropout acts on x."""

@@ -35,10 +35,9 @@ from smoa.layers.partition import AdapterBuffers, AdapterPartition, Derived, Par
 from smoa.layers.weight_cache import WeightCache, tensor_state
 from smoa.maths.blocks import Blocks, DiagonalBlocks, check_num_blocks
 from smoa.maths.factors import Factors, Initialization, init_factors, saved_shapes
-from smoa.maths.kernels.operators import is_transformed
+from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.scale import DEFAULT_SCALE, ModulationKind
 from smoa.maths.update import Update
-from smoa.state import chosen_kernels
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
@@ -362,7 +361,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         A, B = self.factors(adapter_name)
         ranks, scaling = self.ranks[adapter_name], self.scaling[adapter_name]
         factors = Factors(A, B, ranks, scaling, derived.rank_scale, cast(Blocks, derived.blocks))
-        return Update(factors, self.modulation[adapter_name], chosen_kernels())
+        return Update(factors, self.modulation[adapter_name])
 
     def updates(self, adapter_name: str) -> list[Update]:
         """The adapter's `Update` of each matrix."""

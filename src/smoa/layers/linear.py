@@ -13,10 +13,10 @@ from smoa.config import Shape
 from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_instrumented
 from smoa.layers.mixed_batch import mixed_outputs, shared_output
 from smoa.layers.weight_cache import BLOCKS, DIAGONAL, KeptUpdate, WeightCache
-from smoa.maths.kernels.choice import prefers_apart, prefers_shared
-from smoa.maths.kernels.operators import is_transformed, multiplies_exactly
+from smoa.maths.kernels.autograd import is_transformed
+from smoa.maths.kernels.fused import multiplies_exactly, pays
+from smoa.maths.kernels.shared import prefers_shared
 from smoa.maths.update import Update
-from smoa.state import chosen_kernels
 
 
 class Linear(SmoaLayer):
@@ -65,7 +65,7 @@ class Linear(SmoaLayer):
         if self.modulation[adapter_name] == "none":
             return False
         tokens = x.shape[:-1]
-        return not is_transformed(x) and prefers_shared(self.ranks[adapter_name], tokens.numel(), chosen_kernels())
+        return not is_transformed(x) and prefers_shared(self.ranks[adapter_name], tokens.numel())
 
     def _mixed_outputs(self, x: Tensor, adapter_names: list[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
         def formed(x: Tensor, name: str) -> Tensor:
@@ -93,14 +93,11 @@ class Linear(SmoaLayer):
         if torch.compiler.is_compiling() or not is_plain or torch.is_autocast_enabled(device):
             return None
         # 16-bit floats and TF32 would round a small ΔW away
-        if weight.dtype != torch.float64 and not (weight.dtype == torch.float32 and multiplies_exactly(device)):
+        if weight.dtype != torch.float64 and not (weight.dtype == torch.float32 and multiplies_exactly()):
             return None
         dropout = self.smoa_dropout[adapter_name]
         if self.modulation[adapter_name] == "none" or (isinstance(dropout, nn.Dropout) and self.training):
             return None
         if weight.dtype != x.dtype or weight.requires_grad or is_transformed(x, weight):
             return None
-        blocks = len(self.ranks[adapter_name]), self.blocks(adapter_name).is_contiguous
-        if prefers_apart(*blocks, device, x.shape[:-1].numel(), chosen_kernels()):
-            return None
-        return self.update(adapter_name)
+        return self.update(adapter_name) if pays(self.blocks(adapter_name), device, x.shape[:-1].numel()) else None

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from smoa.layers.layer import SmoaLayer, linear_weight
 from smoa.layers.weight_cache import DIAGONAL, STACKED, is_sharded, tensor_state
-from smoa.maths.kernels.choice import Kernels, prefers_shared
-from smoa.maths.kernels.operators import is_transformed, without_autocast
-from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, shared
-from smoa.state import chosen_kernels
+from smoa.maths.kernels.autograd import is_transformed, without_autocast
+from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, prefers_shared, shared
 
 
 def mixed_outputs(
@@ -44,15 +42,15 @@ def mixed_outputs(
 
 def _batch_of(layer: SmoaLayer, x: Tensor, adapter_names: tuple[str, ...]) -> MixedBatch:
     """How to compute a batch: as the last one, if it had the same adapters, and nothing of the layer has changed."""
-    tokens, kernels = x.shape[1:-1].numel(), chosen_kernels()
+    tokens = x.shape[1:-1].numel()
     if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x):
-        return MixedBatch(layer, adapter_names, tokens, x.device, kernels)
+        return MixedBatch(layer, adapter_names, tokens, x.device)
     cache = layer.smoa_weight_cache
     changes = layer.changes() if cache is None else cache.watch.state(layer)
-    state = adapter_names, tokens, x.device, kernels, changes
+    state = adapter_names, tokens, x.device, changes
     last = layer.last_batch
     if last is None or last[0] != state or (cache is None and not last[1].is_current()):
-        last = state, MixedBatch(layer, adapter_names, tokens, x.device, kernels)
+        last = state, MixedBatch(layer, adapter_names, tokens, x.device)
         layer.last_batch = last
     batch: MixedBatch = last[1]
     return batch
@@ -75,7 +73,6 @@ class MixedBatch:
         adapter_names: Sequence[str],
         tokens: int,
         device: torch.device,
-        kernels: Kernels,
     ) -> None:
         rows_of: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
@@ -87,7 +84,7 @@ class MixedBatch:
         for name in self.names:
             rows = rows_of[name]
             layer.decide_partition(name)
-            if not trains_weight and prefers_shared(layer.ranks[name], tokens * len(rows), kernels):
+            if not trains_weight and prefers_shared(layer.ranks[name], tokens * len(rows)):
                 together.setdefault(layer.mixed_key(name), []).append(name)
             else:
                 self.apart.append((name, torch.tensor(rows, device=device)))

@@ -18,11 +18,11 @@ from smoa.config import SmoaConfig
 from smoa.errors import PartitionError
 from smoa.maths.blocks import UNDECIDED, Blocks, Orders, ascend, check_labels
 from smoa.maths.experts import stack_partition
-from smoa.maths.kernels.operators import is_transformed
+from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.scale import ModulationKind, ScaleKind, block_scale, rank_scale
 from smoa.maths.spectrum import PartitionKind, make_partition
 from smoa.maths.stack import Side
-from smoa.state import cached_spectral_scores
+from smoa.scores import cached_spectral_scores
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun
-from smoa.maths.kernels.batched import multiply
+from smoa.maths.kernels.branch import multiply
 from smoa.maths.update import Update
 
 T = TypeVar("T")

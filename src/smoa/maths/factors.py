@@ -46,7 +46,7 @@ def saved_shapes(shape: tuple[int, int], ranks: Sequence[int], count: int | None
 class BlockRun:
     """Neighboring blocks of one height, width and rank: where they are in the sorted rows, columns and ranks.
 
-    The methods return views (blocks, …, …).
+    The methods return views (blocks, …, …). A piece of a larger block has `height` of its rows, after those it skips.
     """
 
     count: int
@@ -56,6 +56,25 @@ class BlockRun:
     first_row: int
     first_col: int
     first_rank: int
+    skipped: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(blocks, height, width)."""
+        return self.count, self.height, self.width
+
+    def cut(self, rows: int) -> Iterator[BlockRun]:
+        """Pieces with at most so many rows: fewer blocks or, of a higher block, a part."""
+        if self.count * self.height <= rows:
+            yield self
+            return
+        blocks = max(1, rows // self.height)
+        for first in range(0, self.count, blocks):
+            places = self.first_row + first * self.height, self.first_col + first * self.width
+            rank = self.first_rank + first * self.rank
+            for skipped in range(0, self.height, rows):
+                count, height = min(blocks, self.count - first), min(rows, self.height - skipped)
+                yield BlockRun(count, height, self.width, self.rank, places[0] + skipped, places[1], rank, skipped)
 
     def of_inputs(self, x: Tensor) -> Tensor:
         """(blocks, tokens, width), of x (tokens, in_features) sorted by block."""
@@ -74,7 +93,7 @@ class BlockRun:
 
     def of_B(self, B: Tensor) -> Tensor:
         """(blocks, height, rank), of B (⌈m/K⌉, r)."""
-        ranks = B.narrow(1, self.first_rank, self.count * self.rank).narrow(0, 0, self.height)
+        ranks = B.narrow(1, self.first_rank, self.count * self.rank).narrow(0, self.skipped, self.height)
         return ranks.view(self.height, self.count, self.rank).transpose(0, 1)
 
     def of_slices(self, matrix: Tensor) -> Tensor:

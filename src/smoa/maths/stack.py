@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from smoa.maths.blocks import Blocks, Orders, block_sizes, slices
 from smoa.maths.factors import Factors
-from smoa.maths.kernels.loops import product_dtype
-from smoa.maths.kernels.operators import Gradients, is_transformed, recomputed
+from smoa.maths.kernels.autograd import Gradients, is_transformed, recomputed
+from smoa.maths.kernels.branch import product_dtype
 from smoa.maths.scale import ModulationKind
 from smoa.maths.update import Update
 

@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smoa.maths.factors import BlockRun, Factors
-from smoa.maths.kernels.batched import batched_delta, plain_branch, recomputed_branch
-from smoa.maths.kernels.choice import Kernels
-from smoa.maths.kernels.loops import product_dtype
-from smoa.maths.kernels.operators import Apart, Fused, is_transformed, recomputed
+from smoa.maths.kernels.autograd import is_transformed, recomputed
+from smoa.maths.kernels.branch import Branch, block_deltas, plain_branch, product_dtype, recomputed_branch
+from smoa.maths.kernels.fused import Fused
 from smoa.maths.scale import ModulationKind, rank_scale
 
 
@@ -31,12 +30,10 @@ class Update:
     Args:
         factors: A, B, the scale and the blocks.
         modulation: "hadamard" for M = W, "none" without M.
-        kernels: How `x ΔWᵀ` is computed; the results are the same.
     """
 
     factors: Factors
     modulation: ModulationKind = "hadamard"
-    kernels: Kernels = "auto"
 
     def delta(self, weight: Tensor) -> Tensor:
         """Dense ΔW (out_features, in_features), in the widest of float32 and the dtypes of `weight` and the factors.
@@ -72,7 +69,7 @@ class Update:
         return self._recomputed(x, weight)
 
     def _recomputed(self, x: Tensor, weight: Tensor | Callable[[], Tensor]) -> Tensor:
-        y = recomputed(Apart(self.kernels), self.factors, x.reshape(-1, x.shape[-1]), weight)
+        y = recomputed(Branch(), self.factors, x.reshape(-1, x.shape[-1]), weight)
         return y.view(*x.shape[:-1], self.factors.blocks.out_features)
 
     def apply_with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -80,7 +77,7 @@ class Update:
 
         For float32 and float64 only: in 16 bits `W(1 + δ)` rounds a small δ away.
         """
-        y = recomputed(Fused(self.kernels), self.factors, x.reshape(-1, x.shape[-1]), weight, bias)
+        y = recomputed(Fused(), self.factors, x.reshape(-1, x.shape[-1]), weight, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     def kept_blocks(self, weight: Tensor, dtype: torch.dtype) -> list[tuple[BlockRun, Tensor]]:
@@ -94,7 +91,7 @@ class Update:
         """
         with torch.autocast(weight.device.type, enabled=False):  # it would round the factors
             dtype = product_dtype(dtype, weight.device.type)
-            return list(batched_delta(self.factors.wide(), weight, dtype))
+            return list(block_deltas(self.factors.wide(), weight, dtype))
 
     def lookup(self, tokens: Tensor, weight: Tensor, padding: int | None = None, by_freq: bool = False) -> Tensor:
         """`ΔW[tokens]`, what an adapted embedding adds: (tokens, in_features), float32 or wider.

@@ -36,7 +36,7 @@ from smoa.layers.layer import as_matrix, in_autocast_dtype, smoa_layers
 from smoa.layers.linear import Linear
 from smoa.layers.quantized import dequantized, find_backend
 from smoa.layers.weight_cache import tensor_state
-from smoa.maths.kernels.operators import is_transformed
+from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.kernels.shared import diagonal_of
 from smoa.maths.kernels.tokens import Rows, Tokens, products
 from smoa.tuner.generation import BASE, watch_generate

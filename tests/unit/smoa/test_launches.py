@@ -7,19 +7,20 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import smoa
 from smoa.layers.layer import SmoaLayer
+from smoa.maths.kernels import branch
 from tests.support.gradients import assert_path
 from tests.support.launches import SORTS_OR_WAITS, count
-from tests.support.layers import adapted_layer, base_layer, factors
+from tests.support.layers import adapted_layer, base_layer, factors, take_route
 
 PARTITIONS = ["spectral", "contiguous"]
 LAUNCHES_FORWARD, LAUNCHES_BACKWARD = 16, 28
 
 
 @pytest.fixture(autouse=True)
-def _batched() -> None:
-    smoa.use_kernels("batched")
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    take_route("apart")
+    monkeypatch.setattr(branch, "PIECE", 1 << 60)
     torch.compiler.reset()
 
 

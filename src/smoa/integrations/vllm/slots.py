@@ -16,7 +16,7 @@ from torch import Tensor
 from smoa.files.layers import Loaded
 from smoa.maths.blocks import take_columns
 from smoa.maths.factors import BlockRun, runs_of
-from smoa.maths.kernels.loops import product_dtype
+from smoa.maths.kernels.branch import product_dtype
 from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of
 from smoa.maths.kernels.tokens import Plan, Rows, Tokens, products
 from smoa.maths.scale import rank_scale

@@ -20,9 +20,16 @@ from torch.utils.checkpoint import checkpoint
 
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun, Factors
-from smoa.maths.kernels.batched import diagonal_blocks, multiply
-from smoa.maths.kernels.loops import product_dtype
-from smoa.maths.kernels.operators import is_transformed, without_autocast
+from smoa.maths.kernels.autograd import is_transformed, without_autocast
+from smoa.maths.kernels.branch import diagonal_blocks, multiply, product_dtype
+
+FEW_PRODUCTS = 128
+"""Products of a token with the blocks of W, for which it does not pay to form ΔW."""
+
+
+def prefers_shared(ranks: Sequence[int], tokens: int) -> bool:
+    """Whether an adapter's tokens are multiplied by the blocks of W, once for each rank, instead of by those of ΔW."""
+    return max(ranks) * tokens <= FEW_PRODUCTS
 
 
 @dataclass(frozen=True, eq=False)

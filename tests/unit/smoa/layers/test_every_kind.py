@@ -11,15 +11,14 @@ from peft import PeftModel, get_peft_model
 from torch.autograd.functional import jacobian, jvp
 from torch.func import functional_call, vmap
 
-from smoa import MergeError, SmoaConfig, use_kernels
+from smoa import MergeError, SmoaConfig
 from smoa.files.names import PARTS
 from smoa.hotswap import hotswap_adapter
 from smoa.layers.layer import SmoaLayer
-from smoa.maths.kernels.choice import Kernels
 from tests import reference
 from tests.support.decompositions import NoDecomposition
 from tests.support.kinds import KINDS, input_of, kind_of_layer, oracle_of
-from tests.support.layers import ROUTES, Wrapper, adapted_layer, base_weight, factors, labels, randomise
+from tests.support.layers import ROUTES, Wrapper, adapted_layer, base_weight, factors, labels, randomise, take_route
 from tests.support.tolerance import assert_close
 
 SETTINGS = {"r": 7, "num_blocks": 3, "alpha": 4.0, "target_modules": ["layer"]}
@@ -142,9 +141,9 @@ def ensemble(kind: str) -> list[SmoaLayer]:
 
 @every_kind
 @pytest.mark.parametrize("route", ROUTES)
-def test_vmap_takes_any_of_a_layers_tensors(kind: str, route: Kernels) -> None:
+def test_vmap_takes_any_of_a_layers_tensors(kind: str, route: str) -> None:
     layers, x = ensemble(kind), input_of(kind)
-    use_kernels(route)
+    take_route(route)
     state, other = layers[0].state_dict(), layers[1].state_dict()
     before = layers[0](x)
     for name in state:
@@ -171,7 +170,7 @@ def test_vmap_takes_a_whole_ensemble_and_leaves_nothing_of_it_behind(kind: str) 
 
 @every_kind
 @pytest.mark.parametrize("route", ROUTES)
-def test_batched_gradients_are_the_single_ones(kind: str, route: Kernels) -> None:
+def test_batched_gradients_are_the_single_ones(kind: str, route: str) -> None:
     layer, x = adapted_layer(kind_of_layer(kind), r=7, num_blocks=3, route=route), input_of(kind)
     inputs = [*factors(layer), *([x.requires_grad_()] if x.is_floating_point() else [])]
     y = layer(x).flatten()[:5]
@@ -185,7 +184,7 @@ def test_batched_gradients_are_the_single_ones(kind: str, route: Kernels) -> Non
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "embedding"])
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # PyTorch's own forward mode uses it
-def test_vectorized_jacobians_and_products_with_them_are_the_plain_ones(kind: str, route: Kernels) -> None:
+def test_vectorized_jacobians_and_products_with_them_are_the_plain_ones(kind: str, route: str) -> None:
     layer, x = adapted_layer(kind_of_layer(kind), r=7, num_blocks=3, route=route), input_of(kind)[:1]
     expected = jacobian(layer, x)
     assert_close(jacobian(layer, x, vectorize=True), expected)
@@ -198,7 +197,7 @@ def test_vectorized_jacobians_and_products_with_them_are_the_plain_ones(kind: st
 @every_kind
 @pytest.mark.parametrize("route", ROUTES[:1])
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
-def test_a_traced_layer_takes_other_batches(kind: str, route: Kernels) -> None:
+def test_a_traced_layer_takes_other_batches(kind: str, route: str) -> None:
     layer, x = adapted_layer(kind_of_layer(kind), r=7, num_blocks=3, route=route), input_of(kind)
     traced = torch.jit.trace(layer, (x[:1],))
     assert_close(traced(x), layer(x))

@@ -10,7 +10,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from smoa.maths.kernels.choice import Kernels
 from tests import reference
 from tests.support.gradients import assert_path, inputs, layer_13_to_11, oracle_gradients, own_gradients
 from tests.support.layers import (
@@ -25,14 +24,14 @@ from tests.support.layers import (
 )
 from tests.support.tolerance import assert_close
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = pytest.mark.usefixtures("pieces")
 
 MODULATIONS = ["hadamard", "none"]
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)], ids=["1-D", "2-D", "4-D"])
 @pytest.mark.parametrize(("route", "modulation"), [("fused", "hadamard"), ("apart", "hadamard"), ("apart", "none")])
-def test_inputs_of_one_to_four_dimensions(shape: tuple[int, ...], modulation: str, route: Kernels) -> None:
+def test_inputs_of_one_to_four_dimensions(shape: tuple[int, ...], modulation: str, route: str) -> None:
     layer = layer_13_to_11(modulation=modulation, route=route)
     x = inputs(*shape)
     y = layer(x)
@@ -67,7 +66,7 @@ def test_inputs_that_are_not_contiguous(modulation: str) -> None:
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2), (0, 1), (0, 2)], ids=str)
 @pytest.mark.parametrize(("route", "modulation"), [("fused", "hadamard"), ("apart", "hadamard"), ("apart", "none")])
 def test_whatever_is_frozen_the_others_get_their_gradients(
-    frozen: tuple[int, ...], route: Kernels, modulation: str
+    frozen: tuple[int, ...], route: str, modulation: str
 ) -> None:
     """Of x, A and B."""
     layer = layer_13_to_11(modulation=modulation, route=route)
@@ -167,7 +166,7 @@ def test_a_compiled_layer_drops_the_same_inputs() -> None:
 
 
 @pytest.mark.parametrize(("route", "modulation"), [("fused", "hadamard"), ("apart", "hadamard"), ("apart", "none")])
-def test_a_compiled_layer_of_changing_batch_size_is_the_oracles(route: Kernels, modulation: str) -> None:
+def test_a_compiled_layer_of_changing_batch_size_is_the_oracles(route: str, modulation: str) -> None:
     torch.compiler.reset()
     layer = layer_13_to_11(conv1d=route == "fused", modulation=modulation, route=route)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)

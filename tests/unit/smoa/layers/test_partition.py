@@ -16,8 +16,7 @@ from smoa import PartitionError, SmoaConfig, make_partition
 from smoa.files.names import PREFIX
 from smoa.layers import partition
 from smoa.layers.layer import SmoaLayer
-from smoa.maths.kernels.choice import Kernels
-from smoa.state import clear_spectrum_cache
+from smoa.scores import clear_spectrum_cache
 from tests import reference
 from tests.support import tiny_models
 from tests.support.decompositions import NoDecomposition
@@ -273,7 +272,7 @@ def contiguous(dtype: torch.dtype = torch.float64, **config: object) -> tuple[Sm
     [("fused", torch.float64, False), ("apart", torch.float64, True), ("apart", torch.bfloat16, False)],
 )
 def test_a_training_step_gathers_nothing(
-    monkeypatch: pytest.MonkeyPatch, route: Kernels, dtype: torch.dtype, conv1d: bool
+    monkeypatch: pytest.MonkeyPatch, route: str, dtype: torch.dtype, conv1d: bool
 ) -> None:
     layer, x = contiguous(dtype, route=route, conv1d=conv1d)
     with gathers(monkeypatch) as found:
@@ -282,7 +281,7 @@ def test_a_training_step_gathers_nothing(
 
 
 @pytest.mark.parametrize(("route", "dtype"), [("fused", torch.float64), ("apart", torch.bfloat16)])
-def test_other_blocks_gather(monkeypatch: pytest.MonkeyPatch, route: Kernels, dtype: torch.dtype) -> None:
+def test_other_blocks_gather(monkeypatch: pytest.MonkeyPatch, route: str, dtype: torch.dtype) -> None:
     layer, x = contiguous(dtype, route=route, partition="spectral")
     with gathers(monkeypatch) as found:
         step(layer, x)
@@ -328,7 +327,7 @@ def test_labels_are_compared_when_they_change_and_never_in_a_step(monkeypatch: p
 
 
 @pytest.mark.parametrize(("route", "dtype"), [("fused", torch.float32), ("apart", torch.bfloat16)])
-def test_a_compiled_layer_computes_the_same(route: Kernels, dtype: torch.dtype) -> None:
+def test_a_compiled_layer_computes_the_same(route: str, dtype: torch.dtype) -> None:
     torch.compiler.reset()
     layer, x = contiguous(dtype, route=route)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

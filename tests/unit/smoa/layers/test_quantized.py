@@ -36,7 +36,7 @@ from tests.support.quantized import (
 )
 from tests.support.tolerance import assert_close, relative_error
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = pytest.mark.usefixtures("pieces")
 
 
 @pytest.fixture(autouse=True)

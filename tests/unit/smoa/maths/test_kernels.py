@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,33 +16,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-import smoa
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.weight_cache import open_caches
 from smoa.maths.blocks import Blocks
-from smoa.maths.factors import Factors, saved_shapes
-from smoa.maths.kernels import loops
-from smoa.maths.kernels.batched import batched_backward, batched_delta, batched_forward, plain_branch
-from smoa.maths.kernels.choice import Kernels, prefers_apart, prefers_batched
-from smoa.maths.kernels.loops import CHUNK_ELEMENTS, SCRATCH, chunks, loop_backward, loop_forward
-from smoa.maths.kernels.operators import Fused
+from smoa.maths.factors import BlockRun, Factors, saved_shapes
+from smoa.maths.kernels.branch import PIECE, SCRATCH, Branch, block_deltas, chunks, pieces, plain_branch
+from smoa.maths.kernels.fused import Fused, pays
 from smoa.maths.spectrum import make_partition
 from tests import reference
 from tests.support.gradients import assert_layer_is_the_oracles
-from tests.support.layers import adapted_layer, base_layer, clone_leaf, factors, oracle_output, ranks
+from tests.support.layers import ROUTES, adapted_layer, base_layer, clone_leaf, factors, oracle_output, ranks
 from tests.support.live_bytes import LiveBytes
 from tests.support.tolerance import assert_close
 from tests.support.updates import CASES, Problem, problem
 
-KERNELS = {"loop": (loop_forward, loop_backward), "batched": (batched_forward, batched_backward)}
 MODULATIONS = ["hadamard", "none"]
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of 16 rows, the fewest that the kernels take."""
-    monkeypatch.setattr(loops, "CHUNK_ELEMENTS", {"cpu": 1, "other": 1})
 
 
 def operands(case: Problem) -> tuple[list[float], Tensor, Tensor]:
@@ -60,23 +48,23 @@ def assert_all_close(found: Any, expected: Any) -> None:
 # values and gradients
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize(("kind", "transposed"), [("spectral", False), ("contiguous", True), ("spectral", True)])
 @pytest.mark.parametrize("sizes", CASES)
 def test_values_gradients_and_blocks_are_the_oracles(
-    sizes: tuple[int, int, tuple[int, ...]], transposed: bool, kind: str, kernel: Any
+    sizes: tuple[int, int, tuple[int, ...]], transposed: bool, kind: str
 ) -> None:
     case = problem(*sizes, kind)
     scale, x, g = operands(case)
     delta = case.oracle("hadamard", [0.5 * s for s in scale])
     expected = torch.autograd.grad(x @ delta.T, (x, case.A, case.B), g)
     weight = case.weight.T.contiguous().T if transposed else case.weight
-    forward, backward = KERNELS[kernel]
+    forward, backward = Branch().forward, Branch().backward
     with torch.no_grad():
         assert_close(forward(case.factors(0.5, scale), x, weight), x @ delta.T)
         assert_all_close(backward(case.factors(0.5, scale), g, x, weight, True), expected)
         grad_x, *of_factors = backward(case.factors(0.5, scale), g, x, weight, False)
-        kept = batched_delta(case.factors(0.5, scale).wide(), weight, torch.float64)
+        kept = block_deltas(case.factors(0.5, scale).wide(), weight, torch.float64)
         assert_all_close([block for _, stacked in kept for block in stacked], case.partition.of(delta))
     assert grad_x.numel() == 0
     assert_all_close(of_factors, expected[1:])
@@ -119,10 +107,10 @@ def test_the_plain_branch_is_the_oracles_with_an_anchor_and_without(
     assert plain_branch(case.factors(), x.float(), case.weight).dtype == torch.float32
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.usefixtures("pieces")
 @torch.no_grad()
-def test_padding_has_no_effect_and_gets_no_gradient(kernel: str) -> None:
-    case, (forward, backward) = problem(11, 13, (2, 2, 2)), KERNELS[kernel]
+def test_padding_has_no_effect_and_gets_no_gradient() -> None:
+    case, forward, backward = problem(11, 13, (2, 2, 2)), Branch().forward, Branch().backward
     in_A, in_B = reference.real_entries(11, 13, case.ranks)
     _, x, g = operands(case)
     before = forward(case.factors(), x, case.weight)
@@ -133,16 +121,15 @@ def test_padding_has_no_effect_and_gets_no_gradient(kernel: str) -> None:
     assert (grad_B[~in_B] == 0).all()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, "spectral"), (torch.float16, "contiguous")])
 @torch.no_grad()
-def test_half_precision_rounds_the_update_once(dtype: torch.dtype, kind: str, kernel: str) -> None:
-    case, (forward, backward) = problem(11, 13, (1, 4, 2), kind), KERNELS[kernel]
+def test_half_precision_rounds_the_update_once(dtype: torch.dtype, kind: str) -> None:
+    case, forward, backward = problem(11, 13, (1, 4, 2), kind), Branch().forward, Branch().backward
     single = case._replace(A=case.A.detach().float(), B=case.B.detach().float(), weight=case.weight.to(dtype))
     given, x, g = single.factors(0.5), torch.randn(5, 13).to(dtype), torch.randn(5, 11).to(dtype)
     y, (grad_x, grad_A, grad_B) = forward(given, x, single.weight), backward(given, g, x, single.weight, True)
     assert [tensor.dtype for tensor in (y, grad_x, grad_A, grad_B)] == [dtype, dtype, torch.float32, torch.float32]
-    assert torch.equal(y, loop_forward(given, x, single.weight))
     delta = single.double().oracle("hadamard", 0.5)
     assert_close(y, x.double() @ delta.T)
     assert_close(grad_x, g.double() @ delta)
@@ -153,10 +140,10 @@ def test_ranks_so_large_that_blocks_are_masked_give_the_oracles_values_and_gradi
     assert_layer_is_the_oracles(r=110, num_blocks=3, alpha=11.0, route=route, conv1d=conv1d)
 
 
-@pytest.mark.usefixtures("tiny_chunks")
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize(("route", "conv1d"), [("fused", True), ("apart", False)])
 @pytest.mark.parametrize(("r", "num_blocks"), [(7, 1), (7, 3), (110, 3)])
-def test_many_runs_of_rows_give_the_oracles_values_and_gradients(
+def test_whole_and_cut_runs_of_rows_give_the_oracles_values_and_gradients(
     r: int, num_blocks: int, route: str, conv1d: bool
 ) -> None:
     assert_layer_is_the_oracles(r=r, num_blocks=num_blocks, alpha=3.0, route=route, conv1d=conv1d)
@@ -165,53 +152,47 @@ def test_many_runs_of_rows_give_the_oracles_values_and_gradients(
 # which kernel is taken
 
 
-def blocks_of(size: int, num_blocks: int, kind: str = "random", device: str = "cpu") -> Blocks:
-    made = make_partition(torch.ones(size, size), num_blocks, kind)  # type: ignore[arg-type]
-    rows, cols = (labels.to(device) for labels in (made.row_labels, made.col_labels))
-    return Blocks(rows, cols, num_blocks, made.orders, made.is_contiguous)
+def blocks_of(size: int, num_blocks: int, kind: str = "random") -> Blocks:
+    return make_partition(torch.ones(size, size), num_blocks, kind)  # type: ignore[arg-type]
 
 
-def test_small_blocks_are_batched_and_few_tokens_computed_apart_on_a_cpu() -> None:
-    assert prefers_batched(blocks_of(256, 8))
-    assert not prefers_batched(blocks_of(640, 2))
-    assert prefers_apart(8, False, "cpu", tokens=255)
-    assert not prefers_apart(8, False, "cpu", tokens=256)
-    assert not prefers_apart(2, False, "cpu", tokens=16)
-    assert prefers_apart(8, True, "cpu", tokens=511)
-    elsewhere = blocks_of(640, 2, device="meta")
-    assert prefers_batched(elsewhere)
-    assert prefers_apart(8, False, "cuda", tokens=1 << 20)
-
-
-def test_what_is_set_holds_everywhere(kernels: Any) -> None:
-    layer = adapted_layer(base_layer(64, 64), r=8, num_blocks=8)
-    assert layer.update("default").kernels == kernels
-    for chosen in (blocks_of(64, 8), blocks_of(640, 2), blocks_of(640, 2, device="meta")):
-        assert prefers_batched(chosen, kernels) == (kernels == "batched")
-    assert prefers_apart(2, False, "cpu", 512, kernels) == (kernels == "batched")
-
-
-def test_another_word_is_refused_and_changes_nothing() -> None:
-    before = smoa.state.chosen_kernels()
-    with pytest.raises(smoa.ConfigError, match="'fast'; use one of 'auto', 'loop', 'batched'"):
-        smoa.use_kernels("fast")  # type: ignore[arg-type]
-    assert smoa.state.chosen_kernels() == before
-
-
-def test_the_environment_sets_what_smoa_starts_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SMOA_KERNELS", "loop")
-    assert runpy.run_path(str(smoa.state.__file__))["chosen_kernels"]() == "loop"
+def test_the_sum_of_weight_and_update_is_formed_for_many_tokens_on_a_cpu() -> None:
+    random, contiguous = blocks_of(256, 8), blocks_of(256, 8, "contiguous")
+    assert not pays(random, "cpu", tokens=255)
+    assert pays(random, "cpu", tokens=256)
+    assert not pays(contiguous, "cpu", tokens=511)
+    assert pays(contiguous, "cpu", tokens=512)
+    assert not pays(random, "cuda", tokens=1 << 20)
 
 
 # memory
 
 
-@given(start=st.integers(0, 5000), rows=st.integers(0, 5000), columns=st.integers(0, 1_000_000))
-def test_chunks_cover_every_row_once_and_are_bounded(start: int, rows: int, columns: int) -> None:
-    made = list(chunks(start, start + rows, columns, CPU))
-    assert [row for chunk in made for row in range(chunk.start, chunk.stop)] == list(range(start, start + rows))
+@given(rows=st.integers(0, 5000), columns=st.integers(0, 1_000_000))
+def test_chunks_cover_every_row_once_and_are_bounded(rows: int, columns: int) -> None:
+    made = list(chunks(rows, columns))
+    assert [row for chunk in made for row in range(chunk.start, chunk.stop)] == list(range(rows))
     sizes = [chunk.stop - chunk.start for chunk in made]
-    assert all(size <= 16 or size * columns <= CHUNK_ELEMENTS["cpu"] for size in sizes)
+    assert all(size <= 16 or size * columns <= PIECE for size in sizes)
+
+
+@given(count=st.integers(1, 9), height=st.integers(1, 90), rows=st.integers(16, 100))
+def test_pieces_of_a_run_cover_its_rows_once_and_are_bounded(count: int, height: int, rows: int) -> None:
+    run, covered = BlockRun(count, height, 3, 2, first_row=5, first_col=7, first_rank=11), []
+    for piece in run.cut(rows):
+        assert piece.count * piece.height <= rows
+        assert piece.count == 1 or piece.skipped == 0
+        block = (piece.first_rank - 11) // 2
+        assert piece.first_col == 7 + 3 * block
+        assert piece.first_row == 5 + height * block + piece.skipped
+        covered += range(piece.first_row, piece.first_row + piece.count * piece.height)
+    assert covered == list(range(5, 5 + count * height))
+
+
+def test_only_a_cpu_cuts_runs() -> None:
+    case = problem(40, 40, (2, 2))
+    large = replace(case.factors(), blocks=replace(case.factors().blocks, shape=(4096, 1 << 16)))
+    assert len(list(pieces(large, torch.device("cpu")))) > len(list(pieces(large, torch.device("cuda")))) == 1
 
 
 def test_threads_and_calls_share_no_memory() -> None:
@@ -231,8 +212,8 @@ def test_threads_and_calls_share_no_memory() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("route", ["loop", "batched", "fused"])
-def test_a_call_with_fake_tensors_changes_nothing_for_later_ones(route: Kernels, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_call_with_fake_tensors_changes_nothing_for_later_ones(route: str, dtype: torch.dtype) -> None:
     layer = adapted_layer(base_layer(150, 120, dtype=dtype), r=8, num_blocks=2, route=route)
     x = torch.randn(7, 120, dtype=dtype)
     with torch.no_grad(), open_caches([layer]):
@@ -256,12 +237,12 @@ def test_a_step_holds_at_most_three_times_the_diagonal_blocks(dtype: torch.dtype
     blocks: Blocks = make_partition(weight, num_blocks, kind)  # type: ignore[arg-type]
     given = Factors(A, B, (1,) * num_blocks, 1.0, torch.ones(num_blocks), blocks)
     x, g = torch.randn(2, 768).to(dtype), torch.randn(2, 512).to(dtype)
-    batched_backward(given, g, x, weight, True)  # makes the buffers that a CPU keeps
+    Branch().backward(given, g, x, weight, True)  # makes the buffers that a CPU keeps
     known = x, g, weight, A, B, given.rank_scale, *blocks.orders, *SCRATCH.buffers.values()
     with LiveBytes(*known) as forward:
-        batched_forward(given, x, weight)
+        Branch().forward(given, x, weight)
     with LiveBytes(*known) as backward:
-        batched_backward(given, g, x, weight, True)
+        Branch().backward(given, g, x, weight, True)
     small = 4 * (A.nbytes + B.nbytes) + 3 * (x.nbytes + g.nbytes)
     for peak in (forward.peak, backward.peak):
         assert weight.nbytes / num_blocks < peak <= 3 / num_blocks * weight.nbytes + small
@@ -276,7 +257,7 @@ def kept_for_backward(layer: SmoaLayer, x: Tensor) -> list[Tensor]:
     return [t for t in kept if t.untyped_storage().data_ptr() not in frozen]
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize(
     ("dtype", "conv1d", "dropout", "modulation"),
     [
@@ -308,12 +289,11 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward(
     ("route", "conv1d", "modulation"),
     [
         ("fused", False, "hadamard"),
-        ("loop", True, "hadamard"),
-        ("batched", True, "hadamard"),
+        ("apart", True, "hadamard"),
         ("apart", False, "none"),
     ],
 )
-def test_finite_differences_agree_and_those_of_gradients_too(route: Kernels, conv1d: bool, modulation: str) -> None:
+def test_finite_differences_agree_and_those_of_gradients_too(route: str, conv1d: bool, modulation: str) -> None:
     base = base_layer(7, 5, conv1d=conv1d)
     layer = adapted_layer(base, r=3, num_blocks=2, alpha=2.0, modulation=modulation, route=route)
     A, B = factors(layer)

@@ -20,7 +20,7 @@ from smoa.maths.spectrum import (
     make_partition,
     spectral_scores,
 )
-from smoa.state import cached_spectral_scores
+from smoa.scores import cached_spectral_scores
 from tests import reference
 from tests.support.decompositions import NoDecomposition
 from tests.support.limited_device import DEVICE, limited_device

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from smoa.maths.kernels.loops import product_dtype
+from smoa.maths.kernels.branch import product_dtype
 from smoa.maths.update import Update
 from tests import reference
 from tests.support.tolerance import assert_close
 from tests.support.updates import CASES, Problem, problem
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = pytest.mark.usefixtures("pieces")
 
 MODULATIONS = ["hadamard", "none"]
 

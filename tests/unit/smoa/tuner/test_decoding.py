@@ -14,17 +14,17 @@ import torch
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
-from smoa import ConfigError, SmoaConfig, keep_in_generate, use_kernels
+from smoa import ConfigError, SmoaConfig, keep_in_generate
 from smoa.layers.mixed_batch import shared_output
 from smoa.layers.weight_cache import KeptUpdate
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun
-from smoa.maths.kernels.batched import diagonal_blocks
+from smoa.maths.kernels.branch import diagonal_blocks
 from smoa.maths.update import Update
 from smoa.tuner.generation import _keeping
 from tests.support import tiny_models
 from tests.support.adapted_models import SETTINGS, adapted, add_adapter
-from tests.support.layers import Wrapper, layers_of
+from tests.support.layers import Wrapper, layers_of, take_route
 from tests.support.tolerance import assert_close
 
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "gemma3": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
@@ -117,9 +117,9 @@ class During:
 def test_in_float32_logits_are_those_of_the_plain_route_to_the_last_bit(
     family: str, partition: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smoa.maths.kernels.choice.FEW_PRODUCTS", 0)  # the plain route forms ΔW too
+    monkeypatch.setattr("smoa.maths.kernels.shared.FEW_PRODUCTS", 0)  # the plain route forms ΔW too
     model = model_of(family, partition=partition)
-    use_kernels("apart")  # the same products
+    take_route("apart")  # the same products
     (tokens, logits), (plain_tokens, plain_logits) = answer(model), plain_answer(model)
     assert torch.equal(tokens, plain_tokens)
     assert torch.equal(logits, plain_logits)
@@ -139,7 +139,7 @@ def test_the_text_is_that_of_the_plain_route(dtype: torch.dtype, modulation: str
 
 
 def test_autocast_is_followed(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smoa.maths.kernels.choice.FEW_PRODUCTS", 0)  # the plain route forms ΔW too
+    monkeypatch.setattr("smoa.maths.kernels.shared.FEW_PRODUCTS", 0)  # the plain route forms ΔW too
     model = model_of()
     with torch.autocast("cpu", torch.bfloat16):
         (_, logits), (_, plain_logits) = answer(model), plain_answer(model)

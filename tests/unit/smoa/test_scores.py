@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smoa import SmoaConfig, clear_spectrum_cache, make_partition, state
-from smoa.state import CACHE_VARIABLE, cached_spectral_scores
+from smoa import SmoaConfig, clear_spectrum_cache, make_partition, scores
+from smoa.scores import CACHE_VARIABLE, cached_spectral_scores
 from tests.support.layers import adapted_layer, base_layer
 
 
@@ -64,10 +64,10 @@ def test_a_folder_saves_the_next_process_the_decomposition(
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smoa.state.MEMORY_LIMIT", 200)
+    monkeypatch.setattr("smoa.scores.MEMORY_LIMIT", 200)
     for _ in range(5):
         cached_spectral_scores(torch.randn(10, 10))
-    assert len(state._memory) <= 2
+    assert len(scores._memory) <= 2
 
 
 @pytest.mark.parametrize(

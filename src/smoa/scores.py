@@ -1,6 +1,6 @@
-"""What smoa keeps between calls, for the whole process: the chosen kernels, and the spectral scores of weights.
+"""The spectral scores of weights, which smoa keeps for the whole process.
 
-Scores are kept by a hash of the weight's content, so that a second adapter on the same weight needs no decomposition,
+They are kept by a hash of the weight's content, so that a second adapter on the same weight needs no decomposition,
 whatever its K. If the environment variable `SMOA_SPECTRUM_CACHE` names a folder, the next process needs none either.
 """
 
@@ -11,7 +11,6 @@ import os
 import warnings
 from collections import OrderedDict
 from pathlib import Path
-from typing import get_args
 
 import torch
 from safetensors import SafetensorError
@@ -19,8 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smoa.atomic import new_file
-from smoa.errors import ConfigError
-from smoa.maths.kernels.choice import Kernels
 from smoa.maths.spectrum import decomposition_device, spectral_scores
 
 CACHE_VARIABLE = "SMOA_SPECTRUM_CACHE"
@@ -29,35 +26,7 @@ MEMORY_LIMIT = 64 << 20
 VERSION = "2"
 """Part of the key, to be increased when a change of the code changes the scores of a weight."""
 
-_kernels: Kernels = "auto"
 _memory: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
-
-
-def use_kernels(kernels: Kernels) -> None:
-    """Choose how adapted layers compute `x ΔWᵀ`, for the whole process. The results are the same.
-
-    Args:
-        kernels: "loop" computes block by block, "batched" all blocks of one shape in one product. "auto", the default,
-            takes the faster: batched products on a GPU and for small blocks, else loops. "shared" is "auto", but forms
-            no ΔW for the adapters of a mixed batch, however many tokens they have. "fused" and "apart", for tests, are
-            "auto", but form W + ΔW wherever that is exact, or nowhere. The environment variable `SMOA_KERNELS` sets the
-            initial value.
-
-    Raises:
-        ConfigError: `kernels` is none of these.
-    """
-    global _kernels
-    if kernels not in get_args(Kernels):
-        raise ConfigError(f"kernels is {kernels!r}; use one of {', '.join(map(repr, get_args(Kernels)))}")
-    _kernels = kernels
-
-
-def chosen_kernels() -> Kernels:
-    """What `use_kernels` has chosen."""
-    return _kernels
-
-
-use_kernels(os.environ.get("SMOA_KERNELS", "auto"))  # type: ignore[arg-type]  # checked there
 
 
 def cached_spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:

@@ -6,23 +6,15 @@ computed by PyTorch's own operations. So is all of a compiled model, under a che
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-
-from smoa.maths.factors import Factors
-from smoa.maths.kernels.batched import batched_backward, batched_forward, plain_branch
-from smoa.maths.kernels.choice import Kernels, prefers_batched
-from smoa.maths.kernels.loops import SCRATCH, chunks, loop_backward, loop_forward
-
-MASK_COST = 64
-"""Cost of masking one entry, in multiplications of a matrix product (measured: docs/experiment-log.md)."""
 
 Gradients = tuple[Tensor | None, Tensor, Tensor]
 
@@ -38,76 +30,6 @@ class Route(Protocol):
 
     def backward(self, factors: Any, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> Gradients:
         """Gradients for x (anything unless `needs_x`), A and B, given the gradient g of y."""
-
-
-@dataclass(frozen=True)
-class Apart:
-    """`x ΔWᵀ` for x (tokens, in_features) and the anchor M; there is no bias. ΔW is formed in float32 or wider."""
-
-    kernels: Kernels = "auto"
-
-    def forward(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        forward = batched_forward if prefers_batched(factors.blocks, self.kernels) else loop_forward
-        return forward(factors, x, weight)
-
-    def plain(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
-        return plain_branch(factors, x, weight)
-
-    def backward(self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> Gradients:
-        backward = batched_backward if prefers_batched(factors.blocks, self.kernels) else loop_backward
-        return backward(factors, g, x, weight, needs_x)
-
-
-@dataclass(frozen=True)
-class Fused:
-    """`x(W + ΔW)ᵀ + b` for x (tokens, in_features) and M = W in float32 or float64, with any strides.
-
-    A training step takes 2 + 1/K products. W + ΔW is formed one chunk of rows at a time and not kept.
-    """
-
-    kernels: Kernels = "auto"
-
-    def forward(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = x.new_empty(x.shape[0], weight.shape[0])
-        for chunk, effective in _effective_chunks(factors, weight):
-            if bias is None:
-                torch.mm(x, effective.T, out=y[:, chunk])
-            else:
-                torch.addmm(bias[chunk], x, effective.T, out=y[:, chunk])
-        return y
-
-    def plain(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
-        return plain_branch(factors, x, weight) + x @ weight.T
-
-    def backward(self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> Gradients:
-        grad_x, grad_A, grad_B = Apart(self.kernels).backward(factors, g, x, weight, False)
-        if needs_x:
-            grad_x = torch.empty_like(x)
-            for chunk, effective in _effective_chunks(factors, weight):
-                grad_x.addmm_(g[:, chunk], effective, beta=int(chunk.start > 0))
-        return grad_x, grad_A, grad_B
-
-
-def _effective_chunks(factors: Factors, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of rows of `W + ΔW = W ⊙ (1 + s·B̃Ã)`, in natural order.
-
-    The product of the scattered factors is zero off the diagonal blocks, at r multiplications per entry. For large r it
-    is cheaper to stack the blocks' ranks, at max r_k multiplications per entry, and to mask the result.
-    """
-    stacked = sum(factors.ranks) - max(factors.ranks) > MASK_COST
-    row_major = weight.stride(0) >= weight.stride(1)  # not so for Conv1D; sum in the base layer's order
-    wide = factors.wide(weight.dtype)
-    spread_a, spread_b = wide.spread_A(stacked), wide.spread_B(stacked)
-    row_labels, col_labels, columns = factors.blocks.row_labels, factors.blocks.col_labels, weight.shape[1]
-    for chunk in chunks(0, weight.shape[0], columns, weight.device):
-        rows = chunk.stop - chunk.start
-        if row_major:
-            update = torch.mm(spread_b[chunk], spread_a, out=SCRATCH.take("update", rows, columns, weight))
-        else:
-            update = torch.mm(spread_a.T, spread_b[chunk].T, out=SCRATCH.take("update", columns, rows, weight)).T
-        if stacked:
-            update.mul_(row_labels[chunk, None] == col_labels)
-        yield chunk, torch.addcmul(weight[chunk], weight[chunk], update, out=update)
 
 
 def recomputed(
@@ -193,12 +115,3 @@ def is_transformed(*tensors: Tensor) -> bool:
 
 def _is_special(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch has no annotation here
-def multiplies_exactly(device_type: str) -> bool:
-    """Whether products of float32 matrices keep all 24 bits. A compiled model keeps the answer of its first call."""
-    if not hasattr(torch.backends, "fp32_precision"):  # before PyTorch 2.9
-        return torch.get_float32_matmul_precision() == "highest"
-    backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
-    return backend.matmul.fp32_precision not in ("tf32", "bf16")

@@ -1,0 +1,213 @@
+r"""Computes `x ΔWᵀ`, a piece of the diagonal blocks at a time, and applies blocks of ΔW that are formed already.
+
+A training step takes 2 + 3/K products, the base layer's included. The backward needs x, the factors and the anchor M
+(frozen, shared with the base layer). It computes for each block
+
+    G_k = s·(g[:, I_k]ᵀ x[:, J_k]) ⊙ M_k,   dB_k = G_k A_kᵀ,   dA_k = B_kᵀ G_k,   gx[:, J_k] = g[:, I_k] ΔW_k.
+
+Only the diagonal blocks of gᵀx are formed. x and g are (tokens, features); M is (out_features, in_features).
+
+A piece is a run of blocks of one shape, as strided views (blocks, rows, columns), so that nothing is padded: a step
+starts the same operations for any K and any size of W. Only a CPU cuts the runs, to fit its cache. x, g and M are
+gathered by block, and the results scattered back, unless the blocks are contiguous: then all are slices.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.checkpoint import checkpoint
+
+from smoa.maths.blocks import Blocks, take_columns
+from smoa.maths.factors import BlockRun, Factors
+from smoa.maths.kernels.autograd import Gradients
+
+PIECE = 1 << 21
+"""Entries of the rows of W that a piece touches on a CPU (measured: docs/experiment-log.md)."""
+LARGE_BLOCK = 1 << 13
+"""On a CPU, larger blocks are gathered faster by copying rows, then columns (measured: docs/experiment-log.md)."""
+
+
+class Scratch(threading.local):
+    """Buffers on a CPU that every piece of every call reuses.
+
+    The system allocator would return each buffer to the operating system and page it in again, which takes a fifth of
+    a small layer's step. A few pieces' worth stays allocated in each thread.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, use: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An uninitialized tensor with dtype and device of `like`; the next `take` for `use` reuses it."""
+        size = torch.Size(shape).numel()
+        if like.device.type != "cpu" or size > 2 * PIECE or isinstance(like, FakeTensor):
+            return like.new_empty(shape)
+        key = (use, like.dtype)
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.numel() < size:
+            with torch.inference_mode(False):  # buffers made in inference mode can't be written to outside
+                buffer = torch.empty(size, dtype=like.dtype, device=like.device)
+            if not isinstance(buffer, FakeTensor):  # which holds no memory, for this call or a later one
+                self.buffers[key] = buffer
+        return buffer[:size].view(shape)
+
+
+SCRATCH = Scratch()
+
+
+def chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of the rows of a matrix with so many columns, few enough for a CPU's cache."""
+    step = rows_of_piece(columns)
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def rows_of_piece(columns: int) -> int:
+    """Rows of a piece of a weight with so many columns, on a CPU."""
+    return max(16, PIECE // max(columns, 1))
+
+
+def pieces(factors: Factors, device: torch.device) -> Iterator[BlockRun]:
+    """The runs of blocks of one shape, cut for a CPU."""
+    for run in factors.runs():
+        yield from run.cut(rows_of_piece(factors.blocks.in_features)) if device.type == "cpu" else (run,)
+
+
+class Branch:
+    """`x ΔWᵀ` for x (tokens, in_features) and the anchor M; there is no bias. ΔW is formed in float32 or wider."""
+
+    def forward(self, factors: Factors, x: Tensor, anchor: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y: (tokens, out_features) in the dtype of x, not differentiable."""
+        blocks, wide = factors.blocks, factors.wide()
+        sorted_x = sort_columns(blocks, x, blocks.orders.cols).to(product_dtype(x.dtype, x.device.type))
+        y = sorted_x.new_empty(len(x), anchor.shape[0])
+        for piece in pieces(wide, x.device):
+            delta = _delta(wide, piece, _entries(blocks, piece, anchor), y.dtype)
+            torch.bmm(piece.of_inputs(sorted_x), delta.mT, out=piece.of_outputs(y))
+        return sort_columns(blocks, y, blocks.orders.rows_inverse).to(x.dtype)
+
+    def plain(self, factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
+        """y by PyTorch's own operations."""
+        return plain_branch(factors, x, anchor)
+
+    def backward(self, factors: Factors, g: Tensor, x: Tensor, anchor: Tensor, needs_x: bool) -> Gradients:
+        """Gradients for x (empty unless `needs_x`), A and B, from the diagonal blocks of gᵀx."""
+        blocks, wide, dtype = factors.blocks, factors.wide(), product_dtype(x.dtype, x.device.type)
+        sorted_x = sort_columns(blocks, x, blocks.orders.cols).to(dtype)
+        grad_A, grad_B = torch.zeros_like(wide.A), torch.zeros_like(wide.B)
+        grad_x = torch.empty_like(sorted_x) if needs_x else x.new_empty(0)
+        for piece in pieces(wide, x.device):
+            own_g, own_x, more = _outputs(blocks, piece, g).to(dtype), piece.of_inputs(sorted_x), piece.skipped > 0
+            entries, grad_delta = _entries(blocks, piece, anchor), SCRATCH.take("grad_delta", piece.shape, own_x)
+            grad_delta = torch.bmm(own_g.mT, own_x, out=grad_delta).to(wide.dtype).mul_(entries)
+            piece.of_A(grad_A).baddbmm_(piece.of_B(wide.B).mT, grad_delta, beta=int(more))
+            torch.bmm(grad_delta, piece.of_A(wide.A).mT, out=piece.of_B(grad_B))
+            del grad_delta  # before ΔW takes as much
+            if needs_x:
+                piece.of_inputs(grad_x).baddbmm_(own_g, _delta(wide, piece, entries, dtype), beta=int(more))
+        if needs_x:
+            grad_x = sort_columns(blocks, grad_x, blocks.orders.cols_inverse).to(x.dtype)
+        grad_B = grad_B.mul_(factors.scale(factors.dtype))
+        return grad_x, grad_A.to(factors.A.dtype), grad_B.to(factors.B.dtype)
+
+
+def _outputs(blocks: Blocks, piece: BlockRun, g: Tensor) -> Tensor:
+    """The columns of g that a piece needs: (blocks, tokens, height)."""
+    size = piece.count * piece.height
+    rows = slice(piece.first_row, piece.first_row + size)
+    if not blocks.is_contiguous:
+        g, rows = take_columns(g, blocks.orders.rows[rows], SCRATCH.take("g", (len(g), size), g)), slice(None)
+    return g[:, rows].view(len(g), piece.count, piece.height).transpose(0, 1)
+
+
+def _entries(blocks: Blocks, piece: BlockRun, anchor: Tensor) -> Tensor:
+    return diagonal_blocks(blocks, piece, anchor, SCRATCH.take("anchor", piece.shape, anchor))
+
+
+def _delta(wide: Factors, run: BlockRun, entries: Tensor, dtype: torch.dtype) -> Tensor:
+    """The blocks of ΔW of a run, from those of M, which it may overwrite."""
+    product = torch.bmm(run.of_B(wide.B), run.of_A(wide.A))
+    if entries.dtype == dtype and not wide.blocks.is_contiguous:
+        return entries.mul_(product)  # multiplied in float32, then rounded into the copy
+    return product.mul_(entries).to(dtype)
+
+
+def block_deltas(wide: Factors, anchor: Tensor, dtype: torch.dtype) -> Iterator[tuple[BlockRun, Tensor]]:
+    """The diagonal blocks of ΔW, (blocks, height, width) for each run, rounded to `dtype`, from wide factors."""
+    for run in wide.runs():
+        yield run, _delta(wide, run, diagonal_blocks(wide.blocks, run, anchor), dtype)
+
+
+def multiply(blocks: Blocks, x: Tensor, deltas: Iterable[tuple[BlockRun, Tensor]]) -> Tensor:
+    """`x ΔWᵀ` (…, out_features) in the dtype of x, from the diagonal blocks of ΔW as `block_deltas` gives them."""
+    flat = blocks.sort_inputs(x.reshape(-1, x.shape[-1]))
+    parts = [(run.of_inputs(flat).to(delta.dtype) @ delta.mT).transpose(0, 1).flatten(1) for run, delta in deltas]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return blocks.unsort_outputs(y).to(x.dtype).view(*x.shape[:-1], y.shape[1])  # of all slices of a fused layer
+
+
+def diagonal_blocks(blocks: Blocks, run: BlockRun, anchor: Tensor, out: Tensor | None = None) -> Tensor:
+    """The blocks `M[I_k, J_k]` of a run, (blocks, height, width): a view of M if they are contiguous, else a copy, in
+    `out` where that is faster."""
+    if blocks.is_contiguous or anchor.device.type != "cpu" or run.height * run.width <= LARGE_BLOCK:
+        return run.of_matrix(anchor, blocks)
+    out = anchor.new_empty(run.shape) if out is None else out
+    places, first = out.view(-1, run.width), run.first_row
+    for piece in run.cut(rows_of_piece(anchor.shape[1])):
+        rows, cols = piece.indices(blocks.orders)
+        copied = SCRATCH.take("rows", (rows.numel(), anchor.shape[1]), anchor)
+        torch.index_select(anchor, 0, rows.flatten(), out=copied)
+        target = places[piece.first_row - first : piece.first_row - first + len(copied)]
+        if piece.count == 1:
+            take_columns(copied, cols.flatten(), target)
+        else:
+            shape = piece.count, piece.height, -1
+            torch.gather(copied.view(shape), 2, cols.expand(shape), out=target.view(shape))
+    return out
+
+
+def plain_branch(factors: Factors, x: Tensor, anchor: Tensor | None) -> Tensor:
+    """`x ΔWᵀ` by PyTorch's own operations: (…, out_features), without modulation if `anchor` is None.
+
+    With an anchor, autograd keeps the K modulated blocks, 1/K of W, and also differentiates the anchor.
+    """
+    blocks, flat = factors.blocks, x.reshape(-1, x.shape[-1])
+    sorted_x, outputs = blocks.sort_inputs(flat), []
+    wide = factors.wide(factors.B.dtype if anchor is None else None)
+    for run in factors.runs():
+        inputs, A, B = run.of_inputs(sorted_x), run.of_A(wide.A), run.of_B(wide.B)
+        delta = None if anchor is None else (B @ A * run.of_matrix(anchor, blocks)).to(x.dtype)
+        y = inputs @ A.mT @ B.mT if delta is None else inputs @ delta.mT
+        outputs.append(y.transpose(0, 1).reshape(flat.shape[0], run.count * run.height))
+    return blocks.unsort_outputs(torch.cat(outputs, dim=-1)).view(*x.shape[:-1], blocks.out_features)
+
+
+def recomputed_branch(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
+    """`plain_branch` for a compiled model: the backward computes the blocks of ΔW again instead of keeping them.
+
+    A compiler fuses gathers, products with M, scales and casts. Without the checkpoint it would keep the blocks
+    (measured: docs/experiment-log.md).
+    """
+    if not torch.is_grad_enabled():
+        return plain_branch(factors, x, anchor)
+    y: Tensor = checkpoint(plain_branch, factors, x, anchor, use_reentrant=False, preserve_rng_state=False)
+    return y
+
+
+def sort_columns(blocks: Blocks, x: Tensor, order: Tensor) -> Tensor:
+    """`x[:, order]`, x itself if the blocks are contiguous; not differentiable."""
+    return x if blocks.is_contiguous else take_columns(x, order, out=x.new_empty(len(x), len(order)))
+
+
+def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Dtype of the block products for x of `dtype`: the same, but float32 on a CPU that has no instructions for it."""
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    if device_type != "cpu" or name is None:
+        return dtype
+    # a PyTorch without oneDNN, as on Apple silicon, has no such operators
+    has_instructions = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
+    return dtype if has_instructions else torch.float32
