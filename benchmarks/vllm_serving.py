@@ -24,7 +24,7 @@ from _common import interleaved, lower_quartile, run
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from smoa import SmoaConfig, save_adapter
+from smoa import SmoaConfig
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BASE = Path(os.environ.get("SMOA_CACHE", "~/.cache/smoa")).expanduser() / "models" / "smollm2-135m"
@@ -56,7 +56,7 @@ def vllm_serving(device: torch.device, dtype: str = "bfloat16", tokens: int = 16
         for name, config in configs().items():
             model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), config)
             folder = f"{room}/{name}"
-            _ = save_adapter(model, folder) if isinstance(config, SmoaConfig) else model.save_pretrained(folder)
+            model.save_pretrained(folder)
             del model
         engine = LLM(
             str(BASE), dtype=dtype, enforce_eager=True, max_model_len=256, max_num_seqs=ADAPTERS, seed=0,

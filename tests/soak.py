@@ -19,7 +19,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from smoa import SmoaConfig, clear_spectrum_cache, save_adapter
+from smoa import SmoaConfig, clear_spectrum_cache
 from tests.support.layers import Wrapper
 
 WARM_UP = 300
@@ -51,7 +51,7 @@ def cycle(base: nn.Module, folder: Path, number: int) -> None:
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     model(torch.randn(8, 24)).square().mean().backward()
     optimiser.step()
-    save_adapter(model, folder)
+    model.save_pretrained(folder)
     model.load_adapter(folder, "again")
     x = torch.randn(3, 24)
     expected = model(x).detach()

@@ -28,7 +28,6 @@ from smoa.errors import (  # noqa: E402
     UnsupportedVersionError,
 )
 from smoa.files.loading import guard_loading  # noqa: E402
-from smoa.files.saving import save_adapter  # noqa: E402
 from smoa.maths.blocks import Blocks as SpectralPartition  # noqa: E402  (its public name)
 from smoa.maths.spectrum import make_partition, spectral_scores  # noqa: E402
 from smoa.scores import clear_spectrum_cache  # noqa: E402
@@ -60,6 +59,5 @@ __all__ = [
     "keep_in_generate",
     "make_partition",
     "merged",
-    "save_adapter",
     "spectral_scores",
 ]

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
@@ -17,7 +16,6 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
-from smoa.atomic import drop_save, write_whole
 from smoa.errors import ConfigError
 from smoa.maths.blocks import MAX_BLOCKS
 from smoa.maths.factors import Initialization, split_rank
@@ -181,7 +179,7 @@ class SmoaConfig(PeftConfig):
         return {**super().to_dict(), "smoa_format": FORMAT}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write `adapter_config.json` in one step.
+        """Write `adapter_config.json`.
 
         Raises:
             ConfigError: PEFT has just written the weights as a pickle, which smoa would not read.
@@ -192,10 +190,7 @@ class SmoaConfig(PeftConfig):
                 f"{pickle}: is a pickle, which can run code when it is read, so smoa would not load it; save without "
                 "safe_serialization=False"
             )
-        with tempfile.TemporaryDirectory() as room:
-            super().save_pretrained(room, **kwargs)
-            write_whole(Path(save_directory, CONFIG_NAME), Path(room, CONFIG_NAME).read_bytes())
-        drop_save(Path(save_directory))  # this one is newer, and PEFT has written its weights
+        super().save_pretrained(str(save_directory), **kwargs)
 
     def num_blocks_of(self, module: str, shape: Shape | None = None) -> int:
         """K of a module.

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from smoa.atomic import new_file
+from smoa.atomic import write_whole
 from smoa.maths.spectrum import decomposition_device, spectral_scores
 
 CACHE_VARIABLE = "SMOA_SPECTRUM_CACHE"
@@ -81,7 +81,6 @@ def _write(key: str, scores: tuple[Tensor, Tensor]) -> None:
     if path is None:
         return
     try:
-        with new_file(path) as temporary:
-            save_file({"row_scores": scores[0].contiguous(), "col_scores": scores[1].contiguous()}, temporary)
-    except (OSError, SafetensorError) as error:
+        write_whole(path, save({"row_scores": scores[0].contiguous(), "col_scores": scores[1].contiguous()}))
+    except OSError as error:
         warnings.warn(f"{CACHE_VARIABLE}: can't write scores to {path.parent} ({error})", RuntimeWarning, stacklevel=2)

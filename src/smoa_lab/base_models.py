@@ -32,12 +32,13 @@ from transformers import (
 )
 from transformers.utils import quantization_config
 
-from smoa.atomic import check_place, new_folder, write_whole
+from smoa.atomic import write_whole
 from smoa.errors import DataError
-from smoa.files.card import NamedBase, named_base
+from smoa_lab.basics.atomic import check_place, new_folder
 from smoa_lab.basics.cache import cache_folder, content_of
 from smoa_lab.basics.trust import is_trusted
 from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
+from smoa_lab.pages.card import NamedBase, named_base
 
 logger = logging.getLogger(__name__)
 

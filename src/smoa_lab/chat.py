@@ -13,9 +13,10 @@ from jinja2 import TemplateError
 from peft import PeftModel
 from transformers import TextStreamer
 
-from smoa.atomic import check_place, write_whole
+from smoa.atomic import write_whole
 from smoa.errors import DataError, SmoaError, nearest
 from smoa_lab.base_models import load_base_model, load_tokenizer, packaged_name, positions_of, to_device
+from smoa_lab.basics.atomic import check_place
 from smoa_lab.basics.cache import free_name
 from smoa_lab.data.chat_templates import chat_template, stop_at_turns_end
 from smoa_lab.open_run import (

@@ -13,12 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from smoa.analysis import UpdateSpectrum, update_spectrum
 from smoa.budget import rank_bound
 from smoa.errors import MergeError
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import Blocks
 from smoa.maths.spectrum import spectral_scores
+from smoa_lab.analysis import UpdateSpectrum, update_spectrum
 from smoa_lab.base_models import load_base_model
 from smoa_lab.open_run import adapter_of_run, base_section, with_saved_adapter
 from smoa_lab.pages.tables import Cell, Table

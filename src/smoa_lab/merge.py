@@ -22,9 +22,7 @@ from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from smoa.atomic import check_place, new_folder
 from smoa.errors import ConfigError, MergeError, first_of
-from smoa.files.card import NamedBase, auto_class, card_text, method_name
 from smoa.files.names import PREFIX, embeddings_of
 from smoa_lab.base_models import (
     base_config,
@@ -36,8 +34,10 @@ from smoa_lab.base_models import (
     packaged_name,
     places,
 )
+from smoa_lab.basics.atomic import check_place, new_folder
 from smoa_lab.config.run import ModelSection
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, with_saved_adapter
+from smoa_lab.pages.card import NamedBase, auto_class, card_text, method_name
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

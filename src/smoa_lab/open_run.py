@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 import smoa  # noqa: F401  (registers SMoA with PEFT)
-from smoa.atomic import recover
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.base_models import base_content, packaged_name
 from smoa_lab.config.run import ModelSection, RunConfig, load_config, native_dtype
@@ -86,7 +85,6 @@ def adapter_of_run(place: str | Path) -> Path:
         ConfigError: neither has one.
     """
     for folder in (Path(place), RunFolder(Path(place)).adapter):
-        recover(folder)
         if (folder / CONFIG_NAME).is_file():
             return folder
     raise ConfigError(f"{place}: contains no adapter ({CONFIG_NAME}), nor does {place}/adapter")

@@ -9,12 +9,13 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from smoa.atomic import check_place, write_whole
+from smoa.atomic import write_whole
 from smoa.errors import ConfigError
-from smoa.files.card import loading_code
 from smoa_lab.base_models import described_base
+from smoa_lab.basics.atomic import check_place
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.open_run import adapter_config
+from smoa_lab.pages.card import loading_code
 from smoa_lab.pages.run_report import ANSWERS, losses
 from smoa_lab.pages.tables import score_table, time_text
 from smoa_lab.pages.templates import Figure, code, page, warning

@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from smoa import SmoaConfig, save_adapter
+from smoa import SmoaConfig
 
 TIE = 1e-4
 """Two best logits of PEFT's that differ by less may come in either order."""
@@ -48,9 +48,7 @@ def save_adapters(base: Path, room: Path, configs: Mapping[str, PeftConfig], str
         if isinstance(config, SmoaConfig):
             for parameter in (own for path, own in model.named_parameters() if ".smoa_B." in path):
                 parameter.data *= strength
-            save_adapter(model, room / name)
-        else:
-            model.save_pretrained(room / name)
+        model.save_pretrained(room / name)
 
 
 @torch.no_grad()

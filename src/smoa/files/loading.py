@@ -30,7 +30,6 @@ from safetensors.torch import load as read_tensors
 from torch import Tensor
 from transformers.integrations.peft import PeftAdapterMixin
 
-from smoa.atomic import recover
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.names import without_id
@@ -178,7 +177,6 @@ def door(
     if source is None or place is None:
         token = _INCOMING.set(None)
     elif known is None or known[0] != place:
-        recover(Path(source))  # from a killed save
         token = _INCOMING.set((place, cache(partial(find_adapter, source, config, read, **options))))
     else:  # one loader calls another
         token = _INCOMING.set(known)

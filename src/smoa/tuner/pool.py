@@ -21,12 +21,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from smoa.atomic import new_files
+from smoa.atomic import write_whole
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedModuleError, first_of, nearest
 from smoa.files.layers import Loaded, by_layer
@@ -170,14 +170,13 @@ class AdapterPool:
             member.shelf.free.append(member.slot)
 
     def save(self, name: str, folder: str | Path) -> None:
-        """Write an adapter as an ordinary PEFT folder, whole or not at all."""
+        """Write an adapter as an ordinary PEFT folder."""
         with self._lock:  # another adapter may take the slot later
             member = self._member(name)
             saved, found = member.digest(), self._parts(member).items()  # in this order: a step may come between
         tensors = {f"{PREFIX}{path}.{part}": tensor for path, parts in found for part, tensor in parts}
-        with new_files(Path(folder)) as temporary:
-            save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-            member.config.save_pretrained(temporary)
+        write_whole(Path(folder, SAFETENSORS_WEIGHTS_NAME), save(tensors, {"format": "pt"}))
+        member.config.save_pretrained(str(folder))
         member.saved = saved
 
     def parameters(self) -> list[nn.Parameter]:

@@ -133,7 +133,8 @@ def inspect(
 ) -> None:
     """Show size, norm, ranks and spectral coverage of the update of every adapted layer."""
     with reporting():
-        from smoa.atomic import check_place, write_whole
+        from smoa.atomic import write_whole
+        from smoa_lab.basics.atomic import check_place
         from smoa_lab.inspect import LayerReport, inspect_layers, layer_table
 
         if html is not None:

@@ -20,7 +20,8 @@ def evaluate(
 ) -> None:
     """Score a run's adapter, or an untouched model, on held-out rows."""
     with reporting():
-        from smoa.atomic import check_place, write_whole
+        from smoa.atomic import write_whole
+        from smoa_lab.basics.atomic import check_place
         from smoa_lab.basics.plain import json_text
         from smoa_lab.evaluate import evaluate_run
         from smoa_lab.open_run import open_run

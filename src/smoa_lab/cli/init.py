@@ -38,9 +38,10 @@ def init(
 ) -> None:
     """Write a commented config for your model and data; ask for them if they are not given."""
     with reporting():
-        from smoa.atomic import check_place, write_whole
+        from smoa.atomic import write_whole
         from smoa.errors import ConfigError
         from smoa_lab import init
+        from smoa_lab.basics.atomic import check_place
 
         file = config or init.file_for(data)
         if file.suffix not in (".yaml", ".yml"):

@@ -19,8 +19,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from smoa.atomic import check_place, new_folder, write_whole
+from smoa.atomic import write_whole
 from smoa.errors import DataError
+from smoa_lab.basics.atomic import check_place, new_folder
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.files import RowSource

@@ -10,8 +10,8 @@ from typing import Any
 import altair as alt
 from peft import PeftConfig
 
-from smoa.files.card import NamedBase, adapter_card
 from smoa_lab.config.yaml_text import to_yaml
+from smoa_lab.pages.card import NamedBase, adapter_card
 from smoa_lab.pages.charts import INK, MUTED, WIDTH, color_of, save_picture, tooltip, values
 from smoa_lab.pages.tables import score_table, time_text
 from smoa_lab.pages.templates import render

@@ -18,9 +18,10 @@ from typing import Any, Literal
 from filelock import FileLock
 from pydantic import Field
 
-from smoa.atomic import check_place, write_whole
+from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.base_models import empty_model
+from smoa_lab.basics.atomic import check_place
 from smoa_lab.basics.plain import json_text
 from smoa_lab.basics.section import Section
 from smoa_lab.config.run import RunConfig

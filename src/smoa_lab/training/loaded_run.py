@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from smoa.atomic import check_place
 from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import base_content, load_base_model, load_tokenizer, positions_of
+from smoa_lab.basics.atomic import check_place
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end

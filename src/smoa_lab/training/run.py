@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,9 +17,10 @@ import numpy as np
 from peft import PeftConfig
 from transformers import Trainer, TrainingArguments
 
-from smoa.atomic import new_file, new_files, write_whole
+from smoa.atomic import write_whole
 from smoa.layers.distributed import from_rank_zero
 from smoa_lab.base_models import described_base, empty_model, to_device, with_rate
+from smoa_lab.basics.atomic import new_file, new_folder
 from smoa_lab.basics.plain import finite, portable
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.rows import row_from_json
@@ -165,7 +167,8 @@ def _save(
     loaded: LoadedRun, folder: RunFolder, model: Any, state: Any, metrics: dict[str, Any], evaluation: Evaluation
 ) -> dict[str, Any]:
     method = loaded.config.method
-    with new_files(folder.adapter) as temporary:
+    shutil.rmtree(folder.adapter, ignore_errors=True)  # of a run that was killed before it was finished
+    with new_folder(folder.adapter) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         loaded.tokenizer.save_pretrained(temporary)
         if method != "full":

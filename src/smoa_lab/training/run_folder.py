@@ -27,8 +27,9 @@ from filelock import FileLock, Timeout
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from smoa.atomic import check_place, write_whole
+from smoa.atomic import write_whole
 from smoa.errors import ConfigError
+from smoa_lab.basics.atomic import check_place
 from smoa_lab.basics.cache import free_name
 from smoa_lab.basics.plain import json_text
 from smoa_lab.config.run import RunConfig

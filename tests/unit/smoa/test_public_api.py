@@ -39,7 +39,6 @@ def test_all_is_what_is_exported() -> None:
 @pytest.mark.parametrize(
     ("path", "names"),
     [
-        ("analysis", "UpdateSpectrum effective_rank numerical_rank stable_rank update_spectrum"),
         ("budget", "adapter_bytes rank_bound trainable_parameters"),
         ("hotswap", "hotswap_adapter"),
     ],

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from smoa.errors import DataError
-from smoa.files.card import NamedBase
 from smoa_lab import base_models
 from smoa_lab.base_models import (
     SMOLLM2,
@@ -28,6 +27,7 @@ from smoa_lab.base_models import (
     with_rate,
 )
 from smoa_lab.config.run import ModelSection, check_config
+from smoa_lab.pages.card import NamedBase
 from tests.support import gguf_base, lab
 
 PACKAGED = "gemma3-270m"

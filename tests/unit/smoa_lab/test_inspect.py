@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from smoa import SmoaConfig
-from smoa.analysis import UpdateSpectrum
 from smoa.errors import ConfigError, MergeError
 from smoa_lab import inspect
+from smoa_lab.analysis import UpdateSpectrum
 from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, layer_table, weights_and_updates
 from smoa_lab.inspect_page import POINTS, by_block, coverage, inspection_page, place, spectrum
 from smoa_lab.pages.charts import MUTED, color_of

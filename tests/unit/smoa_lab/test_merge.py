@@ -27,9 +27,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from smoa import ConfigError, MergeError, SmoaConfig, save_adapter
+from smoa import ConfigError, MergeError, SmoaConfig
 from smoa.errors import DataError
-from smoa.files.card import named_base
 from smoa.files.names import embeddings_of
 from smoa.layers.linear import Linear
 from smoa_lab import merge as merging
@@ -37,6 +36,7 @@ from smoa_lab.base_models import prepare_packaged_model
 from smoa_lab.config.run import check_config
 from smoa_lab.merge import GGUF_NOTE, Merged, merge_run, model_card, with_plain_weights
 from smoa_lab.open_run import base_section
+from smoa_lab.pages.card import named_base
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import gguf_base, lab, tiny_models
 from tests.support.layers import layers_of
@@ -481,7 +481,8 @@ def adapter_of(base: LlamaForCausalLM, name: str, folder: Path) -> PeftModel:
         r=4, num_blocks=2, init_weights=False, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
     )
     adapted: PeftModel = get_peft_model(base, config)
-    save_adapter(adapted, folder, base_model_name=name)
+    adapted.peft_config["default"].base_model_name_or_path = name
+    adapted.save_pretrained(folder)
     return adapted.eval()
 
 

@@ -10,7 +10,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 
 from smoa import SmoaConfig
-from smoa.atomic import SAVE
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import ModelSection, check_config
 from smoa_lab.open_run import (
@@ -56,13 +55,6 @@ def test_an_adapter_is_called_by_its_run_wherever_the_command_is_given(
     for inside in (adapter, adapter.parent):
         monkeypatch.chdir(inside)
         assert run_name(".") == run_name(adapter_of_run(".")) == "run"
-
-
-def test_an_adapter_whose_save_was_killed_before_its_last_move_is_put_in_place(adapter: Path) -> None:
-    (adapter / SAVE).mkdir()
-    (adapter / CONFIG_NAME).rename(adapter / SAVE / CONFIG_NAME)
-    assert adapter_of_run(adapter) == adapter
-    assert (adapter / CONFIG_NAME).is_file()
 
 
 def test_the_recorded_base_is_loaded_in_the_recorded_revision_and_another_is_not(adapter: Path) -> None:

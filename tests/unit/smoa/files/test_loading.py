@@ -28,7 +28,6 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 import smoa
 from smoa import AdapterFileError, ConfigError, SmoaConfig
-from smoa.atomic import SAVE
 from smoa.files import loading
 from smoa.files.loading import find_adapter, guard_loading, incoming
 from tests.support import tiny_models
@@ -355,14 +354,3 @@ def test_the_id_in_files_of_older_versions_is_ignored(
     model = load(tmp_path)
     assert all(torch.equal(*pair) for pair in zip(updates(model), updates(saved), strict=True))
     assert not any("save_id" in name for name in model.state_dict())
-
-
-@pytest.mark.parametrize("load", [by_peft_model, by_transformers])
-def test_a_load_puts_in_place_what_a_killed_save_left_in_the_folder(
-    load: Callable[[Path], nn.Module], saved: PeftModel, tmp_path: Path
-) -> None:
-    files = list((tmp_path / "adapter").iterdir())
-    (tmp_path / "adapter" / SAVE).mkdir()
-    for file in files:
-        file.rename(file.parent / SAVE / file.name)
-    assert all(torch.equal(*pair) for pair in zip(updates(load(tmp_path)), updates(saved), strict=True))

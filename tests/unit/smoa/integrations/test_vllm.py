@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from smoa import AdapterFileError, ConfigError, SmoaConfig, save_adapter
+from smoa import AdapterFileError, ConfigError, SmoaConfig
 from smoa.files.layers import Loaded
 from smoa.integrations.vllm import register
 from smoa.integrations.vllm.slots import Slots
@@ -122,7 +122,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     room = tmp_path_factory.mktemp("adapters")
     for name, settings in KINDS.items():
         given = {"target_modules": LINEAR, "init_weights": False} | settings
-        save_adapter(get_peft_model(tiny_models.build("llama"), SmoaConfig(**given)), room / name)
+        get_peft_model(tiny_models.build("llama"), SmoaConfig(**given)).save_pretrained(room / name)
     lora = get_peft_model(tiny_models.build("llama"), LoraConfig(target_modules=["down_proj"]))
     lora.save_pretrained(room / "lora")
     return room
@@ -207,7 +207,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_vllm_cant_serve_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     settings, reason = REFUSED[kind]
     config = SmoaConfig(r=4, **{"target_modules": ["q_proj"]} | settings)
-    save_adapter(get_peft_model(tiny_models.build("llama"), config), tmp_path)
+    get_peft_model(tiny_models.build("llama"), config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=f"{reason}.*smoa merge"):
         Engine().load(tmp_path)
 
@@ -215,7 +215,7 @@ def test_what_vllm_cant_serve_is_refused_by_name(kind: str, tmp_path: Path) -> N
 @pytest.mark.usefixtures("names")
 def test_experts_are_refused_by_name(tmp_path: Path) -> None:
     config = SmoaConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-    save_adapter(get_peft_model(tiny_mixtures.build_mixture("qwen3_moe"), config), tmp_path)
+    get_peft_model(tiny_mixtures.build_mixture("qwen3_moe"), config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"target_parameters.*smoa merge"):
         Engine().load(tmp_path)
 

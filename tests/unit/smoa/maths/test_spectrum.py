@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smoa.analysis import update_spectrum
 from smoa.errors import ConfigError
 from smoa.layers.partition import PartitionSpec
 from smoa.maths import spectrum
@@ -21,6 +20,7 @@ from smoa.maths.spectrum import (
     spectral_scores,
 )
 from smoa.scores import cached_spectral_scores
+from smoa_lab.analysis import update_spectrum
 from tests import reference
 from tests.support.decompositions import NoDecomposition
 from tests.support.limited_device import DEVICE, limited_device

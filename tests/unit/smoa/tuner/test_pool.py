@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BitsAndBytesConfig, XLNetConfig, XLNetLMHeadModel
 
-from smoa import AdapterPool, SmoaConfig, save_adapter
+from smoa import AdapterPool, SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedModuleError
 from tests.support import tiny_models
 from tests.support.adapters import KINDS
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Saved adapters of one base."""
     room = tmp_path_factory.mktemp("adapters")
     for name, settings in KINDS.items():
-        save_adapter(get_peft_model(base(), config(**settings)), room / name)
+        get_peft_model(base(), config(**settings)).save_pretrained(room / name)
     return room
 
 
@@ -79,7 +79,7 @@ def test_a_quantized_base_is_dequantized_once_for_all(bits: int, tmp_path: Path)
     model: Any = quantized_model(tmp_path / "base", **options).eval()
     names, expected = ["a", "b"], []
     for name in names:
-        save_adapter(adapter := get_peft_model(model, config(r=4, num_blocks=2)), tmp_path / name)
+        (adapter := get_peft_model(model, config(r=4, num_blocks=2))).save_pretrained(tmp_path / name)
         expected.append(adapter(input_ids=ids(2)).logits[len(expected)].detach())
         model = adapter.unload()
     with AdapterPool(model, folder=tmp_path).use(names), torch.no_grad():

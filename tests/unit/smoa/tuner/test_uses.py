@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from smoa import AdapterPool, SmoaConfig, save_adapter
+from smoa import AdapterPool, SmoaConfig
 from smoa.errors import ConfigError, UnsupportedModuleError
 from tests.support import tiny_models
 from tests.support.tolerance import assert_close
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     room = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(NAMES):
         torch.manual_seed(seed)
-        save_adapter(get_peft_model(base(), config()), room / name)
+        get_peft_model(base(), config()).save_pretrained(room / name)
     return room
 
 
@@ -293,7 +293,7 @@ def test_experts_that_are_modules_are_refused(tmp_path: Path) -> None:
             super().__init__()
             self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
 
-    save_adapter(get_peft_model(Experts(), config(target_modules=["experts.1"])), tmp_path)
+    get_peft_model(Experts(), config(target_modules=["experts.1"])).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModuleError, match=r"experts\.1 is an expert"):
         AdapterPool(Experts()).load("a", tmp_path)
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from smoa import SmoaConfig
-from smoa.files.card import NamedBase
+from smoa_lab.pages.card import NamedBase
 from smoa_lab.pages.charts import PAPER, values
 from smoa_lab.pages.run_report import draw_run, losses, run_card, samples_text
 from smoa_lab.pages.tables import Cell, Table, score_table

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smoa.analysis import update_spectrum
 from smoa.errors import PartitionError
 from smoa.maths.blocks import Blocks
+from smoa_lab.analysis import update_spectrum
 
 
 @pytest.fixture

@@ -1,0 +1,81 @@
+"""Writes a file or a new folder whole or not at all: beside its place, under a hidden name, and renamed when complete.
+
+A kill or a full disk leaves the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from smoa.errors import ConfigError
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Yield a path beside `target` to write to; the file takes its place when the block succeeds."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_place(target: Path, is_new: bool = False) -> None:
+    """Find out before any work whether a file or folder can be written, by trying. Nothing is left behind.
+
+    Raises:
+        ConfigError: nothing can be written there or, if it `is_new`, it exists.
+    """
+    if is_new and os.path.lexists(target):
+        raise ConfigError(f"{target}: exists and is not overwritten; choose another name")
+    try:
+        if target.is_dir() and not is_new:
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        with tempfile.TemporaryFile(dir=next(above for above in target.absolute().parents if above.exists())):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
+
+
+@contextmanager
+def new_folder(target: Path, keep_existing: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; it takes the name when the block succeeds and is removed when it fails.
+
+    Args:
+        keep_existing: If another process has made the folder, keep that one and remove ours.
+
+    Raises:
+        ConfigError: the folder exists, at the start or at the end, and `keep_existing` is False.
+    """
+    if target.exists() and not keep_existing:
+        raise ConfigError(f"{target}: exists; choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        _share_weights(temporary)
+        if not target.exists():
+            temporary.chmod(0o755)  # mkdtemp makes it private
+            temporary.rename(target)
+        elif not keep_existing:
+            raise ConfigError(f"{target}: another process created it in the meantime; choose another folder")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _share_weights(folder: Path) -> None:
+    """Give weights the mode of new files: safetensors writes them for their owner alone."""
+    with tempfile.TemporaryDirectory(dir=folder) as room:
+        (new := Path(room, "new")).touch()
+        mode = stat.S_IMODE(new.stat().st_mode)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(mode)
