@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import is_
 
 import torch
 from torch import Tensor
 
 from smoa.layers.layer import SmoaLayer, linear_weight
-from smoa.layers.weight_cache import DIAGONAL, STACKED, is_sharded, tensor_state
+from smoa.layers.partition import versions
+from smoa.layers.weight_cache import DIAGONAL, STACKED, tensor_state
 from smoa.maths.kernels.autograd import is_transformed, without_autocast
 from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, prefers_shared, shared
 
@@ -97,11 +99,17 @@ class MixedBatch:
             slots = torch.tensor([slot_of[adapter_names[row]] for row in rows], device=device)
             chosen = None if len(rows) == len(adapter_names) else torch.tensor(rows, device=device)
             self.groups.append(MixedGroup(layer, names, chosen, slots))
-        self._layer, self._derived = layer, [layer.derived(name) for name in self.names]
+        self._partitions = [layer.partitions[name] for name in self.names]
+        self._saved = self._labels_and_scales()
+        self._versions = versions(self._saved)
 
     def is_current(self) -> bool:
         """Whether the labels and block scales are those with which this was made."""
-        return all(self._layer.derived(name) is known for name, known in zip(self.names, self._derived, strict=True))
+        now = versions(saved := self._labels_and_scales())
+        return now is not None and now == self._versions and all(map(is_, saved, self._saved))
+
+    def _labels_and_scales(self) -> list[Tensor]:
+        return [tensor for partition in self._partitions for tensor in partition.saved()]
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,7 @@ class MixedGroup:
     def _stack(self) -> StackedFactors:
         layer = self.layer
         with without_autocast(self.slots.device.type):  # which can't stack every dtype
-            if torch.is_grad_enabled() or is_sharded(layer):
+            if torch.is_grad_enabled():
                 return StackedFactors.of([layer.update(name).factors for name in self.names])
             parts = layer.smoa_A, layer.smoa_B
             A, B = (torch.stack([linear_weight(part[name]) for name in self.names]) for part in parts)
