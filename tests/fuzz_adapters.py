@@ -167,8 +167,8 @@ def _agrees(layer: SmoaLayer, name: str, tensors: dict[str, Tensor], expected: B
     A, B = (tensors[f"{prefix}{side}.weight"].float().double() for side in "AB")
     rows, cols = (tensors[f"{prefix}{side}_labels"].tolist() for side in ("row", "col"))
     weight = expected.get_submodule(name).weight.detach().double()
-    ranks, scaling = layer.ranks["default"], layer.scaling["default"]
-    delta = reference.delta_weight(weight, A, B, rows, cols, ranks, scaling, layer.modulation["default"])
+    ranks, scaling = layer.adapters["default"].ranks, layer.scaling["default"]
+    delta = reference.delta_weight(weight, A, B, rows, cols, ranks, scaling, layer.adapters["default"].modulation)
     scales = tensors.get(f"{prefix}block_scale", torch.ones(len(ranks)))
     delta = delta * scales.float().double()[rows][:, None]
     return torch.allclose(layer.get_delta_weight("default").double(), delta, rtol=1e-3, atol=1e-5)

@@ -60,7 +60,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
             if state.keys().isdisjoint(keys):  # it does nothing
                 state[A], state[B] = map(torch.zeros_like, layer.factors(adapter_name))
                 labels = layer.smoa_row_labels[adapter_name], layer.smoa_col_labels[adapter_name]
-                state |= zip(partition, (*labels, layer.block_scale(adapter_name)), strict=True)
+                state |= zip(partition, (*labels, layer.derived(adapter_name).block_scale), strict=True)
             elif A in state and B in state:
                 state[A], state[B] = _padded(f"{path}: {saved_name}", layer, adapter_name, state[A], state[B], new)
         loaded = get_peft_model_state_dict(slot, adapter_name=adapter_name)
@@ -76,13 +76,13 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
 def _padded(place: str, layer: SmoaLayer, adapter: str, A: Tensor, B: Tensor, config: SmoaConfig) -> list[Tensor]:
     """The ranks of each block padded with zeros to those of the slot, and B multiplied by the ratio of the scales."""
     name, shape = place.rpartition(" ")[2], (layer.out_features, layer.in_features)
-    slot, ranks, count = layer.ranks[adapter], config.ranks_of(name, shape=shape), layer.matrix_count
+    slot, ranks, count = layer.adapters[adapter].ranks, config.ranks_of(name, shape=shape), layer.matrix_count
     if (A.shape, B.shape) != layer.saved_shapes(ranks)[:2]:
         raise AdapterFileError(f"{place} has factors {tuple(A.shape)}, {tuple(B.shape)} that don't fit the layer")
     if any(theirs > ours for theirs, ours in zip(ranks, slot, strict=True)):
         said = f"block ranks {list(ranks)}, more than the {list(slot)} of the loaded adapter"
         raise ConfigError(f"{place} has {said}; load the adapter of the largest rank first")
-    ratio = config.alpha_of(name, sum(ranks), shape) / sum(ranks) * layer.r[adapter] / layer.alpha[adapter]
+    ratio = config.alpha_of(name, sum(ranks), shape) / sum(ranks) / layer.adapters[adapter].scaling
     used = [own.start + rank for own, r in zip(slices(slot), ranks, strict=True) for rank in range(r)]
     wide_A, wide_B = A.new_zeros(count, sum(slot), A.shape[1]), B.new_zeros(B.shape[0], count, sum(slot))
     wide_A[:, used] = A.view(count, -1, A.shape[1])

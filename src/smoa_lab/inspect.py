@@ -132,7 +132,7 @@ def _reports(path: str, module: Any, adapter: str, method: str) -> Iterator[Laye
     scales: list[list[float]] = [[]] * len(matrices)
     if isinstance(module, SmoaLayer):
         blocks = [update.factors.blocks for _, _, update in module.parts(adapter)]
-        scales = (module.scaling[adapter] * module.block_scale(adapter).reshape(len(matrices), -1)).tolist()
+        scales = (module.scaling[adapter] * module.derived(adapter).block_scale.reshape(len(matrices), -1)).tolist()
     for (name, weight, update), of_matrix, block_scales in zip(matrices, blocks, scales, strict=True):
         spectrum = update_spectrum(weight, update, of_matrix)
         yield LayerReport(
@@ -156,8 +156,8 @@ def _reports(path: str, module: Any, adapter: str, method: str) -> Iterator[Laye
 
 def _rank_bound(module: Any, adapter: str) -> int | None:
     if isinstance(module, SmoaLayer):
-        block_ranks = module.ranks[adapter]
-        if module.modulation[adapter] == "none":
+        block_ranks = module.adapters[adapter].ranks
+        if module.adapters[adapter].modulation == "none":
             return sum(block_ranks)
         sizes = module.out_features, module.in_features
         return rank_bound(*sizes, sum(block_ranks), len(block_ranks), block_ranks)

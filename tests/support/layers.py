@@ -106,7 +106,7 @@ def labels(layer: SmoaLayer, adapter: str = "default") -> tuple[list[int], list[
 
 def ranks(layer: SmoaLayer, adapter: str = "default") -> list[int]:
     """r_k of every block."""
-    return list(layer.ranks[adapter])
+    return list(layer.adapters[adapter].ranks)
 
 
 def oracle_delta(
@@ -125,8 +125,8 @@ def oracle_delta(
         (own_B.detach() if B is None else B).double(),
         *labels(layer, adapter),
         ranks(layer, adapter),
-        [layer.scaling[adapter] * s for s in layer.block_scale(adapter).tolist()],
-        layer.modulation[adapter],
+        [layer.scaling[adapter] * s for s in layer.derived(adapter).block_scale.tolist()],
+        layer.adapters[adapter].modulation,
     )
 
 

@@ -140,9 +140,9 @@ def oracle_deltas(wrapper: ParamWrapper, A: Tensor | None = None, B: Tensor | No
     """The oracle's delta W (m, n) of each expert's matrices, in float64, in the order of the factors."""
     own_A, own_B = wrapper.factors("default")
     A, B = (own.detach() if given is None else given for own, given in ((own_A, A), (own_B, B)))
-    ranks, halves = wrapper.ranks["default"], wrapper.layout.halves
+    ranks, halves = wrapper.adapters["default"].ranks, wrapper.layout.halves
     rows, cols = wrapper.smoa_row_labels["default"].tolist(), wrapper.smoa_col_labels["default"].tolist()
-    r, scales = sum(ranks), wrapper.block_scale("default").tolist()
+    r, scales = sum(ranks), wrapper.derived("default").block_scale.tolist()
     return [
         reference.delta_weight(
             matrix_of(wrapper, number // halves, number % halves).double(),
@@ -152,7 +152,7 @@ def oracle_deltas(wrapper: ParamWrapper, A: Tensor | None = None, B: Tensor | No
             cols[number % len(cols)],
             ranks,
             [wrapper.scaling["default"] * scale for scale in scales[number]],
-            wrapper.modulation["default"],
+            wrapper.adapters["default"].modulation,
         )
         for number in range(wrapper.layout.count)
     ]

@@ -60,7 +60,7 @@ def check_adapter_state(
                 _largest(key, tensor)
         for name, layer in layers.items():
             tensors = {key: whole(state_dict[key]) for key in keys_of[name]}
-            ranks, scaling = layer.ranks[adapter_name], layer.scaling[adapter_name]
+            ranks, scaling = layer.adapters[adapter_name].ranks, layer.scaling[adapter_name]
             stored = next(layer.smoa_A[adapter_name].parameters()).dtype
             check_parts(name, tensors, layer.saved_shapes(ranks), ranks, scaling, stored)
     except AdapterFileError as error:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -93,13 +93,28 @@ def is_partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id") and parameter.numel() == 0
 
 
-def gather_for(module: nn.Module, parameters: Iterable[Tensor]) -> None:
-    """Gather parameters that ZeRO-3 partitions for the forward and backward of `module`. Every rank must call this."""
+def gather(layer: Any, *adapter_names: str) -> None:
+    """Gather weight and factors, which an adapted layer reads without calling their modules, for its forward and
+    backward, if ZeRO-3 partitions them. Every rank must call this."""
+    if not hasattr(layer, "ds_id"):  # ZeRO-3 knows the layer
+        return
+    factors = [part[name] for part in (layer.smoa_A, layer.smoa_B) for name in adapter_names]
+    parameters = [layer.stored_weight(), *(p for factor in factors for p in factor.parameters())]
     for parameter in filter(is_partitioned, parameters):
         import deepspeed
 
-        deepspeed.zero.register_external_parameter(module, parameter)
-        parameter.all_gather()  # type: ignore[attr-defined]
+        deepspeed.zero.register_external_parameter(layer, parameter)
+        parameter.all_gather()
+
+
+def onloaded_for(layer: Any, adapter_names: Iterable[str], written: bool = False) -> AbstractContextManager[None]:
+    """Load what a branch of an adapted layer reads, or a merge writes, if accelerate has offloaded it. The base layer's
+    own call does not keep it."""
+    base = layer.get_base_layer()
+    if torch.compiler.is_compiling() or "_hf_hook" not in base.__dict__:
+        return nullcontext()
+    factors = [part[name] for part in (layer.smoa_A, layer.smoa_B) for name in adapter_names]
+    return onloaded([base, *factors], base if written else None)
 
 
 @contextmanager
@@ -156,7 +171,7 @@ def partition_to_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str,
     """State dict hook: save exact block scales, and under FSDP2 save labels and scales as replicated DTensors."""
     for name, factor in layer.smoa_A.items():
         if (scale := state_dict.get(f"{prefix}{SCALE}.{name}")) is not None and scale.dtype != torch.float32:
-            exact = layer.partitions[name].derived().block_scale.clone()  # FSDP1 casts buffers in place
+            exact = layer.adapters[name].derived().block_scale.clone()  # FSDP1 casts buffers in place
             state_dict[f"{prefix}{SCALE}.{name}"] = exact
         if isinstance(weight := next(factor.parameters()), DTensor):
             for key in {f"{prefix}{part}.{name}" for part in PARTITION} & state_dict.keys():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from smoa.config import SmoaConfig
 from smoa.errors import UnsupportedModuleError
-from smoa.layers.distributed import refuse_partitioned
+from smoa.layers.distributed import gather, onloaded_for, refuse_partitioned
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.stand_in import StandIn
 from smoa.maths.blocks import Blocks
@@ -93,10 +93,10 @@ class ParamWrapper(SmoaLayer):
 
     def stack(self, adapter_name: str) -> Stack:
         """The adapter's `Stack`, which forms ΔW of each matrix or applies it to x, given the pristine weights."""
-        derived = self.derived(adapter_name)
-        A, B = self.factors(adapter_name)
-        ranks, scaling, modulation = self.ranks[adapter_name], self.scaling[adapter_name], self.modulation[adapter_name]
-        return Stack(A, B, ranks, scaling, derived.rank_scale, *cast(tuple[Side, Side], derived.blocks), modulation)
+        own, derived = self.adapters[adapter_name], self.derived(adapter_name)
+        sides = cast(tuple[Side, Side], derived.blocks)
+        scaling = self.scaling[adapter_name]
+        return Stack(*self.factors(adapter_name), own.ranks, scaling, derived.rank_scale, *sides, own.modulation)
 
     def updates(self, adapter_name: str) -> list[Update]:
         """The adapter's `Update` of each matrix."""
@@ -153,7 +153,7 @@ class ParamWrapper(SmoaLayer):
                 return self.base_layer(x, *args, **kwargs)
 
         def loaded(*args: Any, **kwargs: Any) -> Any:
-            with self.onloaded(active), self._standing_in(active):
+            with onloaded_for(self, active), self._standing_in(active):
                 return offloaded(*args, **kwargs)
 
         base._old_forward = loaded
@@ -166,7 +166,7 @@ class ParamWrapper(SmoaLayer):
     def _standing_in(self, active: list[str]) -> Iterator[None]:
         """Put a stand-in into the parameter's place, which an attribute of the same name shadows."""
         attributes, thread = self.get_base_layer().__dict__, threading.get_ident()
-        self.gather(*self.smoa_A)
+        gather(self, *self.smoa_A)
         self._in_call[thread] = {name: self.stack(name) for name in active}
         with _LOCK:
             attributes[self.parameter_name] = StandIn(

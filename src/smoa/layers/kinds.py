@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape
+from smoa.layers.distributed import gather
 from smoa.layers.layer import SmoaLayer, as_stored, in_autocast_dtype, is_instrumented
 from smoa.layers.linear import Linear
 from smoa.layers.quantized import QuantizedLinear
@@ -60,7 +61,7 @@ class Embedding(SmoaLayer):
 
     def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
         """`ΔW[x]` (…, embedding_dim) for int x, times `embed_scale` if the base layer has one."""
-        self.gather(adapter_name)
+        gather(self, adapter_name)
         base: Any = self.get_base_layer()
         tokens = x.reshape(-1)
         update, weight = self.update(adapter_name), self.pristine_weight()
@@ -90,7 +91,7 @@ class Convolution(SmoaLayer):
 
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
         if len(active) == 1 and self._can_fuse(x, active[0]):
-            self.gather(active[0])
+            gather(self, active[0])
             return self._convolved(x, as_stored(self.pristine_weight(), self.stored_weight().shape, False), active[0])
         return super()._active_forward(x, active, *args, **kwargs)
 
@@ -103,7 +104,7 @@ class Convolution(SmoaLayer):
 
     def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
         """`conv(x, ΔW)`, without bias; in training, dropout acts on x."""
-        self.gather(adapter_name)
+        gather(self, adapter_name)
         return self._convolved(self.smoa_dropout[adapter_name](in_autocast_dtype(x)), None, adapter_name)
 
     def _convolved(self, x: Tensor, weight: Tensor | None, adapter_name: str) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
@@ -22,8 +21,8 @@ from smoa.errors import MergeError, PartitionError
 from smoa.layers.distributed import (
     awaits_process_group,
     from_rank_zero,
-    gather_for,
     onloaded,
+    onloaded_for,
     partition_from_state_dict,
     partition_to_state_dict,
     placed_like,
@@ -31,12 +30,11 @@ from smoa.layers.distributed import (
     refuse_writing,
     whole,
 )
-from smoa.layers.partition import AdapterBuffers, AdapterPartition, Derived, PartitionSpec
-from smoa.layers.weight_cache import WeightCache, tensor_state
+from smoa.layers.partition import Adapter, AdapterBuffers, Derived, PartitionSpec
+from smoa.layers.weight_cache import WeightCache, drop_kept
 from smoa.maths.blocks import Blocks, DiagonalBlocks, check_num_blocks
 from smoa.maths.factors import Factors, Initialization, init_factors, saved_shapes
-from smoa.maths.kernels.autograd import is_transformed
-from smoa.maths.scale import DEFAULT_SCALE, ModulationKind
+from smoa.maths.scale import DEFAULT_SCALE
 from smoa.maths.update import Update
 
 if TYPE_CHECKING:
@@ -51,8 +49,8 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
 
     All state except `base_layer` is keyed by adapter name. `smoa_A[name]` is a `Linear(⌈n/K⌉ → r)` and `smoa_B[name]` a
     `Linear(r → ⌈m/K⌉)`, both without bias. Only they, the labels, uint8 (m,) and (n,), and the block scales, float32
-    (K,), are saved. The block scales are the part of s_k that comes from the weight. `partitions[name]` decides labels
-    and scales, and has what follows from them.
+    (K,), are saved. The block scales are the part of s_k that comes from the weight. `adapters[name]` has the
+    adapter's settings and what follows from labels and scales.
 
     A layer that holds G matrices of one shape, such as experts, stacks its factors: `Linear(⌈n/K⌉ → G·r)` and
     `Linear(G·r → ⌈m/K⌉)`, r ranks of the first matrix, then r of the second.
@@ -82,12 +80,8 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     """Attributes of the base layer that models read, as Whisper reads the strides of its convolutions."""
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
     other_param_names: tuple[str, ...] = (
-        "r",
-        "alpha",
+        "adapters",
         "scaling",
-        "ranks",
-        "modulation",
-        "partitions",
         "smoa_dropout",
         "smoa_row_labels",
         "smoa_col_labels",
@@ -108,12 +102,8 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.fan_in_fan_out = fan_in_fan_out
         self.quantization_backend = backend
-        self.r: dict[str, int] = {}
-        self.alpha: dict[str, float] = {}
+        self.adapters: dict[str, Adapter] = {}
         self.scaling: dict[str, float] = {}
-        self.ranks: dict[str, tuple[int, ...]] = {}
-        self.modulation: dict[str, ModulationKind] = {}
-        self.partitions: dict[str, AdapterPartition] = {}
         self.smoa_dropout = nn.ModuleDict()
         self.smoa_A = nn.ModuleDict()
         self.smoa_B = nn.ModuleDict()
@@ -128,7 +118,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self.smoa_weight_cache: WeightCache | None = None
         self.last_batch: tuple[Hashable, Any] | None = None
         self._changes = 0
-        self._may_have_gradients = False
+        self.may_have_gradients = False
         self.out_features, self.in_features = self._weight_shape()
         self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
@@ -185,21 +175,18 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         shape = (self.out_features, self.in_features)
         ranks = config.ranks_of(module, shape=shape)
         check_num_blocks(len(ranks), *shape)
-        r = sum(ranks)
-        alpha = config.alpha_of(module, r, shape)
-        self.r[adapter_name], self.alpha[adapter_name], self.scaling[adapter_name] = r, alpha, alpha / r
-        self.ranks[adapter_name], self.modulation[adapter_name] = ranks, config.modulation
-        self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
-        self._add_factors(adapter_name, config.init_weights)
         seed = zlib.crc32(f"{torch.initial_seed()} {module}".encode())
         spec = PartitionSpec(config.partition, config.modulation, config.scale or DEFAULT_SCALE, seed)
         stores = self.smoa_row_labels, self.smoa_col_labels, self.smoa_block_scale
-        own = AdapterPartition(stores, adapter_name, config, spec, ranks, self.halves)
-        self.partitions[adapter_name] = own
-        self._add_partition(adapter_name, defer_partition)
-        if config.init_weights is False and not self.partitions[adapter_name].pending:
+        alpha = config.alpha_of(module, sum(ranks), shape)
+        self.adapters[adapter_name] = own = Adapter(stores, adapter_name, config, spec, ranks, alpha, self.halves)
+        self.scaling[adapter_name] = own.scaling
+        self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
+        self._add_factors(adapter_name, config.init_weights)
+        self._add_partition(own, defer_partition)
+        if config.init_weights is False and not own.pending:
             with torch.no_grad():  # a random ΔW has the same size for every scale
-                self.smoa_B[adapter_name].weight.div_(self.rank_scale(adapter_name).flatten())  # type: ignore[operator]
+                self.smoa_B[adapter_name].weight.div_(own.derived().rank_scale.flatten())  # type: ignore[operator]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -210,7 +197,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def _add_factors(self, adapter_name: str, init: Initialization) -> None:
-        (of_A, of_B), r = self.saved_shapes(self.ranks[adapter_name])[:2], self.r[adapter_name]
+        (of_A, of_B), r = self.saved_shapes(self.adapters[adapter_name].ranks)[:2], self.adapters[adapter_name].r
         A, B = nn.Linear(of_A[1], of_A[0], bias=False), nn.Linear(of_B[1], of_B[0], bias=False)
         with torch.no_grad():
             for part_A, part_B in zip(A.weight.split(r), B.weight.split(r, dim=1), strict=True):
@@ -219,19 +206,19 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
 
     def _fill_factors(self, A: Tensor, B: Tensor, adapter_name: str, init: Initialization) -> None:
         sizes, relative_size = (self.out_features, self.in_features), RANDOM_SIZE / self.scaling[adapter_name]
-        init_factors(A, B, sizes, self.ranks[adapter_name], init, relative_size)
+        init_factors(A, B, sizes, self.adapters[adapter_name].ranks, init, relative_size)
 
     def follow(self, other: SmoaLayer, adapter_name: str) -> None:
         """Use another layer's factors, blocks and scales for an adapter. Both layers have one weight."""
         self.smoa_A[adapter_name], self.smoa_B[adapter_name] = other.smoa_A[adapter_name], other.smoa_B[adapter_name]
-        if not (source := other.partitions[adapter_name]).pending:
-            self.partitions[adapter_name].decide(*source.saved())
+        if not (source := other.adapters[adapter_name]).pending:
+            self.adapters[adapter_name].decide(*source.saved())
         self.tied = other.tied = True
         self._pristine_blocks = other._pristine_blocks  # whichever is merged first overwrites the weight of both
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to the device of the base layer, and its factors to the dtype (PEFT's contract)."""
-        if adapter_name not in self.ranks:
+        if adapter_name not in self.adapters:
             return
         weight = self.stored_weight()
         hook = self.get_base_layer().__dict__.get("_hf_hook") if weight.is_meta else None  # of accelerate's offloading
@@ -240,7 +227,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             if not any(parameter.is_meta for parameter in factor.parameters()):
                 factor.to(device, weight.dtype if weight.is_floating_point() else None)
         if device.type != "meta":  # where accelerate offloads the weight
-            self.partitions[adapter_name].move(device)
+            self.adapters[adapter_name].move(device)
 
     # Blocks and block scales: decided at injection, at first use, or by a loaded file.
 
@@ -249,13 +236,13 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         buffers = self.smoa_row_labels, self.smoa_col_labels, self.smoa_block_scale
         return self._changes + sum(each.changes for each in buffers)
 
-    def _add_partition(self, adapter_name: str, defer: bool) -> None:
-        own, device = self.partitions[adapter_name], self.stored_weight().device
+    def _add_partition(self, own: Adapter, defer: bool) -> None:
+        device = self.stored_weight().device
         shapes = self.saved_shapes(own.ranks)[2:]
         own.reserve(shapes, torch.device("cpu") if device.type == "meta" else device)
         if defer:
             return
-        for other in self.partitions.values():
+        for other in self.adapters.values():
             same = other.config is own.config and other.spec == own.spec and len(other.ranks) == len(own.ranks)
             if same and not other.pending:  # TRL's reference, to which it copies factors alone
                 own.decide(*other.saved())
@@ -271,7 +258,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         Raises:
             PartitionError: the base weight is on the meta device.
         """
-        partition = self.partitions[adapter_name]
+        partition = self.adapters[adapter_name]
         if not partition.pending:
             return
         if partition.is_valid():  # from a file, or from another process
@@ -281,7 +268,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         else:
             raise PartitionError("the base weight is on the meta device; load the weights before the adapter is used")
 
-    def _computed_partition(self, partition: AdapterPartition) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _computed_partition(self, partition: Adapter) -> tuple[Tensor, Tensor, Tensor] | None:
         """Labels and scales by rank 0's weight; None if that is on the meta device."""
         with onloaded([self.get_base_layer()]), gather_params_ctx(self.stored_weight()):  # for DeepSpeed ZeRO-3
             is_meta = self.stored_weight().device.type == "meta"
@@ -292,11 +279,11 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def derived(self, adapter_name: str) -> Derived:
         """What follows from the adapter's labels and block scales; decided now if they are still pending."""
         self.decide_partition(adapter_name)
-        return self.partitions[adapter_name].derived()
+        return self.adapters[adapter_name].derived()
 
     def _derive(self, incompatible_keys: object = None) -> None:
         """Derive anew what was loaded or moved, which a compiled model would not do."""
-        for partition in self.partitions.values():
+        for partition in self.adapters.values():
             if not partition.pending:
                 partition.derived()
 
@@ -309,14 +296,6 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def blocks(self, adapter_name: str, number: int = 0) -> Blocks:
         """The adapter's blocks of one matrix."""
         return cast(Blocks, self.derived(adapter_name).blocks)
-
-    def block_scale(self, adapter_name: str) -> Tensor:
-        """Factor of each block's update in addition to α/r: (num_blocks,) float32."""
-        return self.derived(adapter_name).block_scale
-
-    def rank_scale(self, adapter_name: str) -> Tensor:
-        """`block_scale` of the block that each rank belongs to: (r,) float32."""
-        return self.derived(adapter_name).rank_scale
 
     # Weights and updates.
 
@@ -359,9 +338,9 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         """The adapter's `Update`, which forms ΔW or applies it to x, given the pristine weight."""
         derived = self.derived(adapter_name)
         A, B = self.factors(adapter_name)
-        ranks, scaling = self.ranks[adapter_name], self.scaling[adapter_name]
+        ranks, scaling = self.adapters[adapter_name].ranks, self.scaling[adapter_name]
         factors = Factors(A, B, ranks, scaling, derived.rank_scale, cast(Blocks, derived.blocks))
-        return Update(factors, self.modulation[adapter_name])
+        return Update(factors, self.adapters[adapter_name].modulation)
 
     def updates(self, adapter_name: str) -> list[Update]:
         """The adapter's `Update` of each matrix."""
@@ -391,7 +370,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set s to `scale` times its configured value α/r."""
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
+            self.scaling[adapter] = scale * self.adapters[adapter].scaling
 
     def scale_layer(self, scale: float) -> None:
         """Multiply s of the active adapters by `scale`."""
@@ -401,10 +380,10 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide s of the active adapters by `scale`; None restores the configured value."""
         for name in self._present(self.active_adapters):
-            self.scaling[name] = self.alpha[name] / self.r[name] if scale is None else self.scaling[name] / scale
+            self.scaling[name] = self.adapters[name].scaling if scale is None else self.scaling[name] / scale
 
     def _present(self, names: list[str]) -> list[str]:
-        return [name for name in names if name in self.ranks]
+        return [name for name in names if name in self.adapters]
 
     # Forward.
 
@@ -415,7 +394,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._drop_kept()
+            drop_kept(self)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         active = [] if self.merged else self._present(self.active_adapters)
@@ -423,19 +402,9 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             self.decide_partition(name)
         return self._active_forward(x, active, *args, **kwargs)
 
-    def _drop_kept(self) -> None:
-        """Drop what calls without gradients keep: a step of training needs the memory, and fused optimizers write
-        past the version counters."""
-        if self.last_batch is not None:
-            self.last_batch = None
-        self._may_have_gradients = True
-        if self.smoa_weight_cache is not None:
-            for cache in self.smoa_weight_cache.watch.caches:
-                cache.clear()
-
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
         result = self.base_layer(x, *args, **kwargs)
-        with self.onloaded(active):
+        with onloaded_for(self, active):
             for name in active:
                 result = result + self.branch_output(x.to(result.device), name).to(result.dtype)
         return result
@@ -454,7 +423,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def _mixed_outputs(self, x: Tensor, adapter_names: list[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
         """What the adapters of the rows of x add to the output, with the rows, None for all, that they add it to."""
         names = self._present(sorted(set(adapter_names)))
-        with self.onloaded(names):
+        with onloaded_for(self, names):
             for name in names:
                 rows = torch.tensor([row for row, other in enumerate(adapter_names) if other == name], device=x.device)
                 yield rows, self.branch_output(x[rows], name)
@@ -462,53 +431,9 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def branch_input(self, x: Tensor, adapter_name: str) -> Tensor:
         """What an adapter's branch is given for the layer's input x: in training dropout acts on it."""
         x = self.smoa_dropout[adapter_name](x)
-        if self.modulation[adapter_name] == "none":
+        if self.adapters[adapter_name].modulation == "none":
             return self._cast_input_dtype(x, self.factors(adapter_name)[0].dtype)
         return in_autocast_dtype(x)
-
-    def mixed_key(self, adapter_name: str) -> tuple[Hashable, ...]:
-        """Adapters for which it is the same can be computed in one product."""
-        dropout = self.smoa_dropout[adapter_name]
-        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        dtype = next(self.smoa_A[adapter_name].parameters()).dtype
-        return self.ranks[adapter_name], self.modulation[adapter_name], p, dtype, self.derived(adapter_name).digest
-
-    def onloaded(self, adapter_names: list[str], written: bool = False) -> AbstractContextManager[None]:
-        """Load what a branch reads, or a merge writes, if accelerate has offloaded it. The base layer's own call does
-        not keep it."""
-        base = self.get_base_layer()
-        if torch.compiler.is_compiling() or "_hf_hook" not in base.__dict__:
-            return nullcontext()
-        factors = [part[name] for part in (self.smoa_A, self.smoa_B) for name in adapter_names]
-        return onloaded([base, *factors], base if written else None)
-
-    def gather(self, *adapter_names: str) -> None:
-        """Gather weight and factors, which this layer reads without calling their modules, if ZeRO-3 splits them."""
-        if hasattr(self, "ds_id"):  # ZeRO-3 knows this layer
-            factors = [part[name] for part in (self.smoa_A, self.smoa_B) for name in adapter_names]
-            gather_for(self, [self.stored_weight(), *(p for factor in factors for p in factor.parameters())])
-
-    def open_cache(self, names: list[str], x: Tensor) -> WeightCache | None:
-        """The cache for a call with these adapters, if one is open.
-
-        Calls with active dropout, compiled models and transforms use none. Nor do calls while a factor has a gradient:
-        an optimizer's step may come, and fused ones write past the version counters.
-        """
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or (cache := self.smoa_weight_cache) is None:
-            return None
-        if self._may_have_gradients:
-            factors = [*self.smoa_A.parameters(), *self.smoa_B.parameters()]
-            self._may_have_gradients = any(factor.grad is not None for factor in factors)
-            if self._may_have_gradients:
-                return None
-        dropped = self.training and any(isinstance(self.smoa_dropout[name], nn.Dropout) for name in names)
-        return None if dropped or cache.gave_up or is_transformed(x) else cache
-
-    def state_of_update(self, names: list[str]) -> tuple[Hashable, ...]:
-        """Changes when ΔW of one of these adapters does."""
-        saved = [tensor for name in names for tensor in self.partitions[name].saved()]
-        tensors = [self.stored_weight(), *(factor for name in names for factor in self.factors(name)), *saved]
-        return *(self.scaling[name] for name in names), *map(tensor_state, tensors)
 
     # Merging.
 
@@ -545,7 +470,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         refuse_writing(self.stored_weight())
-        with self.onloaded(names, written=True):
+        with onloaded_for(self, names, written=True):
             if safe_merge:
                 self.check_merge(names)
             try:
@@ -567,7 +492,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         refuse_writing(self.stored_weight())
-        with self.onloaded([], written=True):
+        with onloaded_for(self, [], written=True):
             self._restore_pristine()
         self.merged_adapters.clear()
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape
+from smoa.layers.distributed import gather
 from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_instrumented
 from smoa.layers.mixed_batch import mixed_outputs, shared_output
-from smoa.layers.weight_cache import BLOCKS, DIAGONAL, KeptUpdate, WeightCache
+from smoa.layers.weight_cache import BLOCKS, DIAGONAL, KeptUpdate, WeightCache, open_cache, state_of_update
 from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.kernels.fused import multiplies_exactly, pays
 from smoa.maths.kernels.shared import prefers_shared
@@ -35,7 +36,7 @@ class Linear(SmoaLayer):
         return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
 
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
-        if active and (cache := self.open_cache(active, x)) is not None:
+        if active and (cache := open_cache(self, active, x)) is not None:
             cache.retain({BLOCKS, DIAGONAL}, active)
             result = self.base_layer(x, *args, **kwargs)
             x = in_autocast_dtype(x.to(result.device))
@@ -50,10 +51,10 @@ class Linear(SmoaLayer):
     def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
         """`x ΔWᵀ`, the adapter's contribution to the output; in training, dropout acts on x."""
         self.decide_partition(adapter_name)
-        self.gather(adapter_name)
+        gather(self, adapter_name)
         x = self.branch_input(x, adapter_name)
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if (cache := self.open_cache([adapter_name], x)) is not None:
+            if (cache := open_cache(self, [adapter_name], x)) is not None:
                 if (kept := self._kept_update(cache, adapter_name, x)) is not None:
                     return kept.apply(x)
             elif self._multiplies_factors(x, adapter_name):
@@ -62,10 +63,10 @@ class Linear(SmoaLayer):
 
     def _multiplies_factors(self, x: Tensor, adapter_name: str) -> bool:
         """Whether few tokens take the product with the blocks of W."""
-        if self.modulation[adapter_name] == "none":
+        if self.adapters[adapter_name].modulation == "none":
             return False
         tokens = x.shape[:-1]
-        return not is_transformed(x) and prefers_shared(self.ranks[adapter_name], tokens.numel())
+        return not is_transformed(x) and prefers_shared(self.adapters[adapter_name].ranks, tokens.numel())
 
     def _mixed_outputs(self, x: Tensor, adapter_names: list[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
         def formed(x: Tensor, name: str) -> Tensor:
@@ -75,9 +76,9 @@ class Linear(SmoaLayer):
 
     def _kept_update(self, cache: WeightCache, adapter_name: str, x: Tensor) -> KeptUpdate | None:
         """The blocks of ΔW that `cache` keeps; None without M, where the factors are as quick, or without memory."""
-        if self.modulation[adapter_name] == "none":
+        if self.adapters[adapter_name].modulation == "none":
             return None
-        state = x.dtype, *self.state_of_update([adapter_name])
+        state = x.dtype, *state_of_update(self, adapter_name)
         weight = self.pristine_weight
         return cache.get(
             (BLOCKS, adapter_name), state, lambda: KeptUpdate.of(self.update(adapter_name), weight(), x.dtype)
@@ -96,7 +97,7 @@ class Linear(SmoaLayer):
         if weight.dtype != torch.float64 and not (weight.dtype == torch.float32 and multiplies_exactly()):
             return None
         dropout = self.smoa_dropout[adapter_name]
-        if self.modulation[adapter_name] == "none" or (isinstance(dropout, nn.Dropout) and self.training):
+        if self.adapters[adapter_name].modulation == "none" or (isinstance(dropout, nn.Dropout) and self.training):
             return None
         if weight.dtype != x.dtype or weight.requires_grad or is_transformed(x, weight):
             return None

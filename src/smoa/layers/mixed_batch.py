@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from operator import is_
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from smoa.layers.distributed import gather, onloaded_for
 from smoa.layers.layer import SmoaLayer, linear_weight
 from smoa.layers.partition import versions
-from smoa.layers.weight_cache import DIAGONAL, STACKED, tensor_state
+from smoa.layers.weight_cache import DIAGONAL, STACKED, open_cache, tensor_state
 from smoa.maths.kernels.autograd import is_transformed, without_autocast
 from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, prefers_shared, shared
 
@@ -34,8 +35,8 @@ def mixed_outputs(
         The rows, None for all of them, and the output (rows, …, out_features).
     """
     batch = _batch_of(layer, x, tuple(adapter_names))
-    with layer.onloaded(batch.names):
-        layer.gather(*batch.names)
+    with onloaded_for(layer, batch.names):
+        gather(layer, *batch.names)
         for name, rows in batch.apart:
             yield rows, alone(x[rows], name)
         for group in batch.groups:
@@ -66,6 +67,14 @@ def shared_output(layer: SmoaLayer, x: Tensor, adapter_name: str) -> Tensor:
     return product
 
 
+def _key(layer: SmoaLayer, name: str) -> Hashable:
+    """Adapters for which it is the same can be computed in one product."""
+    own, dropout = layer.adapters[name], layer.smoa_dropout[name]
+    p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
+    dtype = next(layer.smoa_A[name].parameters()).dtype
+    return own.ranks, own.modulation, p, dtype, layer.derived(name).digest
+
+
 class MixedBatch:
     """How a layer computes the rows of a batch: ``apart`` are adapters with their rows, ``groups`` take one product."""
 
@@ -79,15 +88,15 @@ class MixedBatch:
         rows_of: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
             rows_of.setdefault(name, []).append(row)
-        self.names = [name for name in rows_of if name in layer.ranks]
+        self.names = [name for name in rows_of if name in layer.adapters]
         trains_weight = torch.is_grad_enabled() and layer.stored_weight().requires_grad  # has no gradient in `shared`
         self.apart: list[tuple[str, Tensor]] = []
         together: dict[Hashable, list[str]] = {}
         for name in self.names:
             rows = rows_of[name]
             layer.decide_partition(name)
-            if not trains_weight and prefers_shared(layer.ranks[name], tokens * len(rows)):
-                together.setdefault(layer.mixed_key(name), []).append(name)
+            if not trains_weight and prefers_shared(layer.adapters[name].ranks, tokens * len(rows)):
+                together.setdefault(_key(layer, name), []).append(name)
             else:
                 self.apart.append((name, torch.tensor(rows, device=device)))
         if (cache := layer.smoa_weight_cache) is not None:
@@ -99,7 +108,7 @@ class MixedBatch:
             slots = torch.tensor([slot_of[adapter_names[row]] for row in rows], device=device)
             chosen = None if len(rows) == len(adapter_names) else torch.tensor(rows, device=device)
             self.groups.append(MixedGroup(layer, names, chosen, slots))
-        self._partitions = [layer.partitions[name] for name in self.names]
+        self._partitions = [layer.adapters[name] for name in self.names]
         self._saved = self._labels_and_scales()
         self._versions = versions(self._saved)
 
@@ -140,7 +149,7 @@ class MixedGroup:
         self.layer, self.names, self.rows = layer, names, rows
         self.slots = slots if len(names) > 1 else slots[:1]  # the rows of one adapter are tokens of one group
         factors = layer.update(names[0]).factors
-        self.blocks, self.runs, self.modulation = factors.blocks, factors.runs(), layer.modulation[names[0]]
+        self.blocks, self.runs, self.modulation = factors.blocks, factors.runs(), layer.adapters[names[0]].modulation
         self._scale: tuple[Hashable, Tensor] | None = None
 
     def output(self, x: Tensor) -> Tensor:
@@ -160,7 +169,7 @@ class MixedGroup:
         They are kept while a cache is open and no change is seen, unless they would take more memory than the adapters.
         Else they are made in each call: averages of weights and some optimizers write past the version counters.
         """
-        cache = None if len(self.slots) > len(self.names) else self.layer.open_cache(self.names, self.slots)
+        cache = None if len(self.slots) > len(self.names) else open_cache(self.layer, self.names, self.slots)
         if cache is not None:
             kept = cache.get((STACKED, *self.names), self, self._gathered)
             if kept is not None:
@@ -195,7 +204,7 @@ class MixedGroup:
         def make() -> Sequence[Tensor]:
             return diagonal_of(self.blocks, self.runs, self.layer.pristine_weight())
 
-        cache = self.layer.open_cache([], self.slots)
+        cache = open_cache(self.layer, [], self.slots)
         if cache is None:
             return make()
         digest = self.layer.derived(self.names[0]).digest

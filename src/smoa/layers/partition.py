@@ -157,8 +157,8 @@ class Derived:
         return known.shape == scale.shape and torch.equal(known.to(scale.device, scale.dtype), scale)
 
 
-class AdapterPartition:
-    """An adapter's blocks and block scales in one layer.
+class Adapter:
+    """One adapter in one layer: its settings there, its blocks and block scales.
 
     Args:
         stores: The layer's row labels, column labels and block scales.
@@ -166,6 +166,7 @@ class AdapterPartition:
         config: Its settings.
         spec: How its blocks are decided.
         ranks: r_k of every block.
+        alpha: By which ΔW is scaled as alpha / r.
         halves: H, if the layer has a stack of matrices (`smoa.maths.stack`).
     """
 
@@ -176,10 +177,14 @@ class AdapterPartition:
         config: SmoaConfig,
         spec: PartitionSpec,
         ranks: tuple[int, ...],
+        alpha: float,
         halves: int = 1,
     ) -> None:
         self.stores, self.name, self.config, self.spec = stores, name, config, spec
         self.ranks, self.halves = ranks, halves
+        self.r, self.modulation = sum(ranks), spec.modulation
+        self.scaling = alpha / self.r
+        """As configured; the layer's own `scaling` may have been changed since."""
         self.pending = True
         """Whether labels and scales are not decided yet: they will be loaded, or computed when they are needed."""
         self._derived: Derived | None = None

@@ -32,6 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun
+from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.kernels.branch import multiply
 from smoa.maths.update import Update
 
@@ -171,6 +172,41 @@ def tensor_state(tensor: Tensor) -> Hashable:
     may be trained."""
     version = 0 if tensor.is_inference() else tensor._version
     return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device, tensor.requires_grad and _steps + 1
+
+
+def open_cache(layer: Any, names: list[str], x: Tensor) -> WeightCache | None:
+    """A layer's cache for a call with these adapters, if one is open.
+
+    Calls with active dropout, compiled models and transforms use none. Nor do calls while a factor has a gradient: an
+    optimizer's step may come, and fused ones write past the version counters.
+    """
+    cache: WeightCache | None = layer.smoa_weight_cache
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or cache is None:
+        return None
+    if layer.may_have_gradients:
+        factors = [*layer.smoa_A.parameters(), *layer.smoa_B.parameters()]
+        layer.may_have_gradients = any(factor.grad is not None for factor in factors)
+        if layer.may_have_gradients:
+            return None
+    dropped = layer.training and any(isinstance(layer.smoa_dropout[name], nn.Dropout) for name in names)
+    return None if dropped or cache.gave_up or is_transformed(x) else cache
+
+
+def drop_kept(layer: Any) -> None:
+    """Drop what calls without gradients keep: a step of training needs the memory, and fused optimizers write past the
+    version counters."""
+    if layer.last_batch is not None:
+        layer.last_batch = None
+    layer.may_have_gradients = True
+    if layer.smoa_weight_cache is not None:
+        for cache in layer.smoa_weight_cache.watch.caches:
+            cache.clear()
+
+
+def state_of_update(layer: Any, name: str) -> tuple[Hashable, ...]:
+    """Changes when ΔW of an adapter does."""
+    tensors = layer.stored_weight(), *layer.factors(name), *layer.adapters[name].saved()
+    return layer.scaling[name], *map(tensor_state, tensors)
 
 
 @contextmanager

@@ -107,8 +107,8 @@ def fill_combined(
     layer: SmoaLayer, adapters: list[str], weights: list[float], adapter_name: str, combination: Combination
 ) -> None:
     """Write labels and factors of the sum into the new adapter of one layer. Its block scales are 1."""
-    rows, cols, scale = layer.partitions[adapters[0]].saved()
-    layer.partitions[adapter_name].decide(rows, cols, torch.ones_like(scale))
+    rows, cols, scale = layer.adapters[adapters[0]].saved()
+    layer.adapters[adapter_name].decide(rows, cols, torch.ones_like(scale))
     # PEFT made the factors in the base's dtype, which may be narrower than the parts' dtypes
     dtype = reduce(torch.promote_types, (factor.dtype for name in adapters for factor in layer.factors(name)))
     layer.smoa_A[adapter_name].to(dtype)

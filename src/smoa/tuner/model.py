@@ -153,7 +153,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         layers, names = adapter_layers(named, adapter_name), parameter_names(named)
         for name, layer in layers.items():
             layer.decide_partition(adapter_name)  # in place: the tensors in `state_dict` see it
-            if not layer.partitions[adapter_name].is_valid():
+            if not layer.adapters[adapter_name].is_valid():
                 raise PartitionError(
                     f"{name}: the labels of {adapter_name!r} are no partition any more, as after averaging buffers; "
                     "average parameters only: AveragedModel(model, use_buffers=False)"
@@ -184,7 +184,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         for layer in layers.values():
             for parameter in (*layer.smoa_A[adapter_name].parameters(), *layer.smoa_B[adapter_name].parameters()):
                 refuse_writing(parameter)
-            layer.partitions[adapter_name].pending = False
+            layer.adapters[adapter_name].pending = False
         return dict(remapped)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

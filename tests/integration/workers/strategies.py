@@ -145,7 +145,7 @@ def save_adapter(accelerator: Accelerator, model: nn.Module, folder: Path) -> No
 def late_process_group(folder: Path) -> Result:
     """The adapter is injected before there is a process group; must be the first."""
     model = adapted()
-    pending = all(layer.partitions["default"].pending for layer in layers(model).values())
+    pending = all(layer.adapters["default"].pending for layer in layers(model).values())
     accelerator = fresh_accelerator()
     model, _, losses = train(accelerator, model)
     return {"pending": pending, "losses": losses, "labels": labels(model)}

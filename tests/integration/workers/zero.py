@@ -98,7 +98,7 @@ def _factors(engine: nn.Module) -> list[Tensor]:
 def late(folder: Path) -> Result:
     """The adapter is injected before there is a process group; must be the first."""
     model = adapted()
-    pending = all(layer.partitions["default"].pending for layer in layers(model).values())
+    pending = all(layer.adapters["default"].pending for layer in layers(model).values())
     return trained(accelerator(3), model, folder) | {"pending": pending}
 
 

@@ -172,7 +172,7 @@ def test_a_weighted_sum_of_adapters_of_experts_is_exact(family: str) -> None:
     model.add_adapter("second", SmoaConfig(target_modules=[], target_parameters=EXPERTS, **settings))
     model.add_weighted_adapter(["default", "second"], [0.7, -1.3], "sum")
     for wrapper in wrappers(model).values():
-        assert wrapper.r["sum"] == 13
+        assert wrapper.adapters["sum"].r == 13
         assert_close(wrapper.delta("sum"), 0.7 * wrapper.delta("default") - 1.3 * wrapper.delta("second"))
     model.add_weighted_adapter(["second"], [-2.0], "scaled", combination_type="linear")
     for wrapper in wrappers(model).values():
@@ -382,13 +382,13 @@ def test_factors_labels_and_scales_of_all_matrices_are_saved_in_one_tensor_each(
         "smoa_col_labels.default": (10, 24),
         "smoa_block_scale.default": (10, K),
     }
-    assert sorted(wrapper.saved_shapes(wrapper.ranks["default"])) == sorted(state.values())
+    assert sorted(wrapper.saved_shapes(wrapper.adapters["default"].ranks)) == sorted(state.values())
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_each_expert_has_the_oracles_blocks_and_scales_of_unit_rms(family: str) -> None:
     wrapper = wrappers(experts_of(family, scale="block"))["gate_up_proj"]
-    for number, scales in enumerate(wrapper.block_scale("default")):
+    for number, scales in enumerate(wrapper.derived("default").block_scale):
         weight = matrix_of(wrapper, number // 2, number % 2)
         rows, cols = (labels["default"][number] for labels in (wrapper.smoa_row_labels, wrapper.smoa_col_labels))
         assert (rows.tolist(), cols.tolist()) == reference.spectral_labels(weight, K)
@@ -402,10 +402,10 @@ def test_an_adapter_about_to_be_loaded_decomposes_nothing_until_it_is_used() -> 
     with NoDecomposition():
         wrapper = ParamWrapper(base, "default", "down_proj", config, "experts.down_proj", defer_partition=True)
     assert (wrapper.smoa_row_labels["default"] == UNDECIDED).all()
-    assert wrapper.partitions["default"].pending
+    assert wrapper.adapters["default"].pending
     wrapper.stack("default")
     assert (wrapper.smoa_row_labels["default"] < K).all()
-    assert not wrapper.partitions["default"].pending
+    assert not wrapper.adapters["default"].pending
 
 
 def test_experts_adapted_on_the_meta_device_are_partitioned_once_weights_are_there() -> None:

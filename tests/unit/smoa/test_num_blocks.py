@@ -87,8 +87,8 @@ def llama(seed: int = 1, **config: Any) -> PeftModel:
 def test_a_pattern_sets_the_blocks_of_the_layers_it_names() -> None:
     for name, layer in smoa_layers(llama(**PATTERNS[0])).items():
         expected = 2 if name.endswith("v_proj") else 6 if name.endswith("1.mlp.down_proj") else 4
-        assert len(layer.ranks["default"]) == expected
-        assert layer.r["default"] == 8
+        assert len(layer.adapters["default"].ranks) == expected
+        assert layer.adapters["default"].r == 8
         assert_close(layer.delta("default").double(), oracle_delta(layer), dtype=torch.float32)
 
 
@@ -101,11 +101,11 @@ def test_a_narrow_layer_has_the_first_of_the_blocks_and_the_oracles_update(
     for name, layer in smoa_layers(model).items():
         K = min(num_blocks, SIDES[name])
         ranks = reference.block_ranks(r, num_blocks)[:K]
-        assert list(layer.ranks["default"]) == ranks
+        assert list(layer.adapters["default"].ranks) == ranks
         assert layer.scaling["default"] == pytest.approx(scaling, rel=1e-15)
         weight = base_weight(layer)
         A, B = (factor.detach() for factor in factors(layer))
-        scales = [scaling * c for c in layer.block_scale("default").tolist()]
+        scales = [scaling * c for c in layer.derived("default").block_scale.tolist()]
         expected = reference.delta_weight(weight, A, B, *reference.spectral_labels(weight, K), ranks, scales)
         assert_close(layer.delta("default"), expected)
 
@@ -113,7 +113,9 @@ def test_a_narrow_layer_has_the_first_of_the_blocks_and_the_oracles_update(
 def test_a_pattern_of_ranks_shrinks_with_the_blocks_and_a_pattern_of_alphas_with_it() -> None:
     patterns = {"rank_pattern": {"one": 12, "two": 6}, "alpha_pattern": {"one": 3.0}}
     found = smoa_layers(heads(r=8, num_blocks=4, alpha=16.0, **patterns))
-    assert {name: layer.ranks["default"] for name, layer in found.items() if name in ("one", "two", "three")} == {
+    assert {
+        name: layer.adapters["default"].ranks for name, layer in found.items() if name in ("one", "two", "three")
+    } == {
         "one": (3,),
         "two": (2, 2),
         "three": (2, 2, 2),
@@ -129,8 +131,8 @@ def test_targets_that_are_all_narrower_than_num_blocks_take_fewer_with_one_warni
         model = get_peft_model(Heads(), config)
     assert len(found) == 1
     layers = smoa_layers(model)
-    assert {name: len(layer.ranks["default"]) for name, layer in layers.items()} == SIDES
-    assert {*(rank for layer in layers.values() for rank in layer.ranks["default"])} == {2}
+    assert {name: len(layer.adapters["default"].ranks) for name, layer in layers.items()} == SIDES
+    assert {*(rank for layer in layers.values() for rank in layer.adapters["default"].ranks)} == {2}
     assert (config.num_blocks, config.num_blocks_pattern) == (11, {})
 
 
@@ -139,7 +141,7 @@ def test_layers_of_which_each_has_room_or_a_number_of_its_own_cause_no_warning()
     model = get_peft_model(
         Heads(), SmoaConfig(r=8, num_blocks=4, num_blocks_pattern=pattern, target_modules=list(SIDES))
     )
-    assert {name: layer.r["default"] for name, layer in smoa_layers(model).items()} == dict.fromkeys(SIDES, 8)
+    assert {name: layer.adapters["default"].r for name, layer in smoa_layers(model).items()} == dict.fromkeys(SIDES, 8)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +189,7 @@ def test_a_sum_of_adapters_is_exact_and_loads_to_the_same_bits(r: int, other: in
     model.add_weighted_adapter(["other"], [-2.0], "scaled", combination_type="linear")
     for layer in smoa_layers(model).values():
         assert_close(layer.delta("scaled"), -2 * layer.delta("other"))
-        assert layer.r["scaled"] == layer.r["other"]
+        assert layer.adapters["scaled"].r == layer.adapters["other"].r
         assert_close(layer.delta("sum"), 0.7 * layer.delta("default") - 1.3 * layer.delta("other"))
     model.set_adapter("sum")
     model.save_pretrained(tmp_path, selected_adapters=["sum"])

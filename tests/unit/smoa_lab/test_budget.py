@@ -72,7 +72,7 @@ def test_a_narrow_layer_is_counted_with_the_blocks_and_rank_that_it_gets(tmp_pat
         shapes = [(8, 12), (2, 12)]
         counted = [reference.parameter_count(*shape, own) for shape, own in zip(shapes, ranks, strict=True)]
         assert choice.parameters == sum(counted) <= 250
-        assert [list(layer.ranks["default"]) for layer in smoa_layers(model).values()] == ranks
+        assert [list(layer.adapters["default"].ranks) for layer in smoa_layers(model).values()] == ranks
         bounds = [rank_bound(*shape, sum(own), len(own)) for shape, own in zip(shapes, ranks, strict=True)]
         assert choice.rank_bound == min(bounds)
         saved = [adapter_bytes(*shape, sum(own), len(own)) for shape, own in zip(shapes, ranks, strict=True)]

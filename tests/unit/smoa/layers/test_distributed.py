@@ -221,7 +221,7 @@ def test_the_partition_of_an_offloaded_weight_is_decided_by_its_numbers() -> Non
     cpu_offload(base, torch.device("cpu"))
     layer = get_peft_model(base, SmoaConfig(r=4, num_blocks=2, target_modules=["layer"])).base_model.model.layer
     assert labels(layer) == labels(expected)
-    assert torch.equal(layer.block_scale("default"), expected.block_scale("default"))
+    assert torch.equal(layer.derived("default").block_scale, expected.derived("default").block_scale)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -212,14 +212,16 @@ def peft_layer(config: PeftConfig, base: nn.Module) -> nn.Module:
 
 
 def lora_twin(layer: SmoaLayer, alpha: float, conv1d: bool) -> tuple[nn.Module, list[nn.Parameter]]:
-    config = LoraConfig(r=layer.r["default"], lora_alpha=alpha, target_modules=["layer"], fan_in_fan_out=conv1d)
+    config = LoraConfig(
+        r=layer.adapters["default"].r, lora_alpha=alpha, target_modules=["layer"], fan_in_fan_out=conv1d
+    )
     twin = peft_layer(config, layer.get_base_layer())
     own = [twin.lora_A["default"].weight, twin.lora_B["default"].weight]
     return twin, copy_factors(layer, own)
 
 
 def hira_twin(layer: SmoaLayer, conv1d: bool) -> tuple[nn.Module, list[nn.Parameter]]:
-    config = peft.HiraConfig(r=layer.r["default"], target_modules=["layer"], fan_in_fan_out=conv1d)
+    config = peft.HiraConfig(r=layer.adapters["default"].r, target_modules=["layer"], fan_in_fan_out=conv1d)
     twin = peft_layer(config, layer.get_base_layer())
     return twin, copy_factors(layer, [twin.hira_A["default"], twin.hira_B["default"]])
 

@@ -113,7 +113,7 @@ def test_a_loaded_adapter_applies_the_same_formula_to_the_base_it_is_on(
             *(factor.detach().double() for factor in factors(original)),
             *labels(original),
             ranks(original),
-            [8.0 / 5 * c for c in original.block_scale("default").tolist()],
+            [8.0 / 5 * c for c in original.derived("default").block_scale.tolist()],
             modulation,
         )
         assert_close(layer.get_delta_weight("default"), expected, dtype=torch.float32)
@@ -166,7 +166,7 @@ def test_orders_follow_the_labels(change: str) -> None:
         layer.load_state_dict(other.state_dict())
     else:
         layer.update_layer("other", SmoaConfig(r=4, num_blocks=2, partition="random"))
-        layer.partitions["default"].decide(*layer.partitions["other"].saved())
+        layer.adapters["default"].decide(*layer.adapters["other"].saved())
         other = layer
     name = "other" if change == "share" else "default"
     found, expected = layer.blocks("default"), other.blocks(name)
@@ -187,13 +187,13 @@ CASTS = {
 @pytest.mark.parametrize("cast", CASTS)
 def test_the_scale_of_a_block_is_not_rounded(cast: str) -> None:
     layer = adapted_layer(base_layer(12, 8, dtype=torch.bfloat16), r=4, num_blocks=2, scale="layer")
-    before = layer.block_scale("default").clone()
+    before = layer.derived("default").block_scale.clone()
     assert not torch.equal(before, before.bfloat16().float())
     CASTS[cast](layer)
     assert layer.state_dict()["smoa_block_scale.default"].dtype == torch.float32
     assert torch.equal(layer.state_dict()["smoa_block_scale.default"], before)
-    assert torch.equal(layer.block_scale("default"), before)
-    assert torch.equal(layer.rank_scale("default"), before.repeat_interleave(2))
+    assert torch.equal(layer.derived("default").block_scale, before)
+    assert torch.equal(layer.derived("default").rank_scale, before.repeat_interleave(2))
 
 
 def test_a_whole_model_is_saved_and_loaded_by_safetensors(tmp_path: Path) -> None:
@@ -229,8 +229,9 @@ def test_injecting_and_loading_do_not_depend_on_the_default_dtype(
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
     usual = smoa_layers(get_peft_model(tiny_models.build("llama"), SmoaConfig(**CONFIG, partition=partition)))
     for name, layer in smoa_layers(injected).items():
-        assert layer.block_scale("default").dtype == torch.float32
-        assert partition == "random" or torch.equal(layer.block_scale("default"), usual[name].block_scale("default"))
+        assert layer.derived("default").block_scale.dtype == torch.float32
+        scale, usual_scale = (each.derived("default").block_scale for each in (layer, usual[name]))
+        assert partition == "random" or torch.equal(scale, usual_scale)
         assert partition == "random" or labels(layer) == labels(usual[name])
 
 

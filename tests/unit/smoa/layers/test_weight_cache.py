@@ -82,7 +82,9 @@ def test_every_change_is_seen(change: str) -> None:
 
 CHANGES_OF_BATCHES: dict[str, Callable[[Linear], object]] = {
     **{name: CHANGES[name] for name in ("a step", "a factor", "another factor", "labels", "scale", "dtype")},
-    "replaced scales": lambda layer: layer.smoa_block_scale.__setitem__("default", layer.block_scale("default") * 2),
+    "replaced scales": lambda layer: layer.smoa_block_scale.__setitem__(
+        "default", layer.smoa_block_scale["default"] * 2
+    ),
     "another adapter of the name": lambda layer: add_adapter(layer, "default", num_blocks=3),
 }
 

@@ -34,7 +34,7 @@ def test_concatenation_is_exact_with_any_weights(modulation: str, conv1d: bool) 
     model.add_weighted_adapter(["one", "two"], [0.7, -1.3], "sum")
     layer = layer_of(model)
     assert_close(layer.delta("sum"), 0.7 * layer.delta("one") - 1.3 * layer.delta("two"))
-    assert layer.r["sum"] == 8
+    assert layer.adapters["sum"].r == 8
 
 
 @pytest.mark.parametrize(("combination", "normalized"), [("cat", {"scale": "layer"}), ("linear", {"scale": "block"})])
@@ -44,9 +44,9 @@ def test_an_adapter_with_normalized_anchors_combines_exactly(combination: str, n
     assert model.peft_config["scaled"].scale == "paper"
     layer = layer_of(model)
     assert_close(layer.delta("scaled"), 0.5 * layer.delta("one"))
-    assert layer.r["scaled"] == 4
-    assert (layer.block_scale("one") != 1).all()
-    assert (layer.block_scale("scaled") == 1).all()
+    assert layer.adapters["scaled"].r == 4
+    assert (layer.derived("one").block_scale != 1).all()
+    assert (layer.derived("scaled").block_scale == 1).all()
 
 
 def test_a_combined_adapter_saves_and_loads(tmp_path: object) -> None:

@@ -271,7 +271,7 @@ def test_a_second_adapter_uses_the_wrappers_of_the_first() -> None:
 def test_patterns_go_by_the_parameters_name() -> None:
     patterns = {"experts.down_proj": 8}
     model = adapted(build_mixture("qwen3_moe"), r=4, target_parameters=EXPERTS, rank_pattern=patterns)
-    ranks = {m.parameter_name: m.r["default"] for m in model.modules() if type(m).__name__ == "ParamWrapper"}
+    ranks = {m.parameter_name: m.adapters["default"].r for m in model.modules() if type(m).__name__ == "ParamWrapper"}
     assert ranks == {"gate_up_proj": 4, "down_proj": 8}
 
 
