@@ -80,7 +80,8 @@ def keep_in_generate(model: nn.Module, kept: Kept) -> None:
     Args:
         model: A model with SMoA adapters.
         kept: "blocks" keeps the diagonal blocks of ΔW: 1/K of the memory of the adapted weights, dequantized. "off"
-            keeps nothing: every token forms ΔW again. The default is "off" for quantized layers, else "blocks".
+            keeps nothing: every token forms ΔW again. The default is "off" for quantized layers, else "blocks". Writes
+            through `tensor.data` while `generate` runs are not seen.
 
     Raises:
         ConfigError: `kept` is none of these, or the model has no SMoA adapter.
