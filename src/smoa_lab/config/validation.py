@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from smoa.errors import ConfigError, nearest
-from smoa_lab.config.methods import find_method
+from smoa_lab.config.methods import dpo_refusal, find_method
 
 RESUMES = "smoa resumes an interrupted run by itself: leave it out, and run the same command again"
 Problem = tuple[tuple[str, ...], str]
@@ -65,9 +65,12 @@ def _method_problems(values: dict[str, Any]) -> Iterable[Problem]:
         yield from problems
         if not problems:
             try:
-                method.peft_config(adapter)
+                config = method.peft_config(adapter)
             except ConfigError as error:  # the rules that the PEFT config checks itself
                 yield ("adapter",), str(error)
+                return
+            if values.get("trainer") == "dpo" and (reason := dpo_refusal(config)) is not None:
+                yield ("method",), f"{name} {reason}; choose another for preferences"
 
 
 def _training_problems(training: Any, training_class: type[TrainingArguments]) -> Iterable[Problem]:

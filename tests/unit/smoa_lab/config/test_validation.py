@@ -16,6 +16,8 @@ from smoa_lab.config.run import check_config, load_config
     [
         ({"model": {}}, r"model\.name: is missing"),
         ({"method": "full", "adapter": {"r": 4}}, "method full trains all weights and takes no adapter keys"),
+        ({"method": "pissa", "trainer": "dpo"}, "method: pissa moves weights of the base into the adapter"),
+        ({"method": "adaption_prompt", "trainer": "dpo"}, "method: adaption_prompt calls the model past the losses"),
         ({"training": 3}, "training"),
         ({"data": {"train": 3}}, r"data\.train"),
         ({"data": 3}, "data"),
