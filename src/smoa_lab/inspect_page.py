@@ -12,7 +12,7 @@ import torch
 
 from smoa.errors import ConfigError
 from smoa_lab.inspect import TOO_FAR, LayerReport, layer_table
-from smoa_lab.pages.charts import INK, MUTED, PANEL, WIDTH, color_of, colors, dashes, tooltip, values
+from smoa_lab.pages.charts import INK, LINE_LEGEND, MUTED, PANEL, WIDTH, color_of, colors, dashes, tooltip, values
 from smoa_lab.pages.templates import Figure, page
 
 Reports = Mapping[str, Sequence[LayerReport]]
@@ -84,8 +84,9 @@ def _detail(report: LayerReport) -> Figure:
 
 def _looks(adapters: Reports) -> tuple[alt.Color, alt.StrokeDash]:
     """Color and line of each adapter, with a legend where there are several."""
-    methods, several = {name: reports[0].method for name, reports in adapters.items()}, len(adapters) > 1
-    return colors(methods, "adapter", several), dashes(methods, "adapter", several)
+    methods = {name: reports[0].method for name, reports in adapters.items()}
+    legend = LINE_LEGEND if len(adapters) > 1 else None
+    return colors(methods, "adapter", legend), dashes(methods, "adapter", legend)
 
 
 def by_layer(adapters: Reports, field: str, title: str) -> Any:

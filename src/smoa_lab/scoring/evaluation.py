@@ -60,8 +60,8 @@ class Evaluation:
         self.choices = [encoder.choices(row) for row in rows] if self.chooses else []
         self.tokens = [] if self.chooses else [encoder.encode(row) for row in rows]
         self.rejected = [encoder.encode(row, rejected=True) for row in rows] if self.prefers else []
-        prompts = ((row, encoder.prompt(row, encoder.max_length)) for row in rows[:samples])
-        self.prompts = [prompt for _, prompt in prompts if prompt is not None]
+        prompts = (encoder.prompt(row, encoder.max_length) for row in rows[:samples])
+        self.prompts = [prompt for prompt in prompts if prompt is not None]
         self.measured: dict[Stage, Measured] = {}
         self.written: dict[Stage, list[str]] = {}
 
@@ -74,7 +74,7 @@ class Evaluation:
         if self.prompts:
             logger.info("Writing %d sample answers", len(self.prompts))
         new_tokens = CHOICE_TOKENS if self.chooses else NEW_TOKENS
-        prompts = [ids for ids, _ in self.prompts]
+        prompts = [prompt.ids for prompt in self.prompts]
         self.written[stage] = continue_prompts(model, self.encoder.tokenizer, prompts, new_tokens)
 
     def measure_once(self, model: Any) -> Measured:
@@ -163,14 +163,13 @@ class Evaluation:
     @property
     def samples(self) -> list[dict[str, str]]:
         """Question, reference answer, and what was written at each stage: as ``metrics.json`` has them."""
-        decode = self.encoder.tokenizer.decode
         return [
             {
-                "question": str(decode(ids)),
-                "reference": reference,
+                "question": prompt.text,
+                "reference": prompt.reference,
                 **{stage: texts[number] for stage, texts in self.written.items()},
             }
-            for number, (ids, reference) in enumerate(self.prompts)
+            for number, prompt in enumerate(self.prompts)
         ]
 
 
