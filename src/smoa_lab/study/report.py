@@ -88,7 +88,7 @@ def report(comparison: Comparison) -> Report:
     """Write ``README.md``, ``index.html``, ``summary.json`` and the picture into the study's folder.
 
     Raises:
-        DataError: no final run is finished yet, or runs made other tokens of their rows.
+        DataError: no final run is finished yet.
         ConfigError: a run is of another config, other rows or another base.
     """
     folder, finals = comparison.study.folder, final_runs(comparison)
