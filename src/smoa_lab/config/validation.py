@@ -16,7 +16,11 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from smoa.errors import ConfigError, nearest
 from smoa_lab.config.methods import dpo_refusal, find_method
 
-RESUMES = "smoa resumes an interrupted run by itself: leave it out, and run the same command again"
+UNWANTED = {
+    "resume_from_checkpoint": "smoa resumes an interrupted run by itself: leave it out, and run the same command again",
+    "save_only_model": "leaves out what an interrupted run needs to go on as it was; leave it out",
+}
+"""Keys of training that a run can't have."""
 Problem = tuple[tuple[str, ...], str]
 """A key's path, by which its line is found, and what is wrong with it."""
 LEAST = dict.fromkeys(
@@ -77,8 +81,7 @@ def _training_problems(training: Any, training_class: type[TrainingArguments]) -
     if not isinstance(training, dict):
         return
     problems = list(_dataclass_problems("training", training_class, training))
-    if training.get("resume_from_checkpoint") is not None:
-        problems.append((("training", "resume_from_checkpoint"), RESUMES))
+    problems += [(("training", key), reason) for key, reason in UNWANTED.items() if training.get(key)]
     for key, least in LEAST.items():
         value = training.get(key)
         if isinstance(value, int) and value < least and (key, value) != ("max_steps", -1):  # which is its default

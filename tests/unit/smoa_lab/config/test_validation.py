@@ -96,6 +96,7 @@ def test_a_mistake_is_told_by_its_key(overrides: list[str], message: str, file: 
         ("seed=2020-13-45", "should be a valid integer; got '2020-13-45'"),
         ("bf16=no", "should be a valid boolean; got 'no'"),
         ("train_sampling_strategy=group_by_lenght", "there is no 'group_by_lenght'; did you mean 'group_by_length'?"),
+        ("save_only_model=true", "leaves out what an interrupted run needs"),
         ("resume_from_checkpoint=true", "smoa resumes an interrupted run by itself: leave it out"),
     ],
 )
