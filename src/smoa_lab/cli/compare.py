@@ -51,10 +51,6 @@ def compare(
         from smoa_lab.study.report import report
         from smoa_lab.study.study import load_study
 
-        if report_only and (only or workers > 1 or ray_address is not None):
-            raise ConfigError(
-                "--only, --workers and --ray-address are about runs, and --report-only runs nothing; leave one out"
-            )
         if model is None and data is None and study is not None:
             checked, given = load_study(study, overrides), Path(study)
         elif model is None or data is None or (study is not None and "=" not in study):

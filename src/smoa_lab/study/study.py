@@ -115,8 +115,6 @@ class Study(Section):
             raise ValueError(f"entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one")
         if not isinstance(self.shared.get("model"), dict):
             raise ValueError("shared.model: is missing; an entry's own model block only changes parts of it")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: {self.seeds} has one twice, which would be the same run; give each once")
         if self.tuning.seed in self.seeds:
             raise ValueError(f"seeds: {self.tuning.seed} is the seed of the search; final runs take fresh ones")
         for name in (name for name, entry in entries.items() if "name" in entry.model):
