@@ -130,11 +130,7 @@ DECIDING = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
 
 
 def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model and its tokenizer.
-
-    Raises:
-        DataError: the model cannot be loaded, or an option is unknown.
-    """
+    """The causal language model and its tokenizer."""
     model, _ = load_weights(wanted)
     return model, load_tokenizer(wanted)
 
@@ -143,11 +139,7 @@ def load_weights(
     wanted: ModelSection, auto_class: Any = AutoModelForCausalLM, dtype: str | None = None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model alone, in ``wanted.dtype`` or another one (``auto``: its own), and what transformers says of its
-    loading: ``missing_keys``, ``unexpected_keys``, …
-
-    Raises:
-        DataError: the model cannot be loaded, or an option is unknown.
-    """
+    loading: ``missing_keys``, ``unexpected_keys``, …"""
     source, gguf_file = locate(wanted.name)
     options: dict[str, Any] = dict(wanted.options)
     if gguf_file and "quantization_config" in options:
@@ -175,11 +167,7 @@ def to_device(model: Any, device: torch.device | None = None) -> None:
 
 
 def empty_model(wanted: ModelSection, auto_class: Any = AutoModelForCausalLM) -> PreTrainedModel:
-    """The model with its config and layers, and without weights.
-
-    Raises:
-        DataError: there is no such model.
-    """
+    """The model with its config and layers, and without weights."""
     config = base_config(wanted)
     with _explained(wanted), torch.device("meta"):
         if not hasattr(auto_class, "from_config"):
@@ -188,11 +176,7 @@ def empty_model(wanted: ModelSection, auto_class: Any = AutoModelForCausalLM) ->
 
 
 def with_rate(config: RunConfig) -> RunConfig:
-    """The run with the learning rate of its model's size, if it trains an adapter and names none.
-
-    Raises:
-        DataError: there is no such model.
-    """
+    """The run with the learning rate of its model's size, if it trains an adapter and names none."""
     if config.method == "full" or "learning_rate" in config.training:
         return config
     rate = adapter_rate(empty_model(config.model).num_parameters())
@@ -230,11 +214,7 @@ def _kept_content(file: Path) -> str:
 
 
 def base_config(wanted: ModelSection) -> Any:
-    """The config as the model is loaded with it: plain options may change its values.
-
-    Raises:
-        DataError: there is no such model.
-    """
+    """The config as the model is loaded with it: plain options may change its values."""
     source, gguf_file = locate(wanted.name)
     options = {key: value for key, value in wanted.options.items() if isinstance(value, str | int | float)}
     with _explained(wanted):
@@ -242,11 +222,7 @@ def base_config(wanted: ModelSection) -> Any:
 
 
 def load_tokenizer(wanted: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, as :func:`load_base_model` returns it.
-
-    Raises:
-        DataError: it cannot be loaded.
-    """
+    """The tokenizer alone, as :func:`load_base_model` returns it."""
     source, gguf_file = locate(wanted.name)
     with _explained(wanted):
         tokenizer: Any = AutoTokenizer.from_pretrained(source, **_shared(gguf_file), **places(wanted.options))
@@ -285,11 +261,7 @@ def _explained(wanted: ModelSection) -> Iterator[None]:
 
 
 def locate(name: str) -> tuple[str, str | None]:
-    """The ``from_pretrained`` source, and the GGUF file in it if that is what was named.
-
-    Raises:
-        DataError: there is no such GGUF file.
-    """
+    """The ``from_pretrained`` source, and the GGUF file in it if that is what was named."""
     if name in PACKAGED_MODELS:
         return str(prepare_packaged_model(name)), None
     path = Path(name).expanduser()

@@ -57,12 +57,7 @@ class Choice:
 
 def budget_choices(model: str, amount: str, targets: tuple[str, ...]) -> list[Choice]:
     """The largest r within ``amount`` for each number of blocks. ``amount`` is ``"0.1%"`` of the model, a parameter
-    count, or ``"lora:8"``, what LoRA of that rank trains.
-
-    Raises:
-        ConfigError: ``amount`` cannot be read, or is too small for r = num_blocks = 1.
-        DataError: no such model, or none of ``targets`` in it.
-    """
+    count, or ``"lora:8"``, what LoRA of that rank trains."""
     shapes, total = model_shapes(model, targets)
     limit = budget_parameters(amount, total, lora_parameters(shapes, 1))
     widest = max(min(shape) for shape in shapes)
@@ -85,12 +80,7 @@ class Sized:
 
 
 def size_methods(model: str, amount: str, targets: tuple[str, ...], names: Sequence[str]) -> list[Sized]:
-    """Each of the methods ``names`` at ``amount``, which :func:`budget_choices` explains.
-
-    Raises:
-        ConfigError: ``amount`` cannot be read, or there is no such method.
-        DataError: no such model, or none of ``targets`` in it.
-    """
+    """Each of the methods ``names`` at ``amount``, which :func:`budget_choices` explains."""
     empty = empty_model(ModelSection(name=model))
     shapes, total = shapes_of(empty, targets, model), empty.num_parameters()
     budget = budget_parameters(amount, total, lora_parameters(shapes, 1))
@@ -190,11 +180,7 @@ def _with_zeros(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def budget_choice(shapes: Shapes, total: int, amount: str) -> Choice:
-    """:data:`FIRST_BLOCKS`, and as r the largest multiple of it within ``amount``.
-
-    Raises:
-        ConfigError: as :func:`budget_choices`.
-    """
+    """:data:`FIRST_BLOCKS`, and as r the largest multiple of it within ``amount``."""
     limit = budget_parameters(amount, total, lora_parameters(shapes, 1))
     r = _largest_r(shapes, FIRST_BLOCKS, limit) // FIRST_BLOCKS * FIRST_BLOCKS
     if not r:  # r = num_blocks costs what r = 1 costs with one block
@@ -219,11 +205,7 @@ def model_shapes(model: str, targets: tuple[str, ...]) -> tuple[Shapes, int]:
 
 def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> Shapes:
     """How often each shape of W occurs among the layers whose name ends in one of ``targets``, of any kind, or among
-    all linear ones, and among experts in parameters that are named with their module, such as ``experts.down_proj``.
-
-    Raises:
-        DataError: there are none.
-    """
+    all linear ones, and among experts in parameters that are named with their module, such as ``experts.down_proj``."""
     output, layers = empty.get_output_embeddings(), []
     of_parameters = tuple(f".{target}" for target in targets if "." in target)
     for path, module in empty.named_modules():
@@ -266,11 +248,7 @@ def _too_small(amount: str, shapes: Shapes) -> ConfigError:
 
 
 def budget_parameters(amount: str, total: int, of_lora: int) -> float:
-    """The parameters that ``amount`` is, of a model with ``total``; ``of_lora`` is what one rank of LoRA has.
-
-    Raises:
-        ConfigError: ``amount`` cannot be read, or is more than the model has.
-    """
+    """The parameters that ``amount`` is, of a model with ``total``; ``of_lora`` is what one rank of LoRA has."""
     text = amount.replace(",", "").replace("_", "").strip().lower()
     unit = of_lora if text.startswith(LORA) else total / 100 if text.endswith("%") else 1
     try:

@@ -28,11 +28,7 @@ NAMES = {"question": "Prompt", **ANSWERS}
 
 def report_run(place: str | Path, output: Path | None = None) -> Path:
     """Write the page of the run in the folder ``place`` into it, or as ``output``, and return where it is. Of a run
-    that is not finished it has the config, and the loss until the last checkpoint.
-
-    Raises:
-        ConfigError: ``place`` is not the folder of a run.
-    """
+    that is not finished it has the config, and the loss until the last checkpoint."""
     folder = RunFolder(Path(place))
     if not folder.config.is_file():
         raise ConfigError(f"{place}: is not the folder of a run: contains no config.yaml")

@@ -80,18 +80,9 @@ def verify(
     Merged models are loaded or made one at a time, after the base is freed. They are compared with the adapter on the
     dequantized base.
 
-    Args:
-        place: Folder of an adapter of any method, or of a run.
-        targets: ``merged`` merges in memory. A folder has a merged model, or another adapter of the base, such as a
-            LoRA. An address (``http://…/v1``) is a server's, asked by OpenAI's protocol for greedy continuations.
-        served_name: The adapter's name at a server, by default that of its folder or run.
-        tokens: How many of them a server is asked for.
-        base: The base model, if not the recorded one.
-
-    Raises:
-        ConfigError: there is no adapter, or a target is none of these things.
-        DataError: a model cannot be loaded, or a server doesn't answer.
-        MergeError: ``merged`` is a target, and the method can't merge.
+    A target is ``merged``, which merges in memory; a folder with a merged model, or with another adapter of the base,
+    such as a LoRA; or the address of a server (``http://…/v1``), which is asked by OpenAI's protocol for so many
+    ``tokens`` of greedy continuations, of the adapter by its ``served_name`` or that of its folder or run.
     """
     source = adapter_of_run(place)
     check_weights(source)
@@ -149,11 +140,7 @@ def verify(
 
 def verify_merged(place: str | Path, folder: Path, base: str | None = None) -> Verdict | str:
     """What :func:`verify` says of a merged model that was just saved; or, as a text, why it can't be compared: it is no
-    language model, has no tokenizer, or in float32 doesn't fit into the memory that is free.
-
-    Raises:
-        DataError: the base or the merged model cannot be loaded.
-    """
+    language model, has no tokenizer, or in float32 doesn't fit into the memory that is free."""
     if not class_name(adapter_config(adapter_of_run(place))).endswith("ForCausalLM"):
         return "only language models can be"
     if not any(folder.glob("tokenizer*")):

@@ -82,12 +82,7 @@ def default_study(
     seeds: int = 3,
     changes: Sequence[str] = (),
 ) -> Study:
-    """A study of ``methods`` at ``parameters`` on a model and data, as `smoa train` would take these.
-
-    Raises:
-        ConfigError: a method can't have so many parameters, or ``parameters`` can't be read.
-        DataError: there is no such model, rows cannot be read, or some are bad.
-    """
+    """A study of ``methods`` at ``parameters`` on a model and data, as `smoa train` would take these."""
     if twice := [name for name in methods if list(methods).count(name) > 1]:
         raise ConfigError(f"--methods: {twice[0]} is named twice; name each once")
     of_data = [change.removeprefix("shared.") for change in changes if change.startswith("shared.data.")]
@@ -138,12 +133,7 @@ def default_study(
 
 def tuning_study(config: RunConfig, max_runs: int) -> Study:
     """The study of a run's learning rate, in the folder beside the run's, ``OUTPUT_DIR-tuning``: one entry, and no
-    final runs.
-
-    Raises:
-        ConfigError: the run has a key that a study can't have.
-        DataError: there is no such model.
-    """
+    final runs."""
     config = with_rate(config)
     shared = config.model_dump(mode="json", exclude={"method", "adapter", "scoring"})
     own = ("learning_rate", "seed", "output_dir")

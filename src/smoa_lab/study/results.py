@@ -106,12 +106,7 @@ def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def final_runs(comparison: Comparison) -> dict[str, dict[int, FinalRun]]:
-    """The finished final runs by entry and seed.
-
-    Raises:
-        DataError: none is finished yet.
-        ConfigError: a run is of another config, other rows or another base.
-    """
+    """The finished final runs by entry and seed."""
     found: dict[str, dict[int, FinalRun]] = {}
     for name, chosen in comparison.chosen.items():
         for seed in comparison.plan.seeds:

@@ -174,16 +174,12 @@ class Study(Section):
 
 
 def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
-    """Read a study, lay ``key.key=value`` overrides over it and check every entry's run.
-
-    Raises:
-        ConfigError: lists the problems of the study, and of each entry's run, before any work starts.
-    """
+    """Read a study, lay ``key.key=value`` overrides over it and check every entry's run."""
     return checked_study(ConfigText.read(path, overrides), Path(path))
 
 
 def checked_study(text: ConfigText, file: Path) -> Study:
-    """The study of a file's values; raises as :func:`load_study`."""
+    """The study of a file's values, with every entry's run checked."""
     values = {"folder": f"studies/{file.stem}", **text.values}
     text.refuse(block_problems(Study, values))
     study = Study.model_validate(values)

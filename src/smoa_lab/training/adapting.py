@@ -18,11 +18,7 @@ from smoa.errors import ConfigError, nearest
 
 def check_adapter(empty: PreTrainedModel, wanted: PeftConfig) -> None:
     """Try the adapter on the base model without its weights, so that a mistake is found before they are loaded. Some
-    methods look at weights when they start, and are tried with them.
-
-    Raises:
-        ConfigError: a name matches no layer, PEFT refuses the adapter, or there is nothing to train.
-    """
+    methods look at weights when they start, and are tried with them."""
     _check_names([path for path, _ in empty.named_modules() if path], wanted)
     try:
         trained = count_trained(empty, wanted)

@@ -41,11 +41,6 @@ def run(config: RunConfig) -> dict[str, Any]:
     """Train, score, save; the run's metrics, as ``metrics.json`` has them, which has null for what is not finite.
 
     Nothing is written before config, rows and model are known to be good, and TRL's trainer is made of them.
-
-    Raises:
-        ConfigError: the run's folder contains a finished run or one of another config, or another process trains into
-            it, or the adapter does not fit the model.
-        DataError: model or rows cannot be loaded.
     """
     config = with_rate(config)
     folder, text, peft_config = RunFolder(config.folder), config.to_yaml(), config.peft_config()
@@ -60,7 +55,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 
 def score_untouched(config: RunConfig) -> dict[str, Any]:
-    """Score the model as it is, into the run's folder, without any training; raises as :func:`run`."""
+    """Score the model as it is, into the run's folder, without any training."""
     folder, text = RunFolder(config.folder), config.to_yaml()
     folder.check(text)
     loaded, arguments = load_run(config), config.arguments()

@@ -109,10 +109,6 @@ class RunFolder:
         """Claim the folder for this config; the checkpoint to resume from, if an interrupted run left one.
 
         ``inputs`` names what the run starts from by what changes with its content.
-
-        Raises:
-            ConfigError: the folder contains a finished run, checkpoints of another config or of other inputs, or files
-                not of a run.
         """
         self._check(config_yaml)
         checkpoint = self._last_whole_checkpoint() if self.path.is_dir() else None

@@ -30,12 +30,7 @@ SHOWN = ("loss", "eval_loss", "learning_rate")
 
 def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
     """TRL's trainer for the run, whose ``model`` is the base with its new adapter, or for full fine-tuning the base
-    itself. What TRL and transformers refuse shows here.
-
-    Raises:
-        ConfigError: they refuse it; the adapter is on the output layer, whose own weight TRL computes the loss from; or
-            accelerate counts fewer processes than there are.
-    """
+    itself. What TRL and transformers refuse shows here."""
     import trl
 
     config, arguments = run.config, run.config.arguments()
