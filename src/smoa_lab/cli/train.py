@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smoa_lab.cli.console import AsJson, Overrides, TrustRemoteCode, print_json, reporting
+from smoa_lab.cli.console import AsJson, Data, Model, Overrides, TrustRemoteCode, print_json, reporting
 from smoa_lab.pages.tables import outcome, score_table, time_text
 
 
@@ -16,13 +16,8 @@ def train(
         str | None, typer.Argument(help="YAML file of the run; configs/ has ready ones. Or give --model and --data.")
     ] = None,
     overrides: Overrides = None,
-    model: Annotated[
-        str | None, typer.Option(help="Without a file: model.name, a Hub id, folder, or gemma3-270m, smollm2-135m.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Without a file: data.train, rows in a file, a folder or a data set of the Hub; or csqa, …"),
-    ] = None,
+    model: Model = None,
+    data: Data = None,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
