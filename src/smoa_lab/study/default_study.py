@@ -11,15 +11,7 @@ from typing import Any
 
 from smoa.errors import ConfigError
 from smoa_lab.base_models import empty_model, with_rate
-from smoa_lab.budget import (
-    ALL_LINEAR,
-    FIRST_BLOCKS,
-    MOST,
-    budget_parameters,
-    lora_parameters,
-    shapes_of,
-    size_method,
-)
+from smoa_lab.budget import ALL_LINEAR, FIRST_BLOCKS, MOST, budget_parameters, shapes_of, size_method
 from smoa_lab.config.methods import OTHER_LAYERS, find_method
 from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, check_config
 from smoa_lab.config.yaml_text import apply_overrides
@@ -88,9 +80,7 @@ def default_study(
     of_data = [change.removeprefix("shared.") for change in changes if change.startswith("shared.data.")]
     run = first_values(model, data, parameters, changes=of_data)
     empty, lora_rate = empty_model(ModelSection(name=model)), float(run["training"]["learning_rate"])
-    budget = budget_parameters(
-        parameters, empty.num_parameters(), lora_parameters(shapes_of(empty, (ALL_LINEAR,), model), 1)
-    )
+    budget = budget_parameters(parameters, empty.num_parameters(), shapes_of(empty, (ALL_LINEAR,), model))
     kept = {key: value for key, value in run["training"].items() if key not in OWN and value}
     apply_overrides(run, of_data)
     looked = {**run, "training": {**kept, "output_dir": "runs"}}
