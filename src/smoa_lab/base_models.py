@@ -13,8 +13,9 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +33,6 @@ from transformers import (
 )
 from transformers.utils import quantization_config
 
-from smoa.atomic import write_whole
 from smoa.errors import DataError
 from smoa_lab.basics.atomic import check_place, new_folder
 from smoa_lab.basics.cache import cache_folder, content_of
@@ -130,11 +130,7 @@ DECIDING = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
 
 
 def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model and its tokenizer.
-
-    Raises:
-        DataError: the model cannot be loaded, or an option is unknown.
-    """
+    """The causal language model and its tokenizer."""
     model, _ = load_weights(wanted)
     return model, load_tokenizer(wanted)
 
@@ -143,11 +139,7 @@ def load_weights(
     wanted: ModelSection, auto_class: Any = AutoModelForCausalLM, dtype: str | None = None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model alone, in ``wanted.dtype`` or another one (``auto``: its own), and what transformers says of its
-    loading: ``missing_keys``, ``unexpected_keys``, …
-
-    Raises:
-        DataError: the model cannot be loaded, or an option is unknown.
-    """
+    loading: ``missing_keys``, ``unexpected_keys``, …"""
     source, gguf_file = locate(wanted.name)
     options: dict[str, Any] = dict(wanted.options)
     if gguf_file and "quantization_config" in options:
@@ -175,11 +167,7 @@ def to_device(model: Any, device: torch.device | None = None) -> None:
 
 
 def empty_model(wanted: ModelSection, auto_class: Any = AutoModelForCausalLM) -> PreTrainedModel:
-    """The model with its config and layers, and without weights.
-
-    Raises:
-        DataError: there is no such model.
-    """
+    """The model with its config and layers, and without weights."""
     config = base_config(wanted)
     with _explained(wanted), torch.device("meta"):
         if not hasattr(auto_class, "from_config"):
@@ -188,11 +176,7 @@ def empty_model(wanted: ModelSection, auto_class: Any = AutoModelForCausalLM) ->
 
 
 def with_rate(config: RunConfig) -> RunConfig:
-    """The run with the learning rate of its model's size, if it trains an adapter and names none.
-
-    Raises:
-        DataError: there is no such model.
-    """
+    """The run with the learning rate of its model's size, if it trains an adapter and names none."""
     if config.method == "full" or "learning_rate" in config.training:
         return config
     rate = adapter_rate(empty_model(config.model).num_parameters())
@@ -213,28 +197,18 @@ def base_content(wanted: ModelSection) -> str:
         return str(base_config(wanted)._commit_hash)
     own = sorted(file for file in folder.iterdir() if file.suffix in DECIDING and file.is_file())
     files = [folder / gguf_file] if gguf_file else own
-    return sha256(" ".join(f"{file.name} {_kept_content(file)}" for file in files).encode()).hexdigest()
+    contents = (f"{file.name} {_content(file, file.stat().st_size, file.stat().st_mtime_ns)}" for file in files)
+    return sha256(" ".join(contents).encode()).hexdigest()
 
 
-def _kept_content(file: Path) -> str:
-    """:func:`content_of`, kept in the cache folder by the file's path, size and time: a base has gigabytes."""
-    state = file.stat()
-    key = sha256(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()
-    kept = cache_folder() / "contents" / key
-    if not kept.is_file():
-        content = content_of(file)
-        with suppress(OSError):  # a cache that cannot be written only costs time
-            write_whole(kept, content)
-        return content
-    return kept.read_text(encoding="utf-8")
+@cache
+def _content(file: Path, size: int, changed: int) -> str:
+    """:func:`content_of`, read once in a process for each size and time of change: a base has gigabytes."""
+    return content_of(file)
 
 
 def base_config(wanted: ModelSection) -> Any:
-    """The config as the model is loaded with it: plain options may change its values.
-
-    Raises:
-        DataError: there is no such model.
-    """
+    """The config as the model is loaded with it: plain options may change its values."""
     source, gguf_file = locate(wanted.name)
     options = {key: value for key, value in wanted.options.items() if isinstance(value, str | int | float)}
     with _explained(wanted):
@@ -242,11 +216,7 @@ def base_config(wanted: ModelSection) -> Any:
 
 
 def load_tokenizer(wanted: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, as :func:`load_base_model` returns it.
-
-    Raises:
-        DataError: it cannot be loaded.
-    """
+    """The tokenizer alone, as :func:`load_base_model` returns it."""
     source, gguf_file = locate(wanted.name)
     with _explained(wanted):
         tokenizer: Any = AutoTokenizer.from_pretrained(source, **_shared(gguf_file), **places(wanted.options))
@@ -285,11 +255,7 @@ def _explained(wanted: ModelSection) -> Iterator[None]:
 
 
 def locate(name: str) -> tuple[str, str | None]:
-    """The ``from_pretrained`` source, and the GGUF file in it if that is what was named.
-
-    Raises:
-        DataError: there is no such GGUF file.
-    """
+    """The ``from_pretrained`` source, and the GGUF file in it if that is what was named."""
     if name in PACKAGED_MODELS:
         return str(prepare_packaged_model(name)), None
     path = Path(name).expanduser()

@@ -57,14 +57,9 @@ class Choice:
 
 def budget_choices(model: str, amount: str, targets: tuple[str, ...]) -> list[Choice]:
     """The largest r within ``amount`` for each number of blocks. ``amount`` is ``"0.1%"`` of the model, a parameter
-    count, or ``"lora:8"``, what LoRA of that rank trains.
-
-    Raises:
-        ConfigError: ``amount`` cannot be read, or is too small for r = num_blocks = 1.
-        DataError: no such model, or none of ``targets`` in it.
-    """
+    count, or ``"lora:8"``, what LoRA of that rank trains."""
     shapes, total = model_shapes(model, targets)
-    limit = budget_parameters(amount, total, lora_parameters(shapes, 1))
+    limit = budget_parameters(amount, total, shapes)
     widest = max(min(shape) for shape in shapes)
     largest = {k: _largest_r(shapes, k, limit) for k in BLOCKS if k <= widest}
     choices = [choice_of(shapes, total, r, k) for k, r in largest.items() if r >= k]
@@ -85,15 +80,10 @@ class Sized:
 
 
 def size_methods(model: str, amount: str, targets: tuple[str, ...], names: Sequence[str]) -> list[Sized]:
-    """Each of the methods ``names`` at ``amount``, which :func:`budget_choices` explains.
-
-    Raises:
-        ConfigError: ``amount`` cannot be read, or there is no such method.
-        DataError: no such model, or none of ``targets`` in it.
-    """
+    """Each of the methods ``names`` at ``amount``, which :func:`budget_choices` explains."""
     empty = empty_model(ModelSection(name=model))
     shapes, total = shapes_of(empty, targets, model), empty.num_parameters()
-    budget = budget_parameters(amount, total, lora_parameters(shapes, 1))
+    budget = budget_parameters(amount, total, shapes)
     wanted: Any = ALL_LINEAR if ALL_LINEAR in targets else list(targets)
     sized = []
     for name in names:
@@ -190,12 +180,8 @@ def _with_zeros(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def budget_choice(shapes: Shapes, total: int, amount: str) -> Choice:
-    """:data:`FIRST_BLOCKS`, and as r the largest multiple of it within ``amount``.
-
-    Raises:
-        ConfigError: as :func:`budget_choices`.
-    """
-    limit = budget_parameters(amount, total, lora_parameters(shapes, 1))
+    """:data:`FIRST_BLOCKS`, and as r the largest multiple of it within ``amount``."""
+    limit = budget_parameters(amount, total, shapes)
     r = _largest_r(shapes, FIRST_BLOCKS, limit) // FIRST_BLOCKS * FIRST_BLOCKS
     if not r:  # r = num_blocks costs what r = 1 costs with one block
         raise _too_small(amount, shapes)
@@ -219,11 +205,7 @@ def model_shapes(model: str, targets: tuple[str, ...]) -> tuple[Shapes, int]:
 
 def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> Shapes:
     """How often each shape of W occurs among the layers whose name ends in one of ``targets``, of any kind, or among
-    all linear ones, and among experts in parameters that are named with their module, such as ``experts.down_proj``.
-
-    Raises:
-        DataError: there are none.
-    """
+    all linear ones, and among experts in parameters that are named with their module, such as ``experts.down_proj``."""
     output, layers = empty.get_output_embeddings(), []
     of_parameters = tuple(f".{target}" for target in targets if "." in target)
     for path, module in empty.named_modules():
@@ -265,14 +247,10 @@ def _too_small(amount: str, shapes: Shapes) -> ConfigError:
     return ConfigError(f"budget: {amount!r} is too small; the smallest adapter has {least:,} parameters")
 
 
-def budget_parameters(amount: str, total: int, of_lora: int) -> float:
-    """The parameters that ``amount`` is, of a model with ``total``; ``of_lora`` is what one rank of LoRA has.
-
-    Raises:
-        ConfigError: ``amount`` cannot be read, or is more than the model has.
-    """
+def budget_parameters(amount: str, total: int, shapes: Shapes) -> float:
+    """The parameters that ``amount`` is, of a model with ``total`` and adapted layers of these ``shapes``."""
     text = amount.replace(",", "").replace("_", "").strip().lower()
-    unit = of_lora if text.startswith(LORA) else total / 100 if text.endswith("%") else 1
+    unit = lora_parameters(shapes, 1) if text.startswith(LORA) else total / 100 if text.endswith("%") else 1
     try:
         limit = float(text.removeprefix(LORA).removesuffix("%")) * unit
     except ValueError as error:

@@ -39,19 +39,8 @@ def convert_run(
     held-out rows: of the base, the adapter and the LoRA; what the conversion adds, row by row, with its standard error;
     and the share of the adapter's gain over the base that is kept, None without a gain.
 
-    Args:
-        place: Folder of a SMoA adapter, or of a run.
-        output: A folder that does not exist yet.
-        rank: The rank of every layer, or of its smaller side if that is less; or, as a float in (0, 1], the share of
-            ‖ΔW‖² that each layer keeps at the least rank that does.
-        base: The base model, if not the recorded one.
-        score: Whether to measure the loss.
-
-    Raises:
-        ConfigError: ``output`` exists, ``place`` contains no SMoA adapter, or ``rank`` is out of range.
-        UnsupportedModuleError: the adapter is on a layer that PEFT does not convert.
-        UnsupportedVersionError: this PEFT has no ``convert_to_lora``.
-        DataError: base model or data cannot be loaded.
+    ``rank`` is that of every layer, or of its smaller side if that is less; or, as a float in (0, 1], the share of
+    ‖ΔW‖² that each layer keeps at the least rank that does.
     """
     check_place(Path(output), is_new=True)
     if not hasattr(peft, "convert_to_lora"):

@@ -16,11 +16,7 @@ from smoa_lab.training.run_folder import RunFolder, provenance
 
 def evaluate_run(config: RunConfig, adapter: Path | None = None, folder: RunFolder | None = None) -> dict[str, Any]:
     """The scores with their provenance. Rows that the run in ``folder`` was trained on are left out; ``trained_on``
-    counts them, and is None where the run didn't keep which they were.
-
-    Raises:
-        DataError: nothing is held out, or model or rows cannot be loaded.
-    """
+    counts them, and is None where the run didn't keep which they were."""
     run = load_run(config, trains=False)
     evaluation, trained_on = run.evaluation(answers=False, folder=folder)
     if not evaluation.rows:

@@ -66,12 +66,7 @@ def first_values(
 ) -> dict[str, Any]:
     """The config for a model and data: a named set, a file, a folder, or a data set of the Hub. Of the model no weights
     are read; rows are all read, as the ``data.key=value`` of ``changes`` say. With ``method=lora`` among them, or a
-    preset of it, the adapter is LoRA's of the same size.
-
-    Raises:
-        ConfigError: ``parameters`` are too few, or cannot be read.
-        DataError: there is no such model, rows cannot be read, or some are bad, as `smoa train` would say.
-    """
+    preset of it, the adapter is LoRA's of the same size."""
     section = ModelSection(name=model)
     empty = empty_model(section)
     size = empty.num_parameters()
@@ -129,12 +124,7 @@ def look_at_rows(
 
 def default_run(model: str, data: str, changes: Sequence[str] = ()) -> RunConfig:
     """The run that ``smoa init`` writes for a model and data, with ``key.key=value`` changes, in the first of the
-    folders ``runs/NAME``, ``runs/NAME-2`` and so on without a finished run.
-
-    Raises:
-        ConfigError: a change is not valid.
-        DataError: there is no such model, or data cannot be read.
-    """
+    folders ``runs/NAME``, ``runs/NAME-2`` and so on without a finished run."""
     values = first_values(model, data, changes=changes)
     values["training"]["output_dir"] = str(in_free_folder(check_config(values)).folder)
     apply_overrides(values, list(changes))

@@ -72,13 +72,7 @@ class LayerReport:
 
 
 def inspect_layers(adapter: str | Path, base: str | None = None) -> list[LayerReport]:
-    """A report on every adapted layer, in the model's order.
-
-    Raises:
-        ConfigError: ``adapter`` is not the folder of an adapter or a run.
-        DataError: the base model cannot be loaded.
-        MergeError: the adapter changes no matrix, or its method can't merge.
-    """
+    """A report on every adapted layer, in the model's order."""
     source = adapter_of_run(adapter)
     model, _ = load_base_model(base_section(source, base))
     adapted = with_saved_adapter(model, source)

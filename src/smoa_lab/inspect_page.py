@@ -12,7 +12,7 @@ import torch
 
 from smoa.errors import ConfigError
 from smoa_lab.inspect import TOO_FAR, LayerReport, layer_table
-from smoa_lab.pages.charts import INK, MUTED, PANEL, WIDTH, color_of, colors, dashes, tooltip, values
+from smoa_lab.pages.charts import INK, LINE_LEGEND, MUTED, PANEL, WIDTH, color_of, colors, dashes, tooltip, values
 from smoa_lab.pages.templates import Figure, page
 
 Reports = Mapping[str, Sequence[LayerReport]]
@@ -35,11 +35,7 @@ BLOCKS = "Small is a layer, large the mean of all layers. The scale s is what B 
 
 def inspection_page(title: str, adapters: Reports, layers: Sequence[str] = ()) -> str:
     """The HTML of one or more adapters by name. Of the first one the layer that changed most is shown in detail, and so
-    is every layer whose name contains one of ``layers``.
-
-    Raises:
-        ConfigError: one of ``layers`` is in no layer's name.
-    """
+    is every layer whose name contains one of ``layers``."""
     first = next(iter(adapters.values()))
     for wanted in layers:
         if not any(wanted in report.module for report in first):
@@ -84,8 +80,9 @@ def _detail(report: LayerReport) -> Figure:
 
 def _looks(adapters: Reports) -> tuple[alt.Color, alt.StrokeDash]:
     """Color and line of each adapter, with a legend where there are several."""
-    methods, several = {name: reports[0].method for name, reports in adapters.items()}, len(adapters) > 1
-    return colors(methods, "adapter", several), dashes(methods, "adapter", several)
+    methods = {name: reports[0].method for name, reports in adapters.items()}
+    legend = LINE_LEGEND if len(adapters) > 1 else None
+    return colors(methods, "adapter", legend), dashes(methods, "adapter", legend)
 
 
 def by_layer(adapters: Reports, field: str, title: str) -> Any:

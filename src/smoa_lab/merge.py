@@ -54,17 +54,8 @@ NOTEWORTHY = 0.01
 
 @dataclass
 class Merged:
-    """What `merge_run` did.
-
-    Args:
-        folder: Folder of the merged model.
-        base: Name of the base model.
-        dtype: In which its weights are saved.
-        notes: Sentences for the users of the merged model.
-        by_layer: ‖error of ΔW‖ / ‖ΔW‖ after rounding to the dtype, by layer.
-        update: ‖ΔW‖² over all layers.
-        error: ‖error of ΔW‖² over all layers.
-    """
+    """What `merge_run` did: ``notes`` are sentences for the users of the merged model, ``by_layer`` is ‖error of ΔW‖ /
+    ‖ΔW‖ after rounding to the dtype; ``update`` and ``error`` are ‖ΔW‖² and ‖error of ΔW‖² over all layers."""
 
     folder: Path
     base: str
@@ -85,11 +76,7 @@ class Merged:
         return str(self.dtype).removeprefix("torch.")
 
     def add(self, name: str, before: Tensor, after: Tensor) -> None:
-        """Add one layer, given its weight before and after the merge, in float32.
-
-        Raises:
-            MergeError: the merged weight is not finite in the dtype.
-        """
+        """Add one layer, given its weight before and after the merge, in float32."""
         rounded = after.to(self.dtype)
         if not torch.isfinite(rounded).all():
             raise MergeError(
@@ -140,19 +127,8 @@ def merge_run(
     """Merge an adapter (its folder, or a run's, of any PEFT method that can merge) and save the whole model: weights,
     config, tokenizer, generation config, licence files and a model card. It needs the base's size in memory.
 
-    Args:
-        adapter: Folder of the adapter or the run.
-        output: A folder that does not exist yet. It is created when it is complete.
-        dtype: Dtype in which the base is loaded and saved. "auto" keeps the base's, or uses float32 for a base that is
-            quantized or a GGUF file.
-        base: Base model to use instead of the one recorded in the adapter, whose revision then does not matter.
-        max_shard_size: Largest file, in bytes or as text ("5GB").
-
-    Raises:
-        ConfigError: ``output`` exists, ``adapter`` contains no adapter, or ``max_shard_size`` is no size.
-        DataError: the base model cannot be loaded, or the adapter does not fit it; AdapterFileError if it is SMoA's.
-        MergeError: the base has tensors that its class does not load, or lacks some; the method can't merge; or a
-            merged weight is not finite in the dtype.
+    ``output`` is a new folder, which is there when it is complete. "auto" keeps the base's dtype, or uses float32 for a
+    base that is quantized or a GGUF file. Of another ``base`` than the recorded one its revision does not matter.
     """
     source, target = adapter_of_run(adapter), Path(output)
     check_place(target, is_new=True)
@@ -265,11 +241,7 @@ def resize_as_saved(model: PreTrainedModel, adapter: Path) -> None:
 
 
 def with_plain_weights(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return the model with plain weights of the dtype, dequantized if it was quantized.
-
-    Raises:
-        MergeError: transformers can't dequantize the model's format.
-    """
+    """Return the model with plain weights of the dtype, dequantized if it was quantized."""
     if getattr(model, "hf_quantizer", None) is not None:
         try:
             model = model.dequantize(dtype=dtype)
@@ -282,12 +254,7 @@ def with_plain_weights(model: PreTrainedModel, dtype: torch.dtype = torch.float3
 
 
 def merge_in_memory(model: PreTrainedModel, adapter: Path, result: Merged) -> PreTrainedModel:
-    """Merge the adapter of any PEFT method into `model`, which is changed, one weight at a time in float32.
-
-    Raises:
-        DataError: the adapter doesn't fit the base; AdapterFileError if it is a SMoA adapter.
-        MergeError: a merged weight is NaN or infinite, or the method can't merge.
-    """
+    """Merge the adapter of any PEFT method into `model`, which is changed, one weight at a time in float32."""
     adapted = with_saved_adapter(model, adapter).eval()
     if not hasattr(adapted.base_model, "merge_and_unload"):
         kind = adapted.active_peft_config.peft_type.value

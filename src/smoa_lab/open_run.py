@@ -36,9 +36,6 @@ def open_run(
     instead of the model that it names.
 
     A run that trained the whole model has no adapter; its config then names the trained model.
-
-    Raises:
-        ConfigError: ``place`` is neither, the run is not finished, or its base is not the one that it was trained on.
     """
     path = Path(place)
     overrides = [*(overrides or []), *([] if base is None else [f"model.name={json.dumps(base)}"])]
@@ -98,11 +95,7 @@ def run_name(place: str | Path) -> str:
 
 def find_model(place: str, changes: dict[str, Any]) -> tuple[ModelSection, Path | None]:
     """The model of ``place`` and its adapter. ``changes`` are laid over the model's section: ``name``, ``dtype``.
-    Nothing is loaded yet.
-
-    Raises:
-        ConfigError: ``place`` is a folder without a run, an adapter and a model.
-    """
+    Nothing is loaded yet."""
     path = Path(place).expanduser()
     if RunFolder(path).finished:
         config, adapter = open_run(path, base=changes.get("name"))
@@ -118,11 +111,7 @@ def find_model(place: str, changes: dict[str, Any]) -> tuple[ModelSection, Path 
 
 
 def base_name(adapter: Path, base: str | None = None) -> str:
-    """``base`` if given, or else the base model that the adapter's config records.
-
-    Raises:
-        ConfigError: it records none.
-    """
+    """``base`` if given, or else the base model that the adapter's config records."""
     name = base or adapter_config(adapter).base_model_name_or_path
     if name is None:
         raise ConfigError(f"{adapter / CONFIG_NAME}: records no base model; name it with --base")
@@ -131,11 +120,7 @@ def base_name(adapter: Path, base: str | None = None) -> str:
 
 def base_section(adapter: Path, base: str | None = None) -> ModelSection:
     """How to load the adapter's base: ``base``, or the recorded one in the recorded revision, in float32; the base of a
-    run that quantized it while loading as that run did.
-
-    Raises:
-        ConfigError: the config records none, or is damaged; or the run was trained on another one.
-    """
+    run that quantized it while loading as that run did."""
     name = base_name(adapter, base)
     config = adapter_config(adapter)
     of_base = name == config.base_model_name_or_path  # the revision says nothing of another base
@@ -154,12 +139,7 @@ def base_section(adapter: Path, base: str | None = None) -> ModelSection:
 
 
 def with_saved_adapter(base: PreTrainedModel, adapter: Path) -> Any:
-    """The base with the saved adapter of any method.
-
-    Raises:
-        DataError: the adapter does not fit the base, or its weights are missing or damaged.
-        SmoaError: a SMoA adapter is damaged in another way.
-    """
+    """The base with the saved adapter of any method."""
     check_weights(adapter)
     with loading_adapter(adapter):
         return PeftModel.from_pretrained(base, str(adapter))

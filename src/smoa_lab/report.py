@@ -17,7 +17,7 @@ from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.open_run import adapter_config
 from smoa_lab.pages.card import loading_code
 from smoa_lab.pages.run_report import ANSWERS, losses
-from smoa_lab.pages.tables import score_table, time_text
+from smoa_lab.pages.tables import outcome, score_table, time_text
 from smoa_lab.pages.templates import Figure, code, page, warning
 from smoa_lab.training.run_folder import RunFolder
 
@@ -28,11 +28,7 @@ NAMES = {"question": "Prompt", **ANSWERS}
 
 def report_run(place: str | Path, output: Path | None = None) -> Path:
     """Write the page of the run in the folder ``place`` into it, or as ``output``, and return where it is. Of a run
-    that is not finished it has the config, and the loss until the last checkpoint.
-
-    Raises:
-        ConfigError: ``place`` is not the folder of a run.
-    """
+    that is not finished it has the config, and the loss until the last checkpoint."""
     folder = RunFolder(Path(place))
     if not folder.config.is_file():
         raise ConfigError(f"{place}: is not the folder of a run: contains no config.yaml")
@@ -50,7 +46,7 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
         metrics["history"] = state["log_history"]
     loss, evaluation = losses(metrics["history"], metrics["evaluation"], method), metrics["evaluation"]
     sections: dict[str, list[Any]] = {
-        "Learned and forgotten": _balance(metrics),
+        "Learned and forgotten": outcome(metrics),
         "Held-out scores": [score_table(evaluation, "Losses are in nats per token.")] if evaluation else [],
         "Loss": [] if loss is None else [Figure(loss, "Loss by optimizer step.")],
         "Answers before and after": [
@@ -77,14 +73,3 @@ def _facts(metrics: dict[str, Any], method: str) -> str:
         f"{method}, {parameters['trainable']:,} of {parameters['total']:,} parameters trained, "
         f"{training['steps']} steps{time_text(training)} on {origin['device']}. {versions}."
     )
-
-
-def _balance(metrics: dict[str, Any]) -> list[str]:
-    gain, forgot = metrics["gain"], metrics["forgetting"]
-    learned = [f"Learned: the loss of held-out rows changed by {gain['loss']:+.3f}."] if gain and gain["loss"] else []
-    if not forgot:
-        return [*learned, "What is forgotten was not measured."] if learned else []
-    if forgot["change"] is None:
-        return [*learned, "What is forgotten is not known: the loss on general text is no number. Training diverged."]
-    measured = f"{forgot['change']:+.3f} ± {forgot['stderr']:.3f} nats per token of general text"
-    return [*learned, f"Forgotten: {measured} ({forgot['text']}, {forgot['tokens']:,} tokens)."]

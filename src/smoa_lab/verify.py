@@ -17,13 +17,14 @@ import torch
 from peft.utils import CONFIG_NAME
 from rich.filesize import decimal
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
-from smoa.errors import ConfigError, DataError, MergeError
+from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
-from smoa_lab.merge import class_name, layers_to_merge, resize_as_saved, untie, with_plain_weights
+from smoa_lab.merge import Merged, class_name, merge_in_memory, resize_as_saved, with_plain_weights
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, run_name, with_saved_adapter
 from smoa_lab.scoring.generation import GREEDY
 from smoa_lab.scoring.losses import logits_at
@@ -76,21 +77,12 @@ def verify(
 ) -> list[Verdict]:
     """Compare an adapter, unmerged and in float32, with what it was made into, on ten prompts.
 
-    Saved models are loaded one at a time, after the base is freed. They are compared with the adapter on the
+    Merged models are loaded or made one at a time, after the base is freed. They are compared with the adapter on the
     dequantized base.
 
-    Args:
-        place: Folder of an adapter of any method, or of a run.
-        targets: ``merged`` merges in memory. A folder has a merged model, or another adapter of the base, such as a
-            LoRA. An address (``http://…/v1``) is a server's, asked by OpenAI's protocol for greedy continuations.
-        served_name: The adapter's name at a server, by default that of its folder or run.
-        tokens: How many of them a server is asked for.
-        base: The base model, if not the recorded one.
-
-    Raises:
-        ConfigError: there is no adapter, or a target is none of these things.
-        DataError: a model cannot be loaded, or a server doesn't answer.
-        MergeError: ``merged`` is a target, and the method can't merge.
+    A target is ``merged``, which merges in memory; a folder with a merged model, or with another adapter of the base,
+    such as a LoRA; or the address of a server (``http://…/v1``), which is asked by OpenAI's protocol for so many
+    ``tokens`` of greedy continuations, of the adapter by its ``served_name`` or that of its folder or run.
     """
     source = adapter_of_run(place)
     check_weights(source)
@@ -122,42 +114,33 @@ def verify(
         return Verdict(target, difference, max(TOLERANCE[dtype] for dtype in (computed, *dtypes)), share)
 
     found: dict[str, Verdict] = {}
-    for target, kind in sorted(kinds.items(), key=lambda one: one[1] == "merged"):  # last: not all can unmerge
-        if kind == "server":
-            found[target] = _served(adapted, tokenizer, target, name, prompts, ids, answers, tokens)
-        elif kind == "merged":
-            try:
-                for _, layer in layers_to_merge(adapted):  # as `smoa merge` does; PEFT's LoRA changes both ends
-                    untie(model, layer)
-                adapted.merge_adapter()
-            except (AttributeError, NotImplementedError, ValueError) as error:
-                method = adapted.active_peft_config.peft_type.value
-                raise MergeError(f"--against merged: PEFT can't merge {method} here: {error}") from error
-            found[target] = compared(target, _logits(adapted, ids))
-        elif kind == "adapter":
-            adapted = with_saved_adapter(adapted.unload(), Path(target))
-            found[target] = compared(target, _logits(adapted, ids))
-            adapted = with_saved_adapter(adapted.unload(), source)
+    for target in (target for target, kind in kinds.items() if kind == "server"):
+        found[target] = _served(adapted, tokenizer, target, name, prompts, ids, answers, tokens)
+    for target in (target for target, kind in kinds.items() if kind == "adapter"):
+        adapted = with_saved_adapter(adapted.unload(), Path(target))
+        found[target] = compared(target, _logits(adapted, ids))
     del model, adapted
-    if quantized and "model" in kinds.values():  # kernels may round inputs to 8 bits; a merge takes the weights alone
-        plain = with_plain_weights(load_base_model(section)[0])
-        resize_as_saved(plain, source)
-        own, computed = _logits(with_saved_adapter(plain, source), ids), "float32"
-        del plain
-    for target in (target for target, kind in kinds.items() if kind == "model"):
-        saved, _ = load_base_model(ModelSection(name=target, dtype="float32"))
-        found[target] = compared(target, _logits(saved, ids), _dtype_of(target))
-        del saved
+
+    def plain() -> PreTrainedModel:
+        again = with_plain_weights(load_base_model(section)[0])
+        resize_as_saved(again, source)
+        return again
+
+    if quantized and {"merged", "model"} & set(kinds.values()):  # kernels may round inputs to 8 bits; a merge doesn't
+        own, computed = _logits(with_saved_adapter(plain(), source), ids), "float32"
+    for target in (target for target in targets if target not in found):
+        if kinds[target] == "merged":
+            merged, dtype = merge_in_memory(plain(), source, Merged(Path(target), section.name)), "float32"
+        else:
+            merged, dtype = load_base_model(ModelSection(name=target, dtype="float32"))[0], _dtype_of(target)
+        found[target] = compared(target, _logits(merged, ids), dtype)
+        del merged
     return verdicts + [found[target] for target in targets]
 
 
 def verify_merged(place: str | Path, folder: Path, base: str | None = None) -> Verdict | str:
     """What :func:`verify` says of a merged model that was just saved; or, as a text, why it can't be compared: it is no
-    language model, has no tokenizer, or in float32 doesn't fit into the memory that is free.
-
-    Raises:
-        DataError: the base or the merged model cannot be loaded.
-    """
+    language model, has no tokenizer, or in float32 doesn't fit into the memory that is free."""
     if not class_name(adapter_config(adapter_of_run(place))).endswith("ForCausalLM"):
         return "only language models can be"
     if not any(folder.glob("tokenizer*")):

@@ -18,7 +18,7 @@ def stored_metrics() -> dict[str, Any]:
         "parameters": {"trainable": 448, "total": 10_000, "percent": 4.48},
         "training": {"steps": 20, "seconds": 7.25},
         "evaluation": {"before": before, "after": after},
-        "gain": {"loss": -1.125, "accuracy": 0.125, "accuracy_stderr": 0.05},
+        "gain": {"loss": -1.125, "loss_stderr": 0.25, "accuracy": 0.125, "accuracy_stderr": 0.05},
         "forgetting": {"text": "A story", "tokens": 2048, "before": 3.0, "after": 3.25, "change": 0.25, "stderr": 0.02},
         "samples": [{"question": "2 < 3?", "reference": "yes", "before": "", "after": "yes"}],
         "history": [

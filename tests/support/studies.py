@@ -186,7 +186,6 @@ def result(entry: str = "lora", **values: Any) -> Result:
         "seeds": [3, 4, 5],
         "diverged": 0,
         "rows": 200,
-        "left_out": 0,
         "values": {"loss": (2.5, 0.1)},
         "step_seconds": 1.0,
         "forgotten": 0.01,

@@ -13,14 +13,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from smoa_lab.cli.console import AsJson, Base, TrustRemoteCode, failed, print_json, reporting
+from smoa_lab.cli.console import Adapter, AsJson, Base, TrustRemoteCode, failed, print_json, reporting
 
 MergedDtype = Literal["auto", "float32", "bfloat16", "float16"]
 """The choices of smoa_lab.merge, whose import would make ``--help`` wait for torch."""
 
 
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")],
+    adapter: Adapter,
     output: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
     dtype: Annotated[
         MergedDtype,
@@ -91,7 +91,7 @@ def convert(
 
 
 def verify(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")],
+    adapter: Adapter,
     against: Annotated[
         list[str] | None,
         typer.Option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smoa_lab.cli.console import Base, Dtype, TrustRemoteCode, reporting
+from smoa_lab.cli.console import Base, BaseDtype, TrustRemoteCode, reporting
 
 if TYPE_CHECKING:
     from smoa_lab.chat import Chat
@@ -21,10 +21,7 @@ def chat(
         typer.Argument(metavar="RUN_OR_FOLDER", help="Folder of a run, of an adapter or of a model, or a Hub id."),
     ],
     base: Base = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="model.dtype; by default the run's, or what suits the machine.", show_default=False),
-    ] = None,
+    dtype: BaseDtype = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,

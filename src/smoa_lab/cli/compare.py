@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting
+from smoa_lab.cli.console import AsJson, Data, Model, TrustRemoteCode, print_json, reporting
 
 
 def compare(
@@ -17,8 +17,8 @@ def compare(
         str | None, typer.Argument(help="YAML file of a study, such as studies/NAME/study.yaml. Or --model and --data.")
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. seeds=[0,1].")] = None,
-    model: Annotated[str | None, typer.Option(help="Without a file: the base model, as smoa train takes it.")] = None,
-    data: Annotated[str | None, typer.Option(help="Without a file: rows, as smoa train takes them.")] = None,
+    model: Model = None,
+    data: Data = None,
     methods: Annotated[str, typer.Option(help="Without a file: what is compared, by commas.")] = "smoa,lora",
     parameters: Annotated[str, typer.Option(help="Without a file: how many each trains, as for smoa init.")] = "lora:8",
     seeds: Annotated[int, typer.Option(min=1, help="Without a file: final runs of each.")] = 3,
@@ -51,10 +51,6 @@ def compare(
         from smoa_lab.study.report import report
         from smoa_lab.study.study import load_study
 
-        if report_only and (only or workers > 1 or ray_address is not None):
-            raise ConfigError(
-                "--only, --workers and --ray-address are about runs, and --report-only runs nothing; leave one out"
-            )
         if model is None and data is None and study is not None:
             checked, given = load_study(study, overrides), Path(study)
         elif model is None or data is None or (study is not None and "=" not in study):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -35,6 +36,15 @@ TrustRemoteCode = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 """The choices of ``model.dtype``, whose import would make ``--help`` wait for torch."""
+BaseDtype = Annotated[
+    Dtype | None,
+    typer.Option(help="Dtype of the base; by default what a run has, or what suits the machine.", show_default=False),
+]
+Adapter = Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")]
+Model = Annotated[str | None, typer.Option(help="Without a file: a Hub id, a folder, or gemma3-270m, smollm2-135m.")]
+Data = Annotated[
+    str | None, typer.Option(help="Without a file: rows in a file, a folder or a data set of the Hub; or csqa, …")
+]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.cli.console import AsJson, Dtype, print_json, reporting
+from smoa_lab.cli.console import AsJson, BaseDtype, print_json, reporting
 
 
 def init(
@@ -30,10 +30,7 @@ def init(
         str,
         typer.Option(help="How many to train: a number, a share such as 0.1%, or lora:8, as many as LoRA of rank 8."),
     ] = "lora:8",
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="model.dtype; by default what suits the machine.", show_default=False),
-    ] = None,
+    dtype: BaseDtype = None,
     json: AsJson = False,
 ) -> None:
     """Write a commented config for your model and data; ask for them if they are not given."""

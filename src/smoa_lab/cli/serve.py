@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smoa_lab.cli.console import Dtype, TrustRemoteCode, reporting
+from smoa_lab.cli.console import BaseDtype, TrustRemoteCode, reporting
 
 
 def serve(
@@ -26,9 +26,7 @@ def serve(
         typer.Option(min=64, help="Tokens of all requests to hold; 8192 on a CPU, on a GPU what fits."),
     ] = None,
     max_request_bytes: Annotated[int, typer.Option(min=1, help="Largest request, in bytes.")] = 4 << 20,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Dtype of the base; by default what suits the machine.", show_default=False)
-    ] = None,
+    dtype: BaseDtype = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a base model and the adapters in a folder, many in one batch, by OpenAI's protocol."""

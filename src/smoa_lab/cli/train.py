@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from smoa_lab.cli.console import AsJson, Overrides, TrustRemoteCode, print_json, reporting
-from smoa_lab.pages.tables import score_table, time_text
+from smoa_lab.cli.console import AsJson, Data, Model, Overrides, TrustRemoteCode, print_json, reporting
+from smoa_lab.pages.tables import outcome, score_table, time_text
 
 
 def train(
@@ -16,16 +16,8 @@ def train(
         str | None, typer.Argument(help="YAML file of the run; configs/ has ready ones. Or give --model and --data.")
     ] = None,
     overrides: Overrides = None,
-    model: Annotated[
-        str | None, typer.Option(help="Without a file: model.name, a Hub id, folder, or gemma3-270m, smollm2-135m.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Without a file: data.train, rows in a file, a folder or a data set of the Hub; or csqa, …"),
-    ] = None,
-    report: Annotated[
-        bool, typer.Option("--report", help="Write the run's page, report.html, as smoa report does.")
-    ] = False,
+    model: Model = None,
+    data: Data = None,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
@@ -54,10 +46,6 @@ def train(
         metrics = run(checked)
         if not is_first_process():
             return
-        if report:
-            from smoa_lab.report import report_run
-
-            typer.echo(f"Page: {report_run(checked.folder)}", err=True)
         if json:
             print_json(metrics)
             return
@@ -69,31 +57,13 @@ def print_scores(metrics: dict[str, Any]) -> None:
     """Held-out scores before and after training, what was learned and forgotten, and the adapter's size."""
     from rich.filesize import decimal
 
-    evaluation, gain, forgot, samples = (metrics[key] for key in ("evaluation", "gain", "forgetting", "samples"))
-    if evaluation:
-        score_table(evaluation).print()
-    if gain:
-        change = f"{gain['loss']:+.3f} ± {gain['loss_stderr']:.3f}"
-        typer.echo(f"\nThe loss changed by {change} (standard error, paired by row).")
-    if gain and "accuracy" in gain:
-        points, stderr = 100 * gain["accuracy"], 100 * gain["accuracy_stderr"]
-        typer.echo(f"Accuracy changed by {points:+.1f} ± {stderr:.1f} points.")
-    if "won" in evaluation.get("after", {}):
-        share = f"{100 * evaluation['after']['won']:.0f} %"
-        typer.echo(f"The chosen answer gained on the rejected one in {share} of the held-out rows.")
-    if samples:
-        typer.echo(f"Answers before and after: samples.md, {len(samples)} held-out prompts.")
-    parts = []
-    if len(evaluation) == 2:
-        before, after = evaluation["before"], evaluation["after"]
-        learned = f"perplexity {before['perplexity']:.2f} → {after['perplexity']:.2f}"
-        if "accuracy" in after:
-            learned = f"accuracy {100 * before['accuracy']:.1f} → {100 * after['accuracy']:.1f} %"
-        parts = [f"learned: {learned}"]
-    if forgot:
-        parts.append(f"forgot: {forgot['change']:+.3f} ± {forgot['stderr']:.3f} nats per token of general text")
-    if parts:
-        typer.echo("\n" + "   ".join(parts))
+    if metrics["evaluation"]:
+        score_table(metrics["evaluation"]).print()
+        typer.echo()
+    for line in outcome(metrics):
+        typer.echo(line)
+    if metrics["samples"]:
+        typer.echo(f"Answers before and after: samples.md, {len(metrics['samples'])} held-out prompts.")
     parameters, training = metrics["parameters"], metrics["training"]
     speed = f", {training['tokens_per_second']:,.0f} tokens a second" if "tokens_per_second" in training else ""
     typer.echo(

@@ -81,6 +81,8 @@ REFUSED = {
     "xlora": "mixes adapters that were trained before",
 }
 """Methods of PEFT that no run can train, and why."""
+MOVED = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""``init_lora_weights`` with which a part of the base's weights goes into the adapter (PEFT's tuners/lora/layer.py)."""
 PROMPTS = "trains virtual tokens before the text: losses here are read at the text's own places, and it can't be merged"
 
 
@@ -104,6 +106,20 @@ def find_method(name: str) -> Method:
     if (reason := _refusal(key, found)) is not None:
         raise ConfigError(f"method: {key} {reason}; choose another method")
     return Method(key)
+
+
+def moves_base(config: PeftConfig | None) -> bool:
+    """Whether the adapter takes a part of the base's weights: switching it off doesn't give the base."""
+    return str(getattr(config, "init_lora_weights", None)).lower().startswith(MOVED)
+
+
+def dpo_refusal(config: PeftConfig | None) -> str | None:
+    """Why a method can't be trained on preferences; None if it can."""
+    if moves_base(config):
+        return "moves weights of the base into the adapter, without which there is no reference for DPO"
+    if getattr(config, "is_adaption_prompt", False):
+        return "calls the model past the losses that TRL's DPO puts into it"
+    return None
 
 
 def method_names() -> list[str]:

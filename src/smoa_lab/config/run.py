@@ -215,11 +215,7 @@ def trainer_arguments(trainer: Any) -> type[TrainingArguments]:
 
 @dataclass(frozen=True)
 class ConfigText:
-    """A config's plain values, where they are from, and the line of each key path.
-
-    Raises:
-        ConfigError: it holds a secret, or lets a repository run its own code, which only the command may.
-    """
+    """A config's plain values, where they are from, and the line of each key path."""
 
     values: dict[str, Any]
     place: str = "config"
@@ -230,11 +226,7 @@ class ConfigText:
 
     @classmethod
     def read(cls, path: str | Path, overrides: list[str] | None = None) -> ConfigText:
-        """Read a YAML file and lay ``key.key=value`` overrides over it.
-
-        Raises:
-            ConfigError: the file cannot be read, or has a key that no config may have.
-        """
+        """Read a YAML file and lay ``key.key=value`` overrides over it."""
         file = Path(path)
         if not file.is_file():
             raise ConfigError(f"{path}: no such file")

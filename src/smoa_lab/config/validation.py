@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import typing
 from collections.abc import Iterable
 from functools import cache
@@ -11,12 +10,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from transformers import TrainingArguments
-from transformers.quantizers.auto import AutoQuantizationConfig
 
 from smoa.errors import ConfigError, nearest
-from smoa_lab.config.methods import find_method
+from smoa_lab.config.methods import dpo_refusal, find_method
 
-RESUMES = "smoa resumes an interrupted run by itself: leave it out, and run the same command again"
+UNWANTED = {
+    "resume_from_checkpoint": "smoa resumes an interrupted run by itself: leave it out, and run the same command again",
+    "save_only_model": "leaves out what an interrupted run needs to go on as it was; leave it out",
+}
+"""Keys of training that a run can't have."""
 Problem = tuple[tuple[str, ...], str]
 """A key's path, by which its line is found, and what is wrong with it."""
 LEAST = dict.fromkeys(
@@ -32,7 +34,6 @@ def all_problems(
     """Problems of our own blocks, of the method, ``adapter`` and ``training``, which is for ``training_class``."""
     return [
         *block_problems(model, values),
-        *_quantization_problems(values.get("model")),
         *_method_problems(values),
         *_training_problems(values.get("training"), training_class),
     ]
@@ -65,17 +66,19 @@ def _method_problems(values: dict[str, Any]) -> Iterable[Problem]:
         yield from problems
         if not problems:
             try:
-                method.peft_config(adapter)
+                config = method.peft_config(adapter)
             except ConfigError as error:  # the rules that the PEFT config checks itself
                 yield ("adapter",), str(error)
+                return
+            if values.get("trainer") == "dpo" and (reason := dpo_refusal(config)) is not None:
+                yield ("method",), f"{name} {reason}; choose another for preferences"
 
 
 def _training_problems(training: Any, training_class: type[TrainingArguments]) -> Iterable[Problem]:
     if not isinstance(training, dict):
         return
     problems = list(_dataclass_problems("training", training_class, training))
-    if training.get("resume_from_checkpoint") is not None:
-        problems.append((("training", "resume_from_checkpoint"), RESUMES))
+    problems += [(("training", key), reason) for key, reason in UNWANTED.items() if training.get(key)]
     for key, least in LEAST.items():
         value = training.get(key)
         if isinstance(value, int) and value < least and (key, value) != ("max_steps", -1):  # which is its default
@@ -116,21 +119,3 @@ def _model_of(target: Any) -> type[BaseModel]:
     hints = typing.get_type_hints(target)
     fields: dict[str, Any] = {field.name: (hints[field.name], None) for field in dataclasses.fields(target)}
     return create_model(target.__name__, __config__=CHECKED, **fields)
-
-
-def _quantization_problems(model: Any) -> Iterable[Problem]:
-    """What is wrong with the quantization that a run's model asks for; of unknown keys transformers would only warn."""
-    place = ("model", "options", "quantization_config")
-    options = model.get("options") if isinstance(model, dict) else None
-    if not isinstance(options, dict) or place[2] not in options:
-        return
-    wanted = options[place[2]]
-    try:
-        known = {"quant_method", *inspect.signature(type(AutoQuantizationConfig.from_dict(wanted))).parameters}
-    except (ValueError, TypeError, AttributeError, ImportError) as error:
-        missing = isinstance(error, ImportError)
-        remedy = "pip install 'smoa[quantized]'" if missing else "give a block of keys, such as load_in_4bit: true"
-        yield place, f"{error}; {remedy}"
-        return
-    for key in wanted.keys() - known:
-        yield (*place, key), f"there is no such key{nearest(key, known)}"

@@ -30,11 +30,7 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
-    """Give the tokenizer the template of that name, ``alpaca``, one of TRL's, or a ``.jinja`` file.
-
-    Raises:
-        ConfigError: there is no such template, or it has special tokens that this tokenizer lacks.
-    """
+    """Give the tokenizer the template of that name, ``alpaca``, one of TRL's, or a ``.jinja`` file."""
     if name is None:
         return
     template = _template(name, tokenizer)

@@ -7,7 +7,7 @@ conversation adds to a shorter one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
@@ -58,6 +58,15 @@ class Tokens:
     def columns(self) -> dict[str, list[int]]:
         """``input_ids`` and ``labels``, as a trainer takes them."""
         return {"input_ids": self.input_ids, "labels": self.labels}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked: token ids, the same without the template's marks to be read, and the reference answer."""
+
+    ids: list[int]
+    text: str
+    reference: str
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -135,25 +144,28 @@ class Encoder:
             return tokens
         return Tokens(tokens.input_ids[:length], tokens.labels[:length], cut=len(tokens.input_ids) - length)
 
-    def prompt(self, row: Row, longest: int | None = None) -> tuple[list[int], str] | None:
-        """What the model is given when it is asked to answer, and the reference answer: the last turn whose prompt has
-        at most ``longest`` tokens; a completion's prompt; or the beginning of a plain text. None if nothing fits."""
+    def prompt(self, row: Row, longest: int | None = None) -> Prompt | None:
+        """What the model is asked: the last turn whose prompt has at most ``longest`` tokens; a completion's prompt; or
+        the beginning of a plain text. None if nothing fits."""
         row = self._put(row)
-        prompts: Iterable[tuple[list[int], str]]
         if not row.is_text:
             messages = _messages(row.prompt, row.completion)
-            prompts = (
-                (self._chat(messages[:place], add_generation_prompt=True), messages[place].content)
-                for place in reversed(range(1, len(messages)))
-                if messages[place].role == "assistant"
-            )
-        elif row.prompt:
-            prompts = [(self._ids(str(row.prompt)), str(row.completion))]
+            for place in reversed(range(1, len(messages))):
+                if messages[place].role == "assistant":
+                    ids = self._chat(messages[:place], add_generation_prompt=True)
+                    if longest is None or len(ids) <= longest:
+                        return Prompt(ids, _read(messages[:place]), messages[place].content)
+            return None
+        if row.prompt:
+            found = Prompt(self._ids(str(row.prompt)), str(row.prompt), str(row.completion))
         else:
             ids = self._ids(str(row.completion))
             begun = min(SHOWN, len(ids) // 2 + 1)
-            prompts = [(ids[:begun], str(self.tokenizer.decode(ids[begun:])))]
-        return next((prompt for prompt in prompts if longest is None or len(prompt[0]) <= longest), None)
+            shown, rest = (
+                str(self.tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:begun], ids[begun:])
+            )
+            found = Prompt(ids[:begun], shown, rest)
+        return found if longest is None or len(found.ids) <= longest else None
 
     # Texts and turns
 
@@ -237,6 +249,13 @@ def trained_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[t
 def _messages(*said: Any) -> list[Message]:
     """The turns of prompts and completions; an empty text has none."""
     return [message for turns in said for message in turns]
+
+
+def _read(messages: Sequence[Message]) -> str:
+    """Turns as people read them; a single question needs no role."""
+    if len(messages) == 1:
+        return messages[0].content
+    return "\n".join(f"{message.role}: {message.content}" for message in messages)
 
 
 def _trained_after(prompt: list[int], ids: list[int]) -> Tokens:

@@ -39,11 +39,7 @@ def read_rows(place: Path) -> Iterator[Placed]:
 
 
 def files_of(place: Path) -> list[Path]:
-    """The file itself, or the files of a folder by name.
-
-    Raises:
-        DataError: as :func:`read_rows` at once.
-    """
+    """The file itself, or the files of a folder by name."""
     kinds = f"{', '.join(READERS)} (.gz as well, except parquet)"
     try:
         folder = place.expanduser()

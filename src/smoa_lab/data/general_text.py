@@ -30,9 +30,6 @@ def passages(source: str) -> list[str]:
 
     ``packaged`` is a story of 1889 in the public domain, which lies beside this file;
     ``finewiki`` are the first 100 articles of HuggingFaceFW/finewiki; anything else is a text file in UTF-8.
-
-    Raises:
-        DataError: the source cannot be read, or has no passage.
     """
     texts = list(_joined(_paragraphs(source)))
     if not texts:

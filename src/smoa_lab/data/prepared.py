@@ -142,11 +142,7 @@ class Reading:
     encoder: Encoder
 
     def prepare(self) -> PreparedRows:
-        """Read, check and tokenize the rows, unless the cache folder has them; bad ones are counted and left out.
-
-        Raises:
-            DataError: a source cannot be read, its format is not recognized, or it has no good rows.
-        """
+        """Read, check and tokenize the rows, unless the cache folder has them; bad ones are counted and left out."""
         decided = {
             "version": VERSION,
             "sources": [[source.state() for source in sources] for sources in (self.train, self.test)],

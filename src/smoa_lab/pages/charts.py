@@ -41,7 +41,8 @@ PAPER = "white"
 """The inside of hollow marks: the color of the page's paper, white in a file."""
 
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2])
-"""The lines of several entries, in their order: they differ in gray too."""
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
+"""The lines and points of several entries, in their order: they differ in gray too."""
 
 WIDTH = 620
 PANEL = 144
@@ -61,22 +62,28 @@ def color_of(method: str) -> str:
     return METHODS.get(method, (method, MUTED))[1]
 
 
-def colors(methods: Mapping[str, str], field: str = "entry", legend: bool = False) -> Any:
+LINE_LEGEND = alt.Legend(
+    title=None, orient="top", symbolType="stroke", symbolStrokeWidth=2, symbolOpacity=1, symbolSize=300
+)
+
+
+def colors(methods: Mapping[str, str], field: str = "entry", legend: alt.Legend | None = None) -> Any:
     """The encoding of ``field``, whose values are the keys, by the color of each one's method."""
     return _encoding(alt.Color, field, {entry: color_of(method) for entry, method in methods.items()}, legend)
 
 
-def dashes(methods: Iterable[str], field: str = "entry", legend: bool = False) -> Any:
+def dashes(methods: Iterable[str], field: str = "entry", legend: alt.Legend | None = None) -> Any:
     """The encoding of ``field`` by line, to go with :func:`colors`, and in one legend with it."""
     return _encoding(alt.StrokeDash, field, dict(zip(methods, cycle(DASHES), strict=False)), legend)
 
 
-def _encoding(channel: Any, field: str, looks: Mapping[str, Any], has_legend: bool) -> Any:
-    legend = alt.Legend(
-        title=None, orient="top", symbolType="stroke", symbolStrokeWidth=2, symbolOpacity=1, symbolSize=300
-    )
-    scale = alt.Scale(domain=list(looks), range=list(looks.values()))
-    return channel(f"{field}:N", scale=scale, legend=legend if has_legend else None)
+def shapes(methods: Iterable[str], field: str = "entry", legend: alt.Legend | None = None) -> Any:
+    """The encoding of ``field`` by the shape of a point, as :func:`dashes`."""
+    return _encoding(alt.Shape, field, dict(zip(methods, cycle(SHAPES), strict=False)), legend)
+
+
+def _encoding(channel: Any, field: str, looks: Mapping[str, Any], legend: alt.Legend | None) -> Any:
+    return channel(f"{field}:N", scale=alt.Scale(domain=list(looks), range=list(looks.values())), legend=legend)
 
 
 def tooltip(**formats: str) -> list[alt.Tooltip]:
@@ -124,9 +131,9 @@ def lines(
     width: int = 300,
 ) -> Any:
     """A line with points for each of ``names``, the values of ``name`` in the rows, in its color and dash."""
-    has_legend = len(names) > 1
-    color = _encoding(alt.Color, "name", {name: shade for name, (shade, _) in names.items()}, has_legend)
-    dash = _encoding(alt.StrokeDash, "name", {name: pattern for name, (_, pattern) in names.items()}, has_legend)
+    legend = LINE_LEGEND if len(names) > 1 else None
+    color = _encoding(alt.Color, "name", {name: shade for name, (shade, _) in names.items()}, legend)
+    dash = _encoding(alt.StrokeDash, "name", {name: pattern for name, (_, pattern) in names.items()}, legend)
     fields = [str(axis.shorthand).removesuffix(":Q") for axis in (x, y)]
     chart = alt.Chart(values(rows)).encode(
         x=x, y=y, color=color, tooltip=tooltip(name="", **dict.fromkeys(fields, "~g"))

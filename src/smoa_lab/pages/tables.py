@@ -85,6 +85,33 @@ def time_text(training: Mapping[str, Any]) -> str:
     return f"{', the last ones' if training.get('resumed') else ''} in {training['seconds']:.0f} s"
 
 
+def outcome(metrics: Mapping[str, Any]) -> list[str]:
+    """What a run learned and forgot, in a few lines; less of a run that diverged, whose losses are no numbers."""
+    evaluation, gain, forgot = (metrics[key] or {} for key in ("evaluation", "gain", "forgetting"))
+    before, after = evaluation.get("before"), evaluation.get("after", {})
+    lines = []
+    if None in (gain.get("loss", 0), forgot.get("change", 0)):
+        lines.append("Training diverged: a loss is no number.")
+    if gain.get("loss") is not None:
+        change = f"{gain['loss']:+.3f} ± {gain['loss_stderr']:.3f}"
+        lines.append(f"The loss changed by {change} (standard error, paired by row).")
+    if "accuracy" in gain:
+        points, stderr = 100 * gain["accuracy"], 100 * gain["accuracy_stderr"]
+        lines.append(f"Accuracy changed by {points:+.1f} ± {stderr:.1f} points.")
+    if "won" in after:
+        lines.append(
+            f"The chosen answer gained on the rejected one in {100 * after['won']:.0f} % of the held-out rows."
+        )
+    parts = []
+    if before and "accuracy" in after:
+        parts.append(f"learned: accuracy {100 * before['accuracy']:.1f} → {100 * after['accuracy']:.1f} %")
+    elif before and after:
+        parts.append(f"learned: perplexity {number(before['perplexity'], 2)} → {number(after['perplexity'], 2)}")
+    if forgot.get("change") is not None:
+        parts.append(f"forgot: {forgot['change']:+.3f} ± {forgot['stderr']:.3f} nats per token of general text")
+    return [*lines, "   ".join(parts)] if parts else lines
+
+
 def number(value: float | None, digits: int = 3, scale: float = 1) -> str:
     """A number with so many digits, or a dash where there is none."""
     return "–" if value is None else f"{scale * value:.{digits}f}"

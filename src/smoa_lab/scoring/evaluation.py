@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,8 +60,8 @@ class Evaluation:
         self.choices = [encoder.choices(row) for row in rows] if self.chooses else []
         self.tokens = [] if self.chooses else [encoder.encode(row) for row in rows]
         self.rejected = [encoder.encode(row, rejected=True) for row in rows] if self.prefers else []
-        prompts = ((row, encoder.prompt(row, encoder.max_length)) for row in rows[:samples])
-        self.prompts = [prompt for _, prompt in prompts if prompt is not None]
+        prompts = (encoder.prompt(row, encoder.max_length) for row in rows[:samples])
+        self.prompts = [prompt for prompt in prompts if prompt is not None]
         self.measured: dict[Stage, Measured] = {}
         self.written: dict[Stage, list[str]] = {}
 
@@ -74,7 +74,7 @@ class Evaluation:
         if self.prompts:
             logger.info("Writing %d sample answers", len(self.prompts))
         new_tokens = CHOICE_TOKENS if self.chooses else NEW_TOKENS
-        prompts = [ids for ids, _ in self.prompts]
+        prompts = [prompt.ids for prompt in self.prompts]
         self.written[stage] = continue_prompts(model, self.encoder.tokenizer, prompts, new_tokens)
 
     def measure_once(self, model: Any) -> Measured:
@@ -163,14 +163,13 @@ class Evaluation:
     @property
     def samples(self) -> list[dict[str, str]]:
         """Question, reference answer, and what was written at each stage: as ``metrics.json`` has them."""
-        decode = self.encoder.tokenizer.decode
         return [
             {
-                "question": str(decode(ids)),
-                "reference": reference,
+                "question": prompt.text,
+                "reference": prompt.reference,
                 **{stage: texts[number] for stage, texts in self.written.items()},
             }
-            for number, (ids, reference) in enumerate(self.prompts)
+            for number, prompt in enumerate(self.prompts)
         ]
 
 
@@ -179,21 +178,27 @@ TEXT_TOKENS = 256
 
 
 class Forgetting:
-    """Measures a model of the config ``base`` on ``text`` before and after training, on at least so many ``tokens``.
+    """Measures a model of the config ``base`` on all tokens of ``text`` before and after training, on at least so many
+    ``tokens`` of it; a model without a BOS token is given the first one of each passage.
 
     The text is read at once: a mistake in the run's config shows before any work.
     """
 
     def __init__(self, text: str, tokens: int, tokenizer: PreTrainedTokenizerBase, base: PretrainedConfig) -> None:
-        self.source, self.tokenizer = text, tokenizer
-        self.texts = at_least(tokenizer, passages(text), tokens, text_length(base)) if tokens else []
+        self.source, self.pad = text, pad_token(tokenizer)
+        length = min(TEXT_TOKENS, positions_of(base) or TEXT_TOKENS)
+        self.rows: list[Tokens] = []
+        for passage in passages(text) if tokens else ():
+            if sum(len(row.input_ids) for row in self.rows) < tokens:
+                ids = tokenizer(passage)["input_ids"][:length]
+                self.rows.append(Tokens(ids, ids))
         self.losses: dict[str, Losses] = {}
 
     def measure(self, model: Any, stage: str) -> None:
         """Measure the loss ``before`` or ``after``."""
-        if self.texts:
-            logger.info("Scoring %d passages of general text", len(self.texts))
-            self.losses[stage] = text_losses(model, self.tokenizer, self.texts)
+        if self.rows:
+            logger.info("Scoring %d passages of general text", len(self.rows))
+            self.losses[stage] = row_losses(model, self.rows, self.pad)
 
     @property
     def metrics(self) -> dict[str, Any] | None:
@@ -205,40 +210,10 @@ class Forgetting:
         change = after.change_from(before)
         return {
             "text": describe(self.source),
-            "passages": len(self.texts),
+            "passages": len(self.rows),
             "tokens": sum(before.tokens),
             "before": before.mean,
             "after": after.mean,
             "change": change.mean,
             "stderr": change.stderr,
         }
-
-
-def text_length(config: PretrainedConfig) -> int:
-    """The most tokens of a text that this model is given."""
-    return min(TEXT_TOKENS, positions_of(config) or TEXT_TOKENS)
-
-
-def text_losses(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Losses:
-    """The losses of plain texts, over all their tokens; a model without a BOS token is given the first one.
-
-    Dropout is off and no gradient is kept; the model's mode is restored.
-    """
-    length = text_length(model.config)
-    rows = [Tokens(ids, ids) for ids in (_ids(tokenizer, text, length) for text in texts)]
-    return row_losses(model, rows, pad_token(tokenizer))
-
-
-def at_least(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: int, length: int) -> list[str]:
-    """The first texts that, cut at ``length``, together have so many tokens; all of them if they have fewer."""
-    chosen: list[str] = []
-    for text in texts:
-        if tokens <= 0:
-            break
-        chosen.append(text)
-        tokens -= len(_ids(tokenizer, text, length))
-    return chosen
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list[int]:
-    return list(tokenizer(text)["input_ids"])[:length]

@@ -50,13 +50,7 @@ class Adapters:
     """The adapters that are in a folder at this moment, each in a folder of its name, or in a run of its name.
 
     A folder whose files have other sizes or times of change than when they were read is read again; requests that run
-    keep the adapter that they began with.
-
-    Args:
-        pool: Holds them. Nobody else loads into it.
-        tokenizer: The base's.
-        base: The base's name.
-        folder: Where they are.
+    keep the adapter that they began with. The ``pool`` holds them, and nobody else loads into it.
     """
 
     def __init__(self, pool: AdapterPool, tokenizer: Any, base: str, folder: Path) -> None:

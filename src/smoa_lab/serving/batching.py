@@ -31,13 +31,8 @@ from smoa.tuner.shelves import Batch, Diagonals, Member, new_number
 
 
 class Step(Batch):
-    """The adapter of each token of a step, in which tokens of all requests are packed.
-
-    Args:
-        members: The adapter of each token.
-        last: For each request the token that has logits: a layer may be given these alone.
-        diagonals: As of a batch.
-    """
+    """The adapter of each token of a step, in which tokens of all requests are packed. ``last`` has each request's
+    token that gets logits: a layer may be given these alone."""
 
     def __init__(self, members: Sequence[Member | None], last: Sequence[int], diagonals: Diagonals) -> None:
         super().__init__(members, diagonals)
@@ -137,12 +132,7 @@ class PoolManager(ContinuousBatchingManager):
     """transformers' manager, with an adapter of a pool for each request.
 
     An adapter stays in its slot until its last request has ended. No request sees keys and values that another adapter
-    has computed.
-
-    Args:
-        pool: The adapters.
-        generation_config: How the tokens of requests that bring no config are chosen.
-        continuous_batching_config: As transformers takes it; CUDA graphs are off.
+    has computed. ``generation_config`` is for requests that bring none; CUDA graphs are off.
     """
 
     def __init__(

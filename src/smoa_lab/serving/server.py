@@ -35,15 +35,8 @@ CACHE_TOKENS, PAGE, STEP, REQUESTS = 8192, 32, 512, 256
 
 @dataclass(frozen=True)
 class Settings:
-    """How to serve.
-
-    Args:
-        slots: The most adapters that are held at once.
-        api_key: What requests must bring, if anything.
-        max_request_bytes: The largest body of a request.
-        cache_tokens: Tokens of all requests for whose keys and values there is room; by default 8,192 on a CPU and what
-            the memory holds on a GPU.
-    """
+    """How to serve: ``slots`` is the most adapters that are held at once, ``cache_tokens`` counts those of all requests
+    for whose keys and values there is room, by default 8,192 on a CPU and what the memory holds on a GPU."""
 
     slots: int = 64
     api_key: str | None = None
@@ -52,12 +45,7 @@ class Settings:
 
 
 def serve(base: ModelSection, folder: Path, host: str, port: int, settings: Settings) -> None:
-    """Serve until Ctrl-C.
-
-    Raises:
-        ConfigError: there is no such folder, or the port is in use.
-        DataError: the base cannot be loaded, or not be served so.
-    """
+    """Serve until Ctrl-C."""
     if not folder.is_dir():
         raise ConfigError(f"--adapters {folder}: is no folder; name the one in which each adapter has a folder")
     if settings.api_key is not None and not settings.api_key.strip():
@@ -89,11 +77,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextmanager
 def serving(model: Any, tokenizer: Any, name: str, folder: Path, settings: Settings) -> Iterator[ASGIApp]:
-    """The app that serves a loaded base, by its name, and the adapters of a folder.
-
-    Raises:
-        DataError: transformers can't batch the requests of such a model.
-    """
+    """The app that serves a loaded base, by its name, and the adapters of a folder."""
     if not hasattr(model, "init_continuous_batching"):
         raise DataError(f"{name}: transformers has no continuous batching for a {type(model).__name__}")
     pool = AdapterPool(model, slots=settings.slots)
@@ -110,13 +94,7 @@ def serving(model: Any, tokenizer: Any, name: str, folder: Path, settings: Setti
 
 class Guard:
     """Before the app: the key, the size of requests, names of requests that nobody can guess or use twice; and a
-    request ends when its client has gone.
-
-    Args:
-        app: What it guards.
-        manager: What generates.
-        settings: The key and the size.
-    """
+    request ends when its client has gone."""
 
     def __init__(self, app: ASGIApp, manager: PoolManager, settings: Settings) -> None:
         self.app, self.manager, self.settings = app, manager, settings

@@ -9,7 +9,7 @@ from typing import Any
 
 import altair as alt
 
-from smoa_lab.pages.charts import DASHES, MUTED, color_of, colors, forest, lines, name_of, tooltip, values
+from smoa_lab.pages.charts import DASHES, MUTED, color_of, colors, forest, lines, name_of, shapes, tooltip, values
 from smoa_lab.study.results import FinalRun, Result
 from smoa_lab.study.study import Job
 
@@ -91,15 +91,16 @@ def learned_and_forgotten(results: Sequence[Result], untouched_loss: float | Non
     if untouched_loss is not None:
         points.append({"entry": "untouched", "forgotten": 0.0, "loss": untouched_loss})
         methods["untouched"] = ""
+    legend = alt.Legend(title=None, orient="right")
     shown = alt.Chart(values(points)).encode(
         x=alt.X("forgotten:Q", title="loss on general text, change (nats per token); left forgets less"),
         y=alt.Y("loss:Q", title="loss on held-out rows; lower learned more", scale=FREE),
-        color=colors(methods),
+        color=colors(methods, legend=legend),
+        shape=shapes(methods, legend=legend),
         tooltip=tooltip(entry="", forgotten="+.4f", loss=".4f"),
     )
     rule = alt.Chart(values([{"zero": 0}])).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(x="zero:Q")
-    names = shown.mark_text(align="left", dx=9).encode(text="entry:N")
-    return alt.layer(rule, shown.mark_circle(size=90, opacity=1), names).properties(width=500, height=220)
+    return alt.layer(rule, shown.mark_point(size=90, strokeWidth=2, opacity=1)).properties(width=440, height=220)
 
 
 def _looks(results: Sequence[Result]) -> dict[str, tuple[str, list[int]]]:

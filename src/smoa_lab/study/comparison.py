@@ -126,10 +126,6 @@ class Comparison:
         with fresh seeds.
 
         ``executor`` runs jobs, by default in this process. Other processes may run the same study meanwhile.
-
-        Raises:
-            ConfigError: ``only`` names nothing of the study, or a finished run is of another config, other rows or
-                another base.
         """
         names, taken = self.study.chosen(only), set[Job]()
         for name, one in self.chosen.items():  # the searches must still be those of this study
@@ -207,16 +203,12 @@ class Comparison:
         return self.study.job_config(self._configs[job.entry], job, self.plan.steps)
 
     def stored(self, job: Job) -> Metrics | None:
-        """The metrics of a finished job.
-
-        Raises:
-            ConfigError: its folder has a run of another config, other rows or another base.
-        """
+        """The metrics of a finished job."""
         folder = RunFolder(self.study.folder / job.name)
         return self._checked(job, read_metrics(folder)) if folder.finished else None
 
     def _checked(self, job: Job, metrics: Metrics) -> Metrics:
-        """The metrics of a job, if it is the one that was planned; raises as :meth:`stored`."""
+        """The metrics of a job, if it is the one that was planned; else raises ConfigError."""
         old, new = metrics["config"], portable(self.config(job).model_dump(mode="json"))
         old, new = ({**config, "training": {**config["training"], "output_dir": None}} for config in (old, new))
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]

@@ -11,15 +11,7 @@ from typing import Any
 
 from smoa.errors import ConfigError
 from smoa_lab.base_models import empty_model, with_rate
-from smoa_lab.budget import (
-    ALL_LINEAR,
-    FIRST_BLOCKS,
-    MOST,
-    budget_parameters,
-    lora_parameters,
-    shapes_of,
-    size_method,
-)
+from smoa_lab.budget import ALL_LINEAR, FIRST_BLOCKS, MOST, budget_parameters, shapes_of, size_method
 from smoa_lab.config.methods import OTHER_LAYERS, find_method
 from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, check_config
 from smoa_lab.config.yaml_text import apply_overrides
@@ -82,20 +74,13 @@ def default_study(
     seeds: int = 3,
     changes: Sequence[str] = (),
 ) -> Study:
-    """A study of ``methods`` at ``parameters`` on a model and data, as `smoa train` would take these.
-
-    Raises:
-        ConfigError: a method can't have so many parameters, or ``parameters`` can't be read.
-        DataError: there is no such model, rows cannot be read, or some are bad.
-    """
+    """A study of ``methods`` at ``parameters`` on a model and data, as `smoa train` would take these."""
     if twice := [name for name in methods if list(methods).count(name) > 1]:
         raise ConfigError(f"--methods: {twice[0]} is named twice; name each once")
     of_data = [change.removeprefix("shared.") for change in changes if change.startswith("shared.data.")]
     run = first_values(model, data, parameters, changes=of_data)
     empty, lora_rate = empty_model(ModelSection(name=model)), float(run["training"]["learning_rate"])
-    budget = budget_parameters(
-        parameters, empty.num_parameters(), lora_parameters(shapes_of(empty, (ALL_LINEAR,), model), 1)
-    )
+    budget = budget_parameters(parameters, empty.num_parameters(), shapes_of(empty, (ALL_LINEAR,), model))
     kept = {key: value for key, value in run["training"].items() if key not in OWN and value}
     apply_overrides(run, of_data)
     looked = {**run, "training": {**kept, "output_dir": "runs"}}
@@ -138,12 +123,7 @@ def default_study(
 
 def tuning_study(config: RunConfig, max_runs: int) -> Study:
     """The study of a run's learning rate, in the folder beside the run's, ``OUTPUT_DIR-tuning``: one entry, and no
-    final runs.
-
-    Raises:
-        ConfigError: the run has a key that a study can't have.
-        DataError: there is no such model.
-    """
+    final runs."""
     config = with_rate(config)
     shared = config.model_dump(mode="json", exclude={"method", "adapter", "scoring"})
     own = ("learning_rate", "seed", "output_dir")

@@ -60,11 +60,7 @@ class Place:
 
 
 def work(place: Place, threads: int, job: Job, config: RunConfig) -> Metrics | None:
-    """What a worker does: run the job, and return its metrics, or None where another process runs it.
-
-    Raises:
-        DataError: this machine does not share the study's folder, or has another smoa.
-    """
+    """What a worker does: run the job, and return its metrics, or None where another process runs it."""
     place.enter()
     torch.set_num_threads(threads)
     return perform(job, config)
@@ -137,11 +133,7 @@ class RayExecutor(Executor):
 
 def connect(address: str | None) -> Any:
     """The package ``ray``, with a cluster: the one at ``address``, or one of this machine that ends with this process.
-    It is started or joined quietly, and without telemetry in what is started.
-
-    Raises:
-        ConfigError: nothing answers at the address, or no cluster that this machine belongs to.
-    """
+    It is started or joined quietly, and without telemetry in what is started."""
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -168,11 +160,7 @@ def connect(address: str | None) -> Any:
 
 
 def equal_share(machines: Sequence[tuple[int, int]], workers: int, on_gpus: bool) -> int:
-    """The most cores, with one GPU if ``on_gpus``, for each of ``workers`` on machines of so many cores and GPUs.
-
-    Raises:
-        ConfigError: there are fewer cores or GPUs than workers.
-    """
+    """The most cores, with one GPU if ``on_gpus``, for each of ``workers`` on machines of so many cores and GPUs."""
 
     def places(share: int) -> int:
         return sum(min(cores // share, gpus if on_gpus else cores) for cores, gpus in machines)

@@ -85,12 +85,7 @@ class Report:
 
 
 def report(comparison: Comparison) -> Report:
-    """Write ``README.md``, ``index.html``, ``summary.json`` and the picture into the study's folder.
-
-    Raises:
-        DataError: no final run is finished yet, or runs made other tokens of their rows.
-        ConfigError: a run is of another config, other rows or another base.
-    """
+    """Write ``README.md``, ``index.html``, ``summary.json`` and the picture into the study's folder."""
     folder, finals = comparison.study.folder, final_runs(comparison)
     results = results_of(comparison, finals)
     as_it_is = RunFolder(folder / "untouched")

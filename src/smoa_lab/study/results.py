@@ -72,32 +72,12 @@ def read_rows(file: Path) -> dict[RowKey, dict[str, Any]]:
         return {(row["digest"], row["copy"]): row for row in map(json.loads, lines)}
 
 
-def shared_rows(runs: Sequence[FinalRun]) -> list[RowKey]:
-    """The rows that all the runs were scored on, by which they are paired.
-
-    Raises:
-        DataError: they made other tokens of the rows, or share none.
-    """
-    first = runs[0]
-    shared = [key for key in first.rows if all(key in run.rows for run in runs)]
-    for run in runs[1:]:
-        encoders = {each.metrics["digests"]["encoder"] for each in (first, run)}
-        if len(encoders) > 1 or any(run.rows[key]["tokens"] != first.rows[key]["tokens"] for key in shared):
-            raise DataError(
-                f"{first.folder.path} and {run.folder.path} made other tokens of the rows (tokenizer, template or "
-                "max_length), so they can't be compared; move the older one away and run smoa compare again"
-            )
-    if not shared:
-        raise DataError(f"{first.folder.path} and the runs beside it were scored on no row in common")
-    return shared
-
-
 @dataclass(frozen=True)
 class Result:
     """One entry: what it trained and reached over its seeds, and the differences to the reference of its budget.
 
     ``values`` are mean and standard deviation over seeds by measure; ``share`` is its number of parameters as a part of
-    the reference's; ``rows`` are those that it shares with the reference, ``left_out`` those that only one of them has.
+    the reference's; ``rows`` counts the held-out ones.
     """
 
     entry: str
@@ -110,7 +90,6 @@ class Result:
     seeds: list[int]
     diverged: int
     rows: int
-    left_out: int
     values: dict[str, tuple[float, float]]
     step_seconds: float | None
     forgotten: float | None
@@ -127,12 +106,7 @@ def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def final_runs(comparison: Comparison) -> dict[str, dict[int, FinalRun]]:
-    """The finished final runs by entry and seed.
-
-    Raises:
-        DataError: none is finished yet.
-        ConfigError: a run is of another config, other rows or another base.
-    """
+    """The finished final runs by entry and seed."""
     found: dict[str, dict[int, FinalRun]] = {}
     for name, chosen in comparison.chosen.items():
         for seed in comparison.plan.seeds:
@@ -165,8 +139,8 @@ def _of_budget(
     comparison: Comparison, finals: Mapping[str, Mapping[int, FinalRun]], machine: tuple[Any, ...]
 ) -> list[Result]:
     runs = [run for of_entry in finals.values() for run in of_entry.values()]
-    keys, known = shared_rows(runs), set[RowKey]().union(*(run.rows for run in runs))
-    some = runs[0].rows
+    some = runs[0].rows  # all have the same, in any order: they are of the plan's data and encoder
+    keys = list(some)
     measures = [  # one that is the same everywhere compares nothing, and would cost the others in Holm's correction
         each
         for each in measures_of(some[keys[0]])
@@ -203,7 +177,6 @@ def _of_budget(
             seeds=seeds,
             diverged=sum(measured(run.metrics) is None for run in of_entry.values()),
             rows=len(keys),
-            left_out=len(known) - len(keys),
             values={title: (float(each.mean()), _spread(each)) for title, each in means.items()},
             step_seconds=_step_seconds([run for run in of_entry.values() if _machine(run) == machine]),
             forgotten=_forgotten(list(of_entry.values())),

@@ -115,8 +115,6 @@ class Study(Section):
             raise ValueError(f"entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one")
         if not isinstance(self.shared.get("model"), dict):
             raise ValueError("shared.model: is missing; an entry's own model block only changes parts of it")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: {self.seeds} has one twice, which would be the same run; give each once")
         if self.tuning.seed in self.seeds:
             raise ValueError(f"seeds: {self.tuning.seed} is the seed of the search; final runs take fresh ones")
         for name in (name for name, entry in entries.items() if "name" in entry.model):
@@ -176,16 +174,12 @@ class Study(Section):
 
 
 def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
-    """Read a study, lay ``key.key=value`` overrides over it and check every entry's run.
-
-    Raises:
-        ConfigError: lists the problems of the study, and of each entry's run, before any work starts.
-    """
+    """Read a study, lay ``key.key=value`` overrides over it and check every entry's run."""
     return checked_study(ConfigText.read(path, overrides), Path(path))
 
 
 def checked_study(text: ConfigText, file: Path) -> Study:
-    """The study of a file's values; raises as :func:`load_study`."""
+    """The study of a file's values, with every entry's run checked."""
     values = {"folder": f"studies/{file.stem}", **text.values}
     text.refuse(block_problems(Study, values))
     study = Study.model_validate(values)

@@ -40,8 +40,6 @@ def verdict(results: Sequence[Result], untouched_loss: float | None = None) -> l
     elif decisive and not judged["one seed"]:
         sentences.append(_advice(reference, judged["better"], same, untouched_loss))
     sentences += [few_rows(reference.rows)] if reference.rows < FEW_ROWS else []
-    if reference.left_out:
-        sentences.append(f"{reference.left_out:,} rows on which only some of the runs were scored are left out.")
     return sentences
 
 

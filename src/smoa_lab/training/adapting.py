@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from textwrap import shorten
 from typing import Any
 
@@ -19,11 +18,7 @@ from smoa.errors import ConfigError, nearest
 
 def check_adapter(empty: PreTrainedModel, wanted: PeftConfig) -> None:
     """Try the adapter on the base model without its weights, so that a mistake is found before they are loaded. Some
-    methods look at weights when they start, and are tried with them.
-
-    Raises:
-        ConfigError: a name matches no layer, PEFT refuses the adapter, or there is nothing to train.
-    """
+    methods look at weights when they start, and are tried with them."""
     _check_names([path for path, _ in empty.named_modules() if path], wanted)
     try:
         trained = count_trained(empty, wanted)
@@ -40,17 +35,20 @@ def count_trained(empty: PreTrainedModel, wanted: PeftConfig, device: str = "met
         ConfigError: PEFT refuses the adapter.
         RuntimeError: PyTorch's, if ``device`` is meta and the method reads values when it starts.
     """
-    with explained(), warnings.catch_warnings(), torch.device(device):
-        warnings.simplefilter("ignore")  # they come again with the weights
-        peft_config: Any = copy.deepcopy(wanted)  # PEFT writes into it
-        if hasattr(peft_config, "init_lora_weights"):
-            peft_config.init_lora_weights = True  # the others look at the weights
-        peft_config.task_type = None  # what a head needs does not matter
-        model = get_peft_model(empty, peft_config, low_cpu_mem_usage=device == "meta")
-        try:
-            PeftConfig.from_peft_type(**peft_config.to_dict())
-        except ValueError as error:  # IA³ adds the feed-forward layers that it knows of to some that were named
-            raise ValueError(f"{error}, as the method completes the keys itself; set these as well") from error
+    peft_config: Any = copy.deepcopy(wanted)  # PEFT writes into it
+    if hasattr(peft_config, "init_lora_weights"):
+        peft_config.init_lora_weights = True  # the others look at the weights
+    peft_config.task_type = None  # what a head needs does not matter
+    try:
+        with warnings.catch_warnings(), torch.device(device):
+            warnings.simplefilter("ignore")  # they come again with the weights
+            model = get_peft_model(empty, peft_config, low_cpu_mem_usage=device == "meta")
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, re.error) as error:
+        raise ConfigError(f"adapter: {shorten(str(error), 1000)}") from error
+    try:
+        PeftConfig.from_peft_type(**peft_config.to_dict())
+    except ValueError as error:  # IA³ adds the feed-forward layers that it knows of to some that were named
+        raise ConfigError(f"adapter: {error}, as the method completes the keys itself; set these as well") from error
     return int(model.get_nb_trainable_parameters()[0])
 
 
@@ -67,12 +65,3 @@ def _check_names(paths: Sequence[str], config: PeftConfig) -> None:
         for name in wanted if isinstance(wanted, list) and key != "exclude_modules" else ():
             if not any(f".{path}".endswith(f".{name}") for path in paths):
                 raise ConfigError(f"adapter.{key}: the model has no layer {name!r}{nearest(str(name), layers)}")
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """What PEFT refuses as a ConfigError."""
-    try:
-        yield
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, re.error) as error:
-        raise ConfigError(f"adapter: {shorten(str(error), 1000)}") from error

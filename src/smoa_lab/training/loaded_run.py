@@ -59,13 +59,7 @@ class LoadedRun:
 
 
 def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
-    """Load rows and model; what cannot be loaded or, if it ``trains``, be trained fails here, before any work.
-
-    Raises:
-        ConfigError: the model has fewer positions than rows may have tokens, or no chat template; or another trainer
-            is for these rows.
-        DataError: model or rows cannot be loaded, bad rows are not to be skipped, or nothing is left to train on.
-    """
+    """Load rows and model; what cannot be loaded or, if it ``trains``, be trained fails here, before any work."""
     for source in chain(*config.data.sources()):
         source.check()
     check_place(cache_folder() / "rows" / "tokens")
@@ -85,11 +79,7 @@ def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
 
 
 def inputs(config: RunConfig) -> dict[str, Any]:
-    """What a run would start from, without its weights: ``digests`` and, of each part, how many ``rows`` there are.
-
-    Raises:
-        ConfigError, DataError: as :func:`load_run`.
-    """
+    """What a run would start from, without its weights: ``digests`` and, of each part, how many ``rows`` there are."""
     encoder, rows = trainable_rows_of(config, load_tokenizer(config.model))
     parts = rows.account["parts"]
     return {"digests": digests_of(config, encoder, rows), "rows": {part: parts.get(part, 0) for part in PARTS}}
@@ -117,12 +107,7 @@ def read_rows_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
 def trainable_rows_of(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, trains: bool = True
 ) -> tuple[Encoder, PreparedRows]:
-    """What :func:`read_rows_of` gives.
-
-    Raises:
-        ConfigError: another trainer is for these rows.
-        DataError: there are bad rows that are not to be skipped, or, if the run ``trains``, none is left to train on.
-    """
+    """What :func:`read_rows_of` gives, or an error where that can't be trained on, or has bad rows."""
     encoder, rows = read_rows_of(config, tokenizer)
     account = rows.account
     require_good_rows(account, config.data.skip_bad_rows)

@@ -22,6 +22,7 @@ from smoa.layers.distributed import from_rank_zero
 from smoa_lab.base_models import described_base, empty_model, to_device, with_rate
 from smoa_lab.basics.atomic import new_file, new_folder
 from smoa_lab.basics.plain import finite, portable
+from smoa_lab.config.methods import moves_base
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.rows import row_from_json
 from smoa_lab.pages.run_report import draw_run, run_card, samples_text
@@ -40,11 +41,6 @@ def run(config: RunConfig) -> dict[str, Any]:
     """Train, score, save; the run's metrics, as ``metrics.json`` has them, which has null for what is not finite.
 
     Nothing is written before config, rows and model are known to be good, and TRL's trainer is made of them.
-
-    Raises:
-        ConfigError: the run's folder contains a finished run or one of another config, or another process trains into
-            it, or the adapter does not fit the model.
-        DataError: model or rows cannot be loaded.
     """
     config = with_rate(config)
     folder, text, peft_config = RunFolder(config.folder), config.to_yaml(), config.peft_config()
@@ -59,7 +55,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 
 def score_untouched(config: RunConfig) -> dict[str, Any]:
-    """Score the model as it is, into the run's folder, without any training; raises as :func:`run`."""
+    """Score the model as it is, into the run's folder, without any training."""
     folder, text = RunFolder(config.folder), config.to_yaml()
     folder.check(text)
     loaded, arguments = load_run(config), config.arguments()
@@ -118,13 +114,11 @@ def _train(
 
 @contextmanager
 def _untouched(model: Any) -> Iterator[None]:
-    """Within it a model before its training is its base, also where the method starts with another update than zero. An
-    ``init_lora_weights`` with a name may move a part of the base into the adapter, with which it adds up to the base.
-    """
+    """Within it a model before its training is its base, also where the method starts with another update than zero.
+    With what was moved from the base into the adapter it adds up to the base."""
     config = getattr(model, "active_peft_config", None)
-    adds_up = config is None or isinstance(getattr(config, "init_lora_weights", None), str)
     with ExitStack() as stack:
-        if not adds_up:
+        if config is not None and not moves_base(config):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of biases, which nothing has trained yet
                 stack.enter_context(model.disable_adapter())

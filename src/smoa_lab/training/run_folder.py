@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import compress
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.atomic import write_whole
@@ -110,10 +109,6 @@ class RunFolder:
         """Claim the folder for this config; the checkpoint to resume from, if an interrupted run left one.
 
         ``inputs`` names what the run starts from by what changes with its content.
-
-        Raises:
-            ConfigError: the folder contains a finished run, checkpoints of another config or of other inputs, or files
-                not of a run.
         """
         self._check(config_yaml)
         checkpoint = self._last_whole_checkpoint() if self.path.is_dir() else None
@@ -125,12 +120,6 @@ class RunFolder:
                     f"{self.path}: contains an unfinished run, and the {' and the '.join(changed)} changed since then; "
                     "put back what was there, choose another training.output_dir, or remove the folder"
                 )
-        if checkpoint:  # the state of a run that was renamed has its best checkpoint where that was
-            file = Path(checkpoint, TRAINER_STATE_NAME)
-            state = json.loads(file.read_text(encoding="utf-8"))
-            best = state.get("best_model_checkpoint")
-            if best and Path(best).parent != self.path:
-                write_whole(file, json.dumps(state | {"best_model_checkpoint": str(self.path / Path(best).name)}))
         if inputs:
             write_whole(self.inputs, json.dumps(inputs) + "\n")
         write_whole(self.config, config_yaml)
@@ -155,21 +144,10 @@ class RunFolder:
         while checkpoint := get_last_checkpoint(str(self.path)):
             try:
                 json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+                return str(checkpoint)
             except (OSError, ValueError):
                 logger.warning("%s is incomplete and is removed", checkpoint)
                 shutil.rmtree(checkpoint)
-                continue
-            # The Trainer would silently go on without its moments and schedule. DeepSpeed and FSDP have them elsewhere.
-            folder = Path(checkpoint)
-            is_split = any(any(folder.glob(name)) for name in ("global_step*", "optimizer_*", "optimizer.bin"))
-            needed = [] if is_split else [folder / OPTIMIZER_NAME, folder / SCHEDULER_NAME]
-            damaged = [file for file in (*needed, *folder.glob("rng_state*.pth")) if not zipfile.is_zipfile(file)]
-            if damaged:
-                raise ConfigError(
-                    f"{damaged[0]}: is missing or damaged, so training can't go on as it was (save_only_model leaves "
-                    "it out); put it back, or remove this checkpoint"
-                )
-            return str(checkpoint)
         return None
 
     def finish(self, metrics: dict[str, Any]) -> None:

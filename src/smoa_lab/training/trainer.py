@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from peft import PeftConfig, TrainableTokensConfig, get_peft_model
+from peft import PeftConfig, TrainableTokensConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainerState, set_seed
@@ -20,7 +20,6 @@ from transformers.trainer_utils import SchedulerType
 from smoa.errors import ConfigError
 from smoa.layers.distributed import is_distributed
 from smoa_lab.data.rows import Part
-from smoa_lab.training.adapting import explained
 from smoa_lab.training.loaded_run import LoadedRun
 
 logger = logging.getLogger(__name__)
@@ -31,12 +30,7 @@ SHOWN = ("loss", "eval_loss", "learning_rate")
 
 def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
     """TRL's trainer for the run, whose ``model`` is the base with its new adapter, or for full fine-tuning the base
-    itself. What TRL and transformers refuse shows here.
-
-    Raises:
-        ConfigError: they refuse it; the adapter is on the output layer, whose own weight TRL computes the loss from; or
-            accelerate counts fewer processes than there are.
-    """
+    itself. What TRL and transformers refuse shows here."""
     import trl
 
     config, arguments = run.config, run.config.arguments()
@@ -49,10 +43,8 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
     arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
     _check_output_layer(run.base, peft_config)
     set_seed(arguments.seed)  # the adapter's factors are drawn here
-    model: Any = run.base
-    if peft_config is not None:
-        with explained():  # the revision is recorded: whoever loads the adapter gets the same base
-            model = get_peft_model(run.base, peft_config, revision=config.model.options.get("revision"))
+    if peft_config is not None and (revision := config.model.options.get("revision")) is not None:
+        peft_config.revision = revision  # whoever loads the adapter gets the same base
     chosen: Any = trl.DPOTrainer if config.trainer == "dpo" else trl.SFTTrainer
     if chosen is trl.SFTTrainer and arguments.device.type != "cuda":
         from smoa_lab.training.sparse_trainer import SparseSFTTrainer  # here, since it imports TRL
@@ -64,18 +56,19 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
     callbacks = [ProgressReport(), *([] if patience is None else [EarlyStoppingCallback(patience)])]
     try:
         trainer: Trainer = chosen(
-            model=model,
+            model=run.base,
             args=arguments,
             train_dataset=_dataset(run, "train"),
             eval_dataset=_dataset(run, "validation") if validates else None,
             processing_class=run.tokenizer,
             callbacks=callbacks,
+            peft_config=peft_config,
         )
         if arguments.world_size == 1:  # what it says of optimizer and scheduler comes before the scoring, too
             trainer.create_optimizer_and_scheduler(1)
             trainer.optimizer = trainer.lr_scheduler = None
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise ConfigError(f"training: TRL or transformers refuses: {error}") from error
+        raise ConfigError(f"training: TRL, transformers or PEFT refuses: {error}") from error
     if routers is not None:  # TRL asks mixtures for them in each step; with a cache of keys and values that fails
         settings.output_router_logits = routers
     vars(trainer)["create_model_card"] = lambda **_: None  # the adapter gets a card of ours
@@ -92,9 +85,6 @@ def fit(trainer: Trainer, checkpoint: str | None) -> None:
         arguments.lr_scheduler_type = SchedulerType.CONSTANT  # others divide by the steps
         arguments.lr_scheduler_kwargs = None
     trainer.train(resume_from_checkpoint=checkpoint)
-    model: Any = trainer.model
-    if "ref" in getattr(model, "peft_config", {}):  # DPOTrainer's copy of the untrained adapter
-        model.delete_adapter("ref")  # otherwise it would be saved too
 
 
 def _check_output_layer(base: PreTrainedModel, wanted: PeftConfig | None) -> None:

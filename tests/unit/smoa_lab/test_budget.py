@@ -43,7 +43,7 @@ def test_a_model_whose_shapes_cannot_be_had_is_refused(tmp_path: Path) -> None:
 def test_a_budget_that_is_none_or_buys_nothing_is_refused(tmp_path: Path) -> None:
     for amount, message in (("0", "must be more than 0"), ("200%", "must be more than 0"), ("x", "neither")):
         with pytest.raises(ConfigError, match=message):
-            budget_parameters(amount, 1000, 10)
+            budget_parameters(amount, 1000, Counter({(4, 6): 1}))
     base = str(lab.tiny_base(tmp_path))
     with pytest.raises(ConfigError, match=r"budget: '1' is too small; the smallest adapter has 256 parameters"):
         budget_choices(base, "1", ("q_proj", "o_proj"))

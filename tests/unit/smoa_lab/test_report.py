@@ -35,8 +35,8 @@ def test_a_finished_run_is_shown_whole(tmp_path: Path) -> None:
     assert 'class="missing"' not in page
     for told in (
         "smoa, 448 of 10,000 parameters trained, 20 steps in 7 s on a CPU. smoa 0.2.0.",
-        "Learned: the loss of held-out rows changed by -1.125.",
-        "Forgotten: +0.250 ± 0.020 nats per token of general text (A story, 2,048 tokens).",
+        "The loss changed by -1.125 ± 0.250 (standard error, paired by row).",
+        "learned: accuracy 50.0 → 62.5 %   forgot: +0.250 ± 0.020 nats per token of general text",
         "<dt>Prompt</dt><dd>2 &lt; 3?</dd><dt>Reference</dt><dd>yes</dd><dt>Before</dt><dd>(nothing)</dd>",
         "<td>after</td><td>40</td><td>80</td><td>2.125</td><td>0.625 ± 0.080</td><td>0.250</td>",
         "model:\n  name: org/base\n",
@@ -75,7 +75,7 @@ def test_what_was_not_measured_or_is_no_number_is_left_out(tmp_path: Path) -> No
     metrics["forgetting"] |= {"after": None, "change": None, "stderr": None}
     page = reported(stored_run(tmp_path / "run", **metrics))
     assert headings(page) == ALL[:-1]
-    assert "the loss on general text is no number. Training diverged." in page
+    assert "Training diverged: a loss is no number." in page
     nothing = stored_run(tmp_path / "nothing", evaluation={}, gain=None, forgetting=None, samples=[], history=[])
     assert headings(reported(nothing)) == ["Config"]
 

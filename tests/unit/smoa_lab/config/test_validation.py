@@ -16,6 +16,8 @@ from smoa_lab.config.run import check_config, load_config
     [
         ({"model": {}}, r"model\.name: is missing"),
         ({"method": "full", "adapter": {"r": 4}}, "method full trains all weights and takes no adapter keys"),
+        ({"method": "pissa", "trainer": "dpo"}, "method: pissa moves weights of the base into the adapter"),
+        ({"method": "adaption_prompt", "trainer": "dpo"}, "method: adaption_prompt calls the model past the losses"),
         ({"training": 3}, "training"),
         ({"data": {"train": 3}}, r"data\.train"),
         ({"data": 3}, "data"),
@@ -94,6 +96,7 @@ def test_a_mistake_is_told_by_its_key(overrides: list[str], message: str, file: 
         ("seed=2020-13-45", "should be a valid integer; got '2020-13-45'"),
         ("bf16=no", "should be a valid boolean; got 'no'"),
         ("train_sampling_strategy=group_by_lenght", "there is no 'group_by_lenght'; did you mean 'group_by_length'?"),
+        ("save_only_model=true", "leaves out what an interrupted run needs"),
         ("resume_from_checkpoint=true", "smoa resumes an interrupted run by itself: leave it out"),
     ],
 )
@@ -116,41 +119,3 @@ def test_a_training_value_that_means_none_is_taken(override: str, value: float |
 def test_a_list_may_stand_for_a_tuple_a_block_for_a_class_and_a_float_for_a_whole_number(file: Path) -> None:
     own = {"layer_replication": [[0, 1], [0, 2]], "monteclora_config": {}, "lora_alpha": 16.0}
     load_config(file, ["method=lora", f"adapter={json.dumps(own)}"])
-
-
-@pytest.fixture
-def config() -> dict[str, Any]:
-    """A run on a model in NF4."""
-    options = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
-    return {
-        "model": {"name": "base", "options": options},
-        "data": {"train": "rows.jsonl"},
-        "training": {"use_cpu": True},
-    }
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"quantization_config": True},
-            r"quantization_config: .*; give a block of keys, such as load_in_4bit: true",
-        ),
-        ({"quantization_config": {"load_in_3bit": True}}, r"quantization_config: .*no `quant_method`"),
-        (
-            {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quantype": "nf4"}},
-            r"quantization_config\.bnb_4bit_quantype: there is no such key; did you mean 'bnb_4bit_quant_type'\?",
-        ),
-        (
-            {"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bflot16"}},
-            r"quantization_config: .*bflot16",
-        ),
-    ],
-)
-def test_a_mistaken_quantization_is_told_before_anything_is_loaded(
-    config: dict[str, Any], options: dict[str, Any], message: str
-) -> None:
-    assert check_config(config).model.options == config["model"]["options"]
-    config["model"]["options"] = options
-    with pytest.raises(ConfigError, match=message):
-        check_config(config)

@@ -178,33 +178,36 @@ TALK = {"messages": chat("Open?", "Yes.", "Today?", "No.", "Oh.")}
 
 
 @pytest.mark.parametrize(
-    ("row", "asked", "reference"),
+    ("row", "asked", "read", "reference"),
     [
         (
             TALK,
             "<|im_start|>user\nOpen?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>user\nToday?"
             "<|im_end|>\n<|im_start|>assistant\n",
+            "user: Open?\nassistant: Yes.\nuser: Today?",
             "No.",
         ),
-        ({"prompt": "Open?", "completion": " Yes."}, "<bos>Open?", " Yes."),
-        ({"prompt": "Open?", "chosen": " Yes.", "rejected": " No."}, "<bos>Open?", " Yes."),
-        ({"text": "abcdef"}, "<bos>abc", "def"),
+        ({"prompt": "Open?", "completion": " Yes."}, "<bos>Open?", "Open?", " Yes."),
+        ({"prompt": "Open?", "chosen": " Yes.", "rejected": " No."}, "<bos>Open?", "Open?", " Yes."),
+        ({"text": "abcdef"}, "<bos>abc", "abc", "def"),
     ],
 )
-def test_the_model_is_asked_for_the_last_answer(row: dict[str, Any], asked: str, reference: str) -> None:
+def test_the_model_is_asked_for_the_last_answer_and_the_prompt_is_read_without_marks(
+    row: dict[str, Any], asked: str, read: str, reference: str
+) -> None:
     encoder = Encoder(tokenizer_with(MARKED))
     found = encoder.prompt(example_of(row))
     assert found is not None
-    assert (encoder.tokenizer.decode(found[0]), found[1]) == (asked, reference)
+    assert (encoder.tokenizer.decode(found.ids), found.text, found.reference) == (asked, read, reference)
 
 
 def test_an_earlier_answer_is_asked_for_where_the_last_is_too_far_in() -> None:
     encoder = Encoder(tokenizer_with(MARKED))
     whole = encoder.prompt(example_of(TALK))
     assert whole is not None
-    found = encoder.prompt(example_of(TALK), len(whole[0]) - 1)
+    found = encoder.prompt(example_of(TALK), len(whole.ids) - 1)
     assert found is not None
-    assert found[1] == "Yes."
+    assert (found.text, found.reference) == ("Open?", "Yes.")
     assert encoder.prompt(example_of(TALK), 3) is None
 
 
@@ -226,7 +229,8 @@ def test_choices_follow_the_same_prompt_and_are_not_closed(style: AnswerStyle) -
     whole, choices = encoder.encode(row), encoder.choices(row)
     assert [encoder.tokenizer.decode(choice.answer) for choice in choices] == said
     asked = encoder.prompt(row)
-    assert asked == (whole.prompt, said[1])
+    assert asked is not None
+    assert (asked.ids, asked.reference) == (whole.prompt, said[1])
     assert all(choice.prompt == whole.prompt for choice in choices)
     assert ("A. the Moon\nB. the Sun\n\n### Response:\n" in encoder.tokenizer.decode(whole.prompt)) == (
         style == "letter"

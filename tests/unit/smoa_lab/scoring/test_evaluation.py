@@ -13,9 +13,7 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
     GPT2Config,
-    GPT2LMHeadModel,
     LlamaForCausalLM,
     PreTrainedModel,
 )
@@ -25,7 +23,7 @@ from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.formats import shape
 from smoa_lab.data.rows import AnswerStyle, Message, Row
 from smoa_lab.scoring import evaluation as evaluation_module
-from smoa_lab.scoring.evaluation import Evaluation, Forgetting, Measured, at_least, text_length, text_losses
+from smoa_lab.scoring.evaluation import Evaluation, Forgetting, Measured
 from smoa_lab.scoring.losses import Losses, row_losses
 from tests.support import lab
 from tests.support.own_rows import MARKED, tiny_chat_model, tokenizer_with
@@ -219,11 +217,19 @@ def test_accuracies_are_those_of_lm_eval(style: Any, tmp_path: Path) -> None:
 TEXTS = ["A short text.", "A text that is rather longer than the others are.", "Another text."]
 
 
+@pytest.fixture
+def _texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation_module, "passages", lambda text: TEXTS)
+
+
+@pytest.mark.usefixtures("_texts")
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_every_token_of_a_text_is_scored(adds_bos: bool, tmp_path: Path) -> None:
     tokenizer = lab.byte_tokenizer(adds_bos)
     model = LlamaForCausalLM.from_pretrained(lab.tiny_base(tmp_path)).eval()
-    found = text_losses(model, tokenizer, TEXTS)
+    measured = Forgetting("mine.txt", 1000, tokenizer, model.config)
+    measured.measure(model, "before")
+    found = measured.losses["before"]
     assert found.tokens == [len(text) - (not adds_bos) for text in TEXTS]  # a byte is a token
     for text, nll in zip(TEXTS, found.nll, strict=True):
         ids = torch.tensor(tokenizer(text)["input_ids"])
@@ -232,25 +238,18 @@ def test_every_token_of_a_text_is_scored(adds_bos: bool, tmp_path: Path) -> None
         assert nll == pytest.approx(float(cross_entropy(logits[:-1], ids[1:], reduction="sum")), rel=1e-4)
 
 
-def test_a_long_text_is_cut_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_texts")
+def test_texts_are_taken_until_there_are_enough_tokens_and_cut_at_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lengths(tokens: int, positions: int = 100) -> list[int]:
+        rows = Forgetting("mine.txt", tokens, lab.byte_tokenizer(False), GPT2Config(n_positions=positions)).rows
+        return [len(row.input_ids) for row in rows]
+
+    assert lengths(14) == [13, 49]  # the first has 13
+    assert lengths(13) == [13]
+    assert lengths(13, positions=12) == [12, 12]
+    assert lengths(1000) == [13, 49, 13]
     monkeypatch.setattr(evaluation_module, "TEXT_TOKENS", 11)
-    model = LlamaForCausalLM.from_pretrained(lab.tiny_base(tmp_path))
-    tokenizer = lab.byte_tokenizer()
-    found = text_losses(model, tokenizer, [TEXTS[1]])
-    assert found.tokens == [10]  # beside the BOS token
-    assert found.nll == pytest.approx(text_losses(model, tokenizer, [TEXTS[1][:10]]).nll)
-    few: Any = GPT2LMHeadModel.from_pretrained(lab.tiny_gpt2(tmp_path / "gpt2", positions=10))
-    assert text_losses(few, tokenizer, [TEXTS[1]]).tokens == [9]  # and at the model's positions
-    assert (text_length(few.config), text_length(BloomConfig())) == (10, 11)
-
-
-def test_texts_are_taken_until_there_are_enough_tokens() -> None:
-    tokenizer = lab.byte_tokenizer(adds_bos=False)
-    assert at_least(tokenizer, TEXTS, 14, 256) == TEXTS[:2]  # the first has 13
-    assert at_least(tokenizer, TEXTS, 13, 256) == TEXTS[:1]
-    assert at_least(tokenizer, TEXTS, 13, 12) == TEXTS[:2]  # 12 of each
-    assert at_least(tokenizer, TEXTS, 1000, 256) == TEXTS
-    assert at_least(tokenizer, TEXTS, 0, 256) == []
+    assert lengths(1000) == [11, 11, 11]
 
 
 def test_what_is_forgotten_is_the_change_of_the_loss_on_the_same_text(tmp_path: Path) -> None:

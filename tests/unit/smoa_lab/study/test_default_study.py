@@ -128,7 +128,6 @@ def test_an_entry_that_is_added_to_the_file_is_run_beside_the_others(room: Path,
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--report-only", "--workers", "2"], "--report-only runs nothing"),
         (["--report-only"], "nothing has run yet"),
         (["--only", "nobody"], "--only: nobody is neither an entry (smoa, lora) nor a budget (all)"),
         (["--ray-address", "x"], "--ray-address x: does not answer"),

@@ -40,7 +40,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"references": ["nobody"]}, "nobody is not an entry; entries: ours, lora"),
     ({"tuning": {"max_runs": 1}}, r"tuning\.max_runs"),
     ({"shared": {"data": {"train": "x"}}}, r"shared\.model: is missing"),
-    ({"seeds": [1, 1]}, "seeds: .* has one twice"),
     ({"seeds": [1, 100]}, "seeds: 100 is the seed of the search"),
     (with_shared(method="lora"), r"shared\.method: is what an entry has; leave it out"),
     (with_shared(adapter={"r": 3}), r"shared\.adapter: is what an entry has; leave it out"),

@@ -77,7 +77,6 @@ NAN = float("nan")
     [
         ([smoa(), LORA], 2.4, "Take none: the untouched model's loss, 2.400, is not higher."),
         ([smoa(), replace(LORA, rows=23)], 3.0, "Only 23 rows are held out"),
-        ([smoa(), replace(LORA, left_out=4)], 3.0, "4 rows on which only some of the runs were scored are left out."),
         (
             [smoa(Difference(NAN, NAN, NAN, "same"), diverged=3), replace(LORA, diverged=3)],
             3.0,

@@ -154,12 +154,13 @@ def test_only_the_trained_adapter_of_preferences_is_saved(preferences: Path, bas
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"), [("lora", "talks"), ("full", "talks"), ("pissa", "preferences"), ("full", "preferences")]
+    ("method", "kind"), [("lora", "talks"), ("full", "talks"), ("adalora", "preferences"), ("full", "preferences")]
 )
 def test_other_methods_train_on_rows(
     method: str, kind: str, base: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    adapter = {} if method == "full" else {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    adapter = {} if method == "full" else {"target_modules": ["q_proj", "v_proj"]}
+    adapter |= {"total_step": 2} if method == "adalora" else {}
     own = {"method": method, "adapter": adapter, "trainer": "sft" if kind == "talks" else "dpo"}
     metrics = train(rows_config(tmp_path, request.getfixturevalue(kind), base, **own))
     if kind == "preferences":
@@ -262,7 +263,7 @@ def test_a_tokenizer_without_a_token_to_fill_batches_with_is_refused(talks: Path
     kept = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("pad_token", "eos_token")}
     file.write_text(json.dumps(kept))
     message = refused(rows_config(tmp_path, talks, base, data={"template": "alpaca"}))
-    assert "TRL or transformers refuses: The specified `pad_token` ('None') is not found" in message
+    assert "TRL, transformers or PEFT refuses: The specified `pad_token` ('None') is not found" in message
 
 
 def test_an_adapter_on_the_output_layer_is_refused(talks: Path, base: Path, tmp_path: Path) -> None:
