@@ -136,13 +136,13 @@ def saved_bytes(model: nn.Module, step: Step) -> int:
     return sum(size for place, size in storages.items() if place not in own)
 
 
-def step_peak(step: Step) -> int:
-    """The most bytes that torch's CPU allocator holds at once during a step, in addition to those before it."""
+def step_memory(step: Step) -> tuple[int, int]:
+    """Bytes that torch's CPU allocator holds after a step, and the most at once during it, beyond those before it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = profiler.profiler.kineto_results.events()
-    held = (event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()) if event.name() == "[memory]")
-    return max(accumulate(held))
+    held = [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()) if event.name() == "[memory]"]
+    return sum(held), max(accumulate(held))
 
 
 def reset_peak(device: torch.device) -> int:

@@ -30,7 +30,7 @@ from _common import (
     run,
     saved_bytes,
     seconds,
-    step_peak,
+    step_memory,
     trainable,
 )
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -279,7 +279,7 @@ def quantized_memory(
         tensors = [value for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
         weights = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())  # tied ones count once
         saved = saved_bytes(model, step)
-        allocated = weights + step_peak(step) if device.type == "cpu" else None
+        allocated = weights + step_memory(step)[1] if device.type == "cpu" else None
         reset_peak(device)
         times = [seconds(step, device) for _ in range(steps)]
         memory = {"allocated_bytes": allocated or peak(device), "resident_bytes": peak(device), "saved_bytes": saved}

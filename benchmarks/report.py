@@ -31,6 +31,8 @@ ROUTES = {
     "unmerged": "SMoA, unmerged, nothing kept",
     "lora": "LoRA, unmerged",
 }
+NAMES = {"lora": "LoRA, r = 8", "hira": "HiRA, r = 8", "smoa": "SMoA, r = 32, K = 4"}
+SHOWN_STEPS = (50, 100, 200)
 VLLM_METHODS = {
     "base": "base model",
     "lora 8": "LoRA, r = 8",
@@ -192,6 +194,42 @@ def vllm_serving() -> str:
     return section(["", *(case.replace("step", "decoding step") for case in base)], rows, results, note)
 
 
+def weight_sync() -> str:
+    """What merges at every step change in the base and lose of ΔW, by method and step, and what they cost."""
+    results = load(*(f"weight_sync_{method}" for method in NAMES))
+    cost = load("weight_sync_merge")["weight_sync_merge"]
+    rows = []
+    for one in results.values():
+        before, after = one["perplexity"]
+        for check in one["checks"]:
+            is_last = check["step"] == one["config"]["steps"]
+            if is_last or check["step"] in SHOWN_STEPS:
+                rows.append(
+                    [
+                        NAMES[one["config"]["method"]],
+                        f"{one['rate']:g}",
+                        str(check["step"]),
+                        f"{check['changed']:.1%}",
+                        f"{check['drift']:.5f}",
+                        f"{before:.3f} → {after:.3f}" if is_last else "",
+                        f"{check['delta']:.5f}",
+                        f"{check['lost']:.0%}",
+                    ]
+                )
+    base = ["weights changed", "‖W' − W‖ / ‖W‖", "the base's perplexity"]
+    drift = section(["", "rate", "merges", *base, "‖ΔW‖ / ‖W‖", "lost in sending"], rows, results)
+    costs = [
+        [
+            NAMES[method],
+            f"{seconds:.2f} ({seconds / cost['seconds']['lora']:.1f})",
+            *(f"{cost['bytes'][method][key] / 1e6:.0f}" for key in ("held", "peak")),
+        ]
+        for method, seconds in cost["seconds"].items()
+    ]
+    header = ["", "merge and undo, s (÷ LoRA's)", "MB held while merged", "most at once, MB"]
+    return f"{drift}\n\n{section(header, costs, {'merge': cost})}"
+
+
 def draw_sweep(folder: Path) -> None:
     """Draw a layer's training step ÷ the frozen layer's, against tokens and width."""
     content = load("sweep_float32")["sweep_float32"]
@@ -243,6 +281,7 @@ def main() -> None:
         FOLDER / "tables.md": {
             "layer-step": layer_step(),
             "injection": injection(),
+            "weight-sync": weight_sync(),
         },
     }
     for page, of_page in pages.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import gemma_weights, interleaved, run, step_peak, trainable
+from _common import gemma_weights, interleaved, run, step_memory, trainable
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -169,7 +169,7 @@ def experts(
 
         steps = {name: (lambda model=model: step(model)) for name, model in models.items()}
         interleaved(steps, 1, device)
-        memory = {name: step_peak(of_model) for name, of_model in steps.items()} if device.type == "cpu" else {}
+        memory = {name: step_memory(of_model)[1] for name, of_model in steps.items()} if device.type == "cpu" else {}
         operations = {}
         for name, of_model in steps.items():
             with Operations() as started:
