@@ -4,12 +4,13 @@
     python benchmarks/fleet.py names      one part: names, decoding, training, pool
 
 The model is like a Llama with random weights: 4 layers of 1024/2816, seven targets. All times of a case are taken in
-turn in one process, each after a call of its own that warms the caches, and given as ratios. `names`: one forward
-through `adapter_names`, of 32 rows, with 1 or 32 adapters, to the base's. "kept" is within a context that keeps what
-all adapters share, as `generate` does for each token after the first. `decoding`: `generate` of 48 tokens with one
-adapter. `training`: a step of 32 adapters of a pool with a row each, compared with 32 steps of one LoRA. `pool`: 1,000
-adapters of SmolLM2 with the parameters of LoRA r = 1, of which a batch uses 32: memory, loading, and the time of a step
-to that with 32 loaded. Writes benchmarks/results/fleet.json.
+turn in one process, each after a call of its own that warms the caches, and given as ratios. `names`: a forward
+through `adapter_names`, of 32 rows with as many adapters, to the base's, for SMoA with contiguous blocks and r = K = 8
+or 32, which has the parameters of LoRA r = 1, and for LoRA r = 1 and 8: a token within `generate`, which keeps what
+all adapters share, the same alone, and prompts. `decoding`: `generate` of 48 tokens with one adapter. `training`: a
+step of 32 adapters of a pool with a row each, compared with 32 steps of one LoRA. `pool`: 1,000 adapters of SmolLM2
+with the parameters of LoRA r = 1, of which a batch uses 32: memory, loading, and the time of a step to that with 32
+loaded. Writes benchmarks/results/fleet.json.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -34,6 +36,8 @@ from smoa_lab.base_models import unpacked_folder
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = 32
+CASES = {"generated": 1, "alone": 1, "prompt 16": 16, "prompt 256": 256}
+"""Tokens of each row."""
 
 
 def base(dtype: torch.dtype) -> LlamaForCausalLM:
@@ -43,8 +47,8 @@ def base(dtype: torch.dtype) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=16, num_key_value_heads=16)).to(dtype).eval()
 
 
-def smoa(r: int, adapters: int, dtype: torch.dtype, partition: str = "spectral") -> Any:
-    settings: dict[str, Any] = {"r": r, "num_blocks": 8, "partition": partition, "init_weights": False}
+def smoa(r: int, num_blocks: int, adapters: int, dtype: torch.dtype, partition: str = "contiguous") -> Any:
+    settings: dict[str, Any] = {"r": r, "num_blocks": num_blocks, "partition": partition, "init_weights": False}
     return _with_adapters(dtype, lambda: SmoaConfig(**settings, target_modules=TARGETS), adapters)
 
 
@@ -59,29 +63,29 @@ def _with_adapters(dtype: torch.dtype, config: Callable[[], Any], adapters: int)
     return model.eval()
 
 
-def names(dtype: torch.dtype, tokens: int, r: int, partition: str, repeats: int) -> dict[str, Any]:
-    """One forward of 32 rows."""
-    plain, ours, theirs = base(dtype), smoa(r, ADAPTERS, dtype, partition), lora(8, ADAPTERS, dtype)
-    ids = torch.randint(10, 500, (ADAPTERS, tokens))
-    own, same = [str(number) for number in range(ADAPTERS)], ["0"] * ADAPTERS
-
-    def forward(model: Any, **options: Any) -> Callable[[], object]:
-        return lambda: model(input_ids=ids, use_cache=False, **options)
-
-    with torch.no_grad(), caches_of_generate(ours.get_base_model()):
-        run = {"base": forward(plain), "kept 32": forward(ours, adapter_names=own)}
-        run |= {"kept 1": forward(ours, adapter_names=same)}
-        kept = interleaved(run, repeats)
-    with torch.no_grad():
-        run = {"base": forward(plain), "32": forward(ours, adapter_names=own), "1": forward(ours, adapter_names=same)}
-        run |= {"lora 32": forward(theirs, adapter_names=own), "lora 1": forward(theirs, adapter_names=same)}
-        times = interleaved(run, repeats)
-    return _ratios(times) | {name: value for name, value in _ratios(kept).items() if name != "base"}
+def names(dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    """Forwards of 32 rows with an adapter each: a token within `generate` and alone, and prompts."""
+    plain = base(dtype)
+    made: dict[str, Any] = {f"smoa {r}": smoa(r, r, ADAPTERS, dtype) for r in (8, 32)}
+    made |= {f"lora {r}": lora(r, ADAPTERS, dtype) for r in (8, 1)}
+    own = [str(number) for number in range(ADAPTERS)]
+    found: dict[str, Any] = {}
+    for case, tokens in CASES.items():
+        ids = torch.randint(10, 500, (ADAPTERS, tokens))
+        run: dict[str, Callable[[], object]] = {"base": lambda ids=ids: plain(input_ids=ids, use_cache=False)}
+        for name, model in made.items():
+            run[name] = lambda model=model, ids=ids: model(input_ids=ids, use_cache=False, adapter_names=own)
+        with torch.no_grad(), ExitStack() as stack:
+            for model in made.values() if case == "generated" else ():
+                stack.enter_context(caches_of_generate(model.get_base_model()))
+            found[case] = _ratios(interleaved(run, max(3, repeats // 3) if tokens > 16 else repeats))
+            print(case, found[case], flush=True)
+    return found
 
 
 def decoding(dtype: torch.dtype, r: int, partition: str, repeats: int) -> dict[str, Any]:
     """`generate` of 48 tokens after a prompt of 16, with one adapter, of which nothing is kept or the blocks of ΔW."""
-    plain, ours, theirs = base(dtype), smoa(r, 1, dtype, partition), lora(8, 1, dtype)
+    plain, ours, theirs = base(dtype), smoa(r, 8, 1, dtype, partition), lora(8, 1, dtype)
     ids = torch.randint(10, 500, (1, 16))
 
     def written(model: Any, kept: Any = None) -> Callable[[], object]:
@@ -185,17 +189,7 @@ def main() -> None:
     others, found = busy_elsewhere(), {}
     f32, bf16, repeats = torch.float32, torch.bfloat16, arguments.repeats
     if "names" in arguments.parts:
-        for dtype, tokens, r, partition in (
-            (f32, 1, 8, "spectral"),
-            (f32, 1, 8, "contiguous"),
-            (f32, 16, 8, "spectral"),
-            (bf16, 1, 8, "spectral"),
-            (bf16, 16, 8, "spectral"),
-            (f32, 1, 64, "spectral"),
-            (f32, 16, 64, "spectral"),
-        ):
-            case = f"names: 32 rows x {tokens} tokens, r = {r}, {partition}, {str(dtype)[6:]}"
-            print(case, found.setdefault(case, names(dtype, tokens, r, partition, repeats)), flush=True)
+        found["names"] = names(f32, repeats)
     if "decoding" in arguments.parts:
         for dtype, r, partition in (
             (f32, 8, "spectral"),

@@ -33,6 +33,18 @@ ROUTES = {
 }
 NAMES = {"lora": "LoRA, r = 8", "hira": "HiRA, r = 8", "smoa": "SMoA, r = 32, K = 4"}
 SHOWN_STEPS = (50, 100, 200)
+FLEET_CASES = {
+    "generated": "a token, generated",
+    "alone": "a token, alone",
+    "prompt 16": "prompt of 16 tokens",
+    "prompt 256": "prompt of 256 tokens",
+}
+FLEET_METHODS = {
+    "smoa 32": "SMoA, r = K = 32",
+    "smoa 8": "SMoA, r = K = 8 (as many parameters)",
+    "lora 1": "LoRA, r = 1 (as many parameters)",
+    "lora 8": "LoRA, r = 8 (8 times the parameters)",
+}
 VLLM_METHODS = {
     "base": "base model",
     "lora 8": "LoRA, r = 8",
@@ -245,24 +257,29 @@ def draw_sweep(folder: Path) -> None:
     save_picture(alt.hconcat(*panels), folder / "performance-time.png")
 
 
+def fleet() -> str:
+    """Time of 32 rows with an adapter each ÷ the base's."""
+    results = load("fleet")
+    cases = results["fleet"]["cases"]["names"]
+    rows = [[name, *(f"{cases[case][key]:.2f}" for case in FLEET_CASES)] for key, name in FLEET_METHODS.items()]
+    return section(["32 adapters", *FLEET_CASES.values()], rows, results)
+
+
 def draw_fleet(folder: Path) -> None:
-    """Draw the time of a batch of 32 rows, each with an adapter of its own, ÷ the base model's: of a token while
-    generating, where what the adapters share is kept, and of a prompt."""
+    """Draw the same: of a token while generating, and of a prompt."""
     content = load("fleet")["fleet"]
-    methods = {"LoRA, r = 8": "lora", "SMoA, as many parameters": "smoa", "SMoA, ⅛ of the parameters": "smoa"}
+    names = {name: "smoa" if key.startswith("smoa") else "lora" for key, name in FLEET_METHODS.items()}
     panels = []
-    for title, tokens, key in (("a generated token", 1, "kept 32"), ("reading a prompt of 16 tokens", 16, "32")):
-        eighth, equal = (
-            content["cases"][f"names: 32 rows x {tokens} tokens, r = {r}, spectral, float32"] for r in (8, 64)
-        )
-        ratios = dict(zip(methods, (equal["lora 32"], equal[key], eighth[key]), strict=True))
-        rows = [{"name": name, "ratio": ratio, "label": f"{ratio:.1f}"} for name, ratio in ratios.items()]
+    for case in ("generated", "prompt 16", "prompt 256"):
+        ratios = {name: content["cases"]["names"][case][key] for key, name in FLEET_METHODS.items()}
+        rows = [{"name": name, "ratio": ratio, "label": f"{ratio:.2f}"} for name, ratio in ratios.items()]
         x = alt.X("ratio:Q", title="time ÷ the base model's (1 is the base model; shorter is better)")
         y = alt.Y("name:N", sort=None, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=400))
-        chart = alt.Chart(values(rows)).encode(x=x.scale(domain=[0, 4]).axis(tickCount=4), y=y)
-        bars = chart.mark_bar(height=15).encode(color=colors(methods, "name"))
+        chart = alt.Chart(values(rows)).encode(x=x.scale(domain=[0, 3]).axis(tickCount=3), y=y)
+        bars = chart.mark_bar(height=15).encode(color=colors(names, "name"))
         drawn = bars + chart.mark_text(align="left", dx=5).encode(text="label:N")
-        panels.append(drawn.properties(width=360, height=22 * len(rows), title=alt.Title(title, fontWeight="normal")))
+        title = alt.Title(FLEET_CASES[case], fontWeight="normal")
+        panels.append(drawn.properties(width=360, height=22 * len(rows), title=title))
     told = f"Llama of 4 layers and width 1024, float32, {content['provenance']['threads']} CPU threads"
     heading = alt.Title("32 adapters in one batch", subtitle=told, offset=10)
     save_picture(alt.vconcat(*panels, title=heading), folder / "fleet.png")
@@ -272,6 +289,7 @@ def main() -> None:
     tables = {
         "model-step": model_step(),
         "decoding": decoding(),
+        "fleet": fleet(),
         "gpu": gpu(),
         "experts": experts(),
     }
