@@ -31,9 +31,9 @@ from torch import Tensor
 from smoa import SmoaConfig
 from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
-from smoa_lab.data.general_text import STORY, passages
+from smoa_lab.data.general_text import STORY
 from smoa_lab.data.named import DEMO_FILE
-from smoa_lab.scoring.evaluation import at_least, text_losses
+from smoa_lab.scoring.evaluation import Forgetting
 
 BASE = ModelSection(name="smollm2-135m", dtype="bfloat16")
 LETTERS = "ABCDE"
@@ -142,15 +142,12 @@ def drift(
     """
     synced = Synced(method, device)
     questions = Questions(synced.tokenizer, batch, samples)
-    texts = at_least(synced.tokenizer, passages(STORY), text, 256)
+    general = Forgetting(STORY, text, synced.tokenizer, synced.trained.config)
     factors = [parameter for parameter in synced.trained.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(factors, lr=rate * TIMES_RATE[method], weight_decay=0.0)
 
-    def base_losses() -> Any:
-        with synced.trained.disable_adapter():
-            return text_losses(synced.trained, synced.tokenizer, texts)
-
-    first = base_losses()
+    with synced.trained.disable_adapter():
+        general.measure(synced.trained, "before")
     rewards, checks = [], []
     for step in range(1, steps + 1):
         loss, reward = questions.loss(synced.trained, step)
@@ -162,8 +159,9 @@ def drift(
         if found := synced.sync(is_measured=step % (steps // 10) == 0):
             checks.append({"step": step, **found})
             print(method, checks[-1], flush=True)
-    last = base_losses()
-    change = last.change_from(first)
+    with synced.trained.disable_adapter():
+        general.measure(synced.trained, "after")
+    change = general.metrics or {}
     part = steps // 5
     return {
         "name": f"weight_sync_{method}",
@@ -172,8 +170,8 @@ def drift(
         "rate": rate * TIMES_RATE[method],
         "checks": checks,
         "reward": [statistics.mean(rewards[:part]), statistics.mean(rewards[-part:])],
-        "perplexity": [first.perplexity, last.perplexity],
-        "loss_change": {"mean": change.mean, "stderr": change.stderr, "tokens": sum(first.tokens)},
+        "perplexity": [math.exp(change["before"]), math.exp(change["after"])],
+        "loss_change": {"mean": change["change"], "stderr": change["stderr"], "tokens": change["tokens"]},
     }
 
 
