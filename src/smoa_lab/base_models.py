@@ -13,9 +13,8 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +32,7 @@ from transformers import (
 )
 from transformers.utils import quantization_config
 
+from smoa.atomic import write_whole
 from smoa.errors import DataError
 from smoa_lab.basics.atomic import check_place, new_folder
 from smoa_lab.basics.cache import cache_folder, content_of
@@ -197,14 +197,20 @@ def base_content(wanted: ModelSection) -> str:
         return str(base_config(wanted)._commit_hash)
     own = sorted(file for file in folder.iterdir() if file.suffix in DECIDING and file.is_file())
     files = [folder / gguf_file] if gguf_file else own
-    contents = (f"{file.name} {_content(file, file.stat().st_size, file.stat().st_mtime_ns)}" for file in files)
-    return sha256(" ".join(contents).encode()).hexdigest()
+    return sha256(" ".join(f"{file.name} {_kept_content(file)}" for file in files).encode()).hexdigest()
 
 
-@cache
-def _content(file: Path, size: int, changed: int) -> str:
-    """:func:`content_of`, read once in a process for each size and time of change: a base has gigabytes."""
-    return content_of(file)
+def _kept_content(file: Path) -> str:
+    """:func:`content_of`, kept by path, size and time of change: a base has gigabytes."""
+    state = file.stat()
+    key = sha256(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()
+    kept = cache_folder() / "contents" / key
+    if not kept.is_file():
+        content = content_of(file)
+        with suppress(OSError):  # a cache that cannot be written only costs time
+            write_whole(kept, content)
+        return content
+    return kept.read_text(encoding="utf-8")
 
 
 def base_config(wanted: ModelSection) -> Any:

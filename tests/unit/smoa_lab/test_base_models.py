@@ -168,6 +168,7 @@ def test_a_base_is_another_when_its_weights_are_and_the_same_with_other_notes(
 
 def test_a_bases_files_are_read_once_for_their_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ModelSection(name=str(lab.tiny_base(tmp_path / "base")))
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     before = base_content(wanted)
     read: list[str] = []
 
