@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 
 import torch
@@ -160,7 +161,8 @@ class MixedGroup:
         """`x ΔWᵀ` for x (rows, …, in_features) as a branch is given it."""
         stack, gathered = self.stack()
         diagonal = None if self.modulation == "none" else self.diagonal
-        y = shared(stack, x.reshape(len(self.slots), -1, x.shape[-1]), self.slots, diagonal, gathered)
+        factors = gathered or partial(stack.gathered, self.slots)
+        y = shared(self.blocks, self.runs, x.reshape(len(self.slots), -1, x.shape[-1]), factors, diagonal)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def stack(self) -> tuple[StackedFactors, Gathered | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -13,9 +13,10 @@ from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.checks import check_parts
 from smoa.files.names import PARTS, PREFIX
+from smoa.layers.layer import RANDOM_SIZE
 from smoa.maths.blocks import Blocks
-from smoa.maths.factors import saved_shapes
-from smoa.maths.scale import ModulationKind
+from smoa.maths.factors import Initialization, init_factors, saved_shapes
+from smoa.maths.scale import ModulationKind, rank_scale
 
 
 def by_layer(tensors: Mapping[str, Tensor], source: str, remedy: str) -> dict[str, dict[str, Tensor]]:
@@ -30,13 +31,13 @@ def by_layer(tensors: Mapping[str, Tensor], source: str, remedy: str) -> dict[st
 
 
 @dataclass(frozen=True)
-class Loaded:
+class SavedLayer:
     """The checked tensors of one layer of an adapter."""
 
     ranks: tuple[int, ...]
     modulation: ModulationKind
     scaling: float
-    spectral: bool
+    is_spectral: bool
     A: Tensor
     B: Tensor
     row_labels: Tensor
@@ -75,3 +76,12 @@ class Loaded:
     def digest(self) -> int:
         """Equal for equal blocks."""
         return hash((self.row_labels.cpu().numpy().tobytes(), self.col_labels.cpu().numpy().tobytes()))
+
+    def drawn(self, init: Initialization) -> Self:
+        """The layer with new factors, as an adapted layer draws them."""
+        A, B = torch.empty_like(self.A), torch.empty_like(self.B)
+        sizes = len(self.row_labels), len(self.col_labels)
+        init_factors(A, B, sizes, self.ranks, init, RANDOM_SIZE / self.scaling)
+        if init is False:
+            B.div_(rank_scale(self.block_scale, self.ranks))  # the same size for every scale, as in an adapted layer
+        return replace(self, A=A, B=B)

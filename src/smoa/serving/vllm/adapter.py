@@ -12,13 +12,13 @@ from peft.utils import CONFIG_NAME
 from smoa.config import SmoaConfig
 from smoa.errors import ConfigError, first_of
 from smoa.files.loading import read_adapter, saved_config
-from smoa.serving.saved import Loaded, by_layer
+from smoa.serving.saved import SavedLayer, by_layer
 
 REMEDY = "vLLM serves factors of linear layers only; merge it with `smoa merge` and serve the model"
 
 
 @dataclass(frozen=True)
-class ServedFactors(Loaded):
+class ServedFactors(SavedLayer):
     """One layer's factors, in the place of the tensor `lora_a`, of which vLLM's manager asks no more than this."""
 
     @property

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smoa import AdapterFileError, ConfigError, SmoaConfig
-from smoa.serving.rows import Tokens
-from smoa.serving.saved import Loaded
+from smoa.serving.rows import RowsBySlot
+from smoa.serving.saved import SavedLayer
 from smoa.serving.vllm import register
 from smoa.serving.vllm.slots import Slots
 from tests.support import fake_vllm, tiny_mixtures, tiny_models
@@ -50,17 +50,17 @@ KINDS: dict[str, dict[str, Any]] = {
 # Slots of one layer.
 
 
-def part(case: Problem, modulation: Any = "hadamard", scaling: float = 1.0) -> Loaded:
+def part(case: Problem, modulation: Any = "hadamard", scaling: float = 1.0) -> SavedLayer:
     partition = case.partition
     labels = partition.row_labels, partition.col_labels
     A, B = case.A.detach(), case.B.detach()
-    return Loaded(case.ranks, modulation, scaling, True, A, B, *labels, torch.ones(len(case.ranks)))
+    return SavedLayer(case.ranks, modulation, scaling, True, A, B, *labels, torch.ones(len(case.ranks)))
 
 
-def added(layer: Slots, x: Tensor, tokens: Tokens, width: int) -> Tensor:
+def added(layer: Slots, x: Tensor, rows: RowsBySlot, width: int) -> Tensor:
     output = x.new_zeros(len(x), width)
     with torch.no_grad():
-        layer.add_to(output, x, tokens)
+        layer.add_to(output, x, rows)
     return output
 
 
@@ -86,9 +86,9 @@ def test_each_token_gets_what_its_adapter_adds_to_each_slice(
     expected = [
         x[token].double() @ deltas[slot].T if slot >= 0 else torch.zeros(sum(sizes)) for token, slot in enumerate(slots)
     ]
-    tokens = Tokens(slots)
+    rows = RowsBySlot(slots)
     for _ in range(2):  # the second step takes what the first has gathered
-        found = added(layer, x, tokens, sum(sizes))
+        found = added(layer, x, rows, sum(sizes))
         torch.testing.assert_close(found.double(), torch.stack([e.double() for e in expected]), rtol=1e-4, atol=1e-3)
 
 
@@ -102,16 +102,16 @@ def test_a_slot_serves_the_adapter_that_was_put_there_last() -> None:
         calls.append(1)
         return first.weight.float()
 
-    x, tokens = torch.randn(3, 10), Tokens([1, 1, -1])
+    x, rows = torch.randn(3, 10), RowsBySlot([1, 1, -1])
     for case, number_of_calls in ((first, 1), (second, 2), (third, 2), (first, 3)):
         layer.reset(1)
-        assert not added(layer, x, tokens, 12).any()
+        assert not added(layer, x, rows, 12).any()
         layer.set(1, [part(case)], [12], weight)
-        assert_close(added(layer, x, tokens, 12)[:2], (x[:2].double() @ case.oracle("hadamard").T).float())
+        assert_close(added(layer, x, rows, 12)[:2], (x[:2].double() @ case.oracle("hadamard").T).float())
         assert len(calls) == number_of_calls
-    assert len(layer.groups) == 1  # those that hold nobody leave when another comes
+    assert len(layer.stacks) == 1  # those that hold nobody leave when another comes
     layer.clear()
-    assert not added(layer, x, tokens, 12).any()
+    assert not added(layer, x, rows, 12).any()
 
 
 # In vLLM's manager.
