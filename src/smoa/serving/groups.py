@@ -87,18 +87,20 @@ class LayerStack:
         self.block_scale, self.scale = grown(self.block_scale), grown(self.scale)
         self._changes += 1
 
-    @torch.no_grad()
     def write(self, slot: int, parts: Parts) -> None:
         """Put an adapter's factors and scales into a slot."""
         for factor in self.parameters:
             if factor.grad is not None:  # of the adapter that has left
                 factor.grad[slot] = 0
         own = [part for part in parts if part]
-        for (A, B), (part, run) in zip(self._of(slot), self._pieces, strict=True):
-            A.copy_(run.of_A(own[part].A))
-            B.copy_(run.of_B(own[part].B))
-        self.block_scale[slot] = torch.cat([part.block_scale for part in own])
-        self.scale[slot] = torch.cat([part.block_scale * part.scaling for part in own])
+        for (A, B), (place, run) in zip(self._of(slot), self._pieces, strict=True):
+            A.copy_(run.of_A(own[place].A))
+            B.copy_(run.of_B(own[place].B))
+        block = 0
+        for part in own:
+            blocks = slice(block, block := block + len(part.ranks))
+            self.block_scale[slot, blocks] = part.block_scale
+            self.scale[slot, blocks] = part.block_scale * part.scaling
         self._changes += 1
 
     def read(self, slot: int) -> tuple[Tensor, ...]:
@@ -117,7 +119,7 @@ class LayerStack:
         for _, run in self._pieces:
             if first == self.runs[place].count:
                 place, first = place + 1, 0
-            A, B = (part.data[slot, 0, :, first : first + run.count] for part in self.factors[place])
+            A, B = (part.data[slot, 0].narrow(1, first, run.count) for part in self.factors[place])
             yield A.transpose(0, 1), B.permute(1, 2, 0)
             first += run.count
 

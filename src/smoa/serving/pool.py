@@ -36,7 +36,7 @@ from smoa.layers.quantized import dequantized, find_backend
 from smoa.layers.weight_cache import tensor_state
 from smoa.maths.kernels.shared import diagonal_of
 from smoa.serving.groups import AdapterGroup, LayerStack, LoadedAdapter
-from smoa.serving.saved import SavedLayer, by_layer
+from smoa.serving.saved import SavedLayer, by_layer, checked_layers
 from smoa.serving.uses import Batch, Uses
 from smoa.tuner.generation import BASE, watch_generate
 
@@ -84,7 +84,7 @@ class AdapterPool:
         adapted = smoa_layers(base)
         if any(layer.merged for layer in adapted.values()):
             raise MergeError("AdapterPool: adapters are merged into the base; call unmerge_adapter first")
-        modules = _without_peft(base)
+        modules = set(_without_peft(base).values())
         if (kind := getattr(getattr(base, "config", None), "model_type", None)) in SEQUENCE_FIRST:
             raise UnsupportedModuleError(
                 f"AdapterPool: {kind} gives its layers tokens first, not rows; load its adapters with PEFT"
@@ -245,7 +245,7 @@ class AdapterPool:
             raise ConfigError(
                 f"AdapterPool.use: names is {names!r}; give a list that names an adapter or '__base__' for each sample"
             )
-        modules = _without_peft(self.base)
+        modules = set(_without_peft(self.base).values())
         for path, (layer, _) in list(self._hooked.items()):
             if layer not in modules:
                 raise UnsupportedModuleError(
@@ -382,9 +382,8 @@ class AdapterPool:
     def _layers_of(self, config: SmoaConfig, tensors: Mapping[str, Tensor], source: str) -> dict[str, SavedLayer]:
         """The checked tensors of each layer, by its path in the base."""
         found = by_layer(tensors, source, "a pool takes factors only, so load this adapter with PEFT")
-        _without_peft(self.base)
-        modules = dict(self.base.named_modules(remove_duplicate=False))
-        places, layers = Counter(modules.values()), {}
+        modules = _without_peft(self.base)
+        places, shapes = Counter(modules.values()), {}
         for path in sorted(found):
             layer = modules.get(path)
             if not isinstance(layer, nn.Linear | Conv1D):
@@ -399,8 +398,8 @@ class AdapterPool:
                     f"{source}: {path} stands at {places[layer]} places of this base, of which an adapter is for one; "
                     "load this adapter with PEFT"
                 )
-            layers[path] = SavedLayer.checked(path, Linear.shape_of(layer), config, found[path], source)
-        return layers
+            shapes[path] = Linear.shape_of(layer)
+        return checked_layers(found, shapes, config, source)
 
     def _new_group(self, layers: Mapping[str, SavedLayer], source: str) -> AdapterGroup:
         stacks = {}
@@ -452,15 +451,14 @@ class Hook:
         return Hook, (None, self.path)
 
 
-def _without_peft(base: nn.Module) -> set[nn.Module]:
-    """The modules of a base.
+def _without_peft(base: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a base, by each of their names.
 
     Raises:
         UnsupportedModuleError: PEFT has adapted it.
     """
-    modules = set()
-    for name, module in base.named_modules():
-        modules.add(module)
+    modules = dict(base.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
         if isinstance(module, BaseTunerLayer | PeftModel):
             raise UnsupportedModuleError(
                 f"AdapterPool: takes a base model without PEFT, which has adapted {name or 'it'}; call model.unload() "

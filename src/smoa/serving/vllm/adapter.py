@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME
 from smoa.config import SmoaConfig
 from smoa.errors import ConfigError, first_of
 from smoa.files.loading import read_adapter, saved_config
-from smoa.serving.saved import SavedLayer, by_layer
+from smoa.serving.saved import SavedLayer, by_layer, checked_layers
 
 REMEDY = "vLLM serves factors of linear layers only; merge it with `smoa merge` and serve the model"
 
@@ -59,4 +59,5 @@ def read_layers(folder: str, shape_of: Callable[[str], tuple[int, int] | str]) -
     if refused:
         raise ConfigError(f"{folder}: adapts {first_of(refused)}; {REMEDY}")
     sizes = {path: shape for path, shape in shapes.items() if not isinstance(shape, str)}
-    return {path: ServedFactors.checked(path, size, config, found[path], folder) for path, size in sizes.items()}
+    layers = checked_layers(found, sizes, config, folder)
+    return {path: ServedFactors(**vars(layer)) for path, layer in layers.items()}
