@@ -103,16 +103,8 @@ def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tup
 
 
 def check_layout(tensors: Mapping[str, Tensor], shapes: Sequence[tuple[int, ...]], num_blocks: int) -> None:
-    """Check what the tensors of one layer are.
-
-    Args:
-        tensors: By key, in the order of `PARTS`.
-        shapes: What fits the layer, in this order too.
-        num_blocks: K.
-
-    Raises:
-        AdapterFileError: a tensor has a wrong shape or dtype, or is no partition.
-    """
+    """Raise AdapterFileError if a tensor of a layer has a wrong shape or dtype, or is no partition. Tensors and shapes
+    are in the order of `PARTS`."""
     for part, shape, (key, tensor) in zip(PARTS, shapes, tensors.items(), strict=True):
         if tensor.shape != shape:
             raise AdapterFileError(f"{key}: shape {tuple(tensor.shape)} doesn't fit the layer, expected {shape}")
@@ -129,18 +121,8 @@ def check_layout(tensors: Mapping[str, Tensor], shapes: Sequence[tuple[int, ...]
 def check_values(
     name: str, tensors: Mapping[str, Tensor], ranks: Sequence[int], scaling: float, stored: torch.dtype
 ) -> None:
-    """Check the values of one layer's factors and scales.
-
-    Args:
-        name: The layer's.
-        tensors: By key, in the order of `PARTS`.
-        ranks: r_k of each block.
-        scaling: α/r.
-        stored: Dtype that the factors will have.
-
-    Raises:
-        AdapterFileError: a tensor is not finite, or ΔW would overflow.
-    """
+    """Raise AdapterFileError if a factor or scale of a layer is not finite, or its ΔW would overflow with factors that
+    are stored in this dtype."""
     largest = [
         _largest(key, tensor.to(torch.float32 if part == SCALE else stored))
         for part, (key, tensor) in zip(PARTS, tensors.items(), strict=True)

@@ -6,7 +6,7 @@ of W_q, W_k and W_v, each with columns of x. So it takes as few products as a pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -137,7 +137,10 @@ class LayerStack:
         keeps = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x))
         each = x.shape[1:-1].numel() * self._rank if keeps else None
         plan = rows.plan(self.members, each, x.device)
-        kept = self._kept(plan, rows) if keeps else None
+        kept, marked = self._kept(plan, rows) if keeps else None, self.factors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed(x):
+            (A, B), *others = self.factors
+            marked = [(Mark.apply(A, rows.number), B), *others]  # type: ignore[no-untyped-call]
         for part in plan.parts:
             own, gathered = x[part.rows], kept
             if kept is not None and part.places is not None:
@@ -145,7 +148,7 @@ class LayerStack:
             if part.forms and gathered is not None:
                 y = formed(self.blocks, self.runs, own.flatten(0, -2), gathered, diagonal())
             else:
-                factors = gathered or self._gatherer(part.slots, rows.number)
+                factors = gathered or partial(self._gathered, marked, part.slots)
                 groups = own.reshape(part.slots.shape[0], -1, own.shape[-1])
                 y = shared(self.blocks, self.runs, groups, factors, diagonal if self._rank else None)
             self._add(output, part.rows, y.view(*own.shape[:-1], y.shape[-1]))
@@ -167,13 +170,6 @@ class LayerStack:
         scales = scale.split([run.count for run in self.runs], dim=3)
         own = zip(factors, scales, strict=True)
         return [(A.index_select(0, slots), B.index_select(0, slots) * scale) for (A, B), scale in own]
-
-    def _gatherer(self, slots: Tensor, number: int) -> Callable[[], Gathered]:
-        """Gathers the factors of slots, differentiable, for a batch of this number."""
-        (A, B), *others = self.factors
-        if A.requires_grad and not torch.compiler.is_compiling() and not is_transformed(A):
-            A = Mark.apply(A, number)  # type: ignore[no-untyped-call]
-        return partial(self._gathered, [(A, B), *others], slots)
 
     def _add(self, output: Tensor, rows: Rows, y: Tensor) -> None:
         first = 0

@@ -57,6 +57,15 @@ class SavedLayer:
         """Equal for equal blocks."""
         return hash((self.row_labels.cpu().numpy().tobytes(), self.col_labels.cpu().numpy().tobytes()))
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is: vLLM's manager asks no more than this and `pin_memory` of what is in the place of `lora_a`."""
+        return self.A.device
+
+    def pin_memory(self) -> Self:
+        """Itself: it is copied once for each activation."""
+        return self
+
     def drawn(self, init: Initialization) -> Self:
         """The layer with new factors, as an adapted layer draws them."""
         A, B = torch.empty_like(self.A), torch.empty_like(self.B)

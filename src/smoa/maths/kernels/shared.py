@@ -32,6 +32,9 @@ def prefers_shared(ranks: Sequence[int], tokens: int) -> bool:
     return max(ranks) * tokens <= FEW_PRODUCTS
 
 
+Gathered = Sequence[tuple[Tensor, Tensor]]
+"""The factors of each group, for each run: A (groups, 1, rank, blocks, width), and B (groups, 1, rank, blocks, height)
+with the scale, in float32 or wider."""
 FEW_ROWS = 4
 """Up to so many are sorted sooner by PyTorch than by NumPy."""
 
@@ -61,21 +64,16 @@ class StackedFactors:
         scale = torch.stack([part.scale(torch.promote_types(part.B.dtype, torch.float32)) for part in factors])
         return cls(A, B, scale, factors[0].blocks, factors[0].runs())
 
-    def gathered(self, slots: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The factors A and B of each group, for each run: as `of_A` and `of_B`, to be multiplied often."""
-        return [(self.of_A(run, slots).contiguous(), self.of_B(run, slots).contiguous()) for run in self.runs]
-
-    def of_A(self, run: BlockRun, slots: Tensor) -> Tensor:
-        """The factors A of a run, each group's own: (groups, 1, rank, blocks, width)."""
-        chosen = self.A.narrow(1, run.first_rank, run.count * run.rank).narrow(2, 0, run.width).index_select(0, slots)
-        return chosen.view(len(slots), run.count, run.rank, run.width).transpose(1, 2)[:, None]
-
-    def of_B(self, run: BlockRun, slots: Tensor) -> Tensor:
-        """The factors B of a run with the scale, in float32 or wider: (groups, 1, rank, blocks, height)."""
-        ranks = run.first_rank, run.count * run.rank
-        chosen = self.B.narrow(2, *ranks).narrow(1, 0, run.height).index_select(0, slots)
-        scaled = chosen * self.scale.narrow(1, *ranks).index_select(0, slots)[:, None]
-        return scaled.view(len(slots), run.height, run.count, run.rank).permute(0, 3, 2, 1)[:, None]
+    def gathered(self, slots: Tensor) -> Gathered:
+        """The factors of each group, as `shared` takes them; differentiable."""
+        found = []
+        for run in self.runs:
+            ranks, size = slice(run.first_rank, run.first_rank + run.count * run.rank), (run.count, run.rank)
+            A = self.A[:, ranks, : run.width].index_select(0, slots).view(len(slots), *size, run.width)
+            B = self.B[:, : run.height, ranks].index_select(0, slots)
+            B = (B * self.scale[:, ranks].index_select(0, slots)[:, None]).view(len(slots), run.height, *size)
+            found.append((A.transpose(1, 2)[:, None].contiguous(), B.permute(0, 3, 2, 1)[:, None].contiguous()))
+        return found
 
 
 Diagonal = Callable[[], Sequence[Tensor]]
@@ -91,10 +89,6 @@ def diagonal_of(blocks: Blocks, runs: Sequence[BlockRun], anchor: Tensor) -> lis
     entries = [diagonal_blocks(blocks, run, anchor) for run in runs]
     dtype = product_dtype(anchor.dtype, anchor.device.type)
     return [part.to(dtype).contiguous() for part in entries] if anchor.dtype.itemsize == 2 else entries
-
-
-Gathered = Sequence[tuple[Tensor, Tensor]]
-"""The factors of each group, as `StackedFactors.gathered` gives them."""
 
 
 def shared(

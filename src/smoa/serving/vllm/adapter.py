@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from peft.utils import CONFIG_NAME
 
 from smoa.config import SmoaConfig
@@ -17,26 +15,12 @@ from smoa.serving.saved import SavedLayer, by_layer, checked_layers
 REMEDY = "vLLM serves factors of linear layers only; merge it with `smoa merge` and serve the model"
 
 
-@dataclass(frozen=True)
-class ServedFactors(SavedLayer):
-    """One layer's factors, in the place of the tensor `lora_a`, of which vLLM's manager asks no more than this."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the factors are until a slot takes them."""
-        return self.A.device
-
-    def pin_memory(self) -> ServedFactors:
-        """Themselves: they are copied once for each activation."""
-        return self
-
-
 def is_smoa(folder: str | Path) -> bool:
     """Whether the folder's config is a SMoA adapter's; of a folder without a readable one vLLM says what is wrong."""
     return saved_config(Path(folder, CONFIG_NAME)).get("peft_type") == "SMOA"
 
 
-def read_layers(folder: str, shape_of: Callable[[str], tuple[int, int] | str]) -> dict[str, ServedFactors]:
+def read_layers(folder: str, shape_of: Callable[[str], tuple[int, int] | str]) -> dict[str, SavedLayer]:
     """The checked factors of each layer, by its name in the adapter.
 
     Args:
@@ -59,5 +43,4 @@ def read_layers(folder: str, shape_of: Callable[[str], tuple[int, int] | str]) -
     if refused:
         raise ConfigError(f"{folder}: adapts {first_of(refused)}; {REMEDY}")
     sizes = {path: shape for path, shape in shapes.items() if not isinstance(shape, str)}
-    layers = checked_layers(found, sizes, config, folder)
-    return {path: ServedFactors(**vars(layer)) for path, layer in layers.items()}
+    return checked_layers(found, sizes, config, folder)

@@ -15,7 +15,8 @@ from torch import Tensor
 from smoa.errors import ConfigError
 from smoa.files.names import PREFIX
 from smoa.serving.rows import RowsBySlot
-from smoa.serving.vllm.adapter import ServedFactors, is_smoa, read_layers
+from smoa.serving.saved import SavedLayer
+from smoa.serving.vllm.adapter import is_smoa, read_layers
 from smoa.serving.vllm.slots import Slots
 
 TRIED = ("0.27.0", "0.32.0")
@@ -150,7 +151,7 @@ def _with_smoa(of_vllm: Any) -> type:
         def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
             self.reset_lora(index)
             parts = lora_a if isinstance(lora_a, list) else [lora_a]
-            if not any(isinstance(part, ServedFactors) for part in parts):
+            if not any(isinstance(part, SavedLayer) for part in parts):
                 super().set_lora(index, lora_a, lora_b)
                 self.smoa.lora.add(index)
                 return
