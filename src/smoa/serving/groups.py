@@ -96,11 +96,8 @@ class LayerStack:
         for (A, B), (place, run) in zip(self._of(slot), self._pieces, strict=True):
             A.copy_(run.of_A(own[place].A))
             B.copy_(run.of_B(own[place].B))
-        block = 0
-        for part in own:
-            blocks = slice(block, block := block + len(part.ranks))
-            self.block_scale[slot, blocks] = part.block_scale
-            self.scale[slot, blocks] = part.block_scale * part.scaling
+        torch.cat([part.block_scale for part in own], out=self.block_scale[slot])
+        torch.cat([part.block_scale * part.scaling for part in own], out=self.scale[slot])
         self._changes += 1
 
     def read(self, slot: int) -> tuple[Tensor, ...]:
