@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -283,3 +285,43 @@ def test_a_vllm_that_lacks_a_name_stays_as_it_is(
     assert all(version in caplog.messages[0] for version in names.TRIED)
     worker_manager = sys.modules["vllm.lora.worker_manager"]
     assert all(getattr(worker_manager, name) is value for name, value in before.items())
+
+
+# Finding adapters by their names.
+
+
+def test_a_folder_of_the_adapters_name_is_found_and_no_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    for name, own in (("anna", "anna"), ("ben", "ben"), ("lora", "lora"), ("anna", "inner/anna")):
+        shutil.copytree(folder / name, place / own)
+        config = PeftConfig.from_pretrained(place / own)
+        config.base_model_name_or_path = "its/base"
+        config.save_pretrained(place / own)
+    stubs = fake_vllm.stubs()
+    resolver = import_with_stubs(monkeypatch, "smoa.serving.vllm.resolver", stubs)
+    registered = stubs["vllm.lora.resolver"]["LoRAResolverRegistry"].resolvers
+    resolver.register_resolver()
+    assert not registered, "the environment names no folder"
+    monkeypatch.setenv(resolver.PLACE, str(place))
+    for _ in range(2):
+        resolver.register_resolver()
+    (found,) = registered.values()
+
+    def resolved(name: str, base: str) -> Any:
+        return asyncio.run(found.resolve_lora(base, name))
+
+    anna, ben = resolved("anna", "its/base"), resolved("ben", "its/base")
+    assert (anna.lora_name, anna.lora_path) == ("anna", str(place / "anna"))
+    assert 0 < anna.lora_int_id != ben.lora_int_id > 0
+    assert resolved("anna", "its/base").lora_int_id == anna.lora_int_id
+    for name in ("lora", "nobody", "inner/anna", "../place/anna", str(place / "anna"), "", "."):
+        assert resolved(name, "its/base") is None
+    assert resolved("anna", "another/base") is None
+
+
+def test_a_vllm_without_resolvers_gets_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", str(tmp_path))
+    stubs = {name: stub for name, stub in fake_vllm.stubs().items() if name != "vllm.lora.resolver"}
+    import_with_stubs(monkeypatch, "smoa.serving.vllm.resolver", stubs).register_resolver()
