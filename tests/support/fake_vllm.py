@@ -130,6 +130,27 @@ def parse_fine_tuned_lora_name(name: str, weights_mapper: Any = None) -> tuple[s
     return (path if weights_mapper is None else weights_mapper(path)), True
 
 
+class LoRARequest:
+    def __init__(self, lora_name: str, lora_int_id: int, lora_path: str) -> None:
+        self.lora_name, self.lora_int_id, self.lora_path = lora_name, lora_int_id, lora_path
+
+
+class LoRAResolver:
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+        raise NotImplementedError
+
+
+class Registry:
+    def __init__(self) -> None:
+        self.resolvers: dict[str, LoRAResolver] = {}
+
+    def register_resolver(self, resolver_name: str, resolver: LoRAResolver) -> None:
+        self.resolvers[resolver_name] = resolver
+
+    def get_supported_resolvers(self) -> set[str]:
+        return set(self.resolvers)
+
+
 def get_adapter_absolute_path(lora_path: str) -> str:
     return lora_path
 
@@ -155,6 +176,8 @@ def stubs() -> dict[str, dict[str, Any]]:
         "vllm.lora.lora_model": {"LoRAModel": LoRAModel},
         "vllm.lora.lora_weights": {"LoRALayerWeights": LoRALayerWeights},
         "vllm.lora.punica_wrapper.punica_base": {"PunicaWrapperBase": PunicaWrapperBase},
+        "vllm.lora.request": {"LoRARequest": LoRARequest},
+        "vllm.lora.resolver": {"LoRAResolver": LoRAResolver, "LoRAResolverRegistry": Registry()},
         "vllm.lora.utils": {
             "get_adapter_absolute_path": get_adapter_absolute_path,
             "parse_fine_tuned_lora_name": parse_fine_tuned_lora_name,

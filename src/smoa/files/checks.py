@@ -62,7 +62,8 @@ def check_adapter_state(
             tensors = {key: whole(state_dict[key]) for key in keys_of[name]}
             ranks, scaling = layer.adapters[adapter_name].ranks, layer.scaling[adapter_name]
             stored = next(layer.smoa_A[adapter_name].parameters()).dtype
-            check_parts(name, tensors, layer.saved_shapes(ranks), ranks, scaling, stored)
+            check_layout(tensors, layer.saved_shapes(ranks), len(ranks))
+            check_values(name, tensors, ranks, scaling, stored)
     except AdapterFileError as error:
         file = incoming()
         if file is None:
@@ -101,41 +102,32 @@ def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tup
     return sorted(biases - given), sorted(given - known)
 
 
-def check_parts(
-    name: str,
-    tensors: Mapping[str, Tensor],
-    shapes: Sequence[tuple[int, ...]],
-    ranks: Sequence[int],
-    scaling: float,
-    stored: torch.dtype,
-) -> None:
-    """Check the tensors of one layer.
-
-    Args:
-        name: The layer's.
-        tensors: By key, in the order of `PARTS`.
-        shapes: What fits the layer, in this order too.
-        ranks: r_k of each block.
-        scaling: α/r.
-        stored: Dtype that the factors will have.
-
-    Raises:
-        AdapterFileError: a tensor has a wrong shape or dtype, is not finite or no partition, or ΔW would overflow.
-    """
-    largest = []
+def check_layout(tensors: Mapping[str, Tensor], shapes: Sequence[tuple[int, ...]], num_blocks: int) -> None:
+    """Raise AdapterFileError if a tensor of a layer has a wrong shape or dtype, or is no partition. Tensors and shapes
+    are in the order of `PARTS`."""
     for part, shape, (key, tensor) in zip(PARTS, shapes, tensors.items(), strict=True):
         if tensor.shape != shape:
             raise AdapterFileError(f"{key}: shape {tuple(tensor.shape)} doesn't fit the layer, expected {shape}")
         if part in LABELS:
             try:
                 for labels in [tensor] if tensor.ndim == 1 else tensor.flatten(0, -2):  # of each matrix of a stack
-                    check_labels(labels, len(ranks), key)
+                    check_labels(labels, num_blocks, key)
             except PartitionError as error:
                 raise AdapterFileError(f"{error}; the adapter was made for another layer or num_blocks") from None
-            continue
-        if tensor.dtype not in FACTOR_DTYPES:
+        elif tensor.dtype not in FACTOR_DTYPES:
             raise AdapterFileError(f"{key}: {tensor.dtype} found, floating point expected")
-        largest.append(_largest(key, tensor.to(torch.float32 if part == SCALE else stored)))
+
+
+def check_values(
+    name: str, tensors: Mapping[str, Tensor], ranks: Sequence[int], scaling: float, stored: torch.dtype
+) -> None:
+    """Raise AdapterFileError if a factor or scale of a layer is not finite, or its ΔW would overflow with factors that
+    are stored in this dtype."""
+    largest = [
+        _largest(key, tensor.to(torch.float32 if part == SCALE else stored))
+        for part, (key, tensor) in zip(PARTS, tensors.items(), strict=True)
+        if part not in LABELS
+    ]
     # Finite values may make ΔW infinite, as a flipped bit of an exponent does.
     size = math.prod([*largest, abs(scaling), max(ranks)])
     dtype = torch.promote_types(stored, torch.float32)

@@ -61,10 +61,13 @@ class AdapterFile:
         if not path.is_file():
             raise AdapterFileError(f"{path}: is not a regular file; save the adapter again")
         try:
-            with safe_open(path, "pt") as file:
-                keys = [key for key in list(file.keys()) if key.endswith(".smoa_A.weight")]
-                shapes = [file.get_slice(key).get_shape() for key in keys]
             tensors = read_tensors(path.read_bytes()) if read else None
+            if tensors is not None:
+                shapes = [list(tensors[key].shape) for key in tensors if key.endswith(".smoa_A.weight")]
+            else:
+                with safe_open(path, "pt") as file:
+                    keys = [key for key in list(file.keys()) if key.endswith(".smoa_A.weight")]
+                    shapes = [file.get_slice(key).get_shape() for key in keys]
         except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch can't map the file
             raise AdapterFileError(
                 f"{path}: is not a whole safetensors file ({error}); save or fetch it again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 
 import torch
@@ -123,16 +124,14 @@ class MixedBatch:
 
 @dataclass(frozen=True)
 class KeptFactors:
-    """Stacked factors, and those of each row of a batch."""
+    """The factors of each row of a batch."""
 
-    stack: StackedFactors
     gathered: Gathered
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        tensors = self.stack.A, self.stack.B, *(part for pair in self.gathered for part in pair)
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(part.nbytes for pair in self.gathered for part in pair)
 
 
 class MixedGroup:
@@ -158,23 +157,22 @@ class MixedGroup:
 
     def product(self, x: Tensor) -> Tensor:
         """`x ΔWᵀ` for x (rows, …, in_features) as a branch is given it."""
-        stack, gathered = self.stack()
         diagonal = None if self.modulation == "none" else self.diagonal
-        y = shared(stack, x.reshape(len(self.slots), -1, x.shape[-1]), self.slots, diagonal, gathered)
+        y = shared(self.blocks, self.runs, x.reshape(len(self.slots), -1, x.shape[-1]), self.factors(), diagonal)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def stack(self) -> tuple[StackedFactors, Gathered | None]:
-        """The stacked factors and, without gradients, those of each row.
+    def factors(self) -> Gathered | Callable[[], Gathered]:
+        """The factors of each row, or what gathers them.
 
         They are kept while a cache is open and no change is seen, unless they would take more memory than the adapters.
         Else they are made in each call: averages of weights and some optimizers write past the version counters.
         """
         cache = None if len(self.slots) > len(self.names) else open_cache(self.layer, self.names, self.slots)
         if cache is not None:
-            kept = cache.get((STACKED, *self.names), self, self._gathered)
+            kept = cache.get((STACKED, *self.names), self, lambda: KeptFactors(self._stack().gathered(self.slots)))
             if kept is not None:
-                return kept.stack, kept.gathered
-        return self._stack(), None
+                return kept.gathered
+        return partial(self._stack().gathered, self.slots)
 
     def _stack(self) -> StackedFactors:
         layer = self.layer
@@ -184,10 +182,6 @@ class MixedGroup:
             parts = layer.smoa_A, layer.smoa_B
             A, B = (torch.stack([linear_weight(part[name]) for name in self.names]) for part in parts)
         return StackedFactors(A, B, self._stacked_scale(B.dtype), self.blocks, self.runs)
-
-    def _gathered(self) -> KeptFactors:
-        stack = self._stack()
-        return KeptFactors(stack, stack.gathered(self.slots))
 
     def _stacked_scale(self, dtype: torch.dtype) -> Tensor:
         """s_k of each adapter for factors of this dtype, as at the last call, unless α/r has changed."""

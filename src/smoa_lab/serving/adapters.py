@@ -18,8 +18,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from smoa import AdapterPool
 from smoa.errors import ConfigError, DataError, nearest
+from smoa.serving.pool import NoSlotError
 from smoa.tuner.generation import BASE
-from smoa.tuner.shelves import NoSlotError
 from smoa_lab.data.chat_templates import chat_template, stop_at_turns_end
 from smoa_lab.serving.requests import refusal
 from smoa_lab.training.run_folder import RunFolder

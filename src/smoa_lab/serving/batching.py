@@ -26,31 +26,31 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from smoa import AdapterPool
 from smoa.errors import ConfigError
+from smoa.serving.groups import LoadedAdapter, new_number
+from smoa.serving.uses import Batch, Diagonals
 from smoa.tuner.generation import BASE
-from smoa.tuner.shelves import Batch, Diagonals, Member, new_number
 
 
 class Step(Batch):
     """The adapter of each token of a step, in which tokens of all requests are packed. ``last`` has each request's
     token that gets logits: a layer may be given these alone."""
 
-    def __init__(self, members: Sequence[Member | None], last: Sequence[int], diagonals: Diagonals) -> None:
-        super().__init__(members, diagonals)
+    def __init__(self, adapters: Sequence[LoadedAdapter | None], last: Sequence[int], diagonals: Diagonals) -> None:
+        super().__init__(adapters, diagonals)
         self.last = last
-        self.keeps = len(last) == len(members)  # each request has one token, and the next step is likely to be alike
 
-    def rows(self, x: Tensor) -> Tensor:
+    def by_row(self, x: Tensor) -> Tensor:
         """The tokens."""
         return x.flatten(0, -2)
 
-    def members_of(self, count: int, path: str) -> Sequence[Member | None]:
+    def adapters_of(self, count: int, path: str) -> Sequence[LoadedAdapter | None]:
         """The adapter of each token, or of each one that has logits."""
-        if count == len(self.members):
-            return self.members
+        if count == len(self.adapters):
+            return self.adapters
         if count == len(self.last):
-            return [self.members[token] for token in self.last]
+            return [self.adapters[token] for token in self.last]
         raise ConfigError(
-            f"AdapterPool: {path} is given {count} tokens of a step of {len(self.members)}; its model can't be served "
+            f"AdapterPool: {path} is given {count} tokens of a step of {len(self.adapters)}; its model can't be served "
             "by continuous batching"
         )
 
@@ -61,7 +61,7 @@ class Lease:
     transformers has the request, or had it. ``number``: no other lease or adapter has it."""
 
     name: str
-    member: Member | None
+    adapter: LoadedAdapter | None
     chooses: Chooser | None = None
     queued: bool = False
     number: int = field(default_factory=new_number)
@@ -232,7 +232,7 @@ class PoolManager(ContinuousBatchingManager):
         """The tokens, the first of them changed by the adapter: transformers knows cached blocks by their tokens and
         all those before. Factors that are trained change between requests, so these share nothing."""
         lease = self.lease(request_id)
-        salt = 0 if lease.member is None else lease.number if lease.member.shelf.fixed else lease.member.number
+        salt = 0 if lease.adapter is None else lease.number if lease.adapter.group.fixed else lease.adapter.number
         return [token ^ (salt >> 11 * place & 0x7FF) << 20 for place, token in enumerate(tokens[:4])] + tokens[4:]
 
     def _create_batch_processor(self) -> Any:
@@ -271,11 +271,11 @@ class PoolManager(ContinuousBatchingManager):
 
     def _generation_step(self) -> None:
         requests = self._processor.inputs_and_outputs.requests_in_batch
-        members = [self.lease(future.state.request_id).member for future in requests]
+        adapters = [self.lease(future.state.request_id).adapter for future in requests]
         lengths = [future.query_length for future in requests]
-        key = [id(member) for member in members], lengths
+        key = [id(adapter) for adapter in adapters], lengths
         if self._step is None or self._step[0] != key:
-            tokens = [member for member, length in zip(members, lengths, strict=True) for _ in range(length)]
+            tokens = [adapter for adapter, length in zip(adapters, lengths, strict=True) for _ in range(length)]
             ends = torch.tensor(lengths).cumsum(0).sub_(1).tolist()
             last = [end for end, future in zip(ends, requests, strict=True) if future.has_new_token]
             last += [0] * (len(requests) - len(last))  # as transformers pads them

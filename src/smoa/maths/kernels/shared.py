@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from smoa.maths.blocks import Blocks
+from smoa.maths.blocks import Blocks, reordered, take_columns
 from smoa.maths.factors import BlockRun, Factors
 from smoa.maths.kernels.autograd import is_transformed, without_autocast
 from smoa.maths.kernels.branch import diagonal_blocks, multiply, product_dtype
@@ -30,6 +30,13 @@ FEW_PRODUCTS = 128
 def prefers_shared(ranks: Sequence[int], tokens: int) -> bool:
     """Whether an adapter's tokens are multiplied by the blocks of W, once for each rank, instead of by those of ΔW."""
     return max(ranks) * tokens <= FEW_PRODUCTS
+
+
+Gathered = Sequence[tuple[Tensor, Tensor]]
+"""The factors of each group, for each run: A (groups, 1, rank, blocks, width), and B (groups, 1, rank, blocks, height)
+with the scale, in float32 or wider."""
+FEW_ROWS = 4
+"""Up to so many are sorted sooner by PyTorch than by NumPy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,21 +64,16 @@ class StackedFactors:
         scale = torch.stack([part.scale(torch.promote_types(part.B.dtype, torch.float32)) for part in factors])
         return cls(A, B, scale, factors[0].blocks, factors[0].runs())
 
-    def gathered(self, slots: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The factors A and B of each group, for each run: as `of_A` and `of_B`, to be multiplied often."""
-        return [(self.of_A(run, slots).contiguous(), self.of_B(run, slots).contiguous()) for run in self.runs]
-
-    def of_A(self, run: BlockRun, slots: Tensor) -> Tensor:
-        """The factors A of a run, each group's own: (groups, 1, rank, blocks, width)."""
-        chosen = self.A.narrow(1, run.first_rank, run.count * run.rank).narrow(2, 0, run.width).index_select(0, slots)
-        return chosen.view(len(slots), run.count, run.rank, run.width).transpose(1, 2)[:, None]
-
-    def of_B(self, run: BlockRun, slots: Tensor) -> Tensor:
-        """The factors B of a run with the scale, in float32 or wider: (groups, 1, rank, blocks, height)."""
-        ranks = run.first_rank, run.count * run.rank
-        chosen = self.B.narrow(2, *ranks).narrow(1, 0, run.height).index_select(0, slots)
-        scaled = chosen * self.scale.narrow(1, *ranks).index_select(0, slots)[:, None]
-        return scaled.view(len(slots), run.height, run.count, run.rank).permute(0, 3, 2, 1)[:, None]
+    def gathered(self, slots: Tensor) -> Gathered:
+        """The factors of each group, as `shared` takes them; differentiable."""
+        found = []
+        for run in self.runs:
+            ranks, size = slice(run.first_rank, run.first_rank + run.count * run.rank), (run.count, run.rank)
+            A = self.A[:, ranks, : run.width].index_select(0, slots).view(len(slots), *size, run.width)
+            B = self.B[:, : run.height, ranks].index_select(0, slots)
+            B = (B * self.scale[:, ranks].index_select(0, slots)[:, None]).view(len(slots), run.height, *size)
+            found.append((A.transpose(1, 2)[:, None].contiguous(), B.permute(0, 3, 2, 1)[:, None].contiguous()))
+        return found
 
 
 Diagonal = Callable[[], Sequence[Tensor]]
@@ -80,72 +82,100 @@ of M's size is kept."""
 
 
 def diagonal_of(blocks: Blocks, runs: Sequence[BlockRun], anchor: Tensor) -> list[Tensor]:
-    """The diagonal blocks of M for each run: views where blocks are contiguous, but copies in 16 bits on a CPU, which
-    multiplies slices of them in three times the time."""
+    """The diagonal blocks of M for each run: views where blocks are contiguous, but in 16 bits copies, in the dtype of
+    the products: slices take a CPU three times the time."""
     if torch.compiler.is_compiling() or is_transformed(anchor):
         return [run.of_matrix(anchor, blocks) for run in runs]
     entries = [diagonal_blocks(blocks, run, anchor) for run in runs]
-    return [part.contiguous() for part in entries] if anchor.dtype.itemsize == 2 else entries
-
-
-Gathered = Sequence[tuple[Tensor, Tensor]]
-"""The factors of each group, as `StackedFactors.gathered` gives them."""
+    dtype = product_dtype(anchor.dtype, anchor.device.type)
+    return [part.to(dtype).contiguous() for part in entries] if anchor.dtype.itemsize == 2 else entries
 
 
 def shared(
-    stack: StackedFactors, x: Tensor, slots: Tensor, diagonal: Diagonal | None, gathered: Gathered | None = None
+    blocks: Blocks,
+    runs: Sequence[BlockRun],
+    x: Tensor,
+    factors: Gathered | Callable[[], Gathered],
+    diagonal: Diagonal | None,
 ) -> Tensor:
     """`x ΔWᵀ` with each group's own ΔW: (groups, tokens, out_features) in the dtype of x.
 
-    Differentiable in x, A and B, not in M.
+    Differentiable in x and the factors, not in M.
 
     Args:
-        stack: The factors.
+        blocks: The coordinates of the blocks.
+        runs: The runs of blocks of one shape.
         x: (groups, tokens, in_features).
-        slots: Which adapter of the stack each group has, (groups,) int64.
+        factors: Those of each group, for calls without gradients and transforms, or what gathers them: called again in
+            the backward.
         diagonal: The blocks of M; None without modulation.
-        gathered: The stack's factors of these slots, if they are at hand and need no gradients.
     """
-    if diagonal is None:
-        return _unmodulated(stack, x, gathered or stack.gathered(slots))
-    if not torch.is_grad_enabled() or is_transformed(x):
-        return _products(stack, x, gathered or stack.gathered(slots), diagonal())
+    if not callable(factors):
+        return _products(blocks, runs, x, factors, diagonal and diagonal(), _copied)
+    if diagonal is None or not torch.is_grad_enabled() or is_transformed(x):
+        return _products(blocks, runs, x, factors(), diagonal and diagonal(), reordered)
     y: Tensor = checkpoint(
-        lambda A, B, x: _products(stack, x, replace(stack, A=A, B=B).gathered(slots), diagonal()),
-        *(stack.A, stack.B, x),
+        lambda x: _products(blocks, runs, x, factors(), diagonal(), reordered),
+        x,
         use_reentrant=False,
         preserve_rng_state=False,
     )
     return y
 
 
-def formed(stack: StackedFactors, x: Tensor, gathered: Gathered, diagonal: Sequence[Tensor]) -> Tensor:
-    """`x ΔWᵀ` of one adapter of the stack, whose ΔW is formed: (tokens, out_features) in the dtype of x.
+def formed(
+    blocks: Blocks, runs: Sequence[BlockRun], x: Tensor, factors: Gathered, diagonal: Sequence[Tensor]
+) -> Tensor:
+    """`x ΔWᵀ` of one group, whose ΔW is formed: (tokens, out_features) in the dtype of x.
 
     Cheaper than `shared` for many tokens; not differentiable.
 
     Args:
-        stack: The factors.
+        blocks: The coordinates of the blocks.
+        runs: The runs of blocks of one shape.
         x: (tokens, in_features).
-        gathered: The stack's factors of the adapter's slot.
+        factors: The group's.
         diagonal: The blocks of M, (blocks, height, width) for each run.
     """
     dtype, deltas = product_dtype(x.dtype, x.device.type), []
     with without_autocast(x.device.type):
-        for run, factors, entries in zip(stack.runs, gathered, diagonal, strict=True):
-            A, B = (part[0, 0].transpose(0, 1) for part in factors)
+        for run, own, entries in zip(runs, factors, diagonal, strict=True):
+            A, B = (part[0, 0].transpose(0, 1) for part in own)
             deltas.append((run, torch.bmm(B.mT, A.to(B.dtype)).mul_(entries).to(dtype)))
-        return multiply(stack.blocks, x, deltas)
+        if blocks.is_contiguous:
+            return multiply(blocks, x, deltas)
+        y = multiply(replace(blocks, is_contiguous=True), _copied(x, blocks.orders.cols), deltas)
+        return _copied(y, blocks.orders.rows_inverse)
 
 
-def _products(stack: StackedFactors, x: Tensor, gathered: Gathered, diagonal: Sequence[Tensor]) -> Tensor:
-    dtype, sorted_x, outputs = product_dtype(x.dtype, x.device.type), stack.blocks.sort_inputs(x), []
-    with without_autocast(x.device.type):  # every dtype is chosen here
-        for run, (A, B), entries in zip(stack.runs, gathered, diagonal, strict=True):
-            z = _multiplied(A * _inputs(run, sorted_x), entries.mT, dtype)
-            outputs.append(_summed(B * z).flatten(2))
-    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    return stack.blocks.unsort_outputs(y.to(x.dtype))
+def _products(
+    blocks: Blocks,
+    runs: Sequence[BlockRun],
+    x: Tensor,
+    factors: Gathered,
+    diagonal: Sequence[Tensor] | None,
+    ordered: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    sorted_x, outputs = x if blocks.is_contiguous else ordered(x, blocks.orders.cols), []
+    if diagonal is None:
+        outputs = [_unmodulated(run, sorted_x, own) for run, own in zip(runs, factors, strict=True)]
+    else:
+        dtype = product_dtype(x.dtype, x.device.type)
+        with without_autocast(x.device.type):  # every dtype is chosen here
+            for run, (A, B), entries in zip(runs, factors, diagonal, strict=True):
+                z = _multiplied(A * _inputs(run, sorted_x), entries.mT, dtype)
+                outputs.append(_summed(B * z).flatten(2))
+    y = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)).to(x.dtype)
+    return y if blocks.is_contiguous else ordered(y, blocks.orders.rows_inverse)
+
+
+def _copied(x: Tensor, order: Tensor) -> Tensor:
+    """`reordered`, sooner and not differentiable."""
+    flat = x.reshape(-1, x.shape[-1])
+    shape = flat.shape[0], order.shape[0]
+    few = shape[0] <= FEW_ROWS
+    y = flat.index_select(1, order) if few else take_columns(flat, order, flat.new_empty(shape))
+    return y.view(*x.shape[:-1], shape[1])
 
 
 def _multiplied(values: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
@@ -171,10 +201,7 @@ def _columns(x: Tensor, first: int, blocks: int, size: int) -> Tensor:
     return own.view(groups, tokens, 1, blocks, size)
 
 
-def _unmodulated(stack: StackedFactors, x: Tensor, gathered: Gathered) -> Tensor:
-    sorted_x, outputs = stack.blocks.sort_inputs(x), []
-    for run, factors in zip(stack.runs, gathered, strict=True):
-        inputs = _inputs(run, sorted_x).transpose(1, 3).squeeze(2)  # (groups, blocks, tokens, width)
-        A, B = (part.squeeze(1).transpose(1, 2).to(x.dtype) for part in factors)
-        outputs.append((inputs @ A.mT @ B).transpose(1, 2).flatten(2))
-    return stack.blocks.unsort_outputs(torch.cat(outputs, dim=-1))
+def _unmodulated(run: BlockRun, x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
+    inputs = _inputs(run, x).transpose(1, 3).squeeze(2)  # (groups, blocks, tokens, width)
+    A, B = (part.squeeze(1).transpose(1, 2).to(x.dtype) for part in factors)
+    return (inputs @ A.mT @ B).transpose(1, 2).flatten(2)

@@ -20,7 +20,6 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -108,7 +107,8 @@ def test_a_saved_adapter_is_opened_once_and_loaded_without_a_decomposition(
     load: Callable[[Path], nn.Module], saved: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Any] = []
-    monkeypatch.setattr(loading, "safe_open", lambda *given: opened.append(given) or safe_open(*given))
+    open_file = loading.AdapterFile.opened
+    monkeypatch.setattr(loading.AdapterFile, "opened", lambda *given: opened.append(given) or open_file(*given))
     smoa.clear_spectrum_cache()
     with NoDecomposition():
         found = updates(load(tmp_path))

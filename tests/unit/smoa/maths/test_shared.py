@@ -32,7 +32,8 @@ def factors_of(cases: list[Problem]) -> list[Factors]:
 def of_shared(cases: list[Problem], x: Tensor, modulation: str, dtype: torch.dtype = torch.float64) -> Tensor:
     stack, weight = StackedFactors.of(factors_of(cases)), cases[0].weight.to(dtype)
     blocks = [run.of_matrix(weight, stack.blocks) for run in stack.runs]
-    return shared(stack, x, SLOTS, (lambda: blocks) if modulation == "hadamard" else None)
+    diagonal = (lambda: blocks) if modulation == "hadamard" else None
+    return shared(stack.blocks, stack.runs, x, lambda: stack.gathered(SLOTS), diagonal)
 
 
 def each_alone(cases: list[Problem], x: Tensor, modulation: str) -> Tensor:
@@ -70,9 +71,8 @@ def test_one_adapters_delta_can_be_formed_instead(
     cases = problems(out_features, in_features, ranks, kind)
     stack, x = StackedFactors.of(factors_of(cases)), torch.randn(5, in_features, dtype=torch.float64)
     blocks = [run.of_matrix(cases[0].weight, stack.blocks) for run in stack.runs]
-    assert_close(
-        formed(stack, x, stack.gathered(torch.tensor([2])), blocks), x @ cases[2].oracle("hadamard", SCALING * 3).T
-    )
+    found = formed(stack.blocks, stack.runs, x, stack.gathered(torch.tensor([2])), blocks)
+    assert_close(found, x @ cases[2].oracle("hadamard", SCALING * 3).T)
 
 
 def test_only_what_is_asked_for_gets_a_gradient() -> None:
@@ -134,7 +134,7 @@ def operations(cases: Sequence[Problem], slots: Tensor) -> int:
     blocks = [run.of_matrix(cases[0].weight, stack.blocks) for run in stack.runs]
     x = torch.randn(len(slots), 1, stack.blocks.in_features, dtype=torch.float64)
     with torch.no_grad(), torch.autograd.profiler.profile() as profile:
-        shared(stack, x, slots, lambda: blocks)
+        shared(stack.blocks, stack.runs, x, lambda: stack.gathered(slots), lambda: blocks)
     return len(profile.function_events)
 
 

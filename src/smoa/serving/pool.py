@@ -11,7 +11,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,19 +29,16 @@ from transformers.pytorch_utils import Conv1D
 from smoa.atomic import write_whole
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedModuleError, first_of, nearest
-from smoa.files.layers import Loaded, by_layer
 from smoa.files.loading import read_adapter
-from smoa.files.names import PREFIX
 from smoa.layers.layer import as_matrix, in_autocast_dtype, smoa_layers
 from smoa.layers.linear import Linear
 from smoa.layers.quantized import dequantized, find_backend
 from smoa.layers.weight_cache import tensor_state
-from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.kernels.shared import diagonal_of
-from smoa.maths.kernels.tokens import Rows, Tokens, products
+from smoa.serving.groups import AdapterGroup, LayerStack, LoadedAdapter
+from smoa.serving.saved import SavedLayer, by_layer, checked_layers
+from smoa.serving.uses import Batch, Uses
 from smoa.tuner.generation import BASE, watch_generate
-from smoa.tuner.shelves import Batch, Member, NoSlotError, Place, Shelf
-from smoa.tuner.uses import Mark, Uses
 
 SEQUENCE_FIRST = ("fsmt", "led", "longformer", "xlnet")
 """Types of models that give layers inputs whose first dimension is the tokens."""
@@ -87,7 +84,7 @@ class AdapterPool:
         adapted = smoa_layers(base)
         if any(layer.merged for layer in adapted.values()):
             raise MergeError("AdapterPool: adapters are merged into the base; call unmerge_adapter first")
-        modules = _without_peft(base)
+        modules = set(_without_peft(base).values())
         if (kind := getattr(getattr(base, "config", None), "model_type", None)) in SEQUENCE_FIRST:
             raise UnsupportedModuleError(
                 f"AdapterPool: {kind} gives its layers tokens first, not rows; load its adapters with PEFT"
@@ -106,11 +103,11 @@ class AdapterPool:
         watch_generate(base)
         self.base, self.slots, self.dtype = base, slots, dtype
         self.folder = None if folder is None else Path(folder)
-        self._members: OrderedDict[str, Member] = OrderedDict()
-        self._shelves: dict[Any, Shelf] = {}
+        self._adapters: OrderedDict[str, LoadedAdapter] = OrderedDict()
+        self._groups: dict[Any, AdapterGroup] = {}
         self._in_use: Counter[str] = Counter()
-        self._templates: dict[str, tuple[SmoaConfig, dict[str, Tensor]]] = {}
-        self._hooked: dict[str, Any] = {}
+        self._templates: dict[str, tuple[SmoaConfig, dict[str, SavedLayer]]] = {}
+        self._hooked: dict[str, tuple[nn.Module, Any]] = {}
         self._lock = threading.RLock()
         self._uses = Uses()
 
@@ -119,7 +116,7 @@ class AdapterPool:
     @property
     def names(self) -> list[str]:
         """The adapters that are loaded, the most recently used last."""
-        return list(self._members)
+        return list(self._adapters)
 
     def load(self, name: str, source: str | Path) -> None:
         """Read a saved adapter. It replaces one of the same name.
@@ -133,7 +130,8 @@ class AdapterPool:
         config = SmoaConfig.from_pretrained(str(source))
         if not isinstance(config, SmoaConfig):
             raise ConfigError(f"{source}: is not a SMoA adapter but {getattr(config, 'peft_type', 'none')}")
-        self._put(name, config, read_adapter(source), str(source))
+        layers = self._layers_of(config, read_adapter(source), str(source))
+        self._put(name, config, layers, str(source), is_new=False)
 
     def add(self, name: str, config: SmoaConfig) -> None:
         """Add a new adapter, as `get_peft_model(base, config)` makes one, but without dropout.
@@ -141,7 +139,7 @@ class AdapterPool:
         Raises:
             ConfigError: the name is taken, or the config trains more than factors.
         """
-        if name in self._members:
+        if name in self._adapters:
             raise ConfigError(f"AdapterPool.add: {name!r} is there already; unload it, or choose another name")
         if config.smoa_dropout:
             warnings.warn(
@@ -151,9 +149,11 @@ class AdapterPool:
         settings = json.dumps(config.to_dict(), default=sorted, sort_keys=True)
         if settings not in self._templates:
             own = copy.deepcopy(config)
-            self._templates[settings] = own, get_peft_model_state_dict(get_peft_model(self._twin(), own))
-        filled, tensors = self._templates[settings]
-        self._put(name, copy.deepcopy(filled), tensors, name, fresh=True)
+            tensors = get_peft_model_state_dict(get_peft_model(self._twin(), own))
+            self._templates[settings] = own, self._layers_of(own, tensors, name)
+        filled, layers = self._templates[settings]
+        drawn = {path: layer.drawn(config.init_weights) for path, layer in layers.items()}
+        self._put(name, copy.deepcopy(filled), drawn, name, is_new=True)
 
     def unload(self, name: str) -> None:
         """Forget an adapter and free its slot.
@@ -162,39 +162,42 @@ class AdapterPool:
             ConfigError: there is none of this name, or a batch uses it.
         """
         with self._lock:
-            if name not in self._members:
-                raise ConfigError(f"AdapterPool.unload: no adapter {name!r}{nearest(name, self._members)}")
+            if name not in self._adapters:
+                raise ConfigError(f"AdapterPool.unload: no adapter {name!r}{nearest(name, self._adapters)}")
             if self._in_use[name]:
                 raise ConfigError(f"AdapterPool.unload: {name!r} is in use; wait for the batch to end")
-            member = self._members.pop(name)
-            member.shelf.free.append(member.slot)
+            adapter = self._adapters.pop(name)
+            adapter.group.free.append(adapter.slot)
 
     def save(self, name: str, folder: str | Path) -> None:
         """Write an adapter as an ordinary PEFT folder."""
         with self._lock:  # another adapter may take the slot later
-            member = self._member(name)
-            saved, found = member.digest(), self._parts(member).items()  # in this order: a step may come between
-        tensors = {f"{PREFIX}{path}.{part}": tensor for path, parts in found for part, tensor in parts}
+            adapter = self._adapter(name)
+            saved, tensors = adapter.digest(), adapter.tensors()  # in this order: a step may come between
         write_whole(Path(folder, SAFETENSORS_WEIGHTS_NAME), save(tensors, {"format": "pt"}))
-        member.config.save_pretrained(str(folder))
-        member.saved = saved
+        adapter.config.save_pretrained(str(folder))
+        adapter.saved = saved
 
     def parameters(self) -> list[nn.Parameter]:
         """The stacked factors, to train all adapters at once. Add adapters before: the tensors then keep their size.
 
         An adapter that takes the slot of one that has left needs a new optimizer: the old one keeps that one's moments.
         """
-        for shelf in self._shelves.values():
-            shelf.fixed = True
-        return [part for shelf in self._shelves.values() for place in shelf.places.values() for part in place.factors]
+        with self._lock:
+            before = [each for each in self._adapters.values() if each.is_saved and not each.group.fixed]
+            for stack in self._stacks():
+                stack.fixed = True
+            for adapter in before:
+                adapter.saved = adapter.digest()
+            return [part for stack in self._stacks() for part in stack.parameters]
 
     @torch.no_grad()
     def clip_gradients(self, max_norm: float) -> dict[str, float]:
         """Clip the gradients of each adapter by itself to this norm. Return the norms before clipping, by name."""
         norms = {}
-        for name, member in self._members.items():
-            gradients = (part.grad for place in member.shelf.places.values() for part in place.factors)
-            own = [gradient[member.slot] for gradient in gradients if gradient is not None]
+        for name, adapter in self._adapters.items():
+            gradients = (part.grad for stack in adapter.group.stacks.values() for part in stack.parameters)
+            own = [gradient[adapter.slot] for gradient in gradients if gradient is not None]
             norms[name] = float(nn.utils.get_total_norm(own))
             for gradient in own:
                 gradient.mul_(min(1.0, max_norm / (norms[name] + 1e-6)))
@@ -209,15 +212,18 @@ class AdapterPool:
         with self._lock:
             if used := sorted(+self._in_use):
                 raise ConfigError(f"AdapterPool.close: {used[0]!r} is in use; wait for the batch to end")
-            for handle in self._hooked.values():
+            for _, handle in self._hooked.values():
                 handle.remove()
-            for known in (self._hooked, self._members, self._shelves, self._templates):
+            for known in (self._hooked, self._adapters, self._groups, self._templates):
                 known.clear()
             _POOLS.pop(self.base, None)
 
     def nbytes(self) -> int:
         """Bytes held for all adapters."""
-        return sum(place.nbytes() for shelf in self._shelves.values() for place in shelf.places.values())
+        return sum(stack.nbytes() for stack in self._stacks())
+
+    def _stacks(self) -> list[LayerStack]:
+        return [stack for group in self._groups.values() for stack in group.stacks.values()]
 
     # Computing.
 
@@ -239,16 +245,16 @@ class AdapterPool:
             raise ConfigError(
                 f"AdapterPool.use: names is {names!r}; give a list that names an adapter or '__base__' for each sample"
             )
-        modules = _without_peft(self.base)
-        for path, place in [each for shelf in tuple(self._shelves.values()) for each in shelf.places.items()]:
-            if place.layer not in modules:
+        modules = set(_without_peft(self.base).values())
+        for path, (layer, _) in list(self._hooked.items()):
+            if layer not in modules:
                 raise UnsupportedModuleError(
                     f"AdapterPool.use: {path} was replaced since its adapters were loaded; make a new pool"
                 )
         wanted = sorted(set(names) - {BASE})
         if self.slots is not None and len(wanted) > self.slots:
             raise ConfigError(f"AdapterPool.use: {len(wanted)} adapters are named for {self.slots} slots; raise slots")
-        held: dict[str, Member | None] = {}
+        held: dict[str, LoadedAdapter | None] = {}
         try:
             for name in wanted:
                 held[name] = self.hold(name)
@@ -258,7 +264,7 @@ class AdapterPool:
         finally:
             self.release(held)
 
-    def hold(self, name: str) -> Member | None:
+    def hold(self, name: str) -> LoadedAdapter | None:
         """The adapter of a name, None for the base. It stays in its slot until `release` was called as often.
 
         Raises:
@@ -268,9 +274,9 @@ class AdapterPool:
         if name == BASE:
             return None
         with self._lock:
-            member = self._member(name)
+            adapter = self._adapter(name)
             self._in_use[name] += 1  # before another is read, which may make one leave
-            return member
+            return adapter
 
     def release(self, names: Iterable[str]) -> None:
         """Let adapters go that `hold` keeps in their slots."""
@@ -283,54 +289,33 @@ class AdapterPool:
 
     def _forget_kept(self) -> None:
         """Drop the factors that batches keep, if an optimizer may have changed them: not all leave a trace."""
-        if any(shelf.fixed for shelf in self._shelves.values()):
+        if any(group.fixed for group in self._groups.values()):
             for batch in tuple(self._uses.open):
-                batch.gathered.clear()
+                batch.forget()
 
-    def added(self, path: str, x: Tensor, output: Tensor) -> Tensor:
+    def added(self, path: str, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """The output of a layer of the base for x, with what the adapters of the samples add."""
         batch = self._uses.of_call(path)
-        if batch is None or all(path not in shelf.places for shelf in batch.shelves):
+        stacks = [] if batch is None else [(each, each.stacks[path]) for each in batch.groups if path in each.stacks]
+        if batch is None or not stacks:
             return output
-        x, total = batch.rows(in_autocast_dtype(x)), batch.rows(output)
-        whole = slice(0, len(x))
-        for shelf in batch.shelves:
-            if (place := shelf.places.get(path)) is None:
-                continue
-            for rows, added in self._products(place, batch, x, batch.tokens(shelf, len(x), path)):
-                if rows == whole:
-                    total = total + added.to(output.dtype)
-                    continue
-                if total.data_ptr() == output.data_ptr():
-                    total = total.clone()  # others may hold the output
-                if isinstance(rows, slice):
-                    total[rows] += added.to(output.dtype)
-                else:
-                    total.index_add_(0, rows, added.to(output.dtype))
+        x, total = batch.by_row(in_autocast_dtype(x)), batch.by_row(output.clone())  # others may hold the output
+        if torch.is_grad_enabled():
+            self._forget_kept()
+        for group, stack in stacks:
+            diagonal = partial(self._diagonal, stack, layer, batch)
+            stack.add_to(total, x, batch.rows(group, len(x), path), diagonal)
         return total.view_as(output)
 
-    def _products(self, place: Place, batch: Batch, x: Tensor, tokens: Tokens) -> Iterator[tuple[Rows, Tensor]]:
-        members, anchors = frozenset(tokens.of_slot), place.modulation == "hadamard"
-        diagonal = partial(self._diagonal, place, batch) if anchors else None
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x):
-            self._forget_kept()
-            stack = place.stack
-            if stack.A.requires_grad and not torch.compiler.is_compiling() and not is_transformed(x):
-                stack = replace(stack, A=Mark.apply(stack.A, batch.number))  # type: ignore[no-untyped-call]
-            return products(stack, tokens.plan(members, None, x.device), x.__getitem__, diagonal, ())
-        each = x.numel() // (len(x) * x.shape[-1]) * max(place.ranks) if anchors else 0
-        plan = tokens.plan(members, each, x.device)
-        return products(place.stack, plan, x.__getitem__, diagonal, *batch.factors(place, plan))
-
-    def _diagonal(self, place: Place, batch: Batch) -> Sequence[Tensor]:
+    def _diagonal(self, stack: LayerStack, layer: nn.Module, batch: Batch) -> Sequence[Tensor]:
         """The diagonal blocks of M."""
         # what is made in inference mode can't be used in training
-        state = torch.is_inference_mode_enabled(), tensor_state(place.layer.weight)  # type: ignore[arg-type]
-        if (kept := batch.diagonals.get(place)) is not None and kept[0] == state:
+        state = torch.is_inference_mode_enabled(), tensor_state(layer.weight)  # type: ignore[arg-type]
+        if (kept := batch.diagonals.get(stack)) is not None and kept[0] == state:
             return kept[1]
-        found = diagonal_of(place.blocks, place.runs, self._weight(place.layer))
+        found = diagonal_of(stack.blocks, stack.runs, self._weight(layer))
         if not torch.is_grad_enabled():
-            batch.diagonals[place] = state, found
+            batch.diagonals[stack] = state, found
         return found
 
     def _weight(self, layer: nn.Module) -> Tensor:
@@ -342,67 +327,63 @@ class AdapterPool:
 
     # Loading.
 
-    def _member(self, name: str) -> Member:
+    def _adapter(self, name: str) -> LoadedAdapter:
         with self._lock:
-            if name not in self._members:
+            if name not in self._adapters:
                 folder, is_name = self.folder, Path(name).name == name and name not in ("", "..")
                 if folder is None or not is_name or not (folder / name).is_dir():
-                    known = {*self._members, *(path.name for path in (folder.iterdir() if folder else ()))}
+                    known = {*self._adapters, *(path.name for path in (folder.iterdir() if folder else ()))}
                     raise ConfigError(f"AdapterPool: no adapter {name!r}{nearest(name, known)}")
                 self.load(name, folder / name)
-            self._members.move_to_end(name)
-            return self._members[name]
+            self._adapters.move_to_end(name)
+            return self._adapters[name]
 
-    def _put(
-        self, name: str, config: SmoaConfig, tensors: Mapping[str, Tensor], source: str, fresh: bool = False
-    ) -> None:
-        """Check tensors and write them into a slot; nothing is changed by an error."""
+    def _put(self, name: str, config: SmoaConfig, layers: Mapping[str, SavedLayer], source: str, is_new: bool) -> None:
+        """Write checked layers into a slot; nothing is changed by an error."""
         if name == BASE or not name:
             raise ConfigError(f"AdapterPool: {name!r} can't name an adapter")
-        layers = self._layers_of(config, tensors, source)
         signature = tuple((path, each.ranks, each.modulation, each.digest) for path, each in layers.items())
         with self._lock, torch.inference_mode(False):  # what is made in inference mode can't be written to outside
             if self._in_use[name]:
                 raise ConfigError(f"AdapterPool.load: {name!r} is in use; wait for the batch to end")
-            shelf, leaving = self._shelves.get(signature), self._leaving_for(name)
-            trained = any(other.fixed for other in self._shelves.values()) if fresh and shelf is None else False
-            if trained or not (shelf is None or shelf.has_room(self._members[other] for other in leaving)):
+            group, leaving = self._groups.get(signature), self._leaving_for(name)
+            trained = any(other.fixed for other in self._groups.values()) if is_new and group is None else False
+            if trained or not (group is None or group.has_room(self._adapters[other] for other in leaving)):
                 raise ConfigError(
                     "AdapterPool: add all adapters before pool.parameters(), whose tensors keep their size"
                 )
-            if shelf is None:
-                shelf = self._shelves[signature] = self._new_shelf(layers, source)
+            if group is None:
+                group = self._groups[signature] = self._new_group(layers, source)
             for other in leaving:
                 self.unload(other)
-            slot = shelf.take(self.slots)
+            slot = group.take(self.slots)
             for path, each in layers.items():
-                shelf.places[path].write(slot, each, fresh, config)
-            self._members[name] = member = Member(config, shelf, slot)
-            member.saved = None if fresh else member.digest()
-            self._shelves = {key: each for key, each in self._shelves.items() if each.fixed or not each.is_empty}
+                group.stacks[path].write(slot, [each])
+            self._adapters[name] = adapter = LoadedAdapter(config, group, slot)
+            adapter.saved = None if is_new else adapter.digest()
+            self._groups = {key: each for key, each in self._groups.items() if each.fixed or not each.is_empty}
 
     def _leaving_for(self, name: str) -> list[str]:
         """The adapters that leave for a new one: that of its name, else the least recently used ones."""
-        if name in self._members:
+        if name in self._adapters:
             return [name]
-        surplus = 0 if self.slots is None else max(0, len(self._members) + 1 - self.slots)
-        idle = (other for other, member in self._members.items() if not self._in_use[other] and member.is_saved)
+        surplus = 0 if self.slots is None else max(0, len(self._adapters) + 1 - self.slots)
+        idle = (other for other, adapter in self._adapters.items() if not self._in_use[other] and adapter.is_saved)
         if len(leaving := list(islice(idle, surplus))) == surplus:
             return leaving
-        lost = sorted(other for other, member in self._members.items() if not member.is_saved)
-        if len(self._members) - len(lost) < surplus:
+        lost = sorted(other for other, adapter in self._adapters.items() if not adapter.is_saved)
+        if len(self._adapters) - len(lost) < surplus:
             raise ConfigError(
                 f"AdapterPool: no slot for {name!r}, since {first_of(lost)} would be lost: new, or trained since the "
                 "last save; save or unload one, or raise slots"
             )
         raise NoSlotError(f"AdapterPool: all {self.slots} slots are in use; raise slots, or wait")
 
-    def _layers_of(self, config: SmoaConfig, tensors: Mapping[str, Tensor], source: str) -> dict[str, Loaded]:
+    def _layers_of(self, config: SmoaConfig, tensors: Mapping[str, Tensor], source: str) -> dict[str, SavedLayer]:
         """The checked tensors of each layer, by its path in the base."""
         found = by_layer(tensors, source, "a pool takes factors only, so load this adapter with PEFT")
-        _without_peft(self.base)
-        modules = dict(self.base.named_modules(remove_duplicate=False))
-        places, layers = Counter(modules.values()), {}
+        modules = _without_peft(self.base)
+        places, shapes = Counter(modules.values()), {}
         for path in sorted(found):
             layer = modules.get(path)
             if not isinstance(layer, nn.Linear | Conv1D):
@@ -417,26 +398,25 @@ class AdapterPool:
                     f"{source}: {path} stands at {places[layer]} places of this base, of which an adapter is for one; "
                     "load this adapter with PEFT"
                 )
-            layers[path] = Loaded.checked(path, Linear.shape_of(layer), config, found[path], source)
-        return layers
+            shapes[path] = Linear.shape_of(layer)
+        return checked_layers(found, shapes, config, source)
 
-    def _new_shelf(self, layers: Mapping[str, Loaded], source: str) -> Shelf:
-        places = {}
+    def _new_group(self, layers: Mapping[str, SavedLayer], source: str) -> AdapterGroup:
+        stacks = {}
         for path, each in layers.items():
             layer = self.base.get_submodule(path)
             self._check_base(path, each, source)
-            places[path] = Place.like(each, layer, self.dtype)
+            stacks[path] = LayerStack([each], [len(each.row_labels)], next(layer.parameters()).device, self.dtype)
             if path not in self._hooked:
-                self._hooked[path] = layer.register_forward_hook(Hook(weakref.ref(self), path))
-        return Shelf(places)
+                self._hooked[path] = layer, layer.register_forward_hook(Hook(weakref.ref(self), path))
+        return AdapterGroup(stacks)
 
-    def _check_base(self, path: str, each: Loaded, source: str) -> None:
+    def _check_base(self, path: str, each: SavedLayer, source: str) -> None:
         """Raise AdapterFileError if spectral blocks of as many tell another base than those of the other adapters."""
-        for shelf in self._shelves.values():
-            place = shelf.places.get(path)
-            if place is None or not (each.spectral and place.spectral) or len(place.ranks) != len(each.ranks):
+        for stack in (group.stacks[path] for group in self._groups.values() if path in group.stacks):
+            if not (each.is_spectral and stack.is_spectral) or len(stack.ranks) != len(each.ranks):
                 continue
-            labels = torch.cat([place.blocks.row_labels, place.blocks.col_labels]).cpu()
+            labels = torch.cat([stack.blocks.row_labels, stack.blocks.col_labels]).cpu()
             same = float((labels == torch.cat([each.row_labels, each.col_labels]).cpu()).float().mean())
             if same < ALIKE and len(each.ranks) > 1:
                 raise AdapterFileError(
@@ -451,8 +431,9 @@ class AdapterPool:
         trained = {id(part): nn.Parameter(part.data) for part in self.base.parameters() if part.requires_grad}
         return copy.deepcopy(self.base, shared | trained)
 
-    def _parts(self, member: Member) -> dict[str, list[tuple[str, Tensor]]]:
-        return {path: place.parts(member.slot) for path, place in member.shelf.places.items()}
+
+class NoSlotError(ConfigError):
+    """All slots are in use; one will be free once a batch or a request ends."""
 
 
 @dataclass
@@ -464,21 +445,20 @@ class Hook:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         pool = None if self.pool is None else self.pool()
-        return output if pool is None else pool.added(self.path, args[0], output)
+        return output if pool is None else pool.added(self.path, layer, args[0], output)
 
     def __reduce__(self) -> Any:
         return Hook, (None, self.path)
 
 
-def _without_peft(base: nn.Module) -> set[nn.Module]:
-    """The modules of a base.
+def _without_peft(base: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a base, by each of their names.
 
     Raises:
         UnsupportedModuleError: PEFT has adapted it.
     """
-    modules = set()
-    for name, module in base.named_modules():
-        modules.add(module)
+    modules = dict(base.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
         if isinstance(module, BaseTunerLayer | PeftModel):
             raise UnsupportedModuleError(
                 f"AdapterPool: takes a base model without PEFT, which has adapted {name or 'it'}; call model.unload() "

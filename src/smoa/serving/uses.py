@@ -12,20 +12,23 @@ Two things go past a context variable, and are found on the call stack:
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import _AsyncGeneratorContextManager, _GeneratorContextManager, contextmanager
 from contextvars import ContextVar
 from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
 from threading import get_ident
 from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from smoa.errors import ConfigError
-from smoa.tuner.shelves import Batch
+from smoa.serving.groups import AdapterGroup, LayerStack, LoadedAdapter, new_number
+from smoa.serving.rows import RowsBySlot
+from smoa.tuner.generation import COPIES
 
 MANAGERS = {
     *(getattr(_GeneratorContextManager, name).__code__ for name in ("__enter__", "__exit__")),
@@ -33,6 +36,64 @@ MANAGERS = {
 }
 """What runs a generator that is a context manager: it is suspended while the body of its `with` runs."""
 STREAMS = "give each stream a thread of its own, or open `use` around each step"
+
+
+Diagonals = WeakKeyDictionary[LayerStack, tuple[Hashable, Sequence[Tensor]]]
+
+
+class Batch:
+    """The adapter of each row, None for the base, and what calls with these rows keep.
+
+    Args:
+        adapters: The adapters.
+        diagonals: The diagonal blocks of W by layer, and the state that they came from; batches may share them.
+    """
+
+    is_open = False
+    """Whether its `use` has begun and not ended."""
+    trains = False
+    """Whether gradients were on when it was opened."""
+    streams: tuple[FrameType, ...] = ()
+    """While it is open, the generators in which it was opened, the innermost first."""
+    thread = 0
+    """The thread that opened it."""
+    is_of_stream = False
+    """Whether there were any."""
+
+    def __init__(self, adapters: Sequence[LoadedAdapter | None], diagonals: Diagonals | None = None) -> None:
+        self.adapters = adapters
+        self.groups = {id(adapter.group): adapter.group for adapter in adapters if adapter is not None}.values()
+        self.diagonals = Diagonals() if diagonals is None else diagonals
+        self.number = new_number()
+        self._rows: dict[tuple[int, int, int], RowsBySlot] = {}
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """x with its rows, to each of which belongs one adapter, as the first dimension."""
+        return x
+
+    def rows(self, group: AdapterGroup, count: int, path: str) -> RowsBySlot:
+        """The slots in a group of the `count` rows that the layer at `path` is given."""
+        key = id(group), count, COPIES.get()
+        if key not in self._rows:
+            own = (each if each is not None and each.group is group else None for each in self.adapters_of(count, path))
+            self._rows[key] = RowsBySlot([-1 if each is None else each.slot for each in own], self.number)
+        return self._rows[key]
+
+    def adapters_of(self, count: int, path: str) -> Sequence[LoadedAdapter | None]:
+        """The adapter of each row. Only `generate` says that it repeats samples, and how often."""
+        if count == len(self.adapters):
+            return self.adapters
+        if count == len(self.adapters) * (copies := COPIES.get()):
+            return [adapter for adapter in self.adapters for _ in range(copies)]
+        raise ConfigError(
+            f"AdapterPool.use: {len(self.adapters)} names, but {path} is given {count} rows; name an adapter for each "
+            "sample of the batch, and none that adapts a layer whose rows are not samples"
+        )
+
+    def forget(self) -> None:
+        """Drop the factors that are kept."""
+        for rows in list(self._rows.values()):
+            rows.kept.clear()
 
 
 class Uses:
@@ -129,20 +190,6 @@ class Uses:
                 "backward inside the `use` of its forward"
             )
         return made
-
-
-class Mark(torch.autograd.Function):
-    """Saves the number of a batch as the shape of a tensor without entries. A checkpoint that is not reentrant compares
-    the shapes of what is saved when it computes again, and raises CheckpointError under another batch."""
-
-    @staticmethod
-    def forward(ctx: Any, factor: Tensor, number: int) -> Tensor:
-        ctx.save_for_backward(factor.new_empty(number, 0))
-        return factor.view_as(factor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
 
 def _generators() -> list[FrameType]:

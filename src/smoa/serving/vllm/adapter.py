@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from peft.utils import CONFIG_NAME
 
 from smoa.config import SmoaConfig
 from smoa.errors import ConfigError, first_of
-from smoa.files.layers import Loaded, by_layer
 from smoa.files.loading import read_adapter, saved_config
+from smoa.serving.saved import SavedLayer, by_layer, checked_layers
 
 REMEDY = "vLLM serves factors of linear layers only; merge it with `smoa merge` and serve the model"
-
-
-@dataclass(frozen=True)
-class ServedFactors(Loaded):
-    """One layer's factors, in the place of the tensor `lora_a`, of which vLLM's manager asks no more than this."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the factors are until a slot takes them."""
-        return self.A.device
-
-    def pin_memory(self) -> ServedFactors:
-        """Themselves: they are copied once for each activation."""
-        return self
 
 
 def is_smoa(folder: str | Path) -> bool:
@@ -36,7 +20,7 @@ def is_smoa(folder: str | Path) -> bool:
     return saved_config(Path(folder, CONFIG_NAME)).get("peft_type") == "SMOA"
 
 
-def read_layers(folder: str, shape_of: Callable[[str], tuple[int, int] | str]) -> dict[str, ServedFactors]:
+def read_layers(folder: str, shape_of: Callable[[str], tuple[int, int] | str]) -> dict[str, SavedLayer]:
     """The checked factors of each layer, by its name in the adapter.
 
     Args:
@@ -59,4 +43,4 @@ def read_layers(folder: str, shape_of: Callable[[str], tuple[int, int] | str]) -
     if refused:
         raise ConfigError(f"{folder}: adapts {first_of(refused)}; {REMEDY}")
     sizes = {path: shape for path, shape in shapes.items() if not isinstance(shape, str)}
-    return {path: ServedFactors.checked(path, size, config, found[path], folder) for path, size in sizes.items()}
+    return checked_layers(found, sizes, config, folder)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smoa import AdapterFileError, ConfigError, SmoaConfig
-from smoa.files.layers import Loaded
-from smoa.integrations.vllm import register
-from smoa.integrations.vllm.slots import Slots
-from smoa.maths.kernels.tokens import Tokens
+from smoa.serving.rows import RowsBySlot
+from smoa.serving.saved import SavedLayer
+from smoa.serving.vllm import register
+from smoa.serving.vllm.slots import Slots
 from tests.support import fake_vllm, tiny_mixtures, tiny_models
 from tests.support.stubs import import_with_stubs
 from tests.support.tolerance import assert_close
@@ -50,17 +52,17 @@ KINDS: dict[str, dict[str, Any]] = {
 # Slots of one layer.
 
 
-def part(case: Problem, modulation: Any = "hadamard", scaling: float = 1.0) -> Loaded:
+def part(case: Problem, modulation: Any = "hadamard", scaling: float = 1.0) -> SavedLayer:
     partition = case.partition
     labels = partition.row_labels, partition.col_labels
     A, B = case.A.detach(), case.B.detach()
-    return Loaded(case.ranks, modulation, scaling, True, A, B, *labels, torch.ones(len(case.ranks)))
+    return SavedLayer(case.ranks, modulation, scaling, True, A, B, *labels, torch.ones(len(case.ranks)))
 
 
-def added(layer: Slots, x: Tensor, tokens: Tokens, width: int) -> Tensor:
+def added(layer: Slots, x: Tensor, rows: RowsBySlot, width: int) -> Tensor:
     output = x.new_zeros(len(x), width)
     with torch.no_grad():
-        layer.add_to(output, x, tokens)
+        layer.add_to(output, x, rows)
     return output
 
 
@@ -86,9 +88,9 @@ def test_each_token_gets_what_its_adapter_adds_to_each_slice(
     expected = [
         x[token].double() @ deltas[slot].T if slot >= 0 else torch.zeros(sum(sizes)) for token, slot in enumerate(slots)
     ]
-    tokens = Tokens(slots)
+    rows = RowsBySlot(slots)
     for _ in range(2):  # the second step takes what the first has gathered
-        found = added(layer, x, tokens, sum(sizes))
+        found = added(layer, x, rows, sum(sizes))
         torch.testing.assert_close(found.double(), torch.stack([e.double() for e in expected]), rtol=1e-4, atol=1e-3)
 
 
@@ -102,16 +104,16 @@ def test_a_slot_serves_the_adapter_that_was_put_there_last() -> None:
         calls.append(1)
         return first.weight.float()
 
-    x, tokens = torch.randn(3, 10), Tokens([1, 1, -1])
+    x, rows = torch.randn(3, 10), RowsBySlot([1, 1, -1])
     for case, number_of_calls in ((first, 1), (second, 2), (third, 2), (first, 3)):
         layer.reset(1)
-        assert not added(layer, x, tokens, 12).any()
+        assert not added(layer, x, rows, 12).any()
         layer.set(1, [part(case)], [12], weight)
-        assert_close(added(layer, x, tokens, 12)[:2], (x[:2].double() @ case.oracle("hadamard").T).float())
+        assert_close(added(layer, x, rows, 12)[:2], (x[:2].double() @ case.oracle("hadamard").T).float())
         assert len(calls) == number_of_calls
-    assert len(layer.groups) == 1  # those that hold nobody leave when another comes
+    assert len(layer.stacks) == 1  # those that hold nobody leave when another comes
     layer.clear()
-    assert not added(layer, x, tokens, 12).any()
+    assert not added(layer, x, rows, 12).any()
 
 
 # In vLLM's manager.
@@ -130,7 +132,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return import_with_stubs(monkeypatch, "smoa.integrations.vllm.names", fake_vllm.stubs())
+    return import_with_stubs(monkeypatch, "smoa.serving.vllm.names", fake_vllm.stubs())
 
 
 class Engine:
@@ -276,10 +278,50 @@ def test_a_vllm_that_lacks_a_name_stays_as_it_is(
     stubs = fake_vllm.stubs()
     del stubs["vllm.lora.worker_manager"][lost]
     before = dict(stubs["vllm.lora.worker_manager"])
-    names = import_with_stubs(monkeypatch, "smoa.integrations.vllm.names", stubs)
+    names = import_with_stubs(monkeypatch, "smoa.serving.vllm.names", stubs)
     names.install()
     assert len(caplog.messages) == 1
     assert lost in caplog.messages[0]
     assert all(version in caplog.messages[0] for version in names.TRIED)
     worker_manager = sys.modules["vllm.lora.worker_manager"]
     assert all(getattr(worker_manager, name) is value for name, value in before.items())
+
+
+# Finding adapters by their names.
+
+
+def test_a_folder_of_the_adapters_name_is_found_and_no_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    for name, own in (("anna", "anna"), ("ben", "ben"), ("lora", "lora"), ("anna", "inner/anna")):
+        shutil.copytree(folder / name, place / own)
+        config = PeftConfig.from_pretrained(place / own)
+        config.base_model_name_or_path = "its/base"
+        config.save_pretrained(place / own)
+    stubs = fake_vllm.stubs()
+    resolver = import_with_stubs(monkeypatch, "smoa.serving.vllm.resolver", stubs)
+    registered = stubs["vllm.lora.resolver"]["LoRAResolverRegistry"].resolvers
+    resolver.register_resolver()
+    assert not registered, "the environment names no folder"
+    monkeypatch.setenv(resolver.PLACE, str(place))
+    for _ in range(2):
+        resolver.register_resolver()
+    (found,) = registered.values()
+
+    def resolved(name: str, base: str) -> Any:
+        return asyncio.run(found.resolve_lora(base, name))
+
+    anna, ben = resolved("anna", "its/base"), resolved("ben", "its/base")
+    assert (anna.lora_name, anna.lora_path) == ("anna", str(place / "anna"))
+    assert 0 < anna.lora_int_id != ben.lora_int_id > 0
+    assert resolved("anna", "its/base").lora_int_id == anna.lora_int_id
+    for name in ("lora", "nobody", "inner/anna", "../place/anna", str(place / "anna"), "", "."):
+        assert resolved(name, "its/base") is None
+    assert resolved("anna", "another/base") is None
+
+
+def test_a_vllm_without_resolvers_gets_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", str(tmp_path))
+    stubs = {name: stub for name, stub in fake_vllm.stubs().items() if name != "vllm.lora.resolver"}
+    import_with_stubs(monkeypatch, "smoa.serving.vllm.resolver", stubs).register_resolver()

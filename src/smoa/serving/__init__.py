@@ -1,0 +1,1 @@
+"""Serves many adapters over one base: a pool of stacked factors, and a plugin for vLLM."""
