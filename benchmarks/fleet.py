@@ -78,7 +78,8 @@ def names(dtype: torch.dtype, repeats: int) -> dict[str, Any]:
         with torch.no_grad(), ExitStack() as stack:
             for model in made.values() if case == "generated" else ():
                 stack.enter_context(caches_of_generate(model.get_base_model()))
-            found[case] = _ratios(interleaved(run, max(3, repeats // 3) if tokens > 16 else repeats))
+            is_long = tokens > 16
+            found[case] = _ratios(interleaved(run, 3 if is_long else repeats, warms=not is_long))
             print(case, found[case], flush=True)
     return found
 
@@ -162,12 +163,16 @@ def pool(adapters: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def interleaved(functions: Mapping[Any, Callable[[], object]], repeats: int) -> dict[Any, list[float]]:
-    """Times of each function, called in turn; the weights of another model have left the caches, so each runs twice."""
+def interleaved(
+    functions: Mapping[Any, Callable[[], object]], repeats: int, warms: bool = True
+) -> dict[Any, list[float]]:
+    """Times of each function, called in turn; the weights of another model have left the caches, so each runs twice,
+    unless it takes seconds."""
     times: dict[Any, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            function()
+            if warms:
+                function()
             times[name].append(seconds(function))
     return times
 
