@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 
-from smoa import SmoaConfig, UnsupportedModuleError, merged, state
+from smoa import SmoaConfig, UnsupportedModuleError, merged, scores
 from smoa.layers.quantized import QuantizedLinear
 from tests.support import tiny_models
 from tests.support.layers import labels, layers_of, oracle_delta, randomise
@@ -137,8 +137,8 @@ def test_an_adapter_moves_to_a_full_precision_base_and_back(
     def decompose(weight: Tensor) -> None:
         raise AssertionError("a loaded adapter decomposes nothing")
 
-    monkeypatch.setattr(state, "spectral_scores", decompose)
-    state.clear_spectrum_cache()
+    monkeypatch.setattr(scores, "spectral_scores", decompose)
+    scores.clear_spectrum_cache()
     full = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "adapter")
     for ours, theirs in zip(layers_of(full), layers_of(trained), strict=True):
         assert labels(ours) == labels(theirs)

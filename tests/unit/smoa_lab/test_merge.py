@@ -482,7 +482,7 @@ def adapter_of(base: LlamaForCausalLM, name: str, folder: Path) -> PeftModel:
     )
     adapted: PeftModel = get_peft_model(base, config)
     adapted.peft_config["default"].base_model_name_or_path = name
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(folder, save_embedding_layers=False)  # for which PEFT would look at the base
     return adapted.eval()
 
 
