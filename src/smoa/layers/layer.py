@@ -34,6 +34,7 @@ from smoa.layers.partition import Adapter, AdapterBuffers, Derived, PartitionSpe
 from smoa.layers.weight_cache import WeightCache, drop_kept
 from smoa.maths.blocks import Blocks, DiagonalBlocks, check_num_blocks
 from smoa.maths.factors import Factors, Initialization, init_factors, saved_shapes
+from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.scale import DEFAULT_SCALE
 from smoa.maths.update import Update
 
@@ -415,9 +416,13 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
         result: Tensor = self.base_layer(x, *args, **kwargs)
+        is_own = False  # others may hold the base layer's output
         for rows, output in self._mixed_outputs(x.to(result.device), adapter_names):
             output = output.to(result.dtype)
-            result = result + output if rows is None else result.index_add(0, rows, output)
+            if rows is not None and is_own and not is_transformed(output):
+                result.index_add_(0, rows, output)
+            else:
+                result, is_own = result + output if rows is None else result.index_add(0, rows, output), True
         return result
 
     def _mixed_outputs(self, x: Tensor, adapter_names: list[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
