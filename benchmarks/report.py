@@ -34,16 +34,16 @@ ROUTES = {
 NAMES = {"lora": "LoRA, r = 8", "hira": "HiRA, r = 8", "smoa": "SMoA, r = 32, K = 4"}
 SHOWN_STEPS = (50, 100, 200)
 FLEET_CASES = {
-    "generated": "a token, generated",
-    "alone": "a token, alone",
+    "generated": "generated token",
+    "alone": "token alone",
     "prompt 16": "prompt of 16 tokens",
     "prompt 256": "prompt of 256 tokens",
 }
 FLEET_METHODS = {
     "smoa 32": "SMoA, r = K = 32",
-    "smoa 8": "SMoA, r = K = 8 (as many parameters)",
-    "lora 1": "LoRA, r = 1 (as many parameters)",
-    "lora 8": "LoRA, r = 8 (8 times the parameters)",
+    "smoa 8": "SMoA, r = K = 8",
+    "lora 1": "LoRA, r = 1",
+    "lora 8": "LoRA, r = 8 (8 × the size)",
 }
 VLLM_METHODS = {
     "base": "base model",
@@ -275,7 +275,7 @@ def draw_fleet(folder: Path) -> None:
         rows = [{"name": name, "ratio": ratio, "label": f"{ratio:.2f}"} for name, ratio in ratios.items()]
         x = alt.X("ratio:Q", title="time ÷ the base model's (1 is the base model; shorter is better)")
         y = alt.Y("name:N", sort=None, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=400))
-        chart = alt.Chart(values(rows)).encode(x=x.scale(domain=[0, 3]).axis(tickCount=3), y=y)
+        chart = alt.Chart(values(rows)).encode(x=x.scale(domain=[0, 4]).axis(tickCount=4), y=y)
         bars = chart.mark_bar(height=15).encode(color=colors(names, "name"))
         drawn = bars + chart.mark_text(align="left", dx=5).encode(text="label:N")
         title = alt.Title(FLEET_CASES[case], fontWeight="normal")
