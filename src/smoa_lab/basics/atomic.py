@@ -1,6 +1,6 @@
-"""Writes a file or a new folder whole or not at all: beside its place, under a hidden name, and renamed when complete.
+"""Writes a new folder whole or not at all: beside its place, under a hidden name, and renamed when complete.
 
-A kill or a full disk leaves the old one or the new one.
+A kill or a full disk leaves none or the new one.
 """
 
 from __future__ import annotations
@@ -15,18 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from smoa.errors import ConfigError
-
-
-@contextmanager
-def new_file(target: Path) -> Iterator[Path]:
-    """Yield a path beside `target` to write to; the file takes its place when the block succeeds."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_place(target: Path, is_new: bool = False) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from smoa.atomic import write_whole
+from smoa.atomic import new_file, write_whole
 from smoa.errors import ConfigError
-from smoa_lab.basics.atomic import check_place, new_file, new_folder
+from smoa_lab.basics.atomic import check_place, new_folder
 from tests.support.killing import killed_at
 
 
