@@ -36,7 +36,7 @@ from smoa.layers.quantized import dequantized, find_backend
 from smoa.layers.weight_cache import tensor_state
 from smoa.maths.kernels.shared import diagonal_of
 from smoa.serving.groups import AdapterGroup, LayerStack, LoadedAdapter
-from smoa.serving.saved import SavedLayer, by_layer, checked_layers
+from smoa.serving.saved import SavedLayer, by_layer, checked_layers, folder_in
 from smoa.serving.uses import Batch, Uses
 from smoa.tuner.generation import BASE, watch_generate
 
@@ -330,11 +330,11 @@ class AdapterPool:
     def _adapter(self, name: str) -> LoadedAdapter:
         with self._lock:
             if name not in self._adapters:
-                folder, is_name = self.folder, Path(name).name == name and name not in ("", "..")
-                if folder is None or not is_name or not (folder / name).is_dir():
-                    known = {*self._adapters, *(path.name for path in (folder.iterdir() if folder else ()))}
+                found = None if self.folder is None else folder_in(self.folder, name)
+                if found is None:
+                    known = {*self._adapters, *(path.name for path in (self.folder.iterdir() if self.folder else ()))}
                     raise ConfigError(f"AdapterPool: no adapter {name!r}{nearest(name, known)}")
-                self.load(name, folder / name)
+                self.load(name, found)
             self._adapters.move_to_end(name)
             return self._adapters[name]
 

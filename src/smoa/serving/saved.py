@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -21,6 +22,12 @@ from smoa.maths.scale import ModulationKind, rank_scale
 
 SMALL = 1e4
 """If all values are smaller, none leaves float16, and no ΔW leaves float32."""
+
+
+def folder_in(place: Path, name: str) -> Path | None:
+    """The folder of the adapter `name` right in `place`; None if the name leads elsewhere, or to no folder."""
+    is_name = Path(name).name == name and name not in ("", "..")
+    return place / name if is_name and (place / name).is_dir() else None
 
 
 def by_layer(tensors: Mapping[str, Tensor], source: str, remedy: str) -> dict[str, dict[str, Tensor]]:

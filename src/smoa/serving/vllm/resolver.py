@@ -15,6 +15,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME
 
 from smoa.files.loading import saved_config
+from smoa.serving.saved import folder_in
 
 PLACE = "VLLM_LORA_RESOLVER_CACHE_DIR"
 
@@ -41,9 +42,11 @@ def register_resolver() -> None:
 
 def folder_of(place: Path, base: str, name: str) -> Path | None:
     """The folder of the SMoA adapter `name` of the model `base`; None if there is none right in `place`."""
-    config = saved_config(place / name / CONFIG_NAME)
+    if (folder := folder_in(place, name)) is None:
+        return None
+    config = saved_config(folder / CONFIG_NAME)
     is_ours = config.get("peft_type") == "SMOA" and config.get("base_model_name_or_path") == base
-    return place / name if is_ours and Path(name).name == name != ".." else None
+    return folder if is_ours else None
 
 
 def number_of(name: str) -> int:
