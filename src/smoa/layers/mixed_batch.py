@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import is_
 
 import torch
 from torch import Tensor, nn
 
 from smoa.layers.distributed import gather, onloaded_for
 from smoa.layers.layer import SmoaLayer, linear_weight
-from smoa.layers.partition import versions
+from smoa.layers.partition import are_unchanged, versions
 from smoa.layers.weight_cache import DIAGONAL, STACKED, open_cache, tensor_state
 from smoa.maths.kernels.autograd import is_transformed, without_autocast
 from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, prefers_shared, shared
@@ -109,17 +108,16 @@ class MixedBatch:
             slots = torch.tensor([slot_of[adapter_names[row]] for row in rows], device=device)
             chosen = None if len(rows) == len(adapter_names) else torch.tensor(rows, device=device)
             self.groups.append(MixedGroup(layer, names, chosen, slots))
-        self._partitions = [layer.adapters[name] for name in self.names]
+        self._adapters = [layer.adapters[name] for name in self.names]
         self._saved = self._labels_and_scales()
         self._versions = versions(self._saved)
 
     def is_current(self) -> bool:
         """Whether the labels and block scales are those with which this was made."""
-        now = versions(saved := self._labels_and_scales())
-        return now is not None and now == self._versions and all(map(is_, saved, self._saved))
+        return are_unchanged(self._labels_and_scales(), self._saved, self._versions)
 
     def _labels_and_scales(self) -> list[Tensor]:
-        return [tensor for partition in self._partitions for tensor in partition.saved()]
+        return [tensor for adapter in self._adapters for tensor in adapter.saved()]
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,7 @@ class Derived:
 
     def is_of(self, saved: tuple[Tensor, ...]) -> bool:
         """Whether these tensors are the same, and nobody has written to them, or are offloaded."""
-        known = self.versions is not None and all(map(is_, saved, self.saved)) and versions(saved) == self.versions
-        return saved[0].is_meta or known
+        return saved[0].is_meta or are_unchanged(saved, self.saved, self.versions)
 
     def has_labels(self, rows: Tensor, cols: Tensor) -> bool:
         """Whether these are the labels, and on their device."""
@@ -247,6 +246,11 @@ class Adapter:
             self._derived = Derived.of(saved, self.ranks, self.halves, exact)
         self.stores[0].changes += 1
         return self._derived
+
+
+def are_unchanged(tensors: Sequence[Tensor], known: Sequence[Tensor], known_versions: list[int] | None) -> bool:
+    """Whether these are the known tensors, and nobody has written to them, as far as that can be seen."""
+    return known_versions is not None and all(map(is_, tensors, known)) and versions(tensors) == known_versions
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int] | None:
