@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from smoa.maths.blocks import Blocks, take_columns
+from smoa.maths.blocks import Blocks, copied, take_columns
 from smoa.maths.factors import BlockRun, Factors
 from smoa.maths.kernels.autograd import Gradients
 
@@ -101,14 +101,15 @@ class Branch:
         grad_A, grad_B = torch.zeros_like(wide.A), torch.zeros_like(wide.B)
         grad_x = torch.empty_like(sorted_x) if needs_x else x.new_empty(0)
         for piece in pieces(wide, x.device):
-            own_g, own_x, more = _outputs(blocks, piece, g).to(dtype), piece.of_inputs(sorted_x), piece.skipped > 0
+            own_g, own_x = _outputs(blocks, piece, g).to(dtype), piece.of_inputs(sorted_x)
+            beta = int(piece.skipped > 0)  # the first rows of a block overwrite, the others are added
             entries, grad_delta = _entries(blocks, piece, anchor), SCRATCH.take("grad_delta", piece.shape, own_x)
             grad_delta = torch.bmm(own_g.mT, own_x, out=grad_delta).to(wide.dtype).mul_(entries)
-            piece.of_A(grad_A).baddbmm_(piece.of_B(wide.B).mT, grad_delta, beta=int(more))
+            piece.of_A(grad_A).baddbmm_(piece.of_B(wide.B).mT, grad_delta, beta=beta)
             torch.bmm(grad_delta, piece.of_A(wide.A).mT, out=piece.of_B(grad_B))
             del grad_delta  # before ΔW takes as much
             if needs_x:
-                piece.of_inputs(grad_x).baddbmm_(own_g, _delta(wide, piece, entries, dtype), beta=int(more))
+                piece.of_inputs(grad_x).baddbmm_(own_g, _delta(wide, piece, entries, dtype), beta=beta)
         if needs_x:
             grad_x = sort_columns(blocks, grad_x, blocks.orders.cols_inverse).to(x.dtype)
         grad_B = grad_B.mul_(factors.scale(factors.dtype))
@@ -117,11 +118,11 @@ class Branch:
 
 def _outputs(blocks: Blocks, piece: BlockRun, g: Tensor) -> Tensor:
     """The columns of g that a piece needs: (blocks, tokens, height)."""
-    size = piece.count * piece.height
-    rows = slice(piece.first_row, piece.first_row + size)
-    if not blocks.is_contiguous:
-        g, rows = take_columns(g, blocks.orders.rows[rows], SCRATCH.take("g", (len(g), size), g)), slice(None)
-    return g[:, rows].view(len(g), piece.count, piece.height).transpose(0, 1)
+    if blocks.is_contiguous:
+        return piece.of_outputs(g)
+    rows = blocks.orders.rows.narrow(0, piece.first_row, piece.count * piece.height)
+    own = take_columns(g, rows, SCRATCH.take("g", (len(g), len(rows)), g))
+    return own.view(len(g), piece.count, piece.height).transpose(0, 1)
 
 
 def _entries(blocks: Blocks, piece: BlockRun, anchor: Tensor) -> Tensor:
@@ -159,14 +160,14 @@ def diagonal_blocks(blocks: Blocks, run: BlockRun, anchor: Tensor, out: Tensor |
     places, first = out.view(-1, run.width), run.first_row
     for piece in run.cut(rows_of_piece(anchor.shape[1])):
         rows, cols = piece.indices(blocks.orders)
-        copied = SCRATCH.take("rows", (rows.numel(), anchor.shape[1]), anchor)
-        torch.index_select(anchor, 0, rows.flatten(), out=copied)
-        target = places[piece.first_row - first : piece.first_row - first + len(copied)]
+        chosen = SCRATCH.take("rows", (rows.numel(), anchor.shape[1]), anchor)
+        torch.index_select(anchor, 0, rows.flatten(), out=chosen)
+        target = places[piece.first_row - first : piece.first_row - first + len(chosen)]
         if piece.count == 1:
-            take_columns(copied, cols.flatten(), target)
+            take_columns(chosen, cols.flatten(), target)
         else:
             shape = piece.count, piece.height, -1
-            torch.gather(copied.view(shape), 2, cols.expand(shape), out=target.view(shape))
+            torch.gather(chosen.view(shape), 2, cols.expand(shape), out=target.view(shape))
     return out
 
 
@@ -200,7 +201,7 @@ def recomputed_branch(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
 
 def sort_columns(blocks: Blocks, x: Tensor, order: Tensor) -> Tensor:
     """`x[:, order]`, x itself if the blocks are contiguous; not differentiable."""
-    return x if blocks.is_contiguous else take_columns(x, order, out=x.new_empty(len(x), len(order)))
+    return x if blocks.is_contiguous else copied(x, order)
 
 
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from smoa.maths.blocks import Blocks, reordered, take_columns
+from smoa.maths.blocks import Blocks, copied, reordered
 from smoa.maths.factors import BlockRun, Factors
 from smoa.maths.kernels.autograd import is_transformed, without_autocast
 from smoa.maths.kernels.branch import diagonal_blocks, multiply, product_dtype
@@ -35,8 +35,6 @@ def prefers_shared(ranks: Sequence[int], tokens: int) -> bool:
 Gathered = Sequence[tuple[Tensor, Tensor]]
 """The factors of each group, for each run: A (groups, 1, rank, blocks, width), and B (groups, 1, rank, blocks, height)
 with the scale, in float32 or wider."""
-FEW_ROWS = 4
-"""Up to so many are sorted sooner by PyTorch than by NumPy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +109,7 @@ def shared(
         diagonal: The blocks of M; None without modulation.
     """
     if not callable(factors):
-        return _products(blocks, runs, x, factors, diagonal and diagonal(), _copied)
+        return _products(blocks, runs, x, factors, diagonal and diagonal(), copied)
     if diagonal is None or not torch.is_grad_enabled() or is_transformed(x):
         return _products(blocks, runs, x, factors(), diagonal and diagonal(), reordered)
     y: Tensor = checkpoint(
@@ -144,8 +142,8 @@ def formed(
             deltas.append((run, torch.bmm(B.mT, A.to(B.dtype)).mul_(entries).to(dtype)))
         if blocks.is_contiguous:
             return multiply(blocks, x, deltas)
-        y = multiply(replace(blocks, is_contiguous=True), _copied(x, blocks.orders.cols), deltas)
-        return _copied(y, blocks.orders.rows_inverse)
+        y = multiply(replace(blocks, is_contiguous=True), copied(x, blocks.orders.cols), deltas)
+        return copied(y, blocks.orders.rows_inverse)
 
 
 def _products(
@@ -167,15 +165,6 @@ def _products(
                 outputs.append(_summed(B * z).flatten(2))
     y = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)).to(x.dtype)
     return y if blocks.is_contiguous else ordered(y, blocks.orders.rows_inverse)
-
-
-def _copied(x: Tensor, order: Tensor) -> Tensor:
-    """`reordered`, sooner and not differentiable."""
-    flat = x.reshape(-1, x.shape[-1])
-    shape = flat.shape[0], order.shape[0]
-    few = shape[0] <= FEW_ROWS
-    y = flat.index_select(1, order) if few else take_columns(flat, order, flat.new_empty(shape))
-    return y.view(*x.shape[:-1], shape[1])
 
 
 def _multiplied(values: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
