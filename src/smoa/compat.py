@@ -217,11 +217,7 @@ class BitsAndBytesBackend:
 
 
 def find_quantization_backend(base: nn.Module, model: nn.Module) -> QuantizationBackend | None:
-    """PEFT's backend for a quantized layer of `model`, or one that does the same.
-
-    Raises:
-        ValueError: this version of PEFT can't quantize such a layer again.
-    """
+    """PEFT's backend for a quantized layer of `model`, or one that does the same."""
     if HAS_QUANTIZATION_BACKENDS:
         from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 

@@ -25,11 +25,7 @@ SUPPORTED_PEFT = SpecifierSet(f">=0.18.1,<{NEXT_PEFT}")
 
 
 def check_peft_version(version: str | None = None) -> None:
-    """Refuse a PEFT older than the supported ones, and warn of a newer one.
-
-    Raises:
-        UnsupportedVersionError: it is older.
-    """
+    """Refuse a PEFT older than the supported ones, and warn of a newer one."""
     installed = version or importlib.metadata.version("peft")
     base = Version(Version(installed).base_version)
     if base in SUPPORTED_PEFT:
@@ -46,11 +42,7 @@ def check_peft_version(version: str | None = None) -> None:
 
 
 def ensure_peft_type() -> None:
-    """Add the member `PeftType.SMOA` unless it exists, and check that the enum has it.
-
-    Raises:
-        UnsupportedVersionError: the enum of the installed PEFT can't be extended in this way.
-    """
+    """Add the member `PeftType.SMOA` unless it exists, and check that the enum has it."""
     if NAME not in PeftType.__members__:
         member = str.__new__(PeftType, NAME)
         attributes = {"_name_": NAME, "_value_": NAME, "__objclass__": PeftType, "_sort_order_": len(PeftType)}
@@ -71,11 +63,7 @@ def ensure_peft_type() -> None:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Enter SMoA into PEFT's tables. A reloaded smoa replaces its earlier entries.
-
-    Raises:
-        UnsupportedVersionError: PEFT already has another method of that name.
-    """
+    """Enter SMoA into PEFT's tables. A reloaded smoa replaces its earlier entries."""
     known = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(NAME))
     if known is None:
         register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)

@@ -32,12 +32,7 @@ def check_adapter_state(
     state_dict: dict[str, Tensor],
     layers: Mapping[str, SmoaLayer],
 ) -> None:
-    """Check the tensors about to be loaded, keyed as in the model, against the layers that have the adapter.
-
-    Raises:
-        AdapterFileError: a tensor is missing, unknown, not finite or has a wrong shape or dtype, labels are not a
-            partition of their layer, a tensor would replace one that is not the adapter's, or FSDP wraps the model.
-    """
+    """Check the tensors about to be loaded, keyed as in the model, against the layers that have the adapter."""
     names = (name for name, _ in model.named_parameters())
     first = next(names, "")
     if not first.startswith(PREFIX) and plain_name(first).startswith(PREFIX):
@@ -148,11 +143,7 @@ def _largest(key: str, tensor: Tensor) -> float:
 
 
 def check_gathered(state_dict: dict[str, Tensor]) -> None:
-    """Refuse to save tensors that ZeRO-3 has left empty. Only rank 0 saves, so others are not checked.
-
-    Raises:
-        AdapterFileError: a tensor of rank 0 is empty.
-    """
+    """Refuse to save tensors that ZeRO-3 has left empty. Only rank 0 saves, so others are not checked."""
     empty = sorted(key for key, tensor in state_dict.items() if tensor.numel() == 0)
     if empty and not (is_distributed() and dist.get_rank() > 0):
         raise AdapterFileError(
@@ -167,13 +158,7 @@ def report_untrained(
     """Warn of layers whose ΔW is zero after training: the loss does not depend on them.
 
     That there was training is seen from other layers or `modules_to_save`. Layers whose names differ only in numbers
-    count as one, because some batches skip a layer or use few experts.
-
-    Args:
-        adapter_name: The adapter.
-        state_dict: The model's.
-        layers: Those that have the adapter, by name.
-        names: What `parameter_names` calls some of them.
+    count as one, because some batches skip a layer or use few experts. `names` are from `parameter_names`.
     """
     here = {key: tensor for key, tensor in state_dict.items() if type(tensor) is Tensor and not tensor.is_meta}
     trained: dict[str, bool] = {}

@@ -3,8 +3,7 @@
 PEFT and transformers have four functions that load an adapter, and no hook that runs before layers are made. So all
 four are wrapped once, when smoa is imported. A wrapper first finds the adapter in its folder or on the Hub, and checks
 its header (`find_adapter`). While the function runs, `incoming()` gives the adapter to injection, which then decomposes
-no weight, because the labels come from the file, and allows no larger rank than the file has. Adapters of other methods
-are not affected.
+no weight, because the labels come from the file. Adapters of other methods are not affected.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache, partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -37,56 +35,28 @@ from smoa.files.names import without_id
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "repo_type")
 
 
-@dataclass(frozen=True)
-class AdapterFile:
-    """The weights of a saved SMoA adapter.
-
-    Args:
-        path: The file.
-        largest_rank: The largest number of rows of any factor A, by the header.
-        tensors: All tensors, on the CPU, if they were read too.
-    """
+class AdapterFile(NamedTuple):
+    """The weights of a saved SMoA adapter: the file and, if they were read too, all tensors on the CPU."""
 
     path: Path
-    largest_rank: int
-    tensors: dict[str, Tensor] | None = None
+    tensors: dict[str, Tensor] | None
 
     @classmethod
     def opened(cls, path: Path, read: bool = False) -> AdapterFile:
-        """Read the header and, if asked, the tensors.
-
-        Raises:
-            AdapterFileError: it is not a regular file or not a whole safetensors file, or has no factor A.
-        """
+        """Read the header and, if asked, the tensors."""
         if not path.is_file():
             raise AdapterFileError(f"{path}: is not a regular file; save the adapter again")
         try:
-            tensors = read_tensors(path.read_bytes()) if read else None
-            if tensors is not None:
-                shapes = [list(tensors[key].shape) for key in tensors if key.endswith(".smoa_A.weight")]
-            else:
-                with safe_open(path, "pt") as file:
-                    keys = [key for key in list(file.keys()) if key.endswith(".smoa_A.weight")]
-                    shapes = [file.get_slice(key).get_shape() for key in keys]
+            tensors = without_id(read_tensors(path.read_bytes())) if read else None
+            with safe_open(path, "pt") as file:
+                has_factors = any(key.endswith(".smoa_A.weight") for key in tensors or file.keys())
         except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch can't map the file
             raise AdapterFileError(
                 f"{path}: is not a whole safetensors file ({error}); save or fetch it again"
             ) from None
-        if not shapes:
+        if not has_factors:
             raise AdapterFileError(f"{path}: has no smoa_A factor, so it does not belong to {CONFIG_NAME}")
-        largest = max(shape[0] if shape else 0 for shape in shapes)
-        return cls(path, largest, None if tensors is None else without_id(tensors))
-
-    def check_rank(self, module: str, rank: int) -> None:
-        """Raise AdapterFileError if the config gives a module a larger rank than any factor in the file has.
-
-        Called for each adapted module before anything of that size is allocated.
-        """
-        if rank > self.largest_rank:
-            raise AdapterFileError(
-                f"{self.path.with_name(CONFIG_NAME)}: r or rank_pattern asks for rank {rank} in {module}, but the "
-                f"largest factor in {self.path.name} has {self.largest_rank} rows; they come from different adapters"
-            )
+        return cls(path, tensors)
 
 
 def find_adapter(
@@ -102,9 +72,6 @@ def find_adapter(
 
     Returns:
         None if there is none or it belongs to another method. PEFT then loads it, or reports what is missing.
-
-    Raises:
-        AdapterFileError: the weights are a pickle or are damaged.
     """
     saved = saved_config(_located(source, CONFIG_NAME, options))
     ours = saved.get("peft_type") == "SMOA" if config is None else isinstance(config, SmoaConfig)
@@ -142,11 +109,7 @@ def saved_config(path: Path | None) -> dict[str, Any]:
 
 
 def read_adapter(source: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of the SMoA adapter in a folder or on the Hub.
-
-    Raises:
-        AdapterFileError: there is no SMoA adapter, or `find_adapter` refuses it.
-    """
+    """All tensors of the SMoA adapter in a folder or on the Hub."""
     file = find_adapter(source, read=True)
     if file is None or file.tensors is None:
         raise AdapterFileError(f"{source}: has no {SAFETENSORS_WEIGHTS_NAME} of a SMoA adapter")
@@ -171,10 +134,6 @@ def door(
     """Check a saved adapter, found as by `find_adapter`, and return it from `incoming()` within the block.
 
     Without a source the adapter is not in files. One on the Hub is found when `incoming()` is called first.
-
-    Raises:
-        AdapterFileError: the weights are a pickle or are damaged.
-        ConfigError: the config breaks a rule; the message names the file.
     """
     place, known = None if source is None else Path(source, options.get("subfolder", "")), _INCOMING.get()
     if source is None or place is None:

@@ -19,11 +19,7 @@ NO_SETTINGS = {"peft_type", "peft_version", "auto_mapping", "runtime_config", "m
 
 
 def smoa_config(lora: LoraConfig, settings: Mapping[str, Any], place: str) -> SmoaConfig:
-    """The SmoaConfig of a framework's LoraConfig; `settings`, from the block at `place`, win and add what LoRA lacks.
-
-    Raises:
-        ConfigError: LoRA's settings contain what SMoA has no counterpart for, or a setting is wrong.
-    """
+    """The SmoaConfig of a framework's LoraConfig; `settings`, of the block at `place`, win and add what LoRA lacks."""
     check_settings(settings, place)
     given = {name: getattr(lora, name) for name in [*SHARED, *RENAMED] if getattr(lora, name) is not None}
     known = {**_in_our_names(given), "bias": BIASES.get(lora.bias, lora.bias), **_in_our_names(settings)}
@@ -32,11 +28,7 @@ def smoa_config(lora: LoraConfig, settings: Mapping[str, Any], place: str) -> Sm
 
 
 def check_settings(settings: Mapping[str, Any], place: str) -> None:
-    """Find what is wrong with a block of SMoA settings by itself, before a model is loaded.
-
-    Raises:
-        ConfigError: a name that SmoaConfig does not have, or a value that breaks a rule.
-    """
+    """Find what is wrong with a block of SMoA settings by itself, before a model is loaded."""
     unknown = sorted(settings.keys() - SETTABLE - RENAMED.keys())
     if unknown:
         raise ConfigError(f"{place}: {', '.join(unknown)}: SmoaConfig has no such setting; remove or rename it")
@@ -51,11 +43,7 @@ def _in_our_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse(names: Iterable[str], place: str) -> None:
-    """Refuse settings of LoRA that would have no effect.
-
-    Raises:
-        ConfigError: there is one.
-    """
+    """Refuse settings of LoRA that would have no effect."""
     unknown = sorted(names)
     if unknown:
         raise ConfigError(f"{place}: {', '.join(unknown)}: a setting of LoRA that SMoA does not have; remove it")

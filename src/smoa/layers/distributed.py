@@ -49,15 +49,8 @@ def awaits_process_group() -> bool:
 
 
 def from_rank_zero(compute: Callable[[], T]) -> T:
-    """Return rank 0's `compute()` on every rank. Every rank must call this.
-
-    Args:
-        compute: Called on rank 0.
-
-    Raises:
-        SmoaError: `compute` raised it on rank 0. Every rank raises it, so that none waits forever. If rank 0 raises
-            another error, the other ranks raise a SmoaError that quotes it.
-    """
+    """Return rank 0's `compute()` on every rank. Every rank must call this, and raises what rank 0 did (as a SmoaError
+    that quotes it, where it was another error), so that none waits forever."""
     if not is_distributed():
         return compute()
     outcome: list[Any] = [None]
@@ -119,12 +112,8 @@ def onloaded_for(layer: Any, adapter_names: Iterable[str], written: bool = False
 
 @contextmanager
 def onloaded(modules: Iterable[nn.Module], written: nn.Module | None = None) -> Iterator[None]:
-    """Load what accelerate has offloaded of these modules, which it does by itself only when they are called.
-
-    Args:
-        modules: The modules.
-        written: One whose weights are written to, which are offloaded as they are then.
-    """
+    """Load what accelerate has offloaded of these modules, which it does by itself only when they are called. The
+    weights of `written` are offloaded as they are in the end."""
     hooks = []
     for module in modules:
         own = (*module._parameters.values(), *module._buffers.values())
@@ -143,11 +132,7 @@ def onloaded(modules: Iterable[nn.Module], written: nn.Module | None = None) -> 
 
 
 def refuse_partitioned(parameter: Tensor) -> Tensor:
-    """Return the parameter if it can be read.
-
-    Raises:
-        UnsupportedModuleError: ZeRO-3 has left it empty.
-    """
+    """Return the parameter if it can be read."""
     if is_partitioned(parameter):
         raise _needs_gathering(parameter)
     return parameter

@@ -32,9 +32,8 @@ from smoa.maths.kernels.autograd import is_transformed
 class Embedding(SmoaLayer):
     """SMoA on a `torch.nn.Embedding`, whose table is W, or on a scaled one of transformers (`embed_scale`).
 
-    Dropout acts on the input as in other layers, where a token is a one-hot vector: it drops tokens, not features.
-    `padding_idx` and `scale_grad_by_freq` act on the factors as they would on the table. With `sparse`, the factors'
-    gradients are dense.
+    Dropout drops tokens, not features: the input is a one-hot vector. `padding_idx` and `scale_grad_by_freq` act on the
+    factors as they would on the table. With `sparse`, the factors' gradients are dense.
     """
 
     converted_by_peft = False

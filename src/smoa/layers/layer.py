@@ -167,11 +167,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, config: SmoaConfig, module: str = "", *, defer_partition: bool = False
     ) -> None:
-        """Add an adapter, from what the constructor takes.
-
-        Raises:
-            PartitionError: K does not fit the layer, or the weight has NaN or infinite entries.
-        """
+        """Add an adapter, from what the constructor takes."""
         self.last_batch = None
         shape = (self.out_features, self.in_features)
         ranks = config.ranks_of(module, shape=shape)
@@ -255,9 +251,6 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         """Compute the blocks of an adapter, unless they have been computed or loaded already.
 
         With several processes, rank 0 computes them for all, so every rank must call this.
-
-        Raises:
-            PartitionError: the base weight is on the meta device.
         """
         partition = self.adapters[adapter_name]
         if not partition.pending:

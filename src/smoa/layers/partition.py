@@ -13,11 +13,11 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from smoa.config import SmoaConfig
 from smoa.errors import PartitionError
 from smoa.maths.blocks import UNDECIDED, Blocks, Orders, ascend, check_labels
-from smoa.maths.experts import stack_partition
 from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.scale import ModulationKind, ScaleKind, block_scale, rank_scale
 from smoa.maths.spectrum import PartitionKind, make_partition
@@ -43,18 +43,20 @@ class PartitionSpec:
             weight: W (m, n), for (m,), (n,) and (K,). Or W of all experts (experts, halves, m, n), for (G, m), (G, n)
                 and (G, K), where G = experts·halves.
         """
-        how = self.partition, cached_spectral_scores, torch.Generator().manual_seed(self.seed)
-        if weight.dim() == 2:
-            blocks = make_partition(weight, num_blocks, *how)
-            return blocks.row_labels.cpu(), blocks.col_labels.cpu(), self._block_scale(weight, blocks)
-        rows, cols = stack_partition(weight, num_blocks, *how)
-        matrices = (matrix for expert in weight for matrix in expert)
-        labels = zip(matrices, rows.to(weight.device), cols.to(weight.device), strict=True)
-        scales = [self._block_scale(matrix, Blocks(row, col, num_blocks)) for matrix, row, col in labels]
-        return rows, cols, torch.stack(scales)
+        generator = torch.Generator().manual_seed(self.seed)
 
-    def _block_scale(self, weight: Tensor, blocks: Blocks) -> Tensor:
-        return block_scale(self.scale, None if self.modulation == "none" else weight, blocks)
+        def decided(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            blocks = make_partition(matrix, num_blocks, self.partition, cached_spectral_scores, generator)
+            scale = block_scale(self.scale, None if self.modulation == "none" else matrix, blocks)
+            return blocks.row_labels.cpu(), blocks.col_labels.cpu(), scale
+
+        if weight.dim() == 2:
+            return decided(weight)
+        matrices = [matrix for expert in weight for matrix in expert]  # views, which `flatten` may not give
+        hidden = None if self.partition == "spectral" else True  # None: shown on a terminal only
+        bar = tqdm(matrices, "SMoA partitions of experts", unit="matrix", delay=1, disable=hidden, leave=False)
+        rows, cols, scales = zip(*map(decided, bar), strict=True)
+        return torch.stack(rows), torch.stack(cols), torch.stack(scales)
 
 
 class AdapterBuffers(nn.Module):

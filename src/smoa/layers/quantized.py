@@ -30,11 +30,7 @@ PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def find_backend(base: nn.Module, model: nn.Module) -> QuantizationBackend | None:
-    """PEFT's backend for the quantized layer `base` of `model`, or None if `base` holds a plain weight.
-
-    Raises:
-        UnsupportedModuleError: `base` is quantized, but its weight can't be dequantized, or not written back.
-    """
+    """PEFT's backend for the quantized layer `base` of `model`, or None if `base` holds a plain weight."""
     if type(base) in BASES and _is_plain(base.weight):
         return None  # don't ask PEFT, which imports every quantization library that is installed
     kind = f"{type(base).__module__}.{type(base).__qualname__}"

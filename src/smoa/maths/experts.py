@@ -1,17 +1,10 @@
-"""Where a parameter holds a stack of matrices, such as those of a mixture's experts, and the partition of each."""
+"""Where a parameter holds a stack of matrices, such as those of a mixture's experts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-
-from smoa.maths.spectrum import PartitionKind, finite_peak, make_partition
-
-Scores = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 
 HALVED = "gate_up_proj"
 """Name of the parameters that hold two matrices for each expert."""
@@ -86,27 +79,3 @@ class Layout:
     def join(self, outputs: Tensor) -> Tensor:
         """Outputs of the halves (rows, halves, out_features) as the parameter's own: (rows, halves·out_features)."""
         return (outputs.transpose(1, 2) if self.interleaved else outputs).flatten(1)
-
-
-def stack_partition(
-    matrices: Tensor, num_blocks: int, kind: PartitionKind, scores_of: Scores, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """Row labels (G, out_features) and column labels (G, in_features), uint8 on the CPU, with a progress bar.
-
-    Args:
-        matrices: W of all experts, (E, H, out_features, in_features).
-        num_blocks: K.
-        kind: How to assign coordinates to blocks.
-        scores_of: `smoa.maths.spectrum.spectral_scores`, or a cache of it.
-        generator: As in `make_partition`.
-
-    Raises:
-        PartitionError: K does not fit, or a weight has NaN or infinite entries.
-    """
-    finite_peak(matrices)
-    each = [matrix for expert in matrices for matrix in expert]  # views, which `flatten` may not give
-    hidden = True if kind != "spectral" else None  # None: shown on a terminal only
-    bar = tqdm(each, desc="SMoA partitions of experts", unit="matrix", delay=1, disable=hidden, leave=False)
-    partitions = [make_partition(matrix, num_blocks, kind, scores_of, generator) for matrix in bar]
-    rows, cols = ([getattr(blocks, side).cpu() for blocks in partitions] for side in ("row_labels", "col_labels"))
-    return torch.stack(rows), torch.stack(cols)

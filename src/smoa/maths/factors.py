@@ -29,13 +29,8 @@ def split_rank(r: int, num_blocks: int) -> tuple[int, ...]:
 
 
 def saved_shapes(shape: tuple[int, int], ranks: Sequence[int], count: int | None = None) -> tuple[tuple[int, ...], ...]:
-    """Shapes of A, B, row labels, column labels and block scales in an adapter's file.
-
-    Args:
-        shape: (out_features, in_features) of W.
-        ranks: r_k of every block.
-        count: G, if the layer holds a stack of matrices of this shape.
-    """
+    """Shapes of A, B, row labels, column labels and block scales in the file of an adapter of a W of `shape`, or of a
+    stack of `count` of them."""
     (out_features, in_features), K, r = shape, len(ranks), sum(ranks)
     stack, rows = ((), r) if count is None else ((count,), count * r)
     A, B = (rows, -(-in_features // K)), (-(-out_features // K), rows)
@@ -199,11 +194,9 @@ class Factors:
 
     def _room(self, stacked: bool) -> tuple[int, Sequence[slice]]:
         """How many ranks spread factors have, and which of them each block uses."""
-        return (
-            (max(self.ranks), [slice(rank) for rank in self.ranks])
-            if stacked
-            else (sum(self.ranks), slices(self.ranks))
-        )
+        if stacked:
+            return max(self.ranks), [slice(rank) for rank in self.ranks]
+        return sum(self.ranks), slices(self.ranks)
 
 
 def init_factors(

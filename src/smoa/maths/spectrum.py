@@ -55,11 +55,7 @@ def spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tens
 
 
 def squarable(weight: Tensor) -> Tensor:
-    """The weight where it can be decomposed, in float32 or float64, scaled if its squares would leave their range.
-
-    Raises:
-        PartitionError: the weight has NaN or infinite entries.
-    """
+    """The weight where it can be decomposed, in float32 or float64, scaled if its squares would leave their range."""
     weight = decomposable(weight.detach())
     weight = weight if weight.dtype == torch.float64 else weight.float()
     peak = finite_peak(weight)
@@ -69,11 +65,7 @@ def squarable(weight: Tensor) -> Tensor:
 
 
 def finite_peak(weight: Tensor) -> Tensor:
-    """The largest magnitude of an entry.
-
-    Raises:
-        PartitionError: the weight has NaN or infinite entries.
-    """
+    """The largest magnitude of an entry; raises PartitionError if one is NaN or infinite."""
     peak = torch.stack(torch.aminmax(weight.detach())).abs().max()
     if not torch.isfinite(peak):
         raise PartitionError("the weight has NaN or infinite entries; load finite weights")

@@ -153,11 +153,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class _Grouped:
-    """The route of a stack, for rows that are sorted by expert.
-
-    Args:
-        ends: int32 (E,), where the rows of each expert end.
-    """
+    """The route of a stack, for rows that are sorted by expert, which end at ``ends``, int32 (E,)."""
 
     ends: Tensor
 
@@ -219,16 +215,8 @@ class _Grouped:
 
 @dataclass(frozen=True)
 class _Part:
-    """C neighboring experts and their rows. The H·K·C blocks are ordered by half, block and expert.
-
-    Args:
-        stack: The updates of all experts.
-        matrices: W of all experts.
-        experts: Which.
-        rows: Their rows of x.
-        ends_of_rows: int32 (C,), where the rows of each end within `rows`.
-        dtype: Of the products.
-    """
+    """C neighboring experts, their rows of x, and where those of each end: int32 (C,). The H·K·C blocks are ordered by
+    half, block and expert. `dtype` is that of the products."""
 
     stack: Stack
     matrices: Tensor

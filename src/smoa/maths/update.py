@@ -81,14 +81,8 @@ class Update:
         return y.view(*x.shape[:-1], weight.shape[0])
 
     def kept_blocks(self, weight: Tensor, dtype: torch.dtype) -> list[tuple[BlockRun, Tensor]]:
-        """The diagonal blocks of ΔW, (blocks, height, width) for each run of blocks of one shape, to be kept.
-
-        They have the dtype in which `apply` multiplies x of `dtype`.
-
-        Args:
-            weight: Pristine W (out_features, in_features).
-            dtype: Dtype of x.
-        """
+        """The diagonal blocks of ΔW, (blocks, height, width) for each run of blocks of one shape, to be kept, in the
+        dtype in which `apply` multiplies x of `dtype`."""
         with torch.autocast(weight.device.type, enabled=False):  # it would round the factors
             dtype = product_dtype(dtype, weight.device.type)
             return list(block_deltas(self.factors.wide(), weight, dtype))
@@ -96,9 +90,8 @@ class Update:
     def lookup(self, tokens: Tensor, weight: Tensor, padding: int | None = None, by_freq: bool = False) -> Tensor:
         """`ΔW[tokens]`, what an adapted embedding adds: (tokens, in_features), float32 or wider.
 
-        A row v of block k is `ΔW[v, J_k] = s_k·(b_v A_k) ⊙ M[v, J_k]`, where b_v is its row of B_k. A lookup touches
-        the looked-up rows of B and M only, is differentiable in A and B by PyTorch's own operations, and autograd keeps
-        nothing larger than the result.
+        A row v of block k is `ΔW[v, J_k] = s_k·(b_v A_k) ⊙ M[v, J_k]`, where b_v is its row of B_k. Touches the
+        looked-up rows of B and M only, and autograd keeps nothing larger than the result.
 
         Args:
             tokens: int (tokens,), the rows to look up.

@@ -86,11 +86,7 @@ class SavedLayer:
 def checked_layers(
     found: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, tuple[int, int]], config: SmoaConfig, source: str
 ) -> dict[str, SavedLayer]:
-    """The layers of these shapes, of what `by_layer` has found.
-
-    Raises:
-        AdapterFileError: a part is missing, not finite, or doesn't fit.
-    """
+    """The layers of these shapes, of what `by_layer` has found."""
     by_name = config.rank_pattern or config.alpha_pattern or config.num_blocks_pattern
 
     @cache

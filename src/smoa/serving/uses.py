@@ -106,11 +106,7 @@ class Uses:
 
     @contextmanager
     def opened(self, batch: Batch) -> Iterator[None]:
-        """Give the calls in this context the batch.
-
-        Raises:
-            ConfigError: it is left in another context, or before another one that was opened later.
-        """
+        """Give the calls in this context the batch."""
         batch.streams, batch.trains, batch.is_open = tuple(_generators()), torch.is_grad_enabled(), True
         batch.is_of_stream, batch.thread = bool(batch.streams), get_ident()
         token = self._stack.set((*self._stack.get(), batch))
@@ -136,12 +132,7 @@ class Uses:
                 )
 
     def of_call(self, path: str) -> Batch | None:
-        """The batch of this call of the layer at ``path``; None outside every `use`.
-
-        Raises:
-            ConfigError: the batch is of a `use` that has ended, of a generator that is suspended, or not that of the
-                call that a checkpoint computes again.
-        """
+        """The batch of this call of the layer at ``path``; None outside every `use`."""
         stack = self._stack.get()
         if torch.compiler.is_compiling():
             return stack[-1] if stack else None

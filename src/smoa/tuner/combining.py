@@ -1,8 +1,8 @@
 """`add_weighted_adapter`: a new adapter that is the weighted sum of adapters with one partition.
 
 `cat` is exact: it concatenates the ranks of each block, so `ΔW = Σ w_i ΔW_i`, and the new r is Σ r_i, which must split
-evenly over the blocks. `linear` adds the
-factors, each scaled by √|w_i·s_ik|, as PEFT's LoRA does: r does not change, and the cross terms are an error.
+evenly over the blocks. `linear` adds the factors, each scaled by √|w_i·s_ik|, as PEFT's LoRA does: r does not change,
+and the cross terms are an error.
 """
 
 from __future__ import annotations
@@ -23,13 +23,7 @@ from smoa.maths.blocks import slices
 from smoa.maths.factors import Factors, split_rank
 
 Combination = Literal["cat", "linear"]
-ALIKE = (
-    "num_blocks",
-    "modulation",
-    "target_modules",
-    "target_parameters",
-    "ensure_weight_tying",
-)
+ALIKE = ("num_blocks", "modulation", "target_modules", "target_parameters", "ensure_weight_tying")
 """Settings that adapters must share to be combined."""
 
 
@@ -49,11 +43,7 @@ def check_combination(
 
 
 def combined_config(configs: list[SmoaConfig], combination: Combination) -> SmoaConfig:
-    """Config of the sum.
-
-    Raises:
-        MergeError: the configs can't be combined.
-    """
+    """Config of the sum."""
     first = configs[0]
     for name in ALIKE:
         values = [getattr(config, name) for config in configs]
@@ -74,14 +64,7 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
             f"can't combine adapters of r={[config.r for config in configs]}: their block ranks add up to {total}, no "
             f"even split; combine adapters of which all but one have an r that num_blocks={first.num_blocks} divides"
         )
-    return replace(
-        first,
-        r=sum(total),
-        alpha=None,
-        alpha_pattern={},
-        use_rslora=False,
-        scale="paper",
-    )
+    return replace(first, r=sum(total), alpha=None, alpha_pattern={}, use_rslora=False, scale="paper")
 
 
 def check_layer(name: str, layer: SmoaLayer, adapters: list[str]) -> None:

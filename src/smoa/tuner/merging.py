@@ -74,9 +74,7 @@ def check_all_finite(model: nn.Module, adapter_names: list[str] | None) -> None:
 
 def check_merge_allowed(model: nn.Module) -> None:
     """Raise MergeError if a merge would be wrong for a layer, and note which layers need a weight of their own."""
-    layers = {
-        name: layer for name, layer in smoa_layers(model).items() if layer.adapters
-    }  # a deleted adapter leaves some
+    layers = {name: layer for name, layer in smoa_layers(model).items() if layer.adapters}  # not of deleted ones
     refuse_shared((name, layer.stored_weight(), dict(layer.smoa_A.items())) for name, layer in layers.items())
     for name, layer in layers.items():
         if isinstance(layer.base_layer, AuxiliaryTrainingWrapper):

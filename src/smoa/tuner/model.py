@@ -16,15 +16,7 @@ from smoa.compat import StateDictHooks
 from smoa.errors import PartitionError
 from smoa.files.checks import check_adapter_state, check_gathered, report_untrained
 from smoa.files.loading import incoming
-from smoa.files.names import (
-    PREFIX,
-    adapter_layers,
-    embeddings_of,
-    new_tables,
-    parameter_names,
-    renamed,
-    without_id,
-)
+from smoa.files.names import PREFIX, adapter_layers, embeddings_of, new_tables, parameter_names, renamed, without_id
 from smoa.layers.distributed import plain_name, refuse_writing, with_plain_names
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer, smoa_layers
@@ -161,9 +153,8 @@ class SmoaModel(BaseTuner, StateDictHooks):
         for name, layer in embeddings_of(model).items():
             if isinstance(layer, SmoaLayer):  # PEFT saves its table too
                 layer.unmerge_saved(state_dict, f"{plain_name(name)}.base_layer.")
-        selected = dict(
-            super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
-        )
+        own = super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
+        selected = dict(own)
         check_gathered(selected)
         report_untrained(adapter_name, state_dict, layers, names)
         return renamed(selected, names)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,7 +19,6 @@ from torch.nn.parameter import UninitializedParameter
 
 from smoa.config import Shape, SmoaConfig
 from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModuleError, first_of
-from smoa.files.loading import AdapterFile, incoming
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_of
@@ -48,9 +46,6 @@ def survey_targets(
 
     Nothing of the model is changed. `is_target` says whether a config makes the module of a name a target. With
     `loads_labels` the partition is not made from the weights. Return the number of target modules.
-
-    Raises:
-        SmoaError: names every target that cannot be adapted, and why.
     """
     every_linear = str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     _report_experts(model, peft_config)
@@ -58,7 +53,6 @@ def survey_targets(
     if every_linear:
         _leave_out(config, model)
     groups = tie_targets(model, config, is_target)
-    file = incoming()
     inside = tuple(f"{name}." for name in smoa_layers(model))
     problems: list[SmoaError] = []
     shapes: dict[str, Shape] = {}
@@ -67,7 +61,7 @@ def survey_targets(
     for name, module in model.named_modules():
         if name and ".smoa_" not in name and not name.startswith(inside) and is_target(config, name):
             with _collected(problems):
-                _, shapes[name], backend = check_target(name, module, config, model, file)
+                _, shapes[name], backend = check_target(name, module, config, model)
                 if not loads_labels and backend is None:
                     weight: Any = base_of(module).weight
                     _check_finite(name, weight, module if isinstance(module, SmoaLayer) else None)
@@ -77,7 +71,7 @@ def survey_targets(
         with _collected(problems):
             if parameter.module_name in shapes:
                 raise ConfigError(f"{parameter.key}: target_modules names its module too; name it in one of the two")
-            of_parameters[parameter.key] = check_parameter(parameter, config, file)
+            of_parameters[parameter.key] = check_parameter(parameter, config)
             if not loads_labels:
                 known = existing_wrapper(model, parameter.module_name, parameter.name)
                 _check_finite(parameter.key, parameter.tensor, known)
@@ -85,8 +79,6 @@ def survey_targets(
         raise type(problems[0])("; ".join(map(str, problems)))
     check_alike(groups, shapes, config)
     if not loads_labels:
-        if every_linear:
-            _report_towers(shapes, model)
         _report_narrow(shapes | of_parameters, config)
     return len(shapes)
 
@@ -105,17 +97,9 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 def check_target(
-    name: str, module: nn.Module, config: SmoaConfig, model: nn.Module, file: AdapterFile | None = None
+    name: str, module: nn.Module, config: SmoaConfig, model: nn.Module
 ) -> tuple[Kind, Shape, QuantizationBackend | None]:
-    """The kind of a module, the shape of W, and the backend that dequantizes W, if it must be.
-
-    `file` has the adapter's weights, if they are being loaded.
-
-    Raises:
-        UnsupportedModuleError: SMoA can't adapt this kind of module.
-        AdapterFileError: the config gives it a larger rank than any factor in the file has.
-        PartitionError: K is larger than a side of its weight, and `num_blocks_pattern` sets it.
-    """
+    """The kind of a module, the shape of W, and the backend that dequantizes W, if it must be."""
     base = base_of(module)
     try:
         backend = find_backend(base, model)
@@ -127,7 +111,7 @@ def check_target(
         raise refusal
     assert kind is not None, "a layer of no kind was refused"
     shape = kind.shape_of(base)
-    check_fit(name, shape, config, file)
+    check_fit(name, shape, config)
     return kind, shape, backend
 
 
@@ -262,11 +246,7 @@ def parameters_of(model: nn.Module) -> Iterator[TargetParameter]:
 
 
 def target_parameters(model: nn.Module, config: SmoaConfig) -> list[TargetParameter]:
-    """The parameters that `target_parameters` names, whole or by their last parts, as PEFT matches them.
-
-    Raises:
-        ConfigError: a name matches none.
-    """
+    """The parameters that `target_parameters` names, whole or by their last parts, as PEFT matches them."""
     if not (named := config.target_parameters or []):
         return []
     targets = [target for target in parameters_of(model) if any(_matches(target.key, name) for name in named)]
@@ -287,16 +267,8 @@ def _matches(key: str, name: str) -> bool:
     return key == name or key.endswith(f".{name}")
 
 
-def check_parameter(target: TargetParameter, config: SmoaConfig, file: AdapterFile | None = None) -> Shape:
-    """Shape of one of the parameter's matrices.
-
-    Raises:
-        ConfigError: the parameter is of a router or of the model itself, or has another number of dimensions than 2
-            and 3.
-        UnsupportedModuleError: it is quantized or parametrized.
-        AdapterFileError: the config gives it a larger rank than any factor in the file has.
-        PartitionError: K is larger than a side of its matrices, and `num_blocks_pattern` sets it.
-    """
+def check_parameter(target: TargetParameter, config: SmoaConfig) -> Shape:
+    """Shape of one of the parameter's matrices."""
     place = f"target_parameters: {target.key} has shape {target.shape}"
     if not target.module_name:  # these first words are PEFT's
         raise ConfigError(
@@ -315,19 +287,12 @@ def check_parameter(target: TargetParameter, config: SmoaConfig, file: AdapterFi
             "dequantize=True, or without quantization"
         )
     layout = Layout.of(target.module, target.name)
-    check_fit(target.key, layout.shape, config, file, layout.count)
+    check_fit(target.key, layout.shape, config)
     return layout.shape
 
 
-def check_fit(name: str, shape: Shape, config: SmoaConfig, file: AdapterFile | None, count: int = 1) -> None:
-    """Check that `count` matrices of this shape have room for their blocks, and no more ranks than the file.
-
-    Raises:
-        AdapterFileError: the config gives them a larger rank than any factor in the file has.
-        PartitionError: K is larger than a side, and `num_blocks_pattern` sets it.
-    """
-    if file is not None:
-        file.check_rank(name, count * config.rank_of(name, shape))
+def check_fit(name: str, shape: Shape, config: SmoaConfig) -> None:
+    """Raise PartitionError if K, as `num_blocks_pattern` sets it, is larger than a side of a matrix of this shape."""
     try:
         check_num_blocks(config.num_blocks_of(name, shape), *shape)
     except PartitionError as error:
@@ -347,22 +312,6 @@ def _report_experts(model: nn.Module, config: SmoaConfig) -> None:
         warnings.warn(
             "target_modules='all-linear' takes linear layers only; the experts of this mixture are parameters and not "
             f"adapted. To adapt them too, add target_parameters={stacks}",
-            stacklevel=2,
-        )
-
-
-def _report_towers(targets: Mapping[str, Shape], model: nn.Module) -> None:
-    """Name the vision and audio towers of a language model that "all-linear" adapts too, in one warning."""
-    model_config = getattr(model, "config", None)
-    owned = {type(getattr(model_config, key, None)) for key in ("vision_config", "audio_config")} - {type(None)}
-    towers = [name for name, module in model.named_modules() if type(getattr(module, "config", None)) in owned]
-    outermost = [name for name in towers if not name.startswith(tuple(f"{other}." for other in towers))]
-    counts = {name: sum(target.startswith(f"{name}.") for target in targets) for name in outermost}
-    if counted := {name: count for name, count in counts.items() if count}:
-        named = ", ".join(f"{name} ({count} layers)" for name, count in counted.items())
-        warnings.warn(
-            f'target_modules="all-linear" adapts {named} too, which is not part of the language model; '
-            f'to leave it out, set exclude_modules=r"({"|".join(map(re.escape, counted))})\\..*"',
             stacklevel=2,
         )
 

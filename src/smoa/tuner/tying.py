@@ -33,13 +33,8 @@ def tied_groups(model: nn.Module) -> list[Group]:
 
 
 def tie_targets(model: nn.Module, config: SmoaConfig, is_target: Callable[[SmoaConfig, str], object]) -> list[Group]:
-    """Add the other layers of a target's weight to the config's targets, if `ensure_weight_tying` is set.
-
-    Return the groups of layers.
-
-    Raises:
-        ConfigError: another setting leaves one of the layers out, or saves it whole.
-    """
+    """Add the other layers of a target's weight to the config's targets, if `ensure_weight_tying` is set. Return the
+    groups."""
     if not config.ensure_weight_tying:
         return []
     groups = tied_groups(model)
@@ -111,11 +106,8 @@ def tie_layers(model: nn.Module, adapter_name: str) -> None:
 
 
 def refuse_shared(layers: Iterable[tuple[str, Tensor, Mapping[str, object]]]) -> None:
-    """Raise MergeError if layers share one weight but not their adapters: a merged weight would be wrong for both.
-
-    Args:
-        layers: Name, stored weight and factors (by adapter) of each adapted layer.
-    """
+    """Raise MergeError if layers, given by name, stored weight and factors, share a weight but not their adapters: a
+    merged weight would be wrong for both."""
     owners: dict[int, tuple[str, Mapping[str, object]]] = {}
     for name, weight, factors in layers:
         other, others_factors = owners.setdefault(weight_id(weight), (name, factors))

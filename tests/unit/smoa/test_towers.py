@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from smoa import SmoaConfig
 from smoa.layers.kinds import Convolution, Embedding
 from smoa.layers.linear import Linear
 from tests.support.decompositions import NoDecomposition
-from tests.support.layers import layers_of, oracle_delta, smoa_layers
+from tests.support.layers import layers_of, oracle_delta
 from tests.support.tiny_towers import TOWERS, build_tower, tower_batch
 from tests.support.tolerance import assert_close
 
@@ -76,15 +75,3 @@ def test_a_model_is_a_no_op_then_learns_then_is_saved_loaded_and_merged(tower: s
     merged = loaded.merge_and_unload(safe_merge=True)
     assert not layers_of(merged)
     assert_close(output(merged, tower), trained)
-
-
-@pytest.mark.parametrize(("model", "tower"), [("gemma3", "model.vision_tower"), ("qwen2_5_vl", "model.visual")])
-def test_every_linear_layer_of_a_language_model_that_sees_takes_its_eyes_too(model: str, tower: str) -> None:
-    with pytest.warns(UserWarning, match=rf'"all-linear" adapts {tower} .*exclude_modules') as found:
-        whole = get_peft_model(build_tower(model), SmoaConfig(target_modules="all-linear"))
-    pattern = re.search(r'exclude_modules=r"(.*)"$', str(found[0].message))
-    assert pattern
-    text = get_peft_model(build_tower(model), SmoaConfig(target_modules="all-linear", exclude_modules=pattern[1]))
-    names, left = smoa_layers(whole).keys(), smoa_layers(text).keys()
-    assert names - left == {name for name in names if name.startswith(tower)} != set()
-    assert not any(name.endswith("attention.out_proj") for name in names)  # of a MultiheadAttention, never called

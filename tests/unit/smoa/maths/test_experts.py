@@ -8,30 +8,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smoa.maths.experts import Layout, stack_partition
-from smoa.maths.spectrum import spectral_scores
+from smoa.layers.partition import PartitionSpec
+from smoa.maths.experts import Layout
 from tests import reference
+from tests.support.decompositions import NoDecomposition
 
 K = 3
 
 
-def matrices() -> torch.Tensor:
-    return torch.randn(4, 2, 11, 13, dtype=torch.float64)
-
-
 def test_each_matrix_gets_the_oracles_partition_of_it() -> None:
-    weights = matrices()
-    rows, cols = stack_partition(weights, K, "spectral", spectral_scores)
+    weights = torch.randn(4, 2, 11, 13, dtype=torch.float64)
+    rows, cols, _ = PartitionSpec("spectral", "hadamard", "lora").decide(K, weights)
     found = list(zip(rows.tolist(), cols.tolist(), strict=True))
     assert found == [reference.spectral_labels(weight, K) for weight in weights.flatten(0, 1)]
     assert rows.dtype == torch.uint8
-
-
-def test_contiguous_blocks_decompose_nothing() -> None:
-    def refuse(*_: object) -> tuple[torch.Tensor, torch.Tensor]:
-        raise AssertionError("a weight was decomposed")
-
-    rows, cols = stack_partition(matrices(), K, "contiguous", refuse)
+    with NoDecomposition():
+        rows, cols, _ = PartitionSpec("contiguous", "hadamard", "lora").decide(K, weights)
     assert all(row == reference.contiguous_labels(11, K) for row in rows.tolist())
     assert all(col == reference.contiguous_labels(13, K) for col in cols.tolist())
 
