@@ -22,8 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape
 from smoa.layers.distributed import gather
-from smoa.layers.layer import SmoaLayer, as_stored, in_autocast_dtype, is_instrumented
+from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_instrumented
 from smoa.layers.linear import Linear
+from smoa.layers.merging import as_stored
 from smoa.layers.quantized import QuantizedLinear
 from smoa.maths.factors import Initialization
 from smoa.maths.kernels.autograd import is_transformed

@@ -1,4 +1,4 @@
-r"""An adapted layer: the state of its adapters, its forward, merging and unmerging.
+r"""An adapted layer: the state of its adapters and its forward.
 
 One class does this for every kind of layer. A kind is a subclass that says what its matrix W is (`shape_of`), and how
 ΔW is applied to an input (`branch_output`).
@@ -6,31 +6,25 @@ One class does this for every kind of layer. A kind is a subclass that says what
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.integrations import gather_params_ctx
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from smoa.config import Shape, SmoaConfig
-from smoa.errors import MergeError, PartitionError
+from smoa.layers.adapter import Adapter
 from smoa.layers.distributed import (
-    awaits_process_group,
-    from_rank_zero,
-    onloaded,
     onloaded_for,
     partition_from_state_dict,
     partition_to_state_dict,
-    placed_like,
     refuse_partitioned,
-    refuse_writing,
     whole,
 )
-from smoa.layers.partition import Adapter, AdapterBuffers, Derived, PartitionSpec
+from smoa.layers.merging import Merging, as_matrix, as_stored
+from smoa.layers.partition import AdapterBuffers, Derived, PartitionSpec
 from smoa.layers.weight_cache import WeightCache, drop_kept
 from smoa.maths.blocks import Blocks, DiagonalBlocks, check_num_blocks
 from smoa.maths.factors import Factors, Initialization, init_factors, saved_shapes
@@ -45,7 +39,7 @@ RANDOM_SIZE = 0.1
 """rms of ΔW relative to W for an adapter made with `init_weights=False`: visible, not huge."""
 
 
-class SmoaLayer(nn.Module, BaseTunerLayer):
+class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
     """Adds `Σ x ΔWᵀ` of the active adapters to the base layer's output.
 
     All state except `base_layer` is keyed by adapter name. `smoa_A[name]` is a `Linear(⌈n/K⌉ → r)` and `smoa_B[name]` a
@@ -68,15 +62,11 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
 
     generation_cache: Literal["blocks", "off"] = "blocks"
     """What `generate` keeps: see `smoa.keep_in_generate`."""
-    losses: list[tuple[float, float]] | None = None
-    """Where a merge appends (‖error‖, ‖ΔW‖) of each matrix while `smoa.tuner.merging.losses_reported` is open."""
     converted_by_peft = True
     halves = 1
     """How many matrices W each expert has, if the layer has a stack of them."""
     tied = False
     """Whether another layer has the same weight and the same adapters (`ensure_weight_tying`)."""
-    shares_weight = False
-    """Whether another module uses the base layer's weight. A merge then gives the base layer a weight of its own."""
     read_by_models: tuple[str, ...] = ()
     """Attributes of the base layer that models read, as Whisper reads the strides of its convolutions."""
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
@@ -114,8 +104,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
-        self._pristine_blocks: dict[str, dict[int, DiagonalBlocks]] = {}  # by merged adapter and matrix
-        self._shared_weight: tuple[nn.Parameter, ...] = ()  # a parameter in a tuple is not saved with the layer
+        self._pristine_blocks: dict[str, dict[int, DiagonalBlocks]] = {}
         self.smoa_weight_cache: WeightCache | None = None
         self.last_batch: tuple[Hashable, Any] | None = None
         self._changes = 0
@@ -180,7 +169,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = own.scaling
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
-        self._add_partition(own, defer_partition)
+        own.prepare(self, defer_partition)
         if config.init_weights is False and not own.pending:
             with torch.no_grad():  # a random ΔW has the same size for every scale
                 self.smoa_B[adapter_name].weight.div_(own.derived().rank_scale.flatten())  # type: ignore[operator]
@@ -205,14 +194,6 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         sizes, relative_size = (self.out_features, self.in_features), RANDOM_SIZE / self.scaling[adapter_name]
         init_factors(A, B, sizes, self.adapters[adapter_name].ranks, init, relative_size)
 
-    def follow(self, other: SmoaLayer, adapter_name: str) -> None:
-        """Use another layer's factors, blocks and scales for an adapter. Both layers have one weight."""
-        self.smoa_A[adapter_name], self.smoa_B[adapter_name] = other.smoa_A[adapter_name], other.smoa_B[adapter_name]
-        if not (source := other.adapters[adapter_name]).pending:
-            self.adapters[adapter_name].decide(*source.saved())
-        self.tied = other.tied = True
-        self._pristine_blocks = other._pristine_blocks  # whichever is merged first overwrites the weight of both
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to the device of the base layer, and its factors to the dtype (PEFT's contract)."""
         if adapter_name not in self.adapters:
@@ -233,42 +214,13 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         buffers = self.smoa_row_labels, self.smoa_col_labels, self.smoa_block_scale
         return self._changes + sum(each.changes for each in buffers)
 
-    def _add_partition(self, own: Adapter, defer: bool) -> None:
-        device = self.stored_weight().device
-        shapes = self.saved_shapes(own.ranks)[2:]
-        own.reserve(shapes, torch.device("cpu") if device.type == "meta" else device)
-        if defer:
-            return
-        for other in self.adapters.values():
-            same = other.config is own.config and other.spec == own.spec and len(other.ranks) == len(own.ranks)
-            if same and not other.pending:  # TRL's reference, to which it copies factors alone
-                own.decide(*other.saved())
-                return
-        if not awaits_process_group() and (parts := self._computed_partition(own)) is not None:
-            own.decide(*parts)
-
     def decide_partition(self, adapter_name: str) -> None:
         """Compute the blocks of an adapter, unless they have been computed or loaded already.
 
         With several processes, rank 0 computes them for all, so every rank must call this.
         """
-        partition = self.adapters[adapter_name]
-        if not partition.pending:
-            return
-        if partition.is_valid():  # from a file, or from another process
-            partition.pending = False
-        elif (parts := self._computed_partition(partition)) is not None:
-            partition.decide(*parts)
-        else:
-            raise PartitionError("the base weight is on the meta device; load the weights before the adapter is used")
-
-    def _computed_partition(self, partition: Adapter) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Labels and scales by rank 0's weight; None if that is on the meta device."""
-        with onloaded([self.get_base_layer()]), gather_params_ctx(self.stored_weight()):  # for DeepSpeed ZeRO-3
-            is_meta = self.stored_weight().device.type == "meta"
-            weight = None if is_meta else whole(self.pristine_weight())  # for FSDP2
-            decide = partition.spec.decide
-            return from_rank_zero(lambda: None if weight is None else decide(len(partition.ranks), weight))
+        if (own := self.adapters[adapter_name]).pending:
+            own.decide_from(self)
 
     def derived(self, adapter_name: str) -> Derived:
         """What follows from the adapter's labels and block scales; decided now if they are still pending."""
@@ -433,120 +385,10 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             return self._cast_input_dtype(x, self.factors(adapter_name)[0].dtype)
         return in_autocast_dtype(x)
 
-    # Merging.
-
-    def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Raise MergeError if merging these adapters gives NaN or infinite weights; changes nothing."""
-        chosen = self.active_adapters if adapter_names is None else adapter_names
-        names = [name for name in self._present(chosen) if name not in self.merged_adapters]
-        with torch.no_grad():
-            for *_, merged in self.merged_matrices([*self.merged_adapters, *names]):
-                if not torch.isfinite(merged).all():
-                    # The first sentences are PEFT's, whose users may match them.
-                    raise MergeError(
-                        f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken, "
-                        f"or overflows {merged.dtype}; nothing was merged. Train it again, or load the base model in "
-                        "float32"
-                    )
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Replace the base weight W by `W + Σ ΔW`; for a stack, every W, one after the other.
-
-        The diagonal blocks of W, 1/K of it, are kept on the CPU for `unmerge`.
-
-        Args:
-            safe_merge: Raise MergeError instead of writing NaN or infinite weights.
-            adapter_names: Adapters to add to those that are merged already; None means the active ones.
-
-        Raises:
-            MergeError: `safe_merge` found NaN or infinite weights; nothing was merged.
-            UnsupportedModuleError: ZeRO-3 would drop the merged weight.
-            RuntimeError: no memory, for example; no adapter of the layer is merged then.
-        """
-        names = self._present(check_adapters_to_merge(self, adapter_names))
-        if not names:
-            return
-        refuse_writing(self.stored_weight())
-        with onloaded_for(self, names, written=True):
-            if safe_merge:
-                self.check_merge(names)
-            try:
-                for number, pristine, delta, merged in self.merged_matrices([*self.merged_adapters, *names]):
-                    exact = None if self.losses is None else pristine + delta  # the write may change W
-                    self._write_merged(number, pristine, merged, names)
-                    if self.losses is not None and exact is not None:
-                        self.losses.append((float((self.base_weight(number) - exact).norm()), float(delta.norm())))
-            except BaseException:
-                self._restore_pristine()
-                self.merged_adapters.clear()
-                raise
-        self.merged_adapters.extend(names)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Restore the pristine weight, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        refuse_writing(self.stored_weight())
-        with onloaded_for(self, [], written=True):
-            self._restore_pristine()
-        self.merged_adapters.clear()
-
-    def merged_matrices(self, adapter_names: list[str]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Number, pristine W, `Σ ΔW` and `W + Σ ΔW` of one matrix after the other, rounded once."""
-        updates = [self.updates(name) for name in adapter_names]
-        for number in range(self.matrix_count):
-            pristine = self.pristine_matrix(number)
-            total = sum((of_adapter[number].delta(pristine) for of_adapter in updates), pristine.new_zeros(()))
-            # Keep the exact bits where nothing is added: -0 + 0 is 0, and `unmerge` restores diagonal blocks only.
-            yield number, pristine, total, torch.where(total == 0, pristine, (total + pristine).to(pristine.dtype))
-
-    def _write_merged(self, number: int, pristine: Tensor, merged: Tensor, names: list[str]) -> None:
-        """Write a matrix. If other modules use it, the base layer gets one of its own until `unmerge`."""
-        for name in names:
-            kept = self._pristine_blocks.setdefault(name, {})
-            if number not in kept:  # where a layer of the same weight has kept them
-                kept[number] = DiagonalBlocks.read_from(pristine, self.blocks(name, number))
-        if self.shares_weight and not self._shared_weight:
-            base = self.get_base_layer()
-            self._shared_weight = (cast(nn.Parameter, base.weight),)
-            base.weight = nn.Parameter(self.stored_weight().clone(), requires_grad=False)
-        self._write_matrix(merged, number)
-
-    def _restore_pristine(self) -> None:
-        if self._shared_weight:
-            self.get_base_layer().weight, self._shared_weight = self._shared_weight[0], ()
-        elif self._pristine_blocks:
-            for number in range(self.matrix_count):
-                matrix = self.base_weight(number)
-                for kept in self._pristine_blocks.values():
-                    if number in kept:  # a merge may have failed
-                        kept[number].write_to(matrix)
-                self._write_matrix(matrix, number)
-        self._pristine_blocks.clear()
-
-    def _write_matrix(self, matrix: Tensor, number: int) -> None:
-        """Overwrite one of the layer's weights by `matrix` (out_features, in_features), unless that is a view of it."""
-        stored = self.stored_weight()
-        if matrix.data_ptr() != stored.data_ptr():
-            stored.copy_(placed_like(stored, as_stored(matrix, stored.shape, self.fan_in_fan_out)))
-
 
 def smoa_layers(model: nn.Module) -> dict[str, SmoaLayer]:
     """The adapted layers of a model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SmoaLayer)}
-
-
-def as_matrix(stored: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """W (out_features, in_features) of a weight as stored: transposed in a Conv1D, with a kernel in a convolution."""
-    return stored.T if fan_in_fan_out else stored.flatten(1)
-
-
-def as_stored(matrix: Tensor, shape: Sequence[int], fan_in_fan_out: bool) -> Tensor:
-    """The inverse of `as_matrix`, for a weight that is stored in `shape`."""
-    return matrix.T if fan_in_fan_out else matrix.reshape(shape)
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:

@@ -15,10 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from smoa.config import SmoaConfig
-from smoa.errors import PartitionError
-from smoa.maths.blocks import UNDECIDED, Blocks, Orders, ascend, check_labels
-from smoa.maths.kernels.autograd import is_transformed
+from smoa.maths.blocks import Blocks, Orders, ascend
 from smoa.maths.scale import ModulationKind, ScaleKind, block_scale, rank_scale
 from smoa.maths.spectrum import PartitionKind, make_partition
 from smoa.maths.stack import Side
@@ -156,98 +153,6 @@ class Derived:
         """Whether these are the block scales in this tensor's dtype."""
         known = self.block_scale
         return known.shape == scale.shape and torch.equal(known.to(scale.device, scale.dtype), scale)
-
-
-class Adapter:
-    """One adapter in one layer: its settings there, its blocks and block scales.
-
-    Args:
-        stores: The layer's row labels, column labels and block scales.
-        name: The adapter.
-        config: Its settings.
-        spec: How its blocks are decided.
-        ranks: r_k of every block.
-        alpha: By which ΔW is scaled as alpha / r.
-        halves: H, if the layer has a stack of matrices (`smoa.maths.stack`).
-    """
-
-    def __init__(
-        self,
-        stores: tuple[AdapterBuffers, AdapterBuffers, AdapterBuffers],
-        name: str,
-        config: SmoaConfig,
-        spec: PartitionSpec,
-        ranks: tuple[int, ...],
-        alpha: float,
-        halves: int = 1,
-    ) -> None:
-        self.stores, self.name, self.config, self.spec = stores, name, config, spec
-        self.ranks, self.halves = ranks, halves
-        self.r, self.modulation = sum(ranks), spec.modulation
-        self.scaling = alpha / self.r
-        """As configured; the layer's own `scaling` may have been changed since."""
-        self.pending = True
-        """Whether labels and scales are not decided yet: they will be loaded, or computed when they are needed."""
-        self._derived: Derived | None = None
-
-    def saved(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Row labels, column labels and block scales, as they are stored."""
-        rows, cols, scale = (store[self.name] for store in self.stores)
-        return rows, cols, scale
-
-    def reserve(self, shapes: Sequence[tuple[int, ...]], device: torch.device) -> None:
-        """Make room for labels and scales of these shapes, undecided."""
-        for store, shape in zip(self.stores[:2], shapes[:2], strict=True):
-            store.write(self.name, torch.full(shape, UNDECIDED, dtype=torch.uint8, device=device))
-        self.stores[2].write(self.name, torch.ones(shapes[2], device=device, dtype=torch.float32))
-
-    def decide(self, row_labels: Tensor, col_labels: Tensor, block_scale: Tensor) -> None:
-        """Write labels and scales."""
-        for store, tensor in zip(self.stores, (row_labels, col_labels, block_scale), strict=True):
-            store.write(self.name, tensor)
-        self.pending = False
-        self.derived()
-
-    def move(self, device: torch.device) -> None:
-        """Move labels and scales to a device."""
-        for store in self.stores:
-            store[self.name] = store[self.name].to(device)
-
-    def is_valid(self) -> bool:
-        """Whether the labels are there, and a partition."""
-        rows, cols, _ = self.saved()
-        if rows.is_meta:
-            return False
-        try:
-            for labels in (*rows.view(-1, rows.shape[-1]), *cols.view(-1, cols.shape[-1])):
-                check_labels(labels, len(self.ranks), "labels")
-        except PartitionError:
-            return False
-        return True
-
-    def derived(self) -> Derived:
-        """What follows from labels and scales; made anew if they were replaced or written to.
-
-        Of labels that a transform (`torch.func`) has put in place for a call, nothing is kept. A compiled model doesn't
-        look: labels don't change while it runs.
-        """
-        known, saved = self._derived, self.saved()
-        if known is not None and (torch.compiler.is_compiling() or known.is_of(saved)):
-            return known
-        rows, cols, scale = saved
-        if known is not None and is_transformed(*saved):
-            blocks = known.blocks
-            if isinstance(blocks, Blocks):
-                blocks = Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols), False, blocks.shape)
-            return Derived(saved, [], (), scale, rank_scale(scale, self.ranks), blocks)
-        exact = known.block_scale if known is not None and known.rounds_to(scale) else None
-        if known is not None and exact is not None and known.has_labels(rows, cols):
-            known.saved, known.versions = saved, versions(saved)  # written to without a change, as by DDP's broadcasts
-            return known
-        with torch.inference_mode(False):  # what is made in inference mode can't be used in training
-            self._derived = Derived.of(saved, self.ranks, self.halves, exact)
-        self.stores[0].changes += 1
-        return self._derived
 
 
 def are_unchanged(tensors: Sequence[Tensor], known: Sequence[Tensor], known_versions: list[int] | None) -> bool:

@@ -30,8 +30,9 @@ from smoa.atomic import write_whole
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedModuleError, first_of, nearest
 from smoa.files.loading import read_adapter
-from smoa.layers.layer import as_matrix, in_autocast_dtype, smoa_layers
+from smoa.layers.layer import in_autocast_dtype, smoa_layers
 from smoa.layers.linear import Linear
+from smoa.layers.merging import as_matrix
 from smoa.layers.quantized import dequantized, find_backend
 from smoa.layers.weight_cache import tensor_state
 from smoa.maths.kernels.shared import diagonal_of

@@ -102,7 +102,16 @@ def tie_layers(model: nn.Module, adapter_name: str) -> None:
             (end for end in ends if adapter_name in end.smoa_A), key=lambda end: not isinstance(end, Embedding)
         )
         for other in ends[1:]:
-            other.follow(ends[0], adapter_name)
+            _follow(other, ends[0], adapter_name)
+
+
+def _follow(layer: SmoaLayer, other: SmoaLayer, adapter_name: str) -> None:
+    """Let a layer use another one's factors, blocks and scales. Both have one weight."""
+    layer.smoa_A[adapter_name], layer.smoa_B[adapter_name] = other.smoa_A[adapter_name], other.smoa_B[adapter_name]
+    if not (source := other.adapters[adapter_name]).pending:
+        layer.adapters[adapter_name].decide(*source.saved())
+    layer.tied = other.tied = True
+    layer._pristine_blocks = other._pristine_blocks  # whichever is merged first overwrites the weight of both
 
 
 def refuse_shared(layers: Iterable[tuple[str, Tensor, Mapping[str, object]]]) -> None:

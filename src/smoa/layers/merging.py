@@ -1,0 +1,138 @@
+"""How an adapted layer merges its adapters into the base weight, and restores every bit of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from smoa.errors import MergeError
+from smoa.layers.distributed import onloaded_for, placed_like, refuse_writing
+from smoa.maths.blocks import DiagonalBlocks
+
+
+class Merging:
+    """The part of `SmoaLayer` that writes to the base weight.
+
+    `_pristine_blocks` holds the diagonal blocks of W on the CPU, by merged adapter and matrix, and `_shared_weight` a
+    weight that other modules use too, in a tuple, so that it is not saved with the layer.
+    """
+
+    _shared_weight: tuple[nn.Parameter, ...] = ()
+
+    losses: list[tuple[float, float]] | None = None
+    """Where a merge appends (‖error‖, ‖ΔW‖) of each matrix while `smoa.tuner.merging.losses_reported` is open."""
+    shares_weight = False
+    """Whether another module uses the base layer's weight. A merge then gives the base layer a weight of its own."""
+
+    def check_merge(self: Any, adapter_names: list[str] | None = None) -> None:
+        """Raise MergeError if merging these adapters gives NaN or infinite weights; changes nothing."""
+        chosen = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in self._present(chosen) if name not in self.merged_adapters]
+        with torch.no_grad():
+            for *_, merged in self.merged_matrices([*self.merged_adapters, *names]):
+                if not torch.isfinite(merged).all():
+                    # The first sentences are PEFT's, whose users may match them.
+                    raise MergeError(
+                        f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken, "
+                        f"or overflows {merged.dtype}; nothing was merged. Train it again, or load the base model in "
+                        "float32"
+                    )
+
+    @torch.no_grad()
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Replace the base weight W by `W + Σ ΔW`; for a stack, every W, one after the other.
+
+        The diagonal blocks of W, 1/K of it, are kept on the CPU for `unmerge`.
+
+        Args:
+            safe_merge: Raise MergeError instead of writing NaN or infinite weights.
+            adapter_names: Adapters to add to those that are merged already; None means the active ones.
+
+        Raises:
+            MergeError: `safe_merge` found NaN or infinite weights; nothing was merged.
+            UnsupportedModuleError: ZeRO-3 would drop the merged weight.
+            RuntimeError: no memory, for example; no adapter of the layer is merged then.
+        """
+        names = self._present(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        refuse_writing(self.stored_weight())
+        with onloaded_for(self, names, written=True):
+            if safe_merge:
+                self.check_merge(names)
+            try:
+                for number, pristine, delta, merged in self.merged_matrices([*self.merged_adapters, *names]):
+                    exact = None if self.losses is None else pristine + delta  # the write may change W
+                    self._write_merged(number, pristine, merged, names)
+                    if self.losses is not None and exact is not None:
+                        self.losses.append((float((self.base_weight(number) - exact).norm()), float(delta.norm())))
+            except BaseException:
+                self._restore_pristine()
+                self.merged_adapters.clear()
+                raise
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self: Any) -> None:
+        """Restore the pristine weight, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        refuse_writing(self.stored_weight())
+        with onloaded_for(self, [], written=True):
+            self._restore_pristine()
+        self.merged_adapters.clear()
+
+    def merged_matrices(self: Any, adapter_names: list[str]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Number, pristine W, `Σ ΔW` and `W + Σ ΔW` of one matrix after the other, rounded once."""
+        updates = [self.updates(name) for name in adapter_names]
+        for number in range(self.matrix_count):
+            pristine = self.pristine_matrix(number)
+            total = sum((of_adapter[number].delta(pristine) for of_adapter in updates), pristine.new_zeros(()))
+            # Keep the exact bits where nothing is added: -0 + 0 is 0, and `unmerge` restores diagonal blocks only.
+            yield number, pristine, total, torch.where(total == 0, pristine, (total + pristine).to(pristine.dtype))
+
+    def _write_merged(self: Any, number: int, pristine: Tensor, merged: Tensor, names: list[str]) -> None:
+        """Write a matrix. If other modules use it, the base layer gets one of its own until `unmerge`."""
+        for name in names:
+            kept = self._pristine_blocks.setdefault(name, {})
+            if number not in kept:  # where a layer of the same weight has kept them
+                kept[number] = DiagonalBlocks.read_from(pristine, self.blocks(name, number))
+        if self.shares_weight and not self._shared_weight:
+            base = self.get_base_layer()
+            self._shared_weight = (cast(nn.Parameter, base.weight),)
+            base.weight = nn.Parameter(self.stored_weight().clone(), requires_grad=False)
+        self._write_matrix(merged, number)
+
+    def _restore_pristine(self: Any) -> None:
+        if self._shared_weight:
+            self.get_base_layer().weight, self._shared_weight = self._shared_weight[0], ()
+        elif self._pristine_blocks:
+            for number in range(self.matrix_count):
+                matrix = self.base_weight(number)
+                for kept in self._pristine_blocks.values():
+                    if number in kept:  # a merge may have failed
+                        kept[number].write_to(matrix)
+                self._write_matrix(matrix, number)
+        self._pristine_blocks.clear()
+
+    def _write_matrix(self: Any, matrix: Tensor, number: int) -> None:
+        """Overwrite one of the layer's weights by `matrix` (out_features, in_features), unless that is a view of it."""
+        stored = self.stored_weight()
+        if matrix.data_ptr() != stored.data_ptr():
+            stored.copy_(placed_like(stored, as_stored(matrix, stored.shape, self.fan_in_fan_out)))
+
+
+def as_matrix(stored: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """W (out_features, in_features) of a weight as stored: transposed in a Conv1D, with a kernel in a convolution."""
+    return stored.T if fan_in_fan_out else stored.flatten(1)
+
+
+def as_stored(matrix: Tensor, shape: Sequence[int], fan_in_fan_out: bool) -> Tensor:
+    """The inverse of `as_matrix`, for a weight that is stored in `shape`."""
+    return matrix.T if fan_in_fan_out else matrix.reshape(shape)
