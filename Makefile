@@ -17,7 +17,10 @@ help:  ## list the targets
 demo: $(VENV)/.demo-installed  ## fine-tune Gemma 3 270M with SMoA and show what changed
 	$(BIN)/smoa demo
 
-test: lint types unit docs versions peft-short  ## lint, types, tests, documentation, PEFT's own tests and its versions: what CI runs
+# The tests build the documentation too. What uses one core runs beside the next.
+test: $(VENV)/.dev-installed  ## lint, types, PEFT's versions, PEFT's own tests and tests: what CI runs
+	$(MAKE) --jobs 2 versions lint types peft-short
+	$(MAKE) unit
 
 lint: $(VENV)/.dev-installed  ## check format and style
 	$(BIN)/ruff format --check .
@@ -27,10 +30,10 @@ types: $(VENV)/.dev-installed  ## check types
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev-installed  ## run the tests, except the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 coverage: $(VENV)/.dev-installed  ## run the same tests and fail if they cover less than 97 % of the code
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered --cov-fail-under=97
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=97
 
 test-slow: $(VENV)/.examples-installed  ## run the slow tests, with the demo's base model
 	$(BIN)/python -m pytest -m slow
