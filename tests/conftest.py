@@ -5,30 +5,29 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:  # else imported where it is needed: the process that leads those of the tests needs nothing of it
+    from transformers import PreTrainedModel
 
 # Before transformers is imported: a test that would reach for a hub fails at once instead of waiting for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pytest
-import torch
-from transformers import PreTrainedModel
-
-from smoa.layers import kinds
-from smoa.maths.kernels import branch, fused
-from tests.support import tiny_models
-from tests.support.peft_versions import adapt_to_peft
-
-# Models this small lose more to starting threads than they gain from them.
-torch.set_num_threads(1)
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what an old PEFT can't do."""
+    from tests.support.peft_versions import adapt_to_peft
+
     adapt_to_peft(items)
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays: a collection of garbage, as each training ends with one, needs not walk through it."""
+    """What is imported stays: a collection of garbage, as each training ends with one, needs not walk through it. And
+    models this small lose more to starting threads than they gain from them."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     gc.collect()
     gc.freeze()
 
@@ -36,6 +35,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Every test draws the same numbers, alone or among others."""
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -49,6 +50,9 @@ def _float32_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _route_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test chooses (`take_route`) holds for no other one."""
+    from smoa.layers import kinds
+    from smoa.maths.kernels import fused
+
     monkeypatch.setattr(fused, "MIN_TOKENS", fused.MIN_TOKENS)
     monkeypatch.setattr(kinds, "convolves_exactly", kinds.convolves_exactly)
 
@@ -56,13 +60,15 @@ def _route_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["whole", "cut"])
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of blocks as a GPU multiplies them, and cut into the smallest pieces, of 16 rows, that are copied."""
+    from smoa.maths.kernels import branch
+
     monkeypatch.setattr(branch, "PIECE", 1 << 60 if request.param == "whole" else 1)
     monkeypatch.setattr(branch, "LARGE_BLOCK", 1 << 60 if request.param == "whole" else 0)
 
 
-@pytest.fixture(params=tiny_models.BUILDERS)
+@pytest.fixture(params=["llama", "gemma3", "gpt2", "bert", "t5"])
 def family(request: pytest.FixtureRequest) -> str:
-    """Each family of models in turn: llama, gemma3, gpt2, bert, t5."""
+    """Each family of models in turn."""
     name: str = request.param
     return name
 
@@ -70,10 +76,14 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def tiny_llama() -> PreTrainedModel:
     """A decoder with grouped-query attention."""
+    from tests.support import tiny_models
+
     return tiny_models.build("llama")
 
 
 @pytest.fixture
 def tiny_gemma3() -> PreTrainedModel:
     """A decoder with one key-value head and tied embeddings."""
+    from tests.support import tiny_models
+
     return tiny_models.build("gemma3")

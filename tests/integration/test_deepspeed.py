@@ -36,7 +36,7 @@ STRATEGIES = ["late", "zero2", "zero3_merge", "zero3_checkpointing"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left behind after all strategies."""
     path = tmp_path_factory.mktemp("zero")
-    run_two("tests.integration.workers.zero", str(path))
+    run_two("tests.integration.workers.zero", str(path), first=["deepspeed"])
     return path
 
 

@@ -41,34 +41,36 @@ def python(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("environment"), "--no-index", "--no-deps", "--force-reinstall", str(wheel))
 
 
-def test_the_readmes_python_runs_with_the_wheel(python: Path, tiny_gemma3: PreTrainedModel, tmp_path: Path) -> None:
+ASK = """
+import runpy, sys, smoa
+from smoa_lab.cli.demo import CONFIG
+from smoa_lab.config.run import load_config
+from smoa_lab.data.files import read_rows
+from smoa_lab.data.general_text import passages
+from smoa_lab.data.named import DEMO_FILE
+from smoa_lab.pages.templates import page
+print("\\nASKED", smoa.__file__)
+print(load_config(CONFIG).folder, len(passages("packaged")), "vega-lite" in page("Empty"))
+print(len(list(read_rows(DEMO_FILE))), DEMO_FILE.with_name("csqa_demo.LICENSE").is_file())
+sys.argv[1:] = ["--help"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_readmes_python_the_command_the_demo_the_text_for_forgetting_and_pages_come_with_the_wheel(
+    python: Path, tiny_gemma3: PreTrainedModel, tmp_path: Path
+) -> None:
     tiny_gemma3.save_pretrained(tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
-    (tmp_path / "readme.py").write_text(f"{PYTHON}\nimport smoa; print(smoa.__file__)\n", encoding="utf-8")
+    smoa = str(python.parents[1] / SCRIPTS / "smoa")
+    (tmp_path / "readme.py").write_text(f"{PYTHON}\nimport sys\nsys.argv[0] = {smoa!r}\n{ASK}", encoding="utf-8")
     done = subprocess.run(
         [str(python), "readme.py"], cwd=tmp_path, env=ELSEWHERE, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert str(python.parents[1]) in done.stdout.splitlines()[-1]
-
-
-def test_the_command_the_demo_the_text_for_forgetting_and_pages_come_with_the_wheel(
-    python: Path, tmp_path: Path
-) -> None:
-    ask = (
-        "from smoa_lab.cli.demo import CONFIG; from smoa_lab.config.run import load_config; "
-        "from smoa_lab.data.general_text import passages; "
-        "from smoa_lab.data.files import read_rows; from smoa_lab.data.named import DEMO_FILE; "
-        "from smoa_lab.pages.templates import page; "
-        "print(load_config(CONFIG).folder, len(passages('packaged')), 'vega-lite' in page('Empty'), "
-        "len(list(read_rows(DEMO_FILE))), DEMO_FILE.with_name('csqa_demo.LICENSE').is_file()); "
-        "import runpy, sys; sys.argv[1:] = ['--help']; "
-        f"runpy.run_path({str(python.parents[1] / SCRIPTS / 'smoa')!r}, run_name='__main__')"
-    )
-    done = subprocess.run(
-        [str(python), "-c", ask], cwd=tmp_path, env=ELSEWHERE, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.startswith(f"{Path('runs/demo')} 34 True 1884 True\n"), done.stderr
-    assert {"train", "eval", "merge", "convert"} <= set(re.findall(r"\w+", done.stdout))
+    place, demo, rows, *told = done.stdout.partition("\nASKED ")[2].splitlines()
+    assert place.startswith(str(python.parents[1]))
+    assert (demo, rows) == (f"{Path('runs/demo')} 34 True", "1884 True")
+    assert {"train", "eval", "merge", "convert"} <= set(re.findall(r"\w+", "".join(told)))
 
 
 def test_the_page_of_a_package_index_has_no_link_that_leads_nowhere(dist: Path) -> None:

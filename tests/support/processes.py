@@ -1,17 +1,22 @@
-"""Two processes that train together over gloo, as torchrun would start them, without its second import of torch."""
+"""Two processes that train together over gloo, as torchrun would start them, but with one import of torch."""
 
 from __future__ import annotations
 
+import importlib
 import os
+import runpy
+import signal
 import socket
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-DEADLINE = 300.0
+DEADLINE = 300
 """Seconds; two processes that wait for each other never end by themselves."""
+IMPORTS = ("accelerate", "smoa", "tests.support.tiny_mixtures", "tests.support.tiny_reader")
+"""What takes both ranks longer to import than to train."""
 
 
 def free_port() -> int:
@@ -27,32 +32,39 @@ def environment(**variables: str) -> dict[str, str]:
     return inherited | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"} | variables
 
 
-def run_two(module: str, *arguments: str) -> None:
-    """Run `python -m module` as ranks 0 and 1; fails with their output unless both end well."""
+def run_two(module: str, *arguments: str, first: Sequence[str] = ()) -> None:
+    """Run `python -m module` as ranks 0 and 1, with the modules `first` imported once for both; fails with their output
+    unless both end well."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            cwd=ROOT,
-            env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = _outputs(ranks)
-    codes = [rank.returncode for rank in ranks]
-    assert codes == [0, 0], "\n".join([f"exit codes {codes}", *outputs])
+    command = [sys.executable, "-m", "tests.support.processes", ",".join([*IMPORTS, *first]), module, *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(**shared), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout
 
 
-def _outputs(ranks: list[subprocess.Popen[str]]) -> list[str]:
-    """What each process printed; when one fails or none ends, all are killed."""
-    end = time.monotonic() + DEADLINE
-    while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-        if time.monotonic() > end:
-            break
-        time.sleep(0.1)
-    for rank in ranks:
-        rank.kill()
-    return [rank.communicate()[0] for rank in ranks]
+def _run_ranks(imports: str, module: str, arguments: list[str]) -> int:
+    """Both ranks in processes of their own; when one fails, or none ends in time, both are killed."""
+    for name in imports.split(","):
+        importlib.import_module(name)
+    ranks = set()
+    for rank in ("0", "1"):
+        if (process := os.fork()) == 0:
+            signal.alarm(DEADLINE)
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+            sys.argv = [module, *arguments]
+            runpy.run_module(module, run_name="__main__")
+            return 0
+        ranks.add(process)
+    while ranks:
+        process, status = os.wait()
+        ranks.discard(process)
+        if status:
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_run_ranks(sys.argv[1], sys.argv[2], sys.argv[3:]))

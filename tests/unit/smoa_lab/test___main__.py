@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
+import io
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-from smoa_lab.__main__ import EXTRAS
-from tests.support.processes import environment
-from tests.support.without_packages import smoa_without
+from smoa_lab.__main__ import EXTRAS, main
+from tests.support import without_packages
 
 PROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
 MODULES = {
@@ -47,23 +47,31 @@ def test_a_missing_package_is_one_line_that_names_its_extra(
     package: str, extra: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    (done,) = smoa_without({package}, command)
-    assert done.code == 1
-    assert done.errors.splitlines()[-1] == f"error: {package} is not installed: pip install 'smoa[{extra}]'"
+    with pytest.raises(SystemExit) as ended, without_packages.command(command, package):
+        import_module("smoa_lab.__main__").main()
+    assert str(ended.value) == f"error: {package} is not installed: pip install 'smoa[{extra}]'"
     assert [place for place in tmp_path.rglob("*") if place.is_file()] == []
 
 
-def test_what_an_encoding_lacks_is_a_question_mark_and_no_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("encoding", "shown", "err"), [("ascii", "1 ? 2", "? ?"), ("latin-1", "1 ? 2", "\xb1 ?"), ("utf-8", "1 → 2", "± ‖")]
+)
+def test_what_an_encoding_lacks_is_a_question_mark_and_no_traceback(
+    encoding: str, shown: str, err: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = tmp_path / "script.py"
     script.write_text("import sys; print('1 \\u2192 2'); print('± \\u2016', file=sys.stderr)", encoding="utf-8")
-    for encoding, shown, err in (("ascii", "1 ? 2", "? ?"), ("latin-1", "1 ? 2", "\xb1 ?"), ("utf-8", "1 → 2", "± ‖")):
-        variables = environment() | {"PYTHONIOENCODING": encoding}
-        command = [sys.executable, "-m", "smoa_lab", "exec", str(script)]
-        done = subprocess.run(command, env=variables, capture_output=True, check=True)
-        assert (done.stdout.decode(encoding).strip(), done.stderr.decode(encoding).strip()) == (shown, err)
+    written = io.BytesIO(), io.BytesIO()
+    for name, stream in zip(("stdout", "stderr"), written, strict=True):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding, write_through=True))
+    monkeypatch.setattr(sys, "argv", ["smoa", "exec", str(script)])
+    with pytest.raises(SystemExit):
+        main()
+    assert [stream.getvalue().decode(encoding).strip() for stream in written] == [shown, err]
 
 
 def test_a_module_that_no_extra_brings_is_shown_in_full(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("import no_such_module")
-    with pytest.raises(AssertionError, match="ModuleNotFoundError: No module named 'no_such_module'"):
-        smoa_without(set(), ["exec", str(tmp_path / "script.py")])
+    words = ["exec", str(tmp_path / "script.py")]
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"), without_packages.command(words):
+        import_module("smoa_lab.__main__").main()
