@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -60,10 +62,28 @@ def tiny_llama(vocabulary: int, positions: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**SIZES, **sizes, **ends))
 
 
-def tiny_base(folder: Path) -> Path:
-    """A Llama of two layers and its tokenizer."""
+@cache
+def _files(make: Callable[..., Path], *arguments: Any) -> dict[str, bytes]:
+    with TemporaryDirectory() as room:
+        return {file.name: file.read_bytes() for file in make(Path(room), *arguments).iterdir()}
+
+
+def made_once(folder: Path, make: Callable[..., Path], *arguments: Any) -> Path:
+    """The folder with the files that `make(folder, *arguments)` writes, which is called once in a process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _files(make, *arguments).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def _tiny_base(folder: Path) -> Path:
     tokenizer = byte_tokenizer()
     return saved(tiny_llama(len(tokenizer), positions=512), tokenizer, folder)
+
+
+def tiny_base(folder: Path) -> Path:
+    """A Llama of two layers and its tokenizer."""
+    return made_once(folder, _tiny_base)
 
 
 def tokenizer_revisions(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smoa_lab.config.run import RunConfig, check_config
-from tests.support.lab import byte_tokenizer, saved, tiny_llama
+from tests.support.lab import byte_tokenizer, made_once, saved, tiny_llama
 from tests.support.lab import write_rows as write_rows
 
 SPECIALS = [
@@ -58,9 +58,13 @@ def tiny_chat_model() -> LlamaForCausalLM:
     return tiny_llama(len(tokenizer_with(None)), positions=1024)
 
 
+def _rows_base(folder: Path, template: str | None) -> Path:
+    return saved(tiny_chat_model(), tokenizer_with(template), folder)
+
+
 def rows_base(folder: Path, template: str | None = MARKED) -> Path:
     """Both, saved as a base model."""
-    return saved(tiny_chat_model(), tokenizer_with(template), folder)
+    return made_once(folder, _rows_base, template)
 
 
 def chats(number: int) -> list[dict[str, Any]]:
