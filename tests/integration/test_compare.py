@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from smoa_lab.cli.main import app
-from smoa_lab.config.run import RunConfig
 from smoa_lab.study import comparison
 from tests.support.own_rows import chats, pairs, rows_base, write_rows
 
@@ -41,13 +40,12 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield room
 
 
-@pytest.fixture
-def values(room: Path, tmp_path: Path) -> dict[str, Any]:
-    """Two entries of the same trainable parameters."""
+def values_in(room: Path, folder: Path) -> dict[str, Any]:
+    """A study of two entries of the same trainable parameters."""
     smoa = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}
     training = {"max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "no", "logging_steps": 1}
     return {
-        "folder": str(tmp_path / "study"),
+        "folder": str(folder),
         "shared": {
             "model": {"name": str(room / "base")},
             "data": {"train": str(room / "chats.jsonl"), "test": str(room / "held-out.jsonl"), "samples": 2},
@@ -55,7 +53,7 @@ def values(room: Path, tmp_path: Path) -> dict[str, Any]:
             "training": {**training, "use_cpu": True},
         },
         "tuning": {"max_runs": 3},
-        "seeds": [0, 1],
+        "seeds": [0, 1, 2],
         "entries": {
             "ours": {"method": "smoa", "adapter": smoa, "learning_rate": 0.01, "parameters": 448},
             "lora": {**LORA, "parameters": 448},
@@ -64,56 +62,43 @@ def values(room: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def compare(values: dict[str, Any], tmp_path: Path, *options: str) -> Any:
-    file = tmp_path / "tiny.yaml"
+def compare(values: dict[str, Any]) -> Any:
+    file = Path(f"{values['folder']}.yaml")
     file.write_text(yaml.safe_dump(values, sort_keys=False))
-    ran = CliRunner().invoke(app, ["compare", str(file), "--json", *options], catch_exceptions=False)
+    ran = CliRunner().invoke(app, ["compare", str(file), "--json"], catch_exceptions=False)
     assert ran.exit_code == 0, ran.output
     return json.loads(ran.stdout)
 
 
+@pytest.fixture(scope="module")
+def summary(room: Path) -> dict[str, Any]:
+    """What the study in room/study found."""
+    found: dict[str, Any] = compare(values_in(room, room / "study"))
+    return found
+
+
 def test_a_study_is_run_reported_and_never_run_twice(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    room: Path, summary: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    summary = compare(values, tmp_path)
     entries = {one["entry"]: one for one in summary["entries"]}
     assert entries["ours"]["parameters"] == entries["lora"]["parameters"] == 448
     assert entries["lora"]["differences"]["loss"]["verdict"] in ("better", "same", "worse", "open")
     assert entries["lora"]["forgotten"] is not None
-    folder = tmp_path / "study"
+    folder = room / "study"
     assert len(list(folder.glob("*/lr-*-seed-100/metrics.json"))) == 6
-    assert len(list(folder.glob("*/lr-*-seed-[01]/adapter/adapter_model.safetensors"))) == 4
+    assert len(list(folder.glob("*/lr-*-seed-[012]/adapter/adapter_model.safetensors"))) == 6
     assert not list(folder.glob("*/lr-*-seed-100/adapter"))
     assert [set(answers) for answers in summary["answers"]] == [
         {"Prompt", "Reference", "Untouched", "ours", "lora"}
     ] * 2
     monkeypatch.setattr(comparison, "run", lambda config: pytest.fail("a finished run is run again"))
-    assert compare(values, tmp_path) == summary
+    assert compare(values_in(room, folder)) == summary
 
 
-def test_a_killed_study_goes_on(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values |= {"tuning": {"max_runs": 0}, "seeds": [0]}
-    whole_run = comparison.run
-
-    def killed(config: RunConfig) -> dict[str, Any]:
-        if config.method == "lora" and "timing" not in config.folder.parts:
-            raise KeyboardInterrupt
-        return whole_run(config)
-
-    monkeypatch.setattr(comparison, "run", killed)
-    file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(values, sort_keys=False))
-    assert CliRunner().invoke(app, ["compare", str(file)]).exit_code == 130
-    finished = sorted(path.parent.name for path in (tmp_path / "study").glob("*/*/metrics.json"))
-    assert finished == ["lr-1e-2-seed-0"]
-    monkeypatch.setattr(comparison, "run", whole_run)
-    assert len(compare(values, tmp_path)["entries"]) == 2
-
-
-def test_preferences_are_compared(values: dict[str, Any], room: Path, tmp_path: Path) -> None:
+def test_preferences_are_compared(room: Path, tmp_path: Path) -> None:
+    values = values_in(room, tmp_path / "study")
     values["shared"] |= {"data": {"train": str(room / "pairs.jsonl"), "samples": 0}, "trainer": "dpo"}
-    values |= {"tuning": {"max_runs": 0}}
-    summary = compare(values, tmp_path)
+    summary = compare(values | {"tuning": {"max_runs": 0}, "seeds": [0, 1]})
     assert list(summary["entries"][0]["values"])[:2] == ["DPO loss", "margin"]  # the share won may be 1 everywhere
     assert "DPO loss" in summary["verdict"]["all"][0]
 
@@ -136,16 +121,12 @@ def plain_losses(run: Path, base: Path, rows: Path) -> tuple[list[float], list[i
     return losses, tokens
 
 
-def test_difference_and_interval_are_those_of_the_saved_adapters(
-    values: dict[str, Any], room: Path, tmp_path: Path
-) -> None:
-    values |= {"tuning": {"max_runs": 0}, "seeds": [0, 1, 2]}
-    summary = compare(values, tmp_path)
+def test_difference_and_interval_are_those_of_the_saved_adapters(room: Path, summary: dict[str, Any]) -> None:
     reported = next(one["differences"]["loss"] for one in summary["entries"] if one["entry"] == "lora")
     gaps = []
-    for seed in values["seeds"]:
-        runs = [tmp_path / "study" / f"{name}-seed-{seed}" for name in ("lora/lr-3e-3", "ours/lr-1e-2")]
-        (lora, tokens), (ours, _) = (plain_losses(run, room / "base", room / "held-out.jsonl") for run in runs)
+    for seed in range(3):
+        folders = (next((room / "study" / name).glob(f"lr-*-seed-{seed}")) for name in ("lora", "ours"))
+        (lora, tokens), (ours, _) = (plain_losses(run, room / "base", room / "held-out.jsonl") for run in folders)
         gaps.append(np.subtract(lora, ours))
     count, chance = len(tokens), np.random.default_rng(7)
     drawn = chance.integers(0, count, (20000, count))

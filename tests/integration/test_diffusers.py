@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from smoa import SmoaConfig
@@ -96,15 +96,3 @@ def test_a_diffusion_model_learns_is_saved_loaded_merged_and_unmerged(name: str,
     assert_close(output(loaded), trained)
     loaded.unmerge_adapter()
     assert all(torch.equal(tensor, weights[key]) for key, tensor in loaded.unload().state_dict().items())
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_an_adapter_injected_without_a_peft_model_is_switched_off(name: str) -> None:
-    base, output, config = built(name)
-    before = output(base)
-    config.init_weights = False
-    inject_adapter_in_model(config, base)
-    assert not torch.allclose(output(base), before)
-    for layer in layers_of(base):
-        layer.enable_adapters(False)
-    assert torch.equal(output(base), before)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -50,17 +49,6 @@ def invoke(*arguments: object) -> str:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
-
-
-def test_an_unfinished_run_is_not_resumed_by_another_config(config: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
-    (tmp_path / "run" / "config.yaml").write_text("method: lora\ntraining: {}\n")
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    result = CliRunner().invoke(
-        app, ["train", str(tmp_path / "config.yaml"), f"training.output_dir={tmp_path / 'run'}"]
-    )
-    assert result.exit_code == 1
-    assert "unfinished run of another config" in result.output
 
 
 def test_eval_gives_what_training_gave_before_and_after(run: Path) -> None:

@@ -20,7 +20,6 @@ from tests.support.processes import ROOT
 pytestmark = pytest.mark.usefixtures("quick_pictures")
 
 EXAMPLES = ROOT / "examples" / "data"
-FILES = sorted(file for file in EXAMPLES.iterdir() if file.name != "README.md")
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +34,11 @@ def invoke(*arguments: object) -> Any:
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("name", ["messages.jsonl", "preference.jsonl", "prompt-completion.jsonl", "text.jsonl"])
+@pytest.mark.parametrize("name", ["messages.jsonl", "preference.jsonl"])
 def test_an_example_is_trained_scored_merged_and_converted(
     name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of each way to train; the adapters of two are merged and converted."""
+    """One of each way to train."""
     rows = [row for _, row in read_rows(EXAMPLES / name) if isinstance(row, dict)]
     file = write_rows(tmp_path / name, [rows[0] | {"part": "test"}, *rows[1:]])
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
@@ -55,9 +54,6 @@ def test_an_example_is_trained_scored_merged_and_converted(
     assert after < before
     assert (run / "samples.md").is_file()
     assert invoke("eval", run)["scores"]["loss"] == pytest.approx(after, abs=1e-6)
-    if name not in ("messages.jsonl", "preference.jsonl"):
-        return
-
     invoke("merge", run, tmp_path / "merged")
     merged = invoke("eval", config, f"model.name={tmp_path / 'merged'}")
     assert merged["scores"]["loss"] == pytest.approx(after, abs=1e-4)
@@ -69,14 +65,3 @@ def test_an_example_is_trained_scored_merged_and_converted(
     assert loss["rows"] == 1
     assert (loss["base"], loss["adapter"]) == (pytest.approx(before, abs=1e-6), pytest.approx(after, abs=1e-6))
     assert loss["lora"] == pytest.approx(after, abs=1e-3)
-
-
-def test_where_nothing_is_held_out_nothing_can_be_scored(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(rows_values(tmp_path, FILES[0], base, data={"test_examples": 0})))
-    done = CliRunner().invoke(app, ["eval", str(config)])
-    assert done.exit_code == 1
-    assert "nothing is held out that could be scored; give other rows as data.test" in done.stderr

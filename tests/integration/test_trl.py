@@ -16,8 +16,11 @@ from smoa import SmoaConfig
 from tests.support.lab import byte_tokenizer, tiny_llama
 from tests.support.own_rows import pairs
 
-GROUPS = {"num_generations": 4, "max_completion_length": 4, "beta": 0.1}
-OPTIONS: dict[str, dict[str, Any]] = {"GRPO": GROUPS, "RLOO": GROUPS, "DPO": {}, "KTO": {}, "Reward": {}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "GRPO": {"num_generations": 4, "max_completion_length": 4, "beta": 0.1},
+    "DPO": {},
+    "Reward": {},
+}
 
 
 def of_letters(completions: list[str], **_: Any) -> list[float]:
@@ -43,11 +46,6 @@ def test_a_trainer_trains_the_adapter_and_changes_neither_base_nor_reference(nam
     adapted = get_peft_model(model.to(torch.bfloat16), config)
     start = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(adapted).items()}
     base = {key: tensor.clone() for key, tensor in adapted.named_parameters() if not tensor.requires_grad}
-    rows = pairs(8)
-    if name == "KTO":
-        rows = [
-            {"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0} for i, row in enumerate(rows)
-        ]
     given: dict[str, Any] = {"max_steps": 3, "learning_rate": 0.01, "per_device_train_batch_size": 4, "bf16": False}
     arguments = getattr(trl, f"{name}Config")(
         str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", **given, **OPTIONS[name]
@@ -56,10 +54,10 @@ def test_a_trainer_trains_the_adapter_and_changes_neither_base_nor_reference(nam
     trainer = getattr(trl, f"{name}Trainer")(
         adapted,
         args=arguments,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(pairs(8)),
         processing_class=tokenizer,
         callbacks=[Syncing()],
-        **({"reward_funcs": of_letters} if "num_generations" in OPTIONS[name] else {}),
+        **({"reward_funcs": of_letters} if name == "GRPO" else {}),
     )
     trainer.train()
     trained = get_peft_model_state_dict(adapted)

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from smoa import MergeError, SmoaConfig, UnsupportedModuleError
 from smoa.hotswap import hotswap_adapter
 from smoa.layers.experts import ParamWrapper
-from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import UNDECIDED
 from tests import reference
 from tests.support.decompositions import NoDecomposition
@@ -508,14 +507,3 @@ def test_a_merged_model_says_the_same_under_the_same_names_and_unmerging_restore
     assert torch.equal(merged.generate(input_ids=tokens(), **options), generated)
     assert merged.state_dict().keys() == state.keys()
     assert [type(module) for module in merged.modules()] == [type(module) for module in plain.modules()]
-
-
-def test_disabling_the_adapter_of_merged_experts_unmerges_them() -> None:
-    wrapped = experts_of("qwen3_moe")
-    before = {name: clone_leaf(wrapper.stored_weight()) for name, wrapper in wrappers(wrapped).items()}
-    for layer in wrapped.modules():
-        if isinstance(layer, SmoaLayer):
-            layer.merge()
-            layer.enable_adapters(False)
-    wrapped["experts"](torch.randn(0, 24).double(), torch.ones(0, 2).long(), torch.ones(0, 2).double())
-    assert all(torch.equal(wrapper.stored_weight(), before[name]) for name, wrapper in wrappers(wrapped).items())

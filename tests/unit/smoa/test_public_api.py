@@ -36,22 +36,6 @@ def test_all_is_what_is_exported() -> None:
     assert exported - plumbing == set(smoa.__all__)
 
 
-@pytest.mark.parametrize(
-    ("path", "names"),
-    [
-        ("budget", "adapter_bytes rank_bound trainable_parameters"),
-        ("hotswap", "hotswap_adapter"),
-    ],
-)
-def test_a_public_path_has_its_documented_names(path: str, names: str) -> None:
-    module = importlib.import_module(f"smoa.{path}")
-    assert all((getattr(module, name).__doc__ or "").strip() for name in names.split())
-
-
-def test_every_public_name_is_documented() -> None:
-    assert [name for name in smoa.__all__ if not (getattr(smoa, name).__doc__ or "").strip()] == []
-
-
 def test_the_version_is_that_of_the_package() -> None:
     assert smoa.__version__ == importlib.metadata.version("smoa")
     citation = yaml.safe_load((SOURCE.parents[1] / "CITATION.cff").read_text(encoding="utf-8"))

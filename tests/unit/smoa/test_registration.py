@@ -167,12 +167,6 @@ def test_what_is_saved_and_how_it_is_named_are_pefts_choice(bias: str, inside: b
     assert loaded[0].keys() == loaded[1].keys()
 
 
-@needs_hooks
-@pytest.mark.parametrize("key", ["x.smoa_A.one.weight", "x.smoa_row_labels.one", "one", "x.one.weight.bias"])
-def test_an_adapters_name_is_removed_as_peft_does(key: str) -> None:
-    assert ours._remove_adapter_name_from_key(key, "one") == pefts._remove_adapter_name_from_key(key, "one")
-
-
 def test_installing_twice_wraps_once() -> None:
     before = save_and_load.set_peft_model_state_dict
     compat.install_state_dict_hooks()

@@ -319,15 +319,6 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_got_and_the_chat_goes_on(bas
     assert talk.answers[1:] == whole.answers
 
 
-def test_room_is_kept_for_the_longest_answer(base: Path) -> None:
-    talk = KeptChat(base)
-    around = talk.tokens([{"role": "user", "content": "x"}])["input_ids"].shape[1] - 1
-    talk.ask("x" * (512 - around - 12))
-    talk.reset()
-    with pytest.raises(DataError, match="exceed the model's positions by 1;"):
-        talk.ask("x" * (512 - around - 11))
-
-
 def test_the_oldest_turns_are_dropped_where_the_model_can_read_no_more(base: Path) -> None:
     """The tiny model has 512 positions, and a character is a token."""
     talk = KeptChat(base)

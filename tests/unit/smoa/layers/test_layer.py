@@ -251,11 +251,3 @@ def test_one_block_is_lora_without_modulation_and_hira_with_it(method: str, conv
         assert_close(own, theirs)
     if lora:  # PEFT's HiRA returns BA
         assert_close(layer.get_delta_weight("default"), twin.get_delta_weight("default"))
-
-
-def test_modulation_keeps_zero_weights_zero() -> None:
-    base = base_layer(8, 10)
-    with torch.no_grad():
-        base.weight[torch.rand(8, 10) < 0.5] = 0
-    layer = adapted_layer(base, r=4, num_blocks=2)
-    assert (layer.get_delta_weight("default")[base_weight(layer) == 0] == 0).all()

@@ -25,6 +25,7 @@ from tests.support.layers import (
 from tests.support.tolerance import assert_close
 
 pytestmark = pytest.mark.usefixtures("pieces")
+whole_runs = pytest.mark.parametrize("pieces", ["whole"], indirect=True)  # compiled code cuts none
 
 MODULATIONS = ["hadamard", "none"]
 
@@ -152,6 +153,7 @@ def test_a_layer_trains_after_inference_mode(dtype: torch.dtype) -> None:
         pool.submit(infer_then_train).result()
 
 
+@whole_runs
 def test_a_compiled_layer_drops_the_same_inputs() -> None:
     torch.compiler.reset()
     layer = layer_13_to_11(smoa_dropout=0.5).train()
@@ -165,6 +167,7 @@ def test_a_compiled_layer_drops_the_same_inputs() -> None:
         assert_close(own, plain)
 
 
+@whole_runs
 @pytest.mark.parametrize(("route", "modulation"), [("fused", "hadamard"), ("apart", "hadamard"), ("apart", "none")])
 def test_a_compiled_layer_of_changing_batch_size_is_the_oracles(route: str, modulation: str) -> None:
     torch.compiler.reset()
@@ -188,6 +191,7 @@ def test_an_adapter_on_an_already_wrapped_layer_is_anchored_on_the_innermost_wei
     assert called
 
 
+@whole_runs
 @pytest.mark.parametrize("gradients", [False, True])
 def test_it_is_exported_with_a_dynamic_batch(gradients: bool) -> None:
     layer, x = adapted_layer(base_layer(12, 14, dtype=torch.float32)), torch.randn(9, 14)

@@ -105,21 +105,6 @@ def test_a_batch_of_many_adapters_sees_every_change_in_the_next_forward(change: 
         assert not torch.allclose(kept, before)
 
 
-@torch.no_grad()
-def test_a_step_of_an_optimizer_keeps_the_blocks_of_a_frozen_weight() -> None:
-    layer = adapted_layer(base_layer(12, 12), num_blocks=3).eval()
-    layer.get_base_layer().requires_grad_(False)
-    add_adapter(layer, "other", num_blocks=3)
-    x, found = torch.randn(2, 12, dtype=torch.float64), []
-    with open_caches([layer]):
-        for _ in range(2):
-            layer(x, adapter_names=["default", "other"])
-            found += [value for slot, (_, value) in layer.smoa_weight_cache.kept.items() if slot[0] == DIAGONAL]
-            torch.optim.SGD([torch.zeros(1, requires_grad=True)]).step()
-    first, second = found
-    assert first is second
-
-
 def bytes_of_blocks(layer: Any) -> int:
     """Of the blocks of W that are kept."""
     kept = layer.smoa_weight_cache.kept
@@ -170,13 +155,3 @@ def test_nothing_is_kept_between_a_backward_and_the_step_after_it() -> None:
     assert_close(after, output(model, x))
     assert_close(kept, output(model, x))
     assert not torch.allclose(before, after, atol=1e-3)
-
-
-def test_a_call_with_gradients_ends_what_every_layer_of_the_model_keeps() -> None:
-    first, second = (adapted_layer(base_layer(12, 12, dtype=torch.float32)) for _ in range(2))
-    x = torch.randn(2, 12)
-    with open_caches([first, second]):
-        output(second, x)
-        assert second.smoa_weight_cache.nbytes()
-        first(x)
-        assert not second.smoa_weight_cache.nbytes()

@@ -261,26 +261,6 @@ def test_what_a_backward_computes_again_in_its_own_thread_is_of_the_batch(folder
     assert_close(gradient(use_reentrant=False), gradient())
 
 
-def test_an_evaluation_sees_the_step_before_it() -> None:
-    model = base().double()
-    pool = AdapterPool(model, dtype=torch.float32)
-    pool.add("a", config(r=4, num_blocks=2))
-    optimizer = torch.optim.SGD(pool.parameters(), lr=1e-3)
-
-    @torch.no_grad()
-    def evaluated() -> Tensor:
-        return model(input_ids=ids(1)).logits
-
-    with pool.use(["a"]):
-        before = evaluated()
-        model(input_ids=ids(1)).logits.square().sum().backward()
-        optimizer.step()
-        after = evaluated()
-    with pool.use(["a"]):
-        assert torch.equal(after, evaluated())
-    assert not torch.allclose(after, before)
-
-
 def test_what_comes_after_the_parameters_is_refused_and_changes_nothing(folder: Path) -> None:
     pool = AdapterPool(base(), folder=folder)
     for number in range(8):
@@ -378,15 +358,6 @@ def test_a_base_that_is_merged_or_wrapped_is_refused() -> None:
     model.merge_adapter()
     with pytest.raises(MergeError, match="merged"):
         AdapterPool(model.get_base_model())
-
-
-def test_rows_that_fit_no_names_are_refused(folder: Path) -> None:
-    model = base()
-    with (
-        AdapterPool(model, folder=folder).use(["anna", "ben"]),
-        pytest.raises(ValueError, match="2 names, but "),
-    ):
-        model(input_ids=ids(3))
 
 
 def test_adapters_are_loaded_while_batches_run(folder: Path) -> None:

@@ -10,7 +10,6 @@ import io
 import pickle
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,22 +163,6 @@ def test_two_right_ways_to_stream(folder: Path, computes_as: Known) -> None:
     assert found == {name: [name] * 3 for name in NAMES}
 
 
-def test_context_managers_of_ones_own_may_open_it(folder: Path, computes_as: Known) -> None:
-    @contextmanager
-    def adapter(name: str) -> Iterator[None]:
-        with pool.use([name]):
-            yield
-
-    pool = AdapterPool(base(), folder=folder)
-    with adapter("anna"):
-        assert computes_as(pool.base) == "anna"
-        with ExitStack() as stack:
-            stack.enter_context(adapter("ben"))
-            assert computes_as(pool.base) == "ben"
-        assert computes_as(pool.base) == "anna"
-    assert computes_as(pool.base) == "base"
-
-
 def test_tasks_do_not_meet_and_one_that_outlives_its_use_is_refused(folder: Path, computes_as: Known) -> None:
     pool = AdapterPool(base(), slots=2, folder=folder)
 
@@ -205,23 +188,6 @@ def test_tasks_do_not_meet_and_one_that_outlives_its_use_is_refused(folder: Path
             await task
 
     asyncio.run(main())
-
-
-def test_a_use_around_each_step_of_an_async_generator_serves_a_thread(folder: Path, computes_as: Known) -> None:
-    async def stream(name: str) -> Any:
-        for _ in range(2):
-            with pool.use([name]):
-                found = await asyncio.to_thread(computes_as, pool.base)
-            yield found
-
-    async def read(name: str) -> list[str]:
-        return [found async for found in stream(name)]
-
-    async def main() -> list[list[str]]:
-        return await asyncio.gather(*map(read, NAMES))
-
-    pool = AdapterPool(base(), folder=folder)
-    assert asyncio.run(main()) == [[name] * 2 for name in NAMES]
 
 
 def test_pools_of_two_models_work_side_by_side(folder: Path, computes_as: Known) -> None:
@@ -345,23 +311,6 @@ def test_a_checkpoint_of_the_bare_base_is_refused_inside_a_use() -> None:
     outside = checkpoint(model, x, use_reentrant=True).sum()
     with pool.use(["a"]), pytest.raises(ConfigError, match="another `use`"):
         outside.backward()
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_a_reentrant_checkpoint_gives_the_gradients_without_it(training: bool) -> None:
-    def gradients(checkpoints: bool) -> list[Tensor]:
-        torch.manual_seed(0)
-        pool = AdapterPool(Tower().train(training))
-        pool.add("a", config(target_modules=["proj"]))
-        x = torch.ones(1, 16, requires_grad=True)
-        with pool.use(["a"]):
-            y = checkpoint(pool.base, x, use_reentrant=True) if checkpoints else pool.base(x)
-            y.square().sum().backward()
-        return [factor.grad for factor in pool.parameters() if factor.grad is not None]
-
-    plain, again = gradients(False), gradients(True)
-    assert len(plain) == len(again) == 2
-    assert all(map(torch.equal, plain, again))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "fused"])

@@ -18,8 +18,6 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from transformers import (
     Llama4ForCausalLM,
     Llama4TextConfig,
-    MambaConfig,
-    MambaForCausalLM,
     PreTrainedModel,
 )
 from transformers.models.falcon.modeling_falcon import FalconLinear
@@ -179,28 +177,6 @@ def test_a_save_names_the_layers_that_training_left_as_they_were(settings: dict[
     for layer in smoa_layers(model).values():
         layer.requires_grad_(False)  # an adapter that is only used
     get_peft_model_state_dict(model)
-
-
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.parametrize(
-    ("make", "targets", "named"),
-    [
-        (
-            lambda: MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=32, state_size=4, num_hidden_layers=2)),
-            "all-linear",
-            r"backbone\.layers\.\*\.mixer\.dt_proj",
-        ),
-        (lambda: build("t5"), ["shared", "q"], "shared"),
-    ],
-    ids=["mamba", "t5"],
-)
-def test_what_models_read_without_calling_is_named(
-    make: Callable[[], PreTrainedModel], targets: str | list[str], named: str
-) -> None:
-    model, tokens = get_peft_model(make(), SmoaConfig(r=4, target_modules=targets)), torch.tensor([[5, 9, 3]])
-    step(model, lambda: model(input_ids=tokens, labels=tokens).loss)
-    with pytest.warns(UserWarning, match=f"at zero in {named}: "):
-        get_peft_model_state_dict(model)
 
 
 # All targets at once.

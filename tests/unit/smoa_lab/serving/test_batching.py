@@ -190,18 +190,6 @@ def test_a_request_that_comes_while_ended_ones_are_looked_for_keeps_its_adapter(
     assert (manager.lease("new").name, pool._in_use["anna"]) == ("anna", 1)
 
 
-def test_adapters_are_loaded_while_others_answer(folder: Path, alone: Alone) -> None:
-    pool = AdapterPool(base(), slots=3, folder=folder)
-    with started(pool) as manager:
-        for number in range(40):
-            name = ("anna", "ben")[number % 2]
-            manager.add_request(prompt(7), adapter=name, request_id=f"{name} {number}")
-            pool.load(f"other {number}", folder / "dora")
-        outputs = [manager.get_result(timeout=60) for _ in range(40)]
-    for output in outputs:
-        assert output.generated_tokens == alone(output.request_id.split()[0], prompt(7))
-
-
 def test_another_thread_may_use_the_pool_within_a_step(pool: AdapterPool, alone: Alone) -> None:
     ids, found = torch.tensor([prompt(7)]), []
 

@@ -19,6 +19,8 @@ from smoa_lab.study.study import Study, load_study
 from tests.support.own_rows import chats, rows_base, write_rows
 from tests.support.studies import WrittenRuns
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 
 @pytest.fixture
 def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: WrittenRuns) -> Path:

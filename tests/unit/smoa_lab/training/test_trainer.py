@@ -96,10 +96,8 @@ def by_trl(values: dict[str, Any], rows: Path, folder: Path) -> list[float]:
 
 
 TRAINING: dict[str, dict[str, Any]] = {
-    "cut": {"data": {"max_length": 60}},
+    "cut and accumulated": {"data": {"max_length": 60}, "gradient_accumulation_steps": 3},
     "packed": {"packing": True, "data": {"max_length": 128}},
-    "noise": {"neftune_noise_alpha": 20},
-    "accumulated": {"gradient_accumulation_steps": 3},
     "padding free": {"padding_free": True, "data": {"max_length": None}},
 }
 
@@ -142,20 +140,10 @@ def test_preferences_begin_at_log_2_and_follow_trls_own_curve(preferences: Path,
     assert losses(metrics) == pytest.approx(by_trl(values, preferences, tmp_path / "trl"), abs=1e-4)
     assert metrics["training"]["trainer"] == "DPOTrainer"
     assert losses(metrics)[-1] < 0.65
+    assert not [entry for entry in (tmp_path / "run" / "adapter").iterdir() if entry.is_dir()]  # no reference is saved
 
 
-def test_only_the_trained_adapter_of_preferences_is_saved(preferences: Path, base: Path, tmp_path: Path) -> None:
-    metrics = train(rows_config(tmp_path, preferences, base, trainer="dpo"))
-    assert {entry.name for entry in (tmp_path / "run" / "adapter").iterdir() if entry.is_dir()} == set()
-    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    factors = sum(tensor.numel() for name, tensor in saved.items() if "smoa_A" in name or "smoa_B" in name)
-    assert metrics["parameters"]["trainable"] == factors
-    assert 0 <= metrics["evaluation"]["after"]["won"] <= 1
-
-
-@pytest.mark.parametrize(
-    ("method", "kind"), [("lora", "talks"), ("full", "talks"), ("adalora", "preferences"), ("full", "preferences")]
-)
+@pytest.mark.parametrize(("method", "kind"), [("full", "talks"), ("adalora", "preferences"), ("full", "preferences")])
 def test_other_methods_train_on_rows(
     method: str, kind: str, base: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -174,11 +162,11 @@ def test_an_interrupted_run_goes_on_to_the_same_adapter(
     kind: str, base: Path, tmp_path: Path, cache: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(self: ProgressReport, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 3:
+        if state.global_step == 2:
             raise KeyboardInterrupt
 
     rows, trainer = request.getfixturevalue(kind), "sft" if kind == "talks" else "dpo"
-    training = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.01}
+    training = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.01}
     options = [{**training, "output_dir": str(tmp_path / name)} for name in ("whole", "broken")]
     whole, broken = (rows_config(tmp_path, rows, base, training=one, trainer=trainer) for one in options)
     expected = train(whole)
@@ -199,18 +187,6 @@ def test_an_interrupted_run_goes_on_to_the_same_adapter(
 
 
 STOPPING = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 8, "per_device_eval_batch_size": 64}
-
-
-def test_a_run_stops_when_the_validation_loss_no_longer_falls(talks: Path, base: Path, tmp_path: Path) -> None:
-    config = rows_config(
-        tmp_path,
-        talks,
-        base,
-        data=VALIDATED,
-        training={**STOPPING, "learning_rate": 0.0, "save_strategy": "steps"},
-        early_stopping=2,
-    )
-    assert train(config)["training"]["steps"] == 3
 
 
 @pytest.mark.parametrize("killed", [3, 4])
@@ -324,18 +300,18 @@ def test_processes_that_accelerate_does_not_count_don_t_train(
 def test_a_run_that_was_killed_after_its_last_step_takes_no_other_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = steps(3, save_steps=1, learning_rate=0.1, lr_scheduler_type="polynomial")  # divides by the steps
+    training = steps(2, save_steps=1, learning_rate=0.1, lr_scheduler_type="polynomial")  # divides by the steps
     values = tiny_run(tmp_path, monkeypatch, train=20, test=2, training=training, forgetting={"tokens": 0})
     whole, killed = (
         check_config({**values, "training": {**values["training"], "output_dir": str(tmp_path / name)}})
         for name in ("whole", "killed")
     )
     expected = train(whole)
-    with killed_after_saving(3, monkeypatch):
+    with killed_after_saving(2, monkeypatch):
         train(killed)
     metrics = train(killed)
     assert metrics["training"]["resumed"]
-    assert metrics["training"]["steps"] == expected["training"]["steps"] == 3
+    assert metrics["training"]["steps"] == expected["training"]["steps"] == 2
     adapters = [load_file(one.folder / "adapter" / "adapter_model.safetensors") for one in (whole, killed)]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(torch.equal(adapters[1][name], tensor) for name, tensor in adapters[0].items())
