@@ -80,7 +80,7 @@ def _parsed(name: str, row: dict[str, Any]) -> list[Any]:
 def test_the_demos_rows_are_those_of_the_commit_in_order_and_part_by_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its digests are of rows of at most 96 tokens, and long questions lost their head then, and now the end."""
+    """Digests of every tenth row, of at most 96 tokens; long questions lost their head then, and now the end."""
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
     expected = json.loads((golden.GOLDEN / "demo.json").read_text())
     encoder = alpaca_encoder(None)
@@ -96,7 +96,7 @@ def test_the_demos_rows_are_those_of_the_commit_in_order_and_part_by_part(
 
     for part, first in zip(PARTS, (5, 0, 2), strict=True):
         rows = prepared.rows(part)
-        tokens = [[cut(encoder.encode(row)), [cut(choice) for choice in encoder.choices(row)]] for row in rows]
+        tokens = [[cut(encoder.encode(row)), [cut(choice) for choice in encoder.choices(row)]] for row in rows[::10]]
         digest = sha256(json.dumps(tokens).encode()).hexdigest()
         asked: Any = rows[0].prompt[0]
         assert {"rows": len(rows), "first": asked.content, "sha256": digest} == expected[part]

@@ -37,7 +37,9 @@ def rewritten(study: Study, run: str, change: Any) -> None:
         lines.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def test_a_study_is_reported_in_words_in_a_table_on_a_page_and_for_programs(study: Study, written: WrittenRuns) -> None:
+def test_a_study_is_reported_in_words_in_a_table_for_programs_and_on_a_page_with_answers_and_links_to_its_runs(
+    study: Study, written: WrittenRuns
+) -> None:
     made = report(finished(study))
     assert made.verdict[0].startswith("small: On 60 held-out rows lora's loss is 0.10")
     text, html = page(study), (study.folder / "index.html").read_text()
@@ -51,11 +53,7 @@ def test_a_study_is_reported_in_words_in_a_table_on_a_page_and_for_programs(stud
     assert summary["entries"][1]["differences"]["loss"]["verdict"] == "worse"
     files = {file.name for file in study.folder.iterdir() if file.is_file() and not file.name.startswith(".")}
     assert files == {"plan.json", "chosen.json", "README.md", "index.html", "summary.json", "differences.png"}
-
-
-def test_the_answers_of_all_entries_stand_beside_the_untouched_models(study: Study, written: WrittenRuns) -> None:
-    made = report(finished(study))
-    assert made.summary["answers"][1] == {
+    assert summary["answers"][1] == {
         "Prompt": "Why 1?",
         "Reference": "So.",
         "Untouched": "untouched",
@@ -63,12 +61,7 @@ def test_the_answers_of_all_entries_stand_beside_the_untouched_models(study: Stu
         "lora": "lora 1",
         "full": "full 1",
     }
-    assert "<dt>ours</dt><dd>smoa 1</dd><dt>lora</dt><dd>lora 1</dd>" in (study.folder / "index.html").read_text()
-
-
-def test_every_link_of_a_report_leads_to_its_run(study: Study, written: WrittenRuns) -> None:
-    report(finished(study))
-    html = (study.folder / "index.html").read_text()
+    assert "<dt>ours</dt><dd>smoa 1</dd><dt>lora</dt><dd>lora 1</dd>" in html
     lines = dict(re.findall(r'<tr><td><span id="([^"]+)">[^<]+</span></td>(.*?)</tr>', html))
     assert len(lines) == 9
     assert all((study.folder / name / "metrics.json").is_file() for name in lines)
