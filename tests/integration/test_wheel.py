@@ -41,6 +41,12 @@ def python(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("environment"), "--no-index", "--no-deps", "--force-reinstall", str(wheel))
 
 
+FIRST = """
+import sys, peft, transformers
+lab = {"altair", "datasets", "gguf", "pydantic", "rich", "typer"} - set(sys.modules)  # what these two import counts not
+import smoa
+assert not lab & set(sys.modules), lab & set(sys.modules)
+"""
 ASK = """
 import runpy, sys, smoa
 from smoa_lab.cli.demo import CONFIG
@@ -62,7 +68,8 @@ def test_the_readmes_python_the_command_the_demo_the_text_for_forgetting_and_pag
 ) -> None:
     tiny_gemma3.save_pretrained(tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
     smoa = str(python.parents[1] / SCRIPTS / "smoa")
-    (tmp_path / "readme.py").write_text(f"{PYTHON}\nimport sys\nsys.argv[0] = {smoa!r}\n{ASK}", encoding="utf-8")
+    program = f"{FIRST}\n{PYTHON}\nsys.argv[0] = {smoa!r}\n{ASK}"
+    (tmp_path / "readme.py").write_text(program, encoding="utf-8")
     done = subprocess.run(
         [str(python), "readme.py"], cwd=tmp_path, env=ELSEWHERE, capture_output=True, text=True, check=False
     )

@@ -63,16 +63,20 @@ def tiny_llama(vocabulary: int, positions: int) -> LlamaForCausalLM:
 
 
 @cache
-def _files(make: Callable[..., Path], *arguments: Any) -> dict[str, bytes]:
+def _files(make: Callable[..., Path], *arguments: Any) -> tuple[dict[str, bytes], torch.Tensor]:
     with TemporaryDirectory() as room:
-        return {file.name: file.read_bytes() for file in make(Path(room), *arguments).iterdir()}
+        files = {file.name: file.read_bytes() for file in make(Path(room), *arguments).iterdir()}
+        return files, torch.get_rng_state()
 
 
 def made_once(folder: Path, make: Callable[..., Path], *arguments: Any) -> Path:
-    """The folder with the files that `make(folder, *arguments)` writes, which is called once in a process."""
+    """The folder with the files that `make(folder, *arguments)` writes, which is called once in a process; random
+    numbers go on as if it were called each time."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in _files(make, *arguments).items():
+    files, state = _files(make, *arguments)
+    for name, content in files.items():
         (folder / name).write_bytes(content)
+    torch.set_rng_state(state)
     return folder
 
 

@@ -237,9 +237,9 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray takes this machine for one of two cores, so that each of two workers computes with one thread."""
-    monkeypatch.setattr(ray, "init", partial(ray.init, num_cpus=2))
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray takes this machine for one of one core, so that a worker computes with one thread."""
+    monkeypatch.setattr(ray, "init", partial(ray.init, num_cpus=1))
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def cluster(room: Path) -> Iterator[str]:
 
 
 def test_the_job_of_a_killed_worker_is_run_again_and_all_results_are_those_of_one_process(
-    room: Path, two_cores: None, wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    room: Path, one_core: None, wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, mark = load_study(study_file(room, "killed")), room / "worker"
 
@@ -275,7 +275,7 @@ def test_the_job_of_a_killed_worker_is_run_again_and_all_results_are_those_of_on
     monkeypatch.setattr(ray_executor, "work", held)
     thread = Thread(target=kill)
     thread.start()
-    run_study(study, RayExecutor(study, workers=2))
+    run_study(study, RayExecutor(study, workers=1))
     thread.join()
     assert mark.exists()
     assert results(study) == wanted
