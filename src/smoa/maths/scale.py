@@ -40,7 +40,7 @@ def rms_of(weight: Tensor) -> float:
 ScaleKind = Literal["paper", "layer", "block", "lora"]
 DEFAULT_SCALE: ScaleKind = "lora"
 FACTOR = 4.0
-"""Measured (docs/verdict.md). With blocks of unit rms and LoRA's α/r the best learning rate was 2 to 5 times LoRA's:
+"""Measured (docs/experiment-log.md). With blocks of unit rms and LoRA's α/r the best learning rate was 2 to 5 times LoRA's:
 the first step's ΔW has the norm of LoRA's, but spreads it over many directions, where LoRA's has few."""
 
 SMALLEST = 1e-30
