@@ -21,12 +21,6 @@ def quiet_imports() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not (_in_the_lab() and record.getMessage().startswith(NOTES[record.name]))
-
-
-def _in_the_lab() -> bool:
-    """Not for a program that only uses the library.
-
-    While Python imports this package to find the ``__main__`` of ``python -m smoa``, ``sys.argv`` begins with ``-m``.
-    """
-    return "smoa_lab" in sys.modules or sys.argv[:1] == ["-m"]
+    # While Python imports this package to find the `__main__` of `python -m smoa`, `sys.argv` begins with `-m`
+    in_the_lab = "smoa_lab" in sys.modules or sys.argv[:1] == ["-m"]
+    return not (in_the_lab and record.getMessage().startswith(NOTES[record.name]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from smoa.config import SmoaConfig
 from smoa.errors import PartitionError
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, onloaded, whole
-from smoa.layers.partition import AdapterBuffers, Derived, PartitionSpec, versions
+from smoa.layers.partition import AdapterBuffers, Derived, PartitionSpec, are_unchanged, versions
 from smoa.maths.blocks import UNDECIDED, Blocks, Orders, check_labels
 from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.scale import rank_scale
@@ -21,14 +20,8 @@ from smoa.maths.scale import rank_scale
 class Adapter:
     """One adapter in one layer: its settings there, its blocks and block scales.
 
-    Args:
-        stores: The layer's row labels, column labels and block scales.
-        name: The adapter.
-        config: Its settings.
-        spec: How its blocks are decided.
-        ranks: r_k of every block.
-        alpha: By which ΔW is scaled as alpha / r.
-        halves: H, if the layer has a stack of matrices (`smoa.maths.stack`).
+    The layer keeps row labels, column labels and block scales, in `stores`. `spec` says how they are decided, `ranks`
+    is r_k of every block, ΔW is scaled by alpha / r, and `halves` is H in a layer with a stack of matrices.
     """
 
     def __init__(
@@ -55,12 +48,6 @@ class Adapter:
         rows, cols, scale = (store[self.name] for store in self.stores)
         return rows, cols, scale
 
-    def reserve(self, shapes: Sequence[tuple[int, ...]], device: torch.device) -> None:
-        """Make room for labels and scales of these shapes, undecided."""
-        for store, shape in zip(self.stores[:2], shapes[:2], strict=True):
-            store.write(self.name, torch.full(shape, UNDECIDED, dtype=torch.uint8, device=device))
-        self.stores[2].write(self.name, torch.ones(shapes[2], device=device, dtype=torch.float32))
-
     def decide(self, row_labels: Tensor, col_labels: Tensor, block_scale: Tensor) -> None:
         """Write labels and scales."""
         for store, tensor in zip(self.stores, (row_labels, col_labels, block_scale), strict=True):
@@ -75,8 +62,11 @@ class Adapter:
 
     def prepare(self, layer: Any, defer: bool) -> None:
         """Make room for labels and scales in the layer, and decide them unless they will be loaded, or can't be yet."""
-        device = layer.stored_weight().device
-        self.reserve(layer.saved_shapes(self.ranks)[2:], torch.device("cpu") if device.type == "meta" else device)
+        device = torch.device("cpu") if layer.stored_weight().is_meta else layer.stored_weight().device
+        rows, cols, scale = layer.saved_shapes(self.ranks)[2:]
+        for store, shape in zip(self.stores, (rows, cols), strict=False):
+            store.write(self.name, torch.full(shape, UNDECIDED, dtype=torch.uint8, device=device))
+        self.stores[2].write(self.name, torch.ones(scale, device=device, dtype=torch.float32))
         if defer:
             return
         for other in layer.adapters.values():
@@ -122,9 +112,10 @@ class Adapter:
         look: labels don't change while it runs.
         """
         known, saved = self._derived, self.saved()
-        if known is not None and (torch.compiler.is_compiling() or known.is_of(saved)):
-            return known
         rows, cols, scale = saved
+        is_seen = torch.compiler.is_compiling() or rows.is_meta  # offloaded
+        if known is not None and (is_seen or are_unchanged(saved, known.saved, known.versions)):
+            return known
         if known is not None and is_transformed(*saved):
             blocks = known.blocks
             if isinstance(blocks, Blocks):

@@ -140,10 +140,6 @@ class Derived:
         digest = 0 if rows.is_meta else hash(torch.cat([rows, cols]).cpu().numpy().tobytes())
         return cls(*kept, blocks, digest)
 
-    def is_of(self, saved: tuple[Tensor, ...]) -> bool:
-        """Whether these tensors are the same, and nobody has written to them, or are offloaded."""
-        return saved[0].is_meta or are_unchanged(saved, self.saved, self.versions)
-
     def has_labels(self, rows: Tensor, cols: Tensor) -> bool:
         """Whether these are the labels, and on their device."""
         own_rows, own_cols = self.labels

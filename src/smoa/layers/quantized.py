@@ -143,7 +143,10 @@ class QuantizedLinear(Linear):
         if not self._pristine_layers:
             self._pristine_layers = (self.base_layer,)
             if not hasattr(self.base_layer, "W_q"):  # HQQ's layer is replaced by a new one
-                self.base_layer = _copied(self.base_layer)
+                self.base_layer = copy.deepcopy(self.base_layer)
+                copied: Any = getattr(self.base_layer, "weight", None)
+                if hasattr(copied, "module"):  # a 4-bit weight still writes its statistics to the original layer
+                    copied.module = self.base_layer
         self.quantization_backend.set_base_weight(self, merged)
         base: Any = self.get_base_layer()
         base.bias = self._pristine_layers[0].bias  # the same parameter; PEFT drops it with HQQ
@@ -155,11 +158,3 @@ class QuantizedLinear(Linear):
         self.base_layer, self._pristine_layers = self._pristine_layers[0].train(self.training), ()
         if self.stored_weight().device != device:  # the model was moved while merged
             self.base_layer.to(device)
-
-
-def _copied(base: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(base)
-    weight: Any = getattr(copied, "weight", None)
-    if hasattr(weight, "module"):  # a copied 4-bit weight still writes its statistics to the original layer
-        weight.module = copied
-    return copied

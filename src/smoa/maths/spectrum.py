@@ -47,21 +47,15 @@ def spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tens
     Raises:
         PartitionError: the weight has NaN or infinite entries.
     """
-    weight = squarable(weight)
+    weight = decomposable(weight.detach())
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    peak = finite_peak(weight)
+    if not SAFE_PEAK[0] < peak < SAFE_PEAK[1]:  # squares would leave the dtype's range
+        weight = weight / peak.clamp_min(torch.finfo(weight.dtype).tiny)
     if weight.shape[0] >= weight.shape[1]:
         return _tall_scores(weight, precise)
     col_scores, row_scores = _tall_scores(weight.T, precise)
     return row_scores, col_scores
-
-
-def squarable(weight: Tensor) -> Tensor:
-    """The weight where it can be decomposed, in float32 or float64, scaled if its squares would leave their range."""
-    weight = decomposable(weight.detach())
-    weight = weight if weight.dtype == torch.float64 else weight.float()
-    peak = finite_peak(weight)
-    if SAFE_PEAK[0] < peak < SAFE_PEAK[1]:
-        return weight
-    return weight / peak.clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def finite_peak(weight: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import UninitializedParameter
 
 from smoa.config import Shape, SmoaConfig
 from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModuleError, first_of
@@ -104,7 +103,7 @@ def check_target(
     try:
         backend = find_backend(base, model)
     except UnsupportedModuleError as error:
-        raise UnsupportedModuleError(f"{name}: {error} (it has {_shapes(base)})") from error
+        raise UnsupportedModuleError(f"{name}: {error}") from error
     kind = kind_of(base) if backend is None else QUANTIZED
     refusal = _refusal(name, base, kind, model)
     if refusal is not None:
@@ -134,7 +133,7 @@ def _refusal(name: str, base: nn.Module, kind: Kind | None, model: nn.Module) ->
         return None
     return UnsupportedModuleError(
         f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; {reason}; "
-        f"remove it from target_modules or add it to exclude_modules (it has {_shapes(base)})"
+        f"remove it from target_modules or add it to exclude_modules"
     )
 
 
@@ -159,16 +158,6 @@ def _leave_out(config: SmoaConfig, model: nn.Module) -> None:
             "weight",
             stacklevel=2,
         )
-
-
-def _shapes(base: nn.Module) -> str:
-    """The shapes of a module's own parameters in words, also while ZeRO-3 has left them empty."""
-    shapes = [
-        f"{name} {tuple(getattr(parameter, 'ds_shape', parameter.shape))}"
-        for name, parameter in base.named_parameters(recurse=False)
-        if not isinstance(parameter, UninitializedParameter)
-    ]
-    return ", ".join(shapes) or "no parameters"
 
 
 def _check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:

@@ -6,7 +6,7 @@ computed by PyTorch's own operations. So is all of a compiled model, under a che
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
@@ -71,33 +71,17 @@ class _Recomputed(torch.autograd.Function):
         factors = replace(ctx.factors, A=A, B=B)
         with without_autocast(factors.A.device.type):
             weight = weight if ctx.make is None else ctx.make()
-            if needs_plain_gradients(g):
-                inputs, needed = (A, B, x), (needs_A, needs_B, needs_x)
-                of_A, of_B, of_x = plain_gradients(lambda: route.plain(factors, x, weight), inputs, needed, g)
+            differentiable = torch.is_grad_enabled()  # `create_graph`
+            if differentiable or is_transformed(g):  # batched, as by `vmap`
+                with torch.enable_grad():
+                    y = route.plain(factors, x, weight)
+                needed = [each for each, needs in ((A, needs_A), (B, needs_B), (x, needs_x)) if needs]
+                found = iter(torch.autograd.grad(y, needed, g, create_graph=differentiable, allow_unused=True))
+                of_A, of_B, of_x = (next(found) if needs else None for needs in (needs_A, needs_B, needs_x))
             else:
                 of_x, of_A, of_B = route.backward(factors, g, x, weight, needs_x)
         of_bias = g.sum([0, *range(2, g.dim())]) if needs_bias else None
         return None, None, of_A, of_B, of_x if needs_x else None, None, of_bias
-
-
-def plain_gradients(
-    compute: Callable[[], Tensor], inputs: Sequence[Tensor], needed: Sequence[bool], g: Tensor
-) -> list[Any]:
-    """Gradients of the output of `compute` for the inputs that need them, else None; g is the gradient of the output.
-
-    For the backward of a Function whose kernels can't compute them (`needs_plain_gradients`).
-    """
-    differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
-        y = compute()
-    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=differentiable, allow_unused=True))
-    return [next(gradients) if need else None for need in needed]
-
-
-def needs_plain_gradients(g: Tensor) -> bool:
-    """Whether gradients are batched (`is_grads_batched`, `vmap`), or will be differentiated again (`create_graph`)."""
-    return torch.is_grad_enabled() or is_transformed(g)
 
 
 def is_transformed(*tensors: Tensor) -> bool:
