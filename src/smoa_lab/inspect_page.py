@@ -10,7 +10,6 @@ from typing import Any
 import altair as alt
 import torch
 
-from smoa.errors import ConfigError
 from smoa_lab.inspect import TOO_FAR, LayerReport, layer_table
 from smoa_lab.pages.charts import INK, LINE_LEGEND, MUTED, PANEL, WIDTH, color_of, colors, dashes, tooltip, values
 from smoa_lab.pages.templates import Figure, page
@@ -33,17 +32,9 @@ COVERAGE = (
 BLOCKS = "Small is a layer, large the mean of all layers. The scale s is what B A ⊙ W of the block is multiplied with."
 
 
-def inspection_page(title: str, adapters: Reports, layers: Sequence[str] = ()) -> str:
-    """The HTML of one or more adapters by name. Of the first one the layer that changed most is shown in detail, and so
-    is every layer whose name contains one of ``layers``."""
-    first = next(iter(adapters.values()))
-    for wanted in layers:
-        if not any(wanted in report.module for report in first):
-            raise ConfigError(
-                f"--layer {wanted}: no adapted layer's name contains it; layers are named like {first[0].module}"
-            )
-    changed = max(first, key=lambda report: report.relative_update)
-    chosen = [report for report in first if any(wanted in report.module for wanted in layers)]
+def inspection_page(title: str, adapters: Reports) -> str:
+    """The HTML of one or more adapters by name. Of the first one the layer that changed most is shown in detail."""
+    changed = max(next(iter(adapters.values())), key=lambda report: report.relative_update)
     means = []
     for name, reports in adapters.items():
         mean = sum(report.coverage for report in reports) / len(reports)
@@ -58,7 +49,6 @@ def inspection_page(title: str, adapters: Reports, layers: Sequence[str] = ()) -
         "Block by block": None if blocks is None else Figure(blocks, BLOCKS),
         "Rank": Figure(ranks, "Effective rank of ΔW."),
         f"What changed most: {changed.module}": _detail(changed),
-        **{report.module: _detail(report) for report in chosen if report is not changed},
     }
     note = "Every adapted layer of {}; choose a heading to sort. ! marks a layer that was moved far."
     sections: list[tuple[str, list[Any]]] = [

@@ -124,10 +124,6 @@ def inspect(
     adapters: Annotated[list[Path], typer.Argument(help="Folder of a run, or of an adapter; several side by side.")],
     base: Base = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with charts to this file.")] = None,
-    layer: Annotated[
-        list[str] | None,
-        typer.Option(help="Show layers whose name contains this in detail on the page; may be repeated."),
-    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
@@ -148,7 +144,7 @@ def inspect(
             by_name: dict[str, list[LayerReport]] = {}
             for place, layers in reports.items():
                 by_name[free_name(run_name(place), by_name.__contains__)] = layers
-            write_whole(html, inspection_page(f"Inside {', '.join(by_name)}", by_name, layer or []))
+            write_whole(html, inspection_page(f"Inside {', '.join(by_name)}", by_name))
             typer.echo(f"Page: {html}", err=True)
         if json:
             plain = {str(place): [report.to_dict() for report in layers] for place, layers in reports.items()}

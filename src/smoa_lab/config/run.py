@@ -153,8 +153,8 @@ class ScoringSection(Section):
 
 
 class ForgettingSection(Section):
-    """How forgetting is measured: on which ``text`` (``packaged``, ``finewiki`` from the Hub, or a text file), and on
-    how many ``tokens`` of it, 0 for none."""
+    """How forgetting is measured: on which ``text`` (``packaged``, or a text file), and on how many ``tokens`` of it, 0
+    for none."""
 
     text: str = STORY
     tokens: int = Field(default=2048, ge=0)

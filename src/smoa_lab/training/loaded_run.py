@@ -18,7 +18,7 @@ from smoa_lab.basics.cache import cache_folder
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end
 from smoa_lab.data.encoding import Encoder
-from smoa_lab.data.general_text import FINEWIKI, STORY, passages
+from smoa_lab.data.general_text import STORY, passages
 from smoa_lab.data.prepared import PreparedRows, Reading, require_good_rows
 from smoa_lab.data.rows import PARTS
 from smoa_lab.scoring.evaluation import BETA, Evaluation
@@ -89,7 +89,7 @@ def digests_of(config: RunConfig, encoder: Encoder, rows: PreparedRows) -> dict[
     """Of the rows, of the base model, of what turns rows into tokens, and of a file as ``forgetting.text``."""
     of_encoder = sha256(json.dumps(encoder.state(), sort_keys=True, default=str).encode()).hexdigest()
     digests = {"data": rows.account["sha256"], "base": base_content(config.model), "encoder": of_encoder}
-    if (text := config.forgetting.text) not in (STORY, FINEWIKI):
+    if (text := config.forgetting.text) != STORY:
         digests["forgetting"] = sha256("\n".join(passages(text)).encode()).hexdigest()
     return digests
 

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import datasets
 import pytest
 
 from smoa.errors import DataError
@@ -32,25 +30,9 @@ def test_a_file_without_empty_lines_is_read_to_its_end(tmp_path: Path) -> None:
     assert passages(str(file))[1].startswith("Line 48 ")
 
 
-def test_articles_of_the_hub_are_read_as_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, **options: Any) -> list[dict[str, str]]:
-        assert (name, options) == ("HuggingFaceFW/finewiki", {"split": "train", "streaming": True})
-        return [{"text": "word " * 200}] * 3
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert len(passages("finewiki")) == 3
-
-
-def test_text_that_cannot_be_read_or_is_too_short_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_cannot_be_read_or_is_too_short_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"forgetting\.text: .*none\.txt: cannot be read: .*; give packaged, "):
         passages(str(tmp_path / "none.txt"))
     (tmp_path / "short.txt").write_text("Too short.")
     with pytest.raises(DataError, match=r"short\.txt: has no passage of 120 words"):
         passages(str(tmp_path / "short.txt"))
-
-    def offline(*_: Any, **__: Any) -> None:
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(DataError, match=r"finewiki: cannot be read from the Hub: no network; use packaged"):
-        passages("finewiki")
