@@ -39,13 +39,22 @@ class UpdateSpectrum:
 
     @property
     def rank(self) -> int:
-        """Numerical rank of ΔW."""
-        return numerical_rank(self.update_values)
+        """Numerical rank of ΔW: how many singular values are above σ_max·q·ε, with ε of float32."""
+        floor = self.update_values[0] * len(self.update_values) * torch.finfo(torch.float32).eps
+        return int((self.update_values > floor).sum())
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of ΔW's normalized singular values (Roy and Vetterli, 2007)."""
-        return effective_rank(self.update_values)
+        """exp of the entropy of ΔW's normalized singular values, from 1 to q (Roy and Vetterli, 2007); 0 if ΔW is
+        zero."""
+        share = self.update_values[self.update_values > 0]
+        share = share / share.sum()
+        return float(torch.exp(-(share * share.log()).sum())) if len(share) else 0.0
+
+    @property
+    def relative_update(self) -> float:
+        """‖ΔW‖_F / ‖W‖_F."""
+        return float(self.update_values.norm() / self.weight_values.norm())
 
     @property
     def relative_spectral_norm(self) -> float:
@@ -55,7 +64,8 @@ class UpdateSpectrum:
     @property
     def stable_rank(self) -> float:
         """‖ΔW‖_F² / ‖ΔW‖₂²; 0 if ΔW is zero."""
-        return stable_rank(self.update_values)
+        largest = float(self.update_values[0])
+        return float((self.update_values / largest).square().sum()) if largest else 0.0
 
     @property
     def coverage(self) -> float:
@@ -97,27 +107,6 @@ def update_spectrum(weight: Tensor, delta_weight: Tensor, blocks: Blocks | None 
         output_energy=_shares(by_column.sum(0)),
         block_energy=None if blocks is None else _by_block(by_row, by_column, blocks),
     )
-
-
-def stable_rank(singular_values: Tensor) -> float:
-    """The squared Frobenius norm over the squared spectral norm; 0 for a zero matrix."""
-    largest = float(singular_values[0])
-    return float((singular_values / largest).square().sum()) if largest else 0.0
-
-
-def numerical_rank(singular_values: Tensor) -> int:
-    """Number of singular values above σ_max·q·ε, with ε of float32."""
-    if not len(singular_values) or not singular_values.max():
-        return 0
-    floor = singular_values.max() * len(singular_values) * torch.finfo(torch.float32).eps
-    return int((singular_values > floor).sum())
-
-
-def effective_rank(singular_values: Tensor) -> float:
-    """exp of the entropy of the normalized singular values: from 1 to their number, or 0 if all are zero."""
-    share = singular_values[singular_values > 0]
-    share = share / share.sum()
-    return float(torch.exp(-(share * share.log()).sum())) if len(share) else 0.0
 
 
 def _by_block(by_row: Tensor, by_column: Tensor, blocks: Blocks) -> Tensor:

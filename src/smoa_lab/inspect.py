@@ -28,13 +28,13 @@ TOO_FAR = {"relative_update": 0.06, "relative_spectral_norm": 0.2}
 runs that forgot more than 0.15 nats of the first task, and in no other run."""
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """One adapted layer: shape of W, trainable parameters, ‖ΔW‖/‖W‖ (Frobenius), ‖ΔW‖₂/‖W‖₂, ΔW's ranks with the bound
-    that the method sets (None where it isn't known), its coverage of W's spectrum, and the spectrum itself.
+@dataclass(frozen=True, kw_only=True)
+class LayerReport(UpdateSpectrum):
+    """The spectrum of one adapted layer, with the shape of W, its trainable parameters, and the bound that the method
+    sets to the rank of ΔW (None where it isn't known).
 
-    SMoA only, by block: ``bands``, the lowest and highest spectral score of its coordinates, ``block_scales``, its
-    scale s_k, and the spectrum's ``block_coverages``.
+    SMoA only, by block: ``bands``, the lowest and highest spectral score of its coordinates, and ``block_scales``, its
+    scale s_k.
     """
 
     module: str
@@ -42,14 +42,7 @@ class LayerReport:
     rows: int
     columns: int
     parameters: int
-    relative_update: float
-    relative_spectral_norm: float
-    rank: int
     rank_bound: int | None
-    effective_rank: float
-    stable_rank: float
-    coverage: float
-    spectrum: UpdateSpectrum
     bands: tuple[tuple[float, float], ...] = ()
     block_scales: tuple[float, ...] = ()
 
@@ -67,7 +60,7 @@ class LayerReport:
         """Plain values for JSON, the curves left out."""
         names = ("module", "method", "rows", "columns", "parameters", "relative_update", "relative_spectral_norm")
         ranks = ("rank", "rank_bound", "effective_rank", "stable_rank", "coverage", "moved_too_far")
-        blocks = {"block_scales": list(self.block_scales), "block_coverages": list(self.spectrum.block_coverages)}
+        blocks = {"block_scales": list(self.block_scales), "block_coverages": list(self.block_coverages)}
         return {name: getattr(self, name) for name in (*names, *ranks)} | (blocks if self.block_scales else {})
 
 
@@ -128,21 +121,14 @@ def _reports(path: str, module: Any, adapter: str, method: str) -> Iterator[Laye
         blocks = [update.factors.blocks for _, _, update in module.parts(adapter)]
         scales = (module.scaling[adapter] * module.derived(adapter).block_scale.reshape(len(matrices), -1)).tolist()
     for (name, weight, update), of_matrix, block_scales in zip(matrices, blocks, scales, strict=True):
-        spectrum = update_spectrum(weight, update, of_matrix)
         yield LayerReport(
+            **vars(update_spectrum(weight, update, of_matrix)),
             module=name,
             method=method,
             rows=update.shape[0],
             columns=update.shape[1],
             parameters=parameters,
-            relative_update=float(update.norm() / weight.norm()),
-            relative_spectral_norm=spectrum.relative_spectral_norm,
-            rank=spectrum.rank,
             rank_bound=bound,
-            effective_rank=spectrum.effective_rank,
-            stable_rank=spectrum.stable_rank,
-            coverage=spectrum.coverage,
-            spectrum=spectrum,
             bands=() if of_matrix is None else _bands(weight, of_matrix),
             block_scales=tuple(block_scales),
         )

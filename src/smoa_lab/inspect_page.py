@@ -113,7 +113,7 @@ def by_block(adapters: Reports) -> Any | None:
             "adapter": adapter,
             "module": report.module,
             "block": block + 1,
-            "coverage": report.spectrum.block_coverages[block],
+            "coverage": report.block_coverages[block],
             "scale": scale,
         }
         for adapter, reports in adapters.items()
@@ -146,7 +146,7 @@ def coverage(adapters: Reports) -> Any:
     for adapter, reports in adapters.items():
         curves = []
         for report in reports:
-            energy = (report.spectrum.input_energy + report.spectrum.output_energy) / 2
+            energy = (report.input_energy + report.output_energy) / 2
             cumulative = torch.cat([energy.new_zeros(1), energy.cumsum(0)])
             curves.append(cumulative[torch.linspace(0, len(energy), BINS + 1).round().long()])
         shares = torch.stack(curves).mean(0).tolist()
@@ -166,18 +166,17 @@ def coverage(adapters: Reports) -> Any:
 
 def spectrum(report: LayerReport, color: str) -> Any:
     """The singular values of W and ΔW, the bands of the blocks' scores, and ΔW's energy along W's directions."""
-    of_layer = report.spectrum
-    floor = float(of_layer.update_values.max()) * 1e-8 or 1e-12
+    floor = float(report.update_values.max()) * 1e-8 or 1e-12
     rows = [
         {
             "direction": j,
-            "W": max(float(of_layer.weight_values[j]), 1e-12),
-            "ΔW": max(float(of_layer.update_values[j]), floor),
-            "energy": float(of_layer.input_energy[j] + of_layer.output_energy[j]) / 2,
+            "W": max(float(report.weight_values[j]), 1e-12),
+            "ΔW": max(float(report.update_values[j]), floor),
+            "energy": float(report.input_energy[j] + report.output_energy[j]) / 2,
         }
-        for j in torch.linspace(0, len(of_layer.weight_values) - 1, POINTS).long().unique().tolist()
+        for j in torch.linspace(0, len(report.weight_values) - 1, POINTS).long().unique().tolist()
     ]
-    domain = alt.Scale(domain=[0, len(of_layer.weight_values)], nice=False)
+    domain = alt.Scale(domain=[0, len(report.weight_values)], nice=False)
     chart = alt.Chart(values(rows), width=WIDTH - 60).encode(x=alt.X("direction:Q", title=None, scale=domain))
     curves = []
     for name, shade in (("W", MUTED), ("ΔW", color)):

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from smoa import SmoaConfig
 from smoa.errors import MergeError
 from smoa_lab import inspect
-from smoa_lab.analysis import UpdateSpectrum
 from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, layer_table, weights_and_updates
 from smoa_lab.inspect_page import POINTS, by_block, coverage, inspection_page, place, spectrum
 from smoa_lab.pages.charts import MUTED, color_of
@@ -149,7 +148,7 @@ def test_a_lora_is_reported_by_its_rank_and_without_blocks(lora: list[LayerRepor
     assert [layer.method for layer in lora] == ["lora"] * 4
     assert [layer.rank for layer in lora] == [layer.rank_bound for layer in lora] == [3] * 4
     assert all(layer.parameters == 3 * (layer.rows + layer.columns) for layer in lora)
-    assert (lora[0].bands, lora[0].block_scales, lora[0].spectrum.block_coverages) == ((), (), ())
+    assert (lora[0].bands, lora[0].block_scales, lora[0].block_coverages) == ((), (), ())
     assert "block_scales" not in lora[0].to_dict()
     page = inspection_page("A LoRA", {"lora": lora})
     assert page.count("<figure data-chart>") == 4
@@ -198,13 +197,11 @@ def report(method: str = "smoa", blocks: int = 2) -> LayerReport:
     energy = torch.cat([torch.ones(SIZE // 2), torch.zeros(SIZE // 2)]).double() * 2 / SIZE
     values = torch.linspace(1, 0, SIZE).double()
     of_blocks = energy.expand(blocks, SIZE) if blocks else None
-    numbers: dict[str, Any] = dict.fromkeys(("rows", "columns", "parameters", "rank", "rank_bound"), 8)
-    numbers |= dict.fromkeys(("relative_update", "relative_spectral_norm", "effective_rank", "stable_rank"), 0.5)
+    numbers: dict[str, Any] = dict.fromkeys(("rows", "columns", "parameters", "rank_bound"), 8)
     return LayerReport(
+        *(values, values / 10, energy, energy, of_blocks),
         module="model.layers.3.q_proj",
         method=method,
-        coverage=0.25,
-        spectrum=UpdateSpectrum(values, values / 10, energy, energy, of_blocks),
         bands=((1.0, 5.0),) * blocks,
         block_scales=tuple(2.0**k for k in range(blocks)),
         **numbers,
@@ -237,5 +234,5 @@ def test_a_long_spectrum_is_drawn_by_some_of_its_values_with_a_bar_for_each_bloc
     assert {len(rows) for rows in drawn["datasets"].values()} == {POINTS, 3}
     assert {layer["layer"][0]["mark"]["color"] for layer in drawn["vconcat"][0]["layer"]} == {MUTED, color_of("smoa")}
     nothing = torch.zeros(SIZE).double()
-    flat = UpdateSpectrum(torch.ones(SIZE).double(), nothing, nothing, nothing)
-    assert drawn_rows(spectrum(dataclasses.replace(report(blocks=0), spectrum=flat), MUTED))
+    flat = dict.fromkeys(("update_values", "input_energy", "output_energy"), nothing)
+    assert drawn_rows(spectrum(dataclasses.replace(report(blocks=0), **flat), MUTED))
