@@ -165,10 +165,6 @@ class FileSource:
     place: Path
     name: str
 
-    def check(self) -> None:
-        """Raise DataError if it can be known without reading that there are no rows."""
-        files_of(self.place)
-
     def rows(self) -> Iterator[Placed]:
         """Every row with its place, one at a time."""
         return read_rows(self.place)
@@ -190,9 +186,6 @@ class HubSource:
     def name(self) -> str:
         """What messages and reports call it."""
         return f"{self.wanted.name} ({self.split})"
-
-    def check(self) -> None:
-        """Only reading shows what is there."""
 
     def rows(self) -> Iterator[Placed]:
         """Every row with its place."""

@@ -6,15 +6,12 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.base_models import base_content, load_base_model, load_tokenizer, positions_of
-from smoa_lab.basics.atomic import check_place
-from smoa_lab.basics.cache import cache_folder
+from smoa_lab.base_models import base_content, load_tokenizer, load_weights, positions_of
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end
 from smoa_lab.data.encoding import Encoder
@@ -60,11 +57,9 @@ class LoadedRun:
 
 def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
     """Load rows and model; what cannot be loaded or, if it ``trains``, be trained fails here, before any work."""
-    for source in chain(*config.data.sources()):
-        source.check()
-    check_place(cache_folder() / "rows" / "tokens")
-    base, tokenizer = load_base_model(config.model)
+    tokenizer = load_tokenizer(config.model)
     encoder, data = trainable_rows_of(config, tokenizer, trains)
+    base, _ = load_weights(config.model)
     account = data.account
     if account["format"] != "text" and tokenizer.chat_template:
         stop_at_turns_end(base, tokenizer)

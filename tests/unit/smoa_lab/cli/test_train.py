@@ -31,7 +31,8 @@ def model() -> PreTrainedModel:
 def room(tmp_path: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a test, whose runs load a tiny model."""
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(loaded_run, "load_base_model", lambda wanted: (copy.deepcopy(model), tokenizer_with(MARKED)))
+    monkeypatch.setattr(loaded_run, "load_weights", lambda wanted: (copy.deepcopy(model), {}))
+    monkeypatch.setattr(loaded_run, "load_tokenizer", lambda wanted: tokenizer_with(MARKED))
     model.config.save_pretrained(tmp_path / "base")  # its size decides the learning rate
     monkeypatch.chdir(tmp_path)
     model.config.save_pretrained(tmp_path / "base")
@@ -67,7 +68,7 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_model_is_loaded(
 ) -> None:
     rows = write_rows(room / "rows.jsonl", chats(20))
     monkeypatch.setenv("SMOA_CACHE", str(rows))
-    monkeypatch.setattr(loaded_run, "load_base_model", pytest.fail)
+    monkeypatch.setattr(loaded_run, "load_weights", pytest.fail)
     assert_refused(command(room, rows), room, "cannot be written (Not a directory); choose another place")
 
 

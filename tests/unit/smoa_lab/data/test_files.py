@@ -179,7 +179,7 @@ def test_a_place_without_data_is_named_before_anything_is_read(tmp_path: Path) -
         (Path("a" * 300 + ".jsonl"), "too long.*permissions"),
     ):
         with pytest.raises(DataError, match=words):
-            FileSource(place, str(place)).check()
+            FileSource(place, str(place)).state()
 
 
 @pytest.mark.parametrize("place", ["", "a.jsonl"])
@@ -235,7 +235,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_a_split_of_the_hub_is_read_as_a_stream(asked: list[Any]) -> None:
     source = HubSource(WANTED, "train")
-    source.check()
     assert list(source.rows()) == [(f"owner/rows (train), row {n}", row) for n, row in enumerate(HUB_ROWS, start=1)]
     assert asked == [(("owner/rows", "small"), {"split": "train", "revision": "v1", "streaming": True})]
     state = source.state()
