@@ -37,10 +37,17 @@ from smoa_lab.base_models import (
 from smoa_lab.basics.atomic import check_place, new_folder
 from smoa_lab.config.run import ModelSection
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, with_saved_adapter
-from smoa_lab.pages.card import NamedBase, auto_class, card_text, method_name
+from smoa_lab.pages.card import NamedBase, card_text, method_name
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+"""transformers' class for an adapter's task; the others have ``AutoModel``."""
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 COMPANIONS = ("chat_template*", "generation_config.json", "*processor_config.json", "*.py")
 LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -156,7 +163,14 @@ def _load(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The base with plain weights, in the class that the adapter is for and with as many labels and tokens as it has;
     and what to say of it."""
-    name, chosen = class_name(config), _class_of(adapter, config)
+    module, name = class_of(config)
+    try:
+        chosen = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise MergeError(
+            f"{adapter}: is for a {name}, which transformers {transformers.__version__} lacks in {module}; "
+            "install the release that it was trained with"
+        ) from error
     saved = load_peft_weights(str(adapter), device="cpu")
     options: dict[str, Any] = dict(section.options)
     own = base_config(section)
@@ -189,27 +203,13 @@ def _load(
     return model, (*([DEQUANTIZED] if is_quantized or format_of_base else []), *left_out)
 
 
-def class_name(config: PeftConfig) -> str:
-    """Name of transformers' class for the adapter's task or, without one, of the class that PEFT noted."""
-    return _noted_class(config).get("base_model_class") or auto_class(config)[0]
-
-
-def _noted_class(config: PeftConfig) -> dict[str, str]:
-    """What PEFT notes of a model of transformers if its adapter has no task: `base_model_class`, `parent_library`."""
+def class_of(config: PeftConfig) -> tuple[str, str]:
+    """Module and name of transformers' class for the adapter's task or, without one, of the class that PEFT noted."""
     noted: dict[str, str] = config.auto_mapping or {}
-    of_transformers = noted.get("parent_library", "").startswith("transformers.")
-    return noted if config.task_type is None and of_transformers else {}
-
-
-def _class_of(adapter: Path, config: PeftConfig) -> Any:
-    module, name = _noted_class(config).get("parent_library", transformers.__name__), class_name(config)
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise MergeError(
-            f"{adapter}: is for a {name}, which transformers {transformers.__version__} lacks in {module}; "
-            "install the release that it was trained with"
-        ) from error
+    if config.task_type is None and noted.get("parent_library", "").startswith("transformers."):
+        return noted["parent_library"], noted["base_model_class"]
+    task = str(getattr(config.task_type, "value", config.task_type))
+    return transformers.__name__, AUTO_CLASSES.get(task, "AutoModel")
 
 
 def _labels(section: ModelSection, chosen: Any, saved: dict[str, Tensor]) -> int | None:
@@ -332,7 +332,7 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 def model_card(base: NamedBase, folder: Path, config: PeftConfig, result: Merged) -> str:
     """The card as Markdown, with the front matter that model hubs read, and code that loads what `folder` has."""
-    loads = {"model": class_name(config)}
+    loads = {"model": class_of(config)[1]}
     if any(folder.glob("*processor_config.json")):
         loads["processor"] = "AutoProcessor"
     elif any(folder.glob("tokenizer*")):

@@ -24,7 +24,7 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
-from smoa_lab.merge import Merged, class_name, merge_in_memory, resize_as_saved, with_plain_weights
+from smoa_lab.merge import Merged, class_of, merge_in_memory, resize_as_saved, with_plain_weights
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, run_name, with_saved_adapter
 from smoa_lab.scoring.generation import GREEDY
 from smoa_lab.scoring.losses import logits_at
@@ -141,7 +141,7 @@ def verify(
 def verify_merged(place: str | Path, folder: Path, base: str | None = None) -> Verdict | str:
     """What :func:`verify` says of a merged model that was just saved; or, as a text, why it can't be compared: it is no
     language model, has no tokenizer, or in float32 doesn't fit into the memory that is free."""
-    if not class_name(adapter_config(adapter_of_run(place))).endswith("ForCausalLM"):
+    if not class_of(adapter_config(adapter_of_run(place)))[1].endswith("ForCausalLM"):
         return "only language models can be"
     if not any(folder.glob("tokenizer*")):
         return "it has no tokenizer"

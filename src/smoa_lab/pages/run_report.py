@@ -39,7 +39,7 @@ def run_card(title: str, config: PeftConfig, base: NamedBase, metrics: dict[str,
         samples=samples_text(metrics["samples"][:2], level=3),
         config=to_yaml({key: value for key, value in metrics["config"].items() if key != "adapter"}),
     )
-    return adapter_card(title, config, {}, base, sections)
+    return adapter_card(title, config, base, sections)
 
 
 def samples_text(samples: list[dict[str, str]], level: int = 2) -> str:

@@ -15,9 +15,9 @@ from smoa_lab.pages.card import NamedBase, adapter_card, named_base
 SETTINGS = {"r": 8, "num_blocks_pattern": {"q_proj": 4}, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
 
-def test_the_card_names_base_config_metrics_and_how_to_load() -> None:
+def test_the_card_names_base_config_and_how_to_load() -> None:
     config = SmoaConfig(**SETTINGS, base_model_name_or_path="org/base")
-    card = ModelCard(adapter_card("mine", config, {"accuracy": 0.625}))
+    card = ModelCard(adapter_card("mine", config, named_base("org/base"), "## More\n\n"))
     assert card.data.base_model == "org/base"
     assert card.data.library_name == "peft"
     assert card.data.tags == ["smoa", "base_model:adapter:org/base"]
@@ -26,7 +26,6 @@ def test_the_card_names_base_config_metrics_and_how_to_load() -> None:
         "# mine",
         "import smoa",
         "AutoPeftModelForCausalLM",
-        "| accuracy | 0.625 |",
         "layers for which its config gives no other number",
     ):
         assert said in card.text
@@ -36,16 +35,16 @@ def test_the_card_names_base_config_metrics_and_how_to_load() -> None:
 
 
 def test_the_folder_of_a_local_base_stays_out_of_the_card(tmp_path: Path) -> None:
-    text = adapter_card("mine", SmoaConfig(**SETTINGS, base_model_name_or_path=str(tmp_path / "models" / "base")), {})
+    base = str(tmp_path / "models" / "base")
+    text = adapter_card("mine", SmoaConfig(**SETTINGS, base_model_name_or_path=base), named_base(base), "")
     assert str(tmp_path) not in text
     assert "base_model:" not in text
     assert "of `base`: r = 8" in text
-    assert "Results" not in text
 
 
 def test_a_base_that_comes_from_elsewhere_is_loaded_from_there() -> None:
     config = SmoaConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM", base_model_name_or_path="/cache/base")
-    card = ModelCard(adapter_card("mine", config, {}, NamedBase("org/base (from GGUF)", "org/base"), "## More\n\n"))
+    card = ModelCard(adapter_card("mine", config, NamedBase("org/base (from GGUF)", "org/base"), "## More\n\n"))
     assert card.data.base_model == "org/base"
     assert "of `org/base (from GGUF)`: r = 8" in card.text
     assert 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("org/base"), "PATH")' in card.text
@@ -54,7 +53,8 @@ def test_a_base_that_comes_from_elsewhere_is_loaded_from_there() -> None:
 
 
 def test_an_adapter_of_another_method_is_loaded_without_smoa() -> None:
-    card = ModelCard(adapter_card("mine", LoraConfig(r=3, base_model_name_or_path="org/base"), {}))
+    config = LoraConfig(r=3, base_model_name_or_path="org/base")
+    card = ModelCard(adapter_card("mine", config, named_base("org/base"), ""))
     assert "A LORA adapter of `org/base`" in card.text
     assert card.data.tags == ["lora", "base_model:adapter:org/base"]
     assert "import smoa" not in card.text
