@@ -93,7 +93,6 @@ class Chat:
             self.load(place, section.name)
 
     def show(self, piece: str) -> None:
-        """Show a piece of an answer."""
         self.pieces.append(piece)
         typer.echo(piece, nl=False)
 

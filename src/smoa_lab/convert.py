@@ -64,7 +64,6 @@ def convert_run(
 
 
 def _loss(held_out: Evaluation, adapted: Any, folder: Path) -> dict[str, Any]:
-    """What `convert_run` says of the loss."""
     adapter = held_out.measure_once(adapted).losses
     model = adapted.unload()
     before = held_out.measure_once(model).losses

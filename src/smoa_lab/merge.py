@@ -79,7 +79,6 @@ class Merged:
 
     @property
     def dtype_name(self) -> str:
-        """Without PyTorch's prefix."""
         return str(self.dtype).removeprefix("torch.")
 
     def add(self, name: str, before: Tensor, after: Tensor) -> None:
@@ -106,13 +105,11 @@ class Merged:
         )
 
     def summary(self) -> str:
-        """The result in sentences."""
         said = f"{len(self.by_layer)} weights merged in float32, saved in {self.dtype_name}: {self.in_words()}"
         advice = ["--dtype float32 loses almost nothing."] if self.lost >= NOTEWORTHY else []
         return " ".join([said, *advice, *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return {
             "folder": str(self.folder),
             "base": self.base,

@@ -54,17 +54,14 @@ class Verdict:
 
     @property
     def agrees(self) -> bool:
-        """Whether rounding explains the difference."""
         return self.difference <= self.allowed
 
     def line(self) -> str:
-        """The verdict for people to read."""
         sign = "agrees" if self.agrees else "DIFFERS"
         note = f"; {self.note}" if self.note else ""
         return f"{sign}  {self.target}: largest difference {self.difference:.1e}, allowed {self.allowed:.0e}{note}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
         return asdict(self) | {"agrees": self.agrees}
 
 

@@ -49,7 +49,7 @@ assert not lab & set(sys.modules), lab & set(sys.modules)
 """
 ASK = """
 import runpy, sys, smoa
-from smoa_lab.cli.demo import CONFIG
+from smoa_lab.cli.runs import CONFIG
 from smoa_lab.config.run import load_config
 from smoa_lab.data.files import read_rows
 from smoa_lab.data.general_text import passages

@@ -8,11 +8,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 
 from smoa.errors import ConfigError
 
@@ -46,24 +46,15 @@ def new_folder(target: Path, keep_existing: bool = False) -> Iterator[Path]:
     """
     if target.exists() and not keep_existing:
         raise ConfigError(f"{target}: exists; choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    temporary = target.with_name(f".{target.name}-{token_hex(4)}")
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        _share_weights(temporary)
+        for file in temporary.rglob("*.safetensors"):
+            file.chmod(temporary.stat().st_mode & 0o666)  # as new files have: safetensors writes for the owner alone
         if not target.exists():
-            temporary.chmod(0o755)  # mkdtemp makes it private
             temporary.rename(target)
         elif not keep_existing:
             raise ConfigError(f"{target}: another process created it in the meantime; choose another folder")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _share_weights(folder: Path) -> None:
-    """Give weights the mode of new files: safetensors writes them for their owner alone."""
-    with tempfile.TemporaryDirectory(dir=folder) as room:
-        (new := Path(room, "new")).touch()
-        mode = stat.S_IMODE(new.stat().st_mode)
-    for file in folder.rglob("*.safetensors"):
-        file.chmod(mode)

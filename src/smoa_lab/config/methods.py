@@ -30,7 +30,6 @@ class Method:
 
     @property
     def config_class(self) -> type[PeftConfig] | None:
-        """The PEFT config class."""
         return None if self.peft_type is None else _config_classes()[self.peft_type]
 
     @property

@@ -123,12 +123,10 @@ class DataSection(Section):
 
     @property
     def title(self) -> str:
-        """What it is called, in a few words."""
         return self.hub.name if self.hub else ", ".join(_listed(self.train))
 
     @property
     def sizes(self) -> Sizes:
-        """How many rows of each part are used at most."""
         return Sizes(self.train_examples, self.validation_examples, self.test_examples)
 
     def sources(self) -> tuple[list[RowSource], list[RowSource]]:
@@ -179,7 +177,6 @@ class RunConfig(Section):
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
         return Path(self.training["output_dir"])
 
     def to_yaml(self) -> str:

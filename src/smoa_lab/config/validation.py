@@ -115,7 +115,6 @@ def _dataclass_problems(block: str, target: type[Any], values: dict[str, Any]) -
 
 @cache
 def _model_of(target: Any) -> type[BaseModel]:
-    """The dataclass as a model."""
     hints = typing.get_type_hints(target)
     fields: dict[str, Any] = {field.name: (hints[field.name], None) for field in dataclasses.fields(target)}
     return create_model(target.__name__, __config__=CHECKED, **fields)

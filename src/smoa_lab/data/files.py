@@ -166,7 +166,6 @@ class FileSource:
     name: str
 
     def rows(self) -> Iterator[Placed]:
-        """Every row with its place, one at a time."""
         return read_rows(self.place)
 
     def state(self) -> Any:
@@ -184,11 +183,9 @@ class HubSource:
 
     @property
     def name(self) -> str:
-        """What messages and reports call it."""
         return f"{self.wanted.name} ({self.split})"
 
     def rows(self) -> Iterator[Placed]:
-        """Every row with its place."""
         import datasets
 
         wanted = self.wanted

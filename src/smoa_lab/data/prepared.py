@@ -122,7 +122,6 @@ class PreparedRows:
         return Dataset.from_file(str(self.folder / f"{part}.arrow"))
 
     def rows(self, part: Part) -> list[Row]:
-        """Rows of the part as they were read."""
         return list(map(row_from_json, self.part(part)["row"]))
 
 

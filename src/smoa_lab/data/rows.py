@@ -43,7 +43,6 @@ class Row:
 
     @property
     def is_text(self) -> bool:
-        """Whether it is plain text, not turns."""
         return isinstance(self.completion, str)
 
     @property
@@ -74,7 +73,6 @@ class Row:
         return replace(self, prompt=prompt, choices=letters).answered(letters[self.label])
 
     def to_json(self) -> str:
-        """The inverse of :func:`row_from_json`."""
         return json.dumps(asdict(self))
 
 

@@ -30,11 +30,9 @@ class Table:
     caption: str = ""
 
     def cells(self) -> list[list[Cell]]:
-        """The rows as cells."""
         return [[cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row] for row in self.rows]
 
     def without(self, column: str) -> Table:
-        """The table without the column of this name."""
         place = list(self.header).index(column)
         header, *rows = [[*row[:place], *row[place + 1 :]] for row in (self.header, *self.rows)]
         return Table(header, rows, self.caption)

@@ -78,7 +78,6 @@ class Evaluation:
         self.written[stage] = continue_prompts(model, self.encoder.tokenizer, prompts, new_tokens)
 
     def measure_once(self, model: Any) -> Measured:
-        """What a model makes of the rows now."""
         if not self.chooses:
             rejected = row_losses(model, self.rejected, self.encoder.pad).nll if self.prefers else []
             return Measured(row_losses(model, self.tokens, self.encoder.pad), rejected=rejected)
@@ -195,7 +194,6 @@ class Forgetting:
         self.losses: dict[str, Losses] = {}
 
     def measure(self, model: Any, stage: str) -> None:
-        """Measure the loss ``before`` or ``after``."""
         if self.rows:
             logger.info("Scoring %d passages of general text", len(self.rows))
             self.losses[stage] = row_losses(model, self.rows, self.pad)

@@ -132,7 +132,6 @@ def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 def _score_batch(model: nn.Module, groups: list[list[Tokens]], pad: int) -> list[Score]:
-    """Scores of all rows in order."""
     rows = [row for group in groups for row in group]
     prompts = [group[0].prompt for group in groups]
     prompt_of = torch.tensor([place for place, group in enumerate(groups) for _ in group])

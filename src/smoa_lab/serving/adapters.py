@@ -131,7 +131,6 @@ class Adapters:
         return self._served[name]
 
     def _places(self) -> dict[str, Path]:
-        """The folders that have all files of an adapter, by name."""
         names = sorted(entry.name for entry in self.folder.iterdir())
         return {name: place for name in names if (place := self._place(name)) is not None}
 

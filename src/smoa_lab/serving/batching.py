@@ -40,7 +40,6 @@ class Step(Batch):
         self.last = last
 
     def by_row(self, x: Tensor) -> Tensor:
-        """The tokens."""
         return x.flatten(0, -2)
 
     def adapters_of(self, count: int, path: str) -> Sequence[LoadedAdapter | None]:
@@ -251,7 +250,6 @@ class PoolManager(ContinuousBatchingManager):
         return lambda request_id, tokens, *args: original(request_id, self._salted(request_id, tokens), *args)
 
     def lease(self, request_id: str) -> Lease:
-        """That of a request."""
         return self._leases[request_id]
 
     def _generation_loop_body(self, *args: Any, **kwargs: Any) -> bool:

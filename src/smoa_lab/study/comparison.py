@@ -73,11 +73,9 @@ class Executor:
 
     @property
     def is_full(self) -> bool:
-        """Whether no other job can be started now."""
         return len(self.running) >= self.workers
 
     def start(self, job: Job, config: RunConfig) -> None:
-        """Take a job."""
         self.running[job] = config
 
     def next_finished(self) -> tuple[Job, Metrics | None]:
@@ -197,13 +195,11 @@ class Comparison:
         }
 
     def config(self, job: Job) -> RunConfig:
-        """The run that a job is."""
         if job.entry not in self._configs:
             self._configs[job.entry] = self.study.config(job.entry)
         return self.study.job_config(self._configs[job.entry], job, self.plan.steps)
 
     def stored(self, job: Job) -> Metrics | None:
-        """The metrics of a finished job."""
         folder = RunFolder(self.study.folder / job.name)
         return self._checked(job, read_metrics(folder)) if folder.finished else None
 

@@ -63,7 +63,6 @@ class Report:
         }
 
     def page(self) -> str:
-        """The HTML."""
         sections: list[tuple[str, Sequence[Any]]] = [(title, [content]) for title, content in self.sections.items()]
         answers = [
             {name: text.strip() or "(nothing)" for name, text in each.items()} for each in self.summary["answers"]

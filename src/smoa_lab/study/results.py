@@ -206,7 +206,6 @@ def _judged(results: Sequence[Result]) -> list[Result]:
 
 
 def _machine(run: FinalRun) -> tuple[Any, ...]:
-    """Device and threads of a run."""
     made = run.metrics.get("provenance", {})
     return made.get("device"), made.get("threads")
 

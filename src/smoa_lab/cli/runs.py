@@ -1,0 +1,142 @@
+"""The commands of a run: ``smoa train``, from a YAML file or for a model and data, ``smoa eval`` and ``smoa demo``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from smoa_lab.cli.console import AsJson, Base, Data, Model, Overrides, TrustRemoteCode, print_json, reporting
+from smoa_lab.pages.tables import outcome, score_table, time_text
+
+CONFIG = Path(__file__).with_name("demo.yaml")
+"""In a clone ``configs/demo.yaml`` is a link to it."""
+
+
+def train(
+    config: Annotated[
+        str | None, typer.Argument(help="YAML file of the run; configs/ has ready ones. Or give --model and --data.")
+    ] = None,
+    overrides: Overrides = None,
+    model: Model = None,
+    data: Data = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: AsJson = False,
+) -> None:
+    """Train an adapter on rows, and score it on held-out ones.
+
+    With --model and --data it needs no file: it trains what `smoa init` would write for them.
+    """
+    with reporting():
+        from smoa.errors import ConfigError
+        from smoa_lab.config.run import load_config
+        from smoa_lab.training.run import run
+        from smoa_lab.training.run_folder import is_first_process
+
+        if model is None and data is None and config is not None:
+            checked = load_config(config, overrides)
+        elif model is None or data is None or (config is not None and "=" not in config):
+            raise ConfigError("give the YAML file of a run, which names model and data, or both --model and --data")
+        elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("--model and --data are for one process; write a file by `smoa init`, and train from it")
+        else:
+            from smoa_lab.init import default_run
+
+            words = [*([] if config is None else [config]), *(overrides or [])]
+            checked = default_run(model, data, words)
+            typer.echo(f"Run folder: {checked.folder}", err=True)
+        metrics = run(checked)
+        if not is_first_process():
+            return
+        if json:
+            print_json(metrics)
+            return
+        print_scores(metrics)
+        typer.echo(f"\nAdapter, metrics, log and loss curve: {checked.folder}")
+
+
+def print_scores(metrics: dict[str, Any]) -> None:
+    """Held-out scores before and after training, what was learned and forgotten, and the adapter's size."""
+    from rich.filesize import decimal
+
+    if metrics["evaluation"]:
+        score_table(metrics["evaluation"]).print()
+        typer.echo()
+    for line in outcome(metrics):
+        typer.echo(line)
+    if metrics["samples"]:
+        typer.echo(f"Answers before and after: samples.md, {len(metrics['samples'])} held-out prompts.")
+    parameters, training = metrics["parameters"], metrics["training"]
+    speed = f", {training['tokens_per_second']:,.0f} tokens a second" if "tokens_per_second" in training else ""
+    typer.echo(
+        f"\n{parameters['trainable']:,} trainable parameters, {parameters['percent']} % of {parameters['total']:,}; "
+        f"{decimal(parameters['adapter_bytes'])} on disk; {training['steps']} steps of {training['trainer']}"
+        f"{time_text(training)}{speed}; at most {decimal(training['peak_memory_bytes'])} of memory"
+    )
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a config file for the untouched model.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. data.max_length=512.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
+    base: Base = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: AsJson = False,
+) -> None:
+    """Score a run's adapter, or an untouched model, on held-out rows."""
+    with reporting():
+        from smoa.atomic import write_whole
+        from smoa_lab.basics.atomic import check_place
+        from smoa_lab.basics.plain import json_text
+        from smoa_lab.evaluate import evaluate_run
+        from smoa_lab.open_run import open_run
+        from smoa_lab.training.run_folder import RunFolder
+
+        if output is not None:
+            check_place(output, is_new=True)
+        config, adapter = open_run(run, overrides, base)
+        result = evaluate_run(config, adapter, RunFolder(run) if run.is_dir() else None)
+        if json:
+            print_json(result)
+        else:
+            typer.echo(result["adapter"] or config.model.name)
+            score_table({"": result["scores"]}).without("training").print()
+        if output is not None:  # last: whatever happens to the file, the scores are printed
+            write_whole(output, json_text(result) + "\n")
+
+
+def demo(
+    config: Annotated[
+        Path, typer.Argument(help="YAML file of the run; by default the packaged demo.", show_default=False)
+    ] = CONFIG,
+    overrides: Overrides = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Fine-tune a small real model in minutes, show what changed, reload the adapter and merge it."""
+    with reporting():
+        from smoa.errors import ConfigError
+        from smoa_lab.base_models import PACKAGED_MODELS
+        from smoa_lab.config.run import load_config
+        from smoa_lab.training.run import run
+        from smoa_lab.training.run_folder import RunFolder, in_free_folder
+        from smoa_lab.verify import verify
+
+        checked = in_free_folder(load_config(config, overrides))
+        if checked.method == "full":
+            raise ConfigError(
+                f"method: {checked.method} saves a whole model, and smoa demo reloads and merges an adapter; choose "
+                "another method, or train by smoa train"
+            )
+        if checked.model.name in PACKAGED_MODELS:
+            typer.echo(PACKAGED_MODELS[checked.model.name].notice)
+        print_scores(run(checked))
+        folder = RunFolder(checked.folder)
+        typer.echo("\nThe saved adapter, loaded again:")
+        verdicts = verify(folder.path, ["merged"])
+        typer.echo("\n".join(verdict.line() for verdict in verdicts))
+        typer.echo(f"\nAdapter:    {folder.adapter}\nLoss curve: {folder.picture}\nMetrics:    {folder.metrics}")
+        typer.echo(f"To train your own: copy {config}, edit the copy, and pass it to `smoa train`.")
+        if not all(verdict.agrees for verdict in verdicts):
+            raise typer.Exit(1)
