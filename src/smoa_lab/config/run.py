@@ -27,7 +27,6 @@ from smoa_lab.data.files import HubRows, HubSource, RowSource, find_sources
 from smoa_lab.data.formats import Format
 from smoa_lab.data.general_text import STORY
 from smoa_lab.data.prepared import Sizes
-from smoa_lab.data.rows import AnswerStyle
 
 TRUST = ("trust_remote_code", "allow_all_kernels")
 """Keys of ``from_pretrained`` that let a repository run its own code."""
@@ -97,9 +96,8 @@ class DataSection(Section):
 
     ``format`` is recognized by the columns if left out. ``test`` are rows that are held out; without it, and where rows
     don't name their ``part``, a fifth of them is. ``template`` replaces the model's chat template: ``alpaca``, a name
-    that TRL has, or a ``.jinja`` file. ``choices`` are answered by their text or their letter. Rows are cut at
-    ``max_length`` tokens. The numbers of examples are the most that are used, and ``samples`` counts the held-out
-    prompts that the model answers.
+    that TRL has, or a ``.jinja`` file. Rows are cut at ``max_length`` tokens. The numbers of examples are the most that
+    are used, and ``samples`` counts the held-out prompts that the model answers.
     """
 
     train: str | list[str] | None = None
@@ -107,7 +105,6 @@ class DataSection(Section):
     test: str | list[str] | None = None
     format: Format | None = None
     template: str | None = None
-    choices: AnswerStyle = "text"
     max_length: int | None = Field(default=1024, ge=8)
     skip_bad_rows: bool = False
     train_examples: int | None = Field(default=None, gt=0)
@@ -251,10 +248,8 @@ class ConfigText:
     def _stopping(self, training: dict[str, Any]) -> dict[str, Any]:
         """Defaults with early stopping: a checkpoint after each evaluation, of which the best is loaded at the end."""
         if str(training.get("eval_strategy", "no")) == "no":
-            raise ConfigError(
-                f"{self.place}: early_stopping: needs the loss on validation rows; set training.eval_strategy to epoch "
-                "or steps, or leave early_stopping out"
-            )
+            rule = "needs the loss on validation rows; set training.eval_strategy to epoch or steps"
+            raise ConfigError(f"{self.place}: early_stopping: {rule}, or leave it out")
         steps = training.get("eval_steps") or training.get("logging_steps", TRAINING_DEFAULTS["logging_steps"])
         often = {"eval_steps": steps, "save_steps": steps} if str(training["eval_strategy"]) == "steps" else {}
         return {"load_best_model_at_end": True, "save_strategy": training["eval_strategy"], **often}
@@ -273,11 +268,8 @@ class ConfigText:
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read ``path``, apply ``key.key=value`` overrides and check everything.
-
-    Raises:
-        ConfigError: lists *all* problems, each with its line and the nearest valid key or value.
-    """
+    """Read ``path``, apply ``key.key=value`` overrides and check everything; a ConfigError lists *all* problems, each
+    with its line and the nearest valid key or value."""
     return ConfigText.read(path, overrides).checked()
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.data.chat_templates import training_template
-from smoa_lab.data.rows import AnswerStyle, Message, Row
+from smoa_lab.data.rows import Message, Row
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 SHOWN = 64
@@ -76,7 +76,7 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(eq=False)
 class Encoder:
-    """Tokens of rows by a tokenizer: the first ``max_length`` of each. Choices are answered in ``style``.
+    """Tokens of rows by a tokenizer: the first ``max_length`` of each.
 
     ``assistant_only`` and ``completion_only`` are TRL's keys of almost these names: false means that everything is
     trained.
@@ -84,7 +84,6 @@ class Encoder:
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None = 1024
-    style: AnswerStyle = "text"
     assistant_only: bool = True
     completion_only: bool = True
 
@@ -101,17 +100,12 @@ class Encoder:
         """Plain values that change when the tokens of a row may."""
         tokenizer: Any = self.tokenizer
         own = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-        settings = [self.max_length, self.style, self.assistant_only, self.completion_only]
+        settings = [self.max_length, self.assistant_only, self.completion_only]
         return [own, tokenizer.chat_template, self.marked_template, tokenizer.special_tokens_map, settings]
 
     def encode(self, row: Row, rejected: bool = False) -> Tokens:
         """What is trained on: of choices the right one, of a preference the better completion, or the ``rejected`` one.
-
-        Raises:
-            ConfigError: the row has turns, and the model has no chat template.
-            DataError: the template refuses this row, or changes what was said before.
-        """
-        row = self._put(row)
+        Raises DataError if the chat template refuses this row, or changes what was said before."""
         completion = row.rejected if rejected and row.rejected is not None else row.completion
         if isinstance(completion, str):
             prompt, text = str(row.prompt), f"{row.prompt}{completion}"
@@ -121,7 +115,6 @@ class Encoder:
 
     def choices(self, row: Row) -> list[Tokens]:
         """The prompt with each choice, and without what ends the answer: whose likelihoods are compared."""
-        row = self._put(row)
         prompt = str(self._apply(_messages(row.prompt), tokenize=False, add_generation_prompt=True))
         before = self._of_template(prompt)
         found = []
@@ -134,10 +127,6 @@ class Encoder:
             found.append(Tokens(kept + answer, [IGNORED] * len(kept) + answer))
         return found
 
-    def _put(self, row: Row) -> Row:
-        """The row in words: choices may be answered by letters."""
-        return row.lettered() if row.choices and self.style == "letter" else row
-
     def _cut(self, tokens: Tokens) -> Tokens:
         length = self.max_length
         if length is None or len(tokens.input_ids) <= length:
@@ -147,7 +136,6 @@ class Encoder:
     def prompt(self, row: Row, longest: int | None = None) -> Prompt | None:
         """What the model is asked: the last turn whose prompt has at most ``longest`` tokens; a completion's prompt; or
         the beginning of a plain text. None if nothing fits."""
-        row = self._put(row)
         if not row.is_text:
             messages = _messages(row.prompt, row.completion)
             for place in reversed(range(1, len(messages))):
@@ -225,15 +213,12 @@ class Encoder:
         if not self.tokenizer.chat_template:
             raise ConfigError(
                 "data.template: this model has no chat template, and the rows are conversations; name one: alpaca, "
-                "which suits every base model, the name of a model's family (gemma3, qwen3, llama3, …), or a .jinja "
-                "file"
+                "which suits every base model, a model's family (gemma3, qwen3, llama3, …), or a .jinja file"
             )
         try:
             return self.tokenizer.apply_chat_template([asdict(message) for message in messages], **options)
         except (TemplateError, TypeError) as error:
-            raise DataError(
-                f"the chat template refuses this row: {error}; change the row, or name another data.template"
-            ) from error
+            raise DataError(f"the chat template refuses this row: {error}; change the row or data.template") from error
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from smoa.errors import DataError
-from smoa_lab.data.rows import LETTERS, PARTS, Message, Part, Row
+from smoa_lab.data.rows import PARTS, Message, Part, Row
 
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxstring = 1, 40
@@ -76,11 +76,8 @@ LIKE_PARTS = {*PARTS, "training", "valid", "val", "dev", "eval", "testing", "hel
 
 
 def recognize(row: dict[str, Any]) -> Format:
-    """The format of a row. ``conversations`` whose turns have ``role`` are the format ``messages``.
-
-    Raises:
-        BadRow: it has the columns of no format.
-    """
+    """The format of a row; raises BadRow if it has the columns of none. ``conversations`` whose turns have ``role`` are
+    the format ``messages``."""
     for format, columns in COLUMNS.items():
         if all(column in row for column in columns):
             return "messages" if format == "sharegpt" and _has_roles(row["conversations"]) else format
@@ -89,11 +86,8 @@ def recognize(row: dict[str, Any]) -> Format:
 
 
 def shape(row: dict[str, Any], format: Format) -> Row:
-    """The row of a format, checked. Its column ``part``, if it has one of that meaning, says where it belongs.
-
-    Raises:
-        BadRow: a column is missing, or what it holds can't be trained on.
-    """
+    """The row of a format; raises BadRow if a column is missing, or what it holds can't be trained on. Its column
+    ``part``, if it has one of that meaning, says where it belongs."""
     part: Part | None = row["part"] if row.get("part") in PARTS else None
     if part is None and str(row.get("part")).lower() in LIKE_PARTS:
         raise BadRow("part", f"found {shown(row['part'])}, expected one of {', '.join(PARTS)}")
@@ -148,9 +142,8 @@ def _prompt(row: dict[str, Any]) -> Row:
 def _choices(row: dict[str, Any]) -> Row:
     prompt, choices = row["prompt"], row["choices"]
     choices = _parsed(choices) if isinstance(choices, str) else choices  # CSV has no lists
-    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-        expected = f"expected a list of 2 to {len(LETTERS)} texts, in CSV as JSON"
-        raise BadRow("choices", f"found {shown(row['choices'])}, {expected}")
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise BadRow("choices", f"found {shown(row['choices'])}, expected a list of two texts or more, in CSV as JSON")
     texts = [
         check_text(choice if isinstance(choice, str) else json.dumps(choice), f"choices[{number}]").strip()
         for number, choice in enumerate(choices)
@@ -199,9 +192,8 @@ def _preference(row: dict[str, Any]) -> Row:
     completion, other = _answered(before, better, "chosen"), _answered(before, worse, "rejected")
     for path, message in (better[0], worse[0]):
         if message.role != "assistant":
-            raise BadRow(
-                path, f"is where chosen and rejected differ, a {message.role} turn; expected an assistant turn"
-            )
+            problem = f"found a {message.role} turn where chosen and rejected differ, expected one of the assistant"
+            raise BadRow(path, problem)
     return Row(_said(before), completion, other)
 
 
@@ -228,11 +220,8 @@ def _parsed(text: str) -> object:
 
 
 def read_turns(value: object, field: str, keys: Sequence[str] = ("role", "content")) -> list[Turn]:
-    """The turns of a list of objects, or of the same as JSON text. ``keys`` hold the role and the content.
-
-    Raises:
-        BadRow: it is no such list.
-    """
+    """The turns of a list of objects, or of the same as JSON text; raises BadRow if it is none. ``keys`` hold the role
+    and the content."""
     turns = _parsed(value) if isinstance(value, str) else value
     if not isinstance(turns, list) or not turns:
         json_text = "; write lists as JSON, with json.dumps" if isinstance(value, str) else ""
@@ -258,11 +247,7 @@ def _answered(before: Sequence[Turn], turns: Sequence[Turn], field: str) -> tupl
 
 
 def check_text(value: object, field: str) -> str:
-    """The text of a field.
-
-    Raises:
-        BadRow: it is not text, blank, or not a valid string.
-    """
+    """The text of a field; raises BadRow if it is not text, blank, or not a valid string."""
     if not isinstance(value, str):
         raise BadRow(field, f"found {shown(value)}, expected text")
     if not value or value.isspace():

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
-AnswerStyle = Literal["text", "letter"]
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
@@ -57,20 +55,6 @@ class Row:
         """A number that is equal where prompt and completion are, whatever the other answers: by it rows are split, and
         known again."""
         return int(_hash([*_texts(self.prompt), *_texts(self.completion)])[:16], 16)
-
-    def answered(self, choice: str) -> Row:
-        """The row with another of its choices as the completion."""
-        return replace(self, completion=(Message("assistant", choice),))
-
-    def lettered(self) -> Row:
-        """The row with its choices listed below the prompt, as A, B, C, …, and answered by their letters."""
-        assert self.label is not None
-        assert not isinstance(self.prompt, str)
-        letters = tuple(LETTERS[: len(self.choices)])
-        listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, self.choices, strict=True))
-        *before, asked = self.prompt
-        prompt = (*before, replace(asked, content=f"{asked.content}\n{listed}"))
-        return replace(self, prompt=prompt, choices=letters).answered(letters[self.label])
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

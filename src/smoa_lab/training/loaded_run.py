@@ -66,10 +66,8 @@ def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
     positions, longest = positions_of(base.config), account["tokens"].get("longest", 0)
     longest = min(longest, account["max_length"] or longest)
     if positions is not None and longest > positions:
-        raise ConfigError(
-            f"data.max_length: rows of up to {longest:,} tokens would be given to this model, which has {positions:,} "
-            f"positions; set it to {positions}"
-        )
+        found = f"rows of up to {longest:,} tokens would be given to this model, which has {positions:,} positions"
+        raise ConfigError(f"data.max_length: {found}; set it to {positions}")
     return LoadedRun(config, base, tokenizer, encoder, data)
 
 
@@ -94,7 +92,7 @@ def read_rows_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
     section = config.data
     set_chat_template(tokenizer, section.template)
     assistant, completion = (config.training.get(key) for key in ("assistant_only_loss", "completion_only_loss"))
-    encoder = Encoder(tokenizer, section.max_length, section.choices, assistant is not False, completion is not False)
+    encoder = Encoder(tokenizer, section.max_length, assistant is not False, completion is not False)
     train, test = section.sources()
     return encoder, Reading(train, test, section.format, section.sizes, encoder).prepare()
 

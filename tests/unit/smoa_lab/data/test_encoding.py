@@ -13,7 +13,7 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.data.chat_templates import alpaca
 from smoa_lab.data.encoding import Encoder, Tokens, trained_pieces
 from smoa_lab.data.formats import recognize, shape
-from smoa_lab.data.rows import AnswerStyle, Row
+from smoa_lab.data.rows import Row
 from tests.support.lab import byte_tokenizer
 from tests.support.own_rows import MARKED, PLAIN, STRICT, TRIMMED, chat, tiny_chat_model, tokenizer_with, trl_template
 
@@ -220,11 +220,9 @@ def test_a_long_row_keeps_its_beginning_and_counts_what_it_lost() -> None:
 SUN = {"prompt": "What warms the Earth?", "choices": ["the Moon", "the Sun"], "label": 1}
 
 
-@pytest.mark.parametrize("style", ["text", "letter"])
-def test_choices_follow_the_same_prompt_and_are_not_closed(style: AnswerStyle) -> None:
-    encoder = Encoder(tokenizer_with(CLOSING["alpaca"][0]), style=style)
-    row = example_of(SUN)
-    said = ["the Moon", "the Sun"] if style == "text" else ["A", "B"]
+def test_choices_follow_the_same_prompt_and_are_not_closed() -> None:
+    encoder = Encoder(tokenizer_with(CLOSING["alpaca"][0]))
+    row, said = example_of(SUN), ["the Moon", "the Sun"]
     assert trained(encoder, SUN) == [f"{said[1]}<eos>"]
     whole, choices = encoder.encode(row), encoder.choices(row)
     assert [encoder.tokenizer.decode(choice.answer) for choice in choices] == said
@@ -232,9 +230,6 @@ def test_choices_follow_the_same_prompt_and_are_not_closed(style: AnswerStyle) -
     assert asked is not None
     assert (asked.ids, asked.reference) == (whole.prompt, said[1])
     assert all(choice.prompt == whole.prompt for choice in choices)
-    assert ("A. the Moon\nB. the Sun\n\n### Response:\n" in encoder.tokenizer.decode(whole.prompt)) == (
-        style == "letter"
-    )
 
 
 def test_a_choice_that_would_change_the_prompts_tokens_stands_apart() -> None:

@@ -85,7 +85,6 @@ def test_the_digests_change_with_what_they_are_of_alone(values: dict[str, Any], 
     own = load_run(changed(values)).digests
     for what, change in (
         ("encoder", {"data": {"max_length": 300}}),
-        ("encoder", {"data": {"choices": "letter"}}),
         ("data", {"data": {"train_examples": 7}}),
         ("forgetting", {"forgetting": {"text": str(text)}}),
     ):
