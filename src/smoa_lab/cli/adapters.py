@@ -1,19 +1,20 @@
 """The commands that take a saved adapter or its run, or a model alone: ``smoa merge``, ``convert``, ``verify``,
-``inspect``, ``report`` and ``budget``; and ``smoa exec``, other tools on adapters."""
+``inspect``, ``report``, ``budget`` and ``serve``; and ``smoa exec``, other tools on adapters."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import runpy
 import sys
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from smoa_lab.cli.console import Adapter, AsJson, Base, TrustRemoteCode, failed, print_json, reporting
+from smoa_lab.cli.console import Adapter, AsJson, Base, BaseDtype, TrustRemoteCode, failed, print_json, reporting
 
 MergedDtype = Literal["auto", "float32", "bfloat16", "float16"]
 """The choices of smoa_lab.merge, whose import would make ``--help`` wait for torch."""
@@ -22,11 +23,7 @@ MergedDtype = Literal["auto", "float32", "bfloat16", "float16"]
 def merge(
     adapter: Adapter,
     output: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
-    dtype: Annotated[
-        MergedDtype,
-        typer.Option(help="Dtype to load and save the base in; auto: its own. Merging is done in float32."),
-    ] = "auto",
-    max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 2GB.")] = "5GB",
+    dtype: Annotated[MergedDtype, typer.Option(help="Dtype to load and save the base in; auto: its own.")] = "auto",
     base: Base = None,
     verify: Annotated[bool, typer.Option(help="Compare the saved model with the adapter on ten prompts.")] = True,
     trust_remote_code: TrustRemoteCode = False,
@@ -37,7 +34,7 @@ def merge(
         from smoa_lab.merge import merge_run
         from smoa_lab.verify import verify_merged
 
-        merged = merge_run(adapter, output, dtype, base, max_shard_size)
+        merged = merge_run(adapter, output, dtype, base)
         if not json:
             typer.echo(f"{merged.folder}: {merged.summary()}")
         found = verify_merged(adapter, output, base) if verify else "--no-verify"
@@ -53,9 +50,7 @@ def merge(
 def convert(
     adapter: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter (then no loss is measured).")],
     output: Annotated[Path, typer.Argument(help="New folder for the LoRA.")],
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="Rank of every layer, at most its smaller side; give this or --energy.")
-    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every layer; give this or --energy.")] = None,
     energy: Annotated[float | None, typer.Option(help="Share of ‖ΔW‖² to keep in every layer, e.g. 0.9.")] = None,
     score: Annotated[bool, typer.Option(help="Measure the loss on the run's held-out rows.")] = True,
     base: Base = None,
@@ -93,15 +88,9 @@ def convert(
 def verify(
     adapter: Adapter,
     against: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="merged (in memory), the folder of a merged model or of a converted LoRA, or a server's address, such "
-            "as http://localhost:8000/v1; may be repeated. merged if left out."
-        ),
+        list[str] | None, typer.Option(help="merged (in memory), the folder of a model or LoRA, or a server's address.")
     ] = None,
-    served_name: Annotated[
-        str | None, typer.Option(help="Adapter's name at the server; by default its folder's.")
-    ] = None,
+    served_name: Annotated[str | None, typer.Option(help="Adapter's name at the server; else its folder's.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that a server is asked for, for each prompt.")] = 16,
     base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -176,20 +165,10 @@ def report(
 
 
 def budget(
-    model: Annotated[
-        str, typer.Argument(help="Hub id, local folder, or gemma3-270m, smollm2-135m; its weights are not loaded.")
-    ],
-    amount: Annotated[
-        str,
-        typer.Argument(help="Share of the model, such as 0.1%, a number of parameters, or lora:8, LoRA's of rank 8."),
-    ],
-    targets: Annotated[
-        str,
-        typer.Option("--target-modules", help="Names of the layers to adapt, separated by commas, or all-linear."),
-    ] = "all-linear",
-    method: Annotated[
-        list[str] | None, typer.Option(help="Size this method instead; may be repeated. all: every one that runs take.")
-    ] = None,
+    model: Annotated[str, typer.Argument(help="Hub id, folder, or gemma3-270m, smollm2-135m; no weights are loaded.")],
+    amount: Annotated[str, typer.Argument(help="Share of the model, such as 0.1%, number of parameters, or lora:8.")],
+    target_modules: Annotated[str, typer.Option(help="Layers to adapt, by commas, or all-linear.")] = "all-linear",
+    method: Annotated[list[str] | None, typer.Option(help="Size this method instead, or all; may be repeated.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
@@ -201,7 +180,7 @@ def budget(
         from smoa_lab.config.methods import method_names
         from smoa_lab.pages.tables import Table
 
-        names = tuple(name.strip() for name in targets.split(","))
+        names = tuple(name.strip() for name in target_modules.split(","))
         if method:
             sized = size_methods(model, amount, names, method_names() if method == ["all"] else method)
             if json:
@@ -234,15 +213,38 @@ def budget(
         Table(list(columns), list(zip(*columns.values(), strict=True))).print()
 
 
+def serve(
+    base: Annotated[str, typer.Argument(help="The base model: a Hub id, a folder, or smollm2-135m, gemma3-270m.")],
+    adapters: Annotated[Path, typer.Option(help="Folder in which each adapter, or run, has a folder of its name.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    api_key: Annotated[str | None, typer.Option(envvar="SMOA_API_KEY", help="Key that requests must send.")] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Most adapters to hold at once.")] = 64,
+    cache_tokens: Annotated[int | None, typer.Option(min=64, help="Tokens held; 8192 on a CPU, or what fits.")] = None,
+    max_request_bytes: Annotated[int, typer.Option(min=1, help="Largest request, in bytes.")] = 4 << 20,
+    dtype: BaseDtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Serve a base model and the adapters in a folder, many in one batch, by OpenAI's protocol."""
+    with reporting():
+        from smoa_lab.config.run import ModelSection
+        from smoa_lab.serving.server import Settings
+        from smoa_lab.serving.server import serve as run
+
+        if api_key is None and "SMOA_API_KEY" in os.environ:
+            api_key = ""  # typer takes an empty variable for none; it is refused
+        options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+        section = ModelSection(name=base, **options)
+        run(section, adapters, host, port, Settings(slots, api_key, max_request_bytes, cache_tokens))
+
+
 # All words after the tool's name are passed to the tool, `--help` too.
 EXEC_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
 def execute(
     context: typer.Context,
-    tool: Annotated[
-        str, typer.Argument(help="Command of an installed Python package, such as lm_eval, or a .py file.")
-    ],
+    tool: Annotated[str, typer.Argument(help="Command of a Python package, such as lm_eval, or a .py file.")],
 ) -> None:
     """Run another tool in a process that knows SMoA adapters; the tool's own options follow its name."""
     commands = list(entry_points(group="console_scripts", name=tool))

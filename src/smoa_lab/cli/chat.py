@@ -17,21 +17,14 @@ if TYPE_CHECKING:
 
 def chat(
     place: Annotated[
-        str,
-        typer.Argument(metavar="RUN_OR_FOLDER", help="Folder of a run, of an adapter or of a model, or a Hub id."),
+        str, typer.Argument(metavar="RUN_OR_FOLDER", help="Folder of a run, of an adapter or of a model, or a Hub id.")
     ],
     base: Base = None,
     dtype: BaseDtype = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            help="alpaca, a name that TRL has, or a .jinja file; by default the run's or the model's own.",
-            show_default=False,
-        ),
-    ] = None,
+    template: Annotated[str | None, typer.Option(help="alpaca, a name that TRL has, or a .jinja file.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Chat with an adapted model and compare it with its base; /help lists the commands."""

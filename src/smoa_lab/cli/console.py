@@ -29,22 +29,15 @@ def _trust(context: typer.Context, given: bool) -> bool:
     return given
 
 
-TrustRemoteCode = Annotated[
-    bool, typer.Option(help="Allow the model's repository to run its own code.", callback=_trust)
-]
+TrustRemoteCode = Annotated[bool, typer.Option(help="Let the model's repository run its own code.", callback=_trust)]
 """An option that acts by itself: no command reads its value."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 """The choices of ``model.dtype``, whose import would make ``--help`` wait for torch."""
-BaseDtype = Annotated[
-    Dtype | None,
-    typer.Option(help="Dtype of the base; by default what a run has, or what suits the machine.", show_default=False),
-]
+BaseDtype = Annotated[Dtype | None, typer.Option(help="Dtype of the base; else a run's, or what suits the machine.")]
 Adapter = Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")]
 Model = Annotated[str | None, typer.Option(help="Without a file: a Hub id, a folder, or gemma3-270m, smollm2-135m.")]
-Data = Annotated[
-    str | None, typer.Option(help="Without a file: rows in a file, a folder or a data set of the Hub; or csqa, …")
-]
+Data = Annotated[str | None, typer.Option(help="Without a file: rows, as a file, a folder or a data set's name.")]
 
 
 @contextmanager

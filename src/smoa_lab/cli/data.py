@@ -14,12 +14,8 @@ app = typer.Typer(help="Look at your own rows before a run.", no_args_is_help=Tr
 
 @app.command(epilog="Example: smoa data check chats.jsonl --model smollm2-135m --examples 10")
 def check(
-    place: Annotated[
-        str, typer.Argument(help="Rows: a file, a folder, a data set of the Hub, a named set; or a run's YAML file.")
-    ],
-    model: Annotated[
-        str, typer.Option(help="Model whose tokenizer and template to use; a YAML file names its own.")
-    ] = ("smollm2-135m"),
+    place: Annotated[str, typer.Argument(help="Rows: a file, a folder or a data set's name; or a run's YAML file.")],
+    model: Annotated[str, typer.Option(help="Model whose tokenizer and template to use.")] = "smollm2-135m",
     format: Annotated[str | None, typer.Option(help="data.format, if the columns do not show it.")] = None,
     max_length: Annotated[int, typer.Option(min=8, help="data.max_length: tokens at which a row is cut.")] = 1024,
     template: Annotated[str | None, typer.Option(help="data.template instead of the model's own, e.g. alpaca.")] = None,

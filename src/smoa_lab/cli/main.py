@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.cli import adapters, chat, data, init, runs, serve, studies
+from smoa_lab.cli import adapters, chat, data, runs, studies
 
 app = typer.Typer(
     name="smoa",
@@ -35,7 +35,7 @@ def _options(
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
-    "init": (init.init, "smoa init my.yaml --model smollm2-135m --data chats.jsonl"),
+    "init": (runs.init, "smoa init my.yaml --model smollm2-135m --data chats.jsonl"),
     "train": (runs.train, "smoa train --model smollm2-135m --data chats.jsonl training.max_steps=100"),
     "tune": (studies.tune, "smoa tune my.yaml --max-runs 4"),
     "eval": (runs.evaluate, "smoa eval runs/my --output scores.json"),
@@ -44,7 +44,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "merge": (adapters.merge, "smoa merge runs/my merged --dtype float32"),
     "convert": (adapters.convert, "smoa convert runs/my lora --rank 16"),
     "verify": (adapters.verify, "smoa verify runs/my --against merged --against lora"),
-    "serve": (serve.serve, "smoa serve smollm2-135m --adapters runs"),
+    "serve": (adapters.serve, "smoa serve smollm2-135m --adapters runs"),
     "compare": (studies.compare, "smoa compare --model smollm2-135m --data chats.jsonl"),
     "inspect": (adapters.inspect, "smoa inspect runs/my --html inside.html"),
     "budget": (adapters.budget, "smoa budget gemma3-270m lora:8"),

@@ -1,4 +1,4 @@
-"""The commands of a run: ``smoa train``, from a YAML file or for a model and data, ``smoa eval`` and ``smoa demo``."""
+"""The commands of a run: ``smoa init``, which writes its YAML file, ``smoa train``, ``smoa eval`` and ``smoa demo``."""
 
 from __future__ import annotations
 
@@ -8,17 +8,45 @@ from typing import Annotated, Any
 
 import typer
 
-from smoa_lab.cli.console import AsJson, Base, Data, Model, Overrides, TrustRemoteCode, print_json, reporting
+from smoa_lab.cli.console import AsJson, Base, BaseDtype, Data, Model, Overrides, TrustRemoteCode, print_json, reporting
 from smoa_lab.pages.tables import outcome, score_table, time_text
 
 CONFIG = Path(__file__).with_name("demo.yaml")
 """In a clone ``configs/demo.yaml`` is a link to it."""
 
 
+def init(
+    model: Annotated[
+        str, typer.Option(prompt="Model (Hub id, folder, or smollm2-135m)", help="The file's model.name.")
+    ],
+    data: Annotated[str, typer.Option(prompt="Data (file, folder, or data set's name)", help="The file's data.train.")],
+    config: Annotated[Path | None, typer.Argument(help="YAML file to write; NAME.yaml for data called NAME.")] = None,
+    parameters: Annotated[str, typer.Option(help="How many to train: a number, a share, or lora:8.")] = "lora:8",
+    dtype: BaseDtype = None,
+    json: AsJson = False,
+) -> None:
+    """Write a commented config for your model and data; ask for them if they are not given."""
+    with reporting():
+        from smoa.atomic import write_whole
+        from smoa.errors import ConfigError
+        from smoa_lab import init
+        from smoa_lab.basics.atomic import check_place
+
+        file = config or init.file_for(data)
+        if file.suffix not in (".yaml", ".yml"):
+            raise ConfigError(f"{file}: the name of a config ends in .yaml; write {file}.yaml")
+        check_place(file, is_new=True)
+        values = init.first_values(model, data, parameters, dtype)
+        values["training"]["output_dir"] = f"runs/{file.stem}"
+        write_whole(file, init.config_text(file, values))
+        if json:
+            print_json({"file": str(file), "config": values})
+        else:
+            typer.echo(f"{file}: written\nTrain: smoa train {file}")
+
+
 def train(
-    config: Annotated[
-        str | None, typer.Argument(help="YAML file of the run; configs/ has ready ones. Or give --model and --data.")
-    ] = None,
+    config: Annotated[str | None, typer.Argument(help="YAML file of the run. Or give --model and --data.")] = None,
     overrides: Overrides = None,
     model: Model = None,
     data: Data = None,
@@ -125,10 +153,8 @@ def demo(
 
         checked = in_free_folder(load_config(config, overrides))
         if checked.method == "full":
-            raise ConfigError(
-                f"method: {checked.method} saves a whole model, and smoa demo reloads and merges an adapter; choose "
-                "another method, or train by smoa train"
-            )
+            reason = "saves a whole model, and smoa demo reloads and merges an adapter"
+            raise ConfigError(f"method: {checked.method} {reason}; choose another, or train by smoa train")
         if checked.model.name in PACKAGED_MODELS:
             typer.echo(PACKAGED_MODELS[checked.model.name].notice)
         print_scores(run(checked))

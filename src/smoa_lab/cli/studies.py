@@ -14,27 +14,17 @@ from smoa_lab.cli.console import AsJson, Data, Model, Overrides, TrustRemoteCode
 
 
 def compare(
-    study: Annotated[
-        str | None, typer.Argument(help="YAML file of a study, such as studies/NAME/study.yaml. Or --model and --data.")
-    ] = None,
+    study: Annotated[str | None, typer.Argument(help="YAML file of a study. Or give --model and --data.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. seeds=[0,1].")] = None,
     model: Model = None,
     data: Data = None,
     methods: Annotated[str, typer.Option(help="Without a file: what is compared, by commas.")] = "smoa,lora",
     parameters: Annotated[str, typer.Option(help="Without a file: how many each trains, as for smoa init.")] = "lora:8",
     seeds: Annotated[int, typer.Option(min=1, help="Without a file: final runs of each.")] = 3,
-    minutes: Annotated[
-        float | None, typer.Option(min=0, help="Take fewer steps, then seeds, to be done in time.")
-    ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option("--only", help="Run only this entry or budget; may be repeated.")
-    ] = None,
-    workers: Annotated[
-        int, typer.Option("--workers", min=1, help="Runs at a time, on this machine unless --ray-address is given.")
-    ] = 1,
-    ray_address: Annotated[
-        str | None, typer.Option("--ray-address", help="Run on the Ray cluster at this HOST:PORT, or auto.")
-    ] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Take fewer steps, then seeds, to be in time.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run only this entry or budget; may be repeated.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time, here unless --ray-address is given.")] = 1,
+    ray_address: Annotated[str | None, typer.Option(help="Run on the Ray cluster at this HOST:PORT, or auto.")] = None,
     report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report the finished runs.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
@@ -89,7 +79,7 @@ def compare(
 def tune(
     config: Annotated[Path, typer.Argument(help="YAML file of the run, as for `smoa train`.")],
     overrides: Overrides = None,
-    max_runs: Annotated[int, typer.Option("--max-runs", min=3, help="Rates to try at most.")] = 6,
+    max_runs: Annotated[int, typer.Option(min=3, help="Rates to try at most.")] = 6,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
