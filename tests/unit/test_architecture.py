@@ -27,7 +27,7 @@ LAB = [
     "budget",
     "merge",
 ]
-LAB += ["convert", "verify", "report", "analysis", "inspect", "inspect_page", "chat", "serving", "init", "study", "cli"]
+LAB += ["convert", "verify", "report", "inspect", "inspect_page", "chat", "serving", "init", "study", "cli"]
 
 
 def module_of(file: Path) -> str:
