@@ -29,7 +29,7 @@ from smoa_lab.open_run import (
     loading_adapter,
     run_name,
 )
-from smoa_lab.scoring.generation import GREEDY, ends_of
+from smoa_lab.scoring.evaluation import GREEDY, ends_of
 from smoa_lab.scoring.losses import scoring
 from smoa_lab.training.run_folder import RunFolder
 
@@ -145,10 +145,8 @@ class Chat:
                 break
             first += 2  # a question and its answer
             if first >= len(turns):
-                raise DataError(
-                    f"the message and {self.max_new_tokens} tokens for the answer exceed the model's positions by "
-                    f"{excess}; shorten the message, or lower --max-new-tokens"
-                )
+                both = f"the message and {self.max_new_tokens} tokens for the answer exceed the model's positions"
+                raise DataError(f"{both} by {excess}; shorten the message, or lower --max-new-tokens")
         if first and not self.first:
             self.say("The conversation is longer than the model can read: it no longer sees the oldest turns.")
         self.first = first
@@ -194,10 +192,8 @@ class Chat:
         folder = adapter_of_run(path)
         own = base_name(folder, base)
         if _canonical(own) not in self.bases:
-            raise DataError(
-                f"{place}: is an adapter of {own}, this model is {', '.join(sorted(self.bases))}; "
-                "if they are the same, start again with --base"
-            )
+            found = f"is an adapter of {own}, this model is {', '.join(sorted(self.bases))}"
+            raise DataError(f"{place}: {found}; if they are the same, start again with --base")
         if own == self.section.name and base is None:
             check_base(RunFolder(folder.parent), self.section, False)
         check_weights(folder)

@@ -26,7 +26,7 @@ from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
 from smoa_lab.merge import Merged, class_of, merge_in_memory, resize_as_saved, with_plain_weights
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, run_name, with_saved_adapter
-from smoa_lab.scoring.generation import GREEDY
+from smoa_lab.scoring.evaluation import GREEDY
 from smoa_lab.scoring.losses import logits_at
 
 logger = logging.getLogger(__name__)
@@ -158,8 +158,7 @@ def _kind(target: str) -> str:
         if Path(target, name).is_file():
             return kind
     raise ConfigError(
-        f"--against {target}: is neither merged, nor the folder of a model or an adapter, nor the address of a server "
-        "(http://localhost:8000/v1)"
+        f"--against {target}: is neither merged, nor a model's or an adapter's folder, nor a server's address (http://…)"
     )
 
 

@@ -21,7 +21,7 @@ from transformers import (
 from smoa_lab.data.chat_templates import set_chat_template
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.formats import shape
-from smoa_lab.data.rows import AnswerStyle, Message, Row
+from smoa_lab.data.rows import Message, Row
 from smoa_lab.scoring import evaluation as evaluation_module
 from smoa_lab.scoring.evaluation import Evaluation, Forgetting, Measured
 from smoa_lab.scoring.losses import Losses, row_losses
@@ -41,10 +41,10 @@ def model(tmp_path: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(lab.tiny_base(tmp_path))
 
 
-def of_questions(style: AnswerStyle = "text", max_length: int | None = None) -> Encoder:
+def of_questions() -> Encoder:
     tokenizer = lab.byte_tokenizer()
     set_chat_template(tokenizer, "alpaca")
-    return Encoder(tokenizer, max_length, style)
+    return Encoder(tokenizer, None)
 
 
 def of_turns(max_length: int | None = None) -> Encoder:
@@ -154,8 +154,7 @@ def test_rejected_answers_are_cut_as_the_rows_were() -> None:
     assert len(whole[1].input_ids) > 40
 
 
-@pytest.mark.parametrize("style", ["text", "letter"])
-def test_accuracies_are_those_of_lm_eval(style: Any, tmp_path: Path) -> None:
+def test_accuracies_are_those_of_lm_eval(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     from lm_eval.api.model import LM
     from lm_eval.api.task import ConfigurableTask
@@ -182,7 +181,7 @@ def test_accuracies_are_those_of_lm_eval(style: Any, tmp_path: Path) -> None:
             raise NotImplementedError
 
     model = LlamaForCausalLM.from_pretrained(lab.tiny_base(tmp_path))
-    encoder = of_questions(style)
+    encoder = of_questions()
     decode = encoder.tokenizer.decode
     rows = [
         {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from smoa_lab.scoring.generation import continue_prompts, ends_of
+from smoa_lab.scoring.evaluation import continue_prompts, ends_of
 from tests.support import lab, tiny_models
 
 
@@ -50,5 +50,6 @@ def test_an_answer_takes_at_most_half_of_the_positions(tmp_path: Path, monkeypat
     model: Any = GPT2LMHeadModel.from_pretrained(lab.tiny_gpt2(tmp_path, positions=32))
     whole, shapes = model.generate, []
     monkeypatch.setattr(model, "generate", lambda **options: shapes.append(whole(**options).shape) or whole(**options))
-    continue_prompts(model, lab.byte_tokenizer(), [list(range(3, 43))], new_tokens=128, eos_token_id=[])
+    monkeypatch.setattr("smoa_lab.scoring.evaluation.ends_of", lambda *_: [])
+    continue_prompts(model, lab.byte_tokenizer(), [list(range(3, 43))], new_tokens=128)
     assert shapes == [(1, 32)]
