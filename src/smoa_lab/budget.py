@@ -218,10 +218,7 @@ def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> S
                 layout = Layout.of(module, name)
                 layers += [layout.shape] * layout.count
     if not layers:
-        raise DataError(
-            f"model: {model!r} has no layers named {', '.join(targets)} that SMoA adapts; name its own with "
-            "--target-modules"
-        )
+        raise DataError(f"model: {model!r} has no layers named {', '.join(targets)} that SMoA adapts; name its own")
     return Counter(layers)
 
 
@@ -254,10 +251,8 @@ def budget_parameters(amount: str, total: int, shapes: Shapes) -> float:
     try:
         limit = float(text.removeprefix(LORA).removesuffix("%")) * unit
     except ValueError as error:
-        raise ConfigError(
-            f"budget: {amount!r} is neither a percentage such as 0.1%, nor a parameter count, nor LoRA's of a rank, "
-            "such as lora:8"
-        ) from error
+        known = "a percentage such as 0.1%, nor a parameter count, nor LoRA's of a rank, such as lora:8"
+        raise ConfigError(f"budget: {amount!r} is neither {known}") from error
     if not 0 < limit < total:
         raise ConfigError(f"budget: {amount!r} must be more than 0 and less than the model's {total:,} parameters")
     return limit

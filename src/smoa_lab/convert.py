@@ -87,9 +87,7 @@ def _save_lora(model: Any, rank: int | float, folder: Path, base: str | None) ->
     layers = adapter_layers(model.base_model.model, "default")
     others = [name for name, layer in layers.items() if not layer.supports_lora_conversion("default")]
     if others:
-        raise UnsupportedModuleError(
-            f"{first_of(others)}: PEFT converts linear layers only; merge the adapter instead (smoa merge)"
-        )
+        raise UnsupportedModuleError(f"{first_of(others)}: PEFT converts linear layers only; merge it instead")
     # Trained tensors that are not factors: biases, modules_to_save, token embeddings
     saved: dict[str, Tensor] = get_peft_model_state_dict(model)
     state = {name: tensor for name, tensor in saved.items() if ".smoa_" not in name}

@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from smoa.errors import ConfigError, MergeError, first_of
+from smoa.errors import MergeError, first_of
 from smoa.files.names import PREFIX, embeddings_of
 from smoa_lab.base_models import (
     base_config,
@@ -85,10 +85,8 @@ class Merged:
         """Add one layer, given its weight before and after the merge, in float32."""
         rounded = after.to(self.dtype)
         if not torch.isfinite(rounded).all():
-            raise MergeError(
-                f"{name}: the merged weight is NaN, infinite or out of the range of {self.dtype}; the adapter is "
-                "broken, or needs float32 or bfloat16"
-            )
+            found = f"the merged weight is NaN, infinite or out of the range of {self.dtype}"
+            raise MergeError(f"{name}: {found}; the adapter is broken, or needs float32 or bfloat16")
         update, error = (float(torch.linalg.vector_norm(part)) ** 2 for part in (after - before, rounded - after))
         self.by_layer[name] = (error / update) ** 0.5 if update else 0.0
         self.update += update
@@ -126,7 +124,6 @@ def merge_run(
     output: str | Path,
     dtype: Dtype = "auto",
     base: str | None = None,
-    max_shard_size: int | str = "5GB",
 ) -> Merged:
     """Merge an adapter (its folder, or a run's, of any PEFT method that can merge) and save the whole model: weights,
     config, tokenizer, generation config, licence files and a model card. It needs the base's size in memory.
@@ -137,10 +134,6 @@ def merge_run(
     source, target = adapter_of_run(adapter), Path(output)
     check_place(target, is_new=True)
     check_weights(source)
-    try:
-        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
-    except (ValueError, OverflowError) as error:
-        raise ConfigError(f"max_shard_size={max_shard_size!r} is no size, such as 2GB: {error}") from error
     config, section = adapter_config(source), base_section(source, base)
     of_gguf = bool(section.name.endswith(".gguf") or packaged_name(section.name))
     wanted: Dtype = "float32" if dtype == "auto" and of_gguf else dtype
@@ -148,7 +141,7 @@ def merge_run(
         model, notes = _load(section, source, config, wanted)
         result = Merged(target, section.name, model.dtype, (GGUF_NOTE, *notes) if of_gguf else notes)
         model = merge_in_memory(model, source, result)
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder)
         _save_other_files(section, source, folder)
         card = model_card(described_base(section.name), folder, config, result)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -164,10 +157,8 @@ def _load(
     try:
         chosen = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise MergeError(
-            f"{adapter}: is for a {name}, which transformers {transformers.__version__} lacks in {module}; "
-            "install the release that it was trained with"
-        ) from error
+        reason = f"is for a {name}, which transformers {transformers.__version__} lacks in {module}"
+        raise MergeError(f"{adapter}: {reason}; install the release that it was trained with") from error
     saved = load_peft_weights(str(adapter), device="cpu")
     options: dict[str, Any] = dict(section.options)
     own = base_config(section)
@@ -183,15 +174,11 @@ def _load(
     new = {*found["missing_keys"], *(mismatched[0] for mismatched in found["mismatched_keys"])}
     lacking, left = sorted(key for key in new if PREFIX + key not in saved), sorted(found["unexpected_keys"])
     if lacking:
-        raise MergeError(
-            f"{section.name}: lacks {first_of(lacking)}, which the adapter doesn't have either; give the base model it "
-            "was trained on"
-        )
+        reason = f"lacks {first_of(lacking)}, which the adapter doesn't have either"
+        raise MergeError(f"{section.name}: {reason}; give the base model it was trained on")
     if left and not new and name != "AutoModel":  # these have no head, or another one than the checkpoint
-        raise MergeError(
-            f"{section.name}: has {first_of(left)}, which {name} doesn't load, so the merged model would lack them; "
-            "load the model in the class that has them, and merge it by merge_and_unload"
-        )
+        reason = f"has {first_of(left)}, which {name} doesn't load, so the merged model would lack them"
+        raise MergeError(f"{section.name}: {reason}; load it in a class that has them, and use merge_and_unload")
     is_quantized = getattr(model, "hf_quantizer", None) is not None
     own_dtype = torch.float32 if is_quantized else model.dtype
     model = with_plain_weights(model, own_dtype if dtype == "auto" else getattr(torch, dtype))
