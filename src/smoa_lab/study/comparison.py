@@ -8,9 +8,10 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from operator import itemgetter
-from typing import Any, Self
+from typing import Any
 
 from filelock import FileLock
 
@@ -56,7 +57,7 @@ def measured(metrics: Metrics) -> float | None:
     return loss
 
 
-class Executor:
+class Executor(AbstractContextManager["Executor"]):
     """Runs one job at a time, when its result is asked for."""
 
     workers = 1
@@ -64,9 +65,6 @@ class Executor:
     def __init__(self) -> None:
         self.running: dict[Job, Any] = {}
         """The jobs that were started and are not given back yet."""
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         """End what still runs."""
@@ -117,7 +115,7 @@ class Comparison:
         self.chosen = read_chosen(study)
         self.losses: dict[Job, float | None] = {}
         """What the finished jobs reached; None for those that diverged."""
-        self._configs: dict[str, RunConfig] = {}
+        self.configs = {name: study.config(name) for name in study.entries}
 
     def run(self, only: Sequence[str] = (), executor: Executor | None = None) -> None:
         """Search the rates of all entries, or of those that ``only`` names or whose budget it names, then run these
@@ -195,9 +193,7 @@ class Comparison:
         }
 
     def config(self, job: Job) -> RunConfig:
-        if job.entry not in self._configs:
-            self._configs[job.entry] = self.study.config(job.entry)
-        return self.study.job_config(self._configs[job.entry], job, self.plan.steps)
+        return self.study.job_config(self.configs[job.entry], job, self.plan.steps)
 
     def stored(self, job: Job) -> Metrics | None:
         folder = RunFolder(self.study.folder / job.name)
@@ -210,10 +206,8 @@ class Comparison:
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         changed += other_inputs(self.plan.digests, metrics["digests"])
         if changed:
-            raise ConfigError(
-                f"{self.study.folder / job.name}: was run with other values of {', '.join(sorted(changed))}; move it "
-                "away to run it again, or use a new folder"
-            )
+            found = f"was run with other values of {', '.join(sorted(changed))}"
+            raise ConfigError(f"{self.study.folder / job.name}: {found}; move it away, or use a new folder")
         return metrics
 
     def finish(self, job: Job, metrics: Metrics) -> None:

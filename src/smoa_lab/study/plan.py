@@ -187,20 +187,15 @@ def check_folder(study: Study) -> None:
             raise ConfigError(f"{study.folder}: contains {min(others)} and no study; choose another folder")
 
 
-def write_study(study: Study, given: Path | None = None) -> None:
-    """Write a study into its folder, unless the file there is the one that was ``given``."""
-    file = study.folder / "study.yaml"
-    if given is None or given.resolve() != file.resolve():
-        write_whole(file, to_yaml(study.model_dump(mode="json", exclude_unset=True)))
-
-
 @contextmanager
 def study_file(study: Study, given: Path | None = None) -> Iterator[None]:
-    """Write the study as :func:`write_study` does, and plan it in the block: an interrupted start leaves the file to be
-    edited, a study that is refused leaves none, by which the next would be refused."""
+    """Write a study into its folder, unless the file there is the one that was ``given``, and plan it in the block: an
+    interrupted start leaves the file to be edited, a study that is refused leaves none, by which the next would be
+    refused."""
     file = study.folder / "study.yaml"
     is_new = not file.exists()
-    write_study(study, given)
+    if given is None or given.resolve() != file.resolve():
+        write_whole(file, to_yaml(study.model_dump(mode="json", exclude_unset=True)))
     try:
         yield
     except SmoaError:
@@ -264,10 +259,8 @@ def timing_of(study: Study, job: Job, metrics: Metrics) -> Timing:
     """What a timing run says; raises ConfigError if it trained another number of parameters than its entry declares."""
     trained, wanted = int(metrics["parameters"]["trainable"]), study.entries[job.entry].parameters
     if wanted is not None and abs(trained - wanted) > PARAMETER_TOLERANCE * wanted:
-        raise ConfigError(
-            f"entries.{job.entry}: trains {trained:,} parameters, not {wanted:,} to within {PARAMETER_TOLERANCE:.0%}; "
-            "change its size (smoa budget --method lists sizes) or what it declares"
-        )
+        found = f"trains {trained:,} parameters, not {wanted:,} to within {PARAMETER_TOLERANCE:.0%}"
+        raise ConfigError(f"entries.{job.entry}: {found}; change its size (smoa budget --method) or what it declares")
     seconds, steps = metrics["training"]["seconds"], metrics["training"]["steps"]
     beside = max(0.0, metrics["wall_seconds"] - seconds)
     return Timing(parameters=trained, step=seconds / max(1, steps), beside=beside)
@@ -297,7 +290,6 @@ def fitted(plan: Plan, max_runs: int, seconds: float) -> Plan:
         if least <= seconds:
             of_step = max(MARGIN * longer.longest(max_runs) - least, 1e-9)
             return smallest.model_copy(update={"steps": min(plan.steps, fewest + int((seconds - least) / of_step))})
-    raise ConfigError(
-        f"--minutes: the smallest comparison ({fewest} steps a run, {number} seeds and whole searches) takes about "
-        f"{duration(least)}, and {duration(max(0.0, seconds))} are left; give more, or fewer --methods"
-    )
+    smallest = f"the smallest comparison ({fewest} steps a run, {number} seeds and whole searches)"
+    lasts, left = duration(least), duration(max(0.0, seconds))
+    raise ConfigError(f"--minutes: {smallest} takes about {lasts}, and {left} are left; give more, or fewer --methods")

@@ -90,12 +90,8 @@ class RayExecutor(Executor):
         self.running[job] = task.remote(self.place, self.cores, job, config)
 
     def next_finished(self) -> tuple[Job, Metrics | None]:
-        """Wait for one of the running jobs.
-
-        Raises:
-            DataError: workers died again and again at the same job.
-            Exception: what the job itself raised.
-        """
+        """Wait for one of the running jobs; raises what that job raised, or DataError if its workers died again and
+        again."""
         ray = self._ray
         done = ray.wait(list(self.running.values()))[0][0]
         job = next(job for job, task in self.running.items() if task == done)
@@ -168,7 +164,5 @@ def equal_share(machines: Sequence[tuple[int, int]], workers: int, on_gpus: bool
     for share in range(max((cores for cores, _ in machines), default=0), 0, -1):
         if places(share) >= workers:
             return share
-    raise ConfigError(
-        f"--workers {workers}: each takes {'a GPU and a core' if on_gpus else 'a core'} at least, "
-        f"and there is room for {places(1)}; give at most {places(1)}"
-    )
+    least, room = "a GPU and a core" if on_gpus else "a core", places(1)
+    raise ConfigError(f"--workers {workers}: each takes {least} or more, there is room for {room}; give at most {room}")

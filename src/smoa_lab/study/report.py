@@ -20,7 +20,6 @@ from smoa_lab.study.comparison import Comparison, measured, read_metrics
 from smoa_lab.study.plan import Metrics
 from smoa_lab.study.results import MEASURES, FinalRun, Result, as_json, final_runs, results_of
 from smoa_lab.study.search import rate_text
-from smoa_lab.study.statistics import Difference
 from smoa_lab.study.verdict import EQUAL, verdict
 from smoa_lab.training.run_folder import RunFolder
 
@@ -152,18 +151,15 @@ def result_table(results: Sequence[Result]) -> Table:
             )
             line.append(Cell(text if math.isfinite(mean) else "diverged", mean))
         for each in measures:
-            line += _difference(one, one.differences.get(each.title), each.scale, each.digits)
+            difference = one.differences.get(each.title)
+            if difference is None:  # of the reference, and before a seed of it is finished
+                line += ["", "reference" if one.entry == reference else ""]
+            else:
+                line += [Cell(difference.signed(each.scale, each.digits), difference.mean), difference.label]
         forgot = "–" if one.forgotten is None else f"{one.forgotten:+.4f}"
         lines.append([*line, forgot, number(one.step_seconds, 3)])
     rows = f"On {results[0].rows:,} held-out rows, best first; forgot is the change of the loss on general text."
     return Table([*header, "forgot", "s a step"], lines, rows)
-
-
-def _difference(one: Result, difference: Difference | None, scale: float, digits: int) -> tuple[Any, str]:
-    """Mean and interval, and the verdict; none for the reference, and before a seed of it is finished."""
-    if difference is None:
-        return "", "reference" if one.entry == one.reference else ""
-    return Cell(difference.signed(scale, digits), difference.mean), difference.label
 
 
 def rate_table(results: Sequence[Result]) -> Table:

@@ -115,9 +115,7 @@ def final_runs(comparison: Comparison) -> dict[str, dict[int, FinalRun]]:
                 folder = RunFolder(comparison.study.folder / job.name)
                 found.setdefault(name, {})[seed] = FinalRun(folder, metrics, read_rows(folder.rows))
     if not found:
-        raise DataError(
-            f"{comparison.study.folder}: no final run is finished yet; run smoa compare on this study first"
-        )
+        raise DataError(f"{comparison.study.folder}: no final run is finished yet; run smoa compare on it first")
     return {name: found[name] for name in comparison.study.entries if name in found}
 
 

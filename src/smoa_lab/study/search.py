@@ -32,12 +32,8 @@ def rate_text(learning_rate: float) -> str:
 
 
 def next_indices(losses: Mapping[int, float | None], max_runs: int) -> list[int]:
-    """The indices that the search needs next, whatever comes out at any of them; none when it is over.
-
-    ``losses`` by index; None is a run that diverged. First come the start and its neighbors, then whatever lies
-    beyond the best half decade until that is interior, then the two quarter decades beside it; or until ``max_runs``
-    are spent.
-    """
+    """The indices that the search needs next, whatever comes out at any of them; none when it is over, or ``max_runs``
+    are spent. ``losses`` by index; None is a run that diverged."""
     halves = {index: loss for index, loss in losses.items() if index % 2 == 0}
     around = [index for index in (0, -2, 2) if index not in halves]
     if around:

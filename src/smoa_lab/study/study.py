@@ -118,9 +118,7 @@ class Study(Section):
         if self.tuning.seed in self.seeds:
             raise ValueError(f"seeds: {self.tuning.seed} is the seed of the search; final runs take fresh ones")
         for name in (name for name, entry in entries.items() if "name" in entry.model):
-            raise ValueError(
-                f"entries.{name}.model.name: all entries adapt the same base; make another study of the other"
-            )
+            raise ValueError(f"entries.{name}.model.name: all entries adapt the same base; make another study for it")
         blocks = {"shared": self.shared} | {f"entries.{name}": {"training": e.training} for name, e in entries.items()}
         for place, block in blocks.items():
             given = {*block, *(f"training.{key}" for key in block.get("training") or {})}
@@ -135,10 +133,8 @@ class Study(Section):
         budgets = {entry.budget for entry in self.entries.values()}
         unknown = [name for name in only if name not in self.entries and name not in budgets]
         if unknown:
-            raise ConfigError(
-                f"--only: {', '.join(unknown)} is neither an entry ({', '.join(self.entries)}) nor a budget "
-                f"({', '.join(sorted(budgets))}) of this study"
-            )
+            known = f"an entry ({', '.join(self.entries)}) nor a budget ({', '.join(sorted(budgets))}) of this study"
+            raise ConfigError(f"--only: {', '.join(unknown)} is neither {known}")
         return [name for name, entry in self.entries.items() if not only or name in only or entry.budget in only]
 
     def reference(self, name: str) -> str:

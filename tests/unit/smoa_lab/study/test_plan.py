@@ -9,7 +9,7 @@ import pytest
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import plan as planning
-from smoa_lab.study.plan import FEWEST, Plan, Timing, check_folder, fitted, prepare, steps_of, write_study
+from smoa_lab.study.plan import FEWEST, Plan, Timing, check_folder, fitted, prepare, steps_of, study_file
 from smoa_lab.study.study import Job, Study, load_study
 from tests.support.studies import WrittenRuns, compared, entry
 
@@ -202,18 +202,22 @@ def test_a_folder_of_something_else_or_of_another_study_is_refused(study: Study,
     with pytest.raises(ConfigError, match=r"contains notes\.txt and no study"):
         check_folder(study)
     other.unlink()
-    write_study(study)
+    with study_file(study):
+        pass
     stored = load_study(study.folder / "study.yaml")
     assert stored == study
-    write_study(study.model_copy(update={"entries": {**study.entries, "dora": entry()}}))
+    with study_file(study.model_copy(update={"entries": {**study.entries, "dora": entry()}})):
+        pass
     with pytest.raises(ConfigError, match=r"study\.yaml: says otherwise\n  entries\.dora: .*now null\n"):
         check_folder(study)
 
 
 def test_a_file_that_is_the_studys_own_is_left_as_its_author_wrote_it(study: Study, written: WrittenRuns) -> None:
-    write_study(study)
+    with study_file(study):
+        pass
     file = study.folder / "study.yaml"
     text = "# Mine.\n" + file.read_text()
     file.write_text(text)
-    write_study(load_study(file, ["seeds=[0,1,2,3]"]), given=file)
+    with study_file(load_study(file, ["seeds=[0,1,2,3]"]), given=file):
+        pass
     assert file.read_text() == text
