@@ -18,7 +18,7 @@ from smoa_lab.open_run import adapter_config
 from smoa_lab.pages.card import loading_code
 from smoa_lab.pages.run_report import ANSWERS, losses
 from smoa_lab.pages.tables import outcome, score_table, time_text
-from smoa_lab.pages.templates import Figure, code, page, warning
+from smoa_lab.pages.templates import Figure, code, page
 from smoa_lab.training.run_folder import RunFolder
 
 WHOLE_MODEL = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("PATH")'
@@ -37,7 +37,7 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
     config = parse_yaml(folder.config.read_text(encoding="utf-8"), folder.config)
     method = str(config.get("method", "smoa"))
     metrics: dict[str, Any] = {"history": [], "evaluation": {}, "gain": None, "forgetting": None, "samples": []}
-    introduction: Any = warning("The run is not finished. Run the same smoa train again to go on with it.")
+    introduction = "The run is not finished. Run the same smoa train again to go on with it."
     if folder.finished:
         metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
         introduction = _facts(metrics, method)

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from smoa_lab.pages import run_report
 from smoa_lab.study import report
+from smoa_lab.training import run
 
 
 @pytest.fixture(scope="module")
 def quick_pictures() -> Iterator[None]:
     """The file of a picture is empty."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (run_report, report):
+        for module in (run, report):
             patch.setattr(module, "save_picture", lambda chart, file: file.touch())
         yield

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -77,10 +78,9 @@ def card_text(
     sections: str,
 ) -> str:
     """The card of an adapter or a merged model: front matter, heading, introduction, how to load it, settings."""
-    values: dict[str, Any] = config.to_dict()
     shown = {
         key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
-        for key, value in values.items()
+        for key, value in config.to_dict().items()
         if value not in (None, {}, [], False) and key not in NOT_SHOWN
     }
     known: dict[str, Any] = {**front_matter} | ({"base_model": base.hub_id} if base.hub_id else {})
@@ -109,14 +109,10 @@ def named_base(source: str | None) -> NamedBase:
     """
     if not source:
         return NamedBase("a model without a name", None)
-    try:
+    with suppress(HFValidationError):
         validate_repo_id(source)
-    except HFValidationError:
-        is_hub_id = False
-    else:
-        is_hub_id = not source.endswith(".gguf") and not Path(source).exists()
-    if is_hub_id:
-        return NamedBase(source, source)
+        if not source.endswith(".gguf") and not Path(source).exists():
+            return NamedBase(source, source)
     return NamedBase(PureWindowsPath(source).name, None)  # splits at / and \
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import altair as alt
@@ -12,7 +11,7 @@ from peft import PeftConfig
 
 from smoa_lab.config.yaml_text import to_yaml
 from smoa_lab.pages.card import NamedBase, adapter_card
-from smoa_lab.pages.charts import INK, MUTED, WIDTH, color_of, save_picture, tooltip, values
+from smoa_lab.pages.charts import INK, MUTED, WIDTH, color_of, tooltip, values
 from smoa_lab.pages.tables import score_table, time_text
 from smoa_lab.pages.templates import render
 
@@ -54,12 +53,6 @@ def samples_text(samples: list[dict[str, str]], level: int = 2) -> str:
 def _block(text: str) -> str:
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # longer than any in the text
     return f"{fence}text\n{text.strip() or '(nothing)'}\n{fence}\n\n"
-
-
-def draw_run(history: History, evaluation: Evaluation, file: Path, method: str, title: str) -> None:
-    """Save the losses as ``file``, a PNG; nothing if nothing was logged."""
-    if (chart := losses(history, evaluation, method)) is not None:
-        save_picture(chart.properties(title=title), file)
 
 
 def losses(history: History, evaluation: Evaluation, method: str) -> Any | None:

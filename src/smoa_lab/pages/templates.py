@@ -32,11 +32,6 @@ def code(text: str) -> Markup:
     return Markup('<pre class="wide" tabindex="0">{}</pre>').format(text)
 
 
-def warning(text: str) -> Markup:
-    """What is missing or wrong."""
-    return Markup('<p class="missing">{}</p>').format(text)
-
-
 @cache
 def _environment() -> Environment:
     return Environment(

@@ -29,12 +29,8 @@ def check_adapter(empty: PreTrainedModel, wanted: PeftConfig) -> None:
 
 
 def count_trained(empty: PreTrainedModel, wanted: PeftConfig, device: str = "meta") -> int:
-    """How many parameters the adapter trains on ``empty``, a model without weights, which gets it on ``device``.
-
-    Raises:
-        ConfigError: PEFT refuses the adapter.
-        RuntimeError: PyTorch's, if ``device`` is meta and the method reads values when it starts.
-    """
+    """How many parameters the adapter trains on ``empty``, a model without weights, which gets it on ``device``. Raises
+    ConfigError if PEFT refuses the adapter, and PyTorch's RuntimeError if a method reads values on the meta device."""
     peft_config: Any = copy.deepcopy(wanted)  # PEFT writes into it
     if hasattr(peft_config, "init_lora_weights"):
         peft_config.init_lora_weights = True  # the others look at the weights
@@ -59,9 +55,7 @@ def _check_names(paths: Sequence[str], config: PeftConfig) -> None:
         wanted = getattr(config, key, None)
         wanted = sorted(wanted) if isinstance(wanted, set) else wanted
         if isinstance(wanted, str) and wanted.isidentifier() and wanted not in paths:
-            raise ConfigError(
-                f"adapter.{key}: {wanted!r} would have to match a whole path; write [{wanted}] for a name"
-            )
+            raise ConfigError(f"adapter.{key}: {wanted!r} would have to match a whole path; write [{wanted}]")
         for name in wanted if isinstance(wanted, list) and key != "exclude_modules" else ():
             if not any(f".{path}".endswith(f".{name}") for path in paths):
                 raise ConfigError(f"adapter.{key}: the model has no layer {name!r}{nearest(str(name), layers)}")

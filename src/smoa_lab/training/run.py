@@ -25,7 +25,8 @@ from smoa_lab.basics.plain import finite, portable
 from smoa_lab.config.methods import moves_base
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.rows import row_from_json
-from smoa_lab.pages.run_report import draw_run, run_card, samples_text
+from smoa_lab.pages.charts import save_picture
+from smoa_lab.pages.run_report import losses, run_card, samples_text
 from smoa_lab.scoring.evaluation import Evaluation, Forgetting
 from smoa_lab.training.adapting import check_adapter
 from smoa_lab.training.loaded_run import LoadedRun, load_run
@@ -170,8 +171,8 @@ def _save(
             card = run_card(folder.path.resolve().name, saved, base, metrics)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     metrics["parameters"]["adapter_bytes"] = sum(file.stat().st_size for file in folder.adapter.glob("*.safetensors"))
-    title = f"{method} on {portable(loaded.config.data.title)}"
-    draw_run(metrics["history"], metrics["evaluation"], folder.picture, method, title)
+    if (chart := losses(metrics["history"], metrics["evaluation"], method)) is not None:
+        save_picture(chart.properties(title=f"{method} on {portable(loaded.config.data.title)}"), folder.picture)
     if metrics["samples"]:
         write_whole(folder.samples, f"# {folder.path.resolve().name}\n\n{samples_text(metrics['samples'])}")
     trained = loaded.data.part("train").select_columns("row")

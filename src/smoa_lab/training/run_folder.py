@@ -92,18 +92,13 @@ class RunFolder:
         if not is_run and is_first_process() and self.path.is_dir():  # what a run removes would be among the files
             foreign = [path for path in self.path.iterdir() if path != self.lock and not path.name.startswith(".")]
             if foreign:
-                raise ConfigError(
-                    f"{self.path}: is not empty and contains no run of smoa's ({min(foreign).name}); choose another "
-                    "training.output_dir"
-                )
+                what = f"is not empty and contains no run of smoa's ({min(foreign).name})"
+                raise ConfigError(f"{self.path}: {what}; choose another training.output_dir")
         if self.finished:
             raise ConfigError(f"{self.path}: contains a finished run; choose another training.output_dir or move it")
         if is_run and get_last_checkpoint(str(self.path)) is not None and not self._was_started_by(config_yaml):
-            raise ConfigError(
-                f"{self.path}: contains an unfinished run of another config ({self.config}); "
-                "give the values that it has, also where a default has changed, choose another training.output_dir, or "
-                "remove it"
-            )
+            remedy = "give the values that it has, choose another training.output_dir, or remove it"
+            raise ConfigError(f"{self.path}: contains an unfinished run of another config ({self.config}); {remedy}")
 
     def start(self, config_yaml: str, inputs: Mapping[str, str] | None = None) -> str | None:
         """Claim the folder for this config; the checkpoint to resume from, if an interrupted run left one.
@@ -116,10 +111,9 @@ class RunFolder:
             began_with = json.loads(self.inputs.read_text(encoding="utf-8"))
             changed = [name for name, content in (inputs or {}).items() if began_with.get(name) != content]
             if changed:
-                raise ConfigError(
-                    f"{self.path}: contains an unfinished run, and the {' and the '.join(changed)} changed since then; "
-                    "put back what was there, choose another training.output_dir, or remove the folder"
-                )
+                found = f"contains an unfinished run, and the {' and the '.join(changed)} changed since then"
+                remedy = "put back what was there, choose another training.output_dir, or remove the folder"
+                raise ConfigError(f"{self.path}: {found}; {remedy}")
         if inputs:
             write_whole(self.inputs, json.dumps(inputs) + "\n")
         write_whole(self.config, config_yaml)
@@ -128,13 +122,11 @@ class RunFolder:
     def _was_started_by(self, config_yaml: str) -> bool:
         """Whether the folder's config has the same values, whatever the folder was called then; other releases write
         the same config in other words."""
-        configs = []
-        for text in (self.config.read_text(encoding="utf-8"), config_yaml):
-            config = parse_yaml(text, self.config)
+        before, now = (parse_yaml(text, self.config) for text in (self.config.read_text(encoding="utf-8"), config_yaml))
+        for config in (before, now):
             if isinstance(config.get("training"), dict):
                 config["training"].pop("output_dir", None)
-            configs.append(config)
-        return configs[0] == configs[1]
+        return before == now
 
     def _last_whole_checkpoint(self) -> str | None:
         """The latest checkpoint; one that a kill or a full disk left half-written is removed.
@@ -161,10 +153,8 @@ class RunFolder:
     def alone(self) -> Iterator[None]:
         """Let no other process train into the folder; of the processes of one run, the first locks it for all.
 
-        The system releases the lock of a process that dies. Of a finished run no lock is left.
-
-        Raises:
-            ConfigError: another process trains into it.
+        Raises :class:`Taken` if another process does. The system releases the lock of a process that dies. Of a
+        finished run no lock is left.
         """
         if not is_first_process():
             yield
@@ -174,9 +164,7 @@ class RunFolder:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise Taken(
-                f"{self.path}: another process trains into it; wait for its end, or choose another training.output_dir"
-            ) from None
+            raise Taken(f"{self.path}: another process trains into it; wait, or choose another output_dir") from None
         try:
             yield
         finally:

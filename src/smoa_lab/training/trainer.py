@@ -89,18 +89,14 @@ def fit(trainer: Trainer, checkpoint: str | None) -> None:
 
 def _check_output_layer(base: PreTrainedModel, wanted: PeftConfig | None) -> None:
     if isinstance(wanted, TrainableTokensConfig) and getattr(base.config, "tie_word_embeddings", False):
-        raise ConfigError(
-            "method: trainable_tokens would adapt the output layer, which is tied to the embeddings, and TRL would not "
-            "train it; use lora with adapter.trainable_token_indices"
-        )
+        reason = "would adapt the output layer, which is tied to the embeddings, and TRL would not train it"
+        raise ConfigError(f"method: trainable_tokens {reason}; use lora with adapter.trainable_token_indices")
     if getattr(wanted, "target_modules", None) is None:  # PEFT's defaults for a model leave the head out
         return
     head = base.get_output_embeddings()
     name = next((name for name, module in base.named_modules() if module is head), None)
     if name is not None and check_target_module_exists(wanted, name):
-        raise ConfigError(
-            f"adapter.target_modules: names {name}, the output layer, which TRL would not train; leave it out"
-        )
+        raise ConfigError(f"adapter.target_modules: TRL would not train {name}, the output layer; leave it out")
 
 
 def _dataset(run: LoadedRun, part: Part) -> Any:

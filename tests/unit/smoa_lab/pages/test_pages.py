@@ -14,10 +14,10 @@ from PIL import Image
 
 from smoa import SmoaConfig
 from smoa_lab.pages.card import NamedBase
-from smoa_lab.pages.charts import PAPER, values
-from smoa_lab.pages.run_report import draw_run, losses, run_card, samples_text
+from smoa_lab.pages.charts import PAPER, save_picture, values
+from smoa_lab.pages.run_report import losses, run_card, samples_text
 from smoa_lab.pages.tables import Cell, Table, score_table
-from smoa_lab.pages.templates import Figure, code, page, warning
+from smoa_lab.pages.templates import Figure, code, page
 from tests.support.runs import stored_metrics
 
 
@@ -41,7 +41,7 @@ def test_text_that_looks_like_html_is_text_wherever_it_stands() -> None:
     name = "<b>x</b>"
     row = [name, Cell(name, value=name), Cell(name, anchor=True), Cell(name, links={name: name})]
     table = Table([name], [row], name)
-    text = page(name, [(name, [name, table, code(name), {name: name}])], [warning(name)]).partition("<script>")[0]
+    text = page(name, [(name, [name, table, code(name), {name: name}])], [name]).partition("<script>")[0]
     assert name not in text
     assert text.count("<td>&lt;b&gt;x&lt;/b&gt;</td>") == 1
     assert '<td data-value="&lt;b' in text
@@ -120,11 +120,10 @@ def test_losses_that_are_no_numbers_are_left_out() -> None:
 
 def test_a_run_has_a_picture_unless_it_logged_nothing(tmp_path: Path) -> None:
     for number, evaluation in enumerate(({}, EVALUATION, ROWS)):
-        draw_run(HISTORY, evaluation, tmp_path / f"{number}.png", "smoa", "smoa on csqa")
+        save_picture(losses(HISTORY, evaluation, "smoa"), tmp_path / f"{number}.png")
         with Image.open(tmp_path / f"{number}.png") as picture:
             assert picture.width > 1000
-    draw_run([{"step": 3, "train_loss": 1.0}], {}, tmp_path / "none.png", "smoa", "short")
-    assert not (tmp_path / "none.png").exists()
+    assert losses([{"step": 3, "train_loss": 1.0}], {}, "smoa") is None
 
 
 CONFIG = SmoaConfig(r=8, num_blocks=4, target_modules=["q_proj"], task_type="CAUSAL_LM")

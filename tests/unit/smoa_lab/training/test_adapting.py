@@ -40,7 +40,7 @@ def empty(tmp_path: Path) -> Any:
             r"adapter\.target_modules: the model has no layer 'q_prj'; did you mean 'q_proj'",
         ),
         ({"target_modules": ["q_proj", "v_prj"]}, "no layer 'v_prj'; did you mean 'v_proj'"),
-        ({"target_modules": "q_proj"}, r"'q_proj' would have to match a whole path; write \[q_proj\] for a name"),
+        ({"target_modules": "q_proj"}, r"'q_proj' would have to match a whole path; write \[q_proj\]"),
         ({"target_modules": []}, "adapter: No `target_modules` passed"),
         ({"target_modules": ".*nowhere"}, "adapter: Target modules .*nowhere not found"),
         ({"target_modules": ["mlp"]}, "adapter: .*LlamaMLP"),

@@ -87,7 +87,7 @@ def test_one_process_trains_into_a_folder_at_a_time(tmp_path: Path) -> None:
     run, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     with run.alone():
         run.start(SMOA)
-        with pytest.raises(ConfigError, match=r"run: another process trains into it; wait for its end, or choose"):
+        with pytest.raises(ConfigError, match=r"run: another process trains into it; wait, or choose"):
             other.check(SMOA)
         with pytest.raises(ConfigError, match="another process"), other.alone():
             pytest.fail("it was let in")

@@ -245,7 +245,7 @@ def test_a_tokenizer_without_a_token_to_fill_batches_with_is_refused(talks: Path
 def test_an_adapter_on_the_output_layer_is_refused(talks: Path, base: Path, tmp_path: Path) -> None:
     adapter = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "lm_head"]}
     message = refused(rows_config(tmp_path, talks, base, adapter=adapter))
-    assert message.startswith("adapter.target_modules: names lm_head, the output layer, which TRL would not train")
+    assert message.startswith("adapter.target_modules: TRL would not train lm_head, the output layer")
     tied = shutil.copytree(base, tmp_path / "tied") / "config.json"
     tied.write_text(json.dumps({**json.loads(tied.read_text()), "tie_word_embeddings": True}))
     tokens = rows_config(tmp_path, talks, tied.parent, method="trainable_tokens", adapter={"token_indices": [5]})
