@@ -19,6 +19,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from smoa import AdapterPool
 from smoa.errors import ConfigError, DataError, nearest
 from smoa.serving.pool import NoSlotError
+from smoa.serving.saved import folder_in
 from smoa.tuner.generation import BASE
 from smoa_lab.data.chat_templates import chat_template, stop_at_turns_end
 from smoa_lab.serving.requests import refusal
@@ -70,11 +71,8 @@ class Adapters:
     @asynccontextmanager
     async def held(self, name: str) -> AsyncIterator[Served]:
         """The adapter of a name, in a slot of the pool until the context ends; waits while all slots are in use. Who
-        came first is served first, so that adapters with many requests keep nobody out.
-
-        Raises:
-            HTTPException: there is none (404), or it can't be served (422).
-        """
+        came first is served first, so that adapters with many requests keep nobody out. Raises HTTPException if there
+        is none (404), or it can't be served (422)."""
         async with self._turn:
             while True:
                 holding = asyncio.ensure_future(asyncio.to_thread(self._hold, name))
@@ -136,12 +134,11 @@ class Adapters:
 
     def _place(self, name: str) -> Path | None:
         """The folder that has all files of the adapter of this name; None if there is none."""
-        is_name = Path(name).name == name and not name.startswith(".")  # a hidden one may be being written
-        if not name or not is_name or name in (self.base, ALIAS):
+        if name.startswith(".") or name in (self.base, ALIAS):  # a hidden one may be being written
             return None
-        entry = self.folder / name
         with suppress(OSError):  # such as a name that is too long
-            for place in (entry, RunFolder(entry).adapter):
+            entry = folder_in(self.folder, name)
+            for place in () if entry is None else (entry, RunFolder(entry).adapter):
                 if all((place / file).is_file() for file in FILES):
                     return place
         return None

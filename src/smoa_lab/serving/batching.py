@@ -48,10 +48,8 @@ class Step(Batch):
             return self.adapters
         if count == len(self.last):
             return [self.adapters[token] for token in self.last]
-        raise ConfigError(
-            f"AdapterPool: {path} is given {count} tokens of a step of {len(self.adapters)}; its model can't be served "
-            "by continuous batching"
-        )
+        found = f"is given {count} tokens of a step of {len(self.adapters)}"
+        raise ConfigError(f"AdapterPool: {path} {found}; its model can't be served by continuous batching")
 
 
 @dataclass(eq=False)

@@ -94,9 +94,8 @@ NEUTRAL: dict[str, Any] = {
 def checked(body: dict[str, Any], kind: type[Asked]) -> dict[str, Any]:
     """The fields of a request; raises HTTPException (400) for one that is wrong or not supported."""
     for field, value in body.items():
-        same = (
-            field in NEUTRAL and value == NEUTRAL[field] and isinstance(value, bool) == isinstance(NEUTRAL[field], bool)
-        )
+        neutral = NEUTRAL.get(field)
+        same = value == neutral and isinstance(value, bool) == isinstance(neutral, bool)  # 0 isn't False: logprobs
         if not (field in kind.model_fields or field in HARMLESS or value is None or same):
             shown = json.dumps(value)[:100]
             raise refusal(400, f"{field}={shown} is not supported by this server; leave it out", "unsupported", field)
