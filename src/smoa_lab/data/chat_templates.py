@@ -23,12 +23,6 @@ SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 GREETING = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
 
 
-def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text begins with the BOS token. GPT-2 has one and does not use it: what becomes of an empty text
-    decides."""
-    return tokenizer.bos_token_id in tokenizer("")["input_ids"]
-
-
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
     """Give the tokenizer the template of that name, ``alpaca``, one of TRL's, or a ``.jinja`` file."""
     if name is None:
@@ -36,10 +30,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> N
     template = _template(name, tokenizer)
     unknown = sorted(set(SPECIAL.findall(template)) - tokenizer.get_vocab().keys())
     if unknown:
-        raise ConfigError(
-            f"data.template: {name} has the tokens {', '.join(unknown)}, which this model's vocabulary lacks; "
-            "use alpaca, which needs none"
-        )
+        lacking = f"the tokens {', '.join(unknown)}, which this model's vocabulary lacks"
+        raise ConfigError(f"data.template: {name} has {lacking}; use alpaca, which needs none")
     tokenizer.chat_template = template
     try:
         tokenizer.apply_chat_template(GREETING, tokenize=False)
@@ -85,12 +77,7 @@ def saved_chat_template(folder: Path) -> str | None:
 
 def chat_template(tokenizer: Any, own: Any, adapter: Path | None, name: str | None = None) -> str:
     """The chat template to talk through: that of a ``name``, or of an adapter or, where none is saved with it, its
-    base's ``own``.
-
-    Raises:
-        ConfigError: there is no template of that name.
-        DataError: neither adapter nor base has one.
-    """
+    base's ``own``; raises DataError if neither has one."""
     if name is not None:
         return _template(name, tokenizer)
     text = (None if adapter is None else saved_chat_template(adapter)) or own
@@ -106,7 +93,8 @@ def alpaca(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     first_line, turn = ALPACA.split("\n\n", 1)
     before, after = f"\n\n{turn}".split("{instruction}")
-    start = "{{ bos_token }}" * adds_bos(tokenizer)
+    adds_bos = tokenizer.bos_token_id in tokenizer("")["input_ids"]  # GPT-2 has one and does not use it
+    start = "{{ bos_token }}" * adds_bos
     default = f"{{% if messages[0].role != 'system' %}}{{{{ {first_line!r} }}}}{{% endif %}}"
     question = f"{{{{ {before!r} + message.content + {after!r} }}}}"
     answer = "{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}"
@@ -131,9 +119,7 @@ def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     files = {file.name.removesuffix(".jinja") for file in folder.iterdir() if file.name.endswith(".jinja")}
     known = {file for file in files if not file.endswith("_training")}
     if name not in known:
-        raise ConfigError(
-            f"data.template: there is no template {name!r}{nearest(name, ['alpaca', *sorted(known)])}; "
-            "name alpaca, one that TRL has, or a .jinja file"
-        )
+        near = nearest(name, ["alpaca", *sorted(known)])
+        raise ConfigError(f"data.template: there is no template {name!r}{near}; or name a .jinja file")
     trained = folder / f"{name}_training.jinja"
     return (trained if trained.is_file() else folder / f"{name}.jinja").read_text(encoding="utf-8")

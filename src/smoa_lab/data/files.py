@@ -29,11 +29,8 @@ BATCH = 16
 def read_rows(place: Path) -> Iterator[Placed]:
     """The rows of a file, or of all files in a folder by name. Only one row is held in memory, or one JSON list.
 
-    A row of JSON lines has the number of its line, a row of CSV is counted from the line after the header.
-
-    Raises:
-        DataError: a file is missing, of an unknown kind, or can't be opened (at once); or it is empty, or the rest of
-            it can't be read (when that place is reached).
+    A row of JSON lines has the number of its line, a row of CSV is counted from the line after the header. A file that
+    can't be opened is a DataError at once, one that can't be read to its end, or is empty, when that place is reached.
     """
     return chain.from_iterable(map(_rows, files_of(place)))
 
@@ -200,9 +197,7 @@ class HubSource:
                     parsed = BadRow(None, f"{error!r}; the row has {sorted(row)}")
                 yield f"{self.name}, row {number}", parsed
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(
-                f"data.train: cannot read {wanted.name!r} of the Hub, split {self.split!r}: {error}"
-            ) from error
+            raise DataError(f"data.train: cannot read {self.name} from the Hub: {error}") from error
 
     def state(self) -> Any:
         """The commit, so that a data set that changed is read anew."""

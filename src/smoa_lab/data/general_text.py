@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from smoa.errors import DataError
@@ -20,12 +20,17 @@ def describe(source: str) -> str:
 
 
 def passages(source: str) -> list[str]:
-    """Passages of at least 120 words.
+    """Passages of at least 120 words, each of one paragraph or more.
 
     ``packaged`` is a story of 1889 in the public domain, which lies beside this file; anything else is a text file in
     UTF-8.
     """
-    texts = list(_joined(_paragraphs(source)))
+    passage, texts = "", list[str]()
+    for paragraph in _paragraphs(source):
+        passage = f"{passage}\n{' '.join(paragraph.split())}".strip()
+        if len(passage.split()) >= WORDS:
+            texts.append(passage)
+            passage = ""
     if not texts:
         raise DataError(f"forgetting.text: {source}: has no passage of {WORDS} words; give more text")
     return texts
@@ -37,19 +42,7 @@ def _paragraphs(source: str) -> Iterable[str]:
     try:
         paragraphs = Path(source).expanduser().read_text(encoding="utf-8").split("\n\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"forgetting.text: {source}: cannot be read: {error}; give packaged, or a text file in UTF-8"
-        ) from error
+        raise DataError(f"forgetting.text: {source}: cannot be read: {error}; give packaged, or UTF-8 text") from error
     # A file may have no empty lines: of a paragraph of any length only the beginning would be measured.
     words = [paragraph.split() for paragraph in paragraphs]
     return [" ".join(own[start : start + LONGEST]) for own in words for start in range(0, len(own), LONGEST)]
-
-
-def _joined(paragraphs: Iterable[str]) -> Iterator[str]:
-    """Paragraphs on one line each, joined until they have enough words."""
-    passage = ""
-    for paragraph in paragraphs:
-        passage = f"{passage}\n{' '.join(paragraph.split())}".strip()
-        if len(passage.split()) >= WORDS:
-            yield passage
-            passage = ""

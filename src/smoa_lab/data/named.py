@@ -26,8 +26,7 @@ def _winogrande(row: Values) -> Values:
 
 
 def _boolq(row: Values) -> Values:
-    passage = f"{row['title']} -- {row['passage']}" if "title" in row else row["passage"]
-    return _choices(f"{row['question']}?", ["yes", "no"], 0 if row["answer"] else 1, passage)
+    return _choices(f"{row['question']}?", ["yes", "no"], 0 if row["answer"] else 1, row["passage"])
 
 
 def _piqa(row: Values) -> Values:
@@ -57,10 +56,8 @@ def _lettered(row: Values) -> Values:
 
 def _gsm8k(row: Values) -> Values:
     """Solutions end in ``#### number``."""
-    asked, answer = (
-        {"role": role, "content": row[key]} for role, key in (("user", "question"), ("assistant", "answer"))
-    )
-    return {"messages": [asked, answer]}
+    turns = ("user", row["question"]), ("assistant", row["answer"])
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
 @dataclass(frozen=True)

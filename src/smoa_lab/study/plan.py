@@ -290,6 +290,8 @@ def fitted(plan: Plan, max_runs: int, seconds: float) -> Plan:
         if least <= seconds:
             of_step = max(MARGIN * longer.longest(max_runs) - least, 1e-9)
             return smallest.model_copy(update={"steps": min(plan.steps, fewest + int((seconds - least) / of_step))})
-    smallest = f"the smallest comparison ({fewest} steps a run, {number} seeds and whole searches)"
+    comparison = f"the smallest comparison ({fewest} steps a run, {number} seeds and whole searches)"
     lasts, left = duration(least), duration(max(0.0, seconds))
-    raise ConfigError(f"--minutes: {smallest} takes about {lasts}, and {left} are left; give more, or fewer --methods")
+    raise ConfigError(
+        f"--minutes: {comparison} takes about {lasts}, and {left} are left; give more, or fewer --methods"
+    )

@@ -260,7 +260,7 @@ def test_what_the_hub_refuses_is_one_clear_error(failure: Exception | None, monk
         return broken_stream()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError, match=r"data.train: cannot read 'owner/rows' of the Hub, split 'train': "):
+    with pytest.raises(DataError, match=r"data.train: cannot read owner/rows \(train\) from the Hub: "):
         list(HubSource(WANTED, "train").rows())
 
 
