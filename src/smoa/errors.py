@@ -1,30 +1,9 @@
-"""The exception tree: every error is a SmoaError and also the builtin error that fits.
-
-SmoaError
-├── ConfigError(ValueError)              a setting, option or argument is invalid
-├── PartitionError(ValueError)           a weight can't be partitioned as asked, or labels don't fit
-├── UnsupportedModuleError(TypeError)    SMoA can't adapt or change this kind of module
-├── AdapterFileError(ValueError)         a saved adapter is damaged or doesn't fit the model
-├── MergeError(ValueError)               adapters can't be merged, unmerged or combined safely
-├── DataError(ValueError)                a data set, task or record is invalid
-└── UnsupportedVersionError(ImportError) this release doesn't support the installed PEFT
-"""
+"""The exception tree: every error is a SmoaError and also the builtin error that fits."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-
-__all__ = [
-    "AdapterFileError",
-    "ConfigError",
-    "DataError",
-    "MergeError",
-    "PartitionError",
-    "SmoaError",
-    "UnsupportedModuleError",
-    "UnsupportedVersionError",
-]
 
 
 class SmoaError(Exception):

@@ -48,11 +48,9 @@ class Embedding(SmoaLayer):
     @classmethod
     def refusal(cls, base: nn.Module) -> str | None:
         """Refuse tables that change while they are used."""
-        if base.max_norm is not None:
-            return (
-                f"max_norm={base.max_norm} changes the table in every lookup, and ΔW is relative to it; set it to None"
-            )
-        return None
+        if base.max_norm is None:
+            return None
+        return f"max_norm={base.max_norm} changes the table in every lookup, and ΔW is relative to it; set it to None"
 
     def _fill_factors(self, A: Tensor, B: Tensor, adapter_name: str, init: Initialization) -> None:
         super()._fill_factors(A, B, adapter_name, init)

@@ -202,13 +202,9 @@ class Factors:
 def init_factors(
     A: Tensor, B: Tensor, sizes: tuple[int, int], ranks: Sequence[int], init: Initialization, relative_size: float
 ) -> None:
-    """Initialize A and B in place.
+    """Initialize A (r, ⌈n/K⌉) and B (⌈m/K⌉, r) in place, for W of `sizes` and r_k of every block.
 
     Args:
-        A: (r, ⌈n/K⌉).
-        B: (⌈m/K⌉, r).
-        sizes: (out_features, in_features).
-        ranks: r_k of every block.
         init: True makes `A_k` uniform on ±1/√|J_k|, as `nn.Linear` does, and `B_k` zero, so ΔW is zero. "zero_A" makes
             `A_k` zero and `B_k` uniform on ±1/√r_k, so ΔW is zero too. False makes both random.
         relative_size: rms of the entries of `B_k A_k` if `init` is False.

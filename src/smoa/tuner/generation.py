@@ -1,16 +1,12 @@
 """Generation, and an adapter for each sample of a batch.
 
-Keeps the blocks of ΔW while a model generates, so that an adapter that is not merged decodes quickly.
-
 `generate` calls the model once for each token, and each call would form ΔW again. So its layers' caches
 (`smoa.layers.weight_cache`) are open from its start to its end, whether it returns or raises.
 
-How the start and the end are found. PEFT's `generate` calls the base model's, some of it past the tuner; TRL, lm-eval
-and pipelines call either, and transformers' own `model.load_adapter` has no PeftModel at all. All of them look up
-`generate` on the base model. So injection wraps this method of the base model's class, once: a model without adapters
-finds no layer whose cache to open. An attribute of the one object must hold its model: weakly, so that
-`from_pretrained(adapter).generate(…)` loses it, or strongly, so that a deleted model keeps its memory. A model that has
-a `generate` of its own on the object keeps it.
+PEFT, TRL, lm-eval, pipelines and transformers' `model.load_adapter` all look up `generate` on the base model. So
+injection wraps this method of the base model's class, once: a model without adapters finds no layer whose cache to
+open. (An attribute of the object would hold its model: weakly, and `from_pretrained(adapter).generate(…)` loses it, or
+strongly, and a deleted model keeps its memory.) A model that has a `generate` of its own on the object keeps it.
 
 These layers keep nothing and compute as ever: quantized ones, whose dequantized blocks might be larger than the model,
 unless `keep_in_generate(model, "blocks")` was called; sharded ones (FSDP, ZeRO-3), whose refilled storage a cache can't

@@ -26,10 +26,6 @@ def read_layers(folder: str, shape_of: Callable[[str], tuple[int, int] | str]) -
     Args:
         folder: The adapter's.
         shape_of: Gives (out_features, in_features) of the layer of a name, or why it can't be adapted.
-
-    Raises:
-        ConfigError: the adapter has more than factors, or adapts what vLLM does not let it.
-        AdapterFileError: the file is damaged, or fits other layers than the model's.
     """
     config = SmoaConfig.from_pretrained(folder)
     settings = {name: getattr(config, name) for name in ("modules_to_save", "trainable_token_indices")}
