@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smoa.layers.distributed import gather, onloaded_for
-from smoa.layers.layer import SmoaLayer, add_rows, is_plain_linear, linear_weight
+from smoa.layers.layer import SmoaLayer, add_rows, is_plain_linear, linear_weights
 from smoa.layers.partition import are_unchanged, versions
 from smoa.layers.weight_cache import DIAGONAL, STACKED, open_cache, tensor_state
 from smoa.maths.kernels.autograd import only_values, without_autocast
@@ -112,7 +112,7 @@ class MixedBatch:
             slots = torch.tensor([slot_of[adapter_names[row]] for row in rows], device=device)
             chosen = None if len(rows) == len(adapter_names) else torch.tensor(rows, device=device)
             self.groups.append(MixedGroup(layer, names, chosen, slots))
-        self._adapters = [layer.adapters[name] for name in self.names]
+        self._stores = layer.smoa_row_labels, layer.smoa_col_labels, layer.smoa_block_scale
         self._saved = self._labels_and_scales()
         self._versions = versions(self._saved)
 
@@ -121,7 +121,7 @@ class MixedBatch:
         return are_unchanged(self._labels_and_scales(), self._saved, self._versions)
 
     def _labels_and_scales(self) -> list[Tensor]:
-        return [tensor for adapter in self._adapters for tensor in adapter.saved()]
+        return [store[name] for store in self._stores for name in self.names]
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ class MixedGroup:
     def __init__(self, layer: SmoaLayer, names: list[str], rows: Tensor | None, slots: Tensor) -> None:
         self.layer, self.names, self.rows = layer, names, rows
         self.slots = slots if len(names) > 1 else slots[:1]  # the rows of one adapter are tokens of one group
+        self._chosen = None if len(self.slots) == len(names) else self.slots
         factors = layer.update(names[0]).factors
         self.blocks, self.runs, self.modulation = factors.blocks, factors.runs(), layer.adapters[names[0]].modulation
         self._scale: tuple[Hashable, Tensor] | None = None
@@ -174,10 +175,10 @@ class MixedGroup:
         """
         cache = None if len(self.slots) > len(self.names) else open_cache(self.layer, self.names, self.slots)
         if cache is not None:
-            kept = cache.get((STACKED, *self.names), self, lambda: KeptFactors(self._stack().gathered(self.slots)))
+            kept = cache.get((STACKED, *self.names), self, lambda: KeptFactors(self._stack().gathered(self._chosen)))
             if kept is not None:
                 return kept.gathered
-        return partial(self._stack().gathered, self.slots)
+        return partial(self._stack().gathered, self._chosen)
 
     def _stack(self) -> StackedFactors:
         layer = self.layer
@@ -185,7 +186,7 @@ class MixedGroup:
             if torch.is_grad_enabled():
                 return StackedFactors.of([layer.update(name).factors for name in self.names])
             parts = layer.smoa_A, layer.smoa_B
-            A, B = (torch.stack([linear_weight(part[name]) for name in self.names]) for part in parts)
+            A, B = (torch.stack(linear_weights([part[name] for name in self.names])) for part in parts)
         return StackedFactors(A, B, self._stacked_scale(B.dtype), self.blocks, self.runs)
 
     def _stacked_scale(self, dtype: torch.dtype) -> Tensor:

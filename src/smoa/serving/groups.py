@@ -146,7 +146,11 @@ class LayerStack:
             else:
                 factors = gathered or partial(self._gathered, marked, part.slots)
                 groups = own.reshape(part.slots.shape[0], -1, own.shape[-1])
-                y = shared(self.blocks, self.runs, groups, factors, diagonal if self._rank else None)
+                writes = isinstance(part.rows, slice) and not self.spans and output.is_contiguous()
+                total = output[part.rows].view(*groups.shape[:2], -1) if writes else None
+                y = shared(self.blocks, self.runs, groups, factors, diagonal if self._rank else None, total)
+                if writes:
+                    continue
             self._add(output, part.rows, y.view(*own.shape[:-1], y.shape[-1]))
 
     def _kept(self, plan: Plan, rows: RowsBySlot) -> Gathered:

@@ -69,15 +69,20 @@ class StackedFactors:
         scale = torch.stack([part.scale(torch.promote_types(part.B.dtype, torch.float32)) for part in factors])
         return cls(A, B, scale, factors[0].blocks, factors[0].runs())
 
-    def gathered(self, slots: Tensor) -> Gathered:
-        """The factors of each group, as `shared` takes them; differentiable."""
+    def gathered(self, slots: Tensor | None) -> Gathered:
+        """The factors of each group, as `shared` takes them; differentiable.
+
+        Args:
+            slots: Each group's adapter; None for all of them, each once.
+        """
+        own = self.A, self.B, self.scale
+        A, B, scale = own if slots is None else (part.index_select(0, slots) for part in own)
         found = []
         for run in self.runs:
             ranks, size = slice(run.first_rank, run.first_rank + run.count * run.rank), (run.count, run.rank)
-            A = self.A[:, ranks, : run.width].index_select(0, slots).view(len(slots), *size, run.width)
-            B = self.B[:, : run.height, ranks].index_select(0, slots)
-            B = (B * self.scale[:, ranks].index_select(0, slots)[:, None]).view(len(slots), run.height, *size)
-            found.append((A.transpose(1, 2)[:, None].contiguous(), B.permute(0, 3, 2, 1)[:, None].contiguous()))
+            A_k = A[:, ranks, : run.width].reshape(len(A), *size, run.width)
+            B_k = (B[:, : run.height, ranks] * scale[:, None, ranks]).view(len(B), run.height, *size)
+            found.append((A_k.transpose(1, 2)[:, None].contiguous(), B_k.permute(0, 3, 2, 1)[:, None].contiguous()))
         return found
 
 
