@@ -431,6 +431,8 @@ def linear_weight(linear: nn.Module) -> Tensor:
 def linear_weights(linears: Sequence[nn.Module]) -> list[Tensor]:
     """`linear_weight` of each, sooner if all are plain: a batch of 32 adapters asks for 64 in each layer."""
     weights = [linear._parameters.get("weight") for linear in linears]
-    found = [weight for weight in weights if type(weight) is nn.Parameter and weight.numel()]  # ZeRO-3's are empty
+    found: list[Tensor] = [
+        weight for weight in weights if type(weight) is nn.Parameter and weight.numel()
+    ]  # ZeRO-3's are empty
     is_plain = len(found) == len(linears) and all(type(linear) is nn.Linear for linear in linears)
     return found if is_plain else [linear_weight(linear) for linear in linears]
