@@ -400,18 +400,11 @@ def in_autocast_dtype(x: Tensor) -> Tensor:
 
 
 def is_instrumented(module: nn.Module, own_hooks: int = 0) -> bool:
-    """Whether a hook, also one of all modules, or a replaced forward (accelerate's) must see the base layer's call.
-
-    Args:
-        module: The base layer.
-        own_hooks: How many hooks of it are ours.
-    """
+    """Whether a hook, also one of all modules, or a replaced forward (accelerate's) must see the base layer's call,
+    beside so many hooks of our own."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return (
-        sum(map(len, hooks)) > own_hooks
-        or "forward" in module.__dict__
-        or torch.nn.modules.module._has_any_global_hook()
-    )
+    replaced = "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook()
+    return replaced or sum(map(len, hooks)) > own_hooks
 
 
 def is_plain_linear(module: nn.Module, own_hooks: int = 0) -> bool:
@@ -429,10 +422,7 @@ def linear_weight(linear: nn.Module) -> Tensor:
 
 
 def linear_weights(linears: Sequence[nn.Module]) -> list[Tensor]:
-    """`linear_weight` of each, sooner if all are plain: a batch of 32 adapters asks for 64 in each layer."""
-    weights = [linear._parameters.get("weight") for linear in linears]
-    found: list[Tensor] = [
-        weight for weight in weights if type(weight) is nn.Parameter and weight.numel()
-    ]  # ZeRO-3's are empty
-    is_plain = len(found) == len(linears) and all(type(linear) is nn.Linear for linear in linears)
-    return found if is_plain else [linear_weight(linear) for linear in linears]
+    """`linear_weight` of each, sooner if all are plain (ZeRO-3 leaves them empty)."""
+    weights = [linear._parameters.get("weight") for linear in linears if type(linear) is nn.Linear]
+    found: list[Tensor] = [weight for weight in weights if type(weight) is nn.Parameter and weight.numel()]
+    return found if len(found) == len(linears) else [linear_weight(linear) for linear in linears]

@@ -39,11 +39,11 @@ def add_mixed(
         for name, rows in batch.apart:
             result, is_own = add_rows(result, rows, alone(x[rows], name), is_own), True
         for group in batch.groups:
+            own = layer.branch_input(x if group.rows is None else x[group.rows], group.names[0])
             if is_own and group.rows is None and result.is_contiguous():
-                group.product(group.input(x), result)
+                group.product(own, result)
             else:
-                y = group.product(group.input(x if group.rows is None else x[group.rows]))
-                result, is_own = add_rows(result, group.rows, y, is_own), True
+                result, is_own = add_rows(result, group.rows, group.product(own), is_own), True
     return result
 
 
@@ -153,10 +153,6 @@ class MixedGroup:
         factors = layer.update(names[0]).factors
         self.blocks, self.runs, self.modulation = factors.blocks, factors.runs(), layer.adapters[names[0]].modulation
         self._scale: tuple[Hashable, Tensor] | None = None
-
-    def input(self, x: Tensor) -> Tensor:
-        """What the branch is given for the group's rows of the layer's input x."""
-        return self.layer.branch_input(x, self.names[0])
 
     def product(self, x: Tensor, total: Tensor | None = None) -> Tensor:
         """`x ΔWᵀ` for x (rows, …, in_features) as a branch is given it, each row with the ΔW of its own adapter; or

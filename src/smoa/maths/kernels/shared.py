@@ -32,10 +32,8 @@ prompts of 256 tokens need 3 to 9 (as above)."""
 
 
 def prefers_shared(rank: int, tokens: int) -> bool:
-    """Whether an adapter's tokens are multiplied by the blocks of W, once for each rank, instead of by those of ΔW.
-
-    At rank 1 that costs no more for any number of tokens, but for a backward, which takes all at once.
-    """
+    """Whether an adapter's tokens are multiplied by the blocks of W, once for each rank, instead of by those of ΔW: at
+    rank 1 any number of them, but for a backward, which takes all at once."""
     return rank * tokens <= FEW_PRODUCTS or (rank == 1 and not torch.is_grad_enabled())
 
 
@@ -70,11 +68,7 @@ class StackedFactors:
         return cls(A, B, scale, factors[0].blocks, factors[0].runs())
 
     def gathered(self, slots: Tensor | None) -> Gathered:
-        """The factors of each group, as `shared` takes them; differentiable.
-
-        Args:
-            slots: Each group's adapter; None for all of them, each once.
-        """
+        """The factors of each group's adapter, None for all of them, as `shared` takes them; differentiable."""
         own = self.A, self.B, self.scale
         A, B, scale = own if slots is None else (part.index_select(0, slots) for part in own)
         found = []
@@ -123,12 +117,11 @@ def shared(
         total: What it is added to, in place.
     """
     if callable(factors) and diagonal is not None and torch.is_grad_enabled() and not is_transformed(x):
-        y = checkpoint(
-            lambda x: _products(blocks, runs, x, factors(), diagonal(), reordered),
-            x,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+
+        def products(x: Tensor) -> Tensor:
+            return _products(blocks, runs, x, factors(), diagonal(), reordered)
+
+        y = checkpoint(products, x, use_reentrant=False, preserve_rng_state=False)
         return y if total is None else total.add_(y)
     own, entries = factors() if callable(factors) else factors, diagonal and diagonal()
     if not only_values(x):
