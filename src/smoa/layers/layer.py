@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape, SmoaConfig
 from smoa.layers.adapter import Adapter
@@ -361,22 +362,16 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         if self.merged:
             raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        is_own = False  # others may hold the base layer's output
-        for rows, output in self._mixed_outputs(x.to(result.device), adapter_names):
-            output = output.to(result.dtype)
-            if rows is not None and is_own and not is_transformed(output):
-                result.index_add_(0, rows, output)
-            else:
-                result, is_own = result + output if rows is None else result.index_add(0, rows, output), True
-        return result
+        return self._add_mixed(result, x.to(result.device), adapter_names)
 
-    def _mixed_outputs(self, x: Tensor, adapter_names: list[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
-        """What the adapters of the rows of x add to the output, with the rows, None for all, that they add it to."""
-        names = self._present(sorted(set(adapter_names)))
+    def _add_mixed(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """The base layer's output for x plus that of each row's adapter."""
+        names, is_own = self._present(sorted(set(adapter_names))), False  # others may hold the base layer's output
         with onloaded_for(self, names):
             for name in names:
                 rows = torch.tensor([row for row, other in enumerate(adapter_names) if other == name], device=x.device)
-                yield rows, self.branch_output(x[rows], name)
+                result, is_own = add_rows(result, rows, self.branch_output(x[rows], name), is_own), True
+        return result
 
     def branch_input(self, x: Tensor, adapter_name: str) -> Tensor:
         """What an adapter's branch is given for the layer's input x: in training dropout acts on it."""
@@ -391,15 +386,30 @@ def smoa_layers(model: nn.Module) -> dict[str, SmoaLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SmoaLayer)}
 
 
+def add_rows(result: Tensor, rows: Tensor | None, output: Tensor, is_own: bool) -> Tensor:
+    """`result` plus an output for some rows, None for all: in place if nobody else holds it (`is_own`)."""
+    output, in_place = output.to(result.dtype), is_own and not is_transformed(output)
+    if rows is None:
+        return result.add_(output) if in_place else result + output
+    return result.index_add_(0, rows, output) if in_place else result.index_add(0, rows, output)
+
+
 def in_autocast_dtype(x: Tensor) -> Tensor:
     """x as autocast would have it, if it is on for the device of x."""
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
-def is_instrumented(module: nn.Module) -> bool:
-    """Whether a hook, also one of all modules, or a replaced forward (accelerate's) must see the base layer's call."""
+def is_instrumented(module: nn.Module, own_hooks: int = 0) -> bool:
+    """Whether a hook, also one of all modules, or a replaced forward (accelerate's) must see the base layer's call,
+    beside so many hooks of our own."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook()
+    replaced = "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook()
+    return replaced or sum(map(len, hooks)) > own_hooks
+
+
+def is_plain_linear(module: nn.Module, own_hooks: int = 0) -> bool:
+    """Whether a module is a linear layer whose call nobody else sees or replaces, nor has its output."""
+    return type(module) in (nn.Linear, Conv1D) and not is_instrumented(module, own_hooks)
 
 
 def linear_weight(linear: nn.Module) -> Tensor:
@@ -409,3 +419,10 @@ def linear_weight(linear: nn.Module) -> Tensor:
     weight = next(linear.parameters())
     output: Tensor = linear(torch.eye(int(linear.in_features), device=weight.device, dtype=weight.dtype))  # type: ignore[arg-type]
     return output.T
+
+
+def linear_weights(linears: Sequence[nn.Module]) -> list[Tensor]:
+    """`linear_weight` of each, sooner if all are plain (ZeRO-3 leaves them empty)."""
+    weights = [linear._parameters.get("weight") for linear in linears if type(linear) is nn.Linear]
+    found: list[Tensor] = [weight for weight in weights if type(weight) is nn.Parameter and weight.numel()]
+    return found if len(found) == len(linears) else [linear_weight(linear) for linear in linears]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape
 from smoa.layers.distributed import gather
-from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_instrumented
-from smoa.layers.mixed_batch import mixed_outputs, shared_output
+from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_plain_linear
+from smoa.layers.mixed_batch import add_mixed, shared_output
 from smoa.layers.weight_cache import BLOCKS, DIAGONAL, KeptUpdate, WeightCache, open_cache, state_of_update
 from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.kernels.fused import multiplies_exactly, pays
@@ -66,13 +65,13 @@ class Linear(SmoaLayer):
         if self.adapters[adapter_name].modulation == "none":
             return False
         tokens = x.shape[:-1]
-        return not is_transformed(x) and prefers_shared(self.adapters[adapter_name].ranks, tokens.numel())
+        return not is_transformed(x) and prefers_shared(max(self.adapters[adapter_name].ranks), tokens.numel())
 
-    def _mixed_outputs(self, x: Tensor, adapter_names: list[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
+    def _add_mixed(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         def formed(x: Tensor, name: str) -> Tensor:
             return self._apply_update(self.update(name), self.branch_input(x, name))
 
-        return mixed_outputs(self, x, adapter_names, formed)
+        return add_mixed(self, result, x, adapter_names, formed)
 
     def _kept_update(self, cache: WeightCache, adapter_name: str, x: Tensor) -> KeptUpdate | None:
         """The blocks of ΔW that `cache` keeps; None without M, where the factors are as quick, or without memory."""
@@ -89,8 +88,8 @@ class Linear(SmoaLayer):
 
     def _fusable(self, x: Tensor, adapter_name: str) -> Update | None:
         """The update if `x(W + ΔW)ᵀ + b` can be computed in one product, and is to be."""
-        device, weight, base = x.device.type, self.stored_weight(), self.base_layer
-        is_plain = self.quantization_backend is None and type(base) in (nn.Linear, Conv1D) and not is_instrumented(base)
+        device, weight = x.device.type, self.stored_weight()
+        is_plain = self.quantization_backend is None and is_plain_linear(self.base_layer)
         if torch.compiler.is_compiling() or not is_plain or torch.is_autocast_enabled(device):
             return None
         # 16-bit floats and TF32 would round a small ΔW away

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,43 +10,47 @@ import torch
 from torch import Tensor, nn
 
 from smoa.layers.distributed import gather, onloaded_for
-from smoa.layers.layer import SmoaLayer, linear_weight
+from smoa.layers.layer import SmoaLayer, add_rows, is_plain_linear, linear_weights
 from smoa.layers.partition import are_unchanged, versions
 from smoa.layers.weight_cache import DIAGONAL, STACKED, open_cache, tensor_state
-from smoa.maths.kernels.autograd import is_transformed, without_autocast
+from smoa.maths.kernels.autograd import only_values, without_autocast
 from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, prefers_shared, shared
 
 
-def mixed_outputs(
-    layer: SmoaLayer, x: Tensor, adapter_names: Sequence[str], alone: Callable[[Tensor, str], Tensor]
-) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """What the adapters of a batch add to the output of a linear layer, with the rows that they add it to.
+def add_mixed(
+    layer: SmoaLayer, result: Tensor, x: Tensor, adapter_names: Sequence[str], alone: Callable[[Tensor, str], Tensor]
+) -> Tensor:
+    """The output of a linear layer's base layer plus what the adapters of a batch add to it.
 
     Adapters with the same blocks, ranks, modulation and dropout take one product (`smoa.maths.kernels.shared`), but for
     those with so many tokens that ΔW is formed at less cost.
 
     Args:
         layer: The layer.
+        result: (rows, …, out_features). It is written to if nobody else can hold it.
         x: (rows, …, in_features).
         adapter_names: The adapter of each row. A name that the layer does not have adds nothing.
         alone: Computes one adapter's output with ΔW formed. Nothing of it may be kept: adapters may be many.
-
-    Yields:
-        The rows, None for all of them, and the output (rows, …, out_features).
     """
     batch = _batch_of(layer, x, tuple(adapter_names))
+    is_own = only_values(x) and is_plain_linear(layer.base_layer)
     with onloaded_for(layer, batch.names):
         gather(layer, *batch.names)
         for name, rows in batch.apart:
-            yield rows, alone(x[rows], name)
+            result, is_own = add_rows(result, rows, alone(x[rows], name), is_own), True
         for group in batch.groups:
-            yield group.rows, group.output(x if group.rows is None else x[group.rows])
+            own = layer.branch_input(x if group.rows is None else x[group.rows], group.names[0])
+            if is_own and group.rows is None and result.is_contiguous():
+                group.product(own, result)
+            else:
+                result, is_own = add_rows(result, group.rows, group.product(own), is_own), True
+    return result
 
 
 def _batch_of(layer: SmoaLayer, x: Tensor, adapter_names: tuple[str, ...]) -> MixedBatch:
     """How to compute a batch: as the last one, if it had the same adapters, and nothing of the layer has changed."""
     tokens = x.shape[1:-1].numel()
-    if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x):
+    if layer.training or not only_values(x):
         return MixedBatch(layer, adapter_names, tokens, x.device)
     cache = layer.smoa_weight_cache
     changes = layer.changes() if cache is None else cache.watch.state(layer)
@@ -95,7 +99,7 @@ class MixedBatch:
         for name in self.names:
             rows = rows_of[name]
             layer.decide_partition(name)
-            if not trains_weight and prefers_shared(layer.adapters[name].ranks, tokens * len(rows)):
+            if not trains_weight and prefers_shared(max(layer.adapters[name].ranks), tokens * len(rows)):
                 together.setdefault(_key(layer, name), []).append(name)
             else:
                 self.apart.append((name, torch.tensor(rows, device=device)))
@@ -108,7 +112,7 @@ class MixedBatch:
             slots = torch.tensor([slot_of[adapter_names[row]] for row in rows], device=device)
             chosen = None if len(rows) == len(adapter_names) else torch.tensor(rows, device=device)
             self.groups.append(MixedGroup(layer, names, chosen, slots))
-        self._adapters = [layer.adapters[name] for name in self.names]
+        self._stores = layer.smoa_row_labels, layer.smoa_col_labels, layer.smoa_block_scale
         self._saved = self._labels_and_scales()
         self._versions = versions(self._saved)
 
@@ -117,7 +121,7 @@ class MixedBatch:
         return are_unchanged(self._labels_and_scales(), self._saved, self._versions)
 
     def _labels_and_scales(self) -> list[Tensor]:
-        return [tensor for adapter in self._adapters for tensor in adapter.saved()]
+        return [store[name] for store in self._stores for name in self.names]
 
 
 @dataclass(frozen=True)
@@ -145,18 +149,18 @@ class MixedGroup:
     def __init__(self, layer: SmoaLayer, names: list[str], rows: Tensor | None, slots: Tensor) -> None:
         self.layer, self.names, self.rows = layer, names, rows
         self.slots = slots if len(names) > 1 else slots[:1]  # the rows of one adapter are tokens of one group
+        self._chosen = None if len(self.slots) == len(names) else self.slots
         factors = layer.update(names[0]).factors
         self.blocks, self.runs, self.modulation = factors.blocks, factors.runs(), layer.adapters[names[0]].modulation
         self._scale: tuple[Hashable, Tensor] | None = None
 
-    def output(self, x: Tensor) -> Tensor:
-        """`x ΔWᵀ` for the group's rows of the layer's input x, each with the ΔW of its own adapter."""
-        return self.product(self.layer.branch_input(x, self.names[0]))
-
-    def product(self, x: Tensor) -> Tensor:
-        """`x ΔWᵀ` for x (rows, …, in_features) as a branch is given it."""
+    def product(self, x: Tensor, total: Tensor | None = None) -> Tensor:
+        """`x ΔWᵀ` for x (rows, …, in_features) as a branch is given it, each row with the ΔW of its own adapter; or
+        `total` (rows, …, out_features), contiguous, with it added."""
         diagonal = None if self.modulation == "none" else self.diagonal
-        y = shared(self.blocks, self.runs, x.reshape(len(self.slots), -1, x.shape[-1]), self.factors(), diagonal)
+        by_group = x.reshape(len(self.slots), -1, x.shape[-1])
+        into = None if total is None else total.view(len(self.slots), -1, total.shape[-1])
+        y = shared(self.blocks, self.runs, by_group, self.factors(), diagonal, into)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def factors(self) -> Gathered | Callable[[], Gathered]:
@@ -167,10 +171,10 @@ class MixedGroup:
         """
         cache = None if len(self.slots) > len(self.names) else open_cache(self.layer, self.names, self.slots)
         if cache is not None:
-            kept = cache.get((STACKED, *self.names), self, lambda: KeptFactors(self._stack().gathered(self.slots)))
+            kept = cache.get((STACKED, *self.names), self, lambda: KeptFactors(self._stack().gathered(self._chosen)))
             if kept is not None:
                 return kept.gathered
-        return partial(self._stack().gathered, self.slots)
+        return partial(self._stack().gathered, self._chosen)
 
     def _stack(self) -> StackedFactors:
         layer = self.layer
@@ -178,7 +182,7 @@ class MixedGroup:
             if torch.is_grad_enabled():
                 return StackedFactors.of([layer.update(name).factors for name in self.names])
             parts = layer.smoa_A, layer.smoa_B
-            A, B = (torch.stack([linear_weight(part[name]) for name in self.names]) for part in parts)
+            A, B = (torch.stack(linear_weights([part[name] for name in self.names])) for part in parts)
         return StackedFactors(A, B, self._stacked_scale(B.dtype), self.blocks, self.runs)
 
     def _stacked_scale(self, dtype: torch.dtype) -> Tensor:

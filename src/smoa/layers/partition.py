@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import is_
+from operator import attrgetter, is_
 from typing import Self
 
 import torch
@@ -158,4 +158,7 @@ def are_unchanged(tensors: Sequence[Tensor], known: Sequence[Tensor], known_vers
 
 def versions(tensors: Sequence[Tensor]) -> list[int] | None:
     """How often tensors were written to; None for those made in inference mode, whose writes PyTorch doesn't count."""
-    return None if any(tensor.is_inference() for tensor in tensors) else [tensor._version for tensor in tensors]
+    try:
+        return list(map(attrgetter("_version"), tensors))
+    except RuntimeError:
+        return None

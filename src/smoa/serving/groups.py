@@ -20,7 +20,7 @@ from smoa.files.names import PARTS, PREFIX
 from smoa.layers.weight_cache import tensor_state
 from smoa.maths.blocks import Blocks, Orders
 from smoa.maths.factors import BlockRun, runs_of
-from smoa.maths.kernels.autograd import is_transformed
+from smoa.maths.kernels.autograd import is_transformed, only_values
 from smoa.maths.kernels.shared import Diagonal, Gathered, formed, shared
 from smoa.serving.rows import Mark, Plan, Rows, RowsBySlot
 from smoa.serving.saved import SavedLayer
@@ -131,9 +131,8 @@ class LayerStack:
             rows: The slot of each row.
             diagonal: The blocks of M, as `diagonal_of` gives them for `blocks` and `runs`; not called without one.
         """
-        keeps = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x))
-        each = x.shape[1:-1].numel() * self._rank if keeps else None
-        plan = rows.plan(self.members, each, x.device)
+        keeps = only_values(x)
+        plan = rows.plan(self.members, self._rank, x.shape[1:-1].numel() if keeps else None, x.device)
         kept, marked = self._kept(plan, rows) if keeps else None, self.factors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed(x):
             (A, B), *others = self.factors
@@ -147,7 +146,11 @@ class LayerStack:
             else:
                 factors = gathered or partial(self._gathered, marked, part.slots)
                 groups = own.reshape(part.slots.shape[0], -1, own.shape[-1])
-                y = shared(self.blocks, self.runs, groups, factors, diagonal if self._rank else None)
+                writes = isinstance(part.rows, slice) and not self.spans and output.is_contiguous()
+                total = output[part.rows].view(*groups.shape[:2], -1) if writes else None
+                y = shared(self.blocks, self.runs, groups, factors, diagonal if self._rank else None, total)
+                if writes:
+                    continue
             self._add(output, part.rows, y.view(*own.shape[:-1], y.shape[-1]))
 
     def _kept(self, plan: Plan, rows: RowsBySlot) -> Gathered:

@@ -30,7 +30,7 @@ from smoa.atomic import write_whole
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedModuleError, first_of, nearest
 from smoa.files.loading import read_adapter
-from smoa.layers.layer import in_autocast_dtype, smoa_layers
+from smoa.layers.layer import in_autocast_dtype, is_plain_linear, smoa_layers
 from smoa.layers.linear import Linear
 from smoa.layers.merging import as_matrix
 from smoa.layers.quantized import dequantized, find_backend
@@ -300,7 +300,8 @@ class AdapterPool:
         stacks = [] if batch is None else [(each, each.stacks[path]) for each in batch.groups if path in each.stacks]
         if batch is None or not stacks:
             return output
-        x, total = batch.by_row(in_autocast_dtype(x)), batch.by_row(output.clone())  # others may hold the output
+        is_own = is_plain_linear(layer, own_hooks=1)  # else others may hold the output
+        x, total = batch.by_row(in_autocast_dtype(x)), batch.by_row(output if is_own else output.clone())
         if torch.is_grad_enabled():
             self._forget_kept()
         for group, stack in stacks:

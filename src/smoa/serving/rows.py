@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smoa.maths.kernels.shared import PIECE, prefers_shared
+
 Rows = slice | Tensor
 """Some rows of a tensor."""
-CHUNK = 128
-"""So many products of tokens with blocks of W are taken at once: on a CPU larger results do not fit the cache."""
-FEW_PRODUCTS = 64
-"""Products of an adapter's tokens with the blocks of W, for which it does not pay to form ΔW: for 128 it takes 0.6 of
-their time (layers of SmolLM2 135M, 32 adapters)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,23 +63,23 @@ class RowsBySlot:
         self._slots = slots
         self._plans: dict[Any, Plan] = {}
 
-    def plan(self, members: frozenset[int] | None, products: int | None, device: torch.device) -> Plan:
+    def plan(self, members: frozenset[int] | None, rank: int, tokens: int | None, device: torch.device) -> Plan:
         """How to serve the rows of these slots; layers with the same members share it.
 
         Args:
             members: The slots; None for all.
-            products: How many with a block of W a row takes, at most: its tokens times the rank of the block. With 0
-                all rows are together, and with None in one chunk, as gradients need it.
+            rank: The most of a block, 0 without modulation: then all rows are together.
+            tokens: Of each row; None if all rows are to be in one chunk, as gradients need it.
             device: Where the rows are.
         """
-        key = members, products, device
+        key = members, rank, tokens, device
         if key not in self._plans:
             own = {slot: rows for slot, rows in self.of_slot.items() if members is None or slot in members}
-            apart = [slot for slot, rows in own.items() if (products or 0) * len(rows) > FEW_PRODUCTS]
+            apart = [slot for slot, rows in own.items() if not prefers_shared(rank, (tokens or 0) * len(rows))]
             slots = [slot for slot in own if slot not in apart] + apart
             together = sorted(row for slot, rows in own.items() if slot not in apart for row in rows)
-            whole = products is None or device.type != "cpu"
-            size = len(together) if whole else max(8, CHUNK // max(products or 1, 1))
+            whole = tokens is None or device.type != "cpu"
+            size = len(together) if whole else max(8, PIECE // max(rank * (tokens or 0), 1))
             place_of = {slot: place for place, slot in enumerate(slots)}
 
             def part(rows: list[int], forms: bool) -> Part:

@@ -97,5 +97,11 @@ def is_transformed(*tensors: Tensor) -> bool:
     return active or any(mode is not None for mode in modes) or any(map(_is_special, tensors))
 
 
+def only_values(x: Tensor) -> bool:
+    """Whether a call computes numbers and nothing else: without gradients, transforms or a compiler, so that what it
+    makes may be written to, and kept."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x))
+
+
 def _is_special(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)

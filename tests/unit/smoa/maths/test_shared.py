@@ -29,11 +29,17 @@ def factors_of(cases: list[Problem]) -> list[Factors]:
     return [case.factors(SCALING * (number + 1)) for number, case in enumerate(cases)]
 
 
-def of_shared(cases: list[Problem], x: Tensor, modulation: str, dtype: torch.dtype = torch.float64) -> Tensor:
+def of_shared(
+    cases: list[Problem],
+    x: Tensor,
+    modulation: str,
+    dtype: torch.dtype = torch.float64,
+    total: Tensor | None = None,
+) -> Tensor:
     stack, weight = StackedFactors.of(factors_of(cases)), cases[0].weight.to(dtype)
     blocks = [run.of_matrix(weight, stack.blocks) for run in stack.runs]
     diagonal = (lambda: blocks) if modulation == "hadamard" else None
-    return shared(stack.blocks, stack.runs, x, lambda: stack.gathered(SLOTS), diagonal)
+    return shared(stack.blocks, stack.runs, x, lambda: stack.gathered(SLOTS), diagonal, total)
 
 
 def each_alone(cases: list[Problem], x: Tensor, modulation: str) -> Tensor:
@@ -73,6 +79,31 @@ def test_one_adapters_delta_can_be_formed_instead(
     blocks = [run.of_matrix(cases[0].weight, stack.blocks) for run in stack.runs]
     found = formed(stack.blocks, stack.runs, x, stack.gathered(torch.tensor([2])), blocks)
     assert_close(found, x @ cases[2].oracle("hadamard", SCALING * 3).T)
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+@pytest.mark.parametrize("kind", ["spectral", "contiguous"])
+@pytest.mark.parametrize("piece", [2, 10])  # two tokens of a group, or more than one group
+@pytest.mark.parametrize(("out_features", "in_features", "ranks"), CASES)
+@torch.no_grad()
+def test_it_is_added_to_an_output_in_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+    out_features: int,
+    in_features: int,
+    ranks: tuple[int, ...],
+    piece: int,
+    kind: str,
+    modulation: str,
+) -> None:
+    monkeypatch.setattr("smoa.maths.kernels.shared.PIECE", piece * max(ranks))
+    cases = problems(out_features, in_features, ranks, kind)
+    x = torch.randn(4, 5, in_features, dtype=torch.float64)
+    total = torch.randn(4, 5, out_features, dtype=torch.float64)
+    expected = total + each_alone(cases, x, modulation)
+    found = of_shared(cases, x, modulation, total=total)
+    assert found is total
+    assert_close(found, expected)
+    assert_close(of_shared(cases, x, modulation), each_alone(cases, x, modulation))
 
 
 def test_only_what_is_asked_for_gets_a_gradient() -> None:

@@ -64,6 +64,18 @@ def test_each_row_gets_what_its_adapter_alone_gives(folder: Path, length: int) -
     assert torch.equal(model(input_ids=batch).logits, base()(input_ids=batch).logits)
 
 
+@torch.no_grad()
+def test_a_layers_output_is_left_to_others_who_have_it(folder: Path) -> None:
+    model, seen = base(), list[Tensor]()
+    layer, expected = model.model.layers[0].self_attn.q_proj, list[Tensor]()
+    with AdapterPool(model, folder=folder).use(["anna"] * len(ROWS)):
+        logits = model(input_ids=ids()).logits
+        layer.register_forward_hook(lambda module, args, output: seen.append(output), prepend=True)
+        layer.register_forward_pre_hook(lambda module, args: expected.append(args[0] @ module.weight.T))
+        assert_close(model(input_ids=ids()).logits, logits)
+    assert_close(seen[0], expected[0])
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
 def test_generate_repeats_the_rows(folder: Path, options: dict[str, Any]) -> None:
     model, settings = base(), {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}

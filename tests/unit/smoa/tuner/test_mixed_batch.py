@@ -54,6 +54,21 @@ def test_a_mixed_batch_trains_tokens_of_a_head_in_the_rows_of_their_adapter_only
         model.merge_adapter()
 
 
+@pytest.mark.parametrize("length", [1, 200])  # for 200 tokens at rank 2 it pays to form ΔW
+@pytest.mark.parametrize("r", [3, 6])
+@torch.no_grad()
+def test_the_base_layers_output_is_left_to_others_who_have_it(r: int, length: int) -> None:
+    layer = adapted_layer(base_layer(13, 10), num_blocks=3, r=r)
+    add_layer_adapter(layer, "other", num_blocks=3, r=r)
+    x, names = torch.randn(2, length, 10, dtype=torch.float64), ["other", "default"]
+    expected = torch.stack([oracle_output(layer, row, name) for row, name in zip(x, names, strict=True)])
+    assert_close(layer(x, adapter_names=names), expected)
+    seen: list[Tensor] = []
+    layer.get_base_layer().register_forward_hook(lambda module, args, output: seen.append(output))
+    assert_close(layer(x, adapter_names=names), expected)
+    assert_close(seen[0], nn.functional.linear(x, layer.base_weight(), layer.get_base_layer().bias))
+
+
 @torch.no_grad()
 def test_a_mixed_batch_follows_labels_that_are_loaded_in_place() -> None:
     layer = adapted_layer(base_layer(12, 10), num_blocks=3)
