@@ -161,9 +161,9 @@ def peak(device: torch.device) -> int:
     return resident("VmHWM")
 
 
-def resident(field: str) -> int:
-    """A figure of this process's memory as Linux has it, in bytes."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+def resident(field: str, process: int | str = "self") -> int:
+    """A figure of a process's memory as Linux has it, in bytes."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return int(status[field].split()[0]) * 1024
 
 

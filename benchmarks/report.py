@@ -18,7 +18,7 @@ from typing import Any
 import altair as alt
 from _common import FOLDER, RESULTS, lower_quartile
 
-from smoa_lab.pages.charts import SMOA, colors, lines, save_picture, values
+from smoa_lab.pages.charts import SMOA, colors, lines, save_picture, shapes, values
 from smoa_lab.pages.tables import Table
 
 DOCS = FOLDER.parent / "docs"
@@ -45,6 +45,8 @@ FLEET_METHODS = {
     "lora 1": "LoRA, r = 1",
     "lora 8": "LoRA, r = 8 (8 × the size)",
 }
+TRAFFIC_SYSTEMS = {"base": "base", "smoa 32": "SMoA, r=K=32", "lora 1": "LoRA, r=1", "lora 8": "LoRA, r=8"}
+CHECKED = ("as PEFT's", "part at a tie", "wrong")
 VLLM_METHODS = {
     "base": "base model",
     "lora 8": "LoRA, r = 8",
@@ -125,7 +127,6 @@ def decoding() -> str:
             name,
             f"{content['tokens_per_second'][key]:.1f}",
             f"{content['ratio'][key]:.2f}",
-            f"{content['ratio_of_fastest'][key]:.2f}",
             *(f"{ratio[key]:.2f}" for ratio in phases.values()),
             f"{bars[key]:.2f}" if key in bars else "–",
         ]
@@ -135,7 +136,7 @@ def decoding() -> str:
         f"What `generate` keeps takes {content['default_cache_bytes'] / 1e6:.0f} MB for a model of "
         f"{content['model_bytes'] / 1e6:.0f} MB."
     )
-    return section(["route", "tokens/s", "time ÷ base", "of the fastest", *phases, "target"], rows, results, note)
+    return section(["route", "tokens/s", "time ÷ base", *phases, "target"], rows, results, note)
 
 
 def gpu() -> str:
@@ -285,19 +286,89 @@ def draw_fleet(folder: Path) -> None:
     save_picture(alt.vconcat(*panels, title=heading), folder / "fleet.png")
 
 
+def traffic_runs() -> list[dict[str, Any]]:
+    """What was measured, ordered by rate and α."""
+    runs = load("traffic").get("traffic", {"runs": []})["runs"]
+    return sorted(runs, key=lambda one: (one["config"]["rate"], -(one["config"]["alpha"] or 1)))
+
+
+def traffic() -> str:
+    """What a server of each system did with the same requests for all adapters alike."""
+    runs, rows = traffic_runs(), []
+    if not runs:
+        return "Not run yet."
+    for one in (one for one in runs if one["config"]["alpha"] in (None, 1.0)):
+        config, first, after = one["config"], one["first_token"], one["per_token"]
+        rows.append(
+            [
+                f"{config['rate']:g}",
+                TRAFFIC_SYSTEMS[config["system"]],
+                f"{one['answered'] / one['seconds']:.2f}",
+                f"{first['median']:.2f} ({first['p99']:.1f})",
+                f"{first['soon']:.0%}",
+                f"{after['median']:.2f} ({after['p99']:.2f})",
+                f"{one['adapters_read'] / one['seconds']:.2f}",
+                f"{one['peak_bytes'] / 1e9:.2f}",
+            ]
+        )
+    header = ["asked/s", "", "answered/s", "first token, s", "in 6 s", "per token, s", "read/s", "GB"]
+    lost = sum(one["requests"] - one["answered"] for one in runs)
+    checked = [one["checked"] for one in runs if "checked" in one]
+    compared, wrong = (sum(sum(of[key] for key in keys) for of in checked) for keys in (CHECKED, ["wrong"]))
+    note = f"Medians (P99). {lost} requests lost; {wrong} of {compared} answers wrong. With a few hot adapters too:"
+    shown = "![Seconds to the first and per further token of each system](images/traffic.png)"
+    return section(header, rows, {str(index): one for index, one in enumerate(runs)}, f"{note}\n\n{shown}")
+
+
+def draw_traffic(folder: Path) -> None:
+    """Draw the seconds to a first token and per further token, at each rate."""
+    names = {name: key.split()[0] for key, name in TRAFFIC_SYSTEMS.items()}
+    kinds = {1.0: "all alike (α = 1)", 0.2: "mostly a few (α = 0.2)"}
+    rows = [
+        {
+            "name": TRAFFIC_SYSTEMS[one["config"]["system"]],
+            "adapters": kinds.get(one["config"]["alpha"] or 1.0, str(one["config"]["alpha"])),
+            "rate": one["config"]["rate"],
+            "measure": measure,
+            "median": one[measure]["median"],
+            "p99": one[measure]["p99"],
+        }
+        for one in traffic_runs()
+        for measure in ("first_token", "per_token")
+    ]
+    panels = []
+    for rate, measure in dict.fromkeys((row["rate"], row["measure"]) for row in rows):
+        own = [row for row in rows if (row["rate"], row["measure"]) == (rate, measure)]
+        title = f"seconds {'to the first token' if measure == 'first_token' else 'per further token'}, median to P99"
+        chart = alt.Chart(values(own), width=260, height=30 * len(names), title=f"{rate:g} requests a second").encode(
+            x=alt.X("median:Q", title=title, scale=alt.Scale(type="log")),
+            y=alt.Y("name:N", sort=list(names), title=None, axis=alt.Axis(ticks=False, domain=False)),
+            yOffset=alt.YOffset("adapters:N", sort=list(kinds.values())),
+            color=colors(names, "name"),
+        )
+        legend = alt.Legend(title="adapters asked for", orient="top")
+        points = chart.mark_point(filled=True, size=70, opacity=1)
+        panels.append(
+            chart.mark_rule().encode(x2="p99:Q") + points.encode(shape=shapes(kinds.values(), "adapters", legend))
+        )
+    if panels:
+        save_picture(alt.concat(*panels, columns=2), folder / "traffic.png")
+
+
 def main() -> None:
     tables = {
-        "model-step": model_step(),
         "decoding": decoding(),
         "fleet": fleet(),
+        "traffic": traffic(),
         "gpu": gpu(),
-        "experts": experts(),
     }
     pages = {
         DOCS / "performance.md": tables,
         DOCS / "how-to" / "serve.md": {"vllm-serving": vllm_serving()},
         FOLDER / "tables.md": {
             "layer-step": layer_step(),
+            "model-step": model_step(),
+            "experts": experts(),
             "injection": injection(),
             "weight-sync": weight_sync(),
         },
@@ -310,6 +381,7 @@ def main() -> None:
         page.write_text(text)
     draw_sweep(DOCS / "images")
     draw_fleet(DOCS / "images")
+    draw_traffic(DOCS / "images")
 
 
 if __name__ == "__main__":
