@@ -1,4 +1,4 @@
-"""The exception tree: every error is a SmoaError and also the builtin error that fits."""
+"""Every error is a SmoaError and also the builtin error that fits."""
 
 from __future__ import annotations
 

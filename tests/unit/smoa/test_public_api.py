@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import logging
-import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +13,6 @@ import pytest
 import yaml
 
 import smoa
-from smoa import errors
 from smoa._quiet import NOTES
 from smoa.errors import SmoaError
 
@@ -43,15 +41,8 @@ def test_the_version_is_that_of_the_package() -> None:
     assert (SOURCE / "py.typed").is_file()
 
 
-TREE = dict(re.findall(r"^[├└]── (\w+)\((\w+)\)", errors.__doc__ or "", flags=re.MULTILINE))
-
-
-def test_the_tree_shows_every_error() -> None:
-    assert {"SmoaError", *TREE} == set(errors.__all__)
-    assert set(TREE) == {error.__name__ for error in SmoaError.__subclasses__()}
-
-
-def test_every_error_is_a_smoa_error_and_the_builtin_that_fits() -> None:
+def test_every_error_is_exported_and_the_builtin_that_fits() -> None:
+    assert {error.__name__ for error in SmoaError.__subclasses__()} < set(smoa.__all__)
     assert {name: getattr(smoa, name).__mro__[2] for name in smoa.__all__ if name.endswith("Error")} == {
         "AdapterFileError": ValueError,
         "ConfigError": ValueError,
