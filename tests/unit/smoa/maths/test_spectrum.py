@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smoa.errors import ConfigError
+from smoa.layers.partition import PartitionSpec
 from smoa.maths import spectrum
 from smoa.maths.spectrum import (
+    PartitionKind,
     decomposable,
     decomposition_device,
     labels_from_scores,
@@ -186,3 +188,14 @@ def test_the_partition_is_that_of_the_cpu(shape: tuple[int, int], cut: str) -> N
             assert found.row_labels.device == found.col_labels.device == DEVICE
             assert torch.equal(found.row_labels.cpu(), expected.row_labels)
             assert torch.equal(found.col_labels.cpu(), expected.col_labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("partition", ["spectral", "contiguous"])
+def test_what_injection_computes_from_a_weight_is_that_of_the_cpu(partition: PartitionKind, dtype: torch.dtype) -> None:
+    weight, pending = torch.randn(11, 13).to(dtype), PartitionSpec(partition, "hadamard", "lora")
+    expected = pending.decide(3, weight)
+    with limited_device() as device:
+        found = pending.decide(3, weight.to(device))
+    for own, theirs in zip(found, expected, strict=True):
+        assert torch.equal(own, theirs)
