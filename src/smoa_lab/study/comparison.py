@@ -1,5 +1,4 @@
-"""Runs a study: the same search of a learning rate for each entry, then fresh seeds on the test part. Each job is a run
-folder."""
+"""Runs a study: the same search of a rate for each entry, then fresh seeds on the test part; a job is a run folder."""
 
 from __future__ import annotations
 
@@ -123,7 +122,7 @@ class Comparison:
 
         ``executor`` runs jobs, by default in this process. Other processes may run the same study meanwhile.
         """
-        names, taken = self.study.chosen(only), set[Job]()
+        names, taken, told = self.study.chosen(only), set[Job](), set[Job]()
         for name, one in self.chosen.items():  # the searches must still be those of this study
             for tried in one.losses:
                 self.stored(Job("search", name, tried, self.study.tuning.seed))
@@ -140,6 +139,9 @@ class Comparison:
                 job, metrics = executor.next_finished()
                 if metrics is None:
                     taken.add(job)
+                    if job not in told:
+                        logger.info("%s: another process runs it", job.name)
+                        told.add(job)
                     continue
                 taken.clear()
                 self.finish(job, self._checked(job, metrics))
