@@ -315,7 +315,7 @@ def traffic() -> str:
     lost = sum(one["requests"] - one["answered"] for one in runs)
     checked = [one["checked"] for one in runs if "checked" in one]
     compared, wrong = (sum(sum(of[key] for key in keys) for of in checked) for keys in (CHECKED, ["wrong"]))
-    note = f"Medians (P99). {lost} requests lost; {wrong} of {compared} answers wrong. With a few hot adapters too:"
+    note = f"Medians (P99). {lost} requests lost; {wrong} of {compared} answers wrong."
     shown = "![Seconds to the first and per further token of each system](images/traffic.png)"
     return section(header, rows, {str(index): one for index, one in enumerate(runs)}, f"{note}\n\n{shown}")
 
