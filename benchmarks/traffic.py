@@ -242,8 +242,10 @@ def check(device: torch.device, into: str = "traffic") -> dict[str, Any]:
         names = list(dict.fromkeys(requests[int(index)][0] for index in one["answers"]))
         for position, name in enumerate(names if SYSTEMS[system] is not None else ()):
             folder = ROOM / system / name
-            model = model if position else PeftModel.from_pretrained(model, folder, name)
-            model.load_adapter(folder, name)
+            if position:
+                model.load_adapter(folder, name)
+            else:
+                model = PeftModel.from_pretrained(model, folder, name)
         for index, text in one["answers"].items():
             name, prompt, length = requests[int(index)]
             if SYSTEMS[system] is not None:

@@ -47,14 +47,16 @@ class AdapterFile(NamedTuple):
         if not path.is_file():
             raise AdapterFileError(f"{path}: is not a regular file; save the adapter again")
         try:
-            tensors = without_id(read_tensors(path.read_bytes())) if read else None
-            with safe_open(path, "pt") as file:
-                has_factors = any(key.endswith(".smoa_A.weight") for key in tensors or file.keys())
+            if read:
+                tensors = without_id(read_tensors(path.read_bytes()))
+                keys = list(tensors)
+            else:
+                with safe_open(path, "pt") as file:
+                    tensors, keys = None, list(file.keys())
         except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch can't map the file
-            raise AdapterFileError(
-                f"{path}: is not a whole safetensors file ({error}); save or fetch it again"
-            ) from None
-        if not has_factors:
+            found = f"is not a whole safetensors file ({error})"
+            raise AdapterFileError(f"{path}: {found}; save or fetch it again") from None
+        if not any(key.endswith(".smoa_A.weight") for key in keys):
             raise AdapterFileError(f"{path}: has no smoa_A factor, so it does not belong to {CONFIG_NAME}")
         return cls(path, tensors)
 

@@ -64,7 +64,7 @@ class Adapter:
         """Make room for labels and scales in the layer, and decide them unless they will be loaded, or can't be yet."""
         device = torch.device("cpu") if layer.stored_weight().is_meta else layer.stored_weight().device
         rows, cols, scale = layer.saved_shapes(self.ranks)[2:]
-        for store, shape in zip(self.stores, (rows, cols), strict=False):
+        for store, shape in zip(self.stores[:2], (rows, cols), strict=True):
             store.write(self.name, torch.full(shape, UNDECIDED, dtype=torch.uint8, device=device))
         self.stores[2].write(self.name, torch.ones(scale, device=device, dtype=torch.float32))
         if defer:
@@ -89,8 +89,7 @@ class Adapter:
     def _computed(self, layer: Any) -> tuple[Tensor, Tensor, Tensor] | None:
         """Labels and scales by rank 0's weight; None if that is on the meta device."""
         with onloaded([layer.get_base_layer()]), gather_params_ctx(layer.stored_weight()):  # for DeepSpeed ZeRO-3
-            is_meta = layer.stored_weight().device.type == "meta"
-            weight = None if is_meta else whole(layer.pristine_weight())  # for FSDP2
+            weight = None if layer.stored_weight().is_meta else whole(layer.pristine_weight())  # for FSDP2
             return from_rank_zero(lambda: None if weight is None else self.spec.decide(len(self.ranks), weight))
 
     def is_valid(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoa.maths.kernels.shared import PIECE, prefers_shared
+from smoa.maths.kernels.shared import MOST_PRODUCTS, prefers_shared
 
 Rows = slice | Tensor
 """Some rows of a tensor."""
@@ -79,7 +79,7 @@ class RowsBySlot:
             slots = [slot for slot in own if slot not in apart] + apart
             together = sorted(row for slot, rows in own.items() if slot not in apart for row in rows)
             whole = tokens is None or device.type != "cpu"
-            size = len(together) if whole else max(8, PIECE // max(rank * (tokens or 0), 1))
+            size = len(together) if whole else max(8, MOST_PRODUCTS // max(rank * (tokens or 0), 1))
             place_of = {slot: place for place, slot in enumerate(slots)}
 
             def part(rows: list[int], forms: bool) -> Part:

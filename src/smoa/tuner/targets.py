@@ -133,7 +133,7 @@ def _refusal(name: str, base: nn.Module, kind: Kind | None, model: nn.Module) ->
         return None
     return UnsupportedModuleError(
         f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; {reason}; "
-        f"remove it from target_modules or add it to exclude_modules"
+        "remove it from target_modules or add it to exclude_modules"
     )
 
 

@@ -26,7 +26,7 @@ from smoa.maths.kernels.branch import diagonal_blocks, multiply, product_dtype
 FEW_PRODUCTS = 128
 """So many products of an adapter's tokens with blocks of W cost what forming ΔW does: 64 take 0.4 to 0.9 of its time,
 256 1.2 to 2.4, at rank 1 0.8 to 1.2 (32 adapters, K = 8 and 32, two threads with AVX2, 2026-11-29)."""
-PIECE = 256
+MOST_PRODUCTS = 256
 """So many products a CPU takes at once, for its cache: 128 take 1.0 to 1.3 of the time, 512 0.9 to 1.2, all that 32
 prompts of 256 tokens need 3 to 9 (as above)."""
 
@@ -116,28 +116,27 @@ def shared(
         diagonal: The blocks of M; None without modulation.
         total: What it is added to, in place.
     """
-    if callable(factors) and diagonal is not None and torch.is_grad_enabled() and not is_transformed(x):
 
-        def products(x: Tensor) -> Tensor:
-            return _products(blocks, runs, x, factors(), diagonal(), reordered)
+    def products(x: Tensor) -> Tensor:
+        own = factors() if callable(factors) else factors
+        return _products(blocks, runs, x, own, diagonal and diagonal(), reordered)
 
-        y = checkpoint(products, x, use_reentrant=False, preserve_rng_state=False)
-        return y if total is None else total.add_(y)
-    own, entries = factors() if callable(factors) else factors, diagonal and diagonal()
-    if not only_values(x):
-        y = _products(blocks, runs, x, own, entries, reordered)
-        return y if total is None else total.add_(y)
-    total = x.new_zeros(*x.shape[:2], blocks.out_features) if total is None else total
-    for groups, tokens in _pieces(x, max(run.rank for run in runs)):
-        chosen = [(A[groups], B[groups]) for A, B in own]
-        total[groups, tokens].add_(_products(blocks, runs, x[groups, tokens], chosen, entries, copied))
-    return total
+    if only_values(x):
+        own, entries = factors() if callable(factors) else factors, diagonal and diagonal()
+        total = x.new_zeros(*x.shape[:2], blocks.out_features) if total is None else total
+        for groups, tokens in _pieces(x, max(run.rank for run in runs)):
+            chosen = [(A[groups], B[groups]) for A, B in own]
+            total[groups, tokens].add_(_products(blocks, runs, x[groups, tokens], chosen, entries, copied))
+        return total
+    recomputes = callable(factors) and diagonal is not None and torch.is_grad_enabled() and not is_transformed(x)
+    y = checkpoint(products, x, use_reentrant=False, preserve_rng_state=False) if recomputes else products(x)
+    return y if total is None else total.add_(y)
 
 
 def _pieces(x: Tensor, rank: int) -> Iterator[tuple[slice, slice]]:
     """Some groups and tokens of x (groups, tokens, in_features) after the other; on a GPU all at once."""
     groups, tokens = x.shape[:2]
-    size = max(1, PIECE // max(1, rank)) if x.device.type == "cpu" else groups * tokens
+    size = max(1, MOST_PRODUCTS // max(1, rank)) if x.device.type == "cpu" else groups * tokens
     step = max(1, size // max(1, tokens))
     for group in range(0, groups, step):
         yield from ((slice(group, group + step), slice(token, token + size)) for token in range(0, tokens, size))

@@ -95,7 +95,7 @@ def test_it_is_added_to_an_output_in_pieces(
     kind: str,
     modulation: str,
 ) -> None:
-    monkeypatch.setattr("smoa.maths.kernels.shared.PIECE", piece * max(ranks))
+    monkeypatch.setattr("smoa.maths.kernels.shared.MOST_PRODUCTS", piece * max(ranks))
     cases = problems(out_features, in_features, ranks, kind)
     x = torch.randn(4, 5, in_features, dtype=torch.float64)
     total = torch.randn(4, 5, out_features, dtype=torch.float64)
