@@ -54,6 +54,7 @@ class LayerStack:
         blocks, dtype = [part.blocks(device) for part in own], dtype or own[0].A.dtype
         self.spans = None if len(own) == len(parts) else [(start, size) for _, start, size in slices]
         self.blocks = blocks[0] if len(parts) == 1 else _fused(blocks, [start for _, start, _ in slices])
+        self._copies = len(own) if len(parts) > 1 and all(each.is_contiguous for each in blocks) else 0
         self.runs, self._pieces = _runs(blocks, own)
         self.ranks = tuple(rank for part in own for rank in part.ranks)
         self.modulation, self.is_spectral = own[0].modulation, own[0].is_spectral
@@ -137,18 +138,21 @@ class LayerStack:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed(x):
             (A, B), *others = self.factors
             marked = [(Mark.apply(A, rows.number), B), *others]  # type: ignore[no-untyped-call]
+        blocks = self.blocks
+        if self._copies:  # then x once for each slice is what the orders of its coordinates would give
+            x, blocks = x.repeat(*[1] * (x.ndim - 1), self._copies), replace(blocks, is_contiguous=True)
         for part in plan.parts:
-            own, gathered = x[part.rows], kept
-            if kept is not None and part.places is not None:
-                gathered = [(_taken(A, part.places), _taken(B, part.places)) for A, B in kept]
-            if part.forms and gathered is not None:
-                y = formed(self.blocks, self.runs, own.flatten(0, -2), gathered, diagonal())
+            own = x[part.rows]
+            if part.forms and kept is not None:
+                factors = kept if part.places is None else [(A[part.places], B[part.places]) for A, B in kept]
+                y = formed(blocks, self.runs, own.flatten(0, -2), factors, diagonal())
             else:
-                factors = gathered or partial(self._gathered, marked, part.slots)
+                gathered = kept or partial(self._gathered, marked, part.slots)
                 groups = own.reshape(part.slots.shape[0], -1, own.shape[-1])
                 writes = isinstance(part.rows, slice) and not self.spans and output.is_contiguous()
                 total = output[part.rows].view(*groups.shape[:2], -1) if writes else None
-                y = shared(self.blocks, self.runs, groups, factors, diagonal if self._rank else None, total)
+                anchors = diagonal if self._rank else None
+                y = shared(blocks, self.runs, groups, gathered, anchors, total, part.places)
                 if writes:
                     continue
             self._add(output, part.rows, y.view(*own.shape[:-1], y.shape[-1]))
@@ -214,10 +218,6 @@ def _runs(blocks: Sequence[Blocks], parts: Sequence[SavedLayer]) -> tuple[list[B
                 runs.append(BlockRun(run.count, run.height, run.width, run.rank, *firsts))
         row, col, rank = row + own.out_features, col + own.in_features, rank + sum(part.ranks)
     return runs, pieces
-
-
-def _taken(factors: Tensor, places: Rows) -> Tensor:
-    return factors[places] if isinstance(places, slice) else factors.index_select(0, places)
 
 
 @dataclass(eq=False)

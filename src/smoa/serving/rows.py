@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoa.maths.kernels.shared import MOST_PRODUCTS, prefers_shared
+from smoa.maths.kernels.shared import prefers_shared
 
 Rows = slice | Tensor
 """Some rows of a tensor."""
@@ -26,13 +26,13 @@ class Part:
     Args:
         rows: Which of the batch.
         slots: The slot of each row, or the one of all.
-        places: The same, as places in the plan's slots; None for all of them, each once.
+        places: The same, as places in the plan's slots; None if it is all of them, each once.
         forms: Whether ΔW is formed; they are then of one slot.
     """
 
     rows: Rows
     slots: Tensor
-    places: Rows | None
+    places: Tensor | None
     forms: bool
 
 
@@ -69,7 +69,7 @@ class RowsBySlot:
         Args:
             members: The slots; None for all.
             rank: The most of a block, 0 without modulation: then all rows are together.
-            tokens: Of each row; None if all rows are to be in one chunk, as gradients need it.
+            tokens: Of each row; None if all rows are to be together, as gradients need it.
             device: Where the rows are.
         """
         key = members, rank, tokens, device
@@ -78,18 +78,15 @@ class RowsBySlot:
             apart = [slot for slot, rows in own.items() if not prefers_shared(rank, (tokens or 0) * len(rows))]
             slots = [slot for slot in own if slot not in apart] + apart
             together = sorted(row for slot, rows in own.items() if slot not in apart for row in rows)
-            whole = tokens is None or device.type != "cpu"
-            size = len(together) if whole else max(8, MOST_PRODUCTS // max(rank * (tokens or 0), 1))
             place_of = {slot: place for place, slot in enumerate(slots)}
 
             def part(rows: list[int], forms: bool) -> Part:
                 found = [self._slots[row] for row in rows]
                 found = found[:1] if len(set(found)) == 1 else found
-                places = None if found == slots else _chosen([place_of[slot] for slot in found], device)
+                places = None if found == slots else torch.tensor([place_of[slot] for slot in found], device=device)
                 return Part(_chosen(rows, device), torch.tensor(found, device=device), places, forms)
 
-            chunks = [together[first : first + size] for first in range(0, len(together), max(size, 1))]
-            parts = [part(own[slot], True) for slot in apart] + [part(chunk, False) for chunk in chunks]
+            parts = [part(own[slot], True) for slot in apart] + ([part(together, False)] if together else [])
             self._plans[key] = Plan(torch.tensor(slots, device=device, dtype=torch.int64), parts)
         return self._plans[key]
 

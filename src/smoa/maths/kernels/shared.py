@@ -102,6 +102,7 @@ def shared(
     factors: Gathered | Callable[[], Gathered],
     diagonal: Diagonal | None,
     total: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """`x ΔWᵀ` with each group's own ΔW: (groups, tokens, out_features) in the dtype of x, or `total` with it added.
 
@@ -115,6 +116,7 @@ def shared(
             the backward.
         diagonal: The blocks of M; None without modulation.
         total: What it is added to, in place.
+        places: Where each group's factors are in `factors`, if these are not in the order of the groups.
     """
 
     def products(x: Tensor) -> Tensor:
@@ -122,10 +124,11 @@ def shared(
         return _products(blocks, runs, x, own, diagonal and diagonal(), reordered)
 
     if only_values(x):
-        own, entries = factors() if callable(factors) else factors, diagonal and diagonal()
+        gathered, entries = factors() if callable(factors) else factors, diagonal and diagonal()
         total = x.new_zeros(*x.shape[:2], blocks.out_features) if total is None else total
         for groups, tokens in _pieces(x, max(run.rank for run in runs)):
-            chosen = [(A[groups], B[groups]) for A, B in own]
+            own = groups if places is None else places[groups]
+            chosen = [(A[own], B[own]) for A, B in gathered]
             total[groups, tokens].add_(_products(blocks, runs, x[groups, tokens], chosen, entries, copied))
         return total
     recomputes = callable(factors) and diagonal is not None and torch.is_grad_enabled() and not is_transformed(x)
