@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smoa.maths.kernels.shared import prefers_shared
+from smoa.maths.kernels.shared import Places, prefers_shared
 
+SHORT_RUN = 4
+"""Runs of fewer rows take longer one after the other than with a copy of the factors for each row."""
 Rows = slice | Tensor
 """Some rows of a tensor."""
 
@@ -32,7 +35,7 @@ class Part:
 
     rows: Rows
     slots: Tensor
-    places: Tensor | None
+    places: Places | None
     forms: bool
 
 
@@ -83,7 +86,7 @@ class RowsBySlot:
             def part(rows: list[int], forms: bool) -> Part:
                 found = [self._slots[row] for row in rows]
                 found = found[:1] if len(set(found)) == 1 else found
-                places = None if found == slots else torch.tensor([place_of[slot] for slot in found], device=device)
+                places = None if found == slots else _places([place_of[slot] for slot in found], rank, device)
                 return Part(_chosen(rows, device), torch.tensor(found, device=device), places, forms)
 
             parts = [part(own[slot], True) for slot in apart] + ([part(together, False)] if together else [])
@@ -95,6 +98,14 @@ def _chosen(rows: list[int], device: torch.device) -> Rows:
     if rows == list(range(rows[0], rows[0] + len(rows))):
         return slice(rows[0], rows[0] + len(rows))
     return torch.tensor(rows, device=device)
+
+
+def _places(found: list[int], rank: int, device: torch.device) -> Places:
+    """These places of rows, or, on a CPU where mostly neighbors have the same, those of runs of rows."""
+    ends = list(accumulate(len(list(same)) for _, same in groupby(found)))
+    if device.type != "cpu" or not rank or len(ends) * SHORT_RUN > len(found):
+        return torch.tensor(found, device=device)
+    return [(first, end, found[first]) for first, end in pairwise([0, *ends])]
 
 
 class Mark(torch.autograd.Function):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ def prefers_shared(rank: int, tokens: int) -> bool:
 Gathered = Sequence[tuple[Tensor, Tensor]]
 """The factors of each group, for each run: A (groups, 1, rank, blocks, width), and B (groups, 1, rank, blocks, height)
 with the scale, in float32 or wider."""
+Places = Tensor | list[tuple[int, int, int]]
+"""Where the factors of each group are among others, or those of each run of groups: (first, end, place)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +105,7 @@ def shared(
     factors: Gathered | Callable[[], Gathered],
     diagonal: Diagonal | None,
     total: Tensor | None = None,
-    places: Tensor | None = None,
+    places: Places | None = None,
 ) -> Tensor:
     """`x ΔWᵀ` with each group's own ΔW: (groups, tokens, out_features) in the dtype of x, or `total` with it added.
 
@@ -116,7 +119,7 @@ def shared(
             the backward.
         diagonal: The blocks of M; None without modulation.
         total: What it is added to, in place.
-        places: Where each group's factors are in `factors`, if these are not in the order of the groups.
+        places: Of each group in `factors`; None if these are in the order of the groups.
     """
 
     def products(x: Tensor) -> Tensor:
@@ -127,9 +130,13 @@ def shared(
         gathered, entries = factors() if callable(factors) else factors, diagonal and diagonal()
         total = x.new_zeros(*x.shape[:2], blocks.out_features) if total is None else total
         for groups, tokens in _pieces(x, max(run.rank for run in runs)):
-            own = groups if places is None else places[groups]
-            chosen = [(A[own], B[own]) for A, B in gathered]
-            total[groups, tokens].add_(_products(blocks, runs, x[groups, tokens], chosen, entries, copied))
+            times: Callable[[Tensor, Tensor], Tensor] = torch.mul
+            if isinstance(places, list):
+                chosen, times = gathered, partial(_times_by_run, _within(groups, places))
+            else:
+                own = groups if places is None else places[groups]
+                chosen = [(A[own], B[own]) for A, B in gathered]
+            total[groups, tokens].add_(_products(blocks, runs, x[groups, tokens], chosen, entries, copied, times))
         return total
     recomputes = callable(factors) and diagonal is not None and torch.is_grad_enabled() and not is_transformed(x)
     y = checkpoint(products, x, use_reentrant=False, preserve_rng_state=False) if recomputes else products(x)
@@ -143,6 +150,21 @@ def _pieces(x: Tensor, rank: int) -> Iterator[tuple[slice, slice]]:
     step = max(1, size // max(1, tokens))
     for group in range(0, groups, step):
         yield from ((slice(group, group + step), slice(token, token + size)) for token in range(0, tokens, size))
+
+
+def _within(groups: slice, places: list[tuple[int, int, int]]) -> list[tuple[slice, int]]:
+    """The runs among these groups, counted from the first, and their places."""
+    inside = [(max(first, groups.start), min(end, groups.stop), place) for first, end, place in places]
+    return [(slice(a - groups.start, b - groups.start), place) for a, b, place in inside if a < b]
+
+
+def _times_by_run(runs: list[tuple[slice, int]], factors: Tensor, values: Tensor) -> Tensor:
+    """`factors * values`, of each run of groups with the factors in its place."""
+    shape = torch.broadcast_shapes(factors.shape[1:], values.shape[1:])
+    y = values.new_empty(len(values), *shape, dtype=torch.promote_types(factors.dtype, values.dtype))
+    for groups, place in runs:
+        torch.mul(factors[place], values[groups], out=y[groups])
+    return y
 
 
 def formed(
@@ -177,6 +199,7 @@ def _products(
     factors: Gathered,
     diagonal: Sequence[Tensor] | None,
     ordered: Callable[[Tensor, Tensor], Tensor],
+    times: Callable[[Tensor, Tensor], Tensor] = torch.mul,
 ) -> Tensor:
     sorted_x, outputs = x if blocks.is_contiguous else ordered(x, blocks.orders.cols), []
     if diagonal is None:
@@ -185,8 +208,8 @@ def _products(
         dtype = product_dtype(x.dtype, x.device.type)
         with without_autocast(x.device.type):  # every dtype is chosen here
             for run, (A, B), entries in zip(runs, factors, diagonal, strict=True):
-                z = _multiplied(A * _inputs(run, sorted_x), entries.mT, dtype)
-                outputs.append(_summed(B * z).flatten(2))
+                z = _multiplied(times(A, _inputs(run, sorted_x)), entries.mT, dtype)
+                outputs.append(_summed(times(B, z)).flatten(2))
     y = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)).to(x.dtype)
     return y if blocks.is_contiguous else ordered(y, blocks.orders.rows_inverse)
 

@@ -59,6 +59,12 @@ def part(case: Problem, modulation: Any = "hadamard", scaling: float = 1.0) -> S
     return SavedLayer(case.ranks, modulation, scaling, True, A, B, *labels, torch.ones(len(case.ranks)))
 
 
+SLOTS = [
+    [0, 2, -1, 3, 3, 4, 0, -1, *[2] * 40, *[0, 3, 4] * 45],  # slot 2 has so many that its ΔW is formed
+    [*[0] * 200, -1, *[2] * 100, *[4] * 30, *[3] * 9, -1],  # prompts, at rank 1 one of them in two pieces
+]
+
+
 def added(layer: Slots, x: Tensor, rows: RowsBySlot, width: int) -> Tensor:
     output = x.new_zeros(len(x), width)
     with torch.no_grad():
@@ -67,15 +73,14 @@ def added(layer: Slots, x: Tensor, rows: RowsBySlot, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize("modulation", ["hadamard", "none"])
+@pytest.mark.parametrize("slots", SLOTS)
+@pytest.mark.parametrize("kind", ["spectral", "contiguous"])
 @pytest.mark.parametrize(("out_features", "in_features", "ranks"), CASES)
 def test_each_token_gets_what_its_adapter_adds_to_each_slice(
-    out_features: int, in_features: int, ranks: tuple[int, ...], modulation: str
+    out_features: int, in_features: int, ranks: tuple[int, ...], kind: str, slots: list[int], modulation: str
 ) -> None:
     sizes = [out_features, out_features + 3, out_features]
-    slices = [
-        problem(size, in_features, ranks, kind)
-        for size, kind in zip(sizes, ("spectral", "contiguous", "spectral"), strict=True)
-    ]
+    slices = [problem(size, in_features, ranks, of) for size, of in zip(sizes, (kind, "contiguous", kind), strict=True)]
     layer, weight, deltas = Slots(), torch.cat([own.weight for own in slices]).float(), {}
     for slot, given in ((0, (0, 1, 2)), (2, (0, 1, 2)), (3, (0, 2)), (4, (1,))):
         new = [own._replace(A=torch.randn_like(own.A), B=torch.randn_like(own.B)) for own in slices]
@@ -83,7 +88,6 @@ def test_each_token_gets_what_its_adapter_adds_to_each_slice(
         layer.set(slot, parts, sizes, lambda: weight)
         own_deltas = [own.oracle(modulation, slot + 1) * (place in given) for place, own in enumerate(new)]
         deltas[slot] = torch.cat(own_deltas)
-    slots = [0, 2, -1, 3, 3, 4, 0, -1, *[2] * 40, *[0, 3, 4] * 45]  # slot 2 has so many that its ΔW is formed
     x = torch.randn(len(slots), in_features)
     expected = [
         x[token].double() @ deltas[slot].T if slot >= 0 else torch.zeros(sum(sizes)) for token, slot in enumerate(slots)
