@@ -9,7 +9,7 @@ floor(n · x), x of a power distribution (α = 1: all alike; α = 0.2: mostly a 
 distribution with coefficient of variation cv, and prompts and answers have 8 to 128 tokens, uniformly. vLLM's
 `benchmark`, the function behind `vllm bench serve`, draws the gaps, sends and measures; since it draws adapters
 uniformly only, it is given their sequence. vLLM finds adapters by `VLLM_LORA_RESOLVER_CACHE_DIR`, and logs each that it
-reads. Their factors are random, large enough to change every text.
+reads; it keeps 128 in memory. Their factors are random, large enough to change every text.
 
 An answer is right if PEFT, with the adapter alone and in the server's dtype, writes the same text greedily, or has two
 best logits within TIE where the texts part or before. An adapter of another request shows that a wrong one is seen.
@@ -51,7 +51,8 @@ SYSTEMS: dict[str, Any] = {
 }
 STRENGTH = {"smoa 32": 2.5, "lora 1": 1.0, "lora 8": 1.0}
 """The size of random factors, as a multiple of that which each method draws."""
-SLOTS = 32
+SLOTS, KEPT = 32, 128
+"""Adapters that vLLM has in slots and in memory: of 32 in both, one that waits is read again when its turn comes."""
 TOKENS = 8, 128
 SOON = 6.0
 """Seconds within which a first token is in time for S-LoRA."""
@@ -75,7 +76,7 @@ def traffic(
 ) -> dict[str, Any]:
     """Requests finished, latencies, adapters read and memory of each system at each rate and α."""
     common = {"seconds": seconds, "cv": cv, "adapters": adapters, "seed": seed, "server_threads": server_threads}
-    common |= {"slots": SLOTS, "tokens": list(TOKENS), "dtype": "float32", "base": BASE.name}
+    common |= {"slots": SLOTS, "kept": KEPT, "tokens": list(TOKENS), "dtype": "float32", "base": BASE.name}
     ROOM.mkdir(exist_ok=True)
     for system in systems:
         save_adapters(system, adapters)
@@ -146,7 +147,11 @@ def server(system: str, threads: int) -> Iterator[tuple[psutil.Process, str, Pat
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
     if SYSTEMS[system] is not None:
         environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_LORA_RESOLVER_CACHE_DIR": str(ROOM / system)}
-        options |= {"max-loras": SLOTS, "max-lora-rank": getattr(SYSTEMS[system], "r", 1) if "lora" in system else 1}
+        options |= {
+            "max-loras": SLOTS,
+            "max-cpu-loras": KEPT,
+            "max-lora-rank": getattr(SYSTEMS[system], "r", 1) if "lora" in system else 1,
+        }
         command.append("--enable-lora")
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     with log.with_suffix(".out").open("w") as out:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -84,6 +84,7 @@ def _creates(original: Callable[..., Any]) -> Callable[..., Any]:
         manager = original(*args, **kwargs)
         manager.smoa_refusal = _refusal(manager, kwargs["vllm_config"])
         if manager.smoa_refusal is None:
+            manager.smoa_places, manager.smoa_renamed = dict(_places(manager)), _renaming(manager.model)
             _give_slots(manager, kwargs["vllm_config"].model_config.dtype)
         return manager
 
@@ -197,7 +198,7 @@ def _loads(original: Callable[..., Any]) -> Callable[..., Any]:
         manager = worker._adapter_manager
         if manager.smoa_refusal is not None:
             raise ConfigError(f"{folder}: SMoA adapters can't be served with {manager.smoa_refusal}")
-        places, renamed = dict(_places(manager)), _renaming(manager.model)
+        places, renamed = manager.smoa_places, manager.smoa_renamed
         layers = read_layers(folder, lambda path: places.get(renamed(path), "no LoRA layer of this engine"))
         weights = _found("vllm.lora.lora_weights:LoRALayerWeights")
         # lora_b has the scale multiplied in, and is pinned, by the manager: nothing here
@@ -234,4 +235,4 @@ def _renaming(model: Any) -> Callable[[str], str]:
             mapper = getattr(mapper, name)()
             break
     parse = _found("vllm.lora.utils:parse_fine_tuned_lora_name")
-    return lambda path: parse(f"{PREFIX}{path}.lora_A.weight", mapper)[0]
+    return cache(lambda path: parse(f"{PREFIX}{path}.lora_A.weight", mapper)[0])
