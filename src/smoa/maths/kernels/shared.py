@@ -209,7 +209,8 @@ def _products(
         with without_autocast(x.device.type):  # every dtype is chosen here
             for run, (A, B), entries in zip(runs, factors, diagonal, strict=True):
                 z = _multiplied(times(A, _inputs(run, sorted_x)), entries.mT, dtype)
-                outputs.append(_summed(times(B, z)).flatten(2))
+                y = times(B, z)
+                outputs.append((y.squeeze(2) if y.shape[2] == 1 else y.sum(2)).flatten(2))
     y = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)).to(x.dtype)
     return y if blocks.is_contiguous else ordered(y, blocks.orders.rows_inverse)
 
@@ -221,20 +222,12 @@ def _multiplied(values: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
     return product.transpose(0, 1).view(groups, tokens, rank, blocks, entries.shape[2])
 
 
-def _summed(values: Tensor) -> Tensor:
-    """The sum over the ranks: (groups, tokens, blocks, size)."""
-    return values.squeeze(2) if values.shape[2] == 1 else values.sum(2)
-
-
 def _inputs(run: BlockRun, x: Tensor) -> Tensor:
     """(groups, tokens, 1, blocks, width), of x (groups, tokens, in_features) sorted by block."""
-    return _columns(x, run.first_col, run.count, run.width)
-
-
-def _columns(x: Tensor, first: int, blocks: int, size: int) -> Tensor:
     groups, tokens, width = x.shape
-    own = x if width == blocks * size else x.narrow(2, first, blocks * size)
-    return own.view(groups, tokens, 1, blocks, size)
+    size = run.count * run.width
+    own = x if width == size else x.narrow(2, run.first_col, size)
+    return own.view(groups, tokens, 1, run.count, run.width)
 
 
 def _unmodulated(run: BlockRun, x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
