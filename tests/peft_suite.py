@@ -144,6 +144,7 @@ LEFT_OUT: dict[str, str] = {
     ),
     "warns_for_unsharded": f"{LORAS}a warning in PEFT's save; test_factors_that_zero3_has_partitioned_are_not_saved",
     "different_target_parameters_raises": f"{ADAPTED}adapters of several parameters; test_targets.py",
+    "mamba_modules": f"{ADAPTED}what Mamba only reads; a save names layers that training left at zero (docs/layers.md)",
     "groups_greater_than_one": f"{ADAPTED}grouped convolutions; test_kinds.py",
     "stable_diffusion": "loads a pipeline of the Hub; tests/integration/test_diffusers.py has a UNet and a transformer",
     r"trainable tokens Same.*merge_layers_multi|merge_layers_multi.*trainable tokens Same": (
