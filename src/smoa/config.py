@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import InitVar, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -270,9 +271,12 @@ PATTERNS = ("rank_pattern", "alpha_pattern", "num_blocks_pattern")
 CHECKED_BY_PEFT = ("task_type", "peft_type", "peft_version")
 
 
+_hints_of = cache(get_type_hints)
+
+
 def config_problems(config: Any) -> list[str]:
     """All problems of single values or, if there are none, of combinations."""
-    hints = get_type_hints(type(config))
+    hints = _hints_of(config.__class__)
     names = [field.name for field in fields(config) if field.name not in CHECKED_BY_PEFT]
     problems = [problem for name in names for problem in value_problems(name, getattr(config, name), hints[name])]
     return problems or list(_combination_problems(config))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError
-from smoa.files.loading import door, read_adapter
+from smoa.files.loading import door, read_adapter, tensors_of
 from smoa.files.names import PARTS, PREFIX, adapter_layers, parameter_names
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import slices
@@ -53,7 +53,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
         if different := [name for name in FIXED if getattr(new, name) != getattr(old, name)]:
             said = "; ".join(f"{name}={getattr(new, name)!r}, not {getattr(old, name)!r}" for name in different)
             raise ConfigError(f"{path}: has {said} as the loaded adapter; {REMEDY}")
-        state = read_adapter(path)
+        state = tensors_of(*read_adapter(path))
         for name, layer in layers.items():
             saved_name = names.get(name, name)
             A, B, *partition = keys = [f"{PREFIX}{saved_name}.{part}" for part in PARTS]

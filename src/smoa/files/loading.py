@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial, wraps
@@ -44,32 +44,49 @@ class AdapterFile(NamedTuple):
     @classmethod
     def opened(cls, path: Path, read: bool = False) -> AdapterFile:
         """Read the header and, if asked, the tensors."""
-        if not path.is_file():
-            raise AdapterFileError(f"{path}: is not a regular file; save the adapter again")
-        try:
-            if read:
-                tensors = without_id(read_tensors(path.read_bytes()))
-                keys = list(tensors)
-            else:
-                with safe_open(path, "pt") as file:
-                    tensors, keys = None, list(file.keys())
-        except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch can't map the file
-            found = f"is not a whole safetensors file ({error})"
-            raise AdapterFileError(f"{path}: {found}; save or fetch it again") from None
-        if not any(key.endswith(".smoa_A.weight") for key in keys):
-            raise AdapterFileError(f"{path}: has no smoa_A factor, so it does not belong to {CONFIG_NAME}")
-        return cls(path, tensors)
+        if read:
+            return cls(path, tensors_of(path, bytes_of(path)))
+        with _reading(path), safe_open(path, "pt") as file:
+            _check_keys(path, file.keys())
+        return cls(path, None)
 
 
-def find_adapter(
-    source: str | os.PathLike[str], config: object = None, read: bool = False, **options: Any
-) -> AdapterFile | None:
-    """The weights of the SMoA adapter in a folder or on the Hub.
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    if not path.is_file():
+        raise AdapterFileError(f"{path}: is not a regular file; save the adapter again")
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch can't map the file
+        found = f"is not a whole safetensors file ({error})"
+        raise AdapterFileError(f"{path}: {found}; save or fetch it again") from None
+
+
+def _check_keys(path: Path, keys: Iterable[str]) -> None:
+    if not any(key.endswith(".smoa_A.weight") for key in keys):
+        raise AdapterFileError(f"{path}: has no smoa_A factor, so it does not belong to {CONFIG_NAME}")
+
+
+def bytes_of(path: Path) -> bytes:
+    """The content of an adapter's weights."""
+    with _reading(path):
+        return path.read_bytes()
+
+
+def tensors_of(path: Path, data: bytes) -> dict[str, Tensor]:
+    """The tensors in the content of an adapter's weights."""
+    with _reading(path):
+        tensors = without_id(read_tensors(data))
+    _check_keys(path, tensors)
+    return tensors
+
+
+def find_weights(source: str | os.PathLike[str], config: object = None, **options: Any) -> Path | None:
+    """The file with the weights of the SMoA adapter in a folder or on the Hub.
 
     Args:
         source: Folder or hub id.
         config: The config to load it with, by default the one in the folder.
-        read: Read the tensors too.
         options: PEFT's options for the Hub (`HUB_OPTIONS`), such as `subfolder`, `revision` and `token`.
 
     Returns:
@@ -88,7 +105,15 @@ def find_adapter(
                 f"save the adapter as {SAFETENSORS_WEIGHTS_NAME}"
             )
         return None
-    return AdapterFile.opened(path, read)
+    return path
+
+
+def find_adapter(
+    source: str | os.PathLike[str], config: object = None, read: bool = False, **options: Any
+) -> AdapterFile | None:
+    """As `find_weights`, with its header checked or, if asked, the tensors read."""
+    path = find_weights(source, config, **options)
+    return None if path is None else AdapterFile.opened(path, read)
 
 
 def _located(source: str | os.PathLike[str], name: str, options: dict[str, Any]) -> Path | None:
@@ -110,12 +135,11 @@ def saved_config(path: Path | None) -> dict[str, Any]:
     return saved if isinstance(saved, dict) else {}
 
 
-def read_adapter(source: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of the SMoA adapter in a folder or on the Hub."""
-    file = find_adapter(source, read=True)
-    if file is None or file.tensors is None:
+def read_adapter(source: str | os.PathLike[str]) -> tuple[Path, bytes]:
+    """The weights of the SMoA adapter in a folder or on the Hub, for `tensors_of`."""
+    if (path := find_weights(source)) is None:
         raise AdapterFileError(f"{source}: has no {SAFETENSORS_WEIGHTS_NAME} of a SMoA adapter")
-    return file.tensors
+    return path, bytes_of(path)
 
 
 _INCOMING: ContextVar[tuple[Path, Callable[[], AdapterFile | None]] | None] = ContextVar("smoa_incoming", default=None)

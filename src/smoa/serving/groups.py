@@ -6,11 +6,11 @@ of W_q, W_k and W_v, each with columns of x. So it takes as few products as a pl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
-from itertools import accumulate, count
+from itertools import accumulate, count, islice
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from smoa.maths.factors import BlockRun, runs_of
 from smoa.maths.kernels.autograd import is_transformed, only_values
 from smoa.maths.kernels.shared import Diagonal, Gathered, formed, shared
 from smoa.serving.rows import Mark, Plan, Rows, RowsBySlot
-from smoa.serving.saved import SavedLayer
+from smoa.serving.saved import SavedLayer, Template
 
 Parts = Sequence[SavedLayer | None]
 """An adapter's factors of each slice of a layer; None where it leaves a slice as it is."""
@@ -58,47 +58,39 @@ class LayerStack:
         self.runs, self._pieces = _runs(blocks, own)
         self.ranks = tuple(rank for part in own for rank in part.ranks)
         self.modulation, self.is_spectral = own[0].modulation, own[0].is_spectral
-
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(0, *shape, dtype=dtype, device=device))
-
-        self.factors = [
-            (empty(1, run.rank, run.count, run.width), empty(1, run.rank, run.count, run.height)) for run in self.runs
-        ]
-        """A and B of each run, (slots, 1, rank, blocks, width or height): rows of them are what `shared` takes."""
-        self.block_scale = torch.zeros(0, len(self.ranks), device=device)
-        self.scale = self.block_scale.to(torch.promote_types(dtype, torch.float32))
+        shapes = [(1, run.rank, run.count, size) for run in self.runs for size in (run.width, run.height)]
+        empty = [torch.zeros(0, *shape, dtype=dtype, device=device) for shape in shapes]
+        block_scale = torch.zeros(0, len(self.ranks), device=device)
+        empty += [block_scale, block_scale.to(torch.promote_types(dtype, torch.float32))]
+        self.tensors = [nn.Parameter(tensor, requires_grad=False) for tensor in empty]
+        """A and B of each run, (slots, 1, rank, blocks, width or height), rows of which are what `shared` takes; block
+        scales and scales, (slots, blocks). They are a shelf's."""
         self._rank = 0 if self.modulation == "none" else max(self.ranks)
         self._changes = 0
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All factors."""
-        return [part for pair in self.factors for part in pair]
+        return self.tensors[:-2]
 
-    def grow(self, capacity: int) -> None:
-        """Make room for so many adapters. Batches that run keep the old tensors."""
+    @property
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """A and B of each run."""
+        return list(zip(self.tensors[:-2:2], self.tensors[1:-2:2], strict=True))
 
-        def grown(tensor: Tensor) -> Tensor:
-            larger = tensor.new_zeros(capacity, *tensor.shape[1:])
-            larger[: len(tensor)] = tensor
-            return larger
-
-        self.factors = [(nn.Parameter(grown(A.detach())), nn.Parameter(grown(B.detach()))) for A, B in self.factors]
-        self.block_scale, self.scale = grown(self.block_scale), grown(self.scale)
-        self._changes += 1
-
-    def write(self, slot: int, parts: Parts) -> None:
-        """Put an adapter's factors and scales into a slot."""
-        for factor in self.parameters:
-            if factor.grad is not None:  # of the adapter that has left
-                factor.grad[slot] = 0
+    def of_slot(self, parts: Parts) -> list[Tensor]:
+        """What stands in the slot of an adapter with these parts: its factors, as in `parameters`, and block scales."""
         own = [part for part in parts if part]
-        for (A, B), (place, run) in zip(self._of(slot), self._pieces, strict=True):
-            A.copy_(run.of_A(own[place].A))
-            B.copy_(run.of_B(own[place].B))
-        torch.cat([part.block_scale for part in own], out=self.block_scale[slot])
-        torch.cat([part.block_scale * part.scaling for part in own], out=self.scale[slot])
+        pieces, found = (run for part in own for run in part.in_runs()), list[Tensor]()
+        for of_run in self._pieces:
+            found += (torch.cat(each, 1)[None] for each in zip(*islice(pieces, of_run), strict=True))
+        return [*found, torch.cat([part.block_scale for part in own])]
+
+    def changed(self, slot: int) -> None:
+        """Forget what was of the adapter that has left a slot."""
+        for factor in self.parameters:
+            if factor.grad is not None:
+                factor.grad[slot] = 0
         self._changes += 1
 
     def read(self, slot: int) -> tuple[Tensor, ...]:
@@ -106,20 +98,10 @@ class LayerStack:
         (like, _), rank = self.factors[0], sum(self.ranks)
         height, width = max(run.height for run in self.runs), max(run.width for run in self.runs)
         found = like.new_zeros(rank, width), like.new_zeros(height, rank)
-        for (A, B), (_, run) in zip(self._of(slot), self._pieces, strict=True):
-            run.of_A(found[0]).copy_(A)
-            run.of_B(found[1]).copy_(B)
-        return *found, self.blocks.row_labels, self.blocks.col_labels, self.block_scale[slot]
-
-    def _of(self, slot: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The factors in a slot for each piece: (blocks, rank, width) and (blocks, height, rank)."""
-        place, first = 0, 0
-        for _, run in self._pieces:
-            if first == self.runs[place].count:
-                place, first = place + 1, 0
-            A, B = (part.data[slot, 0].narrow(1, first, run.count) for part in self.factors[place])
-            yield A.transpose(0, 1), B.permute(1, 2, 0)
-            first += run.count
+        for (A, B), run in zip(self.factors, self.runs, strict=True):
+            run.of_A(found[0]).copy_(A.data[slot, 0].transpose(0, 1))
+            run.of_B(found[1]).copy_(B.data[slot, 0].permute(1, 2, 0))
+        return *found, self.blocks.row_labels, self.blocks.col_labels, self.tensors[-2][slot]
 
     def add_to(self, output: Tensor, x: Tensor, rows: RowsBySlot, diagonal: Diagonal) -> None:
         """Add to an output (rows, …, out_features) what each row's adapter makes of x (rows, …, in_features).
@@ -170,7 +152,7 @@ class LayerStack:
 
     def _gathered(self, factors: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> Gathered:
         """The factors of each slot, with the scale in B."""
-        scale = self.scale.index_select(0, slots)[:, None, None, :, None]
+        scale = self.tensors[-1].index_select(0, slots)[:, None, None, :, None]
         scales = scale.split([run.count for run in self.runs], dim=3)
         own = zip(factors, scales, strict=True)
         return [(A.index_select(0, slots), B.index_select(0, slots) * scale) for (A, B), scale in own]
@@ -188,7 +170,7 @@ class LayerStack:
     def nbytes(self) -> int:
         """Bytes of factors, scales and blocks."""
         labels = self.blocks.row_labels, self.blocks.col_labels, *self.blocks.orders
-        return sum(tensor.nbytes for tensor in (*self.parameters, self.block_scale, self.scale, *labels))
+        return sum(tensor.nbytes for tensor in (*self.tensors, *labels))
 
 
 def _fused(blocks: Sequence[Blocks], starts: Sequence[int]) -> Blocks:
@@ -204,20 +186,50 @@ def _fused(blocks: Sequence[Blocks], starts: Sequence[int]) -> Blocks:
     return Blocks(row_labels, col_labels, sum(own.num_blocks for own in blocks), orders)
 
 
-def _runs(blocks: Sequence[Blocks], parts: Sequence[SavedLayer]) -> tuple[list[BlockRun], list[tuple[int, BlockRun]]]:
-    """The runs of all slices, where neighbors of one shape are one run, and each slice's own with its place."""
-    runs, pieces, row, col, rank = list[BlockRun](), list[tuple[int, BlockRun]](), 0, 0, 0
-    for place, (own, part) in enumerate(zip(blocks, parts, strict=True)):
+def _runs(blocks: Sequence[Blocks], parts: Sequence[SavedLayer]) -> tuple[list[BlockRun], list[int]]:
+    """The runs of all slices, where neighbors of one shape are one run, and of how many of the slices' own each is."""
+    runs, pieces, row, col, rank = list[BlockRun](), list[int](), 0, 0, 0
+    for own, part in zip(blocks, parts, strict=True):
         for run in runs_of(*own.shape, part.ranks):
-            pieces.append((place, run))
             last = runs[-1] if runs else None
             if last is not None and (last.height, last.width, last.rank) == (run.height, run.width, run.rank):
-                runs[-1] = replace(last, count=last.count + run.count)
+                runs[-1], pieces[-1] = replace(last, count=last.count + run.count), pieces[-1] + 1
             else:
                 firsts = run.first_row + row, run.first_col + col, run.first_rank + rank
                 runs.append(BlockRun(run.count, run.height, run.width, run.rank, *firsts))
+                pieces.append(1)
         row, col, rank = row + own.out_features, col + own.in_features, rank + sum(part.ranks)
     return runs, pieces
+
+
+class Shelf:
+    """The tensors of stacks of the same shapes, one of each kind, (stacks, slots, …): an adapter takes few copies."""
+
+    def __init__(self, stacks: Sequence[LayerStack]) -> None:
+        self.stacks = stacks
+        self._parts = [part.detach().expand(len(stacks), *part.shape) for part in stacks[0].tensors]
+
+    def grow(self, capacity: int) -> None:
+        """Make room for so many adapters. Batches that run keep the old tensors."""
+        for place, part in enumerate(self._parts):
+            self._parts[place] = larger = part.new_zeros(len(part), capacity, *part.shape[2:])
+            larger[:, : part.shape[1]] = part
+            for stack, own in zip(self.stacks, larger, strict=True):
+                trains = place < len(stack.parameters)  # `data` has a count of changes of its own
+                stack.tensors[place] = nn.Parameter(own.data, requires_grad=trains)
+
+    def of_slot(self, adapter: Sequence[Parts]) -> list[Tensor]:
+        """What stands in the slot of an adapter, given its parts of each stack."""
+        own = (stack.of_slot(parts) for stack, parts in zip(self.stacks, adapter, strict=True))
+        return [torch.stack(each) for each in zip(*own, strict=True)]
+
+    def write(self, slot: int, values: Sequence[Tensor], scaling: Tensor) -> None:
+        """Put an adapter into a slot: what `of_slot` gives, and α/r of each block, (stacks, blocks)."""
+        scales = values[-1] * scaling.to(values[-1].device)
+        for part, value in zip(self._parts, [*values, scales], strict=True):
+            part.data[:, slot] = value
+        for stack in self.stacks:
+            stack.changed(slot)
 
 
 @dataclass(eq=False)
@@ -227,6 +239,15 @@ class AdapterGroup:
     stacks: dict[str, LayerStack]
     free: list[int] = field(default_factory=list)
     capacity: int = 0
+
+    def __post_init__(self) -> None:
+        alike: dict[Hashable, list[str]] = {}
+        for path, stack in self.stacks.items():
+            kinds = [(part.shape, part.dtype, part.device) for part in stack.tensors]
+            alike.setdefault(tuple(kinds), []).append(path)
+        self._shelves = [(paths, Shelf([self.stacks[path] for path in paths])) for paths in alike.values()]
+        self._places: tuple[Template | None, list[list[Tensor]]] = None, []
+        """Where among an adapter's numbers those of each shelf are, for adapters by a template."""
 
     @property
     def fixed(self) -> bool:
@@ -246,10 +267,26 @@ class AdapterGroup:
         """A free slot; the tensors grow by an eighth where there is none."""
         if not self.free:
             larger = min(self.capacity + max(8, self.capacity // 8), max(slots or 1 << 62, self.capacity + 1))
-            for stack in self.stacks.values():
-                stack.grow(larger)
+            for _, shelf in self._shelves:
+                shelf.grow(larger)
             self.free, self.capacity = list(range(self.capacity, larger))[::-1], larger
         return self.free.pop()
+
+    def write(self, slot: int, template: Template, numbers: Tensor | None) -> None:
+        """Put an adapter into a slot: the template itself, or one with these numbers."""
+
+        def of_slot(numbers: Tensor | None) -> list[list[Tensor]]:
+            layers = template.layers_of(numbers)
+            return [shelf.of_slot([[layers[path]] for path in paths]) for paths, shelf in self._shelves]
+
+        if numbers is None:
+            values = of_slot(None)
+        else:
+            if self._places[0] is not template:
+                self._places = template, of_slot(torch.arange(len(numbers)))
+            values = [[numbers.take(places) for places in of_shelf] for of_shelf in self._places[1]]
+        for (paths, shelf), own in zip(self._shelves, values, strict=True):
+            shelf.write(slot, own, torch.tensor([[template.layers[path].scaling] for path in paths]))
 
 
 @dataclass(eq=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import threading
 import warnings
@@ -27,9 +26,8 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from smoa.atomic import write_whole
-from smoa.config import SmoaConfig
+from smoa.config import Shape, SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedModuleError, first_of, nearest
-from smoa.files.loading import read_adapter
 from smoa.layers.layer import in_autocast_dtype, is_plain_linear, smoa_layers
 from smoa.layers.linear import Linear
 from smoa.layers.merging import as_matrix
@@ -37,7 +35,7 @@ from smoa.layers.quantized import dequantized, find_backend
 from smoa.layers.weight_cache import tensor_state
 from smoa.maths.kernels.shared import diagonal_of
 from smoa.serving.groups import AdapterGroup, LayerStack, LoadedAdapter
-from smoa.serving.saved import SavedLayer, by_layer, checked_layers, folder_in
+from smoa.serving.saved import SavedLayer, Template, by_layer, checked_layers, folder_in, read_by_template, settings_of
 from smoa.serving.uses import Batch, Uses
 from smoa.tuner.generation import BASE, watch_generate
 
@@ -45,6 +43,7 @@ SEQUENCE_FIRST = ("fsmt", "led", "longformer", "xlnet")
 """Types of models that give layers inputs whose first dimension is the tokens."""
 ROUTED = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 """The paths of layers within an expert that is a module."""
+REMEDY = "a pool takes factors only, so load this adapter with PEFT"
 ALIKE = 0.5
 """Share of coordinates in the same block above which two spectral adapters may be of one base, quantized or not."""
 
@@ -107,7 +106,8 @@ class AdapterPool:
         self._adapters: OrderedDict[str, LoadedAdapter] = OrderedDict()
         self._groups: dict[Any, AdapterGroup] = {}
         self._in_use: Counter[str] = Counter()
-        self._templates: dict[str, tuple[SmoaConfig, dict[str, SavedLayer]]] = {}
+        self._new: dict[str, tuple[SmoaConfig, dict[str, SavedLayer]]] = {}
+        self._read: list[Template] = []
         self._hooked: dict[str, tuple[nn.Module, Any]] = {}
         self._lock = threading.RLock()
         self._uses = Uses()
@@ -131,8 +131,9 @@ class AdapterPool:
         config = SmoaConfig.from_pretrained(str(source))
         if not isinstance(config, SmoaConfig):
             raise ConfigError(f"{source}: is not a SMoA adapter but {getattr(config, 'peft_type', 'none')}")
-        layers = self._layers_of(config, read_adapter(source), str(source))
-        self._put(name, config, layers, str(source), is_new=False)
+        shapes_of = partial(self._shapes_of, str(source), _without_peft(self.base))
+        adapter = read_by_template(self._read, str(source), config, REMEDY, shapes_of)
+        self._put(name, config, *adapter, str(source), is_new=False)
 
     def add(self, name: str, config: SmoaConfig) -> None:
         """Add a new adapter, as `get_peft_model(base, config)` makes one, but without dropout.
@@ -147,14 +148,16 @@ class AdapterPool:
                 f"AdapterPool.add: a pool has no dropout, so smoa_dropout={config.smoa_dropout} has no effect",
                 stacklevel=2,
             )
-        settings = json.dumps(config.to_dict(), default=sorted, sort_keys=True)
-        if settings not in self._templates:
+        if (settings := settings_of(config)) not in self._new:
             own = copy.deepcopy(config)
-            tensors = get_peft_model_state_dict(get_peft_model(self._twin(), own))
-            self._templates[settings] = own, self._layers_of(own, tensors, name)
-        filled, layers = self._templates[settings]
-        drawn = {path: layer.drawn(config.init_weights) for path, layer in layers.items()}
-        self._put(name, copy.deepcopy(filled), drawn, name, is_new=True)
+            found = by_layer(get_peft_model_state_dict(get_peft_model(self._twin(), own)), name, REMEDY)
+            self._new[settings] = (
+                own,
+                checked_layers(found, self._shapes_of(name, _without_peft(self.base), sorted(found)), own, name),
+            )
+        filled, layers = self._new[settings]
+        drawn = Template({path: layer.drawn(config.init_weights) for path, layer in layers.items()})
+        self._put(name, copy.deepcopy(filled), drawn, None, name, is_new=True)
 
     def unload(self, name: str) -> None:
         """Forget an adapter and free its slot.
@@ -215,7 +218,7 @@ class AdapterPool:
                 raise ConfigError(f"AdapterPool.close: {used[0]!r} is in use; wait for the batch to end")
             for _, handle in self._hooked.values():
                 handle.remove()
-            for known in (self._hooked, self._adapters, self._groups, self._templates):
+            for known in (self._hooked, self._adapters, self._groups, self._new, self._read):
                 known.clear()
             _POOLS.pop(self.base, None)
 
@@ -340,11 +343,13 @@ class AdapterPool:
             self._adapters.move_to_end(name)
             return self._adapters[name]
 
-    def _put(self, name: str, config: SmoaConfig, layers: Mapping[str, SavedLayer], source: str, is_new: bool) -> None:
-        """Write checked layers into a slot; nothing is changed by an error."""
+    def _put(
+        self, name: str, config: SmoaConfig, template: Template, numbers: Tensor | None, source: str, is_new: bool
+    ) -> None:
+        """Write a checked adapter into a slot; nothing is changed by an error."""
         if name == BASE or not name:
             raise ConfigError(f"AdapterPool: {name!r} can't name an adapter")
-        signature = tuple((path, each.ranks, each.modulation, each.digest) for path, each in layers.items())
+        signature = template.signature
         with self._lock, torch.inference_mode(False):  # what is made in inference mode can't be written to outside
             if self._in_use[name]:
                 raise ConfigError(f"AdapterPool.load: {name!r} is in use; wait for the batch to end")
@@ -355,12 +360,11 @@ class AdapterPool:
                     "AdapterPool: add all adapters before pool.parameters(), whose tensors keep their size"
                 )
             if group is None:
-                group = self._groups[signature] = self._new_group(layers, source)
+                group = self._groups[signature] = self._new_group(template.layers, source)
             for other in leaving:
                 self.unload(other)
             slot = group.take(self.slots)
-            for path, each in layers.items():
-                group.stacks[path].write(slot, [each])
+            group.write(slot, template, numbers)
             self._adapters[name] = adapter = LoadedAdapter(config, group, slot)
             adapter.saved = None if is_new else adapter.digest()
             self._groups = {key: each for key, each in self._groups.items() if each.fixed or not each.is_empty}
@@ -381,12 +385,10 @@ class AdapterPool:
             )
         raise NoSlotError(f"AdapterPool: all {self.slots} slots are in use; raise slots, or wait")
 
-    def _layers_of(self, config: SmoaConfig, tensors: Mapping[str, Tensor], source: str) -> dict[str, SavedLayer]:
-        """The checked tensors of each layer, by its path in the base."""
-        found = by_layer(tensors, source, "a pool takes factors only, so load this adapter with PEFT")
-        modules = _without_peft(self.base)
+    def _shapes_of(self, source: str, modules: Mapping[str, nn.Module], paths: Sequence[str]) -> dict[str, Shape]:
+        """(out_features, in_features) of each layer at these paths in the base."""
         places, shapes = Counter(modules.values()), {}
-        for path in sorted(found):
+        for path in paths:
             layer = modules.get(path)
             if not isinstance(layer, nn.Linear | Conv1D):
                 kind = "no such layer" if layer is None else f"a {type(layer).__name__}"
@@ -401,7 +403,7 @@ class AdapterPool:
                     "load this adapter with PEFT"
                 )
             shapes[path] = Linear.shape_of(layer)
-        return checked_layers(found, shapes, config, source)
+        return shapes
 
     def _new_group(self, layers: Mapping[str, SavedLayer], source: str) -> AdapterGroup:
         stacks = {}

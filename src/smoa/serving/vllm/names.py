@@ -82,7 +82,7 @@ def _creates(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def create_lora_manager(*args: Any, **kwargs: Any) -> Any:
         manager = original(*args, **kwargs)
-        manager.smoa_refusal = _refusal(manager, kwargs["vllm_config"])
+        manager.smoa_refusal, manager.smoa_templates = _refusal(manager, kwargs["vllm_config"]), []
         if manager.smoa_refusal is None:
             manager.smoa_places, manager.smoa_renamed = dict(_places(manager)), _renaming(manager.model)
             _give_slots(manager, kwargs["vllm_config"].model_config.dtype)
@@ -198,8 +198,8 @@ def _loads(original: Callable[..., Any]) -> Callable[..., Any]:
         manager = worker._adapter_manager
         if manager.smoa_refusal is not None:
             raise ConfigError(f"{folder}: SMoA adapters can't be served with {manager.smoa_refusal}")
-        places, renamed = manager.smoa_places, manager.smoa_renamed
-        layers = read_layers(folder, lambda path: places.get(renamed(path), "no LoRA layer of this engine"))
+        places, renamed, known = manager.smoa_places, manager.smoa_renamed, manager.smoa_templates
+        layers = read_layers(folder, lambda path: places.get(renamed(path), "no LoRA layer of this engine"), known)
         weights = _found("vllm.lora.lora_weights:LoRALayerWeights")
         # lora_b has the scale multiplied in, and is pinned, by the manager: nothing here
         loras = {

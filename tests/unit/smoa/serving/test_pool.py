@@ -317,6 +317,15 @@ def test_a_random_new_adapter_is_as_large_as_one_of_peft() -> None:
     assert float((ours - plain).norm() / (theirs - plain).norm()) == pytest.approx(1, abs=0.5)
 
 
+def test_an_adapter_like_another_is_not_taken_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = AdapterPool(base(), folder=folder)
+    pool.load("anna", folder / "anna")
+    monkeypatch.delattr("smoa.serving.saved.tensors_of")
+    pool.load("ben", folder / "ben")
+    with pool.use(["ben"]), torch.no_grad():
+        assert_close(pool.base(input_ids=ids(1)).logits, alone(folder, "ben", ids(1)))
+
+
 def spoiled(folder: Path, target: Path, change: Any) -> Path:
     """A copy of anna with other tensors."""
     pool = AdapterPool(base())
@@ -325,7 +334,7 @@ def spoiled(folder: Path, target: Path, change: Any) -> Path:
     file = target / "adapter_model.safetensors"
     tensors = load_file(file)
     change(tensors)
-    save_file(tensors, file)
+    save_file(tensors, file, {"format": "pt"})  # as PEFT does
     return target
 
 
