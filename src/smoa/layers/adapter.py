@@ -45,8 +45,8 @@ class Adapter:
 
     def saved(self) -> tuple[Tensor, Tensor, Tensor]:
         """Row labels, column labels and block scales, as they are stored."""
-        rows, cols, scale = (store[self.name] for store in self.stores)
-        return rows, cols, scale
+        rows, cols, scale = self.stores
+        return rows[self.name], cols[self.name], scale[self.name]
 
     def decide(self, row_labels: Tensor, col_labels: Tensor, block_scale: Tensor) -> None:
         """Write labels and scales."""
@@ -65,8 +65,8 @@ class Adapter:
         device = torch.device("cpu") if layer.stored_weight().is_meta else layer.stored_weight().device
         rows, cols, scale = layer.saved_shapes(self.ranks)[2:]
         for store, shape in zip(self.stores[:2], (rows, cols), strict=True):
-            store.write(self.name, torch.full(shape, UNDECIDED, dtype=torch.uint8, device=device))
-        self.stores[2].write(self.name, torch.ones(scale, device=device, dtype=torch.float32))
+            store[self.name] = torch.full(shape, UNDECIDED, dtype=torch.uint8, device=device)
+        self.stores[2][self.name] = torch.ones(scale, device=device, dtype=torch.float32)
         if defer:
             return
         for other in layer.adapters.values():

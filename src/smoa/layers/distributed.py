@@ -154,11 +154,12 @@ def _needs_gathering(parameter: Any) -> UnsupportedModuleError:
 
 def partition_to_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     """State dict hook: save exact block scales, and under FSDP2 save labels and scales as replicated DTensors."""
-    for name, factor in layer.smoa_A.items():
+    weight: Any = next(layer.smoa_A.parameters(), None)
+    for name in layer.smoa_A:
         if (scale := state_dict.get(f"{prefix}{SCALE}.{name}")) is not None and scale.dtype != torch.float32:
             exact = layer.adapters[name].derived().block_scale.clone()  # FSDP1 casts buffers in place
             state_dict[f"{prefix}{SCALE}.{name}"] = exact
-        if isinstance(weight := next(factor.parameters()), DTensor):
+        if isinstance(weight, DTensor):
             for key in {f"{prefix}{part}.{name}" for part in PARTITION} & state_dict.keys():
                 placements = [Replicate()] * weight.device_mesh.ndim
                 state_dict[key] = DTensor.from_local(state_dict[key], weight.device_mesh, placements, run_check=False)
@@ -166,13 +167,16 @@ def partition_to_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str,
 
 def partition_from_state_dict(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Load state dict pre-hook: replace the DTensors of `partition_to_state_dict` by plain tensors."""
+    own = tuple(f"{prefix}{part}." for part in PARTITION)
     for key in state_dict:
-        if key.startswith(tuple(f"{prefix}{part}." for part in PARTITION)):
+        if key.startswith(own):
             state_dict[key] = whole(state_dict[key])
 
 
 def plain_name(name: str) -> str:
     """The module's name as in the keys of state dicts."""
+    if "_wrapped_module" not in name:
+        return name
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 

@@ -7,9 +7,10 @@ parameters and buffers alone. `Derived` follows from them, is no buffer, and is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter, is_
 from typing import Self
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,9 @@ class AdapterBuffers(nn.Module):
         return self
 
 
+_BLOCKS: WeakValueDictionary[object, Blocks] = WeakValueDictionary()
+
+
 @dataclass(eq=False)
 class Derived:
     """What follows from an adapter's labels and block scales.
@@ -136,8 +140,12 @@ class Derived:
             outputs, inputs = (Side.of(side.unflatten(0, (-1, halves)), len(ranks)) for side in (rows, cols))
             return cls(*kept, (outputs, inputs))
         shape = rows.shape[0], cols.shape[0]
-        blocks = Blocks(rows, cols, len(ranks), Orders.of(rows, cols), ascend(rows, cols), shape)
         digest = 0 if rows.is_meta else hash(torch.cat([rows, cols]).cpu().numpy().tobytes())
+        key = digest, *shape, rows.device, len(ranks)
+        if digest and (known := _BLOCKS.get(key)) is not None:  # adapters of one base share the sorted coordinates
+            return cls(*kept, replace(known, row_labels=rows, col_labels=cols), digest)
+        blocks = Blocks(rows, cols, len(ranks), Orders.of(rows, cols), ascend(rows, cols), shape)
+        _BLOCKS[key] = blocks
         return cls(*kept, blocks, digest)
 
     def has_labels(self, rows: Tensor, cols: Tensor) -> bool:

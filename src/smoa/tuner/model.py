@@ -85,13 +85,13 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Report all unsuitable targets at once, before any module is replaced."""
-        if "bitsandbytes" in sys.modules:
+        if "bitsandbytes" in sys.modules and len(self.peft_config) == 1:  # later adapters find it done
             for module in model.modules():
                 keep_unpacked(module)
-        targets = survey_targets(model, peft_config, self._check_target_module_exists, self._loads_labels)
+        self._targets = survey_targets(model, peft_config, self._check_target_module_exists, self._loads_labels)
         decomposes = peft_config.partition == "spectral" and not self._loads_labels
         hidden = None if decomposes else True  # None: shown on a terminal only
-        self._progress = tqdm(total=targets, desc="SMoA partitions", unit="layer", delay=1, disable=hidden)
+        self._progress = tqdm(total=len(self._targets), desc="SMoA partitions", unit="layer", delay=1, disable=hidden)
 
     def _create_and_replace(
         self,
@@ -105,7 +105,8 @@ class SmoaModel(BaseTuner, StateDictHooks):
     ) -> None:
         loads, kind, backend = self._loads_labels, None, None
         if parameter_name is None:
-            kind, _, backend = check_target(current_key, target, peft_config, self.model)
+            found = self._targets.get(current_key) or check_target(current_key, target, peft_config, self.model)
+            kind, _, backend = found
             known = target if isinstance(target, SmoaLayer) else None
             if self._progress is not None:
                 self._progress.update()

@@ -21,7 +21,7 @@ from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModul
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_of
-from smoa.layers.layer import SmoaLayer, smoa_layers
+from smoa.layers.layer import SmoaLayer
 from smoa.layers.quantized import find_backend
 from smoa.maths.blocks import check_num_blocks
 from smoa.maths.experts import Layout
@@ -40,11 +40,11 @@ _REPORTED: WeakSet[nn.Module] = WeakSet()
 
 def survey_targets(
     model: nn.Module, peft_config: Any, is_target: Callable[[Any, str], object], loads_labels: bool
-) -> int:
+) -> dict[str, Target]:
     """Check all targets, fill the config's target_modules as PEFT does, and report what a user should know.
 
     Nothing of the model is changed. `is_target` says whether a config makes the module of a name a target. With
-    `loads_labels` the partition is not made from the weights. Return the number of target modules.
+    `loads_labels` the partition is not made from the weights. Return what each target module is, by its name.
     """
     every_linear = str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     _report_experts(model, peft_config)
@@ -52,23 +52,24 @@ def survey_targets(
     if every_linear:
         _leave_out(config, model)
     groups = tie_targets(model, config, is_target)
-    inside = tuple(f"{name}." for name in smoa_layers(model))
+    modules = dict(model.named_modules())
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, SmoaLayer))
     problems: list[SmoaError] = []
-    shapes: dict[str, Shape] = {}
+    targets: dict[str, Target] = {}
     of_parameters: dict[str, Shape] = {}
     parameters: list[TargetParameter] = []
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if name and ".smoa_" not in name and not name.startswith(inside) and is_target(config, name):
             with _collected(problems):
-                _, shapes[name], backend = check_target(name, module, config, model)
-                if not loads_labels and backend is None:
+                targets[name] = check_target(name, module, config, model)
+                if not loads_labels and targets[name].backend is None:
                     weight: Any = base_of(module).weight
                     _check_finite(name, weight, module if isinstance(module, SmoaLayer) else None)
     with _collected(problems):
         parameters = target_parameters(model, config)
     for parameter in parameters:
         with _collected(problems):
-            if parameter.module_name in shapes:
+            if parameter.module_name in targets:
                 raise ConfigError(f"{parameter.key}: target_modules names its module too; name it in one of the two")
             of_parameters[parameter.key] = check_parameter(parameter, config)
             if not loads_labels:
@@ -76,10 +77,11 @@ def survey_targets(
                 _check_finite(parameter.key, parameter.tensor, known)
     if problems:
         raise type(problems[0])("; ".join(map(str, problems)))
+    shapes = {name: target.shape for name, target in targets.items()}
     check_alike(groups, shapes, config)
     if not loads_labels:
         _report_narrow(shapes | of_parameters, config)
-    return len(shapes)
+    return targets
 
 
 @contextmanager
@@ -95,10 +97,16 @@ def base_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def check_target(
-    name: str, module: nn.Module, config: SmoaConfig, model: nn.Module
-) -> tuple[Kind, Shape, QuantizationBackend | None]:
-    """The kind of a module, the shape of W, and the backend that dequantizes W, if it must be."""
+class Target(NamedTuple):
+    """What a module to adapt is: its kind, the shape of W, and the backend that dequantizes W, if it must be."""
+
+    kind: Kind
+    shape: Shape
+    backend: QuantizationBackend | None
+
+
+def check_target(name: str, module: nn.Module, config: SmoaConfig, model: nn.Module) -> Target:
+    """What the module of a name is. Raises UnsupportedModuleError or PartitionError if it can't be adapted."""
     base = base_of(module)
     try:
         backend = find_backend(base, model)
@@ -111,7 +119,7 @@ def check_target(
     assert kind is not None, "a layer of no kind was refused"
     shape = kind.shape_of(base)
     check_fit(name, shape, config)
-    return kind, shape, backend
+    return Target(kind, shape, backend)
 
 
 def _refusal(name: str, base: nn.Module, kind: Kind | None, model: nn.Module) -> UnsupportedModuleError | None:
