@@ -49,13 +49,8 @@ class ParamWrapper(SmoaLayer):
 
     def _weight_shape(self) -> tuple[int, int]:
         self.layout = Layout.of(self.get_base_layer(), self.parameter_name)
-        self.halves = self.layout.halves
+        self.halves, self.matrix_count = self.layout.halves, self.layout.count
         return self.layout.shape
-
-    @property
-    def matrix_count(self) -> int:
-        """G: number of matrices."""
-        return self.layout.count
 
     def saved_shapes(self, ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Shapes of A, B, row labels, column labels and block scales in the file of an adapter of these ranks."""
@@ -103,11 +98,12 @@ class ParamWrapper(SmoaLayer):
         stack = self.stack(adapter_name)
         return [stack.update(number) for number in range(self.layout.count)]
 
-    def part_name(self, number: int) -> str:
-        """The name of a matrix: "gate_up_proj[3].0"."""
-        expert, half = divmod(number, self.layout.halves)
-        name = f"{self.parameter_name}[{expert}]" if self.layout.is_stack else self.parameter_name
-        return f"{name}.{half}" if self.layout.halves > 1 else name
+    def parts(self, adapter_name: str) -> Iterator[tuple[str, Tensor, Update]]:
+        """Every matrix that the adapter changes: its name, as "gate_up_proj[3].0", its pristine weight and update."""
+        for number, (_, pristine, update) in enumerate(super().parts(adapter_name)):
+            expert, half = divmod(number, self.layout.halves)
+            name = f"{self.parameter_name}[{expert}]" if self.layout.is_stack else self.parameter_name
+            yield f"{name}.{half}" if self.layout.halves > 1 else name, pristine, update
 
     def delta(self, adapter_name: str) -> Tensor:
         """Dense ΔW of all matrices, (experts, halves, out_features, in_features), float32 or wider."""

@@ -30,7 +30,18 @@ from smoa.maths.factors import Initialization
 from smoa.maths.kernels.autograd import is_transformed
 
 
-class Embedding(SmoaLayer):
+class ReadByModels(SmoaLayer):
+    """A layer of whose base models read some attributes, as Whisper reads the strides of its convolutions."""
+
+    read_by_models: tuple[str, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).read_by_models:
+            return getattr(self.get_base_layer(), name)
+        return super().__getattr__(name)
+
+
+class Embedding(ReadByModels):
     """SMoA on a `torch.nn.Embedding`, whose table is W, or on a scaled one of transformers (`embed_scale`).
 
     Dropout drops tokens, not features: the input is a one-hot vector. `padding_idx` and `scale_grad_by_freq` act on the
@@ -71,7 +82,7 @@ class Embedding(SmoaLayer):
         return output.view(*x.shape, self.in_features)
 
 
-class Convolution(SmoaLayer):
+class Convolution(ReadByModels):
     """SMoA on a `torch.nn.Conv1d`, `Conv2d` or `Conv3d`, with any stride, padding, dilation and number of groups.
 
     One active adapter is computed by one convolution with W + ΔW where that is exact: in float32 on a CPU, and in

@@ -68,8 +68,8 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
     """How many matrices W each expert has, if the layer has a stack of them."""
     tied = False
     """Whether another layer has the same weight and the same adapters (`ensure_weight_tying`)."""
-    read_by_models: tuple[str, ...] = ()
-    """Attributes of the base layer that models read, as Whisper reads the strides of its convolutions."""
+    matrix_count = 1
+    """G: how many matrices W the layer has."""
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
     other_param_names: tuple[str, ...] = (
         "adapters",
@@ -116,11 +116,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         self.register_load_state_dict_post_hook(SmoaLayer._derive)  # type: ignore[no-untyped-call]
         self.update_layer(adapter_name, config, module, defer_partition=defer_partition)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in type(self).read_by_models:
-            return getattr(self.get_base_layer(), name)
-        return super().__getattr__(name)
-
     def __repr__(self) -> str:
         return f"smoa.{super().__repr__()}"
 
@@ -143,11 +138,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
     def _weight_shape(self) -> Shape:
         return self.shape_of(self.get_base_layer())
 
-    @property
-    def matrix_count(self) -> int:
-        """G: how many matrices W the layer has."""
-        return 1
-
     def saved_shapes(self, ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Shapes of A, B, row labels, column labels and block scales in the file of an adapter of these ranks."""
         return saved_shapes((self.out_features, self.in_features), ranks)
@@ -169,7 +159,12 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         self.adapters[adapter_name] = own = Adapter(stores, adapter_name, config, spec, ranks, alpha, self.halves)
         self.scaling[adapter_name] = own.scaling
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
-        self._add_factors(adapter_name, config.init_weights)
+        (of_A, of_B), r = self.saved_shapes(ranks)[:2], own.r
+        A, B = nn.Linear(of_A[1], of_A[0], bias=False), nn.Linear(of_B[1], of_B[0], bias=False)
+        with torch.no_grad():
+            for part_A, part_B in zip(A.weight.split(r), B.weight.split(r, dim=1), strict=True):
+                self._fill_factors(part_A, part_B, adapter_name, config.init_weights)
+        self.smoa_A[adapter_name], self.smoa_B[adapter_name] = A, B
         own.prepare(self, defer_partition)
         if config.init_weights is False and not own.pending:
             with torch.no_grad():  # a random ΔW has the same size for every scale
@@ -182,14 +177,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         self.last_batch = None
         self._changes += 1
         super().delete_adapter(adapter_name)
-
-    def _add_factors(self, adapter_name: str, init: Initialization) -> None:
-        (of_A, of_B), r = self.saved_shapes(self.adapters[adapter_name].ranks)[:2], self.adapters[adapter_name].r
-        A, B = nn.Linear(of_A[1], of_A[0], bias=False), nn.Linear(of_B[1], of_B[0], bias=False)
-        with torch.no_grad():
-            for part_A, part_B in zip(A.weight.split(r), B.weight.split(r, dim=1), strict=True):
-                self._fill_factors(part_A, part_B, adapter_name, init)
-        self.smoa_A[adapter_name], self.smoa_B[adapter_name] = A, B
 
     def _fill_factors(self, A: Tensor, B: Tensor, adapter_name: str, init: Initialization) -> None:
         sizes, relative_size = (self.out_features, self.in_features), RANDOM_SIZE / self.scaling[adapter_name]
@@ -293,14 +280,10 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         """The adapter's `Update` of each matrix."""
         return [self.update(adapter_name)]
 
-    def part_name(self, number: int) -> str:
-        """The name of a matrix within the layer."""
-        return ""
-
     def parts(self, adapter_name: str) -> Iterator[tuple[str, Tensor, Update]]:
         """Every matrix that the adapter changes: its name within the layer, its pristine weight and its update."""
         for number, update in enumerate(self.updates(adapter_name)):
-            yield self.part_name(number), self.pristine_matrix(number), update
+            yield "", self.pristine_matrix(number), update
 
     def delta(self, adapter_name: str) -> Tensor:
         """Dense ΔW (out_features, in_features), float32 or wider, anchored on the pristine weight."""
@@ -343,7 +326,13 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             drop_kept(self)
         if adapter_names is not None:
-            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+            if len(x) != len(adapter_names):
+                named = f"{len(adapter_names)} names for {len(x)} samples"
+                raise ValueError(f"adapter_names has {named}; give one for each")
+            if self.merged:
+                raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
+            result: Tensor = self.base_layer(x, *args, **kwargs)
+            return self._add_mixed(result, x.to(result.device), adapter_names)
         active = [] if self.merged else self._present(self.active_adapters)
         for name in active:
             self.decide_partition(name)
@@ -355,14 +344,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
             for name in active:
                 result = result + self.branch_output(x.to(result.device), name).to(result.dtype)
         return result
-
-    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        if len(x) != len(adapter_names):
-            raise ValueError(f"adapter_names has {len(adapter_names)} names for {len(x)} samples; give one for each")
-        if self.merged:
-            raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        return self._add_mixed(result, x.to(result.device), adapter_names)
 
     def _add_mixed(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """The base layer's output for x plus that of each row's adapter."""
@@ -419,10 +400,3 @@ def linear_weight(linear: nn.Module) -> Tensor:
     weight = next(linear.parameters())
     output: Tensor = linear(torch.eye(int(linear.in_features), device=weight.device, dtype=weight.dtype))  # type: ignore[arg-type]
     return output.T
-
-
-def linear_weights(linears: Sequence[nn.Module]) -> list[Tensor]:
-    """`linear_weight` of each, sooner if all are plain (ZeRO-3 leaves them empty)."""
-    weights = [linear._parameters.get("weight") for linear in linears if type(linear) is nn.Linear]
-    found: list[Tensor] = [weight for weight in weights if type(weight) is nn.Parameter and weight.numel()]
-    return found if len(found) == len(linears) else [linear_weight(linear) for linear in linears]

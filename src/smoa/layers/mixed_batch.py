@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smoa.layers.distributed import gather, onloaded_for
-from smoa.layers.layer import SmoaLayer, add_rows, is_plain_linear, linear_weights
+from smoa.layers.layer import SmoaLayer, add_rows, is_plain_linear, linear_weight
 from smoa.layers.partition import are_unchanged, versions
 from smoa.layers.weight_cache import DIAGONAL, STACKED, open_cache, tensor_state
 from smoa.maths.kernels.autograd import only_values, without_autocast
@@ -182,7 +182,7 @@ class MixedGroup:
             if torch.is_grad_enabled():
                 return StackedFactors.of([layer.update(name).factors for name in self.names])
             parts = layer.smoa_A, layer.smoa_B
-            A, B = (torch.stack(linear_weights([part[name] for name in self.names])) for part in parts)
+            A, B = (torch.stack([linear_weight(part[name]) for name in self.names]) for part in parts)
         return StackedFactors(A, B, self._stacked_scale(B.dtype), self.blocks, self.runs)
 
     def _stacked_scale(self, dtype: torch.dtype) -> Tensor:
