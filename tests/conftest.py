@@ -1,16 +1,11 @@
 """What every test may ask for. Nothing is downloaded: models are built from configs (tests/tiny_models.py)."""
 
-from __future__ import annotations
-
 import gc
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
-
-if TYPE_CHECKING:  # else imported where it is needed: the process that leads those of the tests needs nothing of it
-    from transformers import PreTrainedModel
 
 # Before transformers is imported: a test that would reach for a hub fails at once instead of waiting for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -74,7 +69,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def tiny_llama() -> PreTrainedModel:
+def tiny_llama() -> Any:
     """A decoder with grouped-query attention."""
     from tests.support import tiny_models
 
@@ -82,7 +77,7 @@ def tiny_llama() -> PreTrainedModel:
 
 
 @pytest.fixture
-def tiny_gemma3() -> PreTrainedModel:
+def tiny_gemma3() -> Any:
     """A decoder with one key-value head and tied embeddings."""
     from tests.support import tiny_models
 

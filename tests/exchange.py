@@ -3,8 +3,6 @@
 python -m tests.exchange FOLDER NAME     # saves in FOLDER/NAME, then loads what every version has saved in FOLDER
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

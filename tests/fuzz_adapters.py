@@ -4,8 +4,6 @@ A finding is a load that hangs, grows beyond a limit, changes the base, gives an
 ends in an error of Python's that smoa let through.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import resource

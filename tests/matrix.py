@@ -9,8 +9,6 @@ version. It is deleted afterwards. Every row also loads the adapters that the ro
 (exchange.py); the first to save is the installed version. A row of the installed versions runs nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

@@ -12,8 +12,6 @@ This file is also the plugin of that run. At the end it prints how many tests pa
 by the reasons in `LEFT_OUT` and by settings that LoRA alone has.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 import re

@@ -7,8 +7,6 @@ Letters: W (m, n) frozen weight, m = out_features, n = in_features; K blocks; r_
 A (r, ceil(n / K)) and B (ceil(m / K), r) the compact factors, block k owning r_k rows of A and r_k columns of B.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import product

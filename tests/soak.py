@@ -3,8 +3,6 @@
 Each cycle injects, trains a step, saves, loads beside it, merges, unmerges, deletes and unloads.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import ctypes

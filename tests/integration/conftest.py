@@ -1,7 +1,5 @@
 """What tests of several processes share; each file says in its `folder` what the processes left behind."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

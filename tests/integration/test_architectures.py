@@ -1,7 +1,5 @@
 """Encoders, decoders and encoder-decoders train, save, load, merge and generate."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

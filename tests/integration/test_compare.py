@@ -1,8 +1,6 @@
 """A whole study on a tiny random model: what it trains, what is resumed, and its numbers by plain transformers and
 PEFT."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

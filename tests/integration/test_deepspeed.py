@@ -1,7 +1,5 @@
 """DeepSpeed's ZeRO on two processes over gloo, held against one process as in test_distributed.py."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The path of `make demo`, with the demo's own config, on a tiny random model: two steps."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

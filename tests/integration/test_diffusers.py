@@ -1,7 +1,5 @@
 """A UNet and a diffusion transformer of diffusers: their convolutions, embeddings and linear layers are adapted."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Two processes over gloo against one that accumulates as much: through accelerate and PyTorch, no engine of ours."""
 
-from __future__ import annotations
-
 import copy
 import json
 import subprocess

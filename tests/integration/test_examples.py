@@ -1,7 +1,5 @@
 """The examples are what their README says, and run: each in a process of its own, without a network."""
 
-from __future__ import annotations
-
 import ast
 import os
 import re

@@ -3,8 +3,6 @@
 The files of examples/frameworks are run, with a tiny model and ten lines of data in the place of theirs.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

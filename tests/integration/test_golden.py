@@ -1,8 +1,6 @@
 """What commit 1eaf65e9 made: its adapters load and say the same, its rows become the same tokens, its runs learn the
 same."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

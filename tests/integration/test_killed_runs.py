@@ -1,7 +1,5 @@
 """`smoa train` killed for real (SIGKILL) while it writes, then started again: the result is the uninterrupted run's."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Every command of the lab on a tiny random model, and what must hold between them."""
 
-from __future__ import annotations
-
 import errno
 import json
 import re

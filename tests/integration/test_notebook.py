@@ -1,7 +1,5 @@
 """The notebook: small, stored without outputs, and runs from top to bottom."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """examples/smoa_in_one_file.py is the method that the library computes: the same ΔW, the same losses."""
 
-from __future__ import annotations
-
 import copy
 import runpy
 from pathlib import Path

@@ -1,8 +1,6 @@
 """The pages of `smoa inspect`, `smoa compare` and `smoa report` as a browser sees them: headless Chromium, where it is
 installed."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

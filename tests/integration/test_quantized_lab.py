@@ -1,7 +1,5 @@
 """`smoa train` on a base model in 4 and 8 bits: what the YAML asks for is what is trained on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The files of examples/data: read, trained, and their adapters scored, merged and converted."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

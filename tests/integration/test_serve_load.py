@@ -1,7 +1,5 @@
 """The command `smoa serve` under load: every answer is its adapter's, whatever other clients do."""
 
-from __future__ import annotations
-
 import json
 import signal
 import socket

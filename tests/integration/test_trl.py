@@ -1,7 +1,5 @@
 """TRL's trainers for preferences and rewards train a SMoA adapter, and merges leave its bfloat16 base alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

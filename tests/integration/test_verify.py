@@ -1,7 +1,5 @@
 """`smoa verify`: what was made of an adapter, or serves it, says what the adapter says."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Callable, Iterator

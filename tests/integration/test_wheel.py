@@ -1,7 +1,5 @@
 """The wheel, built from the source distribution, works where nothing of this checkout is: Python and command."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -5,8 +5,6 @@
 The request: the settings of `LLM`, the folder of each adapter, and rounds of [adapter, prompt] that are asked together.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """SMoA adapters of every kind, LoRA and the base in one batch of vLLM write what PEFT writes with each alone."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """vLLM's OpenAI server with 32 SMoA adapters: under load, with adapters that come and go, and with a damaged one."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Models with adapters of random factors."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from peft import PeftModel, get_peft_model

@@ -1,7 +1,5 @@
 """Saved adapters, changed on disk."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

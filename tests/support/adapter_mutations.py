@@ -1,7 +1,5 @@
 """Ways to spoil a saved adapter on disk. Each takes a source of randomness, the folder and the corpus it came from."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Unlike adapters that one pool serves together."""
 
-from __future__ import annotations
-
 from typing import Any
 
 KINDS: dict[str, dict[str, Any]] = {

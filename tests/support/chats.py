@@ -1,7 +1,5 @@
 """A tiny model with a chat template, adapters of it, and a chat that keeps what it shows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Virtual environments with some packages of their own, on top of those of the environment that runs this."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 It has no LoRA of its own: an output stays as it is, and `applied` counts the calls. tests/serve runs the real one.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The lab's tiny Llama as a GGUF file, as llama.cpp's converter would write it, and a package that carries it."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from types import SimpleNamespace

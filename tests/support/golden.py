@@ -4,8 +4,6 @@
 come from NumPy's RandomState, whose stream never changes.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import random

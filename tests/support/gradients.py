@@ -1,7 +1,5 @@
 """A layer's output and gradients, held against the oracle's."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """A process that is killed in the middle of its work, at any call to the operating system that Python can see."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

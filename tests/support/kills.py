@@ -1,7 +1,5 @@
 """Trainings that are killed, within this process."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Small layers of each kind, inputs for them, and what the oracle says that they give."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A lab in miniature: a tiny random model with its tokenizer in a folder, and a handful of questions."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from functools import cache

@@ -1,7 +1,5 @@
 """Counts the operations that a device would start: those that move or compute data, views and allocations aside."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

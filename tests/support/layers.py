@@ -1,7 +1,5 @@
 """One adapted layer and what the oracle says about it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

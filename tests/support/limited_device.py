@@ -1,7 +1,5 @@
 """A device without float64 and without decompositions, as Apple's MPS. It computes on the CPU, under another name."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +22,7 @@ class Elsewhere(Tensor):
     held: Tensor
 
     @staticmethod
-    def __new__(cls, held: Tensor) -> Elsewhere:
+    def __new__(cls, held: Tensor) -> "Elsewhere":
         if held.dtype == torch.float64:
             raise TypeError(
                 "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
@@ -39,7 +37,7 @@ class Elsewhere(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _call(func, args, kwargs or {})
 
-    def __getitem__(self, index: Any) -> Elsewhere:  # PyTorch's own asks a build with MPS for the device
+    def __getitem__(self, index: Any) -> "Elsewhere":  # PyTorch's own asks a build with MPS for the device
         return Elsewhere(self.held[tree_map_only(Elsewhere, lambda tensor: tensor.held, index)])
 
     def __float__(self) -> float:

@@ -1,7 +1,5 @@
 """Follows the memory of tensors as a device's allocator does: what is alive at once, beside what was there before."""
 
-from __future__ import annotations
-
 import weakref
 from typing import Any
 

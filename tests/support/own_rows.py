@@ -1,7 +1,5 @@
 """A tiny model whose byte tokenizer knows the special tokens of well-known chat templates, and rows to train it on."""
 
-from __future__ import annotations
-
 from importlib import resources
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What tests can't expect of some versions of PEFT and transformers: docs/versions.md has the list."""
 
-from __future__ import annotations
-
 import re
 
 import peft

@@ -1,7 +1,5 @@
 """Pictures that are not drawn: drawing one takes longer than training a tiny model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """Two processes that train together over gloo, as torchrun would start them, but with one import of torch."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import runpy

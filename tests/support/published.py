@@ -1,7 +1,5 @@
 """Tiny checkpoints in the formats in which models are published: FP8, MXFP4 and compressed-tensors."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Small quantized layers and models: by bitsandbytes, and by torchao and HQQ where they are installed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs whose metrics are written and not trained."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Adapters to serve, and whether what a server wrote is what PEFT writes with each of them alone."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

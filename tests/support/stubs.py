@@ -1,7 +1,5 @@
 """Modules of packages that are not installed, for tests of code that imports them."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Mapping

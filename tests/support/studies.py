@@ -1,7 +1,5 @@
 """Studies whose runs are written and not trained, and the pieces of small ones that are."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import math

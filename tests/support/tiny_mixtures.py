@@ -1,7 +1,5 @@
 """Random mixtures of experts with one or two layers, built from configs: nothing is loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

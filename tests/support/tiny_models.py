@@ -1,7 +1,5 @@
 """Random models of two layers, shaped like the families that SMoA is used on. Built from configs: nothing is loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

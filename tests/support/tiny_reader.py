@@ -1,7 +1,5 @@
 """A random model of an embedding, a convolution and a head, which takes token ids and labels as transformers' do."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Random models that see and hear: tiny, built from configs. Each comes with inputs and what is adapted."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """How far two routes to the same number may lie apart, by dtype: the one table for all tests."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """A random update of one weight, and what the oracle says about it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,7 +48,7 @@ class Problem(NamedTuple):
             self.weight, self.A, self.B, row_labels, col_labels, self.ranks, scaling, modulation
         )
 
-    def double(self) -> Problem:
+    def double(self) -> "Problem":
         return Problem(*(tensor.double() for tensor in self[:3]), self.partition, self.ranks)
 
 

@@ -1,7 +1,5 @@
 """Runs ``smoa`` where some packages cannot be found, as if they were not installed."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The public API as a user's type checker sees it. Checked by mypy (`make types`), never run."""
 
-from __future__ import annotations
-
 from typing import assert_type
 
 import torch

@@ -1,7 +1,5 @@
 """The documents are run: their Python on tiny models, their commands through the parser, their links to the end."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import warnings

@@ -1,7 +1,5 @@
 """Tables, maps and settings that documents show are those that computing them anew gives."""
 
-from __future__ import annotations
-
 import json
 import runpy
 from pathlib import Path

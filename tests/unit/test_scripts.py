@@ -1,7 +1,5 @@
 """Scripts and workflows that no test can run still import, call and name what is there."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import re

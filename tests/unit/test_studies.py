@@ -1,7 +1,5 @@
 """The stored studies: what the documents and the site show of them is what their JSON says."""
 
-from __future__ import annotations
-
 import re
 import runpy
 import shutil

@@ -4,8 +4,6 @@ accelerate offers FSDP on accelerators alone. So it is told here that the two CP
 is its own code and PyTorch's, over gloo.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

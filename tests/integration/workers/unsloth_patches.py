@@ -3,8 +3,6 @@
 python unsloth_patches.py BASE ADAPTER
 """
 
-from __future__ import annotations
-
 import sys
 
 import unsloth  # type: ignore[import-not-found]  # noqa: F401  # isort: skip  # first, as its manual says

@@ -1,7 +1,5 @@
 """What two processes do in test_deepspeed.py: train under DeepSpeed's ZeRO over gloo, as strategies.py under FSDP."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

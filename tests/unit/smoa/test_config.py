@@ -1,7 +1,5 @@
 """A config: values that are refused, each by its name, and what the others mean."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Edges of the numbers, in layers/, maths/ and tuner/: overflow, denormals, zeros, constants, the largest K and r."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """SMoA in training frameworks, which stubs stand for: axolotl, LLaMA-Factory, ms-swift."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a training step of an adapted layer starts on a device, and what a compiled one keeps for its backward."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

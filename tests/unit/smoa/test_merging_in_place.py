@@ -1,7 +1,5 @@
 """Merging and unmerging layers and models: layers/merging.py, tuner/model.py and tuner/merging.py."""
 
-from __future__ import annotations
-
 import contextlib
 
 import pytest

@@ -1,7 +1,5 @@
 """Mixtures of experts through the life of an adapter: trained, saved, loaded, merged, and beside other adapters."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from pathlib import Path

@@ -3,8 +3,6 @@
 Both live like any other through save, merge and swap.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A small update survives half precision and rounded products, in layers/linear.py and layers/weight_cache.py."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 

@@ -1,7 +1,5 @@
 """What `import smoa` promises: names, version, types, errors, and that others' notes stay out of the command."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import logging

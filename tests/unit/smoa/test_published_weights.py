@@ -1,7 +1,5 @@
 """Checkpoints published as FP8, MXFP4 and compressed-tensors: dequantized by transformers, adapted, trained, merged."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Quantized models, through layers/quantized.py and tuner/model.py: several adapters, merges, saves, training."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from pathlib import Path

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import copy
 import importlib
 import json
@@ -83,7 +81,7 @@ def test_an_enum_that_takes_no_member_is_refused(monkeypatch: pytest.MonkeyPatch
         SMOA = "another value"
 
         @classmethod
-        def _missing_(cls, value: object) -> Changed:
+        def _missing_(cls, value: object) -> "Changed":
             return cls.SMOA
 
     monkeypatch.setattr(registration, "PeftType", Changed)

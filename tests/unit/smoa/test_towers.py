@@ -1,7 +1,5 @@
 """Models that see and hear: their convolutions and embeddings are adapted, trained, saved, merged and exported."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

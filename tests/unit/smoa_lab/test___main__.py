@@ -1,7 +1,5 @@
 """A package that is missing is one line that names the extra of smoa which installs it."""
 
-from __future__ import annotations
-
 import io
 import sys
 import tomllib

@@ -1,7 +1,5 @@
 """What `smoa chat` does apart from the terminal: what it opens, who answers, conversations and their commands."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

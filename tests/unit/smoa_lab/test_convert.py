@@ -1,7 +1,5 @@
 """LoRAs of several ranks cut from a run's adapter, and what they lose of its task."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`smoa inspect`: what is reported of every layer, and the page with its charts."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from pathlib import Path

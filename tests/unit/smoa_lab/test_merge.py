@@ -1,7 +1,5 @@
 """`smoa merge`: the merged model says what the adapter says, whatever the base is, or nothing is written."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

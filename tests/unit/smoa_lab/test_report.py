@@ -1,7 +1,5 @@
 """The page of a run, whole and unfinished."""
 
-from __future__ import annotations
-
 import json
 import re
 from html import unescape

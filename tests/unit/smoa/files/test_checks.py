@@ -1,7 +1,5 @@
 """A short part of `make fuzz`, and what each kind of hostile folder is told."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

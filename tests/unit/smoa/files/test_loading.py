@@ -1,7 +1,5 @@
 """Every way of loading a saved adapter goes through one door, which looks at the files before layers are made."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import shutil

@@ -1,7 +1,5 @@
 """What a save writes, and lives of adapters with a save in each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What layers of every kind have in common: merging, several adapters, mixed batches, dropout, saved files."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Convolutions of every geometry and embeddings give the oracle's values and gradients."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model

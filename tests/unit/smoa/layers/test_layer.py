@@ -1,7 +1,5 @@
 """A layer's state, output and gradients are the oracle's."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Every route through the layer gives the oracle's values and gradients."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest

@@ -1,7 +1,5 @@
 """The partition is part of the saved adapter: loading decides nothing anew and adds nothing else to the file."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

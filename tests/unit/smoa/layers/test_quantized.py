@@ -3,8 +3,6 @@
 bitsandbytes is always there; torchao and HQQ are tested where they are installed.
 """
 
-from __future__ import annotations
-
 import copy
 import weakref
 from types import SimpleNamespace

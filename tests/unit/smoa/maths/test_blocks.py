@@ -1,7 +1,5 @@
 """Blocks and factors: sizes, coordinates, scale, initialization."""
 
-from __future__ import annotations
-
 from itertools import pairwise, product
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Where parameters hold the matrices of experts, and their partitions."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

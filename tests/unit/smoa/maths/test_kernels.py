@@ -1,7 +1,5 @@
 """Every kernel gives the oracle's values and gradients, keeps nothing of a weight's size, and shares no memory."""
 
-from __future__ import annotations
-
 import copy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Anchors and block scales, in layers and alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Many adapters in one product: each row gets what its own adapter alone gives, and each adapter its own gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

@@ -1,7 +1,5 @@
 """Scores are those of a full decomposition, on every device, and partitions are cut from them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

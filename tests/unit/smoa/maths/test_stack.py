@@ -1,7 +1,5 @@
 """Updates of a stack of matrices."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import pytest

@@ -1,7 +1,5 @@
 """ΔW by each route and by lookup is the oracle's."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A pool gives each row what its adapter alone gives, trains each as if it were alone, and holds many."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A call of a pool's base has the adapters of the `use` around it, or there is an error: never those of another."""
 
-from __future__ import annotations
-
 import asyncio
 import contextvars
 import copy

@@ -1,7 +1,5 @@
 """The plugin without vLLM: reading adapters, refusals, slots. tests/serve runs it in the real one."""
 
-from __future__ import annotations
-
 import asyncio
 import importlib
 import shutil

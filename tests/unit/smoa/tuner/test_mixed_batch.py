@@ -1,7 +1,5 @@
 """Samples of one batch with different adapters: what each adapter alone gives, and its own gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

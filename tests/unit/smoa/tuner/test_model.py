@@ -1,7 +1,5 @@
 """What PEFT promises of every method holds for SMoA too."""
 
-from __future__ import annotations
-
 import copy
 import gc
 from dataclasses import fields

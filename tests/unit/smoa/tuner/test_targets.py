@@ -1,7 +1,5 @@
 """Modules that cannot be adapted are refused by name."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`ensure_weight_tying`: the layers of one weight get one adapter, and stay tied."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

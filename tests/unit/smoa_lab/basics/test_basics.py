@@ -1,7 +1,5 @@
 """What the whole lab uses: cache, names, positions, sections, and warnings of other libraries."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import math

@@ -1,7 +1,5 @@
 """`smoa demo` refuses what it could not verify."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """`smoa exec`: what it is for is that smoa was imported before the tool starts."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`smoa init`, and `smoa train` without a file."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`smoa train` on rows: what it prints, and that a damaged file is one clear error."""
 
-from __future__ import annotations
-
 import copy
 import gzip
 import json

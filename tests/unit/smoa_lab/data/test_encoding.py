@@ -1,7 +1,5 @@
 """Which tokens of a row are trained: read back as text, and compared with TRL's own preparation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Named sets: what a made-up Hub says becomes the tokens that commit 1eaf65e9 made of it, and the demo's rows are its
 own."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from hashlib import sha256

@@ -1,7 +1,5 @@
 """Rows on disk: which part a row is in, what is counted, and what a second reading costs."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The palette as readers see it, with and without all kinds of cones, the encodings that use it, and pictures."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What pages are made of: figures, tables, charts of a run, its card, and its script."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Scores of held-out rows, and what changed between two stages."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Losses at trained positions only, and shared prompts, against loops over rows and tokens."""
 
-from __future__ import annotations
-
 import io
 import math
 import statistics

@@ -1,7 +1,5 @@
 """transformers' continuous batching over a pool: each request answers as its adapter alone does."""
 
-from __future__ import annotations
-
 import shutil
 import threading
 from collections.abc import Iterator

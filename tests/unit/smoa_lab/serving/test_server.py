@@ -1,7 +1,5 @@
 """`smoa serve`: what the openai client is told is what PEFT writes with each adapter alone."""
 
-from __future__ import annotations
-
 import asyncio
 import importlib
 import json

@@ -1,7 +1,5 @@
 """The charts of a study, by the data that they draw."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

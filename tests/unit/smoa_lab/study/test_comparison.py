@@ -1,7 +1,5 @@
 """What is run, in which order, once, and what of it is kept. Nothing is trained."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """The studies that commands write."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The plan of a study: what it takes, what no resume changes, what a folder may have."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,8 +1,6 @@
 """Workers on Ray: what is refused and shared out, and on real clusters a dead one's job is run again, a stopped study
 goes on, and the results are those of one process, bit for bit."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -1,7 +1,5 @@
 """Reports of studies in all states: half finished, diverged, without a search, of all formats."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

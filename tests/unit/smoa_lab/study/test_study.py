@@ -1,7 +1,5 @@
 """What a study's file may have."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

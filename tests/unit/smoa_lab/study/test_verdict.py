@@ -1,7 +1,5 @@
 """The verdict in words, from results that are given."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Adapters that do not fit the model are refused before training."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Every method of the installed PEFT in the lab: tried without weights, trained, saved, loaded, scored and merged."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What a run writes, that any two can be paired by their rows, and runs that leave something out."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import logging

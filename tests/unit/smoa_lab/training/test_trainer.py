@@ -1,7 +1,5 @@
 """Runs on rows against TRL's own trainers, and what is refused before any work."""
 
-from __future__ import annotations
-
 import io
 import json
 import math
