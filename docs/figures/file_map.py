@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +32,7 @@ def first_line(file: Path) -> str:
     return re.sub(r"(\. .*|[.:]|\. \(.*)$", "", text.splitlines()[0])
 
 
+@cache  # which the site's hook asks for on every page
 def file_map() -> str:
     """The map as a Markdown code block."""
     listed = [entry for package in ("smoa", "smoa_lab") for entry in entries(ROOT / "src" / package)]
