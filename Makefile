@@ -35,7 +35,7 @@ unit: $(VENV)/.dev-installed  ## run the tests, except the slow ones
 coverage: $(VENV)/.dev-installed  ## run the same tests and fail if they cover less than 97 % of the code
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=97
 
-test-slow: $(VENV)/.examples-installed  ## run the slow tests, with the demo's base model
+test-slow: $(VENV)/.examples-installed  ## run the slow tests: the demo's base model, DeepSpeed, Ray, a browser
 	$(BIN)/python -m pytest -m slow
 
 serve-test: .venv-serve/.installed  ## serve SMoA adapters with vLLM on a CPU, in an environment of 3.4 GB

@@ -50,7 +50,7 @@ def values_in(room: Path, folder: Path) -> dict[str, Any]:
             "forgetting": {"tokens": 128},
             "training": {**training, "use_cpu": True},
         },
-        "tuning": {"max_runs": 3},
+        "tuning": {"max_runs": 0},  # test_comparison.py has searches
         "seeds": [0, 1, 2],
         "entries": {
             "ours": {"method": "smoa", "adapter": smoa, "learning_rate": 0.01, "parameters": 448},
@@ -83,22 +83,12 @@ def test_a_study_is_run_reported_and_never_run_twice(
     assert entries["lora"]["differences"]["loss"]["verdict"] in ("better", "same", "worse", "open")
     assert entries["lora"]["forgotten"] is not None
     folder = room / "study"
-    assert len(list(folder.glob("*/lr-*-seed-100/metrics.json"))) == 6
     assert len(list(folder.glob("*/lr-*-seed-[012]/adapter/adapter_model.safetensors"))) == 6
-    assert not list(folder.glob("*/lr-*-seed-100/adapter"))
     assert [set(answers) for answers in summary["answers"]] == [
         {"Prompt", "Reference", "Untouched", "ours", "lora"}
     ] * 2
     monkeypatch.setattr(comparison, "run", lambda config: pytest.fail("a finished run is run again"))
     assert compare(values_in(room, folder)) == summary
-
-
-def test_preferences_are_compared(room: Path, tmp_path: Path) -> None:
-    values = values_in(room, tmp_path / "study")
-    values["shared"] |= {"data": {"train": str(room / "pairs.jsonl"), "samples": 0}, "trainer": "dpo"}
-    summary = compare(values | {"tuning": {"max_runs": 0}, "seeds": [0, 1]})
-    assert list(summary["entries"][0]["values"])[:2] == ["DPO loss", "margin"]  # the share won may be 1 everywhere
-    assert "DPO loss" in summary["verdict"]["all"][0]
 
 
 def plain_losses(run: Path, base: Path, rows: Path) -> tuple[list[float], list[int]]:

@@ -24,9 +24,10 @@ from tests.integration.workers.strategies import (
 from tests.support import tiny_models
 from tests.support.processes import run_two
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed; pip install deepspeed"
-)
+pytestmark = [
+    pytest.mark.slow,  # half a minute; what unit tests have of ZeRO-3 is in tests/unit/smoa/layers/test_distributed.py
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
 STRATEGIES = ["late", "zero2", "zero3_merge", "zero3_checkpointing"]
 
 
@@ -68,7 +69,6 @@ def test_an_adapter_injected_before_zero3_waits_for_the_process_group(ranks: lis
     [
         ("zero3_experts", with_experts),
         ("zero3_embedding_and_convolution", with_embedding_and_convolution),
-        ("zero3_conv1d", lambda: adapted(tiny_models.build("gpt2"), targets=["c_attn", "c_proj"])),
     ],
 )
 def test_other_kinds_of_layers_under_zero3_follow_one_process(

@@ -61,6 +61,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow  # an environment, and a process that imports everything
 def test_the_readmes_python_the_command_the_demo_the_text_for_forgetting_and_pages_come_with_the_wheel(
     python: Path, tiny_gemma3: PreTrainedModel, tmp_path: Path
 ) -> None:
@@ -78,11 +79,14 @@ def test_the_readmes_python_the_command_the_demo_the_text_for_forgetting_and_pag
     assert {"train", "eval", "merge", "convert"} <= set(re.findall(r"\w+", "".join(told)))
 
 
-def test_the_page_of_a_package_index_has_no_link_that_leads_nowhere(dist: Path) -> None:
+def test_the_wheel_has_every_file_and_a_page_without_a_link_that_leads_nowhere(dist: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith("METADATA")]
+        packed = set(archive.namelist())
+        (name,) = [name for name in packed if name.endswith("METADATA")]
         page = archive.read(name).decode().partition("\n\n")[2]
+    own = {file.relative_to(ROOT / "src").as_posix() for file in (ROOT / "src").rglob("*") if file.is_file()}
+    assert {name for name in own if "__pycache__" not in name} <= packed
     assert "# smoa" in page
     assert re.findall(r"\]\((?!https?://)[^)]*\)", page) == []
     (source,) = dist.glob("*.tar.gz")

@@ -273,11 +273,6 @@ def _merges(model: Any) -> list[float]:
     return [*distances, float((model(input_ids=ids).logits - before).abs().max())]
 
 
-def fsdp2_bfloat16(folder: Path) -> Result:
-    accelerator = fresh_accelerator(fsdp_plugin=plugin(2), mixed_precision="bf16")
-    return {"losses": train(accelerator, adapted())[2]}
-
-
 def fsdp2_biases(folder: Path) -> Result:
     """Losses by the biases that are trained."""
     losses = {}
@@ -329,7 +324,6 @@ SCENARIOS: list[Callable[[Path], Result]] = [
     fsdp2_full,
     fsdp2_sharded,
     fsdp2_documented,
-    fsdp2_bfloat16,
     fsdp2_biases,
     fsdp2_experts,
     fsdp2_embedding_and_convolution,

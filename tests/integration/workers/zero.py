@@ -111,11 +111,6 @@ def zero3_checkpointing(folder: Path) -> Result:
     return trained(chosen, adapted(base), folder)
 
 
-def zero3_conv1d(folder: Path) -> Result:
-    chosen = accelerator(3)
-    return trained(chosen, adapted(loaded(folder, "gpt2"), targets=["c_attn", "c_proj"]), folder)
-
-
 def zero3_experts(folder: Path) -> Result:
     chosen = accelerator(3)
     return trained(chosen, with_experts(), folder)
@@ -192,7 +187,6 @@ SCENARIOS: list[Callable[[Path], Result]] = [
     late,
     zero2,
     zero3_checkpointing,
-    zero3_conv1d,
     zero3_experts,
     zero3_embedding_and_convolution,
     zero3_bfloat16,

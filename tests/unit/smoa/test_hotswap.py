@@ -81,6 +81,7 @@ def test_modules_and_biases_that_were_trained_besides_are_swapped(tmp_path: Path
     assert_close(logits(model, "gpt2"), logits(new, "gpt2"))
 
 
+@pytest.mark.slow  # compiles twelve layers
 def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
     model = adapted(1)
     new = saved(tmp_path, partition="random", r=3, alpha=1.0)

@@ -63,6 +63,7 @@ def test_ragged_blocks_start_four_times_as_much_at_most(monkeypatch: pytest.Monk
     assert len(backward) <= 4 * LAUNCHES_BACKWARD
 
 
+@pytest.mark.slow  # compiles C++
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of inductor's own imports
 @pytest.mark.filterwarnings("ignore:`torch._prims:FutureWarning")
 def test_a_layer_compiled_by_inductor_fuses_and_keeps_the_input_and_the_factors_only() -> None:

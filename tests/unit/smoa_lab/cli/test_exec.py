@@ -23,6 +23,7 @@ except SystemExit as ended:
 """
 
 
+@pytest.mark.slow  # a process that imports everything
 def test_a_script_runs_as_python_runs_it_with_smoa_known_to_peft_and_nothing_else_prints(tmp_path: Path) -> None:
     """Whatever other libraries warn of as they are imported; a command that fails prints one line."""
     (tmp_path / "beside.py").write_text("VALUE = 42\n")
@@ -46,3 +47,18 @@ def test_what_is_neither_command_nor_script_is_named() -> None:
         assert done.exit_code == 1
         assert tool in done.stderr
         assert rule in done.stderr
+
+
+# the demo
+
+
+def test_a_method_that_saves_a_whole_model_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smoa_lab.training.run.load_run", pytest.fail)
+    config = Path(__file__).parents[4] / "configs" / "demo.yaml"
+    changes = [f"training.output_dir={tmp_path / 'run'}", "method=full", "adapter={}"]
+    done = CliRunner().invoke(app, ["demo", str(config), *changes])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: method: full saves a whole model")
+    assert not (tmp_path / "run").exists()

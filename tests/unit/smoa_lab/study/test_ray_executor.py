@@ -34,14 +34,11 @@ from smoa_lab.study.ray_executor import Place, RayExecutor, connect, equal_share
 from smoa_lab.study.study import Job, Study, load_study
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.own_rows import chats, rows_base, write_rows
-from tests.support.processes import ROOT, environment, free_port
-from tests.support.studies import ADAPTER
-from tests.support.threads import threads
+from tests.support.processes import ROOT, environment
+from tests.support.studies import ADAPTER, WrittenRuns, finished
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
-RAY = str(Path(sys.executable).with_name("ray"))
 
 
 def test_workers_get_as_many_cores_as_fit_and_a_gpu_each_where_there_are_any() -> None:
@@ -215,8 +212,7 @@ def results(study: Study) -> dict[str, Any]:
 def wanted(room: Path) -> dict[str, Any]:
     """The runs of one process with one thread."""
     study = load_study(study_file(room, "alone"))
-    with threads(1):
-        run_study(study, Executor())
+    run_study(study, Executor())
     found = results(study)
     assert len(found) == 5
     return found
@@ -240,19 +236,7 @@ def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "init", partial(ray.init, num_cpus=1))
 
 
-@pytest.fixture
-def cluster(room: Path) -> Iterator[str]:
-    """The address of a cluster that `ray start` has started, with two cores."""
-    address = f"127.0.0.1:{free_port()}"
-    command = f"{RAY} start --head --block --num-cpus 2 --include-dashboard false --disable-usage-stats --port"
-    with (room / "head.log").open("w") as log:
-        head = subprocess.Popen([*command.split(), address.split(":")[1]], stdout=log, stderr=log, cwd=room)
-        wait_for(lambda: "Ray runtime started" in (room / "head.log").read_text() or head.poll())
-        yield address
-        head.terminate()
-        head.wait()
-
-
+@pytest.mark.slow  # half a minute, as the next ones
 def test_the_job_of_a_killed_worker_is_run_again_and_all_results_are_those_of_one_process(
     room: Path, one_core: None, wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,14 +264,6 @@ def test_the_job_of_a_killed_worker_is_run_again_and_all_results_are_those_of_on
     assert not list(study.folder.glob(".driver-*"))
 
 
-@pytest.mark.slow  # half a minute on an idle machine
-def test_workers_of_a_cluster_get_the_results_of_one_process(room: Path, cluster: str, wanted: dict[str, Any]) -> None:
-    study = load_study(study_file(room, "beside"))
-    run_study(study, RayExecutor(study, workers=2, address=cluster))
-    assert results(study) == wanted
-    assert not list(study.folder.glob(".driver-*"))
-
-
 @pytest.mark.slow  # on a busy machine the study may end before the signal comes
 def test_ctrl_c_ends_all_processes_and_the_study_goes_on_from_there(room: Path, wanted: dict[str, Any]) -> None:
     file = study_file(room, "stopped")
@@ -307,11 +283,10 @@ def test_ctrl_c_ends_all_processes_and_the_study_goes_on_from_there(room: Path, 
     ours = re.compile(r"\d\d:\d\d:\d\d \S|(entry|ours|lora|2 steps) ")  # the log and the plan
     assert [line for line in lines if not ours.match(line)] == []  # nothing of Ray's own
     assert 0 < len(results(study)) < len(wanted)
-    with threads(1):
-        run_study(study, Executor())
+    run_study(study, Executor())
     assert results(study) == wanted
 
 
-def test_a_study_that_is_finished_starts_no_cluster(room: Path, wanted: dict[str, Any]) -> None:
-    study = load_study(study_file(room, "alone"))
+def test_a_study_that_is_finished_starts_no_cluster(study: Study, written: WrittenRuns) -> None:
+    finished(study)
     run_study(study, RayExecutor(study, workers=2, address="nowhere:1"))

@@ -47,6 +47,11 @@ UNMERGED = {
     "lily": "not supported for Lily",
 }
 
+SHORT = {"smoa", "melora", "lora", "dora", "hira", "adalora", "ia3", "vera", "ln_tuning", "trainable_tokens", *UNMERGED}
+NAMES = [
+    pytest.param(name, marks=[] if name in SHORT else pytest.mark.slow) for name in method_names() if name != "full"
+]
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadedRun]:
@@ -57,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadedRun]:
         yield load_run(check_config(values))
 
 
-@pytest.mark.parametrize("name", [name for name in method_names() if name != "full"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_method_is_trained_saved_loaded_scored_and_merged(name: str, run: LoadedRun, tmp_path: Path) -> None:
     block = {"target_modules": ["q_proj", "down_proj"], **OWN.get(name, {})}
     block = {key: value for key, value in block.items() if value is not None}
