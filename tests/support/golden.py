@@ -6,7 +6,6 @@ come from NumPy's RandomState, whose stream never changes.
 
 import gzip
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,6 @@ from tests.support.lab import saved, tiny_llama
 from tests.support.own_rows import PLAIN, tokenizer_with
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-WORDS = [
-    *("the", "a", "cat", "dog", "sat", "on", "mat", "red", "blue", "tree", "ran", "fast", "slow", "big", "small"),
-    *("house", "water", "fire", "sun", "moon", "star", "süß", "naïve", "雪", "🙂"),
-]
-ROWS = 20
 
 
 class Small(nn.Module):
@@ -86,47 +80,9 @@ def language_model(folder: Path) -> Path:
     return saved(model, tokenizer, folder)
 
 
-def rows(format: str, count: int = ROWS) -> list[dict[str, Any]]:
+def rows(format: str, count: int = 20) -> list[dict[str, Any]]:
     """Rows of a format, all different, among them some with several turns, white space and letters of two bytes."""
-    draw = random.Random(0)
-
-    def words(least: int, most: int) -> str:
-        return " ".join(draw.choice(WORDS) for _ in range(draw.randint(least, most)))
-
-    def row(number: int) -> dict[str, Any]:
-        asked, said = f"{words(2, 9)} {number}?", words(1, 8)
-        match format:
-            case "messages":
-                turns = [("user", asked), ("assistant", said)]
-                if number % 3 == 0:
-                    turns += [("user", words(1, 4)), ("assistant", words(1, 6))]
-                if number % 4 == 0:
-                    turns = [("system", words(2, 5)), *turns]
-                return {"messages": [{"role": role, "content": content} for role, content in turns]}
-            case "sharegpt":
-                return {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]}
-            case "prompt":
-                if number % 2:
-                    return {"prompt": f"{asked}\n", "completion": f" {said}"}
-                return {
-                    "prompt": [{"role": "user", "content": asked}],
-                    "completion": [{"role": "assistant", "content": said}],
-                }
-            case "preference":
-                return {"prompt": asked, "chosen": f" {said}", "rejected": f" {words(1, 8)}"}
-            case "alpaca":
-                return {"instruction": asked, "input": words(1, 5) if number % 2 else "", "output": said}
-            case "text":
-                return {"text": f"{asked} {said}\n{words(5, 30)}"}
-        choices = [f"{words(1, 3)} {place}" for place in range(3)]
-        return {"prompt": asked, "choices": choices, "label": draw.randrange(3), "context": words(0, 6)}
-
-    return [row(number) for number in range(count)]
-
-
-def questions(count: int) -> list[dict[str, Any]]:
-    """Rows with choices. A context was a column of its own."""
-    return [row | {"prompt": f"{row['context']}\n{row['prompt']}".strip()} for row in rows("questions", count)]
+    return _stored("rows")[format][:count]
 
 
 def plain(tokens: Tokens) -> list[list[int]]:
@@ -136,6 +92,10 @@ def plain(tokens: Tokens) -> list[list[int]]:
 
 def tokens() -> dict[str, list[Any]]:
     """The ids and labels of each format and way to encode it, by name; a question has one pair for each answer."""
-    with gzip.open(GOLDEN / "tokens.json.gz", "rt", encoding="utf-8") as file:
+    return _stored("tokens")
+
+
+def _stored(name: str) -> dict[str, list[Any]]:
+    with gzip.open(GOLDEN / f"{name}.json.gz", "rt", encoding="utf-8") as file:
         found: dict[str, list[Any]] = json.load(file)
     return found

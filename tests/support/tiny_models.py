@@ -123,7 +123,6 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "bert": bert,
     "t5": t5,
 }
-CAUSAL = ("llama", "gemma3", "gpt2")
 
 
 def build(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -110,14 +110,6 @@ def test_the_merged_weight_is_the_oracles_rounded_once_and_unmerges_bit_for_bit(
         layer.merge()
 
 
-def test_unmerging_what_is_not_merged_warns_and_changes_nothing() -> None:
-    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
-    before = base_weight(layer).clone()
-    with pytest.warns(UserWarning, match="Already unmerged"):
-        layer.unmerge()
-    assert torch.equal(base_weight(layer), before)
-
-
 # PEFT's own, when a second adapter is merged later
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
 @pytest.mark.parametrize(("order", "together"), [(["default", "other"], True), (["other", "default"], False)])
@@ -168,17 +160,6 @@ def test_a_broken_layer_is_refused_under_safe_merge_and_nothing_is_changed_anywh
     assert not first.merged
     assert not second.merged
     assert layers_of(model) == [first, second]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_merge_and_unload_gives_plain_layers_of_the_same_output(dtype: torch.dtype) -> None:
-    model = adapted_model(dtype=dtype)
-    x = torch.randn(5, 10).to(dtype)
-    expected = model(x)
-    merged = model.merge_and_unload()
-    assert [type(module) for module in (merged.first, merged.second)] == [nn.Linear, nn.Linear]
-    assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
-    assert_close(merged(x), expected)
 
 
 @pytest.mark.filterwarnings("ignore:All adapters are already merged:UserWarning")

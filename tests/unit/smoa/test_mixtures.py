@@ -11,14 +11,12 @@ from accelerate import disk_offload
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from smoa import MergeError, SmoaConfig, UnsupportedModuleError
 from smoa.hotswap import hotswap_adapter
-from smoa.layers.experts import ParamWrapper
-from smoa.maths.blocks import UNDECIDED
 from tests import reference
 from tests.support.decompositions import NoDecomposition
+from tests.support.launches import count
 from tests.support.layers import clone_leaf
 from tests.support.tiny_mixtures import (
     EXPERTS,
@@ -89,38 +87,23 @@ def test_every_implementation_of_the_experts_gives_the_same_output_and_gradients
             torch.testing.assert_close(own, first, rtol=1e-3, atol=1e-3)
 
 
-class Operations(TorchDispatchMode):
-    """Counts the operations that PyTorch dispatches."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return function(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
-@pytest.mark.parametrize("experts", [8, 32, 128])
-def test_an_adapted_layer_starts_few_operations_however_many_experts_it_has(experts: int, implementation: str) -> None:
-    model = qwen3_moe(num_experts=experts)
-    model.set_experts_implementation(implementation)
+@pytest.mark.parametrize("experts", [8, 32])
+def test_an_adapted_layer_starts_few_operations_however_many_experts_it_has(
+    experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = qwen3_moe(num_experts=experts)
+    base.set_experts_implementation("grouped_mm")
     config = SmoaConfig(target_modules=[], target_parameters=EXPERTS, num_blocks=4, partition="random")
-    model = get_peft_model(model, config)
-    layer, x = model.base_model.model.model.layers[0], torch.randn(1, 512, 24, requires_grad=True)
-    positions = model.base_model.model.model.rotary_emb(x, torch.arange(512)[None])
+    model = get_peft_model(base, config)
+    layer, x = base.model.layers[0], torch.randn(1, 64, 24, requires_grad=True)
+    positions = base.model.rotary_emb(x, torch.arange(64)[None])
 
-    def started() -> tuple[int, int]:
-        with Operations() as operations:
-            y = layer(x, position_embeddings=positions)
-            forward = operations.count
-            y.sum().backward()
-        return forward, operations.count
+    def started() -> int:
+        return len(count(lambda: layer(x, position_embeddings=positions).sum().backward(), monkeypatch))
 
-    adapted, adapted_step = started()
+    adapted = started()
     with model.disable_adapter():
-        frozen, frozen_step = started()
-    assert adapted <= 3 * frozen
-    assert adapted_step <= 4 * frozen_step
+        assert adapted <= 4 * started()
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
@@ -369,19 +352,6 @@ def test_a_matrix_that_is_stored_with_its_inputs_first_computes_what_the_merged_
 K, R = SETTINGS["num_blocks"], SETTINGS["r"]
 
 
-def test_factors_labels_and_scales_of_all_matrices_are_saved_in_one_tensor_each() -> None:
-    wrapper = wrappers(experts_of("gpt_oss"))["gate_up_proj"]
-    state = {name: tuple(tensor.shape) for name, tensor in wrapper.state_dict().items() if "base_layer" not in name}
-    assert state == {
-        "smoa_A.default.weight": (10 * R, 24 // K),
-        "smoa_B.default.weight": (6, 10 * R),
-        "smoa_row_labels.default": (10, 16),
-        "smoa_col_labels.default": (10, 24),
-        "smoa_block_scale.default": (10, K),
-    }
-    assert sorted(wrapper.saved_shapes(wrapper.adapters["default"].ranks)) == sorted(state.values())
-
-
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_each_expert_has_the_oracles_blocks_and_scales_of_unit_rms(family: str) -> None:
     wrapper = wrappers(experts_of(family, scale="block"))["gate_up_proj"]
@@ -391,33 +361,6 @@ def test_each_expert_has_the_oracles_blocks_and_scales_of_unit_rms(family: str) 
         assert (rows.tolist(), cols.tolist()) == reference.spectral_labels(weight, K)
         blocks = [weight[rows == k][:, cols == k] for k in range(K)]
         assert_close(scales, torch.stack([1 / block.square().mean().sqrt() for block in blocks]), torch.float32)
-
-
-def test_an_adapter_about_to_be_loaded_decomposes_nothing_until_it_is_used() -> None:
-    base = experts_of("qwen3_moe")["experts"].get_base_layer()
-    config = SmoaConfig(target_modules=[], target_parameters=EXPERTS, **SETTINGS)
-    with NoDecomposition():
-        wrapper = ParamWrapper(base, "default", "down_proj", config, "experts.down_proj", defer_partition=True)
-    assert (wrapper.smoa_row_labels["default"] == UNDECIDED).all()
-    assert wrapper.adapters["default"].pending
-    wrapper.stack("default")
-    assert (wrapper.smoa_row_labels["default"] < K).all()
-    assert not wrapper.adapters["default"].pending
-
-
-def test_experts_adapted_on_the_meta_device_are_partitioned_once_weights_are_there() -> None:
-    with torch.device("meta"):
-        base = nn.ModuleDict({"experts": build_mixture("qwen3_moe").model.layers[0].mlp.experts})
-    model = inject_adapter_in_model(SmoaConfig(target_modules=[], target_parameters=EXPERTS, **SETTINGS), base)
-    model.to_empty(device="cpu")
-    ready = wrappers(experts_of("qwen3_moe"))
-    for name, wrapper in wrappers(model).items():
-        with torch.no_grad():
-            wrapper.stored_weight().copy_(ready[name].stored_weight())
-        own, expected = wrapper.stack("default"), ready[name].stack("default")
-        assert torch.equal(own.rows.labels, expected.rows.labels)
-        assert torch.equal(own.cols.labels, expected.cols.labels)
-        assert_close(own.rank_scale, expected.rank_scale)
 
 
 def test_a_parameter_that_fsdp1_has_flattened_is_refused() -> None:
@@ -442,50 +385,6 @@ def test_a_merged_weight_is_the_oracles_of_each_expert_and_unmerging_restores_ev
             assert_close(matrix_of(wrapper, number // halves, number % halves), expected)
         wrapper.unmerge()
         assert torch.equal(wrapper.stored_weight(), before)
-
-
-def test_adapters_merged_one_after_the_other_are_both_made_from_the_pristine_weight() -> None:
-    wrapped = experts_of("gpt_oss", dtype=torch.float32)
-    add_second_adapter(wrapped)
-    for wrapper in wrappers(wrapped).values():
-        before = wrapper.stored_weight().detach().clone()
-        expected = before + wrapper.get_delta_weight("default") + wrapper.get_delta_weight("second")
-        wrapper.merge(adapter_names=["default"])
-        assert_close(wrapper.get_delta_weight("second"), expected - wrapper.stored_weight())
-        with pytest.warns(UserWarning, match="additionally merging second"):
-            wrapper.merge(adapter_names=["second"])
-        assert_close(wrapper.stored_weight(), expected)
-        wrapper.unmerge()
-        assert torch.equal(wrapper.stored_weight(), before)
-
-
-def test_a_merge_that_fails_among_the_experts_leaves_none_merged(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrapper = wrappers(experts_of("qwen3_moe"))["down_proj"]
-    before, write = clone_leaf(wrapper.stored_weight()), wrapper._write_matrix
-
-    def fail(matrix: Tensor, number: int) -> None:
-        write(matrix, number)
-        if number == 1:
-            monkeypatch.undo()
-            raise MemoryError
-
-    monkeypatch.setattr(wrapper, "_write_matrix", fail)
-    with pytest.raises(MemoryError):
-        wrapper.merge()
-    assert torch.equal(wrapper.stored_weight(), before)
-    assert not wrapper.merged
-
-
-def test_a_safe_merge_of_broken_factors_changes_nothing() -> None:
-    wrapper = wrappers(experts_of("qwen3_moe"))["down_proj"]
-    before = clone_leaf(wrapper.stored_weight())
-    wrapper.smoa_B["default"].weight.data[0, -1] = float("inf")
-    with pytest.raises(
-        MergeError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"
-    ):
-        wrapper.merge(safe_merge=True)
-    assert torch.equal(wrapper.stored_weight(), before)
-    assert not wrapper.merged
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -3,7 +3,6 @@
 Both live like any other through save, merge and swap.
 """
 
-import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -108,20 +107,6 @@ def test_a_narrow_layer_has_the_first_of_the_blocks_and_the_oracles_update(
         assert_close(layer.delta("default"), expected)
 
 
-def test_a_pattern_of_ranks_shrinks_with_the_blocks_and_a_pattern_of_alphas_with_it() -> None:
-    patterns = {"rank_pattern": {"one": 12, "two": 6}, "alpha_pattern": {"one": 3.0}}
-    found = smoa_layers(heads(r=8, num_blocks=4, alpha=16.0, **patterns))
-    assert {
-        name: layer.adapters["default"].ranks for name, layer in found.items() if name in ("one", "two", "three")
-    } == {
-        "one": (3,),
-        "two": (2, 2),
-        "three": (2, 2, 2),
-    }
-    scalings = {name: layer.scaling["default"] for name, layer in found.items()}
-    assert scalings == pytest.approx({"wide": 2.0, "one": 3 / 12, "two": 16 / 6, "three": 2.0, "back": 2.0})
-
-
 def test_targets_that_are_all_narrower_than_num_blocks_take_fewer_with_one_warning() -> None:
     config = SmoaConfig(r=22, num_blocks=11, target_modules=list(SIDES))
     expected = r"^num_blocks=11 is larger than a side of 5 of 5 targets: wide takes 10, one takes 1, .* and 2 more"
@@ -132,14 +117,6 @@ def test_targets_that_are_all_narrower_than_num_blocks_take_fewer_with_one_warni
     assert {name: len(layer.adapters["default"].ranks) for name, layer in layers.items()} == SIDES
     assert {*(rank for layer in layers.values() for rank in layer.adapters["default"].ranks)} == {2}
     assert (config.num_blocks, config.num_blocks_pattern) == (11, {})
-
-
-def test_layers_of_which_each_has_room_or_a_number_of_its_own_cause_no_warning() -> None:
-    pattern = {"one|back": 1, "two": 2, "three": 3}
-    model = get_peft_model(
-        Heads(), SmoaConfig(r=8, num_blocks=4, num_blocks_pattern=pattern, target_modules=list(SIDES))
-    )
-    assert {name: layer.adapters["default"].r for name, layer in smoa_layers(model).items()} == dict.fromkeys(SIDES, 8)
 
 
 @pytest.mark.parametrize(
@@ -194,13 +171,7 @@ def test_a_sum_of_adapters_is_exact_and_loads_to_the_same_bits(r: int, other: in
     torch.manual_seed(3)
     again = PeftModel.from_pretrained(Heads(), tmp_path / "sum").eval()
     x = torch.randn(5, 12, dtype=torch.float64)
-    expected = model.eval()(x)
-    assert torch.equal(again(x), expected)
-    weights = copy.deepcopy(again.state_dict())
-    again.merge_adapter()
-    assert_close(again(x), expected)
-    again.unmerge_adapter()
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
+    assert torch.equal(again(x), model.eval()(x))
 
 
 def test_a_sum_whose_ranks_do_not_split_evenly_is_refused_and_not_added() -> None:

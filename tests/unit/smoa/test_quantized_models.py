@@ -1,14 +1,11 @@
 """Quantized models, through layers/quantized.py and tuner/model.py: several adapters, merges, saves, training."""
 
-import gc
-import weakref
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from smoa import SmoaConfig, UnsupportedModuleError, merged, scores
@@ -111,19 +108,6 @@ def test_a_quantized_head_saved_while_merged_is_the_one_saved_unmerged(tmp_path:
     assert torch.equal(loaded(**tiny_models.batch("llama")).logits, expected)
 
 
-def test_merge_and_unload_leaves_a_quantized_model_and_keeps_nothing(tmp_path: Path) -> None:
-    model = adapted_model(quantized_model(tmp_path)).eval()
-    set_aside = [weakref.ref(layer.get_base_layer()) for layer in layers_of(model)]
-    inputs = tiny_models.batch("llama")
-    with pytest.warns(UserWarning, match=LOST):
-        merged = model.merge_and_unload(safe_merge=True)
-    del model
-    gc.collect()
-    assert all(reference() is None for reference in set_aside)
-    assert isinstance(merged.model.layers[0].self_attn.q_proj, bnb.nn.Linear4bit)
-    assert torch.isfinite(merged(**inputs).loss)
-
-
 @pytest.mark.parametrize("options", [{}, {"load_in_8bit": True}], ids=["nf4", "int8"])
 def test_an_adapter_moves_to_a_full_precision_base_and_back(
     tmp_path: Path, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
@@ -147,29 +131,6 @@ def test_an_adapter_moves_to_a_full_precision_base_and_back(
     base = quantized_model(tmp_path / "base", **options)
     on_meta = PeftModel.from_pretrained(base, tmp_path / "back", low_cpu_mem_usage=True).eval()
     assert torch.equal(on_meta(**tiny_models.batch("llama")).logits, expected)
-
-
-# Not ours: PEFT calls transformers by a name that transformers renamed.
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-def test_a_model_prepared_for_kbit_training_learns(tmp_path: Path) -> None:
-    base = prepare_model_for_kbit_training(
-        quantized_model(tmp_path), gradient_checkpointing_kwargs={"use_reentrant": False}
-    )
-    model = get_peft_model(base, SmoaConfig(r=8, num_blocks=2, alpha=64, target_modules="all-linear")).train()
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        name for name, _ in model.named_parameters() if ".smoa_" in name
-    }
-    frozen = {name: bits for name, bits in stored_bits(model).items() if ".smoa_" not in name}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(12):
-        loss = model(**tiny_models.batch("llama")).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-    assert {name: bits for name, bits in stored_bits(model).items() if ".smoa_" not in name} == frozen
 
 
 def test_the_projections_of_gpt2_are_quantized_and_adapted_too(tmp_path: Path) -> None:

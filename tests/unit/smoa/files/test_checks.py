@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smoa import AdapterFileError, SmoaConfig
+from smoa import AdapterFileError
 from tests.fuzz_adapters import CORPUS, base, fuzz, outcome, write_corpus
 from tests.support.adapter_files import rewritten, with_settings
 from tests.support.adapter_mutations import CONFIG, MUTATIONS, WEIGHTS
@@ -86,17 +86,13 @@ def value(key: str, number: float, dtype: torch.dtype = torch.float32) -> Change
 NOT_FINITE, TOO_LARGE = r"up\.smoa_B.*NaN or infinite", r"up: .* multiply to .*, beyond torch\.float32"
 CHANGED: dict[str, tuple[Change, str]] = {
     "of the base": (lambda t: t.update({BASE_WEIGHT: torch.ones(10, 12)}), r"has unknown 1 tensor.*up\.base_layer"),
-    "of the head": (lambda t: t.update({"base_model.model.head.weight": torch.ones(3, 12)}), "has unknown 1 tensor"),
     "of a path": (lambda t: t.update({"../../../etc/passwd": torch.ones(1)}), "has unknown 1 tensor"),
-    "of no layer": (lambda t: t.update({A.replace("up", "sideways"): t[A].clone()}), "has unknown 1 tensor"),
     "bias": (lambda t: t.update({UP.replace("up", "left") + "base_layer.bias": torch.ones(10)}), "unknown.*left.*bias"),
     "missing": (lambda t: t.pop(A), r"lacks 1 tensor\(s\).*smoa_A"),
     "missing scales": (lambda t: t.pop(UP + "smoa_block_scale"), r"lacks 1 tensor\(s\).*smoa_block_scale"),
     "of fewer rows": (lambda t: t.update({A: t[A][:2]}), r"smoa_A.*shape"),
     "of integers": (lambda t: t.update({A: t[A].long()}), "smoa_A.*int64.*floating point"),
-    "of 8 bits": (lambda t: t.update({A: t[A].to(torch.float8_e4m3fn)}), "float8_e4m3fn.*floating point"),
     "of labels of one block": (lambda t: t[UP + "smoa_row_labels"].zero_(), r"up\.smoa_row_labels"),
-    "of undecided labels": (lambda t: t[UP + "smoa_col_labels"].fill_(255), r"up\.smoa_col_labels"),
     "of fewer labels": (
         lambda t: t.update({UP + "smoa_row_labels": t[UP + "smoa_row_labels"][:-1]}),
         r"up\.smoa_row_labels.*shape",
@@ -152,26 +148,9 @@ def test_factors_in_another_floating_dtype_are_loaded(folder: Path, dtype: torch
     assert load(folder).base_model.model.up.smoa_A["default"].weight.dtype == torch.float32
 
 
-def test_code_beside_an_adapter_is_not_run(folder: Path) -> None:
-    for name in ("modeling.py", "__init__.py", "adapter_model.py", "smoa.py"):
-        (folder / name).write_text('raise SystemExit("code ran")')
-    load(folder)
-
-
 def test_a_state_dict_without_a_folder_is_checked_as_well(folder: Path) -> None:
     model = get_peft_model(base(), CORPUS["plain"][0])
     tensors = load_file(folder / WEIGHTS)
     tensors[BASE_WEIGHT] = torch.ones(10, 12)
     with pytest.raises(AdapterFileError, match=r"up\.base_layer\.weight"):
         set_peft_model_state_dict(model, tensors)
-
-
-def test_a_config_read_from_one_adapter_trains_and_resumes_another(folder: Path, tmp_path: Path) -> None:
-    """Nothing of the folder that it was read from is asked of later checkpoints."""
-    model = get_peft_model(base(), SmoaConfig.from_pretrained(folder))
-    later = get_peft_model(base(), SmoaConfig(**{**CORPUS["plain"][0].to_dict(), "init_weights": False}))
-    later.save_pretrained(tmp_path / "later")
-    model.load_adapter(tmp_path / "later", "default", is_trainable=True)
-    assert torch.equal(
-        model.base_model.model.up.get_delta_weight("default"), later.base_model.model.up.get_delta_weight("default")
-    )

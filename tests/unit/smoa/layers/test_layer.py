@@ -1,20 +1,16 @@
 """A layer's state, output and gradients are the oracle's."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from smoa import SmoaConfig
-from smoa.layers.layer import SmoaLayer
 from tests import reference
-from tests.support import tiny_models
 from tests.support.adapted_models import adapted
 from tests.support.layers import (
     SHAPES,
@@ -24,13 +20,9 @@ from tests.support.layers import (
     base_weight,
     factors,
     labels,
-    layers_of,
     oracle_delta,
-    randomise,
     smoa_layers,
 )
-from tests.support.threads import threads
-from tests.support.tiny_mixtures import experts_of, wrappers
 from tests.support.tolerance import assert_close
 
 MODULATIONS = ["hadamard", "none"]
@@ -123,31 +115,6 @@ def test_a_layers_scale_can_be_set_and_put_back(tiny_llama: PreTrainedModel) -> 
     assert torch.equal(layer.get_delta_weight("default"), before)
 
 
-def layer(**settings: Any) -> SmoaLayer:
-    found = adapted_layer(base_layer(11, 13), r=7, num_blocks=3, **settings)
-    assert isinstance(found, SmoaLayer)
-    return found
-
-
-def wrapper(**settings: Any) -> SmoaLayer:
-    return wrappers(experts_of("qwen3_moe", dtype=torch.float32, **settings))["down_proj"]
-
-
-MODULES = pytest.mark.parametrize("make", [layer, wrapper])
-
-
-def saved(module: nn.Module, part: str) -> torch.Tensor:
-    return module.state_dict()[f"smoa_{part}.default"]
-
-
-@MODULES
-def test_a_loaded_state_brings_its_blocks(make: Any) -> None:
-    module, other = make(partition="random"), make(partition="contiguous")
-    assert not torch.equal(saved(module, "row_labels"), saved(other, "row_labels"))
-    other.load_state_dict(module.state_dict())
-    assert torch.equal(other.delta("default"), copy.deepcopy(module).delta("default"))
-
-
 # training
 
 
@@ -166,69 +133,10 @@ def test_padding_stays_zero_through_training_with_momentum_and_decay() -> None:
     assert (B[~in_B] == 0).all()
 
 
-def trained(num_threads: int) -> dict[str, Tensor]:
-    """The adapter and the losses of three steps on a tiny model."""
-    with threads(num_threads):
-        return three_steps()
-
-
-def three_steps() -> dict[str, Tensor]:
-    torch.manual_seed(5)
-    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(r=6, num_blocks=2, target_modules="all-linear"))
-    for layer in layers_of(model):
-        randomise(layer, scale=0.1)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(3):
-        loss = model(**tiny_models.batch("llama")).loss
-        loss.backward()
-        losses.append(loss.detach())
-        optimizer.step()
-        optimizer.zero_grad()
-    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if ".smoa_" in name}
-    return state | {"losses": torch.stack(losses)}
-
-
-def test_one_thread_gives_the_same_twice_and_two_threads_the_same_within_the_tolerance() -> None:
-    one, again, two = trained(1), trained(1), trained(2)
-    assert all(torch.equal(one[name], again[name]) for name in one)
-    for name, tensor in one.items():
-        if tensor.dtype == torch.uint8:
-            assert torch.equal(two[name], tensor), "labels"
-        else:
-            assert_close(two[name], tensor)
-
-
 # special cases are the published methods
 
 
 needs_hira = pytest.mark.skipif(not hasattr(peft, "HiraConfig"), reason="this PEFT has no HiRA")
-
-
-def peft_layer(config: PeftConfig, base: nn.Module) -> nn.Module:
-    return inject_adapter_in_model(config, Wrapper(base)).layer
-
-
-def lora_twin(layer: SmoaLayer, alpha: float, conv1d: bool) -> tuple[nn.Module, list[nn.Parameter]]:
-    config = LoraConfig(
-        r=layer.adapters["default"].r, lora_alpha=alpha, target_modules=["layer"], fan_in_fan_out=conv1d
-    )
-    twin = peft_layer(config, layer.get_base_layer())
-    own = [twin.lora_A["default"].weight, twin.lora_B["default"].weight]
-    return twin, copy_factors(layer, own)
-
-
-def hira_twin(layer: SmoaLayer, conv1d: bool) -> tuple[nn.Module, list[nn.Parameter]]:
-    config = peft.HiraConfig(r=layer.adapters["default"].r, target_modules=["layer"], fan_in_fan_out=conv1d)
-    twin = peft_layer(config, layer.get_base_layer())
-    return twin, copy_factors(layer, [twin.hira_A["default"], twin.hira_B["default"]])
-
-
-def copy_factors(layer: SmoaLayer, own: list[nn.Parameter]) -> list[nn.Parameter]:
-    for source, target in zip(factors(layer), own, strict=True):
-        assert source.shape == target.shape
-        target.data = source.detach().clone()
-    return own
 
 
 def values_and_gradients(layer: nn.Module, parameters: Sequence[Tensor], x: Tensor) -> list[Tensor]:
@@ -239,13 +147,19 @@ def values_and_gradients(layer: nn.Module, parameters: Sequence[Tensor], x: Tens
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
 @pytest.mark.parametrize("method", ["lora", pytest.param("peft_hira", marks=needs_hira)])
 def test_one_block_is_lora_without_modulation_and_hira_with_it(method: str, conv1d: bool) -> None:
-    lora = method == "lora"
+    lora, given = method == "lora", {"r": 4, "target_modules": ["layer"], "fan_in_fan_out": conv1d}
     settings: dict[str, Any] = {"alpha": 6.0, "modulation": "none"} if lora else {"scale": "paper"}
     layer = adapted_layer(base_layer(17, 10, conv1d=conv1d), r=4, num_blocks=1, **settings)
-    twin, twin_factors = lora_twin(layer, 6.0, conv1d) if lora else hira_twin(layer, conv1d)
+    config = LoraConfig(**given, lora_alpha=6.0) if lora else peft.HiraConfig(**given)
+    twin = inject_adapter_in_model(config, Wrapper(layer.get_base_layer())).layer
+    parts = (twin.lora_A, twin.lora_B) if lora else (twin.hira_A, twin.hira_B)
+    theirs = [part["default"].weight if lora else part["default"] for part in parts]
+    for source, target in zip(factors(layer), theirs, strict=True):
+        assert source.shape == target.shape
+        target.data = source.detach().clone()
     x = torch.randn(5, 10, dtype=torch.float64, requires_grad=True)
-    expected = values_and_gradients(twin, twin_factors, x)
-    for own, theirs in zip(values_and_gradients(layer, factors(layer), x), expected, strict=True):
-        assert_close(own, theirs)
+    pairs = zip(values_and_gradients(layer, factors(layer), x), values_and_gradients(twin, theirs, x), strict=True)
+    for own, other in pairs:
+        assert_close(own, other)
     if lora:  # PEFT's HiRA returns BA
         assert_close(layer.get_delta_weight("default"), twin.get_delta_weight("default"))

@@ -116,17 +116,6 @@ def test_the_output_has_the_inputs_dtype_and_a_small_update_survives(
     assert all(factor.grad.dtype == torch.float32 for factor in factors(layer))
 
 
-# torch's own, at the autograd functions of bitsandbytes
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_it_compiles() -> None:
-    layer = adapted(quantized_layer("nf4")).train()
-    x = torch.randn(5, 64, requires_grad=True)
-    compiled = torch.compile(layer, backend="aot_eager")
-    expected = torch.autograd.grad(layer(x).sum(), [x, *factors(layer)])
-    for own, theirs in zip(torch.autograd.grad(compiled(x).sum(), [x, *factors(layer)]), expected, strict=True):
-        assert_close(own, theirs)
-
-
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_generate_keeps_the_blocks_of_the_update_if_it_is_told_to(kind: str) -> None:
     layer = adapted(quantized_layer(kind)).eval()

@@ -1,13 +1,13 @@
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from smoa import SmoaConfig
 from smoa.layers.linear import Linear
-from smoa.layers.weight_cache import DIAGONAL, open_caches
+from smoa.layers.weight_cache import open_caches
 from tests.support.layers import adapted_layer, add_adapter, base_layer, layers_of, oracle_output
 from tests.support.tolerance import assert_close
 
@@ -48,82 +48,53 @@ def train_a_step(layer: Linear) -> None:
     optimizer.step()
 
 
-CHANGES: dict[str, Callable[[Linear], object]] = {
+CHANGES: dict[str, Callable[[Any], object]] = {
     "a step": train_a_step,
     "a factor": lambda layer: layer.smoa_B["default"].weight.mul_(3),
     "another factor": replace_factor,
     "the base": lambda layer: layer.get_base_layer().weight.mul_(2),
     "labels": change_labels,
     "scale": lambda layer: layer.set_scale("default", 7),
+    "block scales": lambda layer: layer.smoa_block_scale.__setitem__("default", torch.ones(3)),
+    "another adapter of the name": lambda layer: add_adapter(layer, "default", num_blocks=3),
     "dtype": lambda layer: layer.double(),
+}
+OF_ACTIVE: dict[str, Callable[[Any], object]] = {
     "another adapter": lambda layer: layer.set_adapter(["default", "other"]),
     "disabled": lambda layer: layer.enable_adapters(False),
 }
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_every_change_is_seen(change: str) -> None:
-    layer = adapted_layer(base_layer(12, 12, dtype=torch.float32, conv1d=True), num_blocks=3)
-    layer.update_layer("other", SmoaConfig(r=4, num_blocks=2, init_weights=False))
-    layer.set_adapter("default")
-    x = torch.randn(2, 12)
-    with open_caches([layer]):
-        before = output(layer, x)
-        with torch.no_grad():
-            CHANGES[change](layer)
-        x = x.to(layer.get_base_layer().weight.dtype)
-        cached = output(layer, x)
-    torch.testing.assert_close(cached, output(layer, x))
-    if change != "dtype":
-        assert not torch.allclose(cached, before)
-
-
-CHANGES_OF_BATCHES: dict[str, Callable[[Linear], object]] = {
-    **{name: CHANGES[name] for name in ("a step", "a factor", "another factor", "labels", "scale", "dtype")},
-    "replaced scales": lambda layer: layer.smoa_block_scale.__setitem__(
-        "default", layer.smoa_block_scale["default"] * 2
-    ),
-    "another adapter of the name": lambda layer: add_adapter(layer, "default", num_blocks=3),
+"""Which a mixed batch does not ask for."""
+UNSEEN: dict[str, Callable[[Any], object]] = {
+    "past the version counter": lambda layer: layer.smoa_A["default"].weight.data.add_(1),
+    "its storage": lambda layer: setattr(layer.smoa_B["default"].weight, "data", torch.randn(4, 16)),
+    "its module": lambda layer: layer.smoa_A.update({"default": torch.nn.Linear(4, 16, bias=False)}),
 }
+"""By the counters that `generate` trusts."""
 
 
-@pytest.mark.parametrize("change", CHANGES_OF_BATCHES)
+@pytest.mark.parametrize("change", [*CHANGES, *OF_ACTIVE, *UNSEEN])
 @torch.no_grad()
-def test_a_batch_of_many_adapters_sees_every_change_in_the_next_forward(change: str) -> None:
-    layer = adapted_layer(base_layer(12, 12, dtype=torch.float32), num_blocks=3)
-    add_adapter(layer, "other", num_blocks=3)
-    model, batch = torch.nn.ModuleList([layer, adapted_layer(base_layer(12, 12), num_blocks=3)]).eval(), {}
-    batch["adapter_names"] = ["other", "default"]
-    with open_caches(layers_of(model)):
-        before = layer(x := torch.randn(2, 12), **batch)
-        CHANGES_OF_BATCHES[change](layer)
-        kept = layer(x := x.to(layer.get_base_layer().weight.dtype), **batch)
-    torch.testing.assert_close(kept, layer(x, **batch))
-    if change != "dtype":
-        assert not torch.allclose(kept, before)
+def test_every_change_is_seen_in_the_next_forward(change: str) -> None:
+    for names in (None,) if change in OF_ACTIVE else (None, ["other", "default"]):
+        for caches in (nullcontext,) if change in UNSEEN else (nullcontext, open_caches):
+            layer = adapted_layer(base_layer(12, 12, dtype=torch.float32), num_blocks=3).eval()
+            add_adapter(layer, "other", num_blocks=3)
+            layer.set_adapter("default")
+            x, batch = torch.randn(2, 12), {} if names is None else {"adapter_names": names}
+            with caches([layer]):
+                before = layer(x, **batch)
+                (CHANGES | OF_ACTIVE | UNSEEN)[change](layer)
+                found = layer(x := x.to(layer.get_base_layer().weight.dtype), **batch)
+            torch.testing.assert_close(found, by_its_updates(layer, x, names))
+            assert change == "dtype" or not torch.allclose(found, before)
 
 
-def bytes_of_blocks(layer: Any) -> int:
-    """Of the blocks of W that are kept."""
-    kept = layer.smoa_weight_cache.kept
-    return sum(part.nbytes for slot, (_, parts) in kept.items() if slot[0] == DIAGONAL for part in parts)
-
-
-def test_only_what_a_call_uses_is_kept() -> None:
-    layer = adapted_layer(base_layer(12, 12), num_blocks=3)
-    add_adapter(layer, "other", num_blocks=2)
-    layer.set_adapter("default")
-    x = torch.randn(2, 12, dtype=torch.float64)
-    blocks = {"default": 3 * 4 * 4 * 8, "other": 2 * 6 * 6 * 8}
-    with open_caches([layer]), torch.no_grad():
-        layer(x)
-        assert layer.smoa_weight_cache.nbytes() == blocks["default"]
-        layer(x, adapter_names=["default", "other"])
-        assert bytes_of_blocks(layer) == sum(blocks.values())
-        layer(x, adapter_names=["other", "__base__"])
-        assert bytes_of_blocks(layer) == sum(blocks.values())  # of W, for the next batch
-        layer(x)
-        assert layer.smoa_weight_cache.nbytes() == sum(blocks.values()) + blocks["default"]
+def by_its_updates(layer: Any, x: Tensor, names: list[str] | None) -> Tensor:
+    base, rows = layer.get_base_layer(), []
+    for row, own in zip(x, [layer.active_adapters] * 2 if names is None else [[name] for name in names], strict=True):
+        weight = base.weight + sum(layer.delta(name) for name in own if not layer.disable_adapters)
+        rows.append(torch.nn.functional.linear(row, weight, base.bias))
+    return torch.stack(rows)
 
 
 def test_a_compiled_model_keeps_nothing() -> None:

@@ -105,22 +105,6 @@ def test_blocks_are_contiguous_where_the_labels_of_both_sides_ascend() -> None:
     assert torch.equal(blocks.unsort_outputs(x)[..., blocks.orders.rows], x)
 
 
-@sizes
-def test_the_blocks_of_contiguous_labels_are_slices(out_features: int, in_features: int, num_blocks: int) -> None:
-    rows, cols = (
-        torch.tensor(reference.contiguous_labels(n, num_blocks), dtype=torch.uint8) for n in (out_features, in_features)
-    )
-    blocks, matrix = Blocks(rows, cols, num_blocks), torch.randn(out_features, in_features)
-    for k, (block, row, col) in enumerate(zip(blocks.of(matrix), blocks.row_slices, blocks.col_slices, strict=True)):
-        assert torch.equal(block, matrix[blocks.rows(k)][:, blocks.cols(k)])
-        assert block.is_contiguous()
-        assert block.data_ptr() != matrix[row, col].data_ptr()
-    before = matrix.clone()
-    blocks.write(matrix, [block.double() + 1 for block in blocks.of(matrix)])
-    same_block = rows[:, None] == cols
-    assert torch.equal(matrix, torch.where(same_block, (before.double() + 1).float(), before))
-
-
 # a matrix's blocks
 
 
@@ -148,15 +132,6 @@ def test_what_is_written_stands_in_the_diagonal_blocks_and_nowhere_else(
         assert matrix[i, j].item() == (source[i, j].item() if same_block else before[i][j])
 
 
-@sizes
-def test_the_blocks_of_the_transposed_weight_are_the_transposed_blocks(
-    out_features: int, in_features: int, num_blocks: int
-) -> None:
-    blocks, matrix = shuffled(out_features, in_features, num_blocks), torch.randn(out_features, in_features)
-    for own, other in zip(blocks.transposed().of(matrix.T), blocks.of(matrix), strict=True):
-        assert torch.equal(own, other.T)
-
-
 # factors
 
 
@@ -172,18 +147,6 @@ def test_a_rank_is_split_evenly_with_the_remainder_to_the_first_blocks(r: int, n
 
 
 # scale and dtype
-
-
-def test_wide_factors_hold_the_scale_once() -> None:
-    factors = problem(11, 13, (1, 3, 2)).factors(0.5, [2.0, 3.0, 5.0])
-    wide = factors.wide()
-    assert factors.scale(torch.float64).tolist() == [1.0, 1.5, 1.5, 1.5, 2.5, 2.5]
-    assert torch.equal(wide.A, factors.A)
-    assert_close(wide.B, factors.B * torch.tensor([1.0, 1.5, 1.5, 1.5, 2.5, 2.5]))
-    assert (wide.scaling, wide.scale(torch.float32).tolist()) == (1.0, [1.0] * 6)
-    assert_close(wide.wide().B, wide.B)
-    assert wide.ranks == factors.ranks
-    assert wide.blocks is factors.blocks
 
 
 # spreading

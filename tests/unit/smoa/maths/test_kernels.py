@@ -2,32 +2,27 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.weight_cache import open_caches
 from smoa.maths.blocks import Blocks
-from smoa.maths.factors import BlockRun, Factors, saved_shapes
-from smoa.maths.kernels.branch import PIECE, SCRATCH, Branch, block_deltas, chunks, pieces, plain_branch, product_dtype
-from smoa.maths.kernels.fused import Fused, pays
+from smoa.maths.factors import Factors, saved_shapes
+from smoa.maths.kernels.branch import SCRATCH, Branch, block_deltas, plain_branch, product_dtype
+from smoa.maths.kernels.fused import Fused
 from smoa.maths.spectrum import make_partition
 from tests import reference
 from tests.support.gradients import assert_layer_is_the_oracles
-from tests.support.layers import ROUTES, adapted_layer, base_layer, clone_leaf, factors, oracle_output, ranks
+from tests.support.layers import ROUTES, adapted_layer, base_layer, factors, oracle_output
 from tests.support.live_bytes import LiveBytes
 from tests.support.tolerance import assert_close
 from tests.support.updates import CASES, Problem, problem
-
-MODULATIONS = ["hadamard", "none"]
 
 
 def operands(case: Problem) -> tuple[list[float], Tensor, Tensor]:
@@ -132,11 +127,6 @@ def test_half_precision_rounds_the_update_once(dtype: torch.dtype, kind: str) ->
     assert_close(grad_x, g.double() @ delta)
 
 
-@pytest.mark.parametrize(("route", "conv1d"), [("fused", True), ("apart", False)])
-def test_ranks_so_large_that_blocks_are_masked_give_the_oracles_values_and_gradients(route: str, conv1d: bool) -> None:
-    assert_layer_is_the_oracles(r=110, num_blocks=3, alpha=11.0, route=route, conv1d=conv1d)
-
-
 @pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize(("route", "conv1d"), [("fused", True), ("apart", False)])
 @pytest.mark.parametrize(("r", "num_blocks"), [(7, 1), (7, 3), (110, 3)])
@@ -149,47 +139,7 @@ def test_whole_and_cut_runs_of_rows_give_the_oracles_values_and_gradients(
 # which kernel is taken
 
 
-def blocks_of(size: int, num_blocks: int, kind: str = "random") -> Blocks:
-    return make_partition(torch.ones(size, size), num_blocks, kind)  # type: ignore[arg-type]
-
-
-def test_the_sum_of_weight_and_update_is_formed_for_many_tokens_on_a_cpu() -> None:
-    random, contiguous = blocks_of(256, 8), blocks_of(256, 8, "contiguous")
-    assert not pays(random, "cpu", tokens=255)
-    assert pays(random, "cpu", tokens=256)
-    assert not pays(contiguous, "cpu", tokens=511)
-    assert pays(contiguous, "cpu", tokens=512)
-    assert not pays(random, "cuda", tokens=1 << 20)
-
-
 # memory
-
-
-@given(rows=st.integers(0, 5000), columns=st.integers(0, 1_000_000))
-def test_chunks_cover_every_row_once_and_are_bounded(rows: int, columns: int) -> None:
-    made = list(chunks(rows, columns))
-    assert [row for chunk in made for row in range(chunk.start, chunk.stop)] == list(range(rows))
-    sizes = [chunk.stop - chunk.start for chunk in made]
-    assert all(size <= 16 or size * columns <= PIECE for size in sizes)
-
-
-@given(count=st.integers(1, 9), height=st.integers(1, 90), rows=st.integers(16, 100))
-def test_pieces_of_a_run_cover_its_rows_once_and_are_bounded(count: int, height: int, rows: int) -> None:
-    run, covered = BlockRun(count, height, 3, 2, first_row=5, first_col=7, first_rank=11), []
-    for piece in run.cut(rows):
-        assert piece.count * piece.height <= rows
-        assert piece.count == 1 or piece.skipped == 0
-        block = (piece.first_rank - 11) // 2
-        assert piece.first_col == 7 + 3 * block
-        assert piece.first_row == 5 + height * block + piece.skipped
-        covered += range(piece.first_row, piece.first_row + piece.count * piece.height)
-    assert covered == list(range(5, 5 + count * height))
-
-
-def test_only_a_cpu_cuts_runs() -> None:
-    case = problem(40, 40, (2, 2))
-    large = replace(case.factors(), blocks=replace(case.factors().blocks, shape=(4096, 1 << 16)))
-    assert len(list(pieces(large, torch.device("cpu")))) > len(list(pieces(large, torch.device("cuda")))) == 1
 
 
 def test_threads_and_calls_share_no_memory() -> None:
@@ -280,33 +230,6 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward(
 
 
 # transforms
-
-
-@pytest.mark.parametrize(
-    ("route", "conv1d", "modulation"),
-    [
-        ("fused", False, "hadamard"),
-        ("apart", True, "hadamard"),
-        ("apart", False, "none"),
-    ],
-)
-def test_finite_differences_agree_and_those_of_gradients_too(route: str, conv1d: bool, modulation: str) -> None:
-    base = base_layer(7, 5, conv1d=conv1d)
-    layer = adapted_layer(base, r=3, num_blocks=2, alpha=2.0, modulation=modulation, route=route)
-    A, B = factors(layer)
-    in_A, in_B = reference.real_entries(7, 5, ranks(layer))
-
-    def output(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
-        parameters = {
-            "smoa_A.default.weight": torch.zeros_like(A).masked_scatter(in_A, a),
-            "smoa_B.default.weight": torch.zeros_like(B).masked_scatter(in_B, b),
-            "base_layer.bias": bias,
-        }
-        return torch.func.functional_call(layer, parameters, (x,))
-
-    leaves = [torch.randn(3, 5, dtype=torch.float64), A[in_A], B[in_B], base.bias]
-    assert torch.autograd.gradcheck(output, [clone_leaf(leaf) for leaf in leaves])
-    assert torch.autograd.gradgradcheck(output, [clone_leaf(leaf) for leaf in leaves])
 
 
 def test_a_pytorch_without_onednn_trains_and_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,23 +1,17 @@
 """Anchors and block scales, in layers and alone."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from smoa import PartitionError, SmoaConfig
+from smoa import PartitionError
 from smoa.maths.scale import ScaleKind, block_scale, rms_of
 from smoa.maths.spectrum import make_partition
-from tests.support import lab
 from tests.support.layers import (
     adapted_layer,
     base_layer,
     base_weight,
     oracle_output,
-    smoa_layers,
 )
 from tests.support.tolerance import assert_close
 
@@ -73,25 +67,6 @@ def test_an_anchor_beyond_float32_counts_as_one() -> None:
 
 
 # in adapters
-
-
-def llama(folder: Path, **options: object) -> PeftModel:
-    """A tiny Llama with an adapter that is no no-op."""
-    base = AutoModelForCausalLM.from_pretrained(lab.tiny_base(folder))
-    settings: dict[str, object] = {"r": 4, "num_blocks": 2, "alpha": 3.0, "target_modules": ["q_proj", "down_proj"]}
-    return get_peft_model(base, SmoaConfig(**{**settings, "init_weights": False, **options}))  # type: ignore[arg-type]
-
-
-def test_a_reloaded_adapter_has_the_same_update_and_merges_the_same(tmp_path: Path) -> None:
-    model = llama(tmp_path / "base", scale="layer")
-    model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(llama(tmp_path / "base").unload(), tmp_path / "adapter")
-    theirs = smoa_layers(again)
-    for name, layer in smoa_layers(model).items():
-        assert_close(theirs[name].delta("default"), layer.delta("default"))
-    merged = again.merge_and_unload().state_dict()
-    for name, layer in smoa_layers(model).items():
-        assert_close(merged[f"{name}.weight"], base_weight(layer) + layer.delta("default"))
 
 
 def test_a_random_adapter_is_as_large_with_a_normalized_anchor_as_without() -> None:

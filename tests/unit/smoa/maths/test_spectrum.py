@@ -12,15 +12,13 @@ from smoa.maths import spectrum
 from smoa.maths.spectrum import (
     PartitionKind,
     decomposable,
-    decomposition_device,
     labels_from_scores,
     make_partition,
     spectral_scores,
 )
-from smoa.scores import cached_spectral_scores
 from tests import reference
 from tests.support.decompositions import NoDecomposition
-from tests.support.limited_device import DEVICE, limited_device
+from tests.support.limited_device import limited_device
 from tests.support.tolerance import assert_close
 
 SHAPES = [(24, 24), (40, 16), (16, 40), (7, 5), (1, 6), (6, 1)]
@@ -49,13 +47,6 @@ def test_a_coordinate_without_energy_scores_zero(shape: tuple[int, int]) -> None
     assert (row_scores[[3, 7, 8]] == 0).all()
     assert (col_scores[[0, 5]] == 0).all()
     assert_same_scores(weight)
-
-
-@pytest.mark.parametrize("factor", [1e-30, 1e30])
-def test_the_scale_of_a_weight_does_not_matter(factor: float) -> None:
-    weight = torch.randn(30, 20)
-    for scaled, plain in zip(spectral_scores(weight * factor), spectral_scores(weight), strict=True):
-        assert_close(scaled, plain)
 
 
 @given(scores=st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=5, max_size=40), num_blocks=st.integers(1, 5))
@@ -149,18 +140,6 @@ def test_the_partition_does_not_depend_on_the_scale_of_a_float32_weight(scale: f
     assert torch.equal(found.col_labels, expected.col_labels)
 
 
-def test_a_device_without_float64_and_decompositions_leaves_them_to_the_cpu() -> None:
-    matrix = torch.randn(5, 4)
-    with limited_device() as device:
-        there = matrix.to(device)
-        with pytest.raises(TypeError, match="float64"):
-            there.double()
-        with pytest.raises(NotImplementedError, match="eigh"):
-            torch.linalg.eigh(there.T @ there)
-        assert decomposition_device(there) == torch.device("cpu")
-        assert torch.equal(decomposable(there), matrix)
-
-
 def test_a_full_device_is_not_taken_for_one_that_lacks_decompositions(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError("full")
@@ -171,21 +150,6 @@ def test_a_full_device_is_not_taken_for_one_that_lacks_decompositions(monkeypatc
         with pytest.raises(torch.OutOfMemoryError):
             decomposable(torch.eye(2))
     assert decomposable(torch.eye(2)).device.type == "cpu"
-
-
-@pytest.mark.parametrize("cut", ["clear", "close"])
-@pytest.mark.parametrize("shape", [(17, 12), (12, 17)])
-def test_the_partition_is_that_of_the_cpu(shape: tuple[int, int], cut: str) -> None:
-    weight = torch.randn(shape)
-    if cut == "close":  # rows that float32 cannot separate: decided again in float64
-        weight[1::2] = weight[::2][: len(weight[1::2])] * (1 + 1e-7)
-    expected = make_partition(weight, 3)
-    with limited_device() as device:
-        for scores_of in (spectral_scores, cached_spectral_scores):
-            found = make_partition(weight.to(device), 3, "spectral", scores_of)
-            assert found.row_labels.device == found.col_labels.device == DEVICE
-            assert torch.equal(found.row_labels.cpu(), expected.row_labels)
-            assert torch.equal(found.col_labels.cpu(), expected.col_labels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

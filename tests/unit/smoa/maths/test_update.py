@@ -111,24 +111,6 @@ def test_a_weight_that_is_dequantized_is_read_again_for_the_backward(needs_x: bo
 
 
 @pytest.mark.parametrize("modulation", ["hadamard", "none"])
-@pytest.mark.parametrize("case", CASES[1:5])
-def test_rows_and_their_gradients_are_those_of_the_update(
-    case: tuple[int, int, tuple[int, ...]], modulation: str
-) -> None:
-    given = problem(*case)
-    update = given.update(modulation, 0.7)
-    tokens = torch.randint(0, case[0], (9,))
-    rows, expected = update.lookup(tokens, given.weight), update.delta(given.weight)[tokens]
-    assert_close(rows, expected)
-    gradient = torch.randn_like(rows)
-    leaves = (given.A, given.B)
-    for own, wanted in zip(
-        torch.autograd.grad(rows, leaves, gradient), torch.autograd.grad(expected, leaves, gradient), strict=True
-    ):
-        assert_close(own, wanted)
-
-
-@pytest.mark.parametrize("modulation", ["hadamard", "none"])
 @pytest.mark.parametrize("options", [{"padding_idx": 2}, {"scale_grad_by_freq": True}])
 def test_gradients_are_those_of_a_lookup_in_the_whole_update(options: dict[str, Any], modulation: str) -> None:
     given = problem(8, 6, (2, 2))

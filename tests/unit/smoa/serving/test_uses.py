@@ -17,23 +17,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from smoa import AdapterPool, SmoaConfig
+from smoa import AdapterPool
 from smoa.errors import ConfigError, UnsupportedModuleError
-from tests.support import tiny_models
+from tests.support.adapters import base, config, saved
 from tests.support.tolerance import assert_close
 
 NAMES = ("anna", "ben")
 IDS = torch.randint(3, 20, (1, 5), generator=torch.Generator().manual_seed(0))
-
-
-def config(**settings: Any) -> SmoaConfig:
-    return SmoaConfig(
-        **{"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"], "init_weights": False} | settings
-    )
-
-
-def base() -> Any:
-    return tiny_models.build("llama").eval()
 
 
 @torch.no_grad()
@@ -44,11 +34,7 @@ def said(model: Any) -> Tensor:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    room = tmp_path_factory.mktemp("adapters")
-    for seed, name in enumerate(NAMES):
-        torch.manual_seed(seed)
-        get_peft_model(base(), config()).save_pretrained(room / name)
-    return room
+    return saved(tmp_path_factory.mktemp("adapters"), {name: {"r": 4} for name in NAMES})
 
 
 class Known:
@@ -332,44 +318,6 @@ def test_an_evaluation_around_training_sees_each_step(optimizer: str, tmp_path: 
             assert torch.equal(inside, fresh)
     pool.save("anna", tmp_path)
     assert_close(said(PeftModel.from_pretrained(base(), str(tmp_path))), inside)
-
-
-def test_a_step_is_seen_after_a_call_without_gradients_between_forward_and_backward() -> None:
-    model = base()
-    pool = AdapterPool(model.requires_grad_(False))
-    pool.add("anna", config())
-    step = torch.optim.AdamW(pool.parameters(), 1e-2, fused=True)
-    with pool.use(["anna"]):
-        loss = model(input_ids=IDS).logits.square().sum()
-        before = said(model)
-        loss.backward()
-        step.step()
-        step.zero_grad()
-        after = said(model)
-    with pool.use(["anna"]):
-        assert torch.equal(said(model), after)
-    assert not torch.allclose(before, after)
-
-
-def test_training_goes_on_after_inference_and_before_an_operation_in_place() -> None:
-    model = nn.Sequential(Tower(), nn.ReLU(inplace=True))
-    pool = AdapterPool(model)
-    pool.add("a", config(target_modules=["0.proj"]))
-    with pool.use(["a"]):
-        with torch.inference_mode():
-            model(torch.randn(1, 16))
-        model(torch.randn(1, 16)).sum().backward()
-    assert all(factor.grad is not None for factor in pool.parameters())
-
-
-def test_adding_an_adapter_leaves_the_base_as_it_is() -> None:
-    model = base().train()
-    layers = dict(model.named_modules())
-    pool = AdapterPool(model)
-    pool.add("anna", config())
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert dict(model.named_modules()) == layers
-    assert all(module.training for module in model.modules())
 
 
 # Copies, and PEFT beside it.

@@ -23,7 +23,6 @@ from tests.support import tiny_models
 from tests.support.adapted_models import QV, adapted, add_adapter
 from tests.support.layers import (
     factors,
-    oracle_output,
     randomise,
     ranks,
     smoa_layers,
@@ -150,25 +149,6 @@ def test_an_adapter_saved_while_several_are_merged_is_the_one_saved_unmerged(
 # --- several adapters ------------------------------------------------------------------------------------------------
 
 
-def test_adapters_are_added_chosen_and_deleted(tiny_llama: PreTrainedModel) -> None:
-    model = adapted(tiny_llama)
-    first = logits(model)
-    add_adapter(model, "other", r=6, num_blocks=3, modulation="none", target_modules=["q_proj", "up_proj"])
-    assert torch.equal(logits(model), first)
-    assert all(".default." in name for name in trainable(model))
-    model.set_adapter("other")
-    assert all(".other." in name for name in trainable(model))
-    second = logits(model)
-    assert not torch.allclose(second, first)
-    model.set_adapter("default")
-    assert torch.equal(logits(model), first)
-    with pytest.warns(UserWarning, match="Setting active adapter to other"):
-        model.delete_adapter("default")
-    assert model.active_adapters == ["other"]
-    assert_close(logits(model), second)
-    assert not [name for name in model.state_dict() if "default" in name]
-
-
 def test_adapters_that_came_and_went_leave_no_tensor_and_no_name() -> None:
     settings = {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "target_parameters": EXPERTS}
     model = get_peft_model(build_mixture("qwen3_moe"), SmoaConfig(**settings)).eval()
@@ -276,29 +256,6 @@ def test_low_cpu_mem_usage_makes_meta_factors_only(tiny_llama: PreTrainedModel) 
 
 
 # --- layers of an unusual kind ---------------------------------------------------------------------------------------
-
-
-class ReplicatedModel(nn.Module):
-    """One layer that stands in two places."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(8, 8)
-        self.second = self.first
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x).tanh())
-
-
-def test_a_layer_in_two_places_is_adapted_in_the_first_as_lora_does() -> None:
-    base = ReplicatedModel()
-    linear = base.first
-    model = adapted(base, target_modules=["first", "second"])
-    x = torch.randn(3, 8)
-    assert list(smoa_layers(model)) == ["first"]
-    assert model.base_model.model.second is smoa_layers(model)["first"].get_base_layer() is linear
-    hidden = oracle_output(smoa_layers(model)["first"], x).float().tanh()
-    assert_close(model(x), linear(hidden))
 
 
 # --- the config of an adapter ----------------------------------------------------------------------------------------

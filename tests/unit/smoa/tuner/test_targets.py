@@ -3,7 +3,6 @@
 import re
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -53,7 +52,6 @@ class OddModel(nn.Module):
         super().__init__()
         self.transposed = nn.ConvTranspose2d(8, 8, 3)
         self.attention = nn.MultiheadAttention(8, 2)
-        self.lazy = nn.LazyLinear(8)
         self.linear = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,12 +73,6 @@ def test_an_unsupported_module_is_refused_with_its_shapes_and_the_remedy(target:
         get_peft_model(model, SmoaConfig(r=4, target_modules=[target, "linear"]))
     assert re.search(SUPPORTED, str(caught.value))
     assert type(model.linear) is nn.Linear
-
-
-@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
-def test_a_linear_layer_without_a_weight_yet_is_refused_by_name() -> None:
-    with pytest.raises(SmoaError, match="lazy"):
-        get_peft_model(OddModel(), SmoaConfig(r=4, target_modules=["lazy"]))
 
 
 def test_a_layer_that_its_parent_never_calls_is_refused_by_name() -> None:
@@ -232,14 +224,6 @@ def layers_in(model: nn.Module) -> list[SmoaLayer]:
     return [module for module in model.modules() if isinstance(module, SmoaLayer)]
 
 
-def test_a_second_adapter_uses_the_wrappers_of_the_first() -> None:
-    model = get_peft_model(build_mixture("llama4"), SmoaConfig(target_modules=[], target_parameters=EXPERTS))
-    before = layers_in(model)
-    model.add_adapter("other", SmoaConfig(target_modules=[], target_parameters=EXPERTS))
-    assert layers_in(model) == before
-    assert all(set(layer.smoa_A) == set(layer.smoa_B) == {"default", "other"} for layer in before)
-
-
 # PEFT looks at modules only, from 0.21 on
 @pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")
 def test_patterns_go_by_the_parameters_name() -> None:
@@ -326,13 +310,6 @@ def test_all_linear_says_once_that_it_leaves_the_experts_out_and_how_to_name_the
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.add_adapter("second", SmoaConfig(target_modules="all-linear"))
-
-
-def test_all_linear_says_nothing_if_there_are_none_or_they_are_named() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        adapted(build("llama"), target_modules="all-linear")
-        adapted(build_mixture("mixtral"), target_modules="all-linear", target_parameters=EXPERTS)
 
 
 # kinds of layers
@@ -425,13 +402,3 @@ def test_a_layer_that_computes_the_same_in_another_way_is_adapted(make: Callable
     assert (unmerged - layer.get_base_layer()(x)).abs().max() > 1e-3
     layer.merge()
     assert_close(layer(x), unmerged)
-
-
-@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
-def test_a_layer_that_torchao_computes_in_float8_is_adapted() -> None:
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
-    model = convert_to_float8_training(Wrapper(nn.Linear(32, 32)), config=Float8LinearConfig(emulate=True))
-    layer = adapted_layer(model.layer, r=6, num_blocks=3)
-    x = torch.randn(16, 32)
-    assert_close(layer(x), model.layer(x) + layer.branch_output(x, "default"))

@@ -99,19 +99,6 @@ def test_a_merge_leaves_the_ends_tied_and_unmerging_restores_every_bit(family: s
     assert_close(logits(type(merged).from_pretrained(tmp_path).eval(), family), expected)
 
 
-@pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
-def test_several_adapters_are_merged_one_after_the_other() -> None:
-    model = adapted()
-    model.add_adapter("second", SmoaConfig(r=4, target_modules=ENDS, ensure_weight_tying=True, init_weights=False))
-    model.base_model.set_adapter(["default", "second"])
-    expected, before = logits(model, "gemma3"), model.base_model.model.lm_head.stored_weight().clone()
-    model.merge_adapter(["default"])
-    model.merge_adapter(["second"])
-    assert_close(logits(model, "gemma3"), expected)
-    model.unmerge_adapter()
-    assert torch.equal(model.base_model.model.lm_head.stored_weight(), before)
-
-
 def test_without_the_setting_each_end_has_an_adapter_and_no_merge() -> None:
     model = adapted(ENDS, ensure_weight_tying=False)
     first, second = effective_weights(model)
