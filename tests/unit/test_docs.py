@@ -170,11 +170,6 @@ def test_a_reference_page_has_every_key(prefix: str, section: type[BaseModel]) -
     assert [key for key in section.model_fields if f"{prefix}{key}" not in told | groups] == []
 
 
-def test_no_page_names_a_registry_host() -> None:
-    hosts = re.compile(r"(pypi|pythonhosted|anaconda|conda-forge)\.(org|com)")
-    assert [name_of(path) for path in DOCUMENTS if hosts.search(path.read_text(encoding="utf-8"))] == []
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site, but for the pages of studies, which test_studies.py has; a warning of mkdocs fails the build."""

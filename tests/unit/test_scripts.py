@@ -53,11 +53,6 @@ def called(file: Path) -> list[str]:
     return [word for command in commands for word in command.split() if "=" not in word]
 
 
-def test_the_workflows_call_what_they_are_there_for() -> None:
-    weekly = ["matrix", "fuzz", "soak", "serve-test"]
-    assert {file.stem: called(file) for file in FILES} == {"matrix": weekly, "release": ["dist"], "tests": ["test"]}
-
-
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_workflow_calls_targets_files_and_jobs_that_exist(file: Path) -> None:
     assert set(called(file)) <= TARGETS

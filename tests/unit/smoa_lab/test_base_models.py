@@ -18,7 +18,6 @@ from smoa_lab.base_models import (
     described_base,
     empty_model,
     load_base_model,
-    packaged_name,
     prepare_packaged_model,
     to_device,
     unpacked_folder,
@@ -164,24 +163,6 @@ def test_a_base_is_another_when_its_weights_are_and_the_same_with_other_notes(
     assert one != other
 
 
-def test_a_bases_files_are_read_once_for_their_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = ModelSection(name=str(lab.tiny_base(tmp_path / "base")))
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    before = base_content(wanted)
-    read: list[str] = []
-
-    def content_of(file: Path) -> str:
-        read.append(file.name)
-        return "another"
-
-    monkeypatch.setattr(base_models, "content_of", content_of)
-    assert base_content(wanted) == before
-    assert read == []
-    os.utime(tmp_path / "base" / "model.safetensors", ns=(0, 0))
-    assert base_content(wanted) != before
-    assert read == ["model.safetensors"]
-
-
 def test_a_base_on_the_hub_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
@@ -192,15 +173,6 @@ def test_a_base_on_the_hub_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(base_models.AutoConfig, "from_pretrained", read)
     assert base_content(ModelSection(name="org/base", options={"revision": "v2"})) == "c" * 40
     assert asked == [("org/base", "v2")]
-
-
-def test_a_packaged_model_is_known_by_its_name_and_by_its_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
-    assert packaged_name("smollm2-135m") == "smollm2-135m"
-    assert packaged_name(str(unpacked_folder("gemma3-270m"))) == "gemma3-270m"
-    assert packaged_name(str(tmp_path / "models" / "another")) is None
 
 
 def test_cards_name_it_by_what_it_was_made_from_and_others_as_they_are(

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from smoa import SmoaConfig
 from smoa.errors import MergeError
+from smoa.maths.blocks import Blocks
 from smoa_lab import inspect
-from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, layer_table, weights_and_updates
-from smoa_lab.inspect_page import POINTS, by_block, coverage, inspection_page, place, spectrum
+from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, update_spectrum, weights_and_updates
+from smoa_lab.inspect_page import POINTS, coverage, inspection_page, spectrum
 from smoa_lab.pages.charts import MUTED, color_of
 from tests.support import lab, tiny_models
 from tests.support.layers import Wrapper
@@ -185,11 +186,6 @@ def test_two_adapters_stand_beside_each_other_and_the_first_is_shown_in_detail(
     assert f"theirs: mean coverage {mean:.3f}, mean rank 3, {sum(x.parameters for x in lora):,} trained" in page
 
 
-def test_a_bound_that_is_not_known_is_a_dash(lora: list[LayerReport]) -> None:
-    table = layer_table([dataclasses.replace(lora[0], rank_bound=None), *lora[1:]])
-    assert [row[6].text for row in table.cells()] == ["–", "3", "3", "3"]
-
-
 def report(method: str = "smoa", blocks: int = 2) -> LayerReport:
     """A layer of which only the leading half is changed."""
     energy = torch.cat([torch.ones(SIZE // 2), torch.zeros(SIZE // 2)]).double() * 2 / SIZE
@@ -210,17 +206,6 @@ def drawn_rows(chart: Any) -> list[list[dict[str, Any]]]:
     return list(chart.to_dict()["datasets"].values())
 
 
-def test_layers_are_placed_by_their_number_and_kind() -> None:
-    assert place("model.layers.12.self_attn.q_proj") == {"layer": 12, "kind": "q_proj"}
-    assert place("classifier") == {"layer": 0, "kind": "classifier"}
-
-
-def test_blocks_have_their_coverage_and_scale_in_one_chart() -> None:
-    (rows,) = drawn_rows(by_block({"ours": [report()], "theirs": [report(method="lora", blocks=0)]}))
-    assert [(row["adapter"], row["block"], row["scale"]) for row in rows] == [("ours", 1, 1.0), ("ours", 2, 2.0)]
-    assert all(row["coverage"] == pytest.approx(0.25, abs=1e-2) for row in rows)
-
-
 def test_the_coverage_rises_to_one_where_the_energy_ends() -> None:
     (curve,) = [rows for rows in drawn_rows(coverage({"ours": [report(), report()]})) if "adapter" in rows[0]]
     at = {row["part"]: row["share"] for row in curve}
@@ -234,3 +219,45 @@ def test_a_long_spectrum_is_drawn_by_some_of_its_values_with_a_bar_for_each_bloc
     nothing = torch.zeros(SIZE).double()
     flat = dict.fromkeys(("update_values", "input_energy", "output_energy"), nothing)
     assert drawn_rows(spectrum(dataclasses.replace(report(blocks=0), **flat), MUTED))
+
+
+# spectra
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(12, 7, dtype=torch.float64)
+
+
+def test_an_update_along_one_direction_has_all_its_energy_there(weight: torch.Tensor) -> None:
+    U, _, Vh = torch.linalg.svd(weight, full_matrices=False)
+    found = update_spectrum(weight, 0.5 * torch.outer(U[:, 2], Vh[2]))
+    assert found.rank == 1
+    assert found.effective_rank == pytest.approx(1.0)
+    assert found.coverage == pytest.approx(2 / 7)
+    assert found.input_energy[2] == pytest.approx(1.0)
+    assert found.output_energy[2] == pytest.approx(1.0)
+
+
+def test_an_update_of_zero_has_no_rank_and_no_coverage(weight: torch.Tensor) -> None:
+    found = update_spectrum(weight, torch.zeros_like(weight))
+    assert (found.rank, found.effective_rank, found.coverage) == (0, 0.0, 0.0)
+    assert (found.relative_spectral_norm, found.stable_rank) == (0, 0)
+
+
+def test_the_coverage_of_a_block_is_that_of_its_part_of_the_update(weight: torch.Tensor) -> None:
+    rows, cols = (torch.tensor(labels, dtype=torch.uint8) for labels in ([0, 1, 2] * 4, [2, 0, 1, 0, 1, 2, 0]))
+    blocks = Blocks(rows, cols, 3)
+    delta = torch.zeros_like(weight)
+    for k in range(3):
+        inside = torch.outer(blocks.row_labels == k, blocks.col_labels == k)
+        delta[inside] = torch.randn(int(inside.sum()), dtype=weight.dtype)
+    found = update_spectrum(weight, delta, blocks)
+    for k, share in enumerate(found.block_coverages):
+        alone = torch.where(torch.outer(blocks.row_labels == k, blocks.col_labels == k), delta, 0)
+        U, _, Vh = torch.linalg.svd(weight, full_matrices=False)
+        energy = (alone @ Vh.T).square().sum(0) + (U.T @ alone).square().sum(1)
+        place = torch.arange(7, dtype=weight.dtype) / 7
+        assert share == pytest.approx(float((energy * place).sum() / energy.sum()))
+    assert update_spectrum(weight, delta).block_coverages == ()

@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -27,12 +26,10 @@ from transformers import (
 
 from smoa import ConfigError, MergeError, SmoaConfig
 from smoa.errors import DataError
-from smoa.files.names import embeddings_of
-from smoa.layers.linear import Linear
 from smoa_lab import merge as merging
 from smoa_lab.base_models import prepare_packaged_model
 from smoa_lab.config.run import check_config
-from smoa_lab.merge import GGUF_NOTE, Merged, merge_run, model_card, with_plain_weights
+from smoa_lab.merge import GGUF_NOTE, Merged, merge_run, model_card
 from smoa_lab.open_run import base_section
 from smoa_lab.pages.card import named_base
 from smoa_lab.training.run_folder import RunFolder
@@ -142,19 +139,6 @@ def test_what_the_class_replaces_by_a_head_of_the_adapters_is_left_out_and_told(
     assert torch.equal(head, model.score.modules_to_save["default"].weight)
 
 
-def test_of_a_language_model_that_makes_embeddings_the_head_is_left_out_and_told(
-    base: Path, adapter: Path, output: Path
-) -> None:
-    tiny_models.build("llama").save_pretrained(base)
-    config = SmoaConfig(task_type="FEATURE_EXTRACTION", target_modules=["q_proj"], init_weights=False)
-    adapted = get_peft_model(AutoModel.from_pretrained(base), config).eval()
-    adapted.save_pretrained(adapter)
-    assert "AutoModel doesn't load it: lm_head.weight" in merge_run(adapter, output).summary()
-    merged, batch = merged_model(output, AutoModel), {"input_ids": torch.arange(3, 14)[None]}
-    with torch.no_grad():
-        assert_close(merged(**batch).last_hidden_state, adapted(**batch).last_hidden_state)
-
-
 def test_tensors_that_the_model_does_not_load_are_not_lost_silently(base: Path, adapter: Path, output: Path) -> None:
     saved(base, adapter)
     change(base, lambda tensors: tensors.update({"vision_tower.weight": torch.ones(2, 2)}))
@@ -231,14 +215,6 @@ def test_a_vocabulary_that_was_resized_is_merged(
     assert_close(logits(merged, family), logits(adapted, family))
 
 
-def test_a_model_that_names_no_embeddings_has_none() -> None:
-    class Speech(nn.Linear):
-        def get_input_embeddings(self) -> nn.Module:
-            raise NotImplementedError  # as transformers' models of speech do
-
-    assert embeddings_of(Speech(2, 2)) == {}
-
-
 def test_an_adapter_of_any_method_on_a_class_of_any_name_with_other_labels_is_merged(
     base: Path, adapter: Path, output: Path
 ) -> None:
@@ -273,18 +249,6 @@ def test_the_recorded_revision_is_that_of_the_recorded_base_only_and_of_a_hub_id
     for given in (None, "org/other"):
         merging._save_other_files(base_section(tmp_path, given), tmp_path, tmp_path)
     assert asked == [("org/own", "v2"), ("org/other", None)]
-
-
-def test_a_bfloat16_base_stays_bfloat16_and_says_what_that_lost(base: Path, adapter: Path, output: Path) -> None:
-    saved(base, adapter, dtype=torch.bfloat16)
-    found = merge_run(adapter, output)
-    assert merged_model(output).dtype == torch.bfloat16
-    assert 0 < found.lost < 0.1
-    assert "--dtype float32" in found.summary()
-    wide = merge_run(adapter, output.with_name("wide"), dtype="float32")
-    assert wide.lost < 1e-5
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
-    assert_close(logits(merged_model(wide.folder)), logits(adapted.eval()))
 
 
 def test_what_rounding_takes_is_measured_against_the_update(base: Path, adapter: Path, output: Path) -> None:
@@ -395,31 +359,6 @@ def test_a_base_of_a_class_that_transformers_lacks_is_one_error(base: Path, adap
 
 
 # Layers that can't be merged, and quantized bases.
-
-
-def test_a_layer_that_cannot_be_merged_is_named(
-    base: Path, adapter: Path, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved(base, adapter)
-
-    def refuse(self: Linear, *arguments: Any, **options: Any) -> None:
-        raise NotImplementedError("no merging of this kind")
-
-    monkeypatch.setattr(Linear, "merge", refuse)
-    with pytest.raises(MergeError, match=r"layers\.0\.self_attn\.q_proj: no merging of this kind"):
-        merge_run(adapter, output)
-    assert not output.exists()
-
-
-def test_a_base_that_cannot_be_dequantized_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: PreTrainedModel, dtype: torch.dtype) -> None:
-        raise NotImplementedError("no way back")
-
-    model = tiny_models.build("llama")
-    model.hf_quantizer = object()
-    monkeypatch.setattr(PreTrainedModel, "dequantize", refuse)
-    with pytest.raises(MergeError, match=r"can't be dequantized \(no way back\); give a base that isn't quantized"):
-        with_plain_weights(model)
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -548,18 +487,6 @@ def result(**values: Any) -> Merged:
 def card(folder: Path) -> ModelCard:
     config = SmoaConfig(r=6, num_blocks=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
     return ModelCard(model_card(named_base("org/base"), folder, config, result(**LOSS)))
-
-
-def test_the_card_names_base_method_layers_and_how_to_load(tmp_path: Path) -> None:
-    for file in ("processor_config.json", "tokenizer.json"):
-        (tmp_path / file).touch()
-    found, beside = card(tmp_path), 'processor = AutoProcessor.from_pretrained("PATH")'
-    assert (found.data.base_model, found.data.library_name) == ("org/base", "transformers")
-    assert found.data.tags == ["smoa", "merged"]
-    for said in ("# mine", "`org/base` with the SMOA adapter", "2 of its weights", "\nOne note.\n", f"{beside}\n```"):
-        assert said in found.text
-    settings = json.loads(found.text.split("```json")[1].split("```")[0])
-    assert (settings["r"], settings["num_blocks"], settings["target_modules"]) == (6, 3, ["q_proj"])
 
 
 def test_what_rounding_took_is_told_in_all_and_of_the_worst_layer(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """What the whole lab uses: cache, names, positions, sections, and warnings of other libraries."""
 
+import errno
 import importlib
 import json
 import math
+import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,10 +13,13 @@ import pytest
 from transformers import BloomConfig, GPT2Config, LlamaConfig
 
 import smoa_lab
-from smoa.errors import LISTED, nearest
+from smoa.atomic import new_file, write_whole
+from smoa.errors import ConfigError
 from smoa_lab.base_models import positions_of
+from smoa_lab.basics.atomic import check_place, new_folder
 from smoa_lab.basics.cache import cache_folder, free_name
 from smoa_lab.basics.plain import finite, json_text, portable
+from tests.support.kills import killed_at
 
 
 def test_the_cache_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,13 +48,6 @@ def test_the_first_free_name_is_taken(taken: set[str], found: str) -> None:
     assert free_name("run", taken.__contains__) == found
 
 
-def test_a_name_like_none_is_answered_with_all_where_they_are_few() -> None:
-    few, many = ["one", "two"], [f"name{i}" for i in range(LISTED + 1)]
-    assert nearest("zzz", few) == "; choose from one, two"
-    assert nearest("zzz", many) == nearest("zzz", []) == ""
-    assert nearest("nam3", many).endswith("did you mean 'name3'?")
-
-
 def test_positions_are_the_configs_own_or_not_limited() -> None:
     assert positions_of(GPT2Config(n_positions=100)) == 100
     assert positions_of(LlamaConfig(max_position_embeddings=100)) == 100
@@ -69,3 +68,100 @@ def test_the_text_is_json_that_others_can_read() -> None:
 def test_of_absolute_paths_only_the_last_name_is_left() -> None:
     values = {"name": "/home/me/base", "files": {"mine": ["~/data/train.jsonl", "C:\\data\\test.csv"]}}
     assert portable(values) == {"name": "base", "files": {"mine": ["train.jsonl", "test.csv"]}}
+
+
+# files and folders that appear whole
+
+
+def texts(folder: Path) -> set[str]:
+    """What the visible files hold."""
+    return {file.read_text() for file in folder.rglob("*") if file.is_file() and "/." not in str(file)}
+
+
+def test_a_place_is_tried_and_nothing_is_left_there(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_place(tmp_path / "file")
+    check_place(tmp_path / "a" / "b", is_new=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    refused = {"file/x": "Not a directory", "": "is a folder", "/proc/x": "No such file or directory"}
+    for place, reason in refused.items():
+        with pytest.raises(ConfigError, match=rf"cannot be written \({reason}\); choose another place"):
+            check_place(tmp_path / place)
+    with pytest.raises(ConfigError, match="file: exists and is not overwritten; choose another name"):
+        check_place(tmp_path / "file", is_new=True)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "metrics.json"
+    write_whole(file, "old")
+
+    def full(self: Path, *args: object, **options: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(file, "new")
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_that_failed_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with new_folder(tmp_path / "model") as temporary:
+            (temporary / "half").write_text("h")
+            raise OSError("no space left on disk")
+
+    with pytest.raises(OSError, match="disk"):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_appears_when_it_is_complete_and_one_that_is_there_first_is_kept_or_refused(tmp_path: Path) -> None:
+    def ours(keep_existing: bool) -> None:
+        with new_folder(tmp_path / "data", keep_existing) as temporary:
+            (temporary / "ours").touch()
+            (tmp_path / "data").mkdir()
+            (tmp_path / "data" / "theirs").touch()
+
+    with new_folder(tmp_path / "model") as temporary, new_file(tmp_path / "deep" / "file.txt") as file:
+        (temporary / "weights").write_text("w")
+        file.write_text("new")
+        assert file.suffix != ".txt", "whoever lists the folder must not take it for the file"
+        assert not (tmp_path / "model").exists()
+        assert not (tmp_path / "deep" / "file.txt").exists()
+    assert texts(tmp_path) == {"w", "new"}
+    ours(keep_existing=True)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["theirs"]
+    (tmp_path / "data").rename(tmp_path / "aside")
+    with pytest.raises(ConfigError, match="another process created it"):
+        ours(keep_existing=False)
+    with pytest.raises(ConfigError, match="exists"):
+        ours(keep_existing=False)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_weights_get_the_mode_of_new_files(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "new") as folder:
+        (folder / "config.json").touch()
+        (folder / "weights.safetensors").touch(0o600)
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "new").iterdir()}
+    assert modes == dict.fromkeys(("config.json", "weights.safetensors"), modes["config.json"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_kill_at_any_call_leaves_no_folder_or_a_whole_one(tmp_path: Path) -> None:
+    def write() -> None:
+        with new_folder(tmp_path / "room" / "model") as temporary:
+            (temporary / "a").write_text("new")
+            (temporary / "b").write_text("new")
+
+    found: list[list[str]] = []
+    for number in range(1, 1000):
+        shutil.rmtree(tmp_path / "room", ignore_errors=True)
+        killed = killed_at(number, write, lambda _, call: str(tmp_path) in str(call))
+        found.append([path.name for path in sorted((tmp_path / "room").glob("model/*"))])
+        if not killed:
+            break
+    assert len(found) > 5
+    assert all(names in ([], ["a", "b"]) for names in found)
+    assert found[-1]

@@ -1,4 +1,3 @@
-import io
 import re
 import signal
 import threading
@@ -131,14 +130,3 @@ def test_a_system_prompt_is_checked_before_the_first_line_is_read(base: Path) ->
     assert done.exit_code == 1
     assert done.stdout == ""
     assert "chat template refuses" in done.stderr
-
-
-def test_only_two_terminals_make_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Tty(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setattr("sys.stdin", Tty())
-    assert not chat._is_terminal()
-    monkeypatch.setattr("sys.stdout", Tty())
-    assert chat._is_terminal()

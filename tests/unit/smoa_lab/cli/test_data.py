@@ -6,7 +6,6 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from smoa_lab.cli.main import app
-from tests.support.lab import questions
 from tests.support.own_rows import chat, chats, pairs, rows_base, rows_values, write_rows
 
 
@@ -77,14 +76,6 @@ def test_a_runs_file_says_model_and_rows(base: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     done = check(tmp_path / "run.yaml", Path("nowhere"))
     assert (done.exit_code, "1 bad rows" in done.stdout) == (0, True)
-
-
-def test_rows_with_choices_are_counted_in_the_part_that_they_name(base: Path, tmp_path: Path) -> None:
-    file = write_rows(tmp_path / "rows.jsonl", [*questions(3, "train"), *questions(2, "test")])
-    done = check(file, base, "--template", "alpaca", "--examples", "1")
-    assert done.exit_code == 0, done.stderr
-    assert "rows.jsonl: choices; rows: 3 train, 2 test\n" in done.stdout
-    assert "### Response:\n⟦1<eos>⟧" in done.stdout
 
 
 @pytest.mark.parametrize("options", [("--format", "chat"), ("--template", "alpacca"), ("--model", "nowhere")])

@@ -102,17 +102,13 @@ def invoke(*arguments: str, answers: str | None = None) -> Any:
 GIVEN = ("--model", "base", "--data", "talks.jsonl", "--dtype", "float32")
 
 
-def test_a_config_for_rows_is_written_and_trains(tmp_path: Path) -> None:
+def test_a_config_for_rows_is_written(tmp_path: Path) -> None:
     made = invoke("new/mine.yaml", *GIVEN, "--parameters", "lora:2", "--json")
     assert made.exit_code == 0, made.output
     report = json.loads(made.stdout)
     assert report["file"] == "new/mine.yaml"
     assert load_config(tmp_path / "new" / "mine.yaml") == check_config(report["config"])
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["mine.yaml"]
-    changes = ["training.max_steps=2", "training.use_cpu=true", "data.samples=1"]
-    trained = CliRunner().invoke(app, ["train", "new/mine.yaml", *changes], catch_exceptions=False)
-    assert trained.exit_code == 0, trained.output
-    assert (tmp_path / "runs" / "mine" / "adapter" / "adapter_config.json").is_file()
 
 
 def train(*arguments: str) -> Any:

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 import smoa
 from smoa import SmoaConfig
-from smoa.errors import SmoaError
+from smoa.errors import DataError, SmoaError
 from smoa_lab.base_models import empty_model
+from smoa_lab.cli.console import reporting
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import ModelSection
 from tests.support.runs import stored_metrics
@@ -56,9 +57,12 @@ def strangers_model(base: Path, room: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", ["chat RUN", "eval RUN", "convert RUN lora --rank 1", "merge RUN merged", "inspect RUN", "report RUN"]
+    ("command", "method"),
+    [
+        *(("chat RUN", "full"), ("chat RUN", "smoa"), ("eval RUN", "full"), ("convert RUN lora --rank 1", "smoa")),
+        *(("merge RUN merged", "smoa"), ("inspect RUN", "smoa"), ("report RUN", "smoa")),
+    ],
 )
-@pytest.mark.parametrize("method", ["full", "smoa"])
 def test_the_folder_of_a_stranger_runs_no_code(
     command: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,3 +129,38 @@ def test_every_command_has_an_example_that_it_takes() -> None:
             chosen, *words = chosen.commands[words[0]], *words[1:]
         assert chosen is command
         chosen.make_context(command.name, words)  # raises for an option or a value that it does not have
+
+
+# errors
+
+
+def test_an_error_of_ours_is_one_line_on_stderr_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, reporting():
+        raise DataError("piqa: no such column")
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err == "error: piqa: no such column\n"
+
+
+def test_an_interrupted_command_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, reporting():
+        raise KeyboardInterrupt
+    assert ended.value.exit_code == 130
+    assert "resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "run/checkpoint-2/optimizer.pt"),
+        OSError(27, "File too large", "run/adapter/README.md"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 16256 vs 16144"),
+        Exception("No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_line_whoever_finds_it_full(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, reporting():
+        raise error
+    assert ended.value.exit_code == 1
+    told = capsys.readouterr().err
+    remedy = "make room, or raise ulimit -f, and run the same command again"
+    assert told == f"error: the disk is full ({error}); {remedy}\n"

@@ -106,10 +106,3 @@ def test_the_result_of_preferences_is_printed_and_keys_can_be_changed_on_the_com
     assert done.exit_code == 0, done.stderr
     assert "The chosen answer gained on the rejected one in " in done.stdout
     assert "1 steps of DPOTrainer" in done.stdout
-
-
-def test_the_other_processes_print_nothing(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smoa_lab.training.run.run", lambda config: {})
-    monkeypatch.setenv("RANK", "1")
-    done = command(room, write_rows(room / "rows.jsonl", chats(6)))
-    assert (done.exit_code, done.stdout) == (0, "")

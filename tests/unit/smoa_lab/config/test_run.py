@@ -1,3 +1,4 @@
+import json
 import math
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from trl import DPOConfig, SFTConfig
 from smoa import ConfigError, SmoaConfig
 from smoa_lab.config.methods import find_method, method_names
 from smoa_lab.config.run import ModelSection, adapter_rate, check_config, load_config, native_dtype
-from smoa_lab.config.yaml_text import apply_overrides, parse_yaml, to_yaml
+from smoa_lab.config.yaml_text import apply_overrides
 from smoa_lab.data.files import FileSource, HubRows, HubSource
 from smoa_lab.data.prepared import Sizes
 
@@ -125,15 +126,6 @@ def test_a_saved_config_is_read_as_the_same_run(file: Path) -> None:
     assert load_config(file) == config
 
 
-def test_an_unknown_key_is_told_the_nearest(file: Path) -> None:
-    found = problems(file, "data.templat=alpaca", "training.max_stepz=3", "early_stoping=3")
-    for said in ("did you mean 'template'", "did you mean 'max_steps'", "did you mean 'early_stopping'"):
-        assert said in found
-    assert "3 problems" in found
-    assert "did you mean 'messages'" in problems(file, "data.format=message")
-    assert "did you mean 'revision'" in problems(file, "data.hub={name: a/b, revison: x}", "data.train=null")
-
-
 def test_numbers_are_within_bounds(file: Path) -> None:
     for change in ("samples=-1", "train_examples=0", "test_examples=-1", "max_length=7", "choices=number"):
         assert f"data.{change.partition('=')[0]}: " in problems(file, f"data.{change}")
@@ -222,14 +214,6 @@ def test_what_is_not_yaml_is_a_text_in_an_override() -> None:
     assert values == {"a": {"b": [1, 2], "c": "[1", "d": 0.001}}
 
 
-def test_what_is_written_is_read_again_as_it_was() -> None:
-    values = {"b": {"text": "1e-3", "word": "no", "number": 1e-5, "none": None, "empty": {}, "list": [1, "é"]}, "a": 1}
-    text = to_yaml(values)
-    assert parse_yaml(text, Path("run.yaml")) == values
-    assert text.index("b:") < text.index("a:")
-    assert to_yaml({"train": "a long path " * 50}).count("\n") == 1
-
-
 @pytest.mark.filterwarnings("ignore:Bone will be removed")  # of PEFT 0.18
 @pytest.mark.parametrize("name", method_names())
 def test_every_method_makes_a_config_for_causal_language_models(name: str) -> None:
@@ -270,3 +254,116 @@ def test_a_preset_wins_over_the_block_and_the_block_over_the_task_type() -> None
     config = find_method("melora").peft_config({"partition": "spectral", "task_type": "SEQ_CLS"})
     assert isinstance(config, SmoaConfig)
     assert (config.partition, config.modulation, config.task_type) == ("contiguous", "none", "SEQ_CLS")
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {}}, r"model\.name: is missing"),
+        ({"method": "full", "adapter": {"r": 4}}, "method full trains all weights and takes no adapter keys"),
+        ({"method": "pissa", "trainer": "dpo"}, "method: pissa moves weights of the base into the adapter"),
+        ({"method": "adaption_prompt", "trainer": "dpo"}, "method: adaption_prompt calls the model past the losses"),
+        ({"training": 3}, "training"),
+        ({"data": {"train": 3}}, r"data\.train"),
+        ({"data": 3}, "data"),
+        ({"adapter": 3}, "adapter: should be a valid dictionary"),
+        ({"model": {"name": "x", "dtype": "float99"}}, r"model\.dtype"),
+        ({"method": ["lora"]}, "there is no method"),
+        ({"data": {"train": [["a.csv"]]}}, r"data\.train\..*should be a valid string"),
+        ({"training": {"output_dir": None}}, r"training\.output_dir: is empty"),
+        ({"training": {"output_dir": ""}}, r"training\.output_dir: is empty"),
+        (
+            {"training": {"eval_strategy": "steps", "load_best_model_at_end": True, "save_strategy": "epoch"}},
+            "training: ",
+        ),
+    ],
+)
+def test_a_block_that_is_wrong_is_told_by_its_key(change: dict[str, Any], message: str) -> None:
+    config = {"model": {"name": "x"}, "data": {"train": "rows.jsonl"}, "training": {"output_dir": "run"}}
+    with pytest.raises(ConfigError, match=message):
+        check_config(config | change)
+
+
+FIVE_MISTAKES = """\
+model:
+  name: base
+  dtype: flot32
+method: smoa
+adapter:
+  r: 4
+  num_block: 2
+data:
+  train: arc_easy
+  max_lenght: 100
+trainer: stf
+training:
+  learning_rat: 1e-3
+"""
+
+
+def test_five_mistakes_are_reported_at_once_with_line_and_nearest_name(file: Path) -> None:
+    file.write_text(FIVE_MISTAKES)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{file}: 5 problems"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["line 3", "line 7", "line 10", "line 11", "line 13"]
+    for line, name in zip(lines[1:], ["float32", "num_blocks", "max_length", "sft", "learning_rate"], strict=True):
+        assert f"did you mean '{name}'?" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.max_steps=many"], r"training.max_steps: .*integer.*got 'many'"),
+        (["adapter.num_blocks=0"], r"adapter: .*num_blocks"),
+        (["method=melora", "adapter.partition=spectral"], r"adapter.partition: is decided by method melora"),
+        (["method=smao"], "no method 'smao'; did you mean 'smoa'"),
+        (
+            ["data.trian=b.csv"],
+            r"1 problem\n.*data\.trian: unknown key; did you mean 'train'\?$",
+        ),
+    ],
+)
+def test_a_mistake_is_told_by_its_key(overrides: list[str], message: str, file: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(file, overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning_rate=.nan", "should be a finite number; got nan"),
+        ("learning_rate=1e999", "should be a finite number; got inf"),
+        ("learning_rate='1e-3'", "should be a valid number; got '1e-3'"),
+        ("max_steps=0", "should be at least 1; got 0"),
+        ("gradient_accumulation_steps=0", "should be at least 1; got 0"),
+        ("seed=2020-13-45", "should be a valid integer; got '2020-13-45'"),
+        ("bf16=no", "should be a valid boolean; got 'no'"),
+        ("train_sampling_strategy=group_by_lenght", "there is no 'group_by_lenght'; did you mean 'group_by_length'?"),
+        ("save_only_model=true", "leaves out what an interrupted run needs"),
+        ("resume_from_checkpoint=true", "smoa resumes an interrupted run by itself: leave it out"),
+    ],
+)
+def test_a_training_value_that_the_trainer_would_fail_at_or_pass_over_is_refused(
+    override: str, message: str, file: Path
+) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"line \d+: training\.{key}: {re.escape(message)}"):
+        load_config(file, [f"training.{override}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("max_steps=-1", -1), ("save_total_limit=null", None), ("warmup_steps=0.1", 0.1), ("learning_rate=0", 0)],
+)
+def test_a_training_value_that_means_none_is_taken(override: str, value: float | None, file: Path) -> None:
+    assert load_config(file, [f"training.{override}"]).training[override.partition("=")[0]] == value
+
+
+def test_a_list_may_stand_for_a_tuple_a_block_for_a_class_and_a_float_for_a_whole_number(file: Path) -> None:
+    own = {"layer_replication": [[0, 1], [0, 2]], "monteclora_config": {}, "lora_alpha": 16.0}
+    load_config(file, ["method=lora", f"adapter={json.dumps(own)}"])

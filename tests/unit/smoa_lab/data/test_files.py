@@ -16,8 +16,10 @@ import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 from smoa.errors import DataError
+from smoa_lab.data import general_text
 from smoa_lab.data.files import FileSource, HubRows, HubSource, find_sources, read_rows
 from smoa_lab.data.formats import BadRow
+from smoa_lab.data.general_text import passages
 from tests.support.own_rows import write_rows
 
 
@@ -100,21 +102,17 @@ UNREADABLE = {
     "object.json": (b'{"text": "a"}', "expected a list"),
     "latin.json": ('[{"text": "Café"}]'.encode("latin-1"), "UTF-8"),
     "empty-list.json": (b"[]", "no rows"),
-    "blank.json": (b" \n", "no rows"),
     "blank.jsonl": (b"\n\n  \n", "no rows"),
     "empty.csv": (b"", "no rows"),
-    "header-only.csv": (b"text\n", "no rows"),
     "quote.csv": (b'text\na\n"b\nc\n', "after row 1"),
     "utf-16.csv": ("text\nCafé\n".encode("utf-16"), "UTF-8"),
     "no-rows.parquet": (parquet_table([]), "no rows"),
     "words.parquet": (b"hello", "cannot be read"),
     "cut.parquet": (WHOLE[:-20], "whole"),
     "broken.parquet": (WHOLE[:100] + bytes(200) + WHOLE[300:], "whole"),
-    "words.jsonl.gz": (b"hello", "whole"),
     "cut.jsonl.gz": (PACKED[:-20], "whole"),
     "bits.csv.gz": (PACKED[:20] + bytes(9) + PACKED[29:], "whole"),
     "table.xlsx": (b"PK", "jsonl, csv, parquet, json"),
-    "data": (b"", "jsonl, csv, parquet, json"),
 }
 
 
@@ -283,3 +281,28 @@ def test_a_local_place_is_told_from_a_data_set_of_the_hub(tmp_path: Path, monkey
         assert find_sources(place) == (HubSource(HubRows(name=place), "train"), None)
     (tmp_path / "trl-lib" / "Capybara").mkdir(parents=True)
     assert isinstance(find_sources("trl-lib/Capybara")[0], FileSource)
+
+
+# general text
+
+
+def test_the_packaged_story_has_no_notes_of_its_editors() -> None:
+    found = passages("packaged")
+    assert found[0].startswith("IN THE YEAR 2889.\nLittle though they seem to think of it")
+    assert not any(word in text for text in found for word in ("Gutenberg", "Redactor", "***"))
+    assert sum(len(text.split()) for text in found) > 5000
+
+
+def test_a_file_is_cut_into_passages_of_enough_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(general_text, "WORDS", 4)
+    file = tmp_path / "own.txt"
+    file.write_text("One two\nthree.\n\nFour five.\n\nSix seven eight nine ten.\n\nA rest.")
+    assert passages(str(file)) == ["One two three.\nFour five.", "Six seven eight nine ten."]
+
+
+def test_text_that_cannot_be_read_or_is_too_short_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"forgetting\.text: .*none\.txt: cannot be read: .*; give packaged, "):
+        passages(str(tmp_path / "none.txt"))
+    (tmp_path / "short.txt").write_text("Too short.")
+    with pytest.raises(DataError, match=r"short\.txt: has no passage of 120 words"):
+        passages(str(tmp_path / "short.txt"))

@@ -1,8 +1,6 @@
 """Rows on disk: which part a row is in, what is counted, and what a second reading costs."""
 
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +16,6 @@ from smoa_lab.data.files import FileSource
 from smoa_lab.data.prepared import PreparedRows, Reading, Sizes, require_good_rows, split
 from smoa_lab.data.rows import PARTS
 from tests.support.own_rows import MARKED, STRICT, chat, chats, tokenizer_with, write_rows
-from tests.support.processes import ROOT, environment
 
 
 @pytest.fixture(autouse=True)
@@ -187,15 +184,6 @@ def test_rows_of_another_format_than_the_first_and_those_that_the_template_refus
     assert account["faults"][0].startswith("row 3: the chat template refuses this row: System role not supported")
 
 
-def test_only_the_rows_that_are_used_become_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded: list[Any] = []
-    encode = Encoder.encode
-    monkeypatch.setattr(Encoder, "encode", lambda self, row: (encoded.append(row), encode(self, row))[1])
-    rows = prepare(Listed(texts(100)), sizes=Sizes(3, 1, 2))
-    assert encoded == [row for part in PARTS for row in rows.rows(part)]
-    assert len(encoded) == 6
-
-
 def test_rows_are_read_once_and_again_when_anything_changed() -> None:
     source = Listed(texts(4))
     for _ in range(2):
@@ -257,37 +245,3 @@ def test_bad_rows_are_counted_and_the_first_are_listed_unless_they_may_be_skippe
     assert len(lines) == 12
     require_good_rows(rows.account, skip=True)
     require_good_rows(prepare(Listed(texts(2))).account, skip=False)
-
-
-MEMORY = """
-import resource, sys
-from pathlib import Path
-from smoa_lab.data.encoding import Encoder
-from smoa_lab.data.files import FileSource
-from smoa_lab.data.prepared import Reading, Sizes
-from tests.support.own_rows import tokenizer_with
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-def prepare(file):
-    Reading([FileSource(Path(file), file)], [], None, Sizes(), Encoder(tokenizer_with(None), None)).prepare()
-    return peak()
-
-print(prepare(sys.argv[1]), prepare(sys.argv[2]))
-"""
-
-
-@pytest.mark.slow  # a process that imports everything, and 7,200 long rows
-def test_the_memory_does_not_grow_with_the_file(tmp_path: Path, cache: Path) -> None:
-    """The tokens of the second file would take 100 MiB."""
-    numbers = {"few.jsonl": 1200, "many.jsonl": 6000}
-    files = [
-        write_rows(tmp_path / name, [{"text": f"{i} " + "word " * 200} for i in range(numbers[name])])
-        for name in numbers
-    ]
-    command = [sys.executable, "-c", MEMORY, *map(str, files)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    few, many = map(int, done.stdout.split())
-    assert many - few < 40, f"{few} MiB before, {many} MiB after"

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
+    GPT2LMHeadModel,
     LlamaForCausalLM,
     PreTrainedModel,
 )
@@ -21,9 +22,9 @@ from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.formats import shape
 from smoa_lab.data.rows import Message, Row
 from smoa_lab.scoring import evaluation as evaluation_module
-from smoa_lab.scoring.evaluation import Evaluation, Forgetting, Measured
+from smoa_lab.scoring.evaluation import Evaluation, Forgetting, Measured, continue_prompts, ends_of
 from smoa_lab.scoring.losses import Losses, row_losses
-from tests.support import lab
+from tests.support import lab, tiny_models
 from tests.support.own_rows import MARKED, tiny_chat_model, tokenizer_with
 
 QUESTIONS = [shape(row, "choices") for row in lab.questions(12, "test")]
@@ -152,63 +153,15 @@ def test_rejected_answers_are_cut_as_the_rows_were() -> None:
     assert len(whole[1].input_ids) > 40
 
 
-def test_accuracies_are_those_of_lm_eval(tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
-    from lm_eval.api.model import LM
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    class Naive(LM):
-        """One answer at a time, all logits."""
-
-        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            return [self.scored(*request.args) for request in requests]
-
-        @torch.no_grad()
-        def scored(self, prompt: str, answer: str) -> tuple[float, bool]:
-            ids = torch.tensor([encoder.tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]])
-            logits, wanted = model(ids).logits[0, -len(answer) - 1 : -1], ids[0, -len(answer) :]
-            greedy = bool((logits.argmax(-1) == wanted).all())
-            return float(logits.log_softmax(-1).gather(1, wanted[:, None]).sum()), greedy
-
-        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            raise NotImplementedError
-
-        def generate_until(self, requests: list[Any]) -> list[str]:
-            raise NotImplementedError
-
-    model = LlamaForCausalLM.from_pretrained(lab.tiny_base(tmp_path))
-    encoder = of_questions()
-    decode = encoder.tokenizer.decode
-    rows = [
-        {
-            "prompt": decode(encoder.choices(row)[0].prompt),
-            "choices": [decode(choice.answer) for choice in encoder.choices(row)],
-            "label": row.label,
-        }
-        for row in QUESTIONS
-    ]
-    task = ConfigurableTask(
-        config={
-            "task": "sums",
-            "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "prompt",
-            "doc_to_choice": "choices",
-            "doc_to_target": "label",
-            "target_delimiter": "",
-            "num_fewshot": 0,
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        }
-    )
-    theirs: Any = simple_evaluate(
-        Naive(), tasks=[task], task_manager=TaskManager(include_defaults=False), log_samples=False
-    )["results"]["sums"]
-    ours = scores_of(encoder, QUESTIONS, model)
-    assert theirs["acc,none"] == pytest.approx(ours["accuracy"])
-    assert theirs["acc_stderr,none"] == pytest.approx(ours["accuracy_stderr"])
+def test_a_question_is_right_where_its_choice_is_the_likeliest_of_all(model: PreTrainedModel) -> None:
+    encoder, right = of_questions(), []
+    for row in QUESTIONS:
+        losses = row_losses(model, encoder.choices(row), encoder.pad).nll
+        right.append(losses.index(min(losses)) == row.label)
+    scores, share = scores_of(encoder, QUESTIONS, model), sum(right) / len(right)
+    assert Evaluation(encoder, QUESTIONS).measure_once(model).right == right
+    assert scores["accuracy"] == share
+    assert scores["accuracy_stderr"] == pytest.approx((share * (1 - share) / (len(right) - 1)) ** 0.5)
 
 
 TEXTS = ["A short text.", "A text that is rather longer than the others are.", "Another text."]
@@ -271,3 +224,49 @@ def test_nothing_is_measured_where_no_tokens_are_asked_for() -> None:
     measured.measure(None, "before")
     measured.measure(None, "after")
     assert measured.metrics is None
+
+
+# what is written
+
+
+def test_texts_come_back_in_order_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_models.build("llama").train(), lab.byte_tokenizer()
+
+    def echo(input_ids: Tensor, **options: Any) -> Tensor:
+        return torch.cat([input_ids, input_ids], dim=1)
+
+    monkeypatch.setattr(model, "generate", echo)
+    asked = ["word " * (i * 3 % 5) + "?" for i in range(7)]
+    for size in (1, 3, 7):
+        assert continue_prompts(model, tokenizer, [tokenizer(text)["input_ids"] for text in asked], 5, size) == asked
+    assert model.training
+
+
+def test_a_text_ends_at_the_tokenizers_end_and_at_those_of_the_model() -> None:
+    model, tokenizer = tiny_models.build("llama"), lab.byte_tokenizer()
+    for known, ends in ((None, [2]), (7, [2, 7]), ([2, 7], [2, 7])):
+        model.generation_config.eos_token_id = known
+        assert ends_of(model, tokenizer) == ends
+    first = model.generate(torch.tensor([[3, 4]]), max_new_tokens=1, do_sample=False, eos_token_id=[], pad_token_id=0)
+    model.generation_config.eos_token_id = [int(first[0, -1])]
+    (text,) = continue_prompts(model, tokenizer, [[3, 4]], new_tokens=5)
+    assert text == tokenizer.decode(first[0, -1:]).strip()
+
+
+def test_a_prompt_that_leaves_no_positions_for_an_answer_loses_its_head(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel.from_pretrained(lab.tiny_gpt2(tmp_path, positions=32))
+    tokenizer = lab.byte_tokenizer()
+    bare = list(range(3, 43))
+    for long, tail in ((bare, bare[-24:]), ([1, *bare], [1, *bare[-23:]])):  # 1 is BOS, which stays
+        texts = continue_prompts(model, tokenizer, [long, tail, bare[:5]], new_tokens=8)
+        assert texts[0] == texts[1]
+        assert texts[2] == continue_prompts(model, tokenizer, [bare[:5]], new_tokens=8)[0]
+
+
+def test_an_answer_takes_at_most_half_of_the_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = GPT2LMHeadModel.from_pretrained(lab.tiny_gpt2(tmp_path, positions=32))
+    whole, shapes = model.generate, []
+    monkeypatch.setattr(model, "generate", lambda **options: shapes.append(whole(**options).shape) or whole(**options))
+    monkeypatch.setattr("smoa_lab.scoring.evaluation.ends_of", lambda *_: [])
+    continue_prompts(model, lab.byte_tokenizer(), [list(range(3, 43))], new_tokens=128)
+    assert shapes == [(1, 32)]

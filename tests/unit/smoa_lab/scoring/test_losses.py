@@ -223,15 +223,6 @@ def test_the_mean_is_over_tokens_and_not_over_rows() -> None:
     assert even.stderr == pytest.approx(statistics.stdev(even.nll) / 2)  # as of any mean
 
 
-def test_a_change_is_paired_by_row() -> None:
-    before = Losses([5.0, 40.0, 9.0], [1, 10, 3])
-    after = Losses([4.0, 30.0, 6.0], [1, 10, 3])
-    change = after.change_from(before)
-    assert change.mean == pytest.approx(after.mean - before.mean) == pytest.approx(-1)
-    assert change.stderr == pytest.approx(0, abs=1e-12)
-    assert change.stderr < after.stderr
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_is_restored_even_after_an_error(training: bool) -> None:
     model = nn.Linear(2, 2).train(training)

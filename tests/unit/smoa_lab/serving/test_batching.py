@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
-from smoa import AdapterPool, SmoaConfig
+from smoa import AdapterPool
 from smoa.errors import AdapterFileError, ConfigError
-from tests.support import adapters, tiny_models
+from tests.support import adapters
+from tests.support.adapters import base, saved
 from tests.support.tiny_models import VOCAB_SIZE
 
 pytest.importorskip("fastapi")
@@ -34,19 +35,10 @@ GREEDY = GenerationConfig(do_sample=False, max_new_tokens=NEW, eos_token_id=None
 SMALL: dict[str, Any] = {"page_size": 4, "num_blocks": 64, "max_batch_tokens": 64}
 
 
-def base() -> Any:
-    return tiny_models.build("llama").eval()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Saved adapters of one base."""
-    room = tmp_path_factory.mktemp("adapters")
     torch.manual_seed(0)
-    for name, settings in KINDS.items():
-        config = SmoaConfig(**({"target_modules": ["q_proj", "v_proj"], "init_weights": False, "alpha": 40} | settings))
-        get_peft_model(base(), config).save_pretrained(room / name, save_embedding_layers=False)
-    return room
+    return saved(tmp_path_factory.mktemp("adapters"), KINDS, alpha=40)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

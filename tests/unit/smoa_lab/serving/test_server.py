@@ -12,7 +12,6 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +34,7 @@ from smoa_lab.base_models import load_base_model  # noqa: E402
 from smoa_lab.config.run import ModelSection  # noqa: E402
 from smoa_lab.serving.adapters import Adapters  # noqa: E402
 from smoa_lab.serving.requests import AskedChat, checked  # noqa: E402
-from smoa_lab.serving.server import Guard, Settings, listening, serve, serving  # noqa: E402
+from smoa_lab.serving.server import Settings, listening, serve, serving  # noqa: E402
 from smoa_lab.serving.stops import Stops, UntilStop  # noqa: E402
 
 KEY = "a secret"
@@ -222,16 +221,6 @@ def test_a_special_token_is_a_stop_though_text_has_none(room: Path, alone: Alone
             assert completed(client, "base", stop=stop) == expected
 
 
-def test_each_request_samples_as_it_asks(client: Any, alone: Alone) -> None:
-    assert completed(client, "anna", temperature=2, seed=1) == completed(client, "anna", temperature=2, seed=1)
-    assert len({completed(client, "anna", temperature=2, seed=seed) for seed in range(4)}) > 1
-    assert (
-        completed(client, "anna", temperature=2, top_p=1e-6)
-        == completed(client, "anna")
-        == alone.completion("anna", "abc")
-    )
-
-
 def test_an_unknown_model_is_404_with_the_nearest_name(client: Any, room: Path) -> None:
     shutil.copytree(room / "base", room / "outside")
     for name in ("anne", "../outside", "..", "", "/etc", "a\0b", "adapters/anna"):
@@ -278,31 +267,6 @@ def test_a_message_that_no_template_could_read_is_refused(message: dict[str, Any
     with pytest.raises(HTTPException) as refused:
         checked({"model": "anna", "messages": [message]}, AskedChat)
     assert refused.value.status_code == 400
-
-
-def test_a_request_that_an_ending_server_cancels_ends_without_an_error() -> None:
-    canceled = list[str]()
-    router = SimpleNamespace(_lock=threading.Lock(), result_handlers={})
-    manager: Any = SimpleNamespace(output_router=router, cancel_request=canceled.append)
-    parts = iter([{"type": "http.request", "body": b"{}"}])
-
-    async def receive() -> Any:
-        part = next(parts, None)
-        return part or await asyncio.Event().wait()
-
-    async def endless(scope: Any, receive: Any, send: Any) -> None:
-        await asyncio.Event().wait()
-
-    async def ending() -> None:
-        guard = Guard(endless, manager, Settings())
-        request = asyncio.ensure_future(guard({"type": "http", "path": "/health", "headers": []}, receive, receive))
-        for _ in range(2):  # by uvicorn, and by asyncio
-            await asyncio.sleep(0.01)
-            request.cancel()
-        await request
-
-    asyncio.run(ending())
-    assert len(canceled) == 1
 
 
 def test_no_request_ends_the_generation_of_others_and_each_has_its_own_bias(client: Any, alone: Alone) -> None:

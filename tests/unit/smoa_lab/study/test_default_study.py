@@ -58,12 +58,6 @@ def test_a_first_study_has_entries_of_equal_size_and_all_that_it_decides(room: P
     assert default_study("base", "chats.jsonl", seeds=2).shared["training"]["max_steps"] == 300
 
 
-def test_changes_are_laid_over_it(room: Path) -> None:
-    changes = ["folder=studies/mine", "shared.data.samples=3", "tuning.max_runs=3"]
-    study = default_study("base", "chats.jsonl", changes=changes)
-    assert (study.folder, study.shared["data"]["samples"], study.tuning.max_runs) == (Path("studies/mine"), 3, 3)
-
-
 @pytest.mark.parametrize("method", ["full", "ln_tuning"])
 def test_a_method_that_cannot_have_so_many_parameters_is_refused_by_name(method: str, room: Path) -> None:
     with pytest.raises(ConfigError, match=rf"--methods: {method} can't have the [0-9,]+ parameters of lora:8 \("):

@@ -8,7 +8,7 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import plan as planning
 from smoa_lab.study.plan import FEWEST, Plan, Timing, check_folder, fitted, prepare, steps_of, study_file
-from smoa_lab.study.study import Job, Study, load_study
+from smoa_lab.study.study import Study, load_study
 from tests.support.studies import WrittenRuns, compared, entry
 
 
@@ -85,19 +85,6 @@ def test_entries_and_seeds_may_be_added_and_run_at_the_plans_steps(study: Study,
     assert compared(more).plan == added
     with pytest.raises(ConfigError, match=r"entries\.dora: .*, now null"):
         compared(study)
-
-
-def test_a_study_without_seeds_that_gets_some_knows_how_long_they_last(
-    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def perform(job: Job, config: RunConfig) -> dict[str, Any]:
-        metrics = written.write(config)
-        return metrics | {"wall_seconds": metrics["training"]["seconds"] + (9 if job.stage == "rehearsal" else 2)}
-
-    monkeypatch.setattr("smoa_lab.study.comparison.perform", perform)
-    assert compared(study.model_copy(update={"seeds": []})).plan.final == 0
-    assert compared(study).plan.final == pytest.approx(7)
-    assert compared(study).plan.seconds("final", "ours") == pytest.approx(2 + 7 + 100 * 0.108)
 
 
 @pytest.mark.parametrize(
@@ -180,17 +167,6 @@ def test_an_entry_that_trains_more_than_it_declares_is_refused_before_the_plan(
     with pytest.raises(ConfigError, match=r"entries\.lora: trains 1,000 parameters, not 900 to within 2%"):
         compared(study.model_copy(update={"entries": entries}))
     assert not (study.folder / "plan.json").exists()
-
-
-def test_the_plan_is_shown_with_each_entrys_longest_search(study: Study) -> None:
-    plan = planned().model_copy(update={"rows": {"train": 400, "validation": 40, "test": 60}})
-    study = study.model_copy(update={"entries": {"smoa": entry(), "lora": entry("lora")}})
-    table = plan.table(study)
-    assert table.rows[0] == ["smoa", "1", "1e-2", "0.1", "6 × 40 s", "3 × 50 s"]
-    assert table.caption == "300 steps a run on 400 rows; 40 rows choose the rates, 60 decide; 18 min at most."
-    assert plan.seconds("untouched", "smoa") == 20
-    two = plan.model_copy(update={"seeds": [0, 1]}).table(study).caption
-    assert two.endswith("3.6 times as wide as with three, which take 6 min at 30 steps.")
 
 
 def test_a_folder_of_something_else_or_of_another_study_is_refused(study: Study, written: WrittenRuns) -> None:

@@ -10,11 +10,10 @@ import pytest
 
 from smoa.errors import DataError
 from smoa_lab.config.run import RunConfig
-from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.report import report
 from smoa_lab.study.results import Result, final_runs, results_of
-from smoa_lab.study.study import Study, Tuning
-from tests.support.studies import WrittenRuns, compared, entry, finished, page
+from smoa_lab.study.study import Study
+from tests.support.studies import WrittenRuns, compared, finished, page
 
 pytestmark = pytest.mark.usefixtures("few_resamples", "quick_pictures")
 
@@ -80,13 +79,6 @@ def test_what_is_not_run_yet_is_told(study: Study, written: WrittenRuns) -> None
     assert not list(study.folder.glob("*.png"))
 
 
-def test_a_verdict_needs_two_seeds(study: Study, written: WrittenRuns) -> None:
-    study = study.model_copy(update={"seeds": [0]})
-    compared(study).run(["small"])
-    assert results(study)["lora"].differences["loss"].verdict == "one seed"
-    assert "one seed, which gives no verdict" in page(study)
-
-
 def test_rates_are_listed_with_the_chosen_one_and_those_that_diverged(study: Study, written: WrittenRuns) -> None:
     usual = written.loss
     written.loss = lambda config: None if config.training["learning_rate"] > 0.02 else usual(config)
@@ -109,21 +101,6 @@ def test_a_final_run_that_diverged_is_worse_than_any(study: Study, written: Writ
     assert [one["values"]["loss"] for one in summary["entries"] if one["entry"] == "lora"] == [[None, None]]
     assert "lora diverged in 1 of 3 runs; ours diverged in 0 of 3 runs." in page(study)
     assert "| diverged |" in page(study)
-
-
-def test_an_entry_at_the_edge_of_its_search_is_never_called_worse(study: Study, written: WrittenRuns) -> None:
-    usual = written.loss
-    written.loss = lambda config: (
-        3.0 - float(config.training["learning_rate"]) if config.method == "lora" else usual(config)
-    )
-    report(finished(study))
-    found = results(study)
-    assert (found["lora"].chosen.place, found["lora"].differences["loss"].label) == ("edge", "open")
-    assert "it may do better beyond, and isn't called worse" in page(study)
-    assert "| 2e-1 ! |" in page(study)
-    turned = study.model_copy(update={"references": ["lora"], "folder": study.folder.with_name("turned")})
-    report(finished(turned))
-    assert results(turned)["ours"].differences["loss"].label == "open"
 
 
 def test_choices_are_compared_by_accuracy_too_and_a_constant_one_is_no_comparison(
@@ -158,24 +135,6 @@ def test_runs_are_paired_by_digest_and_copy(study: Study, written: WrittenRuns) 
         file.write_bytes(gzip.compress(b"".join(reversed(lines))))
     assert results(study)["lora"] == found
     assert found.rows == 60
-
-
-def test_a_share_of_the_parameters_is_told(study: Study, written: WrittenRuns) -> None:
-    comparison = finished(study)
-    entries = {**comparison.plan.entries}
-    entries["lora"] = entries["lora"].model_copy(update={"parameters": 940})
-    made = report(Comparison(study, comparison.plan.model_copy(update={"entries": entries})))
-    assert "| lora | 940 (94%) |" in page(study)
-    assert "the loss of lora with 94 % of ours's parameters" in made.verdict[0]
-
-
-def test_two_entries_that_are_identical_are_the_same(study: Study, written: WrittenRuns) -> None:
-    entries = {"lora": entry("lora"), "lora-again": entry("lora")}
-    study = study.model_copy(update={"entries": entries, "tuning": Tuning(max_runs=0)})
-    report(finished(study))
-    difference = results(study)["lora-again"].differences["loss"]
-    assert (difference.mean, difference.verdict, difference.p) == (0.0, "same", None)
-    assert "No difference that 3 seeds and 60 rows could show. Take the cheaper: lora," in page(study)
 
 
 def test_a_report_names_no_place_of_this_machine(

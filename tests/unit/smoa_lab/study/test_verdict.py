@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from smoa_lab.pages.charts import color_of
+from smoa_lab.study.charts import differences, learned_and_forgotten, searches
 from smoa_lab.study.results import Result
 from smoa_lab.study.search import Chosen
 from smoa_lab.study.statistics import Difference
@@ -100,6 +102,38 @@ def test_one_seed_gets_no_advice() -> None:
     assert "(one seed, which gives no verdict)" in sentence
 
 
-def test_dpos_loss_is_called_so() -> None:
-    dpo = verdict([smoa(differences={"DPO loss": BETTER}), LORA])
-    assert "smoa's DPO loss is 0.012 lower" in dpo[0]
+# charts
+
+NAN = float("nan")
+
+
+def data(chart: Any, key: str) -> list[dict[str, Any]]:
+    """The rows that a chart draws, those with this key."""
+    found = [rows for rows in chart.to_dict()["datasets"].values() if key in rows[0]]
+    assert len(found) == 1
+    return list(found[0])
+
+
+def test_a_difference_is_drawn_with_its_interval_its_words_and_its_run_a_forest_for_each_budget() -> None:
+    (drawn,) = data(differences([result(), result("ours", method="smoa", differences={})]), "entry")
+    assert (drawn["low"], drawn["mean"], drawn["high"], drawn["clear"]) == (0.25, 0.5, 0.75, True)
+    assert (drawn["difference"], drawn["verdict"]) == ("+0.5000 [+0.2500, +0.7500]", "worse")
+    assert (drawn["entry"], drawn["run"]) == ("LoRA", "#lora/lr-1e-2-seed-3")
+    assert color_of("lora") in str(differences([result()]).to_dict())
+    two = differences([result(), result("other", budget="large", reference="full")]).to_dict()
+    assert [one["title"] for one in two["vconcat"]] == ["Budget: all", "Budget: large"]
+
+
+def test_what_diverged_or_was_not_measured_yet_is_left_out() -> None:
+    diverged = result(differences={"loss": Difference(NAN, NAN, NAN, "worse")}, forgotten=None)
+    assert differences([diverged]) is None
+    assert differences([result(differences={})]) is None
+    assert learned_and_forgotten([diverged], 4.0) is None
+    assert searches([result(chosen=Chosen(0.01, {}, "named"))]) is None
+
+
+def test_what_was_learned_stands_against_what_was_forgotten_beside_the_untouched_model() -> None:
+    drawn = data(learned_and_forgotten([result()], 4.0), "entry")
+    assert [(row["entry"], row["forgotten"], row["loss"]) for row in drawn] == [
+        *(("lora", 0.01, 2.5), ("untouched", 0.0, 4.0)),
+    ]

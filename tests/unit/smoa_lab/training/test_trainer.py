@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import smoa
-from smoa.errors import ConfigError, DataError, SmoaError
+from smoa.errors import ConfigError, SmoaError
 from smoa_lab.config.run import RunConfig, check_config
 from smoa_lab.data.encoding import Tokens
 from smoa_lab.scoring.losses import row_losses
@@ -112,23 +112,6 @@ def test_the_loss_curve_is_that_of_trls_own_trainer(
     assert curve == pytest.approx(by_trl(values, talks, tmp_path / "trl"), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [{"text": f"Line {i} of the book." * (i + 1)} for i in range(8)],
-        [{"prompt": f"Line {i}:", "completion": f" word {i}" * (i + 1)} for i in range(8)],
-        [{"prompt": chat(f"Line {i}?"), "completion": chat("", f"Word {i}.")[1:]} for i in range(8)],
-    ],
-    ids=["text", "prompt", "turns"],
-)
-def test_so_is_that_of_other_formats(rows: list[dict[str, Any]], base: Path, tmp_path: Path) -> None:
-    file = write_rows(tmp_path / "rows.jsonl", rows)
-    training = {"max_steps": 3, "learning_rate": 0.01}
-    curve = losses(train(rows_config(tmp_path, file, base, data=ALL, training=training)))
-    values = rows_values(tmp_path, file, base, training=training)
-    assert curve == pytest.approx(by_trl(values, file, tmp_path / "trl"), abs=1e-4)
-
-
 def test_preferences_begin_at_log_2_and_follow_trls_own_curve(preferences: Path, base: Path, tmp_path: Path) -> None:
     """TRL's own reference is the model with its adapter switched off."""
     training = {"max_steps": 4, "learning_rate": 0.01, "beta": 0.3}
@@ -141,7 +124,7 @@ def test_preferences_begin_at_log_2_and_follow_trls_own_curve(preferences: Path,
     assert not [entry for entry in (tmp_path / "run" / "adapter").iterdir() if entry.is_dir()]  # no reference is saved
 
 
-@pytest.mark.parametrize(("method", "kind"), [("full", "talks"), ("adalora", "preferences"), ("full", "preferences")])
+@pytest.mark.parametrize(("method", "kind"), [("full", "talks"), ("adalora", "preferences")])
 def test_other_methods_train_on_rows(
     method: str, kind: str, base: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -155,7 +138,7 @@ def test_other_methods_train_on_rows(
     assert (metrics["parameters"]["percent"] == 100) == (method == "full")
 
 
-@pytest.mark.parametrize("kind", ["talks", "preferences"])
+@pytest.mark.parametrize("kind", ["talks", pytest.param("preferences", marks=pytest.mark.slow)])
 def test_an_interrupted_run_goes_on_to_the_same_adapter(
     kind: str, base: Path, tmp_path: Path, cache: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,14 +170,13 @@ def test_an_interrupted_run_goes_on_to_the_same_adapter(
 STOPPING = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 8, "per_device_eval_batch_size": 64}
 
 
-@pytest.mark.parametrize("killed", [3, 4])
 def test_a_resumed_run_has_the_patience_that_was_left(
-    killed: int, talks: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    talks: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = VALIDATED | {"samples": 0}
     training = {**STOPPING, "learning_rate": 0.0, "save_strategy": "steps"}
     config = rows_config(tmp_path, talks, base, data=data, training=training, early_stopping=3)
-    with killed_after_saving(killed, monkeypatch):
+    with killed_after_saving(4, monkeypatch):
         train(config)
     metrics = train(config)
     assert metrics["training"]["resumed"]
@@ -263,26 +245,6 @@ def test_rows_of_all_the_models_positions_are_trained_and_answered_and_longer_on
     metrics = train(fitting)
     assert metrics["data"]["cut"] == 10
     assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}]
-
-
-def test_only_answers_whose_prompts_fit_are_asked_for(base: Path, tmp_path: Path) -> None:
-    rows = [{"messages": chat("Open?", "Yes.", "a" * 100, f"No. {i}")} for i in range(3)]
-    other = write_rows(tmp_path / "test.jsonl", [*rows, *chats(1)])
-    data = {"test": str(other), "samples": 4, "max_length": 90}
-    metrics = train(rows_config(tmp_path, write_rows(tmp_path / "a.jsonl", chats(6)), base, data=data))
-    assert metrics["evaluation"]["after"]["rows"] == 4
-    assert [sample["reference"] for sample in metrics["samples"]].count("Yes.") == 3
-
-
-def test_files_without_a_good_row_are_refused(base: Path, tmp_path: Path) -> None:
-    (tmp_path / "rows.txt").write_text("Hello")
-    for name in ("nowhere.jsonl", "rows.txt"):
-        assert name in refused(rows_config(tmp_path, tmp_path / name, base), DataError)
-    file = write_rows(tmp_path / "bad.jsonl", [{"text": ""}])
-    with pytest.raises(DataError, match="1 bad row; nothing is trained"):
-        train(rows_config(tmp_path, file, base))
-    skipping = rows_config(tmp_path, file, base, data={"skip_bad_rows": True})
-    assert "leaves no rows to train on" in refused(skipping, DataError)
 
 
 def test_processes_that_accelerate_does_not_count_don_t_train(
