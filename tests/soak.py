@@ -5,7 +5,6 @@ Each cycle injects, trains a step, saves, loads beside it, merges, unmerges, del
 
 import argparse
 import copy
-import ctypes
 import gc
 import sys
 import tempfile
@@ -25,18 +24,9 @@ WARM_UP = 300
 PARTS = 5
 """Parts of the cycles after the warm-up. A leak grows in each of them; a table that Python or the allocator enlarges
 grows once (Python's table of interned strings by 3.7 MB, after some 15,000 new names of files)."""
-LIMITS = {"resident": 1024, "allocated": 256, "blocks": 30, "tensors": 0}
-"""By how much a cycle may grow the process, what it has of the C allocator (both in bytes), and the numbers of Python's
-blocks and of tensors. safetensors 0.8 keeps a block of 32 bytes for every tensor it reads, 14 in a cycle."""
-
-
-class Allocator(ctypes.Structure):
-    """What glibc says of its allocator."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", *("ordblks", "smblks", "hblks"), "mapped", "usmblks", "fsmblks", "used", "free", "top")
-    ]
+LIMITS = {"resident": 1024, "blocks": 30, "tensors": 0}
+"""By how much a cycle may grow the process, in bytes, and the numbers of Python's blocks and of tensors. safetensors
+0.8 keeps a block of 32 bytes for every tensor it reads, 14 in a cycle."""
 
 
 def cycle(base: nn.Module, folder: Path, number: int) -> None:
@@ -72,12 +62,8 @@ def usage() -> dict[str, int]:
     clear_spectrum_cache()
     gc.collect()
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    library = ctypes.CDLL(None)
-    library.mallinfo2.restype = Allocator
-    allocator = library.mallinfo2()
     return {
         "resident": int(status.partition("VmRSS:")[2].split()[0]) << 10,
-        "allocated": allocator.used + allocator.mapped,
         "blocks": sys.getallocatedblocks(),
         "tensors": sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()),
     }

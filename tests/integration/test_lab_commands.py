@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -87,21 +86,6 @@ def test_every_outputs_place_is_tried_before_any_work(command: str, run: Path, m
     assert done.stdout == ""
 
 
-def test_convert_writes_a_lora_and_says_what_it_lost(run: Path, tmp_path: Path) -> None:
-    trained = json.loads((run / "metrics.json").read_text())["evaluation"]["after"]["loss"]
-    whole = json.loads(invoke("convert", run, tmp_path / "whole", "--rank", 999, "--json"))
-    assert whole["error"] <= 0.0001
-    assert whole["loss"]["adapter"] == pytest.approx(trained)
-    assert whole["loss"]["lora"] == pytest.approx(whole["loss"]["adapter"], rel=1e-4)
-    small = invoke("convert", run, tmp_path / "small", "--rank", 1, "--layers")
-    assert "LoRA of rank 1" in small
-    assert "% of the adapter's gain is kept" in small
-    assert len(load_file(tmp_path / "small" / "adapter_model.safetensors")) == 8
-    unscored = json.loads(invoke("convert", run / "adapter", tmp_path / "third", "--energy", 0.5, "--json"))
-    assert unscored["loss"] is None
-    assert 0 < unscored["error"] <= 0.5**0.5
-
-
 def test_convert_wants_one_rule_and_a_new_folder(run: Path, tmp_path: Path) -> None:
     for arguments in ([], ["--rank", "1", "--energy", "0.1"]):
         refused = CliRunner().invoke(app, ["convert", str(run), str(tmp_path / "lora"), *arguments])
@@ -109,15 +93,6 @@ def test_convert_wants_one_rule_and_a_new_folder(run: Path, tmp_path: Path) -> N
         assert "give --rank or --energy" in refused.output
     refused = CliRunner().invoke(app, ["convert", str(run), str(tmp_path), "--rank", "1"])
     assert "exists" in refused.output
-
-
-def test_inspect_tells_a_rank_above_r(run: Path) -> None:
-    layers = json.loads(invoke("inspect", run, "--json"))
-    assert len(layers) == 4
-    for layer in layers:
-        assert 4 < layer["rank"] <= layer["rank_bound"]
-        assert layer["parameters"] == 4 * (layer["rows"] + layer["columns"]) // 2
-    assert "stable rank" in invoke("inspect", run)
 
 
 def test_inspect_writes_a_page_that_needs_no_network(run: Path, tmp_path: Path) -> None:
@@ -128,14 +103,6 @@ def test_inspect_writes_a_page_that_needs_no_network(run: Path, tmp_path: Path) 
     assert text.count("<figure data-chart>") == 5
     plain = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r'(?:src|href)="[^#]|@import|url\((?!#)', plain)
-
-
-def test_report_writes_the_page_of_a_run(run: Path) -> None:
-    told = json.loads(invoke("report", run, "--json"))
-    assert told == {"page": str(run / "report.html")}
-    page = (run / "report.html").read_text()
-    for heading in ("Held-out scores", "Loss", "Answers before and after", "Config", "Load it"):
-        assert f"<h2>{heading}</h2>" in page
 
 
 def test_budget_spends_no_more_than_it_may(config: dict[str, Any]) -> None:
