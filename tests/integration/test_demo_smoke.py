@@ -46,13 +46,7 @@ def finished(overrides: list[str]) -> tuple[str, Path]:
 
 def test_the_demo_trains_scores_reloads_merges_and_says_where_things_lie(finished: tuple[str, Path]) -> None:
     output, run = finished
-    for said in (
-        "before",
-        "after",
-        "trainable parameters",
-        "agrees  merged",
-        str(run / "adapter"),
-    ):
+    for said in ("before", "after", "trainable parameters", "agrees  merged", str(run / "adapter")):
         assert said in output
     assert {"adapter", "config.yaml", "metrics.json", "loss_curve.png", "train.log"} <= {
         file.name for file in run.iterdir()

@@ -142,18 +142,8 @@ def test_swift_trains_merges_generates_and_quantizes(room: Path) -> None:
     with environment(room, "ms-swift==4.6.0") as python:
         run(python, room, "swift", "sft", recipe(room, "swift.yaml", **changed, output_dir="out"))
         trained = room / "out" / "checkpoint-10"
-        run(
-            python,
-            room,
-            "swift",
-            "export",
-            "--adapters",
-            str(trained),
-            "--merge_lora",
-            "true",
-            "--output_dir",
-            "merged",
-        )
+        words = ["--adapters", str(trained), "--merge_lora", "true", "--output_dir", "merged"]
+        run(python, room, "swift", "export", *words)
         check(room / "base", trained, room / "merged")
         words = ["--val_dataset", str(room / "alpaca.json"), "--max_new_tokens", "4", "--result_path", "answers.jsonl"]
         run(python, room, "swift", "infer", "--adapters", str(trained), *words)

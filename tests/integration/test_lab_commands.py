@@ -86,6 +86,14 @@ def test_every_outputs_place_is_tried_before_any_work(command: str, run: Path, m
     assert done.stdout == ""
 
 
+def test_convert_and_inspect_tell_what_they_found(run: Path, tmp_path: Path) -> None:
+    told = invoke("convert", run, tmp_path / "small", "--rank", 1, "--layers")
+    assert "LoRA of rank 1" in told
+    assert "% of the adapter's gain is kept" in told
+    assert json.loads(invoke("convert", run / "adapter", tmp_path / "other", "--energy", 0.5, "--json"))["loss"] is None
+    assert "stable rank" in invoke("inspect", run)
+
+
 def test_convert_wants_one_rule_and_a_new_folder(run: Path, tmp_path: Path) -> None:
     for arguments in ([], ["--rank", "1", "--energy", "0.1"]):
         refused = CliRunner().invoke(app, ["convert", str(run), str(tmp_path / "lora"), *arguments])

@@ -12,20 +12,8 @@ SOURCE = Path(__file__).parents[2] / "src"
 LIBRARY = ["errors", "compat", "atomic", "maths", "scores", "config", "layers", "files", "tuner", "integrations"]
 LIBRARY += ["serving"]
 """Each may import what stands before it."""
-LAB = [
-    "basics",
-    "data",
-    "config",
-    "pages",
-    "base_models",
-    "scoring",
-    "training",
-    "open_run",
-    "evaluate",
-    "budget",
-    "merge",
-]
-LAB += ["convert", "verify", "report", "inspect", "inspect_page", "chat", "serving", "init", "study", "cli"]
+LAB = ["basics", "data", "config", "pages", "base_models", "scoring", "training", "open_run", "evaluate", "budget"]
+LAB += ["merge", "convert", "verify", "report", "inspect", "inspect_page", "chat", "serving", "init", "study", "cli"]
 
 
 def module_of(file: Path) -> str:

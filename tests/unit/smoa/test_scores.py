@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smoa import SmoaConfig, clear_spectrum_cache, make_partition
+from smoa import SmoaConfig, clear_spectrum_cache, make_partition, scores
 from smoa.scores import CACHE_VARIABLE, cached_spectral_scores
 from tests.support.layers import adapted_layer, base_layer
 
@@ -59,6 +59,13 @@ def test_a_folder_saves_the_next_process_the_decomposition(
     assert len(decompositions) == 1
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert [path.suffix for path in (tmp_path / "spectra").iterdir()] == [".safetensors"]
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smoa.scores.MEMORY_LIMIT", 200)
+    for _ in range(5):
+        cached_spectral_scores(torch.randn(10, 10))
+    assert len(scores._memory) <= 2
 
 
 @pytest.mark.parametrize(

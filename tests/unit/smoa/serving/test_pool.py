@@ -158,6 +158,15 @@ def test_a_model_that_puts_tokens_first_is_refused() -> None:
         AdapterPool(XLNetLMHeadModel(settings))
 
 
+def test_the_tensors_of_adapters_that_left_are_freed(folder: Path) -> None:
+    pool, only = (AdapterPool(base(), slots=1, folder=folder) for _ in range(2))
+    for name in KINDS:
+        with pool.use([name]):
+            pass
+    with only.use([name]):
+        assert pool.nbytes() == only.nbytes()
+
+
 def test_adapters_that_came_in_inference_mode_can_be_replaced_and_trained(folder: Path) -> None:
     model = base()
     pool = AdapterPool(model, folder=folder)

@@ -53,13 +53,7 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], Row]] = {
     "conversations with roles": ({"conversations": [USER, ANSWER]}, Row((), (USER_TURN, ANSWER_TURN))),
     "a prompt of turns": (
         {"prompt": [SYSTEM, USER], "completion": [ANSWER]},
-        Row(
-            (
-                SYSTEM_TURN,
-                USER_TURN,
-            ),
-            (ANSWER_TURN,),
-        ),
+        Row((SYSTEM_TURN, USER_TURN), (ANSWER_TURN,)),
     ),
     "a prompt of turns as JSON": (
         {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])},
