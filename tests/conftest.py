@@ -1,8 +1,9 @@
-"""What every test may ask for. Nothing is downloaded: models are built from configs (tests/tiny_models.py)."""
+"""What every test may ask for. Nothing is downloaded: models are built from configs (tests/support/tiny_models.py)."""
 
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -82,3 +83,12 @@ def tiny_gemma3() -> Any:
     from tests.support import tiny_models
 
     return tiny_models.build("gemma3")
+
+
+@pytest.fixture(scope="module")
+def quick_pictures() -> Iterator[None]:
+    """The file of a picture is empty: drawing one takes longer than training a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("training.run", "study.report"):
+            patch.setattr(f"smoa_lab.{module}.save_picture", lambda chart, file: file.touch())
+        yield

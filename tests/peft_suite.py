@@ -162,9 +162,7 @@ IGNORED = (
 """Warnings of transformers 5.24 that PEFT 0.21's own calls give."""
 SHORT = {
     "TEST_CASES": ("Vanilla MLP 1 SMoA", "Embedding + transformers Conv1D 1 SMoA", "Conv2d 1 SMoA"),
-    "files": tuple(
-        ["config", "custom", "decoder", "feature", "seq_classifier", "token_classification", "target_parameters"]
-    ),
+    "files": ("config", "custom", "decoder", "feature", "seq_classifier", "token_classification", "target_parameters"),
 }
 """With --short: the cases of custom models, and files by a part of their names. Other lists keep their first case."""
 LISTS = ("TEST_CASES", "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES", "ALL_CONFIGS")

@@ -8,9 +8,6 @@ import pytest
 from peft import PeftModel
 
 from tests.integration.workers.strategies import adapted, train_alone
-from tests.support.pictures import quick_pictures as _quick_pictures
-
-quick_pictures = _quick_pictures
 
 
 @pytest.fixture(scope="module")
