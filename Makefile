@@ -95,7 +95,7 @@ $(VENV)/.demo-installed: pyproject.toml $(VENV)/.created
 	touch $@
 
 $(VENV)/.examples-installed: pyproject.toml $(VENV)/.dev-installed $(VENV)/.demo-installed
-	$(BIN)/python -m pip install --quiet --editable '.[examples]'
+	$(BIN)/python -m pip install --quiet --editable '.[examples]' 'deepspeed>=0.19,<0.20'
 	touch $@
 
 # A build of vLLM for CPUs. What it brings of torchaudio and torchcodec is linked against another torch, and breaks the import.
