@@ -4,6 +4,8 @@ A finding is a load that hangs, grows beyond a limit, changes the base, gives an
 ends in an error of Python's that smoa let through.
 """
 
+from __future__ import annotations
+
 import argparse
 import random
 import resource
@@ -146,6 +148,17 @@ def _verdict(model: PeftModel, expected: Base, folder: Path, pristine: Path) -> 
     for name, layer in layers.items():
         if not torch.isfinite(layer.get_delta_weight("default")).all() or not _agrees(layer, name, tensors, expected):
             return f"FINDING ΔW of {name} is not finite or not what the file says"
+    return _compared(model.peft_config["default"], pristine, tensors)
+
+
+def _compared(config: Any, pristine: Path, tensors: dict[str, Tensor]) -> str:
+    saved, untouched = SmoaConfig.from_pretrained(pristine), load_file(pristine / WEIGHTS)
+    same = tensors.keys() == untouched.keys() and all(
+        tensors[key].dtype == untouched[key].dtype and torch.equal(tensors[key], untouched[key]) for key in tensors
+    )
+    settings = ("alpha", "alpha_pattern", "num_blocks", "modulation")
+    if same and all(getattr(config, key) == getattr(saved, key) for key in settings):
+        return "loaded: the same adapter"
     return "loaded as the files say"
 
 

@@ -1,5 +1,7 @@
 """Ways to spoil a saved adapter on disk. Each takes a source of randomness, the folder and the corpus it came from."""
 
+from __future__ import annotations
+
 import json
 import os
 import pickle
@@ -105,6 +107,18 @@ def _edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -
     save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, folder / WEIGHTS)
 
 
+def tensor_missing(rng: random.Random, folder: Path, corpus: Corpus) -> None:
+    _edit_tensors(folder, lambda tensors: [tensors.pop(key) for key in rng.sample(sorted(tensors), rng.randint(1, 3))])
+
+
+def tensor_extra(rng: random.Random, folder: Path, corpus: Corpus) -> None:
+    """Also those of the base, which would be written over it."""
+    names = ["up.base_layer.weight", "down.base_layer.bias", "up.lora_A.weight", "left.smoa_A.weight", "head.weight"]
+    names += ["up.smoa_C.weight", "up.weight", "head.original_module.weight", "up.smoa_A.other.weight"]
+    shape = rng.choice([(10, 12), (12,), (4, 6), (3, 12)])
+    _edit_tensors(folder, lambda tensors: tensors.update({f"base_model.model.{rng.choice(names)}": torch.ones(shape)}))
+
+
 def tensor_shape(rng: random.Random, folder: Path, corpus: Corpus) -> None:
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -113,6 +127,16 @@ def tensor_shape(rng: random.Random, folder: Path, corpus: Corpus) -> None:
         tensors[key] = rng.choice(
             [tensor[:-1], torch.cat([tensor, tensor]), tensor[None], tensor.flatten()[:0], tensor.flip(0)]
         )
+
+    _edit_tensors(folder, change)
+
+
+def tensor_dtype(rng: random.Random, folder: Path, corpus: Corpus) -> None:
+    dtypes = [torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.bool, torch.float8_e4m3fn, torch.int8]
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for key in rng.sample(sorted(tensors), rng.randint(1, len(tensors))):
+            tensors[key] = tensors[key].to(rng.choice(dtypes))
 
     _edit_tensors(folder, change)
 
@@ -130,6 +154,22 @@ def tensor_values(rng: random.Random, folder: Path, corpus: Corpus) -> None:
     _edit_tensors(folder, change)
 
 
+def labels(rng: random.Random, folder: Path, corpus: Corpus) -> None:
+    """Beyond the last block, of the wrong sizes, swapped, all one."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        found = sorted(key for key in tensors if key.endswith("_labels"))
+        if not found:
+            return
+        key = rng.choice(found)
+        value = tensors[key]
+        value[rng.randrange(len(value))] = rng.choice([0, 1, 2, 3, 254, 255])
+        if rng.random() < 0.3:
+            tensors[key] = value.flip(0) if rng.random() < 0.5 else torch.zeros_like(value)
+
+    _edit_tensors(folder, change)
+
+
 VALUES: list[Any] = [
     *(None, True, -1, 0, 1, 3, 2**31, 10**12, 1.5, 1e308, "", "x", "(", "../..", "all-linear", ".*", "up"),
     *([], [1], ["up"], [[]], [None], [-1], [10**12], {}, {"a": 1}, {"up": 10**9}, {"": {}}, {"up": [0]}),
@@ -140,6 +180,15 @@ def config_value(rng: random.Random, folder: Path, corpus: Corpus) -> None:
     """A value of a wrong type, range or meaning for one of the keys."""
     config = json.loads((folder / CONFIG).read_text())
     config[rng.choice(sorted(config))] = rng.choice(VALUES)
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def config_keys(rng: random.Random, folder: Path, corpus: Corpus) -> None:
+    """Keys missing, unknown, or of Python's own."""
+    config = json.loads((folder / CONFIG).read_text())
+    config.pop(rng.choice(sorted(config)))
+    if rng.random() < 0.5:
+        config[rng.choice(["__class__", "self", "runtime_config", "num_block"])] = "x"
     (folder / CONFIG).write_text(json.dumps(config))
 
 
@@ -161,6 +210,10 @@ def nothing(rng: random.Random, folder: Path, corpus: Corpus) -> None:
 def files_swapped(rng: random.Random, folder: Path, corpus: Corpus) -> None:
     """The config or the weights of another adapter, also of another method."""
     shutil.copy(corpus[rng.choice(sorted(corpus))] / rng.choice([CONFIG, WEIGHTS]), folder)
+
+
+def file_missing(rng: random.Random, folder: Path, corpus: Corpus) -> None:
+    (folder / rng.choice([CONFIG, WEIGHTS])).unlink()
 
 
 class Payload:
@@ -217,8 +270,8 @@ MUTATIONS: dict[str, Mutation] = {
     function.__name__: function
     for function in (
         *(truncated, longer, header_names, header_bomb, sparse),
-        *(tensor_shape, tensor_values),  # test_checks.py has each other change of a tensor
-        *(config_value, config_bomb, nothing),
-        *(files_swapped, pickled, linked, code_beside),
+        *(tensor_missing, tensor_extra, tensor_shape, tensor_dtype, tensor_values, labels),
+        *(config_value, config_keys, config_bomb, nothing),
+        *(files_swapped, file_missing, pickled, linked, code_beside),
     )
 }

@@ -124,7 +124,7 @@ def check_values(
         if part not in LABELS
     ]
     # Finite values may make ΔW infinite, as a flipped bit of an exponent does.
-    size = math.prod([*largest, abs(scaling), max(ranks)])
+    size = math.prod(max(value, 1.0) for value in (*largest, abs(scaling), max(ranks)))  # in whatever order
     dtype = torch.promote_types(stored, torch.float32)
     if size > torch.finfo(dtype).max:
         raise AdapterFileError(

@@ -105,6 +105,10 @@ CHANGED: dict[str, tuple[Change, str]] = {
     "infinite once it is cast": (value(B, 1e300, torch.float64), NOT_FINITE),
     "a flipped bit of A": (value(A, 3e38), TOO_LARGE),
     "a flipped bit of a scale": (value(UP + "smoa_block_scale", 3e38), TOO_LARGE),
+    "such a scale of small factors": (
+        lambda tensors: value(UP + "smoa_block_scale", 3e38)(tensors | {B: tensors[B].mul_(1e-6)}),
+        TOO_LARGE,
+    ),
 }
 
 
