@@ -123,8 +123,9 @@ def check_values(
         for part, (key, tensor) in zip(PARTS, tensors.items(), strict=True)
         if part not in LABELS
     ]
-    # Finite values may make ΔW infinite, as a flipped bit of an exponent does.
-    size = math.prod(max(value, 1.0) for value in (*largest, abs(scaling), max(ranks)))  # in whatever order
+    # Finite values may make ΔW infinite, as a flipped bit of an exponent does. With none below 1, no part of a product
+    # exceeds it, in whatever order it is taken.
+    size = math.prod(max(value, 1.0) for value in (*largest, abs(scaling), max(ranks)))
     dtype = torch.promote_types(stored, torch.float32)
     if size > torch.finfo(dtype).max:
         raise AdapterFileError(

@@ -154,12 +154,11 @@ def _needs_gathering(parameter: Any) -> UnsupportedModuleError:
 
 def partition_to_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     """State dict hook: save exact block scales, and under FSDP2 save labels and scales as replicated DTensors."""
-    weight: Any = next(layer.smoa_A.parameters(), None)
-    for name in layer.smoa_A:
+    for name, factor in layer.smoa_A.items():
         if (scale := state_dict.get(f"{prefix}{SCALE}.{name}")) is not None and scale.dtype != torch.float32:
             exact = layer.adapters[name].derived().block_scale.clone()  # FSDP1 casts buffers in place
             state_dict[f"{prefix}{SCALE}.{name}"] = exact
-        if isinstance(weight, DTensor):
+        if isinstance(weight := getattr(factor, "weight", None), DTensor):
             for key in {f"{prefix}{part}.{name}" for part in PARTITION} & state_dict.keys():
                 placements = [Replicate()] * weight.device_mesh.ndim
                 state_dict[key] = DTensor.from_local(state_dict[key], weight.device_mesh, placements, run_check=False)

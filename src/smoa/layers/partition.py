@@ -98,6 +98,7 @@ class AdapterBuffers(nn.Module):
 
 
 _BLOCKS: WeakValueDictionary[object, Blocks] = WeakValueDictionary()
+"""The blocks of labels that adapters have now: those of one base share the sorted coordinates."""
 
 
 @dataclass(eq=False)
@@ -142,10 +143,11 @@ class Derived:
         shape = rows.shape[0], cols.shape[0]
         digest = 0 if rows.is_meta else hash(torch.cat([rows, cols]).cpu().numpy().tobytes())
         key = digest, *shape, rows.device, len(ranks)
-        if digest and (known := _BLOCKS.get(key)) is not None:  # adapters of one base share the sorted coordinates
+        if (known := None if rows.is_meta else _BLOCKS.get(key)) is not None:
             return cls(*kept, replace(known, row_labels=rows, col_labels=cols), digest)
         blocks = Blocks(rows, cols, len(ranks), Orders.of(rows, cols), ascend(rows, cols), shape)
-        _BLOCKS[key] = blocks
+        if not rows.is_meta:
+            _BLOCKS[key] = blocks
         return cls(*kept, blocks, digest)
 
     def has_labels(self, rows: Tensor, cols: Tensor) -> bool:

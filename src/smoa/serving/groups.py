@@ -54,7 +54,9 @@ class LayerStack:
         blocks, dtype = [part.blocks(device) for part in own], dtype or own[0].A.dtype
         self.spans = None if len(own) == len(parts) else [(start, size) for _, start, size in slices]
         self.blocks = blocks[0] if len(parts) == 1 else _fused(blocks, [start for _, start, _ in slices])
-        self._copies = len(own) if len(parts) > 1 and all(each.is_contiguous for each in blocks) else 0
+        are_slices = len(parts) > 1 and all(each.is_contiguous for each in blocks)
+        self._of_copies = replace(self.blocks, is_contiguous=True) if are_slices else None
+        """The blocks of an x that is there once for each slice; None if their coordinates must be sorted."""
         self.runs, self._pieces = _runs(blocks, own)
         self.ranks = tuple(rank for part in own for rank in part.ranks)
         self.modulation, self.is_spectral = own[0].modulation, own[0].is_spectral
@@ -77,6 +79,16 @@ class LayerStack:
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """A and B of each run."""
         return list(zip(self.tensors[:-2:2], self.tensors[1:-2:2], strict=True))
+
+    @property
+    def block_scale(self) -> Tensor:
+        """The part of each block's scale that comes from the weight, (slots, blocks)."""
+        return self.tensors[-2]
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale of each block, (slots, blocks), in float32 or wider."""
+        return self.tensors[-1]
 
     def of_slot(self, parts: Parts) -> list[Tensor]:
         """What stands in the slot of an adapter with these parts: its factors, as in `parameters`, and block scales."""
@@ -101,7 +113,7 @@ class LayerStack:
         for (A, B), run in zip(self.factors, self.runs, strict=True):
             run.of_A(found[0]).copy_(A.data[slot, 0].transpose(0, 1))
             run.of_B(found[1]).copy_(B.data[slot, 0].permute(1, 2, 0))
-        return *found, self.blocks.row_labels, self.blocks.col_labels, self.tensors[-2][slot]
+        return *found, self.blocks.row_labels, self.blocks.col_labels, self.block_scale[slot]
 
     def add_to(self, output: Tensor, x: Tensor, rows: RowsBySlot, diagonal: Diagonal) -> None:
         """Add to an output (rows, …, out_features) what each row's adapter makes of x (rows, …, in_features).
@@ -120,9 +132,9 @@ class LayerStack:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed(x):
             (A, B), *others = self.factors
             marked = [(Mark.apply(A, rows.number), B), *others]  # type: ignore[no-untyped-call]
-        blocks = self.blocks
-        if self._copies:  # then x once for each slice is what the orders of its coordinates would give
-            x, blocks = x.repeat(*[1] * (x.ndim - 1), self._copies), replace(blocks, is_contiguous=True)
+        blocks = self._of_copies or self.blocks
+        if self._of_copies is not None:
+            x = x.repeat(*[1] * (x.ndim - 1), blocks.in_features // x.shape[-1])
         for part in plan.parts:
             own = x[part.rows]
             if part.forms and kept is not None:
@@ -152,7 +164,7 @@ class LayerStack:
 
     def _gathered(self, factors: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> Gathered:
         """The factors of each slot, with the scale in B."""
-        scale = self.tensors[-1].index_select(0, slots)[:, None, None, :, None]
+        scale = self.scale.index_select(0, slots)[:, None, None, :, None]
         scales = scale.split([run.count for run in self.runs], dim=3)
         own = zip(factors, scales, strict=True)
         return [(A.index_select(0, slots), B.index_select(0, slots) * scale) for (A, B), scale in own]
@@ -203,7 +215,7 @@ def _runs(blocks: Sequence[Blocks], parts: Sequence[SavedLayer]) -> tuple[list[B
 
 
 class Shelf:
-    """The tensors of stacks of the same shapes, one of each kind, (stacks, slots, …): an adapter takes few copies."""
+    """The tensors of stacks that are alike, one (stacks, slots, …) of each kind, so an adapter takes few copies."""
 
     def __init__(self, stacks: Sequence[LayerStack]) -> None:
         self.stacks = stacks
@@ -215,8 +227,8 @@ class Shelf:
             self._parts[place] = larger = part.new_zeros(len(part), capacity, *part.shape[2:])
             larger[:, : part.shape[1]] = part
             for stack, own in zip(self.stacks, larger, strict=True):
-                trains = place < len(stack.parameters)  # `data` has a count of changes of its own
-                stack.tensors[place] = nn.Parameter(own.data, requires_grad=trains)
+                trains = place < len(stack.parameters)
+                stack.tensors[place] = nn.Parameter(own.data, requires_grad=trains)  # `data`: changes of its own
 
     def of_slot(self, adapter: Sequence[Parts]) -> list[Tensor]:
         """What stands in the slot of an adapter, given its parts of each stack."""

@@ -61,6 +61,11 @@ class SavedLayer:
     col_labels: Tensor
     block_scale: Tensor
 
+    @property
+    def is_small(self) -> bool:
+        """Whether ΔW stays in float32 if no value of a factor or scale is as large as SMALL."""
+        return abs(self.scaling) * max(self.ranks) < SMALL
+
     def blocks(self, device: torch.device) -> Blocks:
         """The blocks of the layer, on a device."""
         return Blocks(self.row_labels.to(device), self.col_labels.to(device), len(self.ranks))
@@ -123,8 +128,8 @@ def checked_layers(
             own = ranks, config.modulation, scaling, config.partition == "spectral"
             layers[path] = SavedLayer(*own, A, B, rows, cols, scale.float())
         values = [part for layer in layers.values() for part in (layer.A, layer.B, layer.block_scale)]
-        largest = max(abs(layer.scaling) * max(layer.ranks) for layer in layers.values())
-        if not (float(nn.utils.get_total_norm(values, torch.inf)) < SMALL and largest < SMALL):  # or one is NaN
+        are_small = all(layer.is_small for layer in layers.values())
+        if not (are_small and float(nn.utils.get_total_norm(values, torch.inf)) < SMALL):  # or one is NaN
             for path, layer in layers.items():
                 check_values(path, tensors[path], layer.ranks, layer.scaling, layer.A.dtype)
     except AdapterFileError as error:
@@ -152,8 +157,8 @@ class Template:
         start = min(int(part.storage_offset()) for part in own)
         stop = max(int(part.storage_offset()) + part.numel() for part in own)
         is_whole = all(part.dtype == torch.float32 for part in own) and sum(map(Tensor.numel, own)) == stop - start
-        is_small = all(abs(each.scaling) * max(each.ranks) < SMALL for each in self.layers.values())
-        return (start, stop) if is_whole and is_small else None
+        are_small = all(each.is_small for each in self.layers.values())
+        return (start, stop) if is_whole and are_small else None
 
     def numbers_of(self, data: Tensor, settings: str) -> Tensor | None:
         """The bytes of a file as float32, if it has such an adapter, whose values are so small that all checks pass."""
