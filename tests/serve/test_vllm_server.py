@@ -12,15 +12,14 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from smoa import AdapterPool, SmoaConfig
-from tests.support.served import ENVIRONMENT, Answer, differences, smollm2
+from smoa import SmoaConfig
+from tests.support.served import ENVIRONMENT, Answer, differences, save_adapters, smollm2
 
 pytestmark = [
     pytest.mark.serve,
@@ -42,15 +41,9 @@ KINDS: list[dict[str, Any]] = [
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """34 adapters of SmolLM2, of four kinds: 32 to serve from the start, and two for later."""
     room = tmp_path_factory.mktemp("adapters")
-    torch.manual_seed(0)
-    pool = AdapterPool(AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32))
-    names = [*NAMES, "late", "damaged"]
-    for number, name in enumerate(names):
-        pool.add(name, SmoaConfig(r=8, alpha=16, init_weights=False, **KINDS[number % len(KINDS)]))
-    for factors in pool.parameters():
-        factors.data *= 2.5  # so that each writes something else
-    for name in names:
-        pool.save(name, room / name)
+    kinds = zip([*NAMES, "late", "damaged"], cycle(KINDS), strict=False)
+    configs = {name: SmoaConfig(r=8, alpha=16, init_weights=False, **kind) for name, kind in kinds}
+    save_adapters(smollm2(), room, configs, strength=6)  # so that each writes something else
     file = room / "damaged" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     return room

@@ -38,11 +38,11 @@ def saved_adapter(folder: Path, base: Path, seed: int = 1, **config: Any) -> Pat
     return folder
 
 
-def written(model: Any, place: Path, messages: list[dict[str, str]], new_tokens: int = NEW_TOKENS) -> str:
+def written(model: Any, place: Path, messages: list[dict[str, str]]) -> str:
     """What transformers' own `generate` writes, greedily."""
     tokenizer: Any = AutoTokenizer.from_pretrained(place)
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
 

@@ -44,7 +44,6 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "merge": (adapters.merge, "smoa merge runs/my merged --dtype float32"),
     "convert": (adapters.convert, "smoa convert runs/my lora --rank 16"),
     "verify": (adapters.verify, "smoa verify runs/my --against merged --against lora"),
-    "serve": (adapters.serve, "smoa serve smollm2-135m --adapters runs"),
     "compare": (studies.compare, "smoa compare --model smollm2-135m --data chats.jsonl"),
     "inspect": (adapters.inspect, "smoa inspect runs/my --html inside.html"),
     "budget": (adapters.budget, "smoa budget gemma3-270m lora:8"),

