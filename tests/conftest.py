@@ -10,6 +10,8 @@ import pytest
 
 # Before transformers is imported: a test that would reach for a hub fails at once instead of waiting for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# No test reads what another one, or the one who runs them, has kept. What tests start inherits it.
+os.environ["SMOA_SPECTRUM_CACHE"] = "off"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

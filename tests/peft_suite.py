@@ -186,7 +186,8 @@ def main() -> int:
         _save_models(source)
         root = Path(__file__).parents[1]
         paths = os.pathsep.join([str(root / "src"), str(root), str(root / "tests")])
-        environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "PEFT_SUITE": "short" if short else ""}
+        settings = {"HF_HUB_OFFLINE": "1", "PEFT_SUITE": "short" if short else "", "SMOA_SPECTRUM_CACHE": "off"}
+        environment = os.environ | {"PYTHONPATH": paths} | settings
         ignored = [option for warning in IGNORED for option in ("-W", f"ignore:{warning}")]
         options = ["-p", "peft_suite", "-p", "no:cacheprovider", "-o", "addopts=", "-q", *ignored, *arguments]
         files = [file for file in FILES if not short or any(part in file for part in SHORT["files"])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ def new_file(target: Path) -> Iterator[Path]:
     A kill or a full disk leaves the old file or the new one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         yield temporary
         temporary.replace(target)

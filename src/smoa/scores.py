@@ -1,7 +1,8 @@
-"""The spectral scores of weights, which smoa keeps for the whole process.
+"""The spectral scores of weights, which smoa keeps in memory, and on disk for other processes.
 
 They are kept by a hash of the weight's content, so that a second adapter on the same weight needs no decomposition,
-whatever its K. If the environment variable `SMOA_SPECTRUM_CACHE` names a folder, the next process needs none either.
+whatever its K. On disk they are in the user's cache folder, or in the one that the environment variable
+`SMOA_SPECTRUM_CACHE` names; "off" keeps none there. docs/files.md says what the files hold.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ import hashlib
 import os
 import warnings
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from smoa.atomic import write_whole
@@ -23,6 +23,12 @@ from smoa.maths.spectrum import decomposition_device, spectral_scores
 CACHE_VARIABLE = "SMOA_SPECTRUM_CACHE"
 MEMORY_LIMIT = 64 << 20
 """Bytes of scores kept in memory. A weight takes 4(m+n), the 160 weights of a Llama-3-8B adapter take 8 MB."""
+DISK_LIMIT = 512 << 20
+"""Bytes that the files take on disk: the scores of all experts of a mixture of 30B parameters fit."""
+FOLDERS = 16
+"""The files are spread over folders by the first digit of their names, so that a writer looks at few of them."""
+FILE_SYSTEM_BLOCK = 4096
+"""Bytes that a smaller file takes too."""
 VERSION = "2"
 """Part of the key, to be increased when a change of the code changes the scores of a weight."""
 
@@ -32,7 +38,8 @@ _memory: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 def cached_spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:
     """`spectral_scores(weight, precise)`, from memory or disk if a weight of equal content was decomposed before."""
     key = _content_key(weight, precise)
-    scores = _memory.get(key) or _read(key, weight)
+    dtype = torch.float64 if precise or weight.dtype == torch.float64 else torch.float32
+    scores = _memory.get(key) or _read(key, weight.shape, dtype)
     if scores is None:
         row_scores, col_scores = spectral_scores(weight, precise)
         scores = row_scores.cpu(), col_scores.cpu()
@@ -46,7 +53,7 @@ def cached_spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tenso
 
 
 def clear_spectrum_cache() -> None:
-    """Forget the scores kept in memory."""
+    """Forget the scores kept in memory. Those on disk stay."""
     _memory.clear()
 
 
@@ -58,29 +65,58 @@ def _content_key(weight: Tensor, precise: bool) -> str:
 
 
 def _path(key: str) -> Path | None:
+    """The file of a key; None if nothing is kept on disk, or there is no home folder."""
     folder = os.environ.get(CACHE_VARIABLE)
-    return Path(folder).expanduser() / f"{key}.safetensors" if folder else None
-
-
-def _read(key: str, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    path = _path(key)
-    if path is None or not path.is_file():
+    if folder is None:
+        caches = os.environ.get("SMOA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "smoa")
+        folder = str(Path(caches, "scores"))
+    if folder in ("", "0", "off"):
         return None
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError):
-        return None  # an unreadable entry is computed and written again
-    rows, cols = tensors.get("row_scores"), tensors.get("col_scores")
-    if rows is None or cols is None or (len(rows), len(cols)) != tuple(weight.shape):
+        return Path(folder).expanduser() / key[0] / key
+    except RuntimeError:
         return None
+
+
+def _read(key: str, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """The scores in a file, unless it is missing or damaged."""
+    if (path := _path(key)) is None:
+        return None
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    checksum, values = content[:32], content[32:]
+    if len(values) != sum(shape) * dtype.itemsize or hashlib.sha256(values).digest() != checksum:
+        return None  # computed and written again
+    with suppress(OSError):  # others may own it
+        os.utime(path)  # used now
+    rows, cols = torch.frombuffer(bytearray(values), dtype=dtype).split(list(shape))
     return rows, cols
 
 
 def _write(key: str, scores: tuple[Tensor, Tensor]) -> None:
-    path = _path(key)
-    if path is None:
+    """Keep scores on disk: a checksum, the row scores and the column scores. If that fails, nothing else does."""
+    if (path := _path(key)) is None:
         return
+    values = torch.cat(scores).numpy().tobytes()
     try:
-        write_whole(path, save({"row_scores": scores[0].contiguous(), "col_scores": scores[1].contiguous()}))
+        write_whole(path, hashlib.sha256(values).digest() + values)
     except OSError as error:
-        warnings.warn(f"{CACHE_VARIABLE}: can't write scores to {path.parent} ({error})", RuntimeWarning, stacklevel=2)
+        if CACHE_VARIABLE in os.environ:  # a user who named no folder may have none to write to
+            told = f"{CACHE_VARIABLE}: can't write scores to {path.parent} ({error}); name another folder, or 'off'"
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
+        return
+    with suppress(OSError):  # another process may delete the same files
+        _delete_oldest(path.parent)
+
+
+def _delete_oldest(folder: Path) -> None:
+    """Delete the files that were used longest ago, until the others take its part of `DISK_LIMIT`."""
+    with os.scandir(folder) as entries:
+        files = [(entry.stat(), entry.path) for entry in entries]
+    taken = 0
+    for stat, path in sorted(files, key=lambda file: -file[0].st_mtime_ns):
+        taken += max(stat.st_size, FILE_SYSTEM_BLOCK)
+        if taken > DISK_LIMIT // FOLDERS:
+            Path(path).unlink(missing_ok=True)

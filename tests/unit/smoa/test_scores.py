@@ -1,23 +1,36 @@
+import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from smoa import SmoaConfig, clear_spectrum_cache, make_partition, scores
+from smoa.maths.spectrum import decomposition_device
 from smoa.scores import CACHE_VARIABLE, cached_spectral_scores
 from tests.support.layers import adapted_layer, base_layer
 
 
 @pytest.fixture(autouse=True)
-def _empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where scores are kept by default, in an empty home."""
+    for variable in (CACHE_VARIABLE, "SMOA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
     clear_spectrum_cache()
+    return tmp_path / ".cache" / "smoa" / "scores"
+
+
+def files_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 @pytest.fixture
 def decompositions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each decomposition that has run."""
+    decomposition_device(torch.empty(0))  # it tries a decomposition, once
     ran: list[int] = []
     eigh = torch.linalg.eigh
 
@@ -48,17 +61,54 @@ def test_a_changed_weight_is_decomposed_anew(decompositions: list[int]) -> None:
     assert (len(rows), len(cols)) == (7, 9)
 
 
-def test_a_folder_saves_the_next_process_the_decomposition(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decompositions: list[int]
+@pytest.mark.parametrize(
+    ("dtype", "precise"),
+    [(torch.float64, False), (torch.float32, False), (torch.bfloat16, False), (torch.float16, True)],
+)
+def test_the_next_process_reads_the_same_bits_and_decomposes_nothing(
+    dtype: torch.dtype, precise: bool, folder: Path, decompositions: list[int]
 ) -> None:
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "spectra"))
-    weight = torch.randn(12, 10, dtype=torch.float64)
-    first = cached_spectral_scores(weight)
+    weight = torch.randn(12, 10).to(dtype)
+    first = cached_spectral_scores(weight, precise)
     clear_spectrum_cache()
-    second = cached_spectral_scores(weight)
+    second = cached_spectral_scores(weight, precise)
     assert len(decompositions) == 1
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert [path.suffix for path in (tmp_path / "spectra").iterdir()] == [".safetensors"]
+    for a, b in zip(first, second, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    (file,) = files_in(folder)
+    assert file.stat().st_size == 32 + 22 * first[0].itemsize  # a checksum and two vectors, nothing of the weight
+
+
+@pytest.mark.parametrize("chosen", ["off", "0", ""])
+def test_a_variable_keeps_everything_off_the_disk(
+    chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decompositions: list[int]
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, chosen)
+    monkeypatch.chdir(tmp_path)
+    weight = torch.randn(12, 10)
+    for _ in range(2):
+        cached_spectral_scores(weight)
+    clear_spectrum_cache()
+    cached_spectral_scores(weight)
+    assert len(decompositions) == 2  # once more than with the memory alone
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "place"),
+    [
+        (CACHE_VARIABLE, "~/mine", "mine"),
+        ("SMOA_CACHE", "~/all", "all/scores"),
+        ("XDG_CACHE_HOME", "~/xdg", "xdg/smoa/scores"),
+    ],
+)
+def test_the_folder_can_be_chosen(
+    variable: str, value: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    cached_spectral_scores(torch.randn(12, 10))
+    assert len(files_in(tmp_path / place)) == len(files_in(tmp_path)) == 1
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,32 +118,86 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(scores._memory) <= 2
 
 
-@pytest.mark.parametrize(
-    "other", [None, {"row_scores": torch.zeros(12)}, {name: torch.zeros(7) for name in ("row_scores", "col_scores")}]
-)
-def test_a_cache_file_that_is_broken_or_of_another_weight_is_replaced(
-    other: dict[str, torch.Tensor] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decompositions: list[int]
+def test_the_disk_is_bounded_and_what_was_used_last_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "FOLDERS", 1)
+    monkeypatch.setattr(scores, "_path", lambda key: folder / key)
+    monkeypatch.setattr(scores, "DISK_LIMIT", 3 * scores.FILE_SYSTEM_BLOCK)
+    weights = [torch.randn(10, 10) for _ in range(6)]
+    for age, weight in enumerate(weights[:3]):
+        cached_spectral_scores(weight)
+        for file in files_in(folder):
+            os.utime(file, ns=(age, file.stat().st_mtime_ns - 10**12))  # the first is the oldest
+    clear_spectrum_cache()
+    (folder / ".left-by-a-kill").write_text("")
+    os.utime(folder / ".left-by-a-kill", ns=(0, 0))
+    cached_spectral_scores(weights[0])  # read, and so used last
+    cached_spectral_scores(weights[3])
+    kept = {scores._content_key(weights[index], False) for index in (0, 2, 3)}
+    assert {file.name for file in files_in(folder)} == kept
+
+
+@pytest.mark.parametrize("damage", ["short", "empty", "flipped", "other"])
+def test_a_damaged_file_or_one_of_another_weight_is_replaced(
+    damage: str, folder: Path, decompositions: list[int]
 ) -> None:
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    cached_spectral_scores(torch.randn(5, 7))
+    (other,) = files_in(folder)
     weight = torch.randn(12, 10)
     first = cached_spectral_scores(weight)
-    (file,) = tmp_path.iterdir()
+    (file,) = {*files_in(folder)} - {other}
     whole = file.read_bytes()
-    if other is None:
-        file.write_bytes(whole[:20])
-    else:
-        save_file(other, file)
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    contents = {"short": whole[:40], "empty": b"", "flipped": flipped, "other": other.read_bytes()}
+    file.write_bytes(contents[damage])
     clear_spectrum_cache()
     assert all(torch.equal(a, b) for a, b in zip(cached_spectral_scores(weight), first, strict=True))
-    assert len(decompositions) == 2
+    assert len(decompositions) == 3
     assert file.read_bytes() == whole
 
 
-def test_a_folder_that_cannot_be_written_is_told_and_stops_nothing(
+def test_a_named_folder_that_cannot_be_written_is_told_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decompositions: list[int]
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
-    with pytest.warns(RuntimeWarning, match="SMOA_SPECTRUM_CACHE: can't write scores to .*file"):
+    with pytest.warns(RuntimeWarning, match="SMOA_SPECTRUM_CACHE: can't write scores to .*file.*; name another"):
         cached_spectral_scores(torch.randn(12, 10))
     assert len(decompositions) == 1
+
+
+def test_a_full_disk_leaves_no_file_and_stops_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[:7])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    rows, cols = cached_spectral_scores(torch.randn(12, 10))
+    assert (len(rows), len(cols)) == (12, 10)
+    assert files_in(folder) == []
+
+
+def test_a_user_without_a_home_keeps_nothing_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    rows, cols = cached_spectral_scores(torch.randn(12, 10))
+    assert (len(rows), len(cols)) == (12, 10)
+
+
+def test_processes_that_write_the_same_scores_at_once_disturb_nobody(folder: Path) -> None:
+    script = (
+        "import torch; from smoa.scores import cached_spectral_scores as of, clear_spectrum_cache as clear\n"
+        "torch.manual_seed(0); torch.set_num_threads(1)\n"
+        "for weight in [torch.randn(40, 30) for _ in range(5)] * 4: print(of(weight)[0].tolist()); clear()"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-W", "error", "-c", script], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert said[0] == said[1]
+    assert len(said[0].splitlines()) == 20
+    assert len(files_in(folder)) == 5
