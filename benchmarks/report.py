@@ -282,7 +282,7 @@ def draw_fleet(folder: Path) -> None:
         title = alt.Title(FLEET_CASES[case], fontWeight="normal")
         panels.append(drawn.properties(width=360, height=22 * len(rows), title=title))
     told = f"Llama of 4 layers and width 1024, float32, {content['provenance']['threads']} CPU threads"
-    heading = alt.Title("32 adapters in one batch", subtitle=told, offset=10)
+    heading = alt.Title("32 adapters in one batch, named in the call (adapter_names)", subtitle=told, offset=10)
     save_picture(alt.vconcat(*panels, title=heading), folder / "fleet.png")
 
 
