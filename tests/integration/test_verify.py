@@ -141,12 +141,13 @@ def test_what_is_no_language_model_is_merged_without_a_comparison(tmp_path: Path
 
 @contextmanager
 def serving(answer: Answer) -> Iterator[str]:
-    """The address of a server that knows one adapter, anna."""
+    """The address of a server of OpenAI's protocol that asks for a key, and knows one adapter, anna."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            known = body["model"] == "anna"
+            asked = self.path, self.headers["Authorization"], body["model"], body["temperature"]
+            known = asked == ("/v1/completions", "Bearer key", "anna", 0)
             content = {"choices": [{"text": answer(body["prompt"])}]} if known else {"error": "no such model"}
             self.send_response(200 if known else 404)
             self.end_headers()
@@ -181,7 +182,10 @@ def writer(adapter: Path, adapted: bool) -> Answer:
     return answer
 
 
-def test_a_server_is_asked_and_one_that_ignores_the_adapter_is_told(adapter: Path) -> None:
+def test_a_server_is_asked_and_one_that_ignores_the_adapter_is_told(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
     with serving(writer(adapter, adapted=True)) as address:
         result = invoke(adapter, "--against", address, "--tokens", 8)
         assert result.exit_code == 0, result.output
