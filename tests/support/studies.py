@@ -182,6 +182,7 @@ def result(entry: str = "lora", **values: Any) -> Result:
         "share": 1.0,
         "chosen": Chosen(0.01, {0.003: 2.6, 0.01: 2.5, 0.03: 2.7}, "interior"),
         "seeds": [3, 4, 5],
+        "paired": [3, 4, 5],
         "diverged": 0,
         "rows": 200,
         "values": {"loss": (2.5, 0.1)},

@@ -186,7 +186,7 @@ class RunConfig(Section):
 
     def arguments(self) -> TrainingArguments:
         """What TRL's trainer takes; its SFTTrainer is told that rows come as tokens that are cut and labeled."""
-        training = dict(self.training)
+        training = {"logging_nan_inf_filter": False, **self.training}  # else the loss of a run that diverges is 0
         if self.early_stopping is not None:  # otherwise a resumed run would forget for how long it had waited
             training["restore_callback_states_from_checkpoint"] = True
         length = self.data.max_length

@@ -40,7 +40,7 @@ class Table:
     def markdown(self, marks: Sequence[str] = ()) -> str:
         """``marks`` align the columns, as in Markdown; without them the first one is text, the others are numbers."""
         rows = [self.header, *([cell.text for cell in row] for row in self.cells())]
-        first, *lines = [f"| {' | '.join(row)} |" for row in rows]
+        first, *lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
         marks = marks or ["---", *["--:"] * (len(self.header) - 1)]
         return "\n".join([first, f"|{'|'.join(marks)}|", *lines])
 
@@ -113,6 +113,11 @@ def outcome(metrics: Mapping[str, Any]) -> list[str]:
 def number(value: float | None, digits: int = 3, scale: float = 1) -> str:
     """A number with so many digits, or a dash where there is none."""
     return "–" if value is None else f"{scale * value:.{digits}f}"
+
+
+def counted(number: int, what: str) -> str:
+    """``1 row``, ``1,200 rows``."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def score_text(scores: Mapping[str, Any], name: str) -> str:

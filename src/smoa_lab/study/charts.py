@@ -73,7 +73,7 @@ def losses(results: Sequence[Result], finals: Mapping[str, Mapping[int, FinalRun
         rows += [
             {"name": one.entry, "seconds": entry["step"] * second, "training loss": entry["loss"]}
             for entry in metrics["history"]
-            if "loss" in entry
+            if entry.get("loss") is not None  # as of a run that diverged
         ]
     return lines(rows, _looks(results), alt.X("seconds:Q"), alt.Y("training loss:Q", scale=FREE), 500) if rows else None
 

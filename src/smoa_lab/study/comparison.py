@@ -19,7 +19,7 @@ from smoa.errors import ConfigError
 from smoa_lab.basics.plain import json_text, portable
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study.plan import Metrics, Plan, duration, other_inputs
-from smoa_lab.study.search import Chosen, best_of, index_of, next_indices, rate, rate_text
+from smoa_lab.study.search import Chosen, best_of, index_of, next_indices, rate
 from smoa_lab.study.study import Job, Study
 from smoa_lab.training.run import run, score_untouched
 from smoa_lab.training.run_folder import RunFolder, Taken
@@ -224,10 +224,7 @@ class Comparison:
         """Write the rates that were chosen, beside those that other processes chose."""
         with FileLock(self.study.folder / ".lock"):
             self.chosen = {**chosen, **read_chosen(self.study)}
-            values = {
-                name: {**asdict(one), "losses": {rate_text(tried): loss for tried, loss in one.losses.items()}}
-                for name, one in self.chosen.items()
-            }
+            values = {name: asdict(one) for name, one in self.chosen.items()}
             write_whole(self.study.folder / "chosen.json", json_text(values) + "\n")
 
     def _drop_adapters(self, job: Job) -> None:

@@ -26,7 +26,7 @@ from smoa_lab.basics.plain import json_text
 from smoa_lab.basics.section import Section
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import to_yaml
-from smoa_lab.pages.tables import Table
+from smoa_lab.pages.tables import Table, counted
 from smoa_lab.study.search import rate_text
 from smoa_lab.study.study import Job, Stage, Study, load_study
 from smoa_lab.training.adapting import check_adapter
@@ -100,9 +100,10 @@ class Plan(Section):
             runs, rate = study.tuning.max_runs, rate_text(study.entries[name].learning_rate)
             parts = f"{runs} × {duration(search)}", f"{len(self.seeds)} × {duration(final)}"
             lines.append([name, f"{timing.parameters:,}", rate, f"{timing.step:.3g}", *parts])
-        held_out = f"{self.rows['validation']} rows choose the rates, {self.rows['test']} decide"
+        held_out = f"{self.rows['validation']} choose the rates, {self.rows['test']} decide"
         lasts = duration(self.longest(study.tuning.max_runs) / workers)
-        caption = f"{self.steps} steps a run on {self.rows['train']} rows; {held_out}; {lasts} at most."
+        each_run = f"{counted(self.steps, 'step')} a run on {counted(self.rows['train'], 'row')}"
+        caption = f"{each_run}; {held_out}; {lasts} at most."
         if len(self.seeds) == 2:
             three = self.model_copy(update={"seeds": [0, 1, 2], "steps": min(FEWEST, self.steps)})
             time = duration(MARGIN * three.longest(study.tuning.max_runs) / workers)
@@ -206,7 +207,8 @@ def study_file(study: Study, given: Path | None = None) -> Iterator[None]:
 
 def few_rows(number: int) -> str:
     """The warning that a comparison on so few rows has."""
-    return f"Only {number} rows are held out, which show large differences only; {FEW_ROWS} or more are better."
+    held_out = "row is held out, which shows" if number == 1 else "rows are held out, which show"
+    return f"Only {number} {held_out} large differences only; {FEW_ROWS} or more are better."
 
 
 def as_planned(study: Study) -> dict[str, Any]:

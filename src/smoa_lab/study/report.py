@@ -13,7 +13,7 @@ from typing import Any
 
 from smoa.atomic import write_whole
 from smoa_lab.pages.charts import save_picture
-from smoa_lab.pages.tables import Cell, Table, number
+from smoa_lab.pages.tables import Cell, Table, counted, number
 from smoa_lab.pages.templates import Figure, page
 from smoa_lab.study import charts
 from smoa_lab.study.comparison import Comparison, measured, read_metrics
@@ -155,11 +155,13 @@ def result_table(results: Sequence[Result]) -> Table:
             if difference is None:  # of the reference, and before a seed of it is finished
                 line += ["", "reference" if one.entry == reference else ""]
             else:
-                line += [Cell(difference.signed(each.scale, each.digits), difference.mean), difference.label]
+                pairs = "" if one.paired == one.seeds else f", {counted(len(one.paired), 'pair')}"
+                line += [Cell(difference.signed(each.scale, each.digits), difference.mean), difference.label + pairs]
         forgot = "–" if one.forgotten is None else f"{one.forgotten:+.4f}"
         lines.append([*line, forgot, number(one.step_seconds, 3)])
-    rows = f"On {results[0].rows:,} held-out rows, best first; forgot is the change of the loss on general text."
-    return Table([*header, "forgot", "s a step"], lines, rows)
+    rows = counted(results[0].rows, "held-out row")
+    caption = f"On {rows}, best first; forgot is the change of the loss on general text."
+    return Table([*header, "forgot", "s a step"], lines, caption)
 
 
 def rate_table(results: Sequence[Result]) -> Table:

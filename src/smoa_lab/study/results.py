@@ -76,8 +76,9 @@ def read_rows(file: Path) -> dict[RowKey, dict[str, Any]]:
 class Result:
     """One entry: what it trained and reached over its seeds, and the differences to the reference of its budget.
 
-    ``values`` are mean and standard deviation over seeds by measure; ``share`` is its number of parameters as a part of
-    the reference's; ``rows`` counts the held-out ones.
+    ``values`` are mean and standard deviation over seeds by measure; ``differences`` are over the ``paired`` seeds,
+    those that the reference has too; ``share`` is its number of parameters as a part of the reference's; ``rows``
+    counts the held-out ones.
     """
 
     entry: str
@@ -88,6 +89,7 @@ class Result:
     share: float
     chosen: Chosen
     seeds: list[int]
+    paired: list[int]
     diverged: int
     rows: int
     values: dict[str, tuple[float, float]]
@@ -155,14 +157,14 @@ def _of_budget(
     results = []
     for name, of_entry in finals.items():
         reference, seeds = comparison.study.reference(name), list(of_entry)
-        shared = [seed for seed in seeds if name != reference and seed in finals.get(reference, {})]
+        paired = [seed for seed in seeds if name != reference and seed in finals.get(reference, {})]
         means = {each.title: values(name, each, seeds).sum(axis=1) / weights[each.title].sum() for each in measures}
         differences = {
             each.title: paired_difference(
-                values(name, each, shared), values(reference, each, shared), weights[each.title], each.sign
+                values(name, each, paired), values(reference, each, paired), weights[each.title], each.sign
             )
             for each in measures
-            if shared
+            if paired
         }
         result = Result(
             entry=name,
@@ -173,6 +175,7 @@ def _of_budget(
             share=comparison.plan.entries[name].parameters / max(1, comparison.plan.entries[reference].parameters),
             chosen=comparison.chosen[name],
             seeds=seeds,
+            paired=paired,
             diverged=sum(measured(run.metrics) is None for run in of_entry.values()),
             rows=len(keys),
             values={title: (float(each.mean()), _spread(each)) for title, each in means.items()},

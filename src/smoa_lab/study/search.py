@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal, TypeVar
 
 Key = TypeVar("Key")
@@ -26,9 +27,8 @@ def index_of(start: float, learning_rate: float) -> int:
 
 
 def rate_text(learning_rate: float) -> str:
-    """``2e-3``: a rate in names of folders and in tables."""
-    digits, _, exponent = f"{learning_rate:e}".partition("e")
-    return f"{float(digits):g}e{int(exponent)}"
+    """``2e-3``: a rate in names of folders and in tables, with all its digits."""
+    return f"{Decimal(repr(learning_rate)).normalize():e}".replace("e+", "e")
 
 
 def next_indices(losses: Mapping[int, float | None], max_runs: int) -> list[int]:

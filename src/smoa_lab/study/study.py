@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ from smoa.errors import ConfigError
 from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.methods import MethodName
 from smoa_lab.config.run import ConfigText, RunConfig, check_config
-from smoa_lab.config.validation import block_problems
+from smoa_lab.config.validation import Problem, block_problems
 from smoa_lab.study.search import rate_text
 
 Stage = Literal["timing", "rehearsal", "untouched", "search", "final"]
@@ -27,8 +27,12 @@ DECIDED = {
     "training.auto_find_batch_size": "would give one entry other batches than another",
 }
 """Keys of a run that no block of a study may have, and why."""
-STEPS = ("max_steps", "num_train_epochs")
-"""Keys of training that only the shared block may have, since all entries take the same steps."""
+SHARED = {
+    **dict.fromkeys(("max_steps", "num_train_epochs"), "all entries take the same steps"),
+    **dict.fromkeys(("beta", "loss_type", "label_smoothing"), "all entries are compared by the same loss"),
+    **dict.fromkeys(("assistant_only_loss", "completion_only_loss", "packing"), "all entries learn the same tokens"),
+}
+"""Keys of training that only the shared block may have, and why."""
 
 
 class Entry(Section):
@@ -117,16 +121,21 @@ class Study(Section):
             raise ValueError("shared.model: is missing; an entry's own model block only changes parts of it")
         if self.tuning.seed in self.seeds:
             raise ValueError(f"seeds: {self.tuning.seed} is the seed of the search; final runs take fresh ones")
-        for name in (name for name, entry in entries.items() if "name" in entry.model):
-            raise ValueError(f"entries.{name}.model.name: all entries adapt the same base; make another study for it")
-        blocks = {"shared": self.shared} | {f"entries.{name}": {"training": e.training} for name, e in entries.items()}
-        for place, block in blocks.items():
-            given = {*block, *(f"training.{key}" for key in block.get("training") or {})}
-            for key in sorted(given & DECIDED.keys()):
-                raise ValueError(f"{place}.{key}: {DECIDED[key]}; leave it out")
-            for key in sorted(given & {f"training.{key}" for key in STEPS}) if place != "shared" else ():
-                raise ValueError(f"{place}.{key}: all entries take the same steps; set it under shared")
         return self
+
+    def key_problems(self) -> Iterator[Problem]:
+        """The keys of a run that a block of the study may not have."""
+        blocks: dict[tuple[str, ...], dict[str, Any]] = {("shared",): self.shared}
+        blocks |= {("entries", name): {"training": entry.training} for name, entry in self.entries.items()}
+        for place, block in blocks.items():
+            given = [(key,) for key in block] + [("training", key) for key in block.get("training") or {}]
+            for path in given:
+                if (reason := DECIDED.get(".".join(path))) is not None:
+                    yield (*place, *path), f"{reason}; leave it out"
+                if place != ("shared",) and path[-1] in SHARED:
+                    yield (*place, *path), f"{SHARED[path[-1]]}; set it under shared"
+        for name in (name for name, entry in self.entries.items() if "name" in entry.model):
+            yield ("entries", name, "model", "name"), "all entries adapt the same base; make another study for it"
 
     def chosen(self, only: Sequence[str]) -> list[str]:
         """The entries of these names or budgets, all where none is given; raises ConfigError for unknown ones."""
@@ -179,6 +188,7 @@ def checked_study(text: ConfigText, file: Path) -> Study:
     values = {"folder": f"studies/{file.stem}", **text.values}
     text.refuse(block_problems(Study, values))
     study = Study.model_validate(values)
+    text.refuse(study.key_problems())
     for name in study.entries:
         study.config(name, place=f"{file}: entries.{name}")
     return study

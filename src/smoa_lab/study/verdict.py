@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from smoa_lab.pages.tables import counted
 from smoa_lab.study.plan import FEW_ROWS, few_rows
 from smoa_lab.study.results import Result
 from smoa_lab.study.search import rate_text
@@ -27,8 +28,9 @@ def verdict(results: Sequence[Result], untouched_loss: float | None = None) -> l
         for kind in ("better", "worse", "same", "one seed", "open")
     }
     diverged = [one for one in judged["same"] if not math.isfinite(decisive[one.entry].mean)]
-    same = [one for one in judged["same"] if one not in diverged]
-    told = [*judged["better"], *judged["worse"], *judged["open"], *judged["one seed"], *diverged]
+    doubted = [one for one in judged["same"] if decisive[one.entry].verdict != "same"]
+    same = [one for one in judged["same"] if one not in (*diverged, *doubted)]
+    told = [*judged["better"], *judged["worse"], *judged["open"], *judged["one seed"], *doubted, *diverged]
     sentences = [difference_sentence(one, reference) for one in told]
     if same:
         sentences.append(_same_sentence(same, reference, len(results)))
@@ -38,7 +40,8 @@ def verdict(results: Sequence[Result], untouched_loss: float | None = None) -> l
     if judged["open"] and not judged["better"]:
         sentences.append("Search further before you take one: name a rate beyond, or raise tuning.max_runs.")
     elif decisive and not judged["one seed"]:
-        sentences.append(_advice(reference, judged["better"], same, untouched_loss))
+        not_worse = [one for one in (*same, *doubted) if decisive[one.entry].verdict != "worse"]
+        sentences.append(_advice(judged["better"][:1] or [reference, *not_worse], untouched_loss))
     sentences += [few_rows(reference.rows)] if reference.rows < FEW_ROWS else []
     return sentences
 
@@ -52,15 +55,14 @@ def difference_sentence(one: Result, reference: Result) -> str:
     whose = f"{one.entry}'s {title}" if _named(one) == one.entry else f"the {title} of {_named(one)}"
     way = "lower" if difference.mean < 0 else "higher"
     low, high = (number(value).replace("-", "−") for value in (difference.low, difference.high))
-    seeds = "one seed, which gives no verdict" if difference.verdict == "one seed" else f"{len(one.seeds)} seeds"
+    seeds = "one seed, which gives no verdict" if difference.verdict == "one seed" else f"{len(one.paired)} seeds"
     holm = "" if difference.holm_p is None else f", Holm {difference.holm_p:.1g}"
+    holm += "" if difference.final == difference.verdict else ": it may be chance"
     cost = ""
     if one.step_seconds and reference.step_seconds:
         cost = f"; its step takes {one.step_seconds / reference.step_seconds:.2f} of {reference.entry}'s time"
-    return (
-        f"On {one.rows:,} held-out rows {whose} is {number(abs(difference.mean))} {way} than {reference.entry}'s "
-        f"[{low}, {high}] ({seeds}{holm}){cost}."
-    )
+    rows, by = counted(one.rows, "held-out row"), number(abs(difference.mean))
+    return f"On {rows} {whose} is {by} {way} than {reference.entry}'s [{low}, {high}] ({seeds}{holm}){cost}."
 
 
 def _same_sentence(same: Sequence[Result], reference: Result, entries: int) -> str:
@@ -69,7 +71,8 @@ def _same_sentence(same: Sequence[Result], reference: Result, entries: int) -> s
     names = ", ".join(map(_named, same))
     between = f" between {names} and {reference.entry}" if entries > 2 or names != same[0].entry else ""
     seen = f" ({number(width)} would have been seen)" if width else ""
-    return f"No difference{between} that {len(same[0].seeds)} seeds and {reference.rows:,} rows could show{seen}."
+    seeds = " to ".join(map(str, sorted({min(pairs := [len(one.paired) for one in same]), max(pairs)})))
+    return f"No difference{between} that {seeds} seeds and {counted(reference.rows, 'row')} could show{seen}."
 
 
 def _edge_sentence(one: Result) -> str:
@@ -80,17 +83,21 @@ def _edge_sentence(one: Result) -> str:
     )
 
 
-def _advice(reference: Result, better: Sequence[Result], same: Sequence[Result], untouched_loss: float | None) -> str:
-    """Which to take: of those that are better than the reference the best, else the cheapest of those that are equal
-    to it."""
-    taken = better[0] if better else min([reference, *same], key=lambda one: (one.step_seconds or 0.0, one.parameters))
+def _advice(alike: Sequence[Result], untouched_loss: float | None) -> str:
+    """Which to take of those that are alike: the cheapest of those whose step time is known."""
+    taken = min(alike, key=lambda one: (one.step_seconds is None, one.step_seconds or 0.0, one.parameters))
     title, (loss, _) = next(iter(taken.values.items()))
     untouched = math.log(2) if title == "DPO loss" else untouched_loss if title == "loss" else None
     if untouched is not None and not loss < untouched:
         return f"Take none: the untouched model's {title}, {number(untouched)}, is not higher."
-    cheaper = same and not better
+    others = [one for one in alike if one is not taken]
+    untimed = " and ".join(one.entry for one in others if one.step_seconds is None)
+    if untimed and taken.step_seconds is None:
+        return f"Which of {taken.entry} and {untimed} is cheaper isn't known: all of their runs were resumed."
+    cheaper = any(one.step_seconds is not None for one in others)
     place = "" if taken.kept is None else f"{', ' if cheaper else ': '}{taken.kept}"
-    return f"Take {'the cheaper: ' if cheaper else ''}{taken.entry}{place}."
+    doubt = f" What a step of {untimed} takes on the same machine isn't known." if untimed else ""
+    return f"Take {'the cheaper: ' if cheaper else ''}{taken.entry}{place}.{doubt}"
 
 
 def _named(one: Result) -> str:

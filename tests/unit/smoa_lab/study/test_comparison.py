@@ -54,11 +54,22 @@ def test_the_rates_of_all_entries_are_written_before_the_first_final_run(
     assert seen == [{"ours", "lora", "full"}] * 9
     chosen = json.loads(file.read_text())
     assert (chosen["lora"]["learning_rate"], chosen["lora"]["place"]) == (0.002, "interior")
-    assert list(chosen["lora"]["losses"]) == ["6.3e-4", "1.1e-3", "2e-3", "3.6e-3", "6.3e-3"]
+    assert list(chosen["lora"]["losses"]) == ["0.00063", "0.0011", "0.002", "0.0036", "0.0063"]
     shutil.rmtree(study.folder / "lora" / "lr-2e-3-seed-100")
     ran = len(written.ran)
     compared(study).run()  # what was chosen is not searched again
     assert len(written.ran) == ran
+
+
+def test_a_study_whose_rate_has_many_digits_is_opened_again(study: Study, written: WrittenRuns) -> None:
+    entries = {**study.entries, "lora": study.entries["lora"].model_copy(update={"learning_rate": 0.00316227766})}
+    study = study.model_copy(update={"entries": entries})
+    compared(study).run()
+    ran = len(written.ran)
+    again = compared(study)
+    again.run()
+    assert len(written.ran) == ran
+    assert 0.00316227766 in again.chosen["lora"].losses
 
 
 def test_without_a_search_entries_run_at_their_own_rates(study: Study, written: WrittenRuns) -> None:

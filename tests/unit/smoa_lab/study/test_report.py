@@ -126,6 +126,15 @@ def test_preferences_are_compared_by_dpos_loss_margin_and_share_won(study: Study
     assert made.verdict[0].startswith("small: On 60 held-out rows lora's DPO loss is")
 
 
+def test_seeds_that_the_reference_lacks_are_no_pairs(study: Study, written: WrittenRuns) -> None:
+    finished(study)
+    comparison = compared(study.model_copy(update={"seeds": [0, 1, 2, 3, 4]}))
+    comparison.run(["lora"])
+    made = report(comparison)
+    assert "(3 seeds, Holm" in made.verdict[0]
+    assert "| worse, 3 pairs |" in page(study)
+
+
 def test_runs_are_paired_by_digest_and_copy(study: Study, written: WrittenRuns) -> None:
     report(finished(study))
     found = results(study)["lora"]

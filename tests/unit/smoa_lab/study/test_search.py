@@ -33,8 +33,8 @@ def test_the_grid_starts_at_the_named_rate_and_has_two_digits(start: float) -> N
 
 
 def test_a_rate_is_written_as_short_as_it_is() -> None:
-    rates = [2e-3, 6.3e-4, 1.25e-3, 0.01, 1.0]
-    assert [rate_text(value) for value in rates] == ["2e-3", "6.3e-4", "1.25e-3", "1e-2", "1e0"]
+    rates = [2e-3, 6.3e-4, 1.25e-3, 0.01, 1.0, 0.00316227766]
+    assert [rate_text(value) for value in rates] == ["2e-3", "6.3e-4", "1.25e-3", "1e-2", "1e0", "3.16227766e-3"]
     assert [float(rate_text(value)) for value in rates] == rates
 
 

@@ -47,7 +47,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (with_shared(training={"output_dir": "x"}), r"shared\.training\.output_dir: is the study's: set folder"),
     (with_shared(training={"auto_find_batch_size": True}), r"auto_find_batch_size: would give one entry other batches"),
     ({"entries": {"lora": {**LORA, "training": {"seed": 1}}}}, r"entries\.lora\.training\.seed: is the study's"),
-    ({"entries": {"lora": {**LORA, "training": {"max_steps": 1}}}}, r"max_steps: all entries take the same steps"),
+    *(
+        (
+            {"entries": {"lora": {**LORA, "training": {key: value}}}},
+            rf"line \d+: entries\.lora\.training\.{key}: {reason}",
+        )
+        for keys, reason in (
+            ({"max_steps": 1, "num_train_epochs": 1}, "all entries take the same steps; set it under shared"),
+            ({"beta": 1, "loss_type": "ipo", "label_smoothing": 0.1}, "all entries are compared by the same loss"),
+            (dict.fromkeys(("assistant_only_loss", "completion_only_loss", "packing"), False), "all entries learn the"),
+        )
+        for key, value in keys.items()
+    ),
     ({"entries": {"lora": {**LORA, "model": {"name": "other"}}}}, r"model\.name: all entries adapt the same base"),
     (with_shared(forgeting={}), "forgeting: unknown key; did you mean 'forgetting'"),
 ]
@@ -84,6 +95,11 @@ def test_all_mistakes_of_keys_are_told_at_once_with_their_lines_and_the_nearest_
     ]
     for line, wanted in zip(lines, told, strict=True):
         assert re.match(wanted, line.strip())
+
+
+def test_what_is_one_for_all_entries_may_be_set_under_shared(tmp_path: Path) -> None:
+    shared = {**SHARED, "trainer": "dpo", "training": {"beta": 1.0, "loss_type": ["ipo"], "max_steps": 4}}
+    assert load(tmp_path, shared=shared).config("lora").training["beta"] == 1.0
 
 
 def test_a_study_has_one_dtype_on_all_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,40 @@ def test_where_nothing_differs_it_says_what_would_have_been_seen_and_to_take_the
     assert verdict([smoa(taken_back, step_seconds=0.9), LORA], 3.0)[-1] == "Take the cheaper: smoa, PATH."
 
 
+def test_an_entry_that_only_holms_correction_calls_the_same_is_told_of_by_itself_and_is_not_the_cheaper() -> None:
+    doubted = Difference(1.09, 0.2, 1.98, "worse", p=0.03, holm_p=0.06, holm_verdict="same")
+    ia3 = result("ia3", reference="lora", differences={"loss": doubted}, step_seconds=0.5)
+    sentences = verdict([LORA, smoa(SAME), ia3], 3.0)
+    assert sentences == [
+        "On 200 held-out rows ia3's loss is 1.090 higher than lora's [0.200, 1.980] (3 seeds, Holm 0.06: it may be "
+        "chance); its step takes 0.50 of lora's time.",
+        "No difference between smoa and lora that 3 seeds and 200 rows could show (0.020 would have been seen).",
+        "Take the cheaper: lora, studies/x/lora/lr-2e-3-seed-1.",
+    ]
+    assert verdict([LORA, ia3], 3.0)[-1] == "Take lora: studies/x/lora/lr-2e-3-seed-1."
+
+
+def test_an_entry_whose_step_was_not_timed_is_not_the_cheaper() -> None:
+    assert verdict([smoa(SAME, step_seconds=None), LORA], 3.0)[-1] == (
+        "Take lora: studies/x/lora/lr-2e-3-seed-1. What a step of smoa takes on the same machine isn't known."
+    )
+    resumed = replace(LORA, step_seconds=None)
+    assert verdict([smoa(SAME, step_seconds=None), resumed], 3.0)[-1].startswith("Which of lora and smoa is cheaper")
+    assert verdict([smoa(BETTER, step_seconds=None), resumed], 3.0)[-1] == "Take smoa: PATH."
+
+
+def test_seeds_and_rows_are_those_that_were_compared() -> None:
+    added = {"seeds": [0, 1, 2, 3, 4, 5], "rows": 1}
+    assert (
+        "On 1 held-out row smoa's loss is 0.012 lower than lora's [−0.020, −0.004] (2 seeds,"
+        in (verdict([smoa(paired=[0, 1], **added), LORA])[0])
+    )
+    dora = result("dora", reference="lora", differences={"loss": SAME}, rows=1)
+    told = verdict([smoa(SAME, paired=[0, 1], **added), dora, replace(LORA, rows=1)])
+    assert "that 2 to 3 seeds and 1 row could show" in told[0]
+    assert told[-1].startswith("Only 1 row is held out, which shows")
+
+
 def test_an_entry_of_another_size_is_named_with_its_share() -> None:
     sentences = verdict([smoa(share=0.94), LORA])
     assert "smoa with 94 % of lora's parameters's" not in sentences[0]

@@ -326,7 +326,9 @@ def test_a_run_is_not_resumed_on_other_rows_or_another_base(
 
 
 def test_a_diverged_run_has_null_in_what_it_returns_and_writes(values: dict[str, Any]) -> None:
-    config = changed(values, training={"learning_rate": 1e30})
+    config = changed(values, training={"learning_rate": 1e30, "max_steps": 4, "logging_steps": 1})
     metrics = run(config)
     assert metrics["evaluation"]["after"]["loss"] is None
+    logged = [entry["loss"] for entry in metrics["history"] if "loss" in entry]
+    assert logged[2:] == [None, None]  # and not 0, with which the Trainer fills it
     assert json.loads(RunFolder(config.folder).metrics.read_text()) == metrics
