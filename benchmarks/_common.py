@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import inspect
 import json
 import os
@@ -167,10 +169,37 @@ def resident(field: str, process: int | str = "self") -> int:
     return int(status[field].split()[0]) * 1024
 
 
+def cost(step: Step, device: torch.device) -> dict[str, float]:
+    """Seconds of one call, and by how many bytes it raises the peak of memory and what is held."""
+
+    def held() -> int:
+        gc.collect()
+        if device.type == "cuda":
+            return torch.cuda.memory_allocated(device)
+        ctypes.CDLL(None).malloc_trim(0)
+        return resident("VmRSS")
+
+    before = held()
+    reset_peak(device)
+    taken = seconds(step, device)
+    return {"seconds": taken, "peak_bytes": peak(device) - before, "held_bytes": held() - before}
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process can still take on a device; on a CPU, what Linux says is available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
 def in_own_process(method: str) -> Any:
-    """What this command prints last as JSON if it is asked for one method only."""
+    """What this command prints last as JSON if it is asked for one method only; RuntimeError with its last words."""
     command = [sys.executable, *sys.argv, "--only", method]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        last = (finished.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise RuntimeError(f"{method} ended with status {finished.returncode}: {last}")
     return json.loads(finished.stdout.strip().splitlines()[-1])
 
 

@@ -64,7 +64,7 @@ LLAMA_3_8B = LlamaConfig(
 )
 TINY_LLAMA = LlamaConfig(
     hidden_size=64,
-    intermediate_size=96,
+    intermediate_size=128,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -74,14 +74,14 @@ TINY_LLAMA = LlamaConfig(
 
 
 class Rows:
-    """The rows of `benchmarks/results/gpu_<part>.json`, measured once each and written at once.
+    """The rows of `benchmarks/results/<name>.json`, measured once each and written at once.
 
     Rows of another device are dropped. After `minutes` nothing more is measured. A `tiny` run is dry: nothing is read
     or written.
     """
 
-    def __init__(self, part: str, device: torch.device, minutes: float, tiny: bool) -> None:
-        self.name, self.device, self.tiny = f"gpu_{part}", device, tiny
+    def __init__(self, name: str, device: torch.device, minutes: float, tiny: bool) -> None:
+        self.name, self.device, self.tiny = name, device, tiny
         self.until = time.monotonic() + 60 * minutes
         self.origin = provenance(device)
         path = RESULTS / f"{self.name}.json"
@@ -93,6 +93,7 @@ class Rows:
         """Add the figures of a case that is missing, or the error: an out-of-memory is a result too."""
         if time.monotonic() > self.until or any(case.items() <= row.items() for row in self.rows):
             return
+        print(*case.values(), "…", flush=True)
         try:
             figures = function()
         except (RuntimeError, ValueError, ImportError) as error:
@@ -308,7 +309,7 @@ def main() -> None:
     if device.type == "cpu" and not arguments.tiny:
         parser.error("there is no GPU; --tiny makes a dry run on the CPU")
     torch.manual_seed(0)
-    PARTS[arguments.part](Rows(arguments.part, device, arguments.minutes, arguments.tiny))
+    PARTS[arguments.part](Rows(f"gpu_{arguments.part}", device, arguments.minutes, arguments.tiny))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from smoa.errors import MergeError
 from smoa.layers.distributed import onloaded_for, placed_like, refuse_writing
 from smoa.maths.blocks import DiagonalBlocks
 
+ROW_TILE = 256
+"""Number of rows of ΔW that a merge forms at a time."""
+
 
 class Merging:
     """The part of `SmoaLayer` that writes to the base weight.
@@ -34,7 +37,7 @@ class Merging:
         chosen = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in self._present(chosen) if name not in self.merged_adapters]
         with torch.no_grad():
-            for *_, merged in self.merged_matrices([*self.merged_adapters, *names]):
+            for _, _, merged in self.merged_matrices([*self.merged_adapters, *names]):
                 if not torch.isfinite(merged).all():
                     # The first sentences are PEFT's, whose users may match them.
                     raise MergeError(
@@ -66,11 +69,15 @@ class Merging:
             if safe_merge:
                 self.check_merge(names)
             try:
-                for number, pristine, delta, merged in self.merged_matrices([*self.merged_adapters, *names]):
-                    exact = None if self.losses is None else pristine + delta  # the write may change W
+                chosen = [*self.merged_adapters, *names]
+                for number, pristine, merged in self.merged_matrices(chosen):
+                    if self.losses is None:
+                        self._write_merged(number, pristine, merged, names)
+                        continue
+                    delta = sum(self.updates(name)[number].delta(pristine) for name in chosen)
+                    exact = pristine + delta  # the write may change W
                     self._write_merged(number, pristine, merged, names)
-                    if self.losses is not None and exact is not None:
-                        self.losses.append((float((self.base_weight(number) - exact).norm()), float(delta.norm())))
+                    self.losses.append((float((self.base_weight(number) - exact).norm()), float(delta.norm())))
             except BaseException:
                 self._restore_pristine()
                 self.merged_adapters.clear()
@@ -88,14 +95,21 @@ class Merging:
             self._restore_pristine()
         self.merged_adapters.clear()
 
-    def merged_matrices(self: Any, adapter_names: list[str]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Number, pristine W, `Σ ΔW` and `W + Σ ΔW` of one matrix after the other, rounded once."""
+    def merged_matrices(self: Any, adapter_names: list[str]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Number, pristine W and `W + Σ ΔW` of one matrix after the other, rounded once.
+
+        ΔW is formed a tile of rows at a time, so that no matrix is held but the merged one.
+        """
         updates = [self.updates(name) for name in adapter_names]
         for number in range(self.matrix_count):
             pristine = self.pristine_matrix(number)
-            total = sum((of_adapter[number].delta(pristine) for of_adapter in updates), pristine.new_zeros(()))
-            # Keep the exact bits where nothing is added: -0 + 0 is 0, and `unmerge` restores diagonal blocks only.
-            yield number, pristine, total, torch.where(total == 0, pristine, (total + pristine).to(pristine.dtype))
+            merged = torch.empty_like(pristine)
+            for start in range(0, len(pristine), ROW_TILE):
+                rows = slice(start, start + ROW_TILE)
+                total = sum((each[number].delta(pristine, rows) for each in updates), pristine.new_zeros(()))
+                # Keep the exact bits where nothing is added: -0 + 0 is 0, and `unmerge` restores diagonal blocks only.
+                merged[rows] = torch.where(total == 0, pristine[rows], (total + pristine[rows]).to(pristine.dtype))
+            yield number, pristine, merged
 
     def _write_merged(self: Any, number: int, pristine: Tensor, merged: Tensor, names: list[str]) -> None:
         """Write a matrix. If other modules use it, the base layer gets one of its own until `unmerge`."""

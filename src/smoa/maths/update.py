@@ -35,14 +35,15 @@ class Update:
     factors: Factors
     modulation: ModulationKind = "hadamard"
 
-    def delta(self, weight: Tensor) -> Tensor:
+    def delta(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
         """Dense ΔW (out_features, in_features), in the widest of float32 and the dtypes of `weight` and the factors.
 
         Args:
             weight: Pristine W (out_features, in_features).
+            rows: Which rows to form.
         """
-        wide = self.factors.wide(torch.promote_types(self.factors.dtype, weight.dtype))
-        product = wide.spread_B() @ wide.spread_A()
+        wide, weight = self.factors.wide(torch.promote_types(self.factors.dtype, weight.dtype)), weight[rows]
+        product = wide.spread_B()[rows] @ wide.spread_A()
         if self.modulation == "none":
             return product
         return product * weight if is_transformed(weight) else product.mul_(weight)
