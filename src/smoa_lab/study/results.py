@@ -18,7 +18,7 @@ from smoa_lab.basics.plain import finite
 from smoa_lab.study.comparison import Comparison, measured
 from smoa_lab.study.plan import Metrics
 from smoa_lab.study.search import Chosen, best_of
-from smoa_lab.study.statistics import Difference, Floats, corrected, paired_difference
+from smoa_lab.study.statistics import Difference, Floats, corrected, paired_difference, seed_error, variances_of
 from smoa_lab.study.study import Job
 from smoa_lab.training.run_folder import RunFolder
 
@@ -154,14 +154,25 @@ def _of_budget(
         rows = [[finals[name][seed].rows[key][measure.field] for key in keys] for seed in seeds]
         return np.array([[np.inf if value is None else value for value in of_seed] for of_seed in rows], np.float64)
 
+    of_seeds = {
+        each.title: {
+            name: values(name, each, list(of_entry)).sum(axis=1) / weights[each.title].sum()
+            for name, of_entry in finals.items()
+        }
+        for each in measures
+    }
+    known = {title: variances_of(own) for title, own in of_seeds.items()}
     results = []
     for name, of_entry in finals.items():
         reference, seeds = comparison.study.reference(name), list(of_entry)
         paired = [seed for seed in seeds if name != reference and seed in finals.get(reference, {})]
-        means = {each.title: values(name, each, seeds).sum(axis=1) / weights[each.title].sum() for each in measures}
         differences = {
             each.title: paired_difference(
-                values(name, each, paired), values(reference, each, paired), weights[each.title], each.sign
+                values(name, each, paired),
+                values(reference, each, paired),
+                weights[each.title],
+                each.sign,
+                seed_error(known[each.title], (name, reference), len(paired)),
             )
             for each in measures
             if paired
@@ -178,7 +189,7 @@ def _of_budget(
             paired=paired,
             diverged=sum(measured(run.metrics) is None for run in of_entry.values()),
             rows=len(keys),
-            values={title: (float(each.mean()), _spread(each)) for title, each in means.items()},
+            values={title: (float(own[name].mean()), _spread(own[name])) for title, own in of_seeds.items()},
             step_seconds=_step_seconds([run for run in of_entry.values() if _machine(run) == machine]),
             forgotten=_forgotten(list(of_entry.values())),
             kept=_kept(of_entry),
@@ -190,11 +201,15 @@ def _of_budget(
 
 
 def _judged(results: Sequence[Result]) -> list[Result]:
-    """The results with Holm's correction for all comparisons of a budget. An entry whose best rate lies at the edge of
-    its search is never called worse."""
-    places = [(result.entry, title) for result in results for title in result.differences]
-    differences = [result.differences[title] for result in results for title in result.differences]
-    judged = dict(zip(places, corrected(differences), strict=True))
+    """The results with Holm's correction for all comparisons of a budget by what decides, and one for those by all
+    other measures. An entry whose best rate lies at the edge of its search is never called worse."""
+    families: tuple[dict[tuple[str, str], Difference], ...] = ({}, {})
+    for result in results:
+        for place, (title, each) in enumerate(result.differences.items()):
+            families[place > 0][result.entry, title] = each
+    judged: dict[tuple[str, str], Difference] = {}
+    for family in families:
+        judged |= zip(family, corrected([*family.values()]), strict=True)
     at_edge = {result.entry for result in results if result.chosen.place == "edge"}
     for (entry, title), each in judged.items():
         reference = next(result.reference for result in results if result.entry == entry)

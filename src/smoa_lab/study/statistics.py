@@ -2,14 +2,21 @@
 
 Rows are resampled (bootstrap). Seeds are too few for that: three of them, resampled, span no more than their own
 smallest and largest, which leave a true difference of 0 out one time in four. So the mean over seeds is given an error
-of Student's t with seeds - 1 degrees of freedom, in units of its standard error.
+of Student's t. How much seeds differ is much the same for all entries of a table, whose variances are pooled:
+
+    s² = Σ (n_e - 1) s_e² / Σ (n_e - 1)             with Σ (n_e - 1) degrees of freedom
+    SE = √(2 max(s², s_ab²) / S)                    of the difference between a and b over S shared seeds, where
+                                                    s_ab² is the variance of these two, pooled alike
+
+studies/calibration.py measures how often the intervals miss.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -26,8 +33,8 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class Difference:
-    """An entry's value minus the reference's, the mean over seeds and rows with its 95 % interval. One seed says
-    nothing of how seeds differ, so it gets no verdict.
+    """An entry's value minus the reference's, the mean over seeds and rows with its 95 % interval. One seed that both
+    have gets no verdict, and no interval (NaN) where no entry of the table has two.
 
     ``p`` is two-sided and never below 2 / (resamples + 1), ``holm_p`` corrected for all comparisons of a table that get
     a verdict by their interval, and ``holm_verdict`` the verdict by it. Where a run diverged, or two have equal values
@@ -53,24 +60,65 @@ class Difference:
         return self.verdict if self.final == self.verdict else f"{self.verdict} (Holm: {self.final})"
 
     def signed(self, scale: float, digits: int) -> str:
-        """``mean [low, high]`` as text, with their signs; of a run that diverged there are none."""
+        """``mean [low, high]`` as text, with their signs; of a run that diverged there are none, of one seed no
+        interval."""
         if not math.isfinite(self.mean):
             return "diverged"
+        if not math.isfinite(self.low):
+            return f"{scale * self.mean:+.{digits}f}"
         mean, low, high = (f"{scale * value:+.{digits}f}" for value in (self.mean, self.low, self.high))
         return f"{mean} [{low}, {high}]"
 
 
-def paired_difference(entry: Floats, reference: Floats, weights: Floats, sign: int) -> Difference:
+Variances = Mapping[str, tuple[float, int]]
+"""The variance over its seeds of each entry of a table, with its degrees of freedom."""
+SeedError = tuple[float, float]
+"""The standard error that seeds give a difference, with the degrees of freedom of its Student's t."""
+
+
+def variances_of(means: Mapping[str, Floats]) -> Variances:
+    """Of entries by the means of all their seeds; one seed shows none, and a run that diverged hides it."""
+    return {
+        name: (float(of_seed.var(ddof=1)), len(of_seed) - 1)
+        for name, of_seed in means.items()
+        if len(of_seed) > 1 and np.isfinite(of_seed).all()
+    }
+
+
+def seed_error(known: Variances, pair: Sequence[str], seeds: int) -> SeedError:
+    """Of the difference of a pair over so many seeds that both have. Where the pair's variance exceeds that of the
+    other entries beyond F's 90 % point, one wild entry may be its cause: then the pair has Welch's degrees of freedom,
+    which are as few as that one's."""
+    of_pair = [known[name] for name in pair if name in known]
+    own, own_freedom = _pooled(of_pair)
+    others, other_freedom = _pooled([each for name, each in known.items() if name not in pair])
+    pooled, freedom = _pooled(list(known.values()))
+    if len(of_pair) == 2 and other_freedom and own > _f_point(own_freedom, other_freedom, RESAMPLES) * others:
+        parts = sum(variance**2 / each for variance, each in of_pair)
+        freedom = round(sum(variance for variance, _ in of_pair) ** 2 / parts, 1)
+    return math.sqrt(2 * max(pooled, own) / max(1, seeds)), freedom
+
+
+def _pooled(known: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    freedom = sum(each for _, each in known)
+    return sum(variance * each for variance, each in known) / max(1, freedom), freedom
+
+
+def paired_difference(entry: Floats, reference: Floats, weights: Floats, sign: int, error: SeedError) -> Difference:
     """Σ (entry - reference) / Σ weights over seeds and rows, (seeds, rows) and (rows,); ``sign`` is 1 where higher is
     better, else -1. A value of a run that diverged is not finite, and then the other run is the better one."""
+    nan = float("nan")
     diverged = not np.isfinite(entry).all(), not np.isfinite(reference).all()
     if any(diverged):
-        nan = float("nan")
         return Difference(nan, nan, nan, "same" if all(diverged) else "worse" if diverged[0] else "better")
     gaps = entry - reference
     if not gaps.any():  # nothing to test
         return Difference(0.0, 0.0, 0.0, "same" if len(gaps) > 1 else "one seed")
-    mean, samples = float(gaps.mean(axis=0).sum() / weights.sum()), _resampled(gaps, weights)
+    mean, (stderr, freedom) = float(gaps.mean(axis=0).sum() / weights.sum()), error
+    if not freedom:
+        return Difference(mean, nan, nan, "one seed")
+    random = np.random.default_rng(0)
+    samples = mean + row_errors(gaps, weights, random) + stderr * random.permutation(students_t(freedom, RESAMPLES))
     low, high = map(float, np.percentile(samples, [2.5, 97.5]))
     verdict: Verdict = "same" if low <= 0 <= high else "better" if sign * low > 0 else "worse"
     beyond = min(int((samples <= 0).sum()), int((samples >= 0).sum()))
@@ -78,25 +126,31 @@ def paired_difference(entry: Floats, reference: Floats, weights: Floats, sign: i
     return Difference(mean, low, high, "one seed" if len(gaps) < 2 else verdict, p)
 
 
-def _resampled(values: Floats, weights: Floats) -> Floats:
-    """Resamples of Σ values / Σ weights, (RESAMPLES,)."""
-    rows = values.shape[1]
-    of_row = values.mean(axis=0)
-    random = np.random.default_rng(0)
+def row_errors(gaps: Floats, weights: Floats, random: np.random.Generator) -> Floats:
+    """Errors of Σ gaps / Σ weights by the choice of rows, (RESAMPLES,). What a row does in one seed and not in another
+    is part of how seeds differ, and is taken out here."""
+    (seeds, rows), total, of_row = gaps.shape, weights.sum(), gaps.mean(axis=0)
     means = []
     for _ in range(RESAMPLES // AT_ONCE):
         drawn = random.integers(0, rows, (AT_ONCE, rows))
         means.append(of_row[drawn].sum(axis=1) / weights[drawn].sum(axis=1))
-    return np.asarray(np.concatenate(means) + seed_errors(values.sum(axis=1) / weights.sum(), random))
+    resampled = np.concatenate(means)
+    of_one_seed = gaps - weights * (gaps.sum(axis=1, keepdims=True) / total)
+    counted = of_one_seed.var(axis=0, ddof=1).sum() / seeds / total**2 if seeds > 1 else 0.0
+    left = math.sqrt(max(0.0, 1 - counted / max(resampled.var(), 1e-300)))
+    return np.asarray(left * (resampled - resampled.mean()))
 
 
-def seed_errors(of_seed: Floats, random: np.random.Generator) -> Floats:
-    """Errors of the mean over seeds, (RESAMPLES,), in random order; 0 for one seed, which shows none."""
-    seeds = len(of_seed)
-    if seeds < 2:
-        return np.zeros(RESAMPLES)
-    many = np.sort(random.standard_t(seeds - 1, 101 * RESAMPLES))
-    return np.asarray(random.permutation(many[50::101]) * of_seed.std(ddof=1) / seeds**0.5)
+@cache
+def students_t(freedom: float, number: int) -> Floats:
+    """So many values of Student's t, evenly from its lowest to its highest."""
+    return np.asarray(np.sort(np.random.default_rng(0).standard_t(freedom, 101 * number))[50::101])
+
+
+@cache
+def _f_point(over: float, under: float, number: int) -> float:
+    """F's 90 % point."""
+    return float(np.quantile(np.random.default_rng(0).f(over, under, 101 * number), 0.9))
 
 
 def corrected(differences: Sequence[Difference]) -> list[Difference]:

@@ -54,7 +54,8 @@ def difference_sentence(one: Result, reference: Result) -> str:
         return f"{'; '.join(both)}."
     whose = f"{one.entry}'s {title}" if _named(one) == one.entry else f"the {title} of {_named(one)}"
     way = "lower" if difference.mean < 0 else "higher"
-    low, high = (number(value).replace("-", "−") for value in (difference.low, difference.high))
+    ends = [number(value).replace("-", "−") for value in (difference.low, difference.high)]
+    interval = f" [{', '.join(ends)}]" if math.isfinite(difference.low) else ""
     seeds = "one seed, which gives no verdict" if difference.verdict == "one seed" else f"{len(one.paired)} seeds"
     holm = "" if difference.holm_p is None else f", Holm {difference.holm_p:.1g}"
     holm += "" if difference.final == difference.verdict else ": it may be chance"
@@ -62,7 +63,7 @@ def difference_sentence(one: Result, reference: Result) -> str:
     if one.step_seconds and reference.step_seconds:
         cost = f"; its step takes {one.step_seconds / reference.step_seconds:.2f} of {reference.entry}'s time"
     rows, by = counted(one.rows, "held-out row"), number(abs(difference.mean))
-    return f"On {rows} {whose} is {by} {way} than {reference.entry}'s [{low}, {high}] ({seeds}{holm}){cost}."
+    return f"On {rows} {whose} is {by} {way} than {reference.entry}'s{interval} ({seeds}{holm}){cost}."
 
 
 def _same_sentence(same: Sequence[Result], reference: Result, entries: int) -> str:

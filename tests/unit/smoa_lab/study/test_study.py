@@ -27,6 +27,7 @@ def with_shared(**blocks: Any) -> dict[str, Any]:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"seeds": [0, 1, 0]}, "seeds: 0 is named twice; name each once"),
     ({"entries": {}}, "entries"),
     ({"entries": {"..": LORA}}, r"entries: '\.\.' can't name a folder of runs"),
     ({"entries": {"untouched": LORA}}, r"entries: 'untouched' can't name a folder of runs"),
