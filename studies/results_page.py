@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import textwrap
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import calibration
 import headroom
 import verdict_tables
 from stored import PACK, folders, runs_of, summary_of
@@ -35,6 +38,16 @@ HEADROOM = (
     "for a learning rate. A task has headroom if training moves accuracy and full fine-tuning beats LoRA, both by "
     "three standard errors (of questions and of seeds)."
 )
+INTERVALS = (
+    "How often 95 % intervals miss the mean of at least three seeds that were left out, in the stored studies with "
+    "five seeds or more ([figures](../studies/{file}), `python studies/calibration.py`). *Before*: each pair by "
+    "itself, up to commit d0353ac6; *now*: the variance of all entries together. *Seeds*: on the same rows; *whole*: "
+    "from half the rows to the other half. In brackets, the worst set."
+)
+SEARCHES = (
+    "Searches simulated on {curves} stored curves: before, half decades and the quarters beside the best; now, "
+    "quarter decades and the vertex of a parabola. Regret: the loss at the chosen rate above the lowest."
+)
 WIDTH = 120
 HEADER = ["study", "model", "tasks", "entries", "better, same or worse"]
 VERDICTS = ("better", "same", "worse", "one seed")
@@ -46,7 +59,7 @@ def main(docs: Path = DOCS) -> None:
     planned = (
         f"## Other planned tests\n\n{textwrap.fill(PLANNED, WIDTH)}\n\n{verdict_tables.table(verdict_tables.OTHERS)}"
     )
-    text = f"{INTRODUCTION}\n{table}\n\n{planned}\n\n{headroom_table()}"
+    text = f"{INTRODUCTION}\n{table}\n\n{planned}\n\n{headroom_table()}\n{calibration_tables()}"
     (docs / "results.md").write_text(text, encoding="utf-8")
     verdict_tables.write(docs / "verdict.md")
 
@@ -76,6 +89,35 @@ def headroom_table() -> str:
     lines = Table(headroom.HEADER, [headroom.line(folder) for folder in tried]).markdown()
     runs = ", ".join(f"[{folder.name}](../studies/{folder.name}/{PACK})" for folder in tried)
     return f"## Headroom\n\n{textwrap.fill(HEADROOM, WIDTH)}\n\n{lines}\n\nEvery run as a line of JSON: {runs}.\n"
+
+
+def calibration_tables() -> str:
+    """How often intervals miss, and what searches cost."""
+    found = json.loads(calibration.FILE.read_text(encoding="utf-8"))
+    lines: list[list[str]] = []
+    for entries in dict.fromkeys(table["entries"] for table in found["tables"]):
+        own = [table["sets"] for table in found["tables"] if table["entries"] == entries]
+        for measure in ("seeds", "whole"):
+            shares = [[each[measure][rule] for each in sets] for sets in own for rule in calibration.RULES]
+            told = [f"{fmean(each):.3f} ({max(each):.3f})" for each in shares]
+            lines.append([f"{entries} entries, {measure}", *told])
+        widths = [fmean(each["half"]["now"] / each["half"]["before"] for each in sets) for sets in own]
+        lines.append([f"{entries} entries, width", *(text for width in widths for text in ("1", f"{width:.2f}"))])
+    told = [f"{of_rule[rule]:.3f}" for of_rule in found["wild"].values() for rule in calibration.RULES]
+    lines.append(["one of 4 entries with 5 × the sd, simulated", *told])
+    header = [f"{seeds} seeds, {rule}" for seeds in calibration.SEEDS for rule in calibration.RULES]
+    searches = [
+        [rule, f"{one['runs']:.2f}", f"{one['regret']:.4f}", f"{one['regret_in_spreads']:.2f}"]
+        for rule, one in found["searches"].items()
+    ]
+    parts = [
+        "## How often intervals miss",
+        textwrap.fill(INTERVALS.format(file=calibration.FILE.name), WIDTH),
+        Table(["miss rate", *header], lines).markdown(),
+        textwrap.fill(SEARCHES.format(curves=found["curves"]), WIDTH),
+        Table(["search", "runs a method", "regret", "in sd of seeds"], searches).markdown(),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def verdicts(rows: list[dict[str, Any]], measure: str) -> str:

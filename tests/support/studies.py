@@ -58,6 +58,7 @@ class WrittenRuns:
     def __init__(self) -> None:
         self.ran: list[str] = []
         """The folders of the runs."""
+        self.untouched_loss = 4.0
         self.kind = "messages"
         """Of the rows: messages, choices or preference."""
         self.loss: Callable[[RunConfig], float | None] = self.usual_loss
@@ -107,7 +108,7 @@ class WrittenRuns:
         """The model as it is."""
         folder = RunFolder(config.folder)
         samples = [{"question": f"Why {i}?", "reference": "So.", "before": "untouched"} for i in range(2)]
-        scores = {"loss": 4.0} | ({"accuracy": 0.25, "majority": 0.6} if self.kind == "choices" else {})
+        scores = {"loss": self.untouched_loss} | ({"accuracy": 0.25, "majority": 0.6} if self.kind == "choices" else {})
         metrics = self._metrics(config) | {"evaluation": {"before": scores}, "samples": samples}
         self._save(folder, metrics, [])
         return metrics

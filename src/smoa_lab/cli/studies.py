@@ -100,8 +100,8 @@ def tune(
         chosen = next(iter(comparison.chosen.values()))
         if json:
             losses = {rate_text(rate): loss for rate, loss in chosen.losses.items()}
-            interior = chosen.place == "interior"
-            print_json({"learning_rate": chosen.learning_rate, "interior": interior, "losses": losses})
+            found = {"learning_rate": chosen.learning_rate, "tried": chosen.tried, "interior": chosen.place != "edge"}
+            print_json({**found, "losses": losses})
             return
         rows = [
             [rate_text(rate), "diverged" if loss is None else number(loss, 4)] for rate, loss in chosen.losses.items()
@@ -109,4 +109,9 @@ def tune(
         Table(["learning rate", "validation loss"], rows).print()
         if chosen.place == "edge":
             typer.echo("\nThe best lies at the edge of what was tried: start there and search again.")
+        if chosen.place == "vertex":
+            typer.echo(
+                f"\n{rate_text(chosen.learning_rate)} is the vertex of the parabola through the best and its "
+                f"neighbors; the adapter that is kept was trained at {rate_text(chosen.tried)}."
+            )
         typer.echo(f"\nPut this under training:\n\n  learning_rate: {rate_text(chosen.learning_rate)}")

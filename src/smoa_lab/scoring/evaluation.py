@@ -104,6 +104,8 @@ class Evaluation:
             if found.right:
                 scores |= {"accuracy": found.hits.mean, "accuracy_stderr": found.hits.stderr}
                 scores["majority"] = max(Counter(row.label for row in self.rows).values()) / len(self.rows)
+            if self.prefers and stage == "before":
+                scores["dpo_loss"] = math.log(2)  # no margin yet
             every[stage] = scores
         if margins := self.margins:
             every["after"]["dpo_loss"] = sum(map(self._dpo_loss, margins)) / len(margins)

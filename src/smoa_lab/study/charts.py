@@ -34,7 +34,8 @@ def differences(results: Sequence[Result]) -> Any | None:
                 {
                     "entry": name if one.entry == name.lower() else f"{name}: {one.entry}",
                     "method": one.method,
-                    **{key: getattr(known, key) for key in ("low", "mean", "high")},
+                    "mean": known.mean,
+                    **({"low": known.low, "high": known.high} if math.isfinite(known.low) else {}),
                     "difference": known.signed(1, 4),
                     "verdict": known.label,
                     "clear": known.final in ("better", "worse"),
@@ -52,7 +53,8 @@ def differences(results: Sequence[Result]) -> Any | None:
 
 
 def searches(results: Sequence[Result]) -> Any | None:
-    """The validation loss at each learning rate that was tried, a line for each entry; None without any search."""
+    """The validation loss at each learning rate that was tried, a line for each entry, and the vertices that were
+    chosen; None without any search."""
     rows: list[dict[str, Any]] = [
         {"name": one.entry, "learning rate": rate, "validation loss": loss}
         for one in results
@@ -61,7 +63,16 @@ def searches(results: Sequence[Result]) -> Any | None:
     ]
     rates = sorted({rate for one in results for rate in one.chosen.losses})
     x = alt.X("learning rate:Q", scale=LOG, axis=alt.Axis(format=".1e", values=rates, labelOverlap=True))
-    return lines(rows, _looks(results), x, alt.Y("validation loss:Q", scale=FREE), width=500) if rows else None
+    if not rows:
+        return None
+    drawn = lines(rows, _looks(results), x, alt.Y("validation loss:Q", scale=FREE), width=500)
+    vertices = [
+        {"name": one.entry, "learning rate": one.chosen.learning_rate}
+        for one in results
+        if one.chosen.place == "vertex"
+    ]
+    rule = alt.Chart(values(vertices)).mark_rule(strokeDash=[2, 3])
+    return alt.layer(drawn, rule.encode(x=x, color="name:N")) if vertices else drawn
 
 
 def losses(results: Sequence[Result], finals: Mapping[str, Mapping[int, FinalRun]]) -> Any | None:

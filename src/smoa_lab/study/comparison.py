@@ -19,8 +19,8 @@ from smoa.errors import ConfigError
 from smoa_lab.basics.plain import json_text, portable
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study.plan import Metrics, Plan, duration, other_inputs
-from smoa_lab.study.search import Chosen, best_of, index_of, next_indices, rate
-from smoa_lab.study.study import Job, Study
+from smoa_lab.study.search import STARTS, Chosen, best_of, index_of, next_indices, rate
+from smoa_lab.study.study import Job, Stage, Study
 from smoa_lab.training.run import run, score_untouched
 from smoa_lab.training.run_folder import RunFolder, Taken
 
@@ -33,7 +33,7 @@ def perform(job: Job, config: RunConfig) -> Metrics | None:
     """Run a job in this process. Its metrics get ``wall_seconds``; None where another process runs it."""
     folder, started = RunFolder(config.folder), time.perf_counter()
     try:
-        metrics = score_untouched(config) if job.stage == "untouched" else run(config)
+        metrics = score_untouched(config) if job.is_untouched else run(config)
     except Taken:
         return None
     except ConfigError:
@@ -156,8 +156,7 @@ class Comparison:
     def ready(self, names: Sequence[str]) -> list[Job]:
         """What can be run now: the untouched model and searches, one rate of all entries at a time; once all rates are
         chosen, final runs, one seed of all at a time."""
-        first = next(iter(self.plan.entries))
-        untouched = [Job("untouched", first, self.study.entries[first].learning_rate, 0)] if self.plan.seeds else []
+        untouched = [self.untouched("untouched")] if self.plan.seeds else []
         if all(name in self.chosen for name in names):
             jobs = [
                 Job("final", name, self.chosen[name].learning_rate, seed) for seed in self.plan.seeds for name in names
@@ -166,8 +165,13 @@ class Comparison:
             turns = [
                 (len(self._searched(name)) + turn, job) for name in names for turn, job in enumerate(self.search(name))
             ]
-            jobs = [job for _, job in sorted(turns, key=itemgetter(0))]
+            jobs = [self.untouched("untouched-validation"), *(job for _, job in sorted(turns, key=itemgetter(0)))]
         return [job for job in [*untouched, *jobs] if job not in self.losses]
+
+    def untouched(self, stage: Stage) -> Job:
+        """The model as it is, in the first entry's config."""
+        first = next(iter(self.plan.entries))
+        return Job(stage, first, self.study.entries[first].learning_rate, 0)
 
     def at_most_left(self, names: Sequence[str]) -> float:
         """Seconds of the jobs that are not finished, each search at its longest."""
@@ -180,19 +184,20 @@ class Comparison:
         return seconds
 
     def search(self, name: str) -> list[Job]:
-        """The runs that an entry's search needs next; none when it is over."""
-        if name in self.chosen:
+        """The runs that an entry's search needs next; none when it is over, or goes on by what the untouched model
+        reaches."""
+        losses, untouched = self._searched(name), self.untouched("untouched-validation")
+        if name in self.chosen or (len(losses) >= STARTS and untouched not in self.losses):
             return []
         start, tuning = self.study.entries[name].learning_rate, self.study.tuning
-        losses = {index_of(start, tried): loss for tried, loss in self._searched(name).items()}
-        indices = next_indices(losses, tuning.max_runs)
+        indices = next_indices(losses, tuning.max_runs, self.losses.get(untouched))
         return [Job("search", name, rate(start, index), tuning.seed) for index in indices]
 
-    def _searched(self, name: str) -> dict[float, float | None]:
-        """The losses of an entry's search by rate, as far as they are known."""
-        return {
-            job.learning_rate: loss for job, loss in self.losses.items() if (job.stage, job.entry) == ("search", name)
-        }
+    def _searched(self, name: str) -> dict[int, float | None]:
+        """The losses of an entry's search by index, as far as they are known."""
+        start = self.study.entries[name].learning_rate
+        own = {job: loss for job, loss in self.losses.items() if (job.stage, job.entry) == ("search", name)}
+        return {index_of(start, job.learning_rate): loss for job, loss in own.items()}
 
     def config(self, job: Job) -> RunConfig:
         return self.study.job_config(self.configs[job.entry], job, self.plan.steps)
@@ -213,15 +218,21 @@ class Comparison:
         return metrics
 
     def finish(self, job: Job, metrics: Metrics) -> None:
-        """Note a finished job; choose the entry's rate after its search; drop the adapters that are not to be kept."""
+        """Note a finished job; choose the rates of searches that are over; drop the adapters that are not to be
+        kept."""
         self.losses[job] = measured(metrics)
-        if job.stage == "search" and not self.search(job.entry):
-            self._choose({job.entry: Chosen.of(self._searched(job.entry))})
-        if job.stage != "untouched":
+        if job.stage in ("search", "untouched-validation") and self.untouched("untouched-validation") in self.losses:
+            searched = {name: self._searched(name) for name in self.study.entries if name not in self.chosen}
+            over = {name: losses for name, losses in searched.items() if losses and not self.search(name)}
+            starts = {name: self.study.entries[name].learning_rate for name in over}
+            self._choose({name: Chosen.of(starts[name], losses) for name, losses in over.items()})
+        if not job.is_untouched:
             self._drop_adapters(job)
 
     def _choose(self, chosen: dict[str, Chosen]) -> None:
         """Write the rates that were chosen, beside those that other processes chose."""
+        if not chosen:
+            return
         with FileLock(self.study.folder / ".lock"):
             self.chosen = {**chosen, **read_chosen(self.study)}
             values = {name: asdict(one) for name, one in self.chosen.items()}

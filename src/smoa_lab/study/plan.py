@@ -82,7 +82,7 @@ class Plan(Section):
     def seconds(self, stage: Stage, entry: str) -> float:
         """About how long a job of that stage takes."""
         timing = self.entries[entry]
-        if stage == "untouched":
+        if stage.startswith("untouched"):
             return timing.beside + self.final
         return timing.beside + self.steps * timing.step + (self.final if stage == "final" else 0.0)
 

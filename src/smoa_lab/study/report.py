@@ -24,21 +24,25 @@ from smoa_lab.study.verdict import EQUAL, verdict
 from smoa_lab.training.run_folder import RunFolder
 
 BUDGET = "Budget: "
+MARKS = {"edge": " !", "vertex": " ^"}
+"""Behind a rate, where it lies in its search."""
 PICTURE = "differences.png"
 ANSWERS = "Greedy answers to the first held-out prompts, each entry's of its first seed."
 CAPTIONS = {
     "Differences": "What decides minus the reference's; filled points differ after Holm's correction too.",
-    "Searches": "Validation loss at each learning rate that was tried.",
+    "Searches": "Validation loss at each learning rate that was tried; a dashed line is at a vertex that was chosen.",
     "Loss and time": "Training loss of each entry's first seed, against the seconds of its training.",
     "Learned and forgotten": "Loss on held-out rows against the change of the loss on general text.",
 }
 INTRODUCTION = (
     "Every entry's learning rate is chosen on validation rows by the same search; the figures are from fresh seeds on "
     "the test part. Differences are to the reference of the same budget, paired by seed and row, with 95 % intervals "
-    "(rows resampled, Student's t over seeds). 'Same' means that the interval includes 0; '(Holm: same)' that Holm's "
-    "correction for all comparisons of the table takes the verdict back; 'open' that the worse one's best rate lies at "
-    "the edge of its search, marked with !. One seed gets no verdict. ± is the standard deviation over seeds; s a step "
-    "are seconds on the machine that ran most of the runs."
+    "(rows resampled, Student's t over seeds, whose variance is that of all entries together). 'Same' means that the "
+    "interval includes 0; '(Holm: same)' that Holm's correction takes the verdict back: for all comparisons of the "
+    "table by what decides, and apart from these for all by other measures; 'open' that the worse one's best rate "
+    "lies at the edge of its search, marked with !; ^ marks a rate at the vertex of the parabola through the best "
+    "that was tried and its neighbors. One seed gets no verdict. ± is the standard deviation over seeds; s a step are "
+    "seconds on the machine that ran most of the runs."
 )
 WHERE = "A run's folder within the study's has its config, metrics, log and the losses of its rows."
 
@@ -137,7 +141,7 @@ def result_table(results: Sequence[Result]) -> Table:
         header += [f"{each.title} − {reference}", ""]
     lines = []
     for one in results:
-        rate = f"{rate_text(one.chosen.learning_rate)}{' !' if one.chosen.place == 'edge' else ''}"
+        rate = rate_text(one.chosen.learning_rate) + MARKS.get(one.chosen.place, "")
         links = {str(seed): charts.final_run(one, seed) for seed in one.seeds}
         share = "" if abs(one.share - 1) <= EQUAL else f" ({one.share:.0%})"
         line: list[Any] = [one.entry, Cell(f"{one.parameters:,}{share}", one.parameters)]
@@ -171,10 +175,11 @@ def rate_table(results: Sequence[Result]) -> Table:
     for one in results:
         losses, cells = one.chosen.losses, []
         for rate in rates:
-            loss, mark = losses.get(rate), " *" if rate == one.chosen.learning_rate else ""
+            loss, mark = losses.get(rate), " *" if rate == one.chosen.tried else ""
             cells.append("" if rate not in losses else "diverged" if loss is None else f"{loss:.3f}{mark}")
-        lines.append([one.entry, *cells])
-    return Table(["entry", *map(rate_text, rates)], lines, "Validation loss of each run of the search; * was chosen.")
+        lines.append([one.entry, *cells, rate_text(one.chosen.learning_rate) + MARKS.get(one.chosen.place, "")])
+    caption = "Validation loss of each run of the search; * is the best that was tried, ^ a vertex, ! at the edge."
+    return Table(["entry", *map(rate_text, rates), "chosen"], lines, caption)
 
 
 def run_table(comparison: Comparison, finals: Mapping[str, Mapping[int, FinalRun]]) -> Table:

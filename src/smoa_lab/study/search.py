@@ -1,8 +1,8 @@
 """The search for a learning rate.
 
-It goes downhill in half decades from the rate that an entry names, until the best has neighbors on both sides, and then
-tries the quarter decades beside the best. An index counts quarter decades from the named rate; the even ones are half
-decades.
+It goes downhill in quarter decades from the rate that an entry names, until the best has neighbors on both sides. The
+chosen rate is the vertex of the parabola through these three, over the logarithm of the rate. An index counts quarter
+decades from the named rate.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from decimal import Decimal
 from typing import Any, Literal, TypeVar
 
 Key = TypeVar("Key")
+STARTS = 3
+"""Runs that every search begins with."""
 
 
-def rate(start: float, index: int) -> float:
+def rate(start: float, index: float) -> float:
     """start · 10^(index / 4) to two digits; the start itself is taken as it is."""
     return float(f"{start * 10 ** (index / 4):.1e}") if index else start
 
@@ -31,17 +33,19 @@ def rate_text(learning_rate: float) -> str:
     return f"{Decimal(repr(learning_rate)).normalize():e}".replace("e+", "e")
 
 
-def next_indices(losses: Mapping[int, float | None], max_runs: int) -> list[int]:
+def next_indices(losses: Mapping[int, float | None], max_runs: int, untouched: float | None = None) -> list[int]:
     """The indices that the search needs next, whatever comes out at any of them; none when it is over, or ``max_runs``
-    are spent. ``losses`` by index; None is a run that diverged."""
-    halves = {index: loss for index, loss in losses.items() if index % 2 == 0}
-    around = [index for index in (0, -2, 2) if index not in halves]
-    if around:
-        return around[: max(0, max_runs - len(losses))]
-    best = best_of(halves)
-    beyond = [index for index in (best - 2, best + 2) if index not in halves]
-    beside = [index for index in (best - 1, best + 1) if index not in losses]
-    return (beyond or beside)[: max(0, max_runs - len(losses))]
+    are spent. ``losses`` by index; None is a run that diverged. Where none is below that of the ``untouched`` model, as
+    far as it is known, all rates are too high: the search goes down in half decades."""
+    needed = [index for index in (0, -1, 1) if index not in losses]
+    if not needed:
+        best = best_of(losses)
+        reached = losses[best]
+        if reached is None or (untouched is not None and not reached < untouched):
+            needed = [min(losses) - 2]
+        else:
+            needed = [index for index in (best - 1, best + 1) if index not in losses][:1]
+    return needed[: max(0, max_runs - len(losses))]
 
 
 def best_of(losses: Mapping[Key, float | None]) -> Key:
@@ -53,15 +57,33 @@ def best_of(losses: Mapping[Key, float | None]) -> Key:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The rate that an entry's final runs take, the losses of its search by rate, and where among them it lies:
-    ``named`` is a rate that was taken without a search."""
+    """The rate that an entry's final runs take, the losses of its search by rate, and where among them it lies: at a
+    ``vertex`` between two that were tried, at one ``interior`` to them, or at the ``edge``, beyond which it may do
+    better; ``named`` is a rate that was taken without a search."""
 
     learning_rate: float
     losses: dict[float, float | None]
-    place: Literal["interior", "edge", "named"]
+    place: Literal["vertex", "interior", "edge", "named"]
 
     @classmethod
-    def of(cls, losses: Mapping[float, float | None]) -> Chosen:
-        """What a search that is over chooses."""
+    def of(cls, start: float, losses: Mapping[int, float | None]) -> Chosen:
+        """What a search from ``start`` that is over chooses; ``losses`` by index."""
         best = best_of(losses)
-        return cls(best, dict(sorted(losses.items())), "interior" if min(losses) < best < max(losses) else "edge")
+        tried = {rate(start, index): losses[index] for index in sorted(losses)}
+        if not min(losses) < best < max(losses):
+            return cls(rate(start, best), tried, "edge")
+        chosen = rate(start, best + _beside(*(losses.get(index) for index in (best - 1, best, best + 1))))
+        return cls(chosen, tried, "interior" if chosen in tried else "vertex")
+
+    @property
+    def tried(self) -> float:
+        """The best of the rates that the search tried."""
+        return best_of(self.losses) if self.losses else self.learning_rate
+
+
+def _beside(lower: float | None, best: float | None, upper: float | None) -> float:
+    """How far from the middle of three neighbors, which is the lowest, their parabola has its vertex: half a step at
+    most, and 0 where one diverged or all are equal."""
+    if lower is None or best is None or upper is None or lower + upper <= 2 * best:
+        return 0.0
+    return (lower - upper) / (lower - 2 * best + upper) / 2

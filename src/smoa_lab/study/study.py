@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,7 +16,7 @@ from smoa_lab.config.run import ConfigText, RunConfig, check_config
 from smoa_lab.config.validation import Problem, block_problems
 from smoa_lab.study.search import rate_text
 
-Stage = Literal["timing", "rehearsal", "untouched", "search", "final"]
+Stage = Literal["timing", "rehearsal", "untouched", "untouched-validation", "search", "final"]
 DECIDED = {
     "method": "is what an entry has",
     "adapter": "is what an entry has",
@@ -52,9 +52,9 @@ class Entry(Section):
 
 
 class Tuning(Section):
-    """The search for a learning rate, the same for each entry, with at most ``max_runs``: half decades from the entry's
-    rate until the best has neighbors on both sides, then the quarter decades beside it. Judged by the loss on the
-    validation part after a run with ``seed``. ``max_runs: 0`` takes the entry's rate as it is."""
+    """The search for a learning rate, the same for each entry, with at most ``max_runs``: quarter decades from the
+    entry's rate until the best has neighbors on both sides, then the vertex of the parabola through these. Judged by
+    the loss on the validation part after a run with ``seed``. ``max_runs: 0`` takes the entry's rate as it is."""
 
     seed: Seed = 100
     max_runs: Literal[0] | Annotated[int, Field(ge=3)] = 6
@@ -63,8 +63,8 @@ class Tuning(Section):
 @dataclass(frozen=True, order=True)
 class Job:
     """A run of an entry: a ``search`` is scored on the validation part, a ``final`` one on the test part. ``timing``
-    and ``rehearsal`` are the first steps of these, thrown away; ``untouched`` is the model as it is, in any entry's
-    config."""
+    and ``rehearsal`` are the first steps of these, thrown away. The ``untouched`` ones score the model as it is, in any
+    entry's config."""
 
     stage: Stage
     entry: str
@@ -72,9 +72,13 @@ class Job:
     seed: int
 
     @property
+    def is_untouched(self) -> bool:
+        return self.stage.startswith("untouched")
+
+    @property
     def name(self) -> str:
         """Its folder within the study's."""
-        if self.stage == "untouched":
+        if self.is_untouched:
             return self.stage
         if self.stage in ("timing", "rehearsal"):
             return f"timing/{self.entry}-{self.stage}"
@@ -109,7 +113,7 @@ class Study(Section):
         """What no block knows by itself."""
         entries = self.entries
         for name in entries:
-            if name in ("", ".", "..", "timing", "untouched") or "/" in name or "\\" in name:
+            if name in ("", ".", "..", *get_args(Stage)) or "/" in name or "\\" in name:
                 raise ValueError(f"entries: {name!r} can't name a folder of runs; choose another name, without slashes")
         unknown = [name for name in self.references if name not in entries]
         if unknown:
@@ -119,6 +123,8 @@ class Study(Section):
             raise ValueError(f"entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one")
         if not isinstance(self.shared.get("model"), dict):
             raise ValueError("shared.model: is missing; an entry's own model block only changes parts of it")
+        if twice := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
+            raise ValueError(f"seeds: {twice[0]} is named twice; name each once")
         if self.tuning.seed in self.seeds:
             raise ValueError(f"seeds: {self.tuning.seed} is the seed of the search; final runs take fresh ones")
         return self
@@ -167,11 +173,11 @@ class Study(Section):
         return check_config(values, place)
 
     def job_config(self, config: RunConfig, job: Job, steps: int) -> RunConfig:
-        """``config``, an entry's, as the job runs it, for so many steps. A search's run has neither sample answers nor
-        a measure of what is forgotten."""
+        """``config``, an entry's, as the job runs it, for so many steps. What is scored on the validation part has
+        neither sample answers nor a measure of what is forgotten."""
         own = {"learning_rate": job.learning_rate, "seed": job.seed, "output_dir": str(self.folder / job.name)}
         training = {**config.training, **own, "max_steps": steps}
-        if job.stage not in ("search", "timing"):
+        if job.stage not in ("search", "timing", "untouched-validation"):
             return config.model_copy(update={"training": training})
         quiet = {"data": {"samples": 0}, "forgetting": {"tokens": 0}, "scoring": {"part": "validation"}}
         sections = {key: getattr(config, key).model_copy(update=values) for key, values in quiet.items()}

@@ -1,6 +1,7 @@
 """What is run, in which order, once, and what of it is kept. Nothing is trained."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -28,10 +29,11 @@ def folders(study: Study, pattern: str = "*/lr-*") -> list[str]:
 def test_a_study_is_a_folder_of_run_folders_each_run_once(study: Study, written: WrittenRuns) -> None:
     compared(study).run()
     kept = [path for path in written.ran if "/timing/" not in path]
-    assert len(kept) == len(set(kept)) == 1 + 5 + 5 + 6 + 9
+    assert len(kept) == len(set(kept)) == 2 + 3 + 3 + 5 + 9
     assert sorted(Path(path).relative_to(study.folder).as_posix() for path in kept) == [
         *folders(study),
         "untouched",
+        "untouched-validation",
     ]
     assert not (study.folder / "timing").exists()
     ran = len(written.ran)
@@ -54,11 +56,46 @@ def test_the_rates_of_all_entries_are_written_before_the_first_final_run(
     assert seen == [{"ours", "lora", "full"}] * 9
     chosen = json.loads(file.read_text())
     assert (chosen["lora"]["learning_rate"], chosen["lora"]["place"]) == (0.002, "interior")
-    assert list(chosen["lora"]["losses"]) == ["0.00063", "0.0011", "0.002", "0.0036", "0.0063"]
+    assert list(chosen["lora"]["losses"]) == ["0.0011", "0.002", "0.0036"]
     shutil.rmtree(study.folder / "lora" / "lr-2e-3-seed-100")
     ran = len(written.ran)
     compared(study).run()  # what was chosen is not searched again
     assert len(written.ran) == ran
+
+
+def test_final_runs_are_at_the_vertex_and_where_all_rates_are_too_high_the_search_steps_down(
+    study: Study, written: WrittenRuns
+) -> None:
+    best = {"smoa": 0.012, "lora": 0.002 / 10}
+
+    def loss(config: RunConfig) -> float:
+        return 2.0 + 8 * math.log10(config.training["learning_rate"] / best.get(config.method, 0.001)) ** 2
+
+    written.loss = loss  # of LoRA 6 and more around its start, and the untouched model reaches 4
+    written.untouched_loss = 4.0
+    comparison = compared(study)
+    comparison.run()
+    chosen = json.loads((study.folder / "chosen.json").read_text())
+    assert (chosen["ours"]["learning_rate"], chosen["ours"]["place"]) == (0.012, "vertex")
+    assert folders(study, "ours/lr-1.2e-2-seed-*") == [f"ours/lr-1.2e-2-seed-{seed}" for seed in range(3)]
+    assert [f"{tried:g}" for tried in comparison.chosen["lora"].losses] == [
+        *("0.00011", "0.0002", "0.00036", "0.0011", "0.002", "0.0036"),
+    ]
+    assert comparison.chosen["lora"].learning_rate == 0.0002
+
+
+def test_a_search_waits_for_the_untouched_model_after_its_first_rates(study: Study, written: WrittenRuns) -> None:
+    comparison = compared(study)
+    untouched, *searches = comparison.ready(["lora"])
+    assert untouched.name == "untouched"
+    baseline, *searches = searches
+    assert (baseline.name, len(searches)) == ("untouched-validation", 3)
+    for job in searches:
+        comparison.finish(job, written.write(comparison.config(job)))
+    assert comparison.ready(["lora"]) == [untouched, baseline]
+    assert comparison.chosen == {}
+    comparison.finish(baseline, written.untouched(comparison.config(baseline)))
+    assert list(comparison.chosen) == ["lora"]
 
 
 def test_a_study_whose_rate_has_many_digits_is_opened_again(study: Study, written: WrittenRuns) -> None:
@@ -178,7 +215,7 @@ def test_a_killed_process_loses_one_run_and_the_same_command_goes_on(
         Comparison(study, plan).run(["lora"])
     os.waitpid(process, 0)
     before = len(list(study.folder.glob("*/*/metrics.json")))
-    assert before == 6
+    assert before == 4
     written.ran.clear()
     compared(study).run(["lora"])
     assert len(written.ran) == 2

@@ -38,7 +38,7 @@ def test_a_study_is_reported_in_words_in_a_table_for_programs_and_on_a_page_with
     study: Study, written: WrittenRuns
 ) -> None:
     made = report(finished(study))
-    assert made.verdict[0].startswith("small: On 60 held-out rows lora's loss is 0.10")
+    assert made.verdict[0].startswith("small: On 60 held-out rows lora's loss is 0.104 higher than ours's [0.")
     text, html = page(study), (study.folder / "index.html").read_text()
     for told in (made.verdict[0], "The untouched model: loss 4.0000.", "On 60 held-out rows, best first"):
         assert told in text
@@ -81,9 +81,10 @@ def test_what_is_not_run_yet_is_told(study: Study, written: WrittenRuns) -> None
 
 def test_rates_are_listed_with_the_chosen_one_and_those_that_diverged(study: Study, written: WrittenRuns) -> None:
     usual = written.loss
-    written.loss = lambda config: None if config.training["learning_rate"] > 0.02 else usual(config)
+    written.loss = lambda config: None if config.training["learning_rate"] > 0.012 else usual(config)
     report(finished(study))
-    assert re.search(r"\| ours \|[ |]+ 2\.495 \|[ |]+ 2\.252 \|[ |]+ 2\.000 \* \| 2\.255 \| diverged \|", page(study))
+    assert re.search(r"\| ours \|[ |]+ 2\.252 \| 2\.000 \* \| diverged \| 1e-2 \|", page(study))
+    assert re.search(r"\| full \| 2\.422 \| 2\.228 \* \| 2\.471 \|.* \| 3\.1e-4 \^ \|", page(study))
 
 
 def test_a_final_run_that_diverged_is_worse_than_any(study: Study, written: WrittenRuns) -> None:
@@ -110,13 +111,11 @@ def test_choices_are_compared_by_accuracy_too_and_a_constant_one_is_no_compariso
     report(finished(study))
     found = results(study)["lora"].differences
     assert list(found) == ["loss", "accuracy %"]
-    assert found["loss"].holm_p == pytest.approx(2 * (found["loss"].p or 0.0))
+    assert found["loss"].holm_p == found["loss"].p  # accuracy is another family
     assert "accuracy 25.0 %; the commonest label is right in 60.0 %." in page(study)
     for run in study.folder.glob("*/lr-*"):
         rewritten(study, str(run.relative_to(study.folder)), lambda row: {**row, "right_after": 0})
-    found = results(study)["lora"].differences
-    assert list(found) == ["loss"]
-    assert found["loss"].holm_p == found["loss"].p
+    assert list(results(study)["lora"].differences) == ["loss"]
 
 
 def test_preferences_are_compared_by_dpos_loss_margin_and_share_won(study: Study, written: WrittenRuns) -> None:

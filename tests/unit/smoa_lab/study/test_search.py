@@ -9,11 +9,14 @@ from smoa_lab.study.search import Chosen, index_of, next_indices, rate, rate_tex
 
 
 def search(
-    losses: dict[int, float | None], max_runs: int = 6, pick: Callable[[list[int]], int] = itemgetter(0)
+    losses: dict[int, float | None],
+    max_runs: int = 6,
+    pick: Callable[[list[int]], int] = itemgetter(0),
+    untouched: float | None = None,
 ) -> dict[int, float | None]:
     """Every index that the walk visits, with the loss there; ``pick`` says which of those needed is next."""
     visited: dict[int, float | None] = {}
-    while indices := next_indices(visited, max_runs):
+    while indices := next_indices(visited, max_runs, untouched):
         index = pick(indices)
         visited[index] = losses.get(index, 9.0)
     return visited
@@ -38,25 +41,51 @@ def test_a_rate_is_written_as_short_as_it_is() -> None:
     assert [float(rate_text(value)) for value in rates] == rates
 
 
-def test_the_search_walks_downhill_until_the_best_is_inside_and_then_looks_beside_it() -> None:
-    assert list(search({0: 1.0})) == [0, -2, 2, -1, 1]
-    assert list(search(valley(2.6))) == [0, -2, 2, 4, 1, 3]
-    assert list(search(valley(3.6), max_runs=9)) == [0, -2, 2, 4, 6, 3, 5]
+def test_the_search_walks_downhill_in_quarter_decades_until_the_best_is_inside() -> None:
+    assert list(search({0: 1.0})) == [0, -1, 1]
+    assert list(search(valley(0.6))) == [0, -1, 1, 2]
+    assert list(search(valley(-2.2))) == [0, -1, 1, -2, -3]
+    assert [len(search(valley(best))) for best in (0.1, 1.1, 2.1, 3.1)] == [3, 4, 5, 6]
 
 
-def test_the_search_ends_when_its_runs_are_spent_the_quarter_decades_too() -> None:
+def test_the_search_ends_when_its_runs_are_spent() -> None:
     downhill: dict[int, float | None] = {index: -float(index) for index in range(-18, 18)}
-    assert list(search(downhill)) == [0, -2, 2, 4, 6, 8]
-    assert [len(search(valley(0), max_runs=most)) for most in (3, 4, 5, 6)] == [3, 4, 5, 5]
+    assert list(search(downhill)) == [0, -1, 1, 2, 3, 4]
+    assert [len(search(downhill, max_runs=most)) for most in (3, 4, 5, 6)] == [3, 4, 5, 6]
+
+
+def test_where_no_rate_beats_the_untouched_model_the_search_goes_down_in_half_decades() -> None:
+    high: dict[int, float | None] = {0: 5.0, -1: 4.8, 1: None, -3: 4.5, -5: 3.0}
+    assert list(search(high, untouched=4.0)) == [0, -1, 1, -3, -5, -6]
+    assert list(search(high, untouched=4.6, max_runs=9)) == [0, -1, 1, -3, -4, -2]
+    diverged = dict.fromkeys(range(-9, 9))
+    assert list(search(diverged)) == [0, -1, 1, -3, -5, -7]
 
 
 def test_a_diverged_run_is_never_the_best() -> None:
-    visited = search({-2: 2.0, 0: None, 2: None})
-    assert -4 in visited
-    assert Chosen.of({0.01: 2.0, 0.03: None, 0.003: 2.5}) == Chosen(
-        0.01, {0.003: 2.5, 0.01: 2.0, 0.03: None}, "interior"
+    assert list(search({-1: 2.0, 0: None, 1: None})) == [0, -1, 1, -2]
+    assert Chosen.of(0.01, {0: 2.0, 1: None, -1: 2.5}) == Chosen(
+        0.01, {0.0056: 2.5, 0.01: 2.0, 0.018: None}, "interior"
     )
-    assert Chosen.of({0.01: 2.0, 0.03: 1.0, 0.003: 2.5}).place == "edge"
+    assert Chosen.of(0.01, {0: 2.0, 1: 1.0, -1: 2.5}).place == "edge"
+
+
+@pytest.mark.parametrize("vertex", [-0.5, -0.31, 0.2, 0.44])
+def test_the_rate_that_is_chosen_is_the_vertex_of_the_parabola_through_the_best_and_its_neighbors(
+    vertex: float,
+) -> None:
+    losses: dict[int, float | None] = {index: 3.0 + 0.1 * (index - 1 - vertex) ** 2 for index in range(-1, 4)}
+    chosen = Chosen.of(2e-3, losses)
+    assert chosen.learning_rate == float(f"{2e-3 * 10 ** ((1 + vertex) / 4):.1e}")
+    assert (chosen.place, chosen.tried) == ("vertex", rate(2e-3, 1) if vertex > -0.5 else 2e-3)
+
+
+def test_a_flat_parabola_and_a_best_without_two_neighbors_take_the_rate_of_the_grid() -> None:
+    assert Chosen.of(2e-3, {-1: 3.0, 0: 3.0, 1: 3.0, 2: 3.1}).learning_rate == rate(2e-3, -1)
+    assert Chosen.of(2e-3, {-3: 3.5, -1: 3.0, 0: 3.2, 1: 4.0}) == Chosen(
+        1.1e-3, {3.6e-4: 3.5, 1.1e-3: 3.0, 2e-3: 3.2, 3.6e-3: 4.0}, "interior"
+    )
+    assert Chosen.of(2e-3, {-1: 3.1, 0: 3.0, 1: 3.1}) == Chosen(2e-3, {1.1e-3: 3.1, 2e-3: 3.0, 3.6e-3: 3.1}, "interior")
 
 
 def test_a_search_visits_the_same_rates_in_whatever_order_results_come() -> None:
