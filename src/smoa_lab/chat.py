@@ -18,6 +18,7 @@ from smoa.errors import DataError, SmoaError, nearest
 from smoa_lab.base_models import load_base_model, load_tokenizer, packaged_name, positions_of, to_device
 from smoa_lab.basics.atomic import check_place
 from smoa_lab.basics.cache import free_name
+from smoa_lab.config.methods import base_lost
 from smoa_lab.data.chat_templates import chat_template, stop_at_turns_end
 from smoa_lab.open_run import (
     adapter_config,
@@ -112,6 +113,8 @@ class Chat:
             raise DataError(f"/{name} {': '.join(COMMANDS[name])}")
         elif name in ("base", "both") and not self.adapter:
             raise DataError("no adapter is loaded; /load one")
+        elif name in ("base", "both") and (lost := [*filter(None, map(base_lost, self.model.peft_config.values()))]):
+            raise DataError(f"an adapter here {lost[0]}; talk to the base by itself: smoa chat {self.section.name}")
         else:
             getattr(self, name)(*([argument.strip()] if COMMANDS[name][0] else []))
 

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from smoa.errors import ConfigError, UnsupportedModuleError, UnsupportedVersionError, first_of
 from smoa.files.names import PREFIX, adapter_layers
-from smoa_lab.base_models import described_base, load_base_model
+from smoa_lab.base_models import described_base, load_base_model, load_weights
 from smoa_lab.basics.atomic import check_place, new_folder
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, open_run, with_saved_adapter
 from smoa_lab.scoring.evaluation import Evaluation
+from smoa_lab.scoring.losses import Losses
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder
 
@@ -52,22 +53,23 @@ def convert_run(
     if kind != "SMOA":
         raise ConfigError(f"{source}: is an adapter of the type {kind}; only SMoA's are converted to LoRA")
     folder = RunFolder(Path(place))
-    run = load_run(open_run(place, base=base)[0], trains=False) if score and folder.finished else None
-    held_out = run.evaluation(answers=False, folder=folder)[0] if run else None
-    model = run.base if run else load_base_model(base_section(source, base))[0]
-    adapted = with_saved_adapter(model, source).eval()
-    report: dict[str, Any] = {"folder": str(output)}
-    report["adapter_parameters"] = sum(p.numel() for name, p in adapted.named_parameters() if ".smoa_" in name)
+    config = open_run(place, base=base)[0] if score and folder.finished else None
+    held_out: Evaluation | None = None
+    if config is not None:
+        run = load_run(config, trains=False)
+        held_out, _ = run.evaluation(answers=False, folder=folder)
+        held_out.measure(run.base, "before")
+        held_out.measure(with_saved_adapter(run.base, source), "after")
+        del run
     with new_folder(Path(output)) as written:
-        report |= _save_lora(adapted, rank, written, base)
-        return report | {"loss": _loss(held_out, adapted, written) if held_out and held_out.rows else None}
+        report = {"folder": str(output), "loss": None, **_save_lora(source, rank, written, base)}
+        if config is not None and held_out is not None and held_out.rows:
+            lora = held_out.measure_once(with_saved_adapter(load_weights(config.model)[0], written)).losses
+            report["loss"] = _loss(held_out.measured["before"].losses, held_out.measured["after"].losses, lora)
+    return report
 
 
-def _loss(held_out: Evaluation, adapted: Any, folder: Path) -> dict[str, Any]:
-    adapter = held_out.measure_once(adapted).losses
-    model = adapted.unload()
-    before = held_out.measure_once(model).losses
-    lora = held_out.measure_once(with_saved_adapter(model, folder).eval()).losses
+def _loss(before: Losses, adapter: Losses, lora: Losses) -> dict[str, Any]:
     change = lora.change_from(adapter)
     gained = before.mean - adapter.mean
     return {
@@ -82,8 +84,11 @@ def _loss(held_out: Evaluation, adapted: Any, folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _save_lora(model: Any, rank: int | float, folder: Path, base: str | None) -> dict[str, Any]:
-    """Write the LoRA's files; its largest rank, its number of parameters, and the error of ΔW, by layer and in all."""
+def _save_lora(source: Path, rank: int | float, folder: Path, base: str | None) -> dict[str, Any]:
+    """Write the LoRA's files, from ΔW in the weights that :func:`verify` compares too; its largest rank, both numbers
+    of parameters, and the error of ΔW, by layer and in all."""
+    model = with_saved_adapter(load_base_model(base_section(source, base))[0], source)
+    own = sum(parameter.numel() for name, parameter in model.named_parameters() if ".smoa_" in name)
     layers = adapter_layers(model.base_model.model, "default")
     others = [name for name, layer in layers.items() if not layer.supports_lora_conversion("default")]
     if others:
@@ -123,4 +128,5 @@ def _save_lora(model: Any, rank: int | float, folder: Path, base: str | None) ->
     lora.save_pretrained(str(folder))
     save_file({key: tensor.contiguous().clone() for key, tensor in state.items()}, folder / SAFETENSORS_WEIGHTS_NAME)
     total = (error / update) ** 0.5 if update else 0.0
-    return {"rank": largest, "error": total, "parameters": parameters, "layers": found}
+    sizes = {"adapter_parameters": own, "parameters": parameters}
+    return {"rank": largest, "error": total, **sizes, "layers": found}

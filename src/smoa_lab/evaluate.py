@@ -6,25 +6,33 @@ from pathlib import Path
 from typing import Any
 
 from smoa.errors import DataError
-from smoa_lab.base_models import to_device
+from smoa_lab.base_models import load_weights, to_device
 from smoa_lab.config.run import RunConfig
-from smoa_lab.open_run import with_saved_adapter
+from smoa_lab.open_run import open_run, with_saved_adapter
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run import FORMAT
 from smoa_lab.training.run_folder import RunFolder, provenance
 
 
-def evaluate_run(config: RunConfig, adapter: Path | None = None, folder: RunFolder | None = None) -> dict[str, Any]:
+def evaluate_run(
+    config: RunConfig, adapter: Path | None = None, folder: RunFolder | None = None, base: str | None = None
+) -> dict[str, Any]:
     """The scores with their provenance. Rows that the run in ``folder`` was trained on are left out; ``trained_on``
-    counts them, and is None where the run didn't keep which they were."""
+    counts them, and is None where the run didn't keep which they were. ``base`` is used instead of its base."""
     run = load_run(config, trains=False)
     evaluation, trained_on = run.evaluation(answers=False, folder=folder)
     if not evaluation.rows:
         raise DataError("data: nothing is held out that could be scored; give other rows as data.test")
+    untouched = run.base
+    if evaluation.prefers and folder is not None and adapter is None:  # a whole model was trained
+        name = open_run(folder.path, base=base, untouched=True)[0].model.name
+        untouched, _ = load_weights(config.model.model_copy(update={"name": name}))
     if not config.training.get("use_cpu"):
         to_device(run.base)
-    if adapter is not None and evaluation.prefers:  # the loss of preferences compares with the base
-        evaluation.measure(run.base, "before")
+        to_device(untouched)
+    if evaluation.prefers and folder is not None:  # the loss of preferences compares with the untouched base
+        evaluation.measure(untouched, "before")
+    del untouched
     model: Any = run.base if adapter is None else with_saved_adapter(run.base, adapter)
     evaluation.measure(model, "after")
     return {

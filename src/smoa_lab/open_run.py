@@ -30,12 +30,13 @@ OF_FILES = 64
 
 
 def open_run(
-    place: str | Path, overrides: list[str] | None = None, base: str | None = None
+    place: str | Path, overrides: list[str] | None = None, base: str | None = None, untouched: bool = False
 ) -> tuple[RunConfig, Path | None]:
     """The config and the adapter of a finished run's folder; of a config file the config alone. ``base`` is used
     instead of the model that it names.
 
-    A run that trained the whole model has no adapter; its config then names the trained model.
+    A run that trained the whole model has no adapter; its config then names the trained model, unless the ``untouched``
+    one is asked for.
     """
     path = Path(place)
     overrides = [*(overrides or []), *([] if base is None else [f"model.name={json.dumps(base)}"])]
@@ -45,11 +46,11 @@ def open_run(
     if not folder.finished:
         raise ConfigError(f"{path}: is neither a config file nor the folder of a finished run (with metrics.json)")
     config = load_config(folder.config, overrides)
-    if config.method == "full":
+    if config.method == "full" and not untouched:
         model = config.model.model_copy(update={"name": str(folder.adapter)})
         return config.model_copy(update={"model": model}), None
     check_base(folder, config.model, base is not None)
-    return config, adapter_of_run(path)
+    return config, None if config.method == "full" else adapter_of_run(path)
 
 
 def check_base(run: RunFolder, model: ModelSection, is_given: bool) -> None:
@@ -133,7 +134,8 @@ def base_section(adapter: Path, base: str | None = None) -> ModelSection:
 
 
 def with_saved_adapter(base: PreTrainedModel, adapter: Path) -> Any:
-    """The base with the saved adapter of any method."""
+    """The base with the saved adapter of any method. It isn't the untouched base any more, switched off or unloaded
+    either: some adapters train its biases, or take a part of its weights."""
     check_weights(adapter)
     with loading_adapter(adapter):
         return PeftModel.from_pretrained(base, str(adapter))

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.base_models import load_base_model
+from smoa_lab.base_models import load_tokenizer, load_weights
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
 from smoa_lab.merge import Merged, class_of, merge_in_memory, resize_as_saved, with_plain_weights
@@ -74,8 +74,8 @@ def verify(
 ) -> list[Verdict]:
     """Compare an adapter, unmerged and in float32, with what it was made into, on ten prompts.
 
-    Merged models are loaded or made one at a time, after the base is freed. They are compared with the adapter on the
-    dequantized base.
+    Merged models and other adapters are loaded or made one at a time, each from a base that no adapter has touched;
+    merged ones are compared with the adapter on the dequantized base.
 
     A target is ``merged``, which merges in memory; a folder with a merged model, or with another adapter of the base,
     such as a LoRA; or the address of a server (``http://…/v1``), which is asked by OpenAI's protocol for so many
@@ -85,9 +85,15 @@ def verify(
     check_weights(source)
     kinds = {target: _kind(target) for target in targets}
     section = base_section(source, base)
+
+    def untouched(is_plain: bool = False) -> PreTrainedModel:
+        loaded, _ = load_weights(section)
+        loaded = with_plain_weights(loaded) if is_plain else loaded
+        resize_as_saved(loaded, source)
+        return loaded
+
     logger.info("Loading %s and its base", source)
-    model, tokenizer = load_base_model(section)
-    resize_as_saved(model, source)
+    model, tokenizer = untouched(), load_tokenizer(section)
     prompts = [" ".join(text.split()[:WORDS]) for text in passages(STORY)[:PROMPTS]]
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
     logger.info("Comparing the logits after %d prompts", len(ids))
@@ -113,23 +119,17 @@ def verify(
     found: dict[str, Verdict] = {}
     for target in (target for target, kind in kinds.items() if kind == "server"):
         found[target] = _served(adapted, tokenizer, target, name, prompts, ids, answers, tokens)
-    for target in (target for target, kind in kinds.items() if kind == "adapter"):
-        adapted = with_saved_adapter(adapted.unload(), Path(target))
-        found[target] = compared(target, _logits(adapted, ids))
     del model, adapted
-
-    def plain() -> PreTrainedModel:
-        again = with_plain_weights(load_base_model(section)[0])
-        resize_as_saved(again, source)
-        return again
-
+    for target in (target for target, kind in kinds.items() if kind == "adapter"):
+        found[target] = compared(target, _logits(with_saved_adapter(untouched(), Path(target)), ids))
     if quantized and {"merged", "model"} & set(kinds.values()):  # kernels may round inputs to 8 bits; a merge doesn't
-        own, computed = _logits(with_saved_adapter(plain(), source), ids), "float32"
+        own, computed = _logits(with_saved_adapter(untouched(is_plain=True), source), ids), "float32"
     for target in (target for target in targets if target not in found):
         if kinds[target] == "merged":
-            merged, dtype = merge_in_memory(plain(), source, Merged(Path(target), section.name)), "float32"
+            result = Merged(Path(target), section.name)
+            merged, dtype = merge_in_memory(untouched(is_plain=True), source, result), "float32"
         else:
-            merged, dtype = load_base_model(ModelSection(name=target, dtype="float32"))[0], _dtype_of(target)
+            merged, dtype = load_weights(ModelSection(name=target, dtype="float32"))[0], _dtype_of(target)
         found[target] = compared(target, _logits(merged, ids), dtype)
         del merged
     return verdicts + [found[target] for target in targets]

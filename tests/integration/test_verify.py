@@ -79,6 +79,19 @@ def test_methods_that_cannot_unmerge_are_compared_and_those_that_cannot_merge_ar
         verify(saved("LilyConfig"), ["merged"])
 
 
+def test_another_adapter_is_compared_on_the_base_without_the_trained_biases_of_the_first(tmp_path: Path) -> None:
+    base = lab.tiny_gpt2(tmp_path / "base", positions=256)
+    options = {"r": 4, "num_blocks": 2, "target_modules": ["c_attn"], "init_weights": False}
+    for bias in ("all", "none"):
+        torch.manual_seed(0)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), SmoaConfig(**options, bias=bias))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name.endswith("bias"):
+                parameter.data += 1
+        model.save_pretrained(tmp_path / bias)
+    assert [verdict.agrees for verdict in verify(tmp_path / "all", [str(tmp_path / "none")])] == [True, False]
+
+
 def test_a_lora_that_lost_much_and_an_adapter_that_changes_nothing_are_told(adapter: Path, tmp_path: Path) -> None:
     arguments = ["convert", str(adapter), str(tmp_path / "lora"), "--rank", "1"]
     CliRunner().invoke(app, arguments, catch_exceptions=False)

@@ -23,7 +23,9 @@ from transformers import (
 SPECIALS = ["<pad>", "<bos>", "<eos>"]
 
 
-def byte_tokenizer(adds_bos: bool = True, merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    adds_bos: bool = True, merges: Sequence[tuple[str, str]] = (), adds_eos: bool = False
+) -> PreTrainedTokenizerFast:
     """One token per byte, and one for each of ``merges``; made here and not downloaded."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*SPECIALS, *alphabet, *map("".join, merges)])}
@@ -31,7 +33,9 @@ def byte_tokenizer(adds_bos: bool = True, merges: Sequence[tuple[str, str]] = ()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+        added = [("<bos>", 1), ("<eos>", 2)]
+        whole = "<bos> $A <eos>" if adds_eos else "<bos> $A"
+        tokenizer.post_processor = processors.TemplateProcessing(single=whole, special_tokens=added)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 

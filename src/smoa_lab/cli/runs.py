@@ -125,7 +125,7 @@ def evaluate(
         if output is not None:
             check_place(output, is_new=True)
         config, adapter = open_run(run, overrides, base)
-        result = evaluate_run(config, adapter, RunFolder(run) if run.is_dir() else None)
+        result = evaluate_run(config, adapter, RunFolder(run) if run.is_dir() else None, base)
         if json:
             print_json(result)
         else:

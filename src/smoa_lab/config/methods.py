@@ -106,10 +106,19 @@ def moves_base(config: PeftConfig | None) -> bool:
     return str(getattr(config, "init_lora_weights", None)).lower().startswith(MOVED)
 
 
+def base_lost(config: PeftConfig | None) -> str | None:
+    """Why a trained adapter that is switched off doesn't leave the untouched base; None where it does."""
+    if moves_base(config):
+        return "moves weights of the base into the adapter"
+    if (bias := getattr(config, "bias", "none")) != "none":
+        return f"with bias: {bias} trains biases of the base, which stay when the adapter is switched off"
+    return None
+
+
 def dpo_refusal(config: PeftConfig | None) -> str | None:
     """Why a method can't be trained on preferences; None if it can."""
-    if moves_base(config):
-        return "moves weights of the base into the adapter, without which there is no reference for DPO"
+    if (reason := base_lost(config)) is not None:
+        return f"{reason}, so that there is no reference for DPO"
     if getattr(config, "is_adaption_prompt", False):
         return "calls the model past the losses that TRL's DPO puts into it"
     return None

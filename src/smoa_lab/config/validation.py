@@ -71,7 +71,7 @@ def _method_problems(values: dict[str, Any]) -> Iterable[Problem]:
                 yield ("adapter",), str(error)
                 return
             if values.get("trainer") == "dpo" and (reason := dpo_refusal(config)) is not None:
-                yield ("method",), f"{name} {reason}; choose another for preferences"
+                yield ("method",), f"{name} {reason}; choose another method or setting for preferences"
 
 
 def _training_problems(training: Any, training_class: type[TrainingArguments]) -> Iterable[Problem]:

@@ -69,6 +69,18 @@ class Prompt:
     reference: str
 
 
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text, without the EOS that some tokenizers put after each: a prompt goes on, and an answer gets
+    its own."""
+    ids = list(tokenizer(text)["input_ids"])
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and ends_texts(tokenizer) else ids
+
+
+def ends_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts EOS after each text."""
+    return list(tokenizer("a")["input_ids"])[-1:] == [tokenizer.eos_token_id]
+
+
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that fills a batch. Nothing reads what it fills, so that 0 serves a tokenizer without one."""
     return int(tokenizer.pad_token_id or 0)
@@ -113,6 +125,11 @@ class Encoder:
             return self._cut(_trained_after(self._ids(prompt) if prompt and self.completion_only else [], ids))
         return self._cut(self._turns(_messages(row.prompt), completion))
 
+    def texts(self, row: Row, scored: bool) -> list[Tokens]:
+        """Every text of a row that is trained, and of one that is ``scored`` its choices too."""
+        trained = [self.encode(row)] if row.rejected is None else [self.encode(row), self.encode(row, rejected=True)]
+        return trained + (self.choices(row) if scored and row.choices else [])
+
     def choices(self, row: Row) -> list[Tokens]:
         """The prompt with each choice, and without what ends the answer: whose likelihoods are compared."""
         prompt = str(self._apply(_messages(row.prompt), tokenize=False, add_generation_prompt=True))
@@ -122,9 +139,10 @@ class Encoder:
             together = self._of_template(prompt + choice)  # unless that changes the prompt that generates
             is_same = together[: len(before)] == before and len(together) > len(before)
             answer = together[len(before) :] if is_same else self._of_template(choice)
-            length = self.max_length or len(before) + len(answer)
-            kept = before[max(0, len(before) + len(answer) - length) :]  # else choices would be cut to the same
-            found.append(Tokens(kept + answer, [IGNORED] * len(kept) + answer))
+            excess = max(0, len(before) + len(answer) - self.max_length) if self.max_length else 0
+            kept = before[excess:]  # else choices would be cut to the same
+            answer = answer[: self.max_length]
+            found.append(Tokens(kept + answer, [IGNORED] * len(kept) + answer, cut=excess))
         return found
 
     def _cut(self, tokens: Tokens) -> Tokens:
@@ -221,7 +239,7 @@ class Encoder:
             raise DataError(f"the chat template refuses this row: {error}; change the row or data.template") from error
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text)["input_ids"])
+        return text_ids(self.tokenizer, text)
 
 
 def trained_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[tuple[str, bool]]:

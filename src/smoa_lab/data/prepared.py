@@ -28,7 +28,7 @@ from smoa_lab.data.files import RowSource
 from smoa_lab.data.formats import BadRow, Format, recognize, shape
 from smoa_lab.data.rows import PARTS, Part, Row, row_from_json
 
-VERSION = 5
+VERSION = 6
 """Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
 FIRST = 16
 """Tokens: the bound of the shortest rows in a histogram."""
@@ -129,9 +129,10 @@ class PreparedRows:
 class Reading:
     """What is to be read, and how it is split and encoded.
 
-    An account counts rows: ``cut`` ones are longer than ``max_length``; ``dropped`` ones have nothing within it that is
-    trained; ``repeated`` ones are kept; ``also_held_out`` ones are left out of training. Rows that are not used,
-    because fewer are wanted, are in none of these numbers.
+    An account counts rows, each as long as the longest of its texts: ``cut`` ones are longer than ``max_length``;
+    ``dropped`` ones have a text without anything within it that is trained; ``repeated`` ones are kept;
+    ``also_held_out`` ones are left out of training. Rows that are not used, because fewer are wanted, are in none of
+    these numbers.
     """
 
     train: Sequence[RowSource]
@@ -177,7 +178,7 @@ class Reading:
         keys = np.array(self.keys, np.uint64)
         chosen, left_out = split(keys, self.named, self.sizes)
         rows = datasets.Dataset.from_file(str(read))
-        self.lengths, self.contents = array("I"), sha256()
+        self.lengths, self.total, self.contents = array("I"), 0, sha256()
         self.counts = dict.fromkeys(("trained_tokens", "cut", "dropped"), 0)
         integers = datasets.List(datasets.Value("int32"))
         columns = datasets.Features({"input_ids": integers, "labels": integers, "row": text})
@@ -195,7 +196,7 @@ class Reading:
             "format": self.format or "",
             "sha256": self.contents.hexdigest(),
             "parts": parts,
-            "tokens": length_summary(self.lengths),
+            "tokens": {**length_summary(self.lengths), "total": self.total},
             **self.counts,
             "repeated": len(keys) - len(np.unique(keys)),
             "also_held_out": left_out,
@@ -222,18 +223,21 @@ class Reading:
         """Write a row's tokens; whether there is something to train in them."""
         row = row_from_json(read["row"])
         try:
-            tokens = self.encoder.encode(row)
+            texts = self.encoder.texts(row, scored=part != "train")
         except DataError as error:
             self._note(read["where"], error)
             return False
         self.contents.update(f"{part} {read['row']}\n".encode())
-        self.lengths.append(len(tokens.input_ids) + tokens.cut)
-        self.counts["cut"] += tokens.cut > 0
-        self.counts["trained_tokens"] += tokens.trained
-        self.counts["dropped"] += not tokens.trained
-        if tokens.trained:
-            writer.write({**tokens.columns, "row": read["row"]})
-        return tokens.trained > 0
+        lengths = [len(each.input_ids) + each.cut for each in texts]
+        trained = [each.trained for each in texts[: 1 if row.rejected is None else 2]]
+        self.lengths.append(max(lengths))
+        self.total += sum(lengths[: len(trained)])
+        self.counts["cut"] += any(each.cut for each in texts)
+        self.counts["trained_tokens"] += sum(trained)
+        self.counts["dropped"] += not all(trained)
+        if all(trained):
+            writer.write({**texts[0].columns, "row": read["row"]})
+        return all(trained)
 
     def _note(self, where: str, error: DataError) -> None:
         """Count a bad row, and list it if it is one of the first."""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from smoa_lab.base_models import positions_of
-from smoa_lab.data.encoding import Encoder, Tokens, pad_token
+from smoa_lab.data.encoding import Encoder, Tokens, pad_token, text_ids
 from smoa_lab.data.general_text import describe, passages
 from smoa_lab.data.rows import Row
 from smoa_lab.scoring.losses import Losses, left_padded, progress, row_losses, score, scoring
@@ -192,7 +192,7 @@ class Forgetting:
         self.rows: list[Tokens] = []
         for passage in passages(text) if tokens else ():
             if sum(len(row.input_ids) for row in self.rows) < tokens:
-                ids = tokenizer(passage)["input_ids"][:length]
+                ids = text_ids(tokenizer, passage)[:length]
                 self.rows.append(Tokens(ids, ids))
         self.losses: dict[str, Losses] = {}
 

@@ -14,10 +14,10 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import base_content, load_tokenizer, load_weights, positions_of
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end
-from smoa_lab.data.encoding import Encoder
+from smoa_lab.data.encoding import Encoder, ends_texts
 from smoa_lab.data.general_text import STORY, passages
 from smoa_lab.data.prepared import PreparedRows, Reading, require_good_rows
-from smoa_lab.data.rows import PARTS
+from smoa_lab.data.rows import PARTS, Row, row_from_json
 from smoa_lab.scoring.evaluation import BETA, Evaluation
 from smoa_lab.training.run_folder import RunFolder
 
@@ -64,7 +64,8 @@ def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
     if account["format"] != "text" and tokenizer.chat_template:
         stop_at_turns_end(base, tokenizer)
     positions, longest = positions_of(base.config), account["tokens"].get("longest", 0)
-    longest = min(longest, account["max_length"] or longest)
+    cut_at = account["max_length"] or longest
+    longest = cut_at if config.training.get("packing") else min(longest, cut_at)
     if positions is not None and longest > positions:
         found = f"rows of up to {longest:,} tokens would be given to this model, which has {positions:,} positions"
         raise ConfigError(f"data.max_length: {found}; set it to {positions}")
@@ -112,7 +113,21 @@ def trainable_rows_of(
             f"{account['dropped']} have nothing trained within {account['max_length']} tokens, "
             f"{account['parts'].get('test', 0)} are held out, {account['bad']} are bad"
         )
+    if trains:
+        _check_tokens(config, tokenizer, row_from_json(rows.part("train")[0]["row"]))
     return encoder, rows
+
+
+def _check_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
+    """Raise ConfigError if the tokenizer lacks a token that TRL takes, or adds one that it takes for text."""
+    place, remedy = f"model.name: the tokenizer of {config.model.name}", "in its tokenizer_config.json"
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"{place} has neither a pad_token nor an eos_token to fill batches with; name one {remedy}")
+    if config.trainer == "dpo" and row.is_text and tokenizer.eos_token is None:
+        raise ConfigError(f"{place} has no eos_token, by which TRL ends each answer; name one {remedy}")
+    if config.trainer == "dpo" and row.is_text and ends_texts(tokenizer):
+        added = "puts eos_token after each text, prompts too, and TRL would train answers that follow it"
+        raise ConfigError(f"{place} {added}; set add_eos_token: false {remedy}")
 
 
 def check_trainer(config: RunConfig, format: str) -> None:

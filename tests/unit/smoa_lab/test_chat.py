@@ -291,6 +291,14 @@ def test_both_answer_the_last_message_and_the_conversation_stays(base: Path, min
     assert talk.turns == before
 
 
+def test_beside_an_adapter_that_trained_biases_the_base_is_refused(base: Path, tmp_path: Path) -> None:
+    talk = KeptChat(saved_adapter(tmp_path / "biased", base, seed=1, bias="all"))
+    talk.ask("hello")
+    for command in ("/both", "/base"):
+        with pytest.raises(DataError, match=r"trains biases of the base.*; talk to the base by itself: smoa chat"):
+            talk.respond(command)
+
+
 class Interrupting(KeptChat):
     """Ctrl-C after a piece."""
 

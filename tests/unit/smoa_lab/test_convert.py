@@ -7,14 +7,16 @@ import peft
 import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from smoa import SmoaConfig
 from smoa.errors import ConfigError, UnsupportedModuleError, UnsupportedVersionError
 from smoa_lab import convert as convert_module
 from smoa_lab.config.run import check_config
 from smoa_lab.convert import convert_run
+from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder
+from smoa_lab.verify import verify
 from tests.support import lab, tiny_models
 from tests.support.tolerance import assert_close
 
@@ -28,12 +30,16 @@ def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return lab.tiny_run(tmp_path, monkeypatch, train=10, test=5, training={}, adapter=ADAPTER)
 
 
-def finished_run(values: dict[str, Any], init_weights: bool = False) -> Path:
-    """A folder as a run of that config leaves it, with an adapter of random factors."""
+def finished_run(values: dict[str, Any], init_weights: bool = False, **adapter: Any) -> Path:
+    """A folder as a run of that config leaves it, with an adapter of random factors, and whatever else it trains."""
     run = RunFolder(Path(values["training"]["output_dir"]))
-    base = LlamaForCausalLM.from_pretrained(values["model"]["name"])
-    config = SmoaConfig(**ADAPTER, init_weights=init_weights, task_type="CAUSAL_LM")
-    get_peft_model(base, config).save_pretrained(run.adapter)
+    base = AutoModelForCausalLM.from_pretrained(values["model"]["name"])
+    config = SmoaConfig(**ADAPTER | adapter, init_weights=init_weights, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "smoa_" not in name:
+            nn.init.normal_(parameter)
+    model.save_pretrained(run.adapter)
     run.config.write_text(check_config(values).to_yaml())
     run.metrics.write_text("{}")
     return run.path
@@ -48,6 +54,32 @@ def test_a_higher_rank_keeps_more_of_update_and_task(values: dict[str, Any], tmp
     changes = [abs(point["loss"]["lora_change"]) for point in points]
     assert changes[2] < 1e-5 < changes[0]
     assert points[2]["loss"]["gain_kept"] == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "adapter", [{"modules_to_save": ["lm_head"]}, {"bias": "all", "target_modules": ["c_attn"]}], ids=["head", "biases"]
+)
+def test_what_is_kept_is_kept_of_the_gain_over_the_untouched_base(
+    adapter: dict[str, Any], values: dict[str, Any], tmp_path: Path
+) -> None:
+    if "bias" in adapter:
+        values["model"]["name"] = str(lab.tiny_gpt2(tmp_path / "gpt2", positions=512))
+    values["adapter"] = {**values["adapter"], **adapter}
+    untouched, _ = load_run(check_config(values)).evaluation()
+    before = untouched.measure_once(load_run(check_config(values)).base).losses.mean
+    report = convert_run(finished_run(values, **adapter), tmp_path / "lora", 999)
+    assert report["loss"]["base"] == pytest.approx(before)
+    assert report["loss"]["lora"] == pytest.approx(report["loss"]["adapter"], rel=1e-4)
+    assert abs(report["loss"]["adapter"] - before) > 0.1
+
+
+def test_the_lora_of_a_run_in_bfloat16_is_that_of_the_weights_which_verify_takes(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    values["model"]["dtype"] = "bfloat16"
+    run = finished_run(values)
+    convert_run(run, tmp_path / "lora", 999)
+    assert verify(run, [str(tmp_path / "lora")])[-1].agrees
 
 
 def test_an_adapter_that_learned_nothing_has_no_gain_to_keep(values: dict[str, Any], tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ def test_plain_text_and_pairs_of_texts_need_no_template_and_pairs_of_turns_do() 
     assert (found["format"], found["template"]) == ("preference", "alpaca")
 
 
+def test_the_length_at_which_preferences_are_cut_is_that_of_the_longer_answer() -> None:
+    found = data_block([{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No. " * 40} for i in range(20)])
+    assert found["max_length"] == 192
+
+
 def test_preferences_get_their_trainer_and_choices_a_template(tmp_path: Path) -> None:
     write_rows(Path("rows.jsonl"), [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(20)])
     assert first_values("base", "rows.jsonl")["trainer"] == "dpo"

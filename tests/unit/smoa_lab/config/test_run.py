@@ -265,6 +265,7 @@ def test_a_preset_wins_over_the_block_and_the_block_over_the_task_type() -> None
         ({"model": {}}, r"model\.name: is missing"),
         ({"method": "full", "adapter": {"r": 4}}, "method full trains all weights and takes no adapter keys"),
         ({"method": "pissa", "trainer": "dpo"}, "method: pissa moves weights of the base into the adapter"),
+        ({"adapter": {"bias": "all"}, "trainer": "dpo"}, "method: smoa with bias: all trains biases of the base"),
         ({"method": "adaption_prompt", "trainer": "dpo"}, "method: adaption_prompt calls the model past the losses"),
         ({"training": 3}, "training"),
         ({"data": {"train": 3}}, r"data\.train"),

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.data.chat_templates import alpaca
-from smoa_lab.data.encoding import Encoder, Tokens, trained_pieces
+from smoa_lab.data.encoding import Encoder, Tokens, text_ids, trained_pieces
 from smoa_lab.data.formats import recognize, shape
 from smoa_lab.data.rows import Row
 from tests.support.lab import byte_tokenizer
@@ -114,6 +114,17 @@ def test_a_completion_is_trained_and_closed_with_the_end_token() -> None:
     assert trained(encoder, {"prompt": "Open?", "completion": " Yes."}) == [" Yes.<eos>"]
     assert trained(encoder, {"prompt": "Open?", "completion": " Yes.<eos>"}) == [" Yes.<eos>"]
     assert trained(encoder, {"text": "Open."}) == ["<bos>Open.<eos>"]
+
+
+@pytest.mark.parametrize("adds_eos", [False, True])
+def test_a_prompt_is_not_ended_and_an_answer_once_also_where_the_tokenizer_ends_each_text(adds_eos: bool) -> None:
+    encoder = Encoder(byte_tokenizer(adds_eos=adds_eos))
+    row = example_of({"prompt": "ab", "completion": "cd"})
+    assert encoder.encode(row) == Tokens([1, 67, 68, 69, 70, 2], [-100, -100, -100, 69, 70, 2])
+    asked = encoder.prompt(row)
+    assert asked is not None
+    assert asked.ids == [1, 67, 68]
+    assert text_ids(byte_tokenizer(adds_eos=adds_eos), "ab<eos>") == [1, 67, 68, 2]
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -243,3 +254,7 @@ def test_choices_that_are_too_long_lose_the_prompts_head_and_stay_different() ->
     first, second = Encoder(tokenizer_with(PLAIN), 64).choices(example_of(question))
     assert max(len(one.input_ids) for one in (first, second)) == 64
     assert first.answer != second.answer
+    whole = Encoder(tokenizer_with(PLAIN), None).choices(example_of(question))
+    assert [one.cut for one in (first, second)] == [len(one.input_ids) - 64 for one in whole]
+    (long, _) = Encoder(tokenizer_with(PLAIN), 64).choices(example_of({**question, "choices": ["no " * 99, "no"]}))
+    assert (len(long.input_ids), long.start) == (64, 0)

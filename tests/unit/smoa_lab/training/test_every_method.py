@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from smoa.errors import MergeError
 from smoa_lab.base_models import empty_model
-from smoa_lab.config.methods import method_names
+from smoa_lab.config.methods import base_lost, method_names
 from smoa_lab.config.run import check_config
 from smoa_lab.merge import Merged, merge_in_memory
 from smoa_lab.training.adapting import check_adapter
@@ -84,6 +84,8 @@ def test_a_method_is_trained_saved_loaded_scored_and_merged(name: str, run: Load
     trained = measured(model)
     assert trainer.state.global_step == 2
     assert trained != before
+    with _untouched(model):
+        assert base_lost(wanted) or measured(model) == pytest.approx(before, abs=1e-6)  # which is DPO's reference
 
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(copy.deepcopy(run.base), str(tmp_path / "adapter"))

@@ -120,6 +120,21 @@ def test_preferences_have_margins_and_the_loss_that_trl_itself_computes(
     assert evaluate_run(*open_run(config.folder), RunFolder(config.folder))["scores"] == scores
 
 
+def test_a_whole_model_that_was_trained_on_preferences_is_compared_with_its_base_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    rows, base = lab.write_rows(tmp_path / "pairs.jsonl", pairs(20)), rows_base(tmp_path / "base")
+    options = {"method": "full", "adapter": {}, "trainer": "dpo", "training": {"learning_rate": 1e-3}}
+    config = rows_config(tmp_path, rows, base, **options)
+    scores = run(config)["evaluation"]["after"]
+    again = evaluate_run(*open_run(config.folder), RunFolder(config.folder))["scores"]
+    assert again == pytest.approx(scores)
+    base.rename(tmp_path / "moved")
+    moved = evaluate_run(*open_run(config.folder), RunFolder(config.folder), str(tmp_path / "moved"))["scores"]
+    assert moved == again
+
+
 def test_the_untouched_model_is_scored_as_before_a_run_and_nothing_is_trained(values: dict[str, Any]) -> None:
     trained, untouched = changed(values), changed(values, "untouched")
     expected, found = run(trained), score_untouched(untouched)

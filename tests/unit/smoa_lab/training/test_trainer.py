@@ -27,7 +27,7 @@ from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run import run as train
 from smoa_lab.training.trainer import ProgressReport, make_trainer
 from tests.support.kills import killed_after_saving
-from tests.support.lab import steps, tiny_gpt2, tiny_run
+from tests.support.lab import byte_tokenizer, steps, tiny_gpt2, tiny_run
 from tests.support.own_rows import (
     chat,
     chats,
@@ -213,13 +213,21 @@ def test_a_base_model_without_a_template_is_refused_and_trains_with_alpaca(talks
     assert train(rows_config(tmp_path, talks, base, data={"template": "alpaca"}))["training"]["steps"] == 2
 
 
-def test_a_tokenizer_without_a_token_to_fill_batches_with_is_refused(talks: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_is_refused_that_lacks_a_token_which_trl_takes_or_ends_prompts(
+    talks: Path, preferences: Path, tmp_path: Path
+) -> None:
     base = rows_base(tmp_path / "bare", template=None)
     file = base / "tokenizer_config.json"
-    kept = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("pad_token", "eos_token")}
-    file.write_text(json.dumps(kept))
+    for lost in ("eos_token", "pad_token"):
+        file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != lost}))
+        if lost == "eos_token":
+            message = refused(rows_config(tmp_path, preferences, base, trainer="dpo"))
+            assert "has no eos_token, by which TRL ends each answer; name one in its tokenizer_config" in message
     message = refused(rows_config(tmp_path, talks, base, data={"template": "alpaca"}))
-    assert "TRL, transformers or PEFT refuses: The specified `pad_token` ('None') is not found" in message
+    assert "has neither a pad_token nor an eos_token to fill batches with; name one in" in message
+    byte_tokenizer(adds_eos=True).save_pretrained(base)
+    message = refused(rows_config(tmp_path, preferences, base, trainer="dpo"))
+    assert "puts eos_token after each text, prompts too" in message
 
 
 def test_an_adapter_on_the_output_layer_is_refused(talks: Path, base: Path, tmp_path: Path) -> None:
@@ -242,6 +250,16 @@ def test_rows_of_all_the_models_positions_are_trained_and_answered_and_longer_on
     assert refused(long).startswith("data.max_length: rows of up to 129 tokens would be given to this model, which has")
     assert refused(endless).startswith("data.max_length: rows of up to 304 tokens ")
     assert refused(endless).endswith("set it to 128")
+    short = write_rows(tmp_path / "short.jsonl", [{"text": f"{i} words"} for i in range(10)])
+    packed = rows_config(tmp_path, short, base, data={"max_length": 129}, adapter=adapter, training={"packing": True})
+    assert refused(packed).startswith("data.max_length: rows of up to 129 tokens ")
+    others = [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "no " * 99} for i in range(10)]
+    choices = [{"prompt": row["prompt"], "choices": ["Yes.", row["rejected"]], "label": 0} for row in others]
+    for rows, sections in ((others, {"trainer": "dpo"}), (choices, {})):  # the long answer is the wrong one
+        write_rows(tmp_path / "wrong.jsonl", rows)
+        data = {"template": "alpaca"}
+        long = rows_config(tmp_path, tmp_path / "wrong.jsonl", base, data=data, adapter=adapter, **sections)
+        assert refused(long).endswith("which has 128 positions; set it to 128")
     metrics = train(fitting)
     assert metrics["data"]["cut"] == 10
     assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}]
