@@ -33,6 +33,13 @@ ROUTES = {
 }
 NAMES = {"lora": "LoRA, r = 8", "hira": "HiRA, r = 8", "smoa": "SMoA, r = 32, K = 4"}
 SHOWN_STEPS = (50, 100, 200)
+SIZE_METHODS = {
+    "frozen": "frozen",
+    "lora": "LoRA",
+    "hira": "HiRA",
+    "smoa-4": "SMoA, K = 4",
+    "smoa-8": "SMoA, K = 8",
+}
 FLEET_CASES = {
     "generated": "generated token",
     "alone": "token alone",
@@ -154,6 +161,66 @@ def gpu() -> str:
         rows = [[cell(row.get(key)) for key in columns] for row in content["rows"]]
         sections.append(f"`{name}`:\n\n{section(columns, rows, {name: content})}")
     return "\n\n".join(sections)
+
+
+def size_rows(*parts: str) -> list[dict[str, Any]]:
+    """The rows of these parts that benchmarks/size.py stored, with their base in words."""
+    rows = [row for content in load("size_*").values() for row in content["rows"] if row["part"] in parts]
+    for row in rows:
+        kind = "4 bits" if row["part"] == "4bit" else row["dtype"]
+        row["base"] = f"{row['size'].upper()}, {row['layers']} layers, {kind}"
+    return rows
+
+
+def size_seconds() -> dict[str, dict[str, float]]:
+    """Seconds of each method's phases by base: taken in turn, or of processes of their own in 4 bits."""
+    times: dict[str, dict[str, float]] = {}
+    for row in size_rows("times", "4bit"):
+        alone = {f"{row.get('method')} {phase}": of["seconds"] for phase, of in row.items() if isinstance(of, dict)}
+        times.setdefault(row["base"], {}).update(alone if row["part"] == "4bit" else row.get("seconds", {}))
+    return times
+
+
+def size_making() -> str:
+    """Seconds and memory of making an adapter."""
+    rows = []
+    for row in size_rows("making"):
+        second = row.get("second")
+        told = f"{second['seconds']:.1f} ({second['seconds'] / row['seconds']:.1%})" if second else "–"
+        cells = [f"{row['seconds']:.1f}", row["decompositions"], told, f"{row['peak_bytes'] / 1e6:.0f}"]
+        rows.append([row["base"], SIZE_METHODS[row["method"]], *map(str, cells)])
+    header = ["base", "", "making, s", "decompositions", "again in another process, s", "memory, MB"]
+    return section(header, rows, load("size_*"))
+
+
+def size_steps() -> str:
+    """A training step's time ÷ the frozen base's and ÷ LoRA's, and its memory."""
+    rows, times = [], size_seconds()
+    for row in size_rows("memory", "4bit"):
+        cells, of_base = [row["base"], SIZE_METHODS[row["method"]]], times.get(row["base"], {})
+        for phase in ("step", "checkpointed"):
+            own, *others = (of_base.get(f"{method} {phase}") for method in (row["method"], "frozen", "lora"))
+            cells.append(f"{own:.2f}" if own else "–")
+            cells += [f"{own / other:.2f}" if own and other else "–" for other in others]
+            cells.append(f"{row[phase]['peak_bytes'] / 1e9:.2f}" if phase in row else row["error"])
+        rows.append(cells)
+    columns = ["s", "÷ frozen", "÷ LoRA", "GB"]
+    return section(["base", "", *columns, *(f"checkpointed, {column}" for column in columns)], rows, load("size_*"))
+
+
+def size_rest() -> str:
+    """Saving, loading, merging and generating: seconds, and memory where there may be much."""
+    rows, times = [], size_seconds()
+    for row in (row for row in size_rows("memory", "4bit") if row["method"] != "frozen" and "error" not in row):
+        of_base, cells = times.get(row["base"], {}), [row["base"], SIZE_METHODS[row["method"]]]
+        cells.append(f"{row['file_bytes'] / 1e6:.1f}")
+        for phase in ("save", "load", "merge", "undo"):
+            own = of_base.get(f"{row['method']} {phase}")
+            cells.append((f"{own:.2f}" if own else "–") + f" ({row[phase]['peak_bytes'] / 1e6:.0f})")
+        own, frozen = (of_base.get(f"{method} token") for method in (row["method"], "frozen"))
+        rows.append([*cells, f"{own / 8:.2f}" if own else "–", f"{own / frozen:.2f}" if own and frozen else "–"])
+    phases = ["save, s (MB)", "load, s (MB)", "merge, s (MB)", "undo, s (MB)", "token, s", "÷ frozen"]
+    return section(["base", "", "file, MB", *phases], rows, load("size_*"))
 
 
 def injection() -> str:
@@ -370,6 +437,9 @@ def main() -> None:
             "model-step": model_step(),
             "experts": experts(),
             "injection": injection(),
+            "size-making": size_making(),
+            "size-steps": size_steps(),
+            "size-rest": size_rest(),
             "weight-sync": weight_sync(),
         },
     }

@@ -52,12 +52,13 @@ METHODS = {
 PARTS = ("making", "memory", "times", "4bit")
 PHASES = ("step", "checkpointed", "save", "load", "merge", "undo", "token")
 OF_FROZEN = ("step", "checkpointed", "token")
-TOKENS, GENERATED, REPEATS = 256, 8, 4
+TOKENS, GENERATED, REPEATS, PHASE_SECONDS = 256, 8, 6, 60
+"""A phase is repeated as often as the seconds allow, twice to six times."""
 PROGRAM_BYTES = 1_000_000_000
 """What Python, torch and transformers take, and the adapters."""
 DECOMPOSED, LOGITS, HIDDEN = 10, 5, 40
 """Copies of the largest matrix in float32 while it is decomposed, LAPACK's included, of the logits of a step, and
-hidden states that a layer keeps for the backward, in upper bounds: what is needed must not turn out larger."""
+hidden states that a layer keeps for the backward: upper bounds, since what is needed must not turn out larger."""
 
 
 class Model:
@@ -159,8 +160,7 @@ def phases(model: Model, adapted: Any, method: str, folder: Path, bits: int = 16
 def alone(model: Model, part: str, method: str) -> dict[str, Any]:
     """The figures of a method in this process."""
     if part == "making":
-        model.copy_of()
-        sizes, eigh, kept = list[int](), torch.linalg.eigh, list[Any]()
+        sizes, eigh, kept = list[int](), torch.linalg.eigh, [model.base()]
 
         def counted(matrix: torch.Tensor, **options: str) -> Any:
             sizes.append(len(matrix))
@@ -168,7 +168,7 @@ def alone(model: Model, part: str, method: str) -> dict[str, Any]:
 
         with mock.patch.object(torch.linalg, "eigh", counted):
             figures: dict[str, Any] = cost(lambda: kept.append(model.adapted(method)), model.device)
-        return figures | {"decompositions": sum(size > 2 for size in sizes), "trainable": trainable(kept[0])}
+        return figures | {"decompositions": sum(size > 2 for size in sizes), "trainable": trainable(kept[-1])}
     bits = 4 if part == "4bit" else 16
     adapted = model.adapted(method, bits, "random" if method == "smoa-4" else None)
     with tempfile.TemporaryDirectory() as folder:
@@ -188,10 +188,10 @@ def made_twice(part: str, method: str) -> dict[str, Any]:
 
 def in_turn(phase: str, done: Callable[[], dict[str, dict[str, Step]]], device: torch.device) -> dict[str, Any]:
     """Seconds of a phase by method, in turn; a merge and its undo are timed together, so that each finds the other."""
-    names = ("merge", "undo") if phase == "merge" else (phase,)
+    names = (phase, "undo") if phase == "merge" else (phase,)
     steps = {f"{method} {name}": of[name] for method, of in done().items() for name in names if name in of}
-    interleaved(steps, 1, device)
-    times = interleaved(steps, REPEATS, device)
+    once = sum(taken[0] for taken in interleaved(steps, 1, device).values())
+    times = interleaved(steps, max(2, min(REPEATS, int(PHASE_SECONDS / once))), device)
     return {"seconds": {name: lower_quartile(taken) for name, taken in times.items()}}
 
 
