@@ -160,7 +160,7 @@ def phases(model: Model, adapted: Any, method: str, folder: Path, bits: int = 16
 def alone(model: Model, part: str, method: str) -> dict[str, Any]:
     """The figures of a method in this process."""
     if part == "making":
-        sizes, eigh, kept = list[int](), torch.linalg.eigh, [model.base()]
+        sizes, eigh, kept = list[int](), torch.linalg.eigh, [model.base(16)]
 
         def counted(matrix: torch.Tensor, **options: str) -> Any:
             sizes.append(len(matrix))
