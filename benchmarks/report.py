@@ -173,11 +173,13 @@ def size_rows(*parts: str) -> list[dict[str, Any]]:
 
 
 def size_seconds() -> dict[str, dict[str, float]]:
-    """Seconds of each method's phases by base: taken in turn, or of processes of their own in 4 bits."""
+    """Seconds of each method's phases by base: taken in turn, or else those of processes of their own."""
     times: dict[str, dict[str, float]] = {}
-    for row in size_rows("times", "4bit"):
-        alone = {f"{row.get('method')} {phase}": of["seconds"] for phase, of in row.items() if isinstance(of, dict)}
-        times.setdefault(row["base"], {}).update(alone if row["part"] == "4bit" else row.get("seconds", {}))
+    for row in size_rows("memory", "4bit"):
+        alone = {f"{row['method']} {phase}": of["seconds"] for phase, of in row.items() if isinstance(of, dict)}
+        times.setdefault(row["base"], {}).update(alone)
+    for row in size_rows("times"):
+        times[row["base"]].update(row.get("seconds", {}))
     return times
 
 
