@@ -4,8 +4,10 @@ import gzip
 import json
 import math
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from smoa_lab.basics.plain import portable
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import comparison, plan
 from smoa_lab.study.comparison import Comparison, Executor
-from smoa_lab.study.plan import prepare
+from smoa_lab.study.plan import Clock, prepare
 from smoa_lab.study.results import Result
 from smoa_lab.study.search import Chosen
 from smoa_lab.study.statistics import Difference
@@ -58,6 +60,11 @@ class WrittenRuns:
     def __init__(self) -> None:
         self.ran: list[str] = []
         """The folders of the runs."""
+        self.timed: list[str] = []
+        """And those of steps that were timed."""
+        self.now = 0.0
+        """What clocks show, where a test sets them by ``fake_time``: seconds of runs at their entries' speed."""
+        self.slower = 1.0
         self.untouched_loss = 4.0
         self.kind = "messages"
         """Of the rows: messages, choices or preference."""
@@ -89,6 +96,7 @@ class WrittenRuns:
         folder, loss = RunFolder(config.folder), self.loss(config)
         steps = int(config.training["max_steps"])
         per_step = self.step_seconds[config.method]
+        self.now += self.slower * (per_step * steps + (2.0 if config.scoring.part == "validation" else 5.0))
         rows = [self._row(number, loss, config) for number in range(ROWS)]
         history = [{"step": step, "loss": 4 - step / steps, "epoch": step / 50} for step in range(10, steps + 1, 10)]
         samples = [{"question": f"Why {i}?", "reference": "So.", "after": f"{config.method} {i}"} for i in range(2)]
@@ -107,11 +115,30 @@ class WrittenRuns:
     def untouched(self, config: RunConfig) -> dict[str, Any]:
         """The model as it is."""
         folder = RunFolder(config.folder)
+        if folder.finished:
+            raise ConfigError(f"{folder.path}: contains a finished run")
         samples = [{"question": f"Why {i}?", "reference": "So.", "before": "untouched"} for i in range(2)]
-        scores = {"loss": self.untouched_loss} | ({"accuracy": 0.25, "majority": 0.6} if self.kind == "choices" else {})
+        scores = {"loss": self.untouched_loss, "tokens": 360} | (
+            {"accuracy": 0.25, "majority": 0.6} if self.kind == "choices" else {}
+        )
         metrics = self._metrics(config) | {"evaluation": {"before": scores}, "samples": samples}
+        seconds = 1.0 if config.scoring.part == "validation" else 4.0
+        self.now += 1.0 + seconds
+        metrics["training"] = {"seconds": seconds, "steps": 0}
         self._save(folder, metrics, [])
         return metrics
+
+    def time_steps(self, config: RunConfig, most: int, seconds: float) -> dict[str, Any]:
+        """The first steps of a run."""
+        self.timed.append(config.folder.as_posix())
+        took = [2 * self.step_seconds[config.method]] + [self.step_seconds[config.method]] * (most - 1)
+        self.now += 1.0 + sum(took)
+        return {
+            "parameters": {"trainable": self.parameters},
+            "loading": 1.0,
+            "seconds": took,
+            "steps": int(config.training["max_steps"]),
+        }
 
     def _metrics(self, config: RunConfig) -> dict[str, Any]:
         self.ran.append(config.folder.as_posix())
@@ -150,6 +177,7 @@ def write_runs(patch: pytest.MonkeyPatch) -> WrittenRuns:
     runs = WrittenRuns()
     patch.setattr(comparison, "run", runs.run)
     patch.setattr(comparison, "score_untouched", runs.untouched)
+    patch.setattr(comparison, "time_steps", runs.time_steps)
     patch.setattr(comparison, "POLL_SECONDS", 0.005)
     patch.setattr(plan, "inputs", runs.inputs)
     patch.setattr(plan, "empty_model", lambda model: None)
@@ -157,9 +185,16 @@ def write_runs(patch: pytest.MonkeyPatch) -> WrittenRuns:
     return runs
 
 
-def compared(study: Study, minutes: float | None = None) -> Comparison:
-    """The study with its plan; nothing of it is run yet."""
-    return Comparison(study, prepare(study, Executor().run_all, minutes))
+def fake_time(patch: pytest.MonkeyPatch, runs: WrittenRuns) -> None:
+    """Time passes by runs alone, as long as they would take."""
+    clock = SimpleNamespace(monotonic=lambda: runs.now, perf_counter=lambda: runs.now, sleep=time.sleep)
+    for module in (comparison, plan):
+        patch.setattr(module, "time", clock)
+
+
+def compared(study: Study, minutes: float | None = None, number: int | None = None) -> Comparison:
+    """The study with its plan; nothing of it is run yet but the untouched model."""
+    return Comparison(study, prepare(study, Executor().result, Clock(minutes), number))
 
 
 def finished(study: Study) -> Comparison:

@@ -20,8 +20,8 @@ def compare(
     data: Data = None,
     methods: Annotated[str, typer.Option(help="Without a file: what is compared, by commas.")] = "smoa,lora",
     parameters: Annotated[str, typer.Option(help="Without a file: how many each trains, as for smoa init.")] = "lora:8",
-    seeds: Annotated[int, typer.Option(min=1, help="Without a file: final runs of each.")] = 3,
-    minutes: Annotated[float | None, typer.Option(min=0, help="Take fewer steps, then seeds, to be in time.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Final runs of each; more than before go on.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="End by then, with fewer seeds and steps.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Run only this entry or budget; may be repeated.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time, here unless --ray-address is given.")] = 1,
     ray_address: Annotated[str | None, typer.Option(help="Run on the Ray cluster at this HOST:PORT, or auto.")] = None,
@@ -37,11 +37,12 @@ def compare(
         from smoa.errors import ConfigError
         from smoa_lab.study.comparison import Comparison, Executor
         from smoa_lab.study.default_study import default_study
-        from smoa_lab.study.plan import check_folder, prepare, study_file
+        from smoa_lab.study.plan import Clock, check_folder, prepare, study_file
         from smoa_lab.study.ray_executor import RayExecutor
         from smoa_lab.study.report import report
         from smoa_lab.study.study import load_study
 
+        clock = Clock(minutes, workers)
         if model is None and data is None and study is not None:
             checked, given = load_study(study, overrides), Path(study)
         elif model is None or data is None or (study is not None and "=" not in study):
@@ -49,14 +50,14 @@ def compare(
         else:
             words = [*([] if study is None else [study]), *(overrides or [])]
             names = [name.strip().lower() for name in methods.split(",")]
-            checked, given = default_study(model, data, names, parameters, seeds, words), None
+            checked, given = default_study(model, data, names, parameters, words), None
         checked.chosen(only or [])
         check_folder(checked)
         with redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout, which is kept free for results
             on_ray = workers > 1 or ray_address is not None
             with RayExecutor(checked, workers, ray_address) if on_ray else Executor() as executor:
                 with nullcontext() if report_only else study_file(checked, given):
-                    plan = prepare(checked, None if report_only else executor.run_all, minutes, workers)
+                    plan = prepare(checked, None if report_only else executor.result, clock, seeds)
                 comparison = Comparison(checked, plan)
                 if not report_only:
                     table = plan.table(checked, workers)
@@ -95,7 +96,7 @@ def tune(
         study, executor = tuning_study(load_config(config, overrides), max_runs), Executor()
         check_folder(study)
         with study_file(study):
-            comparison = Comparison(study, prepare(study, executor.run_all))
+            comparison = Comparison(study, prepare(study, executor.result))
         comparison.run(executor=executor)
         chosen = next(iter(comparison.chosen.values()))
         if json:

@@ -18,10 +18,10 @@ from smoa.atomic import write_whole
 from smoa.errors import ConfigError
 from smoa_lab.basics.plain import json_text, portable
 from smoa_lab.config.run import RunConfig
-from smoa_lab.study.plan import Metrics, Plan, duration, other_inputs
+from smoa_lab.study.plan import MARGIN, TIMED, TIMED_SECONDS, Metrics, Plan, changed_plan, duration, other_inputs
 from smoa_lab.study.search import STARTS, Chosen, best_of, index_of, next_indices, rate
 from smoa_lab.study.study import Job, Stage, Study
-from smoa_lab.training.run import run, score_untouched
+from smoa_lab.training.run import run, score_untouched, time_steps
 from smoa_lab.training.run_folder import RunFolder, Taken
 
 logger = logging.getLogger(__name__)
@@ -29,9 +29,12 @@ POLL_SECONDS = 1.0
 """How long a process that finds no free job waits before it looks again."""
 
 
-def perform(job: Job, config: RunConfig) -> Metrics | None:
-    """Run a job in this process. Its metrics get ``wall_seconds``; None where another process runs it."""
+def perform(job: Job, config: RunConfig, timed: float = TIMED_SECONDS) -> Metrics | None:
+    """Run a job in this process; a step that is ``timed`` is no longer followed by others. Its metrics get
+    ``wall_seconds``; None where another process runs it."""
     folder, started = RunFolder(config.folder), time.perf_counter()
+    if job.stage == "timing":
+        return time_steps(config, TIMED, timed)
     try:
         metrics = score_untouched(config) if job.is_untouched else run(config)
     except Taken:
@@ -72,24 +75,21 @@ class Executor(AbstractContextManager["Executor"]):
     def is_full(self) -> bool:
         return len(self.running) >= self.workers
 
-    def start(self, job: Job, config: RunConfig) -> None:
-        self.running[job] = config
+    def start(self, job: Job, *arguments: Any) -> None:
+        """Begin what :func:`perform` does with the job and the other arguments."""
+        self.running[job] = arguments
 
     def next_finished(self) -> tuple[Job, Metrics | None]:
         """Wait for one of the running jobs; raises what that job raised."""
-        job, config = self.running.popitem()
-        return job, perform(job, config)
+        job, arguments = self.running.popitem()
+        return job, perform(job, *arguments)
 
-    def run_all(self, jobs: Sequence[tuple[Job, RunConfig]]) -> dict[Job, Metrics]:
-        """Run jobs that no other process runs; their metrics."""
-        waiting, done = list(jobs), dict[Job, Metrics]()
-        while len(done) < len(jobs):
-            while waiting and not self.is_full:
-                self.start(*waiting.pop(0))
-            job, metrics = self.next_finished()
-            assert metrics is not None
-            done[job] = metrics
-        return {job: done[job] for job, _ in jobs}
+    def result(self, job: Job, *arguments: Any) -> Metrics:
+        """Of a job that nothing runs beside."""
+        self.start(job, *arguments)
+        _, metrics = self.next_finished()
+        assert metrics is not None
+        return metrics
 
 
 def read_chosen(study: Study) -> dict[str, Chosen]:
@@ -115,10 +115,13 @@ class Comparison:
         self.losses: dict[Job, float | None] = {}
         """What the finished jobs reached; None for those that diverged."""
         self.configs = {name: study.config(name) for name in study.entries}
+        self.took: dict[tuple[Stage, str], float] = {}
+        """Seconds of the latest job of each kind that this process ran."""
+        self._counted = time.monotonic()
 
     def run(self, only: Sequence[str] = (), executor: Executor | None = None) -> None:
         """Search the rates of all entries, or of those that ``only`` names or whose budget it names, then run these
-        with fresh seeds.
+        with fresh seeds, and with more as long as the plan's time allows.
 
         ``executor`` runs jobs, by default in this process. Other processes may run the same study meanwhile.
         """
@@ -127,13 +130,14 @@ class Comparison:
             for tried in one.losses:
                 self.stored(Job("search", name, tried, self.study.tuning.seed))
         executor = executor or Executor()
+        estimate = self.plan.used + self.at_most_left(names) / executor.workers
         if self.study.tuning.max_runs == 0:
             self._choose({n: Chosen(self.study.entries[n].learning_rate, {}, "named") for n in names})
-        while jobs := self.ready(names):
+        while jobs := self.ready(names) or self.further(names, executor.workers):
             waiting = [job for job in jobs if job not in executor.running and job not in taken]
             if waiting and (metrics := self.stored(waiting[0])) is not None:
                 self.finish(waiting[0], metrics)
-            elif waiting and not executor.is_full:
+            elif waiting and not executor.is_full and not self.is_over:
                 executor.start(waiting[0], self.config(waiting[0]))
             elif executor.running:
                 job, metrics = executor.next_finished()
@@ -145,18 +149,38 @@ class Comparison:
                     continue
                 taken.clear()
                 self.finish(job, self._checked(job, metrics))
+                self.took[job.stage, job.entry] = metrics["wall_seconds"]
+                self._count()
                 loss, took = self.losses[job], duration(metrics["wall_seconds"])
                 reached = "diverged" if loss is None else f"loss {loss:.4f}"
-                left = duration(self.at_most_left(names) / executor.workers)
-                logger.info("%s: %s (%s); at most %s left", job.name, reached, took, left)
+                left = self.at_most_left(names) / executor.workers
+                logger.info("%s: %s (%s); at most %s left", job.name, reached, took, duration(left))
+                if abs((now := self.plan.used + left) - estimate) > estimate / 10:
+                    logger.info("At most %s in all, not %s", duration(now), duration(estimate))
+                    estimate = now
+            elif self.is_over:
+                self._end(names)
+                break
             else:  # other processes run all that is left
                 time.sleep(POLL_SECONDS)
                 taken.clear()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the plan's time is used."""
+        limit = self.plan.limit
+        return limit is not None and self.plan.used + time.monotonic() - self._counted >= limit
+
+    def _count(self) -> None:
+        """Add the seconds that this process took to those of the plan, and read what other processes changed there."""
+        now = time.monotonic()
+        self.plan = changed_plan(self.study, lambda plan: {"used": plan.used + now - self._counted})
+        self._counted = now
+
     def ready(self, names: Sequence[str]) -> list[Job]:
         """What can be run now: the untouched model and searches, one rate of all entries at a time; once all rates are
         chosen, final runs, one seed of all at a time."""
-        untouched = [self.untouched("untouched")] if self.plan.seeds else []
+        untouched = [self.untouched("untouched")] if self.study.seeds else []
         if all(name in self.chosen for name in names):
             jobs = [
                 Job("final", name, self.chosen[name].learning_rate, seed) for seed in self.plan.seeds for name in names
@@ -168,10 +192,50 @@ class Comparison:
             jobs = [self.untouched("untouched-validation"), *(job for _, job in sorted(turns, key=itemgetter(0)))]
         return [job for job in [*untouched, *jobs] if job not in self.losses]
 
+    def further(self, names: Sequence[str], workers: int) -> list[Job]:
+        """The next seed of all entries, if there is time for it by what runs took, whatever came out at them."""
+        entries = list(self.study.entries)
+        if self.plan.limit is None or self.ready(entries):
+            return []
+        seconds = MARGIN * sum(self.seconds("final", name) for name in entries) / workers
+        known = self.plan.seeds
+
+        def bought(plan: Plan) -> dict[str, Any]:
+            new = [seed for seed in plan.listed if seed not in plan.seeds][:1]
+            has_time = plan.limit is not None and plan.used + seconds <= plan.limit
+            return {"seeds": [*plan.seeds, *new]} if new and has_time and plan.seeds == known else {}
+
+        self._count()
+        self.plan = changed_plan(self.study, bought)
+        return self.ready(names)
+
+    def _end(self, names: Sequence[str]) -> None:
+        """Leave seeds out that some entry has not run: there is no time for them."""
+        logger.info("The %g minutes are used, and nothing more starts", self.plan.minutes)
+
+        def whole(plan: Plan) -> dict[str, Any]:
+            finals = {name: one.learning_rate for name, one in self.chosen.items() if name in names}
+            ran = {
+                seed: [
+                    RunFolder(self.study.folder / Job("final", name, rate, seed).name) for name, rate in finals.items()
+                ]
+                for seed in dict.fromkeys([*plan.listed, *plan.seeds])
+            }
+            seeds = [seed for seed, own in ran.items() if len(own) == len(names) and all(run.finished for run in own)]
+            return {"seeds": seeds}
+
+        self.plan = changed_plan(self.study, whole)
+
     def untouched(self, stage: Stage) -> Job:
         """The model as it is, in the first entry's config."""
         first = next(iter(self.plan.entries))
         return Job(stage, first, self.study.entries[first].learning_rate, 0)
+
+    def seconds(self, stage: Stage, entry: str) -> float:
+        """About how long a job takes: as its latest one did, else what was planned, by the pace of those that ran."""
+        planned = sum(self.plan.seconds(*kind) for kind in self.took)
+        pace = sum(self.took.values()) / planned if planned else 1.0
+        return self.took.get((stage, entry), pace * self.plan.seconds(stage, entry))
 
     def at_most_left(self, names: Sequence[str]) -> float:
         """Seconds of the jobs that are not finished, each search at its longest."""
@@ -179,8 +243,8 @@ class Comparison:
         for name in names:
             searches = 0 if name in self.chosen else self.study.tuning.max_runs - len(self._searched(name))
             finals = sum(job.stage == "final" and job.entry == name for job in self.losses)
-            seconds += searches * self.plan.seconds("search", name)
-            seconds += (len(self.plan.seeds) - finals) * self.plan.seconds("final", name)
+            seconds += searches * self.seconds("search", name)
+            seconds += (len(self.plan.seeds) - finals) * self.seconds("final", name)
         return seconds
 
     def search(self, name: str) -> list[Job]:
@@ -200,7 +264,7 @@ class Comparison:
         return {index_of(start, job.learning_rate): loss for job, loss in own.items()}
 
     def config(self, job: Job) -> RunConfig:
-        return self.study.job_config(self.configs[job.entry], job, self.plan.steps)
+        return self.study.job_config(self.configs[job.entry], job, None if job.is_untouched else self.plan.steps)
 
     def stored(self, job: Job) -> Metrics | None:
         folder = RunFolder(self.study.folder / job.name)
@@ -209,7 +273,8 @@ class Comparison:
     def _checked(self, job: Job, metrics: Metrics) -> Metrics:
         """The metrics of a job, if it is the one that was planned; else raises ConfigError."""
         old, new = metrics["config"], portable(self.config(job).model_dump(mode="json"))
-        old, new = ({**config, "training": {**config["training"], "output_dir": None}} for config in (old, new))
+        other = {"output_dir": None} | ({"max_steps": None} if job.is_untouched else {})
+        old, new = ({**config, "training": {**config["training"], **other}} for config in (old, new))
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         changed += other_inputs(self.plan.digests, metrics["digests"])
         if changed:
@@ -240,7 +305,7 @@ class Comparison:
 
     def _drop_adapters(self, job: Job) -> None:
         """Of final runs the study says what is kept. A search keeps none, but where no final runs follow."""
-        keep = "none" if job.stage == "search" and self.plan.seeds else self.study.keep
+        keep = "none" if job.stage == "search" and self.study.seeds else self.study.keep
         if keep == "all":
             return
         alike = {

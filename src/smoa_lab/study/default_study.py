@@ -22,6 +22,8 @@ from smoa_lab.training.loaded_run import inputs
 METHODS = ("smoa", "lora")
 STEPS, PASSES, BATCH = 300, 3, 8
 """At most so many steps, of so many rows, and passes over the rows."""
+MOST_SEEDS = {1: 5, 2: 5, 3: 4, 4: 4}
+"""Seeds by the number of methods, 3 of more: so many tell about as small differences apart."""
 SMALLEST = 0.85
 """Share of the parameters asked for below which a method isn't compared."""
 WHOLE_MODEL = 2e-5
@@ -71,7 +73,6 @@ def default_study(
     data: str,
     methods: Sequence[str] = METHODS,
     parameters: str = "lora:8",
-    seeds: int = 3,
     changes: Sequence[str] = (),
 ) -> Study:
     """A study of ``methods`` at ``parameters`` on a model and data, as `smoa train` would take these."""
@@ -114,10 +115,12 @@ def default_study(
         "entries": entries,
         "references": [name for name in entries if name == "lora"],
         "tuning": Tuning().model_dump(),
-        "seeds": list(range(seeds)),
+        "seeds": list(range(MOST_SEEDS.get(len(entries), 3))),
         "keep": "best",
     }
     apply_overrides(values, [change for change in changes if not change.startswith("shared.data.")])
+    if (stored := Path(str(values["folder"]), "study.yaml")).is_file():  # of a version that listed others
+        values["seeds"] = ConfigText.read(stored).values.get("seeds", values["seeds"])
     return checked_study(ConfigText(values, "smoa compare"), Path("study.yaml"))
 
 

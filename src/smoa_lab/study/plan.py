@@ -1,6 +1,6 @@
-"""The plan of a study: how many steps and seeds its runs take, and how long that is.
+"""The plan of a study: how many steps its runs take, how many seeds there is time for, and how much time was used.
 
-It is made once, by timing runs that are thrown away, and no resume changes it.
+Steps are fixed once, after a few of each entry that are thrown away, and no resume changes them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from filelock import FileLock
@@ -34,15 +36,17 @@ from smoa_lab.training.loaded_run import inputs
 
 logger = logging.getLogger(__name__)
 
-TIMED = 20
-"""Steps of a timing run."""
+FORMAT = 2
+TIMED, TIMED_SECONDS = 5, 30.0
+"""Steps of each entry that are timed, at most for so many seconds and all for a twentieth of --minutes."""
 FEWEST = 30
 """Steps below which a plan takes fewer seeds instead: fewer hardly tell one rate from another."""
-FEWEST_SEEDS = 2
-TWO_SEEDS = "Two seeds: what they differ by makes intervals 3.6 times as wide as with three"
-"""Half an interval over seeds is t · s / √n; Student's t is 12.7 for two seeds and 4.3 for three."""
+FIRST_SEEDS = 3
+"""Seeds that come before more steps than these."""
+LEAST_SEARCH, LEAST_SEEDS = 3, 2
+"""Runs of an entry's search, and of its final ones, of FEWEST steps, without which there is no comparison."""
 MARGIN = 1.1
-"""What a plan is taken to last, of what it lasts by its timing runs."""
+"""What a plan is taken to last, of what it lasts by what was timed."""
 FEW_ROWS = 50
 """Held-out rows below which a comparison shows large differences only."""
 PARAMETER_TOLERANCE = 0.02
@@ -54,10 +58,13 @@ INPUTS = {
     "forgetting": "the text of forgetting.text",
 }
 Metrics = dict[str, Any]
+Execute = Callable[..., Metrics]
+"""Runs a job, with its config, and gives its metrics."""
+UNTOUCHED: tuple[Stage, Stage] = ("untouched", "untouched-validation")
 
 
 class Timing(Section):
-    """What an entry's timing run says: its trainable parameters, seconds of a step, and of a search's run ``beside``
+    """What is known of an entry's runs: its trainable parameters, seconds of a step, and of a search's run ``beside``
     its steps."""
 
     parameters: int
@@ -66,10 +73,15 @@ class Timing(Section):
 
 
 class Plan(Section):
-    """``study`` is the file that was planned, ``digests`` and ``rows`` what its runs start from. ``seeds`` are those of
-    the file that are run, for ``steps`` each; ``final`` is how many seconds a final run takes more than a search's."""
+    """``study`` is the file that was planned, ``digests`` and ``rows`` what its runs start from. ``seeds`` are those
+    that are run, for ``steps`` each; ``final`` is how many seconds a final run takes more than a search's.
 
-    format: Literal[1] = 1
+    With ``minutes`` nothing starts once ``used``, the seconds that all commands took, reaches ``limit``, and time that
+    is left buys seeds of ``listed``. Entries or seeds that somebody asks for later lift the limit. ``looks`` are the
+    numbers of final runs at which a verdict was shown.
+    """
+
+    format: Literal[1, 2] = 1
     study: dict[str, Any]
     digests: dict[str, str]
     rows: dict[str, int]
@@ -78,19 +90,22 @@ class Plan(Section):
     seeds: list[int]
     final: float
     entries: dict[str, Timing] = Field(default={})
+    listed: list[int] = Field(default=[])
+    limit: float | None = None
+    used: float = 0.0
+    looks: list[int] = Field(default=[])
 
     def seconds(self, stage: Stage, entry: str) -> float:
         """About how long a job of that stage takes."""
         timing = self.entries[entry]
         if stage.startswith("untouched"):
-            return timing.beside + self.final
+            return timing.beside + (self.final if stage == "untouched" else 0.0)
         return timing.beside + self.steps * timing.step + (self.final if stage == "final" else 0.0)
 
     def longest(self, max_runs: int) -> float:
-        """Seconds of all, one after the other, each search at its longest."""
-        untouched = sum(self.seconds("untouched", name) for name in [*self.entries][:1] if self.seeds)
+        """Seconds of all searches and final runs, one after the other, each search at its longest."""
         searches = max_runs * sum(self.seconds("search", name) for name in self.entries)
-        return untouched + searches + len(self.seeds) * sum(self.seconds("final", name) for name in self.entries)
+        return searches + len(self.seeds) * sum(self.seconds("final", name) for name in self.entries)
 
     def table(self, study: Study, workers: int = 1) -> Table:
         """A line for each entry, and what they share as caption."""
@@ -104,11 +119,31 @@ class Plan(Section):
         lasts = duration(self.longest(study.tuning.max_runs) / workers)
         each_run = f"{counted(self.steps, 'step')} a run on {counted(self.rows['train'], 'row')}"
         caption = f"{each_run}; {held_out}; {lasts} at most."
-        if len(self.seeds) == 2:
-            three = self.model_copy(update={"seeds": [0, 1, 2], "steps": min(FEWEST, self.steps)})
-            time = duration(MARGIN * three.longest(study.tuning.max_runs) / workers)
-            caption += f" {TWO_SEEDS}, which take {time} at {three.steps} steps."
+        if self.limit is not None and len(self.listed) > len(self.seeds):
+            caption += f" Time that is left of {self.minutes:g} minutes goes to up to {len(self.listed)} seeds."
         return Table(["entry", "trained", "from rate", "s a step", "longest search", "final runs"], lines, caption)
+
+
+def read_plan(study: Study) -> Plan | None:
+    """The plan in a study's folder, if there is one."""
+    file = study.folder / "plan.json"
+    return Plan.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def write_plan(study: Study, plan: Plan) -> None:
+    """Other processes must not do so meanwhile."""
+    write_whole(study.folder / "plan.json", json_text({**plan.model_dump(mode="json"), "format": FORMAT}) + "\n")
+
+
+def changed_plan(study: Study, change: Callable[[Plan], dict[str, Any]]) -> Plan:
+    """The plan as its file has it now, with the changes that are made of it; other processes may change it too."""
+    with FileLock(study.folder / ".lock"):
+        plan = read_plan(study)
+        assert plan is not None
+        if changes := change(plan):
+            plan = plan.model_copy(update=changes)
+            write_plan(study, plan)
+        return plan
 
 
 def duration(seconds: float) -> str:
@@ -118,15 +153,29 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
-RunAll = Callable[[Sequence[tuple[Job, RunConfig]]], dict[Job, Metrics]]
-"""Runs jobs; their metrics get ``wall_seconds``, which everything took."""
+@dataclass(frozen=True)
+class Clock:
+    """The ``minutes`` that a study may take, for so many ``workers``, since ``began`` (of ``time.monotonic()``)."""
+
+    minutes: float | None = None
+    workers: int = 1
+    began: float = field(default_factory=lambda: time.monotonic())
+
+    @property
+    def used(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left of one worker."""
+        return math.inf if self.minutes is None else (60 * self.minutes - self.used) * self.workers
 
 
-def prepare(study: Study, run_all: RunAll | None, minutes: float | None = None, workers: int = 1) -> Plan:
+def prepare(study: Study, execute: Execute | None, clock: Clock | None = None, number: int | None = None) -> Plan:
     """The plan of a study in its folder, made if there is none, and completed for entries and seeds that were added.
-    With ``minutes`` it takes fewer steps, then fewer seeds, until so many workers need no longer from now on. Without
-    ``run_all`` it is what it is."""
-    started = time.monotonic()
+    ``number`` is that of all seeds that are run; those that a plan left out come first. Without ``execute`` it is what
+    it is."""
+    clock = clock or Clock()
     configs = {name: study.config(name) for name in study.entries}
     found = inputs(next(iter(configs.values())))
     for part, use in {"validation": "rates", **({"test": "entries"} if study.seeds else {})}.items():
@@ -136,39 +185,144 @@ def prepare(study: Study, run_all: RunAll | None, minutes: float | None = None, 
         logger.warning(few_rows(found["rows"]["test"]))
     study.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(study.folder / ".lock"):  # another process may make it now
-        file = study.folder / "plan.json"
-        plan = Plan.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+        plan = read_plan(study)
         if plan is not None:
             changed = changes(plan.study, study)
             changed += [f"{what} changed" for what in other_inputs(plan.digests, found["digests"])]
-            changed += [] if minutes in (None, plan.minutes) else [f"--minutes: {plan.minutes}, now {minutes}"]
+            if clock.minutes not in (None, plan.minutes):
+                changed.append(f"--minutes: {plan.minutes}, now {clock.minutes}")
             refuse(f"{study.folder}: contains a study that was planned otherwise", changed)
-        if run_all is None:
+        if execute is None:
             if plan is None:
                 raise DataError(f"{study.folder}: nothing has run yet; run smoa compare on this study first")
             return plan
-        known = {} if plan is None else plan.entries
-        rehearses = bool(study.seeds) and (plan is None or not plan.seeds)
-        first = next(iter(configs)) if rehearses else None
-        new = {name: config for name, config in configs.items() if name not in known or name == first}
-        timed = timing_runs(study, new, run_all, rehearses) if new else {}
-        timings = {job.entry: timing_of(study, job, run) for job, run in timed.items() if job.stage == "timing"}
+        seeds = [*study.seeds, *(seed for seed in range(number or 0) if seed not in (*study.seeds, study.tuning.seed))]
         if plan is None:
-            job, last = next(iter(timed.items()))
-            steps = steps_of(configs[job.entry], last)
-            plan = Plan(study=as_planned(study), steps=steps, seeds=study.seeds, minutes=minutes, final=0.0, **found)
-        final = plan.final
-        if rehearses:
-            job, last = [*timed.items()][-1]
-            final = max(0.0, timing_of(study, job, last).beside - min(one.beside for one in timings.values()))
-        added = [seed for seed in study.seeds if seed not in plan.study["seeds"]]
-        more = {"seeds": [*plan.seeds, *added], "entries": {**known, **timings}, "final": final}
-        plan = plan.model_copy(update={"study": as_planned(study), **more})
-        if minutes is not None and not known:
-            left = 60 * minutes - (time.monotonic() - started)
-            plan = fitted(plan, study.tuning.max_runs, left * workers)
-        write_whole(file, json_text(plan.model_dump(mode="json")) + "\n")
+            plan = _planned(study, configs, execute, clock, seeds[:number], found)
+        else:
+            plan = _completed(study, configs, execute, clock, plan, seeds, number)
+        plan = plan.model_copy(update={"used": plan.used + clock.used})
+        write_plan(study, plan)
     return plan
+
+
+def _planned(
+    study: Study, configs: dict[str, RunConfig], execute: Execute, clock: Clock, seeds: list[int], found: Metrics
+) -> Plan:
+    """A new plan."""
+    for config in configs.values():
+        _check(config)
+    try:
+        beside, final = scored(study, configs, execute, seeds)
+        timings, steps = timed(study, configs, execute, clock, beside)
+    except SmoaError:  # the next study here may be another
+        for stage in UNTOUCHED:
+            shutil.rmtree(study.folder / stage, ignore_errors=True)
+        raise
+    facts = {"format": FORMAT, "study": as_planned(study), "minutes": clock.minutes, **found}
+    plan = Plan(steps=steps, seeds=seeds, listed=seeds, final=final, entries=timings, **facts)
+    if clock.minutes is None:
+        return plan
+    return fitted(plan, study.tuning.max_runs, clock.left).model_copy(update={"limit": 60 * clock.minutes})
+
+
+def _completed(
+    study: Study,
+    configs: dict[str, RunConfig],
+    execute: Execute,
+    clock: Clock,
+    plan: Plan,
+    seeds: list[int],
+    number: int | None,
+) -> Plan:
+    """A plan with what was added to the file, or asked for."""
+    new = {name: config for name, config in configs.items() if name not in plan.entries}
+    for config in new.values():
+        _check(config)
+    beside = fmean(one.beside for one in plan.entries.values())
+    timings, final = timed(study, new, execute, Clock(), beside)[0] if new else {}, plan.final
+    if study.seeds and not plan.study["seeds"]:  # as of smoa tune
+        _, final = scored(study, configs, execute, seeds)
+    added = [seed for seed in study.seeds if seed not in plan.study["seeds"]]
+    planned = [*plan.seeds, *(seed for seed in added if seed not in plan.seeds)]
+    if clock.minutes is None and number is not None:
+        planned += [seed for seed in seeds if seed not in planned][: max(0, number - len(planned))]
+    limit = plan.limit if planned == plan.seeds and not new else None
+    more = {"study": as_planned(study), "seeds": planned, "entries": {**plan.entries, **timings}, "final": final}
+    return plan.model_copy(update={**more, "limit": limit})
+
+
+def _check(config: RunConfig) -> None:
+    if (wanted := config.peft_config()) is not None:
+        check_adapter(empty_model(config.model), wanted)
+
+
+def scored(study: Study, configs: dict[str, RunConfig], execute: Execute, seeds: Sequence[int]) -> tuple[float, float]:
+    """Score the untouched model, which counts. Seconds that a search's run takes to score, and that a final one takes
+    more, to answer and to score general text before and after too."""
+    entry, config = next(iter(configs.items()))
+    stages = [stage for stage, wanted in zip(UNTOUCHED, (seeds, study.tuning.max_runs), strict=True) if wanted]
+    took = dict.fromkeys(UNTOUCHED, 0.0)
+    of_token = 0.0
+    for stage in stages:
+        job = Job(stage, entry, study.entries[entry].learning_rate, 0)
+        metrics = execute(job, study.job_config(config, job))
+        took[stage] = metrics["training"]["seconds"]
+        of_token = took[stage] / max(1, metrics["evaluation"]["before"]["tokens"])
+    test, validation = took.values()
+    return validation, (test + 2 * config.forgetting.tokens * of_token - validation) if seeds else 0.0
+
+
+def timed(
+    study: Study, configs: dict[str, RunConfig], execute: Execute, clock: Clock, beside: float
+) -> tuple[dict[str, Timing], int]:
+    """What a few steps of each entry take, and how many a whole run has. No folder is left. Raises ConfigError as soon
+    as the least comparison can't end in time at the quickest step so far, or where an entry trains another number of
+    parameters than it declares."""
+    logger.info("%d steps of each entry are timed, and thrown away", TIMED)
+    folder, timings, quickest = study.folder / "timing", dict[str, Timing](), list[float]()
+    seconds = TIMED_SECONDS if clock.minutes is None else min(TIMED_SECONDS, 3 * clock.minutes / len(configs))
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    try:
+        for name, config in configs.items():
+            job = Job("timing", name, study.entries[name].learning_rate, study.tuning.seed)
+            metrics = execute(job, study.job_config(config, job), seconds)
+            trained, declared = metrics["parameters"]["trainable"], study.entries[name].parameters
+            if declared is not None and abs(trained - declared) > PARAMETER_TOLERANCE * declared:
+                raise ConfigError(
+                    f"entries.{name}: trains {trained:,} parameters, not {declared:,} to within "
+                    f"{PARAMETER_TOLERANCE:.0%}; change its size (smoa budget --method) or what it declares"
+                )
+            took = metrics["seconds"]
+            timings[name] = Timing(parameters=trained, step=fmean(took[1:] or took), beside=metrics["loading"] + beside)
+            quickest.append(min(took))
+            runs, fewest = LEAST_SEARCH * bool(study.tuning.max_runs) + LEAST_SEEDS, min(FEWEST, metrics["steps"])
+            least = runs * fewest * (sum(quickest) + (len(configs) - len(quickest)) * min(quickest))
+            if least > clock.left:
+                raise ConfigError(
+                    f"--minutes: {counted(runs, 'run')} of {counted(fewest, 'step')} for each entry, the smallest "
+                    f"comparison, take {duration(least / clock.workers)} or more, and "
+                    f"{duration(max(0.0, clock.left / clock.workers))} are left; give more, or fewer --methods"
+                )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return timings, metrics["steps"]
+
+
+def fitted(plan: Plan, max_runs: int, seconds: float) -> Plan:
+    """The plan with the most of its first seeds, and then steps, that ``seconds`` of one worker are enough for. It may
+    have no seed yet: searches seldom are at their longest, and what they leave buys seeds."""
+    seeds, fewest = plan.seeds[:FIRST_SEEDS], min(FEWEST, plan.steps)
+
+    def lasts(number: int, steps: int) -> float:
+        return MARGIN * plan.model_copy(update={"seeds": seeds[:number], "steps": steps}).longest(max_runs)
+
+    number = next((each for each in range(len(seeds), 0, -1) if lasts(each, fewest) <= seconds), 0)
+    steps = fewest
+    if number == len(seeds):
+        of_step = max(lasts(number, fewest + 1) - lasts(number, fewest), 1e-9)
+        steps = min(plan.steps, fewest + int((seconds - lasts(number, fewest)) / of_step))
+    return plan.model_copy(update={"seeds": seeds[:number], "steps": steps})
 
 
 def other_inputs(planned: dict[str, str], found: dict[str, str]) -> list[str]:
@@ -237,63 +391,3 @@ def _differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
             yield from _differences(old.get(key), new.get(key), f"{place}.{key}" if place else str(key))
     elif old != new:
         yield f"{place}: {json.dumps(old)}, now {json.dumps(new)}"
-
-
-def timing_runs(study: Study, configs: dict[str, RunConfig], run_all: RunAll, rehearses: bool) -> dict[Job, Metrics]:
-    """A few steps of each entry, as in a search, and last of the first one as in a final run. No folder is left."""
-    for config in configs.values():
-        if (wanted := config.peft_config()) is not None:
-            check_adapter(empty_model(config.model), wanted)
-    stages: list[tuple[Stage, str]] = [("timing", name) for name in configs]
-    stages += [("rehearsal", name) for name in [*configs][:1] if rehearses]
-    jobs = [Job(stage, name, study.entries[name].learning_rate, study.tuning.seed) for stage, name in stages]
-    logger.info("%d timing runs of %d steps, which are thrown away", len(jobs), TIMED)
-    folder = study.folder / "timing"
-    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-    try:
-        steps = {name: min(TIMED, _max_steps(config) or TIMED) for name, config in configs.items()}
-        return run_all([(job, study.job_config(configs[job.entry], job, steps[job.entry])) for job in jobs])
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def timing_of(study: Study, job: Job, metrics: Metrics) -> Timing:
-    """What a timing run says; raises ConfigError if it trained another number of parameters than its entry declares."""
-    trained, wanted = int(metrics["parameters"]["trainable"]), study.entries[job.entry].parameters
-    if wanted is not None and abs(trained - wanted) > PARAMETER_TOLERANCE * wanted:
-        found = f"trains {trained:,} parameters, not {wanted:,} to within {PARAMETER_TOLERANCE:.0%}"
-        raise ConfigError(f"entries.{job.entry}: {found}; change its size (smoa budget --method) or what it declares")
-    seconds, steps = metrics["training"]["seconds"], metrics["training"]["steps"]
-    beside = max(0.0, metrics["wall_seconds"] - seconds)
-    return Timing(parameters=trained, step=seconds / max(1, steps), beside=beside)
-
-
-def _max_steps(config: RunConfig) -> int:
-    return max(0, int(config.training.get("max_steps", 0)))
-
-
-def steps_of(config: RunConfig, metrics: Metrics) -> int:
-    """The steps of a whole run: ``max_steps``, or the epochs, whose length the log of a timing run tells."""
-    if steps := _max_steps(config):
-        return steps
-    last = next(entry for entry in reversed(metrics["history"]) if entry.get("epoch"))
-    of_epoch = round(float(last["step"]) / float(last["epoch"]))
-    return math.ceil(float(config.training.get("num_train_epochs", 3)) * of_epoch)
-
-
-def fitted(plan: Plan, max_runs: int, seconds: float) -> Plan:
-    """The plan with the most seeds, and then steps, that ``seconds`` of one worker are enough for."""
-    fewest = min(FEWEST, plan.steps)
-    for number in range(len(plan.seeds), min(len(plan.seeds), FEWEST_SEEDS) - 1, -1):
-        smallest, longer = (
-            plan.model_copy(update={"seeds": plan.seeds[:number], "steps": steps}) for steps in (fewest, fewest + 1)
-        )
-        least = MARGIN * smallest.longest(max_runs)
-        if least <= seconds:
-            of_step = max(MARGIN * longer.longest(max_runs) - least, 1e-9)
-            return smallest.model_copy(update={"steps": min(plan.steps, fewest + int((seconds - least) / of_step))})
-    comparison = f"the smallest comparison ({fewest} steps a run, {number} seeds and whole searches)"
-    lasts, left = duration(least), duration(max(0.0, seconds))
-    raise ConfigError(
-        f"--minutes: {comparison} takes about {lasts}, and {left} are left; give more, or fewer --methods"
-    )

@@ -17,7 +17,6 @@ import torch
 import smoa
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.trust import is_trusted, trust_remote_code
-from smoa_lab.config.run import RunConfig
 from smoa_lab.study.comparison import Executor, perform
 from smoa_lab.study.plan import Metrics
 from smoa_lab.study.study import Job, Study
@@ -59,11 +58,11 @@ class Place:
         trust_remote_code(self.is_trusted)
 
 
-def work(place: Place, threads: int, job: Job, config: RunConfig) -> Metrics | None:
+def work(place: Place, threads: int, job: Job, *arguments: Any) -> Metrics | None:
     """What a worker does: run the job, and return its metrics, or None where another process runs it."""
     place.enter()
     torch.set_num_threads(threads)
-    return perform(job, config)
+    return perform(job, *arguments)
 
 
 class RayExecutor(Executor):
@@ -81,13 +80,13 @@ class RayExecutor(Executor):
         self.place = Place(str(Path.cwd()), study.folder / f".driver-{uuid.uuid4().hex}", is_trusted())
         self._ray: Any = None
 
-    def start(self, job: Job, config: RunConfig) -> None:
+    def start(self, job: Job, *arguments: Any) -> None:
         if self._ray is None:
             self._begin()
         logger.info("%s", job.name)
         share = {"num_cpus": self.cores, "num_gpus": int(self.on_gpus)}
         task = self._ray.remote(work).options(name=job.name, max_retries=RETRIES, **share)
-        self.running[job] = task.remote(self.place, self.cores, job, config)
+        self.running[job] = task.remote(self.place, self.cores, job, *arguments)
 
     def next_finished(self) -> tuple[Job, Metrics | None]:
         """Wait for one of the running jobs; raises what that job raised, or DataError if its workers died again and

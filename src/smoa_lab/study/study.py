@@ -16,7 +16,7 @@ from smoa_lab.config.run import ConfigText, RunConfig, check_config
 from smoa_lab.config.validation import Problem, block_problems
 from smoa_lab.study.search import rate_text
 
-Stage = Literal["timing", "rehearsal", "untouched", "untouched-validation", "search", "final"]
+Stage = Literal["timing", "untouched", "untouched-validation", "search", "final"]
 DECIDED = {
     "method": "is what an entry has",
     "adapter": "is what an entry has",
@@ -62,9 +62,9 @@ class Tuning(Section):
 
 @dataclass(frozen=True, order=True)
 class Job:
-    """A run of an entry: a ``search`` is scored on the validation part, a ``final`` one on the test part. ``timing``
-    and ``rehearsal`` are the first steps of these, thrown away. The ``untouched`` ones score the model as it is, in any
-    entry's config."""
+    """A run of an entry: a ``search`` is scored on the validation part, a ``final`` one on the test part. ``timing`` is
+    the first steps of a search's, thrown away. The ``untouched`` ones score the model as it is, in any entry's
+    config."""
 
     stage: Stage
     entry: str
@@ -80,8 +80,8 @@ class Job:
         """Its folder within the study's."""
         if self.is_untouched:
             return self.stage
-        if self.stage in ("timing", "rehearsal"):
-            return f"timing/{self.entry}-{self.stage}"
+        if self.stage == "timing":
+            return f"timing/{self.entry}"
         return f"{self.entry}/lr-{rate_text(self.learning_rate)}-seed-{self.seed}"
 
 
@@ -172,11 +172,11 @@ class Study(Section):
         }
         return check_config(values, place)
 
-    def job_config(self, config: RunConfig, job: Job, steps: int) -> RunConfig:
+    def job_config(self, config: RunConfig, job: Job, steps: int | None = None) -> RunConfig:
         """``config``, an entry's, as the job runs it, for so many steps. What is scored on the validation part has
         neither sample answers nor a measure of what is forgotten."""
         own = {"learning_rate": job.learning_rate, "seed": job.seed, "output_dir": str(self.folder / job.name)}
-        training = {**config.training, **own, "max_steps": steps}
+        training = {**config.training, **own, **({} if steps is None else {"max_steps": steps})}
         if job.stage not in ("search", "timing", "untouched-validation"):
             return config.model_copy(update={"training": training})
         quiet = {"data": {"samples": 0}, "forgetting": {"tokens": 0}, "scoring": {"part": "validation"}}

@@ -31,7 +31,7 @@ from smoa_lab.scoring.evaluation import Evaluation, Forgetting
 from smoa_lab.training.adapting import check_adapter
 from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.run_folder import RunFolder, is_first_process, peak_memory, provenance
-from smoa_lab.training.trainer import fit, make_trainer
+from smoa_lab.training.trainer import Stopwatch, fit, make_trainer
 
 logger = logging.getLogger(__name__)
 FORMAT = 2
@@ -72,6 +72,22 @@ def score_untouched(config: RunConfig) -> dict[str, Any]:
         return _finish(folder, metrics, evaluation)
 
 
+def time_steps(config: RunConfig, most: int, seconds: float) -> dict[str, Any]:
+    """Take the first steps of a run and throw them away: at most so many, and no further one after so many seconds.
+    How long each took, and loading; how many a whole run takes; the parameters that are trained."""
+    started = time.perf_counter()
+    trainer = make_trainer(load_run(config), config.peft_config())
+    loaded, watch = time.perf_counter(), Stopwatch(most, seconds)
+    trainer.add_callback(watch)
+    fit(trainer, None)
+    return {
+        "parameters": {"trainable": _trainable(trainer.model)},
+        "loading": loaded - started,
+        "seconds": watch.seconds,
+        "steps": trainer.state.max_steps,
+    }
+
+
 def _train(
     loaded: LoadedRun, trainer: Trainer, forgetting: Forgetting, folder: RunFolder, checkpoint: str | None
 ) -> dict[str, Any]:
@@ -96,8 +112,7 @@ def _train(
     tokens = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
     is_whole = tokens and not checkpoint  # TRL counts a resumed run's tokens from 0 again
     speed = {"tokens": tokens[-1], "tokens_per_second": round(tokens[-1] / seconds, 1)} if is_whole else {}
-    trainable = sum(_entries(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    metrics = _metrics(loaded, arguments, model, evaluation, forgetting, trainable)
+    metrics = _metrics(loaded, arguments, model, evaluation, forgetting, _trainable(model))
     metrics["training"] = {
         "trainer": type(trainer).__name__.removeprefix("Sparse"),
         "seconds": round(seconds, 1),
@@ -150,6 +165,10 @@ def _metrics(
         "training": None,
         "history": [],
     }
+
+
+def _trainable(model: Any) -> int:
+    return sum(_entries(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _entries(parameter: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,21 @@ class ProgressReport(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
+
+
+class Stopwatch(TrainerCallback):
+    """Times steps, and ends the training after so many of them or so many seconds."""
+
+    def __init__(self, most: int, limit: float) -> None:
+        self.most, self.limit = most, limit
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.began)
+        control.should_training_stop |= len(self.seconds) >= self.most or sum(self.seconds) >= self.limit
 
 
 def _is_over(checkpoint: str) -> bool:

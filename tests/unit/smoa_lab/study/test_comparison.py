@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -19,7 +20,7 @@ from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.plan import Plan
 from smoa_lab.study.study import Job, Study, Tuning
 from smoa_lab.training.run_folder import RunFolder
-from tests.support.studies import WrittenRuns, compared
+from tests.support.studies import WrittenRuns, compared, fake_time
 
 
 def folders(study: Study, pattern: str = "*/lr-*") -> list[str]:
@@ -28,7 +29,7 @@ def folders(study: Study, pattern: str = "*/lr-*") -> list[str]:
 
 def test_a_study_is_a_folder_of_run_folders_each_run_once(study: Study, written: WrittenRuns) -> None:
     compared(study).run()
-    kept = [path for path in written.ran if "/timing/" not in path]
+    kept = written.ran
     assert len(kept) == len(set(kept)) == 2 + 3 + 3 + 5 + 9
     assert sorted(Path(path).relative_to(study.folder).as_posix() for path in kept) == [
         *folders(study),
@@ -47,7 +48,7 @@ def test_the_rates_of_all_entries_are_written_before_the_first_final_run(
     file, seen = study.folder / "chosen.json", list[set[str]]()
 
     def run(config: RunConfig) -> dict[str, Any]:
-        if config.scoring.part == "test" and "timing" not in config.folder.parts:
+        if config.scoring.part == "test":
             seen.append(set(json.loads(file.read_text())))
         return written.run(config)
 
@@ -86,6 +87,7 @@ def test_final_runs_are_at_the_vertex_and_where_all_rates_are_too_high_the_searc
 
 def test_a_search_waits_for_the_untouched_model_after_its_first_rates(study: Study, written: WrittenRuns) -> None:
     comparison = compared(study)
+    shutil.rmtree(study.folder / "untouched-validation")
     untouched, *searches = comparison.ready(["lora"])
     assert untouched.name == "untouched"
     baseline, *searches = searches
@@ -165,17 +167,18 @@ def slow(written: WrittenRuns, monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
     return ran
 
 
-def test_two_drivers_share_a_study_and_run_no_job_twice(study: Study, slow: list[tuple[str, str]]) -> None:
+def test_two_drivers_share_a_study_and_run_no_job_twice(
+    study: Study, written: WrittenRuns, slow: list[tuple[str, str]]
+) -> None:
     study.config("ours")  # imports TRL, which two threads can't do at once
     drivers = [Thread(target=lambda: compared(study).run(), name=name) for name in "ab"]
     for driver in drivers:
         driver.start()
     for driver in drivers:
         driver.join()
-    ran = [(driver, name) for driver, name in slow if not name.startswith("timing/")]
-    assert sorted(name for _, name in ran) == folders(study)
-    assert {driver for driver, _ in ran} == {"a", "b"}
-    assert len([name for _, name in slow if name.startswith("timing/")]) == 4
+    assert sorted(name for _, name in slow) == folders(study)
+    assert {driver for driver, _ in slow} == {"a", "b"}
+    assert len(written.timed) == 3
 
 
 def test_a_driver_that_finds_a_job_taken_runs_the_next_and_comes_back(
@@ -251,11 +254,88 @@ def test_the_time_left_is_never_underestimated_and_ends_at_none(study: Study, wr
     jobs = carried_out(study, plan, written, workers=1, seed=0)
     comparison = Comparison(study, plan)
     for number, job in enumerate(jobs):
-        left = sum(plan.seconds(each.stage, each.entry) for each in jobs[number:] if each.stage != "untouched")
+        left = sum(plan.seconds(each.stage, each.entry) for each in jobs[number:] if not each.is_untouched)
         assert comparison.at_most_left(names) >= left - 1e-6
         loss = 1.0 if job.stage == "untouched" else written.loss(comparison.config(job))
         comparison.finish(job, {"evaluation": {"after": {"loss": loss}}})
     assert comparison.at_most_left(names) == 0
+
+
+@pytest.fixture
+def many(study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """A study that lists five seeds, in a time that passes by runs alone; a run takes 13 to 34 s."""
+    fake_time(monkeypatch, written)
+    return study.model_copy(update={"seeds": [0, 1, 2, 3, 4]})
+
+
+def ran_seeds(study: Study) -> list[set[str]]:
+    """The final seeds of each entry."""
+    return [{path.name[-1] for path in study.folder.glob(f"{name}/lr-*-seed-?")} for name in study.entries]
+
+
+@pytest.mark.parametrize("minutes", [10, 13, 14, 16, 30])
+def test_time_that_searches_leave_buys_whole_rounds_of_seeds_and_a_study_ends_in_time(
+    minutes: float, many: Study, written: WrittenRuns
+) -> None:
+    comparison = compared(many, minutes)
+    planned = comparison.plan
+    assert len(planned.seeds) == 3
+    comparison.run()
+    assert written.now <= 60 * minutes
+    plan = compared(many).plan
+    assert ran_seeds(many) == [set(map(str, plan.seeds))] * 3
+    assert plan.seeds == [0, 1, 2, 3, 4][: len(plan.seeds)]
+    round_ = sum(plan.seconds("final", name) for name in many.entries)
+    assert len(plan.seeds) == 5 or written.now + 1.2 * round_ > 60 * minutes
+    assert plan.used == pytest.approx(written.now, abs=1)
+
+
+def test_seeds_are_bought_by_time_alone(many: Study, written: WrittenRuns, tmp_path: Path) -> None:
+    compared(many, 14).run()
+    other = many.model_copy(update={"folder": tmp_path / "other"})
+    written.now, usual = 0.0, written.usual_loss
+    written.loss = lambda config: 10 + (usual(config) or 0.0) * (3 if config.method == "lora" else -1)
+    written.untouched_loss = 99.0
+    compared(other, 14).run()
+    assert ran_seeds(other)[0] == ran_seeds(many)[0]
+
+
+def test_on_a_machine_that_slows_down_nothing_starts_after_the_time_and_seeds_that_some_lack_are_left_out(
+    many: Study, written: WrittenRuns, caplog: pytest.LogCaptureFixture
+) -> None:
+    comparison = compared(many, 12)
+    written.slower = 2.6
+    caplog.set_level("INFO")
+    comparison.run()
+    longest = 2.6 * 25
+    assert 12 * 60 <= written.now <= 12 * 60 + longest
+    assert "The 12 minutes are used, and nothing more starts" in caplog.text
+    assert re.search(r"At most \d+ min in all, not \d+ min", caplog.text)
+    plan = compared(many).plan
+    assert 0 < len(plan.seeds) < 3
+    assert set.intersection(*ran_seeds(many)) == set(map(str, plan.seeds))
+    ran = len(written.ran)
+    compared(many, 12).run()  # time that was used counts
+    assert len(written.ran) == ran
+    compared(many, number=4).run()
+    assert compared(many).plan.seeds == [0, 1, 2, 3]
+    assert ran_seeds(many) == [set("0123")] * 3
+    assert len(written.ran) == len(set(written.ran))
+
+
+def test_a_seed_that_another_process_bought_is_run_here_too(many: Study, written: WrittenRuns) -> None:
+    mine, theirs = compared(many, 30), compared(many)
+    theirs.run()
+    ran = len(written.ran)
+    mine.run()
+    assert mine.plan.seeds == theirs.plan.seeds == [0, 1, 2, 3, 4]
+    assert len(written.ran) == ran
+    assert sum(job.stage == "final" for job in mine.losses) == 15
+
+
+def test_minutes_and_seeds_together_are_the_most_of_both(many: Study, written: WrittenRuns) -> None:
+    compared(many, 60, number=2).run()
+    assert compared(many, 60, number=2).plan.seeds == [0, 1]
 
 
 def test_rows_that_change_while_a_study_runs_end_it_with_the_first_job(study: Study, written: WrittenRuns) -> None:

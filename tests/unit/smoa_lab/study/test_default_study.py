@@ -53,9 +53,9 @@ def test_a_first_study_has_entries_of_equal_size_and_all_that_it_decides(room: P
         assert 0.85 <= (other.parameters or 0) / lora.parameters <= 1.02
     rate = adapter_rate(1000)
     assert [entry.learning_rate for entry in (ours, lora, hira)] == [rate, rate, 10 * rate]
-    assert (study.references, study.seeds, study.keep) == (["lora"], [0, 1, 2], "best")
+    assert (study.references, study.seeds, study.keep) == (["lora"], [0, 1, 2, 3], "best")
     written.rows["train"] = 4000
-    assert default_study("base", "chats.jsonl", seeds=2).shared["training"]["max_steps"] == 300
+    assert default_study("base", "chats.jsonl").shared["training"]["max_steps"] == 300
 
 
 @pytest.mark.parametrize("method", ["full", "ln_tuning"])
@@ -87,7 +87,11 @@ def test_the_command_writes_a_study_runs_it_and_goes_on_with_it(room: Path, writ
     assert "studies/chats/study.yaml: says otherwise" in other.stderr
     assert "use a new folder (folder=studies/NAME)" in other.stderr
     smoa("compare", "--model", "base", "--data", "chats.jsonl", "--seeds", "2", "folder=studies/two", "--json")
-    assert len(list((room / "studies" / "two").glob("*/lr-*-seed-[01]"))) == 4
+    assert len(list((room / "studies" / "two").glob("*/lr-*-seed-?"))) == 4
+    smoa("compare", "--model", "base", "--data", "chats.jsonl", "--seeds", "3", "folder=studies/two")
+    smoa("compare", "studies/two/study.yaml", "--seeds", "7")
+    assert {path.name[-1] for path in (room / "studies" / "two").glob("*/lr-*-seed-?")} == set("0123456")
+    smoa("compare", "studies/two/study.yaml")
 
 
 def test_an_interrupted_first_start_leaves_a_file_to_edit(room: Path, written: WrittenRuns) -> None:
@@ -101,7 +105,7 @@ def test_an_interrupted_first_start_leaves_a_file_to_edit(room: Path, written: W
 
 def test_a_study_that_is_refused_leaves_no_file_that_refuses_the_next(room: Path, written: WrittenRuns) -> None:
     words = ["compare", "--model", "base", "--data", "chats.jsonl"]
-    assert "--minutes: the smallest" in smoa(*words, "--minutes", "0.01", code=1).stderr
+    assert "the smallest comparison, take" in smoa(*words, "--minutes", "0.01", code=1).stderr
     smoa(*words, "--seeds", "2")
 
 
@@ -113,7 +117,7 @@ def test_an_entry_that_is_added_to_the_file_is_run_beside_the_others(room: Path,
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     number = len(written.ran)
     assert "again" in smoa("compare", str(file)).stdout
-    assert len([path for path in written.ran[number:] if "again" in path]) == 1 + 3 + 3
+    assert len([path for path in written.ran[number:] if "again" in path]) == 3 + 5
     values["shared"]["training"]["max_steps"] = 7
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     assert "shared.training.max_steps: 150, now 7" in smoa("compare", str(file), code=1).stderr

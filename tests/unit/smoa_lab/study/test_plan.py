@@ -7,7 +7,7 @@ import pytest
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import plan as planning
-from smoa_lab.study.plan import FEWEST, Plan, Timing, check_folder, fitted, prepare, steps_of, study_file
+from smoa_lab.study.plan import FEWEST, Plan, Timing, check_folder, fitted, prepare, study_file
 from smoa_lab.study.study import Study, load_study
 from tests.support.studies import WrittenRuns, compared, entry
 
@@ -19,58 +19,76 @@ def planned(steps: int = 300, seeds: int = 3) -> Plan:
     return Plan(steps=steps, seeds=list(range(seeds)), final=10, **facts)
 
 
+def unused(plan: Plan) -> Plan:
+    """A plan without the time that was used."""
+    return plan.model_copy(update={"used": 0.0})
+
+
 def test_a_plan_lasts_as_long_as_its_longest_searches_and_its_runs() -> None:
-    assert planned(100).longest(6) == 20 + 6 * (20 + 30) + 3 * (30 + 40)
+    assert planned(100).longest(6) == 6 * (20 + 30) + 3 * (30 + 40)
 
 
-def test_a_plan_takes_fewer_steps_then_fewer_seeds_and_never_a_narrower_search() -> None:
-    whole = planned()
-    assert fitted(whole, 6, 1.1 * whole.longest(6) + 1) == whole
-    for seconds in (1000, 700, 400, 370, 350):
+def test_three_seeds_come_before_more_than_thirty_steps_and_fewer_steps_never() -> None:
+    whole = planned(seeds=5)
+    assert fitted(whole, 6, 3000) == whole.model_copy(update={"seeds": [0, 1, 2]})
+    for seconds in (900, 700, 500):
         found = fitted(whole, 6, seconds)
         assert FEWEST <= found.steps < 300
+        assert found.seeds == [0, 1, 2]
         assert 1.1 * found.longest(6) <= seconds
-        longer = found.model_copy(update={"steps": found.steps + 1})
-        assert 1.1 * longer.longest(6) > seconds
-        assert len(found.seeds) == (3 if seconds >= 1.1 * planned(FEWEST).longest(6) else 2)
-    with pytest.raises(ConfigError, match=r"smallest comparison \(30 steps a run, 2 seeds and whole searches\) takes"):
-        fitted(whole, 6, 300)
+        assert 1.1 * found.model_copy(update={"steps": found.steps + 1}).longest(6) > seconds
+    least = [1.1 * planned(FEWEST, seeds).longest(6) for seeds in range(4)]
+    found = [fitted(whole, 6, seconds + 1) for seconds in [*least, 10]]
+    assert [(plan.steps, len(plan.seeds)) for plan in found[:3]] == [(30, 0), (30, 1), (30, 2)]
+    assert (found[4].steps, found[4].seeds) == (30, [])
     assert fitted(planned(20), 6, 5000).steps == 20
 
 
-def test_the_timing_runs_decide_and_are_thrown_away(
+def test_the_untouched_model_is_scored_first_and_counts_and_a_few_steps_of_each_are_thrown_away(
+    study: Study, written: WrittenRuns
+) -> None:
+    plan = compared(study).plan
+    assert [path.rpartition("/")[2] for path in written.ran] == ["untouched", "untouched-validation"]
+    assert [path.rpartition("/")[2] for path in written.timed] == list(study.entries)
+    assert not (study.folder / "timing").exists()
+    assert (plan.format, plan.steps, plan.seeds, plan.rows["test"]) == (2, 100, [0, 1, 2], 60)
+    assert plan.entries["lora"] == Timing(parameters=1000, step=plan.entries["lora"].step, beside=2.0)
+    assert plan.entries["lora"].step == pytest.approx(0.1)
+    assert plan.final == pytest.approx(4 - 1 + 2 * 2048 / 360)  # the validation part's seconds a token
+    assert unused(plan) == unused(compared(study).plan)
+    assert len(written.ran) == 2
+
+
+def test_a_start_that_was_interrupted_scores_the_untouched_model_no_second_time(
     study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps: dict[str, Any] = {}
+    def interrupted(*_: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
 
-    def run(config: RunConfig) -> dict[str, Any]:
-        steps[config.folder.name] = (config.training["max_steps"], config.scoring.part, config.data.samples)
-        return written.write(config)
-
-    monkeypatch.setattr("smoa_lab.study.comparison.run", run)
-    plan = compared(study).plan
-    assert steps == {
-        **{f"{name}-timing": (20, "validation", 0) for name in study.entries},
-        "ours-rehearsal": (20, "test", 10),
-    }
-    assert (plan.steps, plan.seeds, plan.rows["test"]) == (100, [0, 1, 2], 60)
-    assert plan.entries["lora"].step == pytest.approx(0.1)
-    assert not (study.folder / "timing").exists()
-    assert plan == compared(study).plan
+    with monkeypatch.context() as patch:
+        patch.setattr("smoa_lab.study.comparison.time_steps", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compared(study)
+    compared(study).run()
+    assert len(written.ran) == len(set(written.ran))
 
 
-def test_epochs_are_counted_in_steps_by_the_log_of_a_timing_run(study: Study) -> None:
-    shared = {**study.shared, "training": {"use_cpu": True, "num_train_epochs": 2}}
-    config = study.model_copy(update={"shared": shared}).config("ours")
-    history = [{"loss": 1.0, "step": 10, "epoch": 0.2}, {"step": 20, "epoch": 0.4}, {"train_runtime": 1.0}]
-    assert steps_of(config, {"history": history}) == 100
+def test_what_cannot_end_in_time_is_refused_by_the_quickest_step_so_far_and_leaves_nothing(
+    study: Study, written: WrittenRuns
+) -> None:
+    written.step_seconds["smoa"] = 1.0  # of three entries: 5 × 30 × 3 s
+    with pytest.raises(ConfigError, match=r"5 runs of 30 steps for each entry, .* take 8 min or more, and .* are left"):
+        compared(study, minutes=7)
+    assert [path.rpartition("/")[2] for path in written.timed] == ["ours"]
+    assert [path.name for path in study.folder.iterdir()] == [".lock"]
+    assert compared(study, minutes=9).plan.steps == FEWEST
 
 
 def test_a_plan_is_for_the_minutes_that_are_given_and_no_resume_changes_it(study: Study, written: WrittenRuns) -> None:
     plan = compared(study, minutes=3).plan
     assert plan.steps < 100
     assert plan.minutes == 3
-    assert compared(study).plan == compared(study, minutes=3).plan == plan
+    assert unused(compared(study).plan) == unused(compared(study, minutes=3).plan) == unused(plan)
     with pytest.raises(ConfigError, match=r"planned otherwise\n  --minutes: 3\.0, now 60"):
         compared(study, minutes=60)
 
@@ -82,7 +100,8 @@ def test_entries_and_seeds_may_be_added_and_run_at_the_plans_steps(study: Study,
     added = compared(more).plan
     assert (added.steps, added.seeds) == (plan.steps, [*plan.seeds, 7])
     assert list(added.entries) == ["ours", "lora", "full", "dora"]
-    assert compared(more).plan == added
+    assert (plan.limit, added.limit) == (180, None)
+    assert unused(compared(more).plan) == unused(added)
     with pytest.raises(ConfigError, match=r"entries\.dora: .*, now null"):
         compared(study)
 
@@ -126,7 +145,7 @@ def test_other_rows_or_another_base_are_refused_also_where_all_has_run(
     with pytest.raises(ConfigError, match=told):
         compared(study)
     with pytest.raises(ConfigError, match=told):
-        prepare(study, run_all=None)
+        prepare(study, None)
 
 
 def test_what_is_missing_is_said_before_anything_runs(

@@ -169,7 +169,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def study_file(room: Path, name: str) -> Path:
-    """Two entries at two seeds, and the untouched model: five jobs, after three timing runs."""
+    """Two entries at two seeds, and the untouched model: five jobs, after a few steps of each."""
     training = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "use_cpu": True}
     values = {
         "folder": str(room / name),
@@ -193,7 +193,7 @@ def study_file(room: Path, name: str) -> Path:
 
 def run_study(study: Study, executor: Executor) -> None:
     with executor:
-        Comparison(study, prepare(study, executor.run_all)).run(executor=executor)
+        Comparison(study, prepare(study, executor.result)).run(executor=executor)
 
 
 def results(study: Study) -> dict[str, Any]:
@@ -242,13 +242,13 @@ def test_the_job_of_a_killed_worker_is_run_again_and_all_results_are_those_of_on
 ) -> None:
     study, mark = load_study(study_file(room, "killed")), room / "worker"
 
-    def held(place: Place, threads: int, job: Job, config: RunConfig) -> Metrics | None:
+    def held(place: Place, threads: int, job: Job, config: RunConfig, *more: Any) -> Metrics | None:
         """What a worker does; the first one at the job stays in it, holding its lock, until it is killed."""
         if job.name == "ours/lr-1e-2-seed-0" and not mark.exists():
             with RunFolder(config.folder).alone():
                 write_whole(mark, str(os.getpid()))
                 time.sleep(3600)
-        return work(place, threads, job, config)
+        return work(place, threads, job, config, *more)
 
     def kill() -> None:
         wait_for(mark.exists)
