@@ -111,16 +111,20 @@ def plain_losses(run: Path, base: Path, rows: Path) -> tuple[list[float], list[i
 
 def test_difference_and_interval_are_those_of_the_saved_adapters(room: Path, summary: dict[str, Any]) -> None:
     reported = next(one["differences"]["loss"] for one in summary["entries"] if one["entry"] == "lora")
-    gaps = []
+    gaps, means = [], []
     for seed in range(3):
         folders = (next((room / "study" / name).glob(f"lr-*-seed-{seed}")) for name in ("lora", "ours"))
         (lora, tokens), (ours, _) = (plain_losses(run, room / "base", room / "held-out.jsonl") for run in folders)
         gaps.append(np.subtract(lora, ours))
+        means.append((sum(lora) / sum(tokens), sum(ours) / sum(tokens)))
     count, chance = len(tokens), np.random.default_rng(7)
     drawn = chance.integers(0, count, (20000, count))
     of_rows = np.mean(gaps, axis=0)[drawn].sum(axis=1) / np.array(tokens)[drawn].sum(axis=1)
     of_seeds = np.sum(gaps, axis=1) / sum(tokens)
-    samples = of_rows + chance.standard_t(2, 20000) * of_seeds.std(ddof=1) / 3**0.5
+    alone = np.subtract(gaps, np.outer(of_seeds, tokens))  # what a row does in one seed is in the seeds' spread
+    of_rows_in_seeds = alone.var(axis=0, ddof=1).sum() / 3 / sum(tokens) ** 2
+    of_rows = of_rows.mean() + max(0.0, 1 - of_rows_in_seeds / of_rows.var()) ** 0.5 * (of_rows - of_rows.mean())
+    samples = of_rows + chance.standard_t(4, 20000) * (2 * np.var(means, axis=0, ddof=1).mean() / 3) ** 0.5
     low, high = np.percentile(samples, [2.5, 97.5])
     assert reported["mean"] == pytest.approx(of_seeds.mean(), abs=1e-5)
     assert reported["low"] == pytest.approx(low, abs=0.1 * (high - low))
