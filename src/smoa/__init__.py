@@ -31,7 +31,6 @@ from smoa.files.loading import guard_loading  # noqa: E402
 from smoa.maths.blocks import Blocks as SpectralPartition  # noqa: E402  (its public name)
 from smoa.maths.spectrum import make_partition, spectral_scores  # noqa: E402
 from smoa.scores import clear_spectrum_cache  # noqa: E402
-from smoa.serving.pool import AdapterPool  # noqa: E402
 from smoa.tuner.generation import keep_in_generate  # noqa: E402
 from smoa.tuner.merging import merged  # noqa: E402
 from smoa.tuner.model import SmoaModel  # noqa: E402
@@ -44,7 +43,6 @@ __version__ = "0.2.0"
 
 __all__ = [
     "AdapterFileError",
-    "AdapterPool",
     "ConfigError",
     "DataError",
     "MergeError",

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Self
 
 import numpy
@@ -19,32 +18,14 @@ from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.checks import check_layout, check_values
 from smoa.files.loading import read_adapter, tensors_of
 from smoa.files.names import PARTS, PREFIX
-from smoa.layers.layer import RANDOM_SIZE
 from smoa.maths.blocks import Blocks
-from smoa.maths.factors import Initialization, init_factors, runs_of, saved_shapes
-from smoa.maths.scale import ModulationKind, rank_scale
+from smoa.maths.factors import runs_of, saved_shapes
+from smoa.maths.scale import ModulationKind
 
 SMALL = 1e4
 """If all values are smaller, none leaves float16, and no ΔW leaves float32."""
 MOST_TEMPLATES = 8
 """Of one base; each holds the bytes of an adapter."""
-
-
-def folder_in(place: Path, name: str) -> Path | None:
-    """The folder of the adapter `name` right in `place`; None if the name leads elsewhere, or to no folder."""
-    is_name = Path(name).name == name and name not in ("", "..")
-    return place / name if is_name and (place / name).is_dir() else None
-
-
-def by_layer(tensors: Mapping[str, Tensor], source: str, remedy: str) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a saved adapter by layer and part; raises ConfigError, with the remedy, if it has any others."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        path, _, part = key.removeprefix(PREFIX).partition(".smoa_")
-        if f"smoa_{part}" not in PARTS:
-            raise ConfigError(f"{source}: has {key}; {remedy}")
-        found.setdefault(path, {})[f"smoa_{part}"] = tensor
-    return found
 
 
 @dataclass(frozen=True)
@@ -54,7 +35,6 @@ class SavedLayer:
     ranks: tuple[int, ...]
     modulation: ModulationKind
     scaling: float
-    is_spectral: bool
     A: Tensor
     B: Tensor
     row_labels: Tensor
@@ -84,19 +64,12 @@ class SavedLayer:
         """Itself: it is copied once for each activation."""
         return self
 
-    def in_runs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of A (rank, blocks, width) and B (rank, blocks, height) of each run of blocks of one shape."""
-        for run in runs_of(len(self.row_labels), len(self.col_labels), self.ranks):
-            yield run.of_A(self.A).transpose(0, 1), run.of_B(self.B).permute(2, 0, 1)
-
-    def drawn(self, init: Initialization) -> Self:
-        """The layer with new factors, as an adapted layer draws them."""
-        A, B = torch.empty_like(self.A), torch.empty_like(self.B)
-        sizes = len(self.row_labels), len(self.col_labels)
-        init_factors(A, B, sizes, self.ranks, init, RANDOM_SIZE / self.scaling)
-        if init is False:
-            B.div_(rank_scale(self.block_scale, self.ranks))  # the same size for every scale, as in an adapted layer
-        return self.with_values(A, B, self.block_scale)
+    def in_runs(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Views of A (rank, blocks, width) and B (rank, blocks, height) of each run of blocks of one shape, and the
+        scales of its blocks."""
+        runs, scales = runs_of(len(self.row_labels), len(self.col_labels), self.ranks), self.block_scale * self.scaling
+        for run, scale in zip(runs, scales.split([run.count for run in runs]), strict=True):
+            yield run.of_A(self.A).transpose(0, 1), run.of_B(self.B).permute(2, 0, 1), scale
 
     def with_values(self, A: Tensor, B: Tensor, block_scale: Tensor) -> Self:
         """A layer with the same blocks, ranks and settings."""
@@ -105,10 +78,83 @@ class SavedLayer:
         return other
 
 
-def checked_layers(
+class Template:
+    """A checked adapter, by which others are read that differ from it in factors and scales alone.
+
+    Args:
+        layers: Its layers, by path.
+        settings: Those of its config.
+        data: The bytes of its file, of which its tensors are views, or another adapter never fits.
+    """
+
+    def __init__(self, layers: dict[str, SavedLayer], settings: str, data: Tensor) -> None:
+        self.layers, self._settings, self._data = layers, settings, data
+
+    @cached_property
+    def _span(self) -> tuple[int, int] | None:
+        """Where factors and scales are among the float32 numbers of the file; None if anything else is there too."""
+        own = [part for each in self.layers.values() for part in (each.A, each.B, each.block_scale)]
+        start = min(int(part.storage_offset()) for part in own)
+        stop = max(int(part.storage_offset()) + part.numel() for part in own)
+        is_whole = all(part.dtype == torch.float32 for part in own) and sum(map(Tensor.numel, own)) == stop - start
+        are_small = all(each.is_small for each in self.layers.values())
+        return (start, stop) if is_whole and are_small else None
+
+    def read(self, data: Tensor, settings: str) -> dict[str, SavedLayer] | None:
+        """The layers of the adapter in the bytes of a file, if it is such a one, whose values are so small that all
+        checks pass."""
+        known, span = self._data, self._span
+        if span is None or settings != self._settings or data.shape != known.shape:
+            return None
+        head, tail = slice(4 * span[0]), slice(4 * span[1], None)
+        if not (torch.equal(data[head], known[head]) and torch.equal(data[tail], known[tail])):
+            return None
+        numbers = data[: len(data) // 4 * 4].view(torch.float32)
+        if not float(torch.linalg.vector_norm(numbers[slice(*span)], torch.inf)) < SMALL:  # or one is NaN
+            return None
+
+        def own(part: Tensor) -> Tensor:
+            return numbers.as_strided(part.shape, part.stride(), part.storage_offset())
+
+        parts = {path: (each.A, each.B, each.block_scale) for path, each in self.layers.items()}
+        return {path: self.layers[path].with_values(*map(own, of_layer)) for path, of_layer in parts.items()}
+
+
+ShapesOf = Callable[[Sequence[str]], Mapping[str, Shape]]
+
+
+def read_by_template(
+    known: list[Template], source: str, config: SmoaConfig, remedy: str, shapes_of: ShapesOf
+) -> dict[str, SavedLayer]:
+    """The layers of a saved adapter, by a template that it fits; or else it becomes a new one.
+
+    `shapes_of` gives (out_features, in_features) of each layer at some paths, or raises what is wrong with them. The
+    remedy is for an adapter that has more than factors.
+    """
+    path, content = read_adapter(source)
+    data = torch.from_numpy(numpy.frombuffer(content, numpy.uint8).copy())
+    settings = json.dumps(config.to_dict(), default=sorted, sort_keys=True)
+    for template in known:
+        if (layers := template.read(data, settings)) is not None:
+            return layers
+    tensors = tensors_of(path, content)
+    with suppress(RuntimeError):  # of one that is at no multiple of its dtype's size
+        tensors = _views(tensors, data)
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        layer, _, part = key.removeprefix(PREFIX).partition(".smoa_")
+        if f"smoa_{part}" not in PARTS:
+            raise ConfigError(f"{source}: has {key}; {remedy}")
+        found.setdefault(layer, {})[f"smoa_{part}"] = tensor
+    layers = _checked(found, shapes_of(sorted(found)), config, source)
+    known[:] = [Template(layers, settings, data), *known[: MOST_TEMPLATES - 1]]
+    return layers
+
+
+def _checked(
     found: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, tuple[int, int]], config: SmoaConfig, source: str
 ) -> dict[str, SavedLayer]:
-    """The layers of these shapes, of what `by_layer` has found."""
+    """The layers of these shapes, of tensors by layer and part."""
     by_name = config.rank_pattern or config.alpha_pattern or config.num_blocks_pattern
 
     @cache
@@ -125,8 +171,7 @@ def checked_layers(
             tensors[path] = {f"{path}.{part}": found[path][part] for part in PARTS}
             check_layout(tensors[path], sizes, len(ranks))
             A, B, rows, cols, scale = tensors[path].values()
-            own = ranks, config.modulation, scaling, config.partition == "spectral"
-            layers[path] = SavedLayer(*own, A, B, rows, cols, scale.float())
+            layers[path] = SavedLayer(ranks, config.modulation, scaling, A, B, rows, cols, scale.float())
         values = [part for layer in layers.values() for part in (layer.A, layer.B, layer.block_scale)]
         are_small = all(layer.is_small for layer in layers.values())
         if not (are_small and float(nn.utils.get_total_norm(values, torch.inf)) < SMALL):  # or one is NaN
@@ -137,85 +182,9 @@ def checked_layers(
     return layers
 
 
-class Template:
-    """A checked adapter, by which others are read that differ from it in factors and scales alone.
-
-    Args:
-        layers: Its layers, by path.
-        settings: Those of its config.
-        data: The bytes of its file, of which its tensors are views, or another adapter never fits.
-    """
-
-    def __init__(self, layers: dict[str, SavedLayer], settings: str = "", data: Tensor | None = None) -> None:
-        self.layers, self._settings, self._data = layers, settings, data
-        self.signature = tuple((path, each.ranks, each.modulation, each.digest) for path, each in layers.items())
-
-    @cached_property
-    def _span(self) -> tuple[int, int] | None:
-        """Where factors and scales are among the float32 numbers of the file; None if anything else is there too."""
-        own = [part for each in self.layers.values() for part in (each.A, each.B, each.block_scale)]
-        start = min(int(part.storage_offset()) for part in own)
-        stop = max(int(part.storage_offset()) + part.numel() for part in own)
-        is_whole = all(part.dtype == torch.float32 for part in own) and sum(map(Tensor.numel, own)) == stop - start
-        are_small = all(each.is_small for each in self.layers.values())
-        return (start, stop) if is_whole and are_small else None
-
-    def numbers_of(self, data: Tensor, settings: str) -> Tensor | None:
-        """The bytes of a file as float32, if it has such an adapter, whose values are so small that all checks pass."""
-        known, span = self._data, self._span
-        if known is None or span is None or settings != self._settings or data.shape != known.shape:
-            return None
-        head, tail = slice(4 * span[0]), slice(4 * span[1], None)
-        if not (torch.equal(data[head], known[head]) and torch.equal(data[tail], known[tail])):
-            return None
-        numbers = data[: len(data) // 4 * 4].view(torch.float32)
-        return numbers if float(torch.linalg.vector_norm(numbers[slice(*span)], torch.inf)) < SMALL else None
-
-    def layers_of(self, numbers: Tensor | None) -> dict[str, SavedLayer]:
-        """The layers of a file with these numbers, None for the template's own."""
-        if numbers is None:
-            return self.layers
-
-        def own(part: Tensor) -> Tensor:
-            return numbers.as_strided(part.shape, part.stride(), part.storage_offset())
-
-        parts = {path: (each.A, each.B, each.block_scale) for path, each in self.layers.items()}
-        return {path: self.layers[path].with_values(*map(own, of_layer)) for path, of_layer in parts.items()}
-
-
-ShapesOf = Callable[[Sequence[str]], Mapping[str, Shape]]
-
-
-def read_by_template(
-    known: list[Template], source: str, config: SmoaConfig, remedy: str, shapes_of: ShapesOf
-) -> tuple[Template, Tensor | None]:
-    """A template that a saved adapter fits, and its numbers; or else, without numbers, a new one, which is then known.
-
-    `shapes_of` gives (out_features, in_features) of each layer at some paths, or raises what is wrong with them. The
-    remedy is for an adapter that has more than factors.
-    """
-    path, content = read_adapter(source)
-    data, settings = torch.from_numpy(numpy.frombuffer(content, numpy.uint8).copy()), settings_of(config)
-    for template in known:
-        if (numbers := template.numbers_of(data, settings)) is not None:
-            return template, numbers
-    tensors = tensors_of(path, content)
-    with suppress(RuntimeError):  # of one that is at no multiple of its dtype's size
-        tensors = _views(tensors, data)
-    found = by_layer(tensors, source, remedy)
-    template = Template(checked_layers(found, shapes_of(sorted(found)), config, source), settings, data)
-    known[:] = [template, *known[: MOST_TEMPLATES - 1]]
-    return template, None
-
-
 def _views(tensors: Mapping[str, Tensor], data: Tensor) -> dict[str, Tensor]:
     """The tensors of a safetensors file as views of its bytes."""
     start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
     header = json.loads(data[8:start].numpy().tobytes())
     own = {key: data[start:][slice(*header[key]["data_offsets"])] for key in tensors}
     return {key: own[key].view(tensor.dtype).view(tensor.shape) for key, tensor in tensors.items()}
-
-
-def settings_of(config: SmoaConfig) -> str:
-    """Equal for equal settings."""
-    return json.dumps(config.to_dict(), default=sorted, sort_keys=True)

@@ -32,10 +32,10 @@ MOST_PRODUCTS = 256
 prompts of 256 tokens need 3 to 9 (as above)."""
 
 
-def prefers_shared(rank: int, tokens: int) -> bool:
+def prefers_shared(rank: float, tokens: int, trains: bool = False) -> bool:
     """Whether an adapter's tokens are multiplied by the blocks of W, once for each rank, instead of by those of ΔW: at
     rank 1 any number of them, but for a backward, which takes all at once."""
-    return rank * tokens <= FEW_PRODUCTS or (rank == 1 and not torch.is_grad_enabled())
+    return rank * tokens <= FEW_PRODUCTS or (rank == 1 and not trains)
 
 
 Gathered = Sequence[tuple[Tensor, Tensor]]
@@ -83,9 +83,9 @@ class StackedFactors:
         return found
 
 
-Diagonal = Callable[[], Sequence[Tensor]]
-"""Gives the diagonal blocks of M, (blocks, height, width) for each run: called again in the backward, so that nothing
-of M's size is kept."""
+Diagonal = Sequence[Tensor] | Callable[[], Sequence[Tensor]]
+"""The diagonal blocks of M, (blocks, height, width) for each run, for calls without gradients and transforms, or what
+gives them: called again in the backward, so that nothing of M's size is kept."""
 
 
 def diagonal_of(blocks: Blocks, runs: Sequence[BlockRun], anchor: Tensor) -> list[Tensor]:
@@ -122,12 +122,14 @@ def shared(
         places: Of each group in `factors`; None if these are in the order of the groups.
     """
 
+    def given() -> tuple[Gathered, Sequence[Tensor] | None]:
+        return factors() if callable(factors) else factors, diagonal() if callable(diagonal) else diagonal
+
     def products(x: Tensor) -> Tensor:
-        own = factors() if callable(factors) else factors
-        return _products(blocks, runs, x, own, diagonal and diagonal(), reordered)
+        return _products(blocks, runs, x, *given(), reordered)
 
     if only_values(x):
-        gathered, entries = factors() if callable(factors) else factors, diagonal and diagonal()
+        gathered, entries = given()
         total = x.new_zeros(*x.shape[:2], blocks.out_features) if total is None else total
         for groups, tokens in _pieces(x, max(run.rank for run in runs)):
             times: Callable[[Tensor, Tensor], Tensor] = torch.mul

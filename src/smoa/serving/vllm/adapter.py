@@ -42,5 +42,4 @@ def read_layers(folder: str, shape_of: Callable[[str], Shape | str], known: list
             raise ConfigError(f"{folder}: adapts {first_of(refused)}; {REMEDY}")
         return {path: shape for path, shape in shapes.items() if not isinstance(shape, str)}
 
-    template, numbers = read_by_template(known, folder, config, REMEDY, shapes_of)
-    return template.layers_of(numbers)
+    return read_by_template(known, folder, config, REMEDY, shapes_of)

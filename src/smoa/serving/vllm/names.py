@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smoa.errors import ConfigError
 from smoa.files.names import PREFIX
-from smoa.serving.rows import RowsBySlot
+from smoa.layers.rows import RowsBySlot
 from smoa.serving.saved import SavedLayer
 from smoa.serving.vllm.adapter import is_smoa, read_layers
 from smoa.serving.vllm.slots import Slots

@@ -15,7 +15,6 @@ from typing import Any
 from peft.utils import CONFIG_NAME
 
 from smoa.files.loading import saved_config
-from smoa.serving.saved import folder_in
 
 PLACE = "VLLM_LORA_RESOLVER_CACHE_DIR"
 
@@ -42,7 +41,8 @@ def register_resolver() -> None:
 
 def folder_of(place: Path, base: str, name: str) -> Path | None:
     """The folder of the SMoA adapter `name` of the model `base`; None if there is none right in `place`."""
-    if (folder := folder_in(place, name)) is None:
+    folder = place / name
+    if Path(name).name != name or name in ("", "..") or not folder.is_dir():  # it leads elsewhere, or to no folder
         return None
     config = saved_config(folder / CONFIG_NAME)
     is_ours = config.get("peft_type") == "SMOA" and config.get("base_model_name_or_path") == base

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from smoa.layers.rows import RowsBySlot
 from smoa.maths.kernels.shared import diagonal_of
-from smoa.serving.groups import LayerStack, Parts, Shelf
-from smoa.serving.rows import RowsBySlot
+from smoa.serving.stack import LayerStack, Parts
 
 
 class Slots:
@@ -19,7 +18,7 @@ class Slots:
 
     def __init__(self) -> None:
         self.lora: set[int] = set()
-        self.stacks: dict[Hashable, tuple[LayerStack, Shelf, list[Tensor]]] = {}
+        self.stacks: dict[Hashable, tuple[LayerStack, list[Tensor]]] = {}
 
     @torch.inference_mode()  # vLLM calls it within and without
     def set(self, slot: int, parts: Parts, sizes: Sequence[int], weight: Callable[[], Tensor]) -> None:
@@ -38,19 +37,14 @@ class Slots:
             stack = LayerStack(parts, sizes, W.device, torch.float32)
             entries = [] if stack.modulation == "none" else diagonal_of(stack.blocks, stack.runs, W)
             entries = [part.contiguous() for part in entries]  # no view, which would keep all of W
-            self.stacks[key] = stack, Shelf([stack]), entries
-        stack, shelf, _ = self.stacks[key]
-        if slot >= (room := len(stack.tensors[0])):
-            shelf.grow(max(slot + 1, room * 5 // 4))
-        scaling = [part.scaling for part in parts if part for _ in part.ranks]
-        shelf.write(slot, shelf.of_slot([parts]), torch.tensor([scaling]))
-        stack.members = (stack.members or frozenset()) | {slot}
+            self.stacks[key] = stack, entries
+        self.stacks[key][0].write(slot, parts)
 
     def reset(self, slot: int) -> None:
         """Free a slot."""
         self.lora.discard(slot)
-        for stack, *_ in self.stacks.values():
-            stack.members = (stack.members or frozenset()) - {slot}
+        for stack, _ in self.stacks.values():
+            stack.reset(slot)
 
     def clear(self) -> None:
         """Forget all adapters, and the weights that they multiply."""
@@ -59,6 +53,6 @@ class Slots:
 
     def add_to(self, output: Tensor, x: Tensor, rows: RowsBySlot) -> None:
         """Add to the output (tokens, out_features) what SMoA adapters make of the input x (tokens, in_features)."""
-        for stack, _, entries in self.stacks.values():
-            if stack.members and not stack.members.isdisjoint(rows.of_slot):
-                stack.add_to(output, x, rows, partial(list, entries))
+        for stack, entries in self.stacks.values():
+            if not stack.members.isdisjoint(rows.of_slot):
+                stack.add_to(output, x, rows, entries)

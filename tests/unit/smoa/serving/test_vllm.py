@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smoa import AdapterFileError, ConfigError, SmoaConfig
-from smoa.serving.rows import RowsBySlot
+from smoa.layers.rows import RowsBySlot
 from smoa.serving.saved import SavedLayer
 from smoa.serving.vllm import register
 from smoa.serving.vllm.slots import Slots
@@ -54,7 +54,7 @@ def part(case: Problem, modulation: Any = "hadamard", scaling: float = 1.0) -> S
     partition = case.partition
     labels = partition.row_labels, partition.col_labels
     A, B = case.A.detach(), case.B.detach()
-    return SavedLayer(case.ranks, modulation, scaling, True, A, B, *labels, torch.ones(len(case.ranks)))
+    return SavedLayer(case.ranks, modulation, scaling, A, B, *labels, torch.ones(len(case.ranks)))
 
 
 SLOTS = [

@@ -1,0 +1,149 @@
+"""Which rows of a batch, each with its own adapter, take a product together, and for which ΔW is formed.
+
+Few rows of many adapters take one product for all (`shared`). An adapter with so many that forming its ΔW costs less is
+served apart (`formed`). A call makes one `RowsBySlot`, and its layers share the plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smoa.maths.blocks import Blocks
+from smoa.maths.factors import BlockRun
+from smoa.maths.kernels.shared import Gathered, Places, formed, prefers_shared, shared
+
+SHORT_RUN = 4
+"""Runs of fewer rows take longer one after the other than with a copy of the factors for each row."""
+Rows = slice | Tensor
+"""Some rows of a tensor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Rows that take one product.
+
+    Args:
+        rows: Which of the batch.
+        groups: As many groups of rows or tokens, of one adapter each.
+        places: The place of each group's slot in the plan's; None if they are all, in order.
+        forms: Whether ΔW is formed; they are then one group.
+    """
+
+    rows: Rows
+    groups: int
+    places: Places | None
+    forms: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The parts of a batch, and all their slots, each once."""
+
+    slots: Tensor
+    parts: list[Part]
+
+
+class RowsBySlot:
+    """The slot of each row of a batch, -1 for the base model: a token where tokens are packed, or a whole sample."""
+
+    def __init__(self, slots: Sequence[int]) -> None:
+        self.of_slot: dict[int, list[int]] = {}
+        for row, slot in enumerate(slots):
+            self.of_slot.setdefault(slot, []).append(row)
+        self.of_slot.pop(-1, None)
+        self.count = len(slots)
+        self._slots = slots
+        self._plans: dict[Any, Plan] = {}
+
+    def plan(
+        self, members: frozenset[int], rank: float, tokens: int, device: torch.device, trains: bool = False
+    ) -> Plan:
+        """How to serve the rows of these slots; layers with the same members share it.
+
+        Args:
+            members: The slots.
+            rank: The most of a block: 0 without modulation, so that all rows are together, infinite if ΔW must be formed.
+            tokens: Of each row.
+            device: Where the rows are.
+            trains: Whether gradients are taken, now or when a checkpoint computes again.
+        """
+        key = members, rank, tokens, device, trains
+        if key not in self._plans:
+            own = {slot: rows for slot, rows in self.of_slot.items() if slot in members}
+            place_of = {slot: place for place, slot in enumerate(own)}
+            apart = [slot for slot, rows in own.items() if not prefers_shared(rank, tokens * len(rows), trains)]
+            together = sorted(row for slot, rows in own.items() if slot not in apart for row in rows)
+
+            def part(rows: list[int], forms: bool) -> Part:
+                found = [place_of[self._slots[row]] for row in rows]
+                found = found[:1] if len(set(found)) == 1 else found
+                places = None if found == list(range(len(own))) else _places(found, rank, device, trains)
+                return Part(_chosen(rows, device, trains), len(found), places, forms)
+
+            parts = [part(own[slot], True) for slot in apart] + ([part(together, False)] if together else [])
+            self._plans[key] = Plan(torch.tensor(list(own), device=device, dtype=torch.int64), parts)
+        return self._plans[key]
+
+
+def _chosen(rows: list[int], device: torch.device, trains: bool) -> Rows:
+    if rows == list(range(rows[0], rows[0] + len(rows))) and not trains:
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, device=device)
+
+
+def _places(found: list[int], rank: float, device: torch.device, trains: bool) -> Places:
+    """These places of rows, or, on a CPU where mostly neighbors have the same, those of runs of rows."""
+    ends = list(accumulate(len(list(same)) for _, same in groupby(found)))
+    if device.type != "cpu" or trains or not rank or len(ends) * SHORT_RUN > len(found):
+        return torch.tensor(found, device=device)
+    return [(first, end, found[first]) for first, end in pairwise([0, *ends])]
+
+
+def add_by_plan(
+    output: Tensor,
+    x: Tensor,
+    plan: Plan,
+    blocks: Blocks,
+    runs: Sequence[BlockRun],
+    factors: Gathered,
+    diagonal: Sequence[Tensor] | None,
+    spans: Sequence[tuple[int, int]] | None = None,
+) -> None:
+    """Add to an output what each row's adapter makes of x, without gradients.
+
+    Args:
+        output: (rows, …, features); is written to.
+        x: (rows, …, in_features).
+        plan: Of the rows.
+        blocks: The coordinates of the blocks.
+        runs: The runs of blocks of one shape.
+        factors: Those of the plan's slots.
+        diagonal: The blocks of M, as `diagonal_of` gives them; None without modulation.
+        spans: (first, size) of each slice of the output that has a part of out_features; None if that is all of it.
+    """
+    for part in plan.parts:
+        own = x[part.rows]
+        if part.forms:
+            chosen = factors if part.places is None else [(A[part.places], B[part.places]) for A, B in factors]
+            y = formed(blocks, runs, own.flatten(0, -2), chosen, diagonal or [])
+        else:
+            groups = own.reshape(part.groups, -1, own.shape[-1])
+            writes = isinstance(part.rows, slice) and spans is None and output.is_contiguous()
+            total = output[part.rows].view(*groups.shape[:2], -1) if writes else None
+            y = shared(blocks, runs, groups, factors, diagonal, total, part.places)
+            if writes:
+                continue
+        y, first = y.view(*own.shape[:-1], y.shape[-1]), 0
+        for start, size in spans or [(0, y.shape[-1])]:
+            target = output.narrow(-1, start, size)
+            if isinstance(part.rows, slice):
+                target[part.rows].add_(y.narrow(-1, first, size))
+            else:
+                target.index_add_(0, part.rows, y.narrow(-1, first, size).to(target.dtype))
+            first += size
