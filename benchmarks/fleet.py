@@ -1,25 +1,21 @@
 """Measures batches in which every row has an adapter of its own, beside PEFT's LoRA.
 
     python benchmarks/fleet.py            all parts, on two threads
-    python benchmarks/fleet.py names      one part: names, decoding, training, pool
+    python benchmarks/fleet.py names      one part: names, decoding, gang
 
 The model is like a Llama with random weights: 4 layers of 1024/2816, seven targets. All times of a case are taken in
 turn in one process, each after a call of its own that warms the caches, and given as ratios. `names`: a forward
 through `adapter_names`, of 32 rows with as many adapters, to the base's, for SMoA with contiguous blocks and r = K = 8
 or 32, which has the parameters of LoRA r = 1, and for LoRA r = 1 and 8: a token within `generate`, which keeps what
-all adapters share, the same alone, and prompts. `decoding`: `generate` of 48 tokens with one adapter. `training`: a
-step of 32 adapters of a pool with a row each, compared with 32 steps of one LoRA. `pool`: 1,000 adapters of SmolLM2
-with the parameters of LoRA r = 1, of which a batch uses 32: memory, loading, and the time of a step to that with 32
-loaded. Writes benchmarks/results/fleet.json.
+all adapters share, the same alone, and prompts. `decoding`: `generate` of 48 tokens with one adapter. `gang`: forward and
+backward of 32 or 64 adapters with a row each, by their names, compared with as many of one LoRA. Writes
+benchmarks/results/fleet.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -27,12 +23,10 @@ from typing import Any
 import torch
 from _common import busy_elsewhere, pick_device, provenance, seconds, write_results
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from smoa import AdapterPool, SmoaConfig, keep_in_generate
-from smoa.tuner.generation import caches_of_generate
-from smoa_lab.base_models import unpacked_folder
+from smoa import SmoaConfig, keep_in_generate
+from smoa.tuner.generation import keeping
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = 32
@@ -77,7 +71,7 @@ def names(dtype: torch.dtype, repeats: int) -> dict[str, Any]:
             run[name] = lambda model=model, ids=ids: model(input_ids=ids, use_cache=False, adapter_names=own)
         with torch.no_grad(), ExitStack() as stack:
             for model in made.values() if case == "generated" else ():
-                stack.enter_context(caches_of_generate(model.get_base_model()))
+                stack.enter_context(keeping(model.get_base_model()))
             is_long = tokens > 16
             found[case] = _ratios(interleaved(run, 3 if is_long else repeats, warms=not is_long))
             print(case, found[case], flush=True)
@@ -101,66 +95,33 @@ def decoding(dtype: torch.dtype, r: int, partition: str, repeats: int) -> dict[s
     return _ratios(interleaved(run | {"lora": written(theirs)}, repeats))
 
 
-def training(dtype: torch.dtype, tokens: int, r: int, repeats: int) -> dict[str, Any]:
-    """A step of 32 adapters with a row each, and 32 steps of one LoRA."""
-    ours, theirs = AdapterPool(base(dtype).train()), lora(8, 1, dtype).train()
-    own = [str(number) for number in range(ADAPTERS)]
-    for name in own:
-        settings: dict[str, Any] = {"r": r, "num_blocks": 8, "partition": "contiguous", "init_weights": False}
-        ours.add(name, SmoaConfig(**settings, target_modules=TARGETS))
-    factors = ours.parameters()
-    ids = torch.randint(10, 500, (ADAPTERS, tokens))
+def gang(dtype: torch.dtype, adapters: int, tokens: int, r: int, repeats: int) -> dict[str, Any]:
+    """Forward and backward of adapters with a row each, by their names, and one LoRA's as often; AdamW's step."""
+    ours, theirs = smoa(r, 8, adapters, dtype).train(), lora(8, 1, dtype).train()
+    own = [str(number) for number in range(adapters)]
+    ours.set_requires_grad(own)
+    trained = [p for p in ours.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    ids = torch.randint(10, 500, (adapters, tokens))
+    steps: list[float] = []
 
-    def gang() -> None:
-        with ours.use(own):
-            ours.base(input_ids=ids, labels=ids).loss.backward()
-        for factor in factors:
-            factor.grad = None
+    def together() -> None:
+        ours(input_ids=ids, labels=ids, adapter_names=own).loss.backward()
 
     def one_by_one() -> None:
         for row in ids.split(1):
             theirs(input_ids=row, labels=row).loss.backward()
             theirs.zero_grad()
 
-    return _ratios(interleaved({"lora": one_by_one, "gang": gang}, repeats), "lora")
-
-
-def pool(adapters: int, repeats: int) -> dict[str, Any]:
-    """Adapters of SmolLM2 in a pool, written to a folder before."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(unpacked_folder("smollm2-135m"), dtype=torch.float32).eval()
-    settings: dict[str, Any] = {"r": 8, "num_blocks": 8, "target_modules": TARGETS, "init_weights": False}
-    ids, rows = torch.randint(10, 500, (ADAPTERS, 1)), [str(number) for number in range(ADAPTERS)]
-    with tempfile.TemporaryDirectory() as folder:
-        few, many = AdapterPool(copy.deepcopy(model)), AdapterPool(model)
-        few.add("new", SmoaConfig(**settings))
-        few.save("new", folder)
-        start = time.perf_counter()
-        for number in range(adapters):
-            many.load(str(number), folder)
-        loading = time.perf_counter() - start
-        few.unload("new")
-        for name in rows:
-            few.load(name, folder)
-        factors = sum(
-            t.nbytes
-            for key, t in load_file(f"{folder}/adapter_model.safetensors").items()
-            if "_A." in key or "_B." in key
-        )
-
-    def forward(pool: AdapterPool) -> Callable[[], object]:
-        def run() -> object:
-            with torch.no_grad(), pool.use(rows):
-                return pool.base(input_ids=ids, use_cache=False)
-
-        return run
-
-    times = interleaved({"32 loaded": forward(few), f"{adapters} loaded": forward(many)}, repeats)
-    of_bytes = round(many.nbytes() / factors / adapters, 3)
-    return _ratios(times, "32 loaded") | {
-        "memory to factors": of_bytes,
-        "loaded a second": round(adapters / loading, 1),
-    }
+    times: dict[str, list[float]] = {"gang": [], "lora": []}
+    for number in range(repeats + 1):
+        found = seconds(together), seconds(one_by_one), seconds(optimizer.step)
+        optimizer.zero_grad()
+        if number:
+            times["gang"].append(found[0])
+            times["lora"].append(found[1])
+            steps.append(found[2])
+    return _ratios(times, "lora") | {"seconds of a step of AdamW": round(statistics.median(steps), 4)}
 
 
 def interleaved(
@@ -185,7 +146,7 @@ def _ratios(times: dict[str, list[float]], against: str = "base") -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["names", "decoding", "training", "pool"])
+    parser.add_argument("parts", nargs="*", default=["names", "decoding", "gang"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="write no results")
@@ -204,12 +165,10 @@ def main() -> None:
         ):
             case = f"decoding: r = {r}, {partition}, {str(dtype)[6:]}"
             print(case, found.setdefault(case, decoding(dtype, r, partition, repeats // 2)), flush=True)
-    if "training" in arguments.parts:
-        for dtype, tokens, r in ((bf16, 16, 8), (bf16, 64, 8), (f32, 16, 8)):
-            case = f"training: 32 rows x {tokens} tokens, r = {r}, {str(dtype)[6:]}"
-            print(case, found.setdefault(case, training(dtype, tokens, r, repeats // 2)), flush=True)
-    if "pool" in arguments.parts:
-        print(found.setdefault("pool: 1,000 adapters of SmolLM2, 32 rows x 1 token", pool(1000, repeats)), flush=True)
+    if "gang" in arguments.parts:
+        for dtype, adapters, tokens, r in ((f32, 64, 16, 8), (f32, 32, 16, 8), (bf16, 32, 16, 8), (bf16, 32, 64, 8)):
+            case = f"gang: {adapters} rows x {tokens} tokens, r = {r}, {str(dtype)[6:]}"
+            print(case, found.setdefault(case, gang(dtype, adapters, tokens, r, repeats // 2)), flush=True)
     if not arguments.dry:
         content = {"cases": found, "cores_busy_elsewhere": others(), "provenance": provenance(pick_device("cpu"))}
         print(write_results("fleet", content))

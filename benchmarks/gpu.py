@@ -45,7 +45,7 @@ from smoa import SmoaConfig
 from smoa.maths.blocks import Blocks
 from smoa.maths.spectrum import make_partition
 from smoa.scores import clear_spectrum_cache
-from smoa.tuner.generation import caches_of_generate
+from smoa.tuner.generation import keeping
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (2048, 640))
 TOKENS = (512, 4096, 1, 16384)
@@ -263,7 +263,7 @@ def fleet_cost(rows: Rows, tokens: int, way: str, adapters: int) -> dict[str, An
     ids = torch.randint(0, config.vocab_size, (32, tokens), device=rows.device)
     options = {} if way == "base" else {"adapter_names": [names[row % adapters] for row in range(32)]}
     made.eval()
-    with torch.no_grad(), caches_of_generate(made.get_base_model() if way == "smoa-8" else made):
+    with torch.no_grad(), keeping(made.get_base_model() if way == "smoa-8" else made):
         return rows.cost_of(lambda: made(input_ids=ids, use_cache=False, **options), 5)
 
 

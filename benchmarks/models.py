@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from smoa import SmoaConfig
 from smoa.layers.quantized import QuantizedLinear
-from smoa.tuner.generation import caches_of_generate
+from smoa.tuner.generation import keeping
 from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
 
@@ -138,11 +138,10 @@ class Decoder:
     def __call__(self) -> tuple[float, float]:
         """Seconds of prefill and of decoding. Afterwards `text` is the tokens, and `kept` the bytes kept."""
         self.past, self.answer, device = None, [self.prompt], self.prompt.device
-        with self.keeping(self.model):
+        with self.keeping(self.model) as snapshot:
             prefill = seconds(self.step, device)
             decode = seconds(lambda: [self.step() for _ in range(self.tokens - 1)], device)
-            caches = [getattr(module, "smoa_weight_cache", None) for module in self.model.modules()]
-            self.kept = sum(cache.nbytes() for cache in caches if cache is not None)
+            self.kept = 0 if snapshot is None else sum(each.nbytes for each in snapshot.kept.values())
         self.text = torch.cat(self.answer, 1)
         return prefill, decode
 
@@ -166,7 +165,7 @@ def decoding(
     models = {route: gemma(method, r, num_blocks, device) for route, method in methods.items()}
     models["merged"].merge_adapter()
     decoders = {
-        route: Decoder(model, given, tokens, caches_of_generate if route == "default" else lambda _: nullcontext())
+        route: Decoder(model, given, tokens, keeping if route == "default" else lambda _: nullcontext())
         for route, model in models.items()
     }
     for decode in decoders.values():

@@ -69,8 +69,6 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
             more, lacking = (sorted(names)[:3] or "nothing" for names in (theirs - ours, ours - theirs))
             raise AdapterFileError(f"{path}: has {more}, but not {lacking}, unlike {adapter_name!r}; {REMEDY}")
         set_peft_model_state_dict(slot, state, adapter_name=adapter_name)
-    for cache in [layer.smoa_weight_cache for layer in layers.values() if layer.smoa_weight_cache is not None]:
-        cache.clear()
 
 
 def _padded(place: str, layer: SmoaLayer, adapter: str, A: Tensor, B: Tensor, config: SmoaConfig) -> list[Tensor]:

@@ -183,3 +183,16 @@ def with_plain_names(model: nn.Module) -> Any:
     """Stand-in for the model with plain names, without which PEFT 0.21 finds nothing to save inside wrappers."""
     modules = [(plain_name(name), module) for name, module in model.named_modules()]
     return SimpleNamespace(named_modules=lambda: modules, state_dict=model.state_dict)
+
+
+def why_not_plain(layer: Any) -> str | None:
+    """What an adapted layer's weight is, if it isn't a plain one in this process's memory."""
+    parameters = list(layer.parameters())
+    if any(parameter.is_meta for parameter in parameters):
+        return "offloaded"
+    # ZeRO-3 may have left a parameter whole (`ds_id`), but replaces it in every step
+    whole = [p for p in parameters if p.numel() and not isinstance(p, DTensor) and not hasattr(p, "ds_id")]
+    flat = any(p.ndim != 2 for factor in (layer.smoa_A, layer.smoa_B) for p in factor.parameters())  # FSDP1's shards
+    if not parameters or len(whole) < len(parameters) or flat:
+        return "sharded over processes"
+    return None if layer.quantization_backend is None else "quantized"

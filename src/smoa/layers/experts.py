@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smoa.config import SmoaConfig
 from smoa.errors import UnsupportedModuleError
+from smoa.layers.calls import OPEN, call_of
 from smoa.layers.distributed import gather, onloaded_for, refuse_partitioned
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.stand_in import StandIn
@@ -46,6 +47,7 @@ class ParamWrapper(SmoaLayer):
         self.parameter_name = parameter_name
         self._in_call: dict[int, dict[str, Stack]] = {}
         super().__init__(base_layer, adapter_name, config, key, defer_partition=defer_partition)
+        self.rows_unknown = f"{parameter_name} has adapted experts, which see the tokens of all samples at once"
 
     def _weight_shape(self) -> tuple[int, int]:
         self.layout = Layout.of(self.get_base_layer(), self.parameter_name)
@@ -124,16 +126,12 @@ class ParamWrapper(SmoaLayer):
 
     # Forward.
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The experts' output, with `W + ΔW` of the active adapters in the place of each `W`."""
-        if adapter_names is not None:
-            raise ValueError(
-                f"{self.parameter_name}: adapter_names can't be used with adapted experts, which see the tokens of all "
-                "samples at once; use one adapter for the whole batch"
-            )
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
+        by_names = bool(OPEN) and call_of(self) is not None  # none of which has adapted experts
+        active = [] if self.disable_adapters or self.merged or by_names else self._present(self.active_adapters)
         for name in active:
             self.decide_partition(name)
         if not active:

@@ -7,7 +7,7 @@ One class does this for every kind of layer. A kind is a subclass that says what
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape, SmoaConfig
 from smoa.layers.adapter import Adapter
+from smoa.layers.calls import OPEN, Call, call_of
 from smoa.layers.distributed import (
     onloaded_for,
     partition_from_state_dict,
@@ -26,7 +27,6 @@ from smoa.layers.distributed import (
 )
 from smoa.layers.merging import Merging, as_matrix, as_stored
 from smoa.layers.partition import AdapterBuffers, Derived, PartitionSpec
-from smoa.layers.weight_cache import WeightCache, drop_kept
 from smoa.maths.blocks import Blocks, DiagonalBlocks, check_num_blocks
 from smoa.maths.factors import Factors, Initialization, init_factors, saved_shapes
 from smoa.maths.kernels.autograd import is_transformed
@@ -68,6 +68,8 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
     """How many matrices W each expert has, if the layer has a stack of them."""
     tied = False
     """Whether another layer has the same weight and the same adapters (`ensure_weight_tying`)."""
+    rows_unknown: str | None = None
+    """Why it can't be told of which sample the rows are that the layer is given, if so."""
     matrix_count = 1
     """G: how many matrices W the layer has."""
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
@@ -106,10 +108,7 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self._pristine_blocks: dict[str, dict[int, DiagonalBlocks]] = {}
-        self.smoa_weight_cache: WeightCache | None = None
-        self.last_batch: tuple[Hashable, Any] | None = None
         self._changes = 0
-        self.may_have_gradients = False
         self.out_features, self.in_features = self._weight_shape()
         self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
@@ -148,7 +147,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         self, adapter_name: str, config: SmoaConfig, module: str = "", *, defer_partition: bool = False
     ) -> None:
         """Add an adapter, from what the constructor takes."""
-        self.last_batch = None
         shape = (self.out_features, self.in_features)
         ranks = config.ranks_of(module, shape=shape)
         check_num_blocks(len(ranks), *shape)
@@ -174,7 +172,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
-        self.last_batch = None
         self._changes += 1
         super().delete_adapter(adapter_name)
 
@@ -323,16 +320,9 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            drop_kept(self)
-        if adapter_names is not None:
-            if len(x) != len(adapter_names):
-                named = f"{len(adapter_names)} names for {len(x)} samples"
-                raise ValueError(f"adapter_names has {named}; give one for each")
-            if self.merged:
-                raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
-            result: Tensor = self.base_layer(x, *args, **kwargs)
-            return self._add_mixed(result, x.to(result.device), adapter_names)
+        call = Call(tuple(adapter_names)) if adapter_names is not None else call_of(self) if OPEN else None
+        if call is not None:
+            return self._forward_of(call, x, *args, **kwargs)
         active = [] if self.merged else self._present(self.active_adapters)
         for name in active:
             self.decide_partition(name)
@@ -345,12 +335,41 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
                 result = result + self.branch_output(x.to(result.device), name).to(result.dtype)
         return result
 
-    def _add_mixed(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
-        """The base layer's output for x plus that of each row's adapter."""
-        names, is_own = self._present(sorted(set(adapter_names))), False  # others may hold the base layer's output
-        with onloaded_for(self, names):
-            for name in names:
-                rows = torch.tensor([row for row, other in enumerate(adapter_names) if other == name], device=x.device)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # for each batch of names it would compile again
+    def _forward_of(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output plus that of each row's own adapter."""
+        rows = call.rows(self)
+        if len(x) != rows.count:
+            raise ValueError(f"adapter_names has {rows.count} names for {len(x)} samples; give one for each")
+        if self.merged:
+            raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
+        of_slot = {slot: name for slot in rows.of_slot if (name := call.of_slot[slot]) in self.adapters}
+        if call.trains:
+            self._refuse_to_train(call, of_slot.values())
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        return self._add_mixed(result, x.to(result.device), call, of_slot)
+
+    def _refuse_to_train(self, call: Call, names: Iterable[str]) -> None:
+        """Raise ValueError if adapters that a batch names would get no gradients."""
+        if not (torch.is_grad_enabled() or call.is_bound):
+            raise ValueError(
+                "adapter_names: a layer is called without gradients in a training step, as by a reentrant checkpoint "
+                "that would compute again without the names; call model.gradient_checkpointing_enable(), or give your "
+                "checkpoint use_reentrant=False"
+            )
+        for name in names:
+            if not all(p.requires_grad for part in (self.smoa_A, self.smoa_B) for p in part[name].parameters()):
+                raise ValueError(
+                    f"adapter_names: {name!r} is frozen, as after set_adapter or disable_adapter; call "
+                    "model.set_requires_grad(names) for all adapters that you train"
+                )
+
+    def _add_mixed(self, result: Tensor, x: Tensor, call: Call, of_slot: dict[int, str]) -> Tensor:
+        """The base layer's output for x plus that of each row's adapter: `of_slot` are those that the layer has."""
+        own, is_own = call.rows(self).of_slot, False  # others may hold the base layer's output
+        with onloaded_for(self, of_slot.values()):
+            for slot, name in of_slot.items():
+                rows = torch.tensor(own[slot], device=x.device)
                 result, is_own = add_rows(result, rows, self.branch_output(x[rows], name), is_own), True
         return result
 
@@ -367,11 +386,9 @@ def smoa_layers(model: nn.Module) -> dict[str, SmoaLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SmoaLayer)}
 
 
-def add_rows(result: Tensor, rows: Tensor | None, output: Tensor, is_own: bool) -> Tensor:
-    """`result` plus an output for some rows, None for all: in place if nobody else holds it (`is_own`)."""
+def add_rows(result: Tensor, rows: Any, output: Tensor, is_own: bool) -> Tensor:
+    """`result` plus an output for some rows: in place if nobody else holds it (`is_own`)."""
     output, in_place = output.to(result.dtype), is_own and not is_transformed(output)
-    if rows is None:
-        return result.add_(output) if in_place else result + output
     return result.index_add_(0, rows, output) if in_place else result.index_add(0, rows, output)
 
 

@@ -1,4 +1,4 @@
-"""SMoA on a linear layer: computes its output fused, apart, or from a cache."""
+"""SMoA on a linear layer: computes its output fused, apart, or from what `generate` keeps."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape
+from smoa.layers.calls import Call
 from smoa.layers.distributed import gather
+from smoa.layers.kept import KeptUpdate, Snapshot, open_snapshot
 from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_plain_linear
 from smoa.layers.mixed_batch import add_mixed, shared_output
-from smoa.layers.weight_cache import BLOCKS, DIAGONAL, KeptUpdate, WeightCache, open_cache, state_of_update
 from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.kernels.fused import multiplies_exactly, pays
 from smoa.maths.kernels.shared import prefers_shared
@@ -35,12 +36,11 @@ class Linear(SmoaLayer):
         return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
 
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
-        if active and (cache := open_cache(self, active, x)) is not None:
-            cache.retain({BLOCKS, DIAGONAL}, active)
+        if active and (snapshot := open_snapshot(self, active, x)) is not None:
             result = self.base_layer(x, *args, **kwargs)
             x = in_autocast_dtype(x.to(result.device))
             for name in active:
-                kept = self._kept_update(cache, name, x)
+                kept = self._kept_update(snapshot, name, x)
                 result = result + (self.branch_output(x, name) if kept is None else kept.apply(x)).to(result.dtype)
             return result
         if len(active) == 1 and (update := self._fusable(x, active[0])) is not None:
@@ -53,12 +53,12 @@ class Linear(SmoaLayer):
         gather(self, adapter_name)
         x = self.branch_input(x, adapter_name)
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if (cache := open_cache(self, [adapter_name], x)) is not None:
-                if (kept := self._kept_update(cache, adapter_name, x)) is not None:
+            if (snapshot := open_snapshot(self, [adapter_name], x)) is not None:
+                if (kept := self._kept_update(snapshot, adapter_name, x)) is not None:
                     return kept.apply(x)
             elif self._multiplies_factors(x, adapter_name):
                 return shared_output(self, x, adapter_name)
-        return self._apply_update(self.update(adapter_name), x)
+        return self.apply_update(self.update(adapter_name), x)
 
     def _multiplies_factors(self, x: Tensor, adapter_name: str) -> bool:
         """Whether few tokens take the product with the blocks of W."""
@@ -67,23 +67,19 @@ class Linear(SmoaLayer):
         tokens = x.shape[:-1]
         return not is_transformed(x) and prefers_shared(max(self.adapters[adapter_name].ranks), tokens.numel())
 
-    def _add_mixed(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
-        def formed(x: Tensor, name: str) -> Tensor:
-            return self._apply_update(self.update(name), self.branch_input(x, name))
+    def _add_mixed(self, result: Tensor, x: Tensor, call: Call, of_slot: dict[int, str]) -> Tensor:
+        return add_mixed(self, result, x, call, of_slot)
 
-        return add_mixed(self, result, x, adapter_names, formed)
-
-    def _kept_update(self, cache: WeightCache, adapter_name: str, x: Tensor) -> KeptUpdate | None:
-        """The blocks of ΔW that `cache` keeps; None without M, where the factors are as quick, or without memory."""
-        if self.adapters[adapter_name].modulation == "none":
+    def _kept_update(self, snapshot: Snapshot, adapter_name: str, x: Tensor) -> KeptUpdate | None:
+        """The blocks of ΔW that `snapshot` keeps; None without M, where the factors are as quick, or without memory."""
+        own = self.adapters[adapter_name]
+        if own.modulation == "none":
             return None
-        state = x.dtype, *state_of_update(self, adapter_name)
         weight = self.pristine_weight
-        return cache.get(
-            (BLOCKS, adapter_name), state, lambda: KeptUpdate.of(self.update(adapter_name), weight(), x.dtype)
-        )
+        return snapshot.get((self, own, x.dtype), lambda: KeptUpdate.of(self.update(adapter_name), weight(), x.dtype))
 
-    def _apply_update(self, update: Update, x: Tensor) -> Tensor:
+    def apply_update(self, update: Update, x: Tensor) -> Tensor:
+        """`x ΔWᵀ` of an update of this layer."""
         return update.apply(x, self.pristine_weight())
 
     def _fusable(self, x: Tensor, adapter_name: str) -> Update | None:

@@ -136,7 +136,7 @@ class QuantizedLinear(Linear):
 
     # Break the graph, so that a compiler can't decide to keep the dequantized weight.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _apply_update(self, update: Update, x: Tensor) -> Tensor:
+    def apply_update(self, update: Update, x: Tensor) -> Tensor:
         return update.apply(x, self.pristine_weight)
 
     def _write_merged(self, number: int, pristine: Tensor, merged: Tensor, names: list[str]) -> None:

@@ -68,7 +68,7 @@ class RowsBySlot:
 
         Args:
             members: The slots.
-            rank: The most of a block: 0 without modulation, so that all rows are together, infinite if ΔW must be formed.
+            rank: The most of a block; 0 without modulation: all rows are together then, infinite: ΔW must be formed.
             tokens: Of each row.
             device: Where the rows are.
             trains: Whether gradients are taken, now or when a checkpoint computes again.

@@ -1,59 +1,68 @@
 """Generation, and an adapter for each sample of a batch.
 
-`generate` calls the model once for each token, and each call would form ΔW again. So its layers' caches
-(`smoa.layers.weight_cache`) are open from its start to its end, whether it returns or raises.
+`generate` calls the model once for each token, and each call would form ΔW again. So its layers keep what they use
+again (`smoa.layers.kept`) from its start to its end, whether it returns or raises.
 
 PEFT, TRL, lm-eval, pipelines and transformers' `model.load_adapter` all look up `generate` on the base model. So
-injection wraps this method of the base model's class, once: a model without adapters finds no layer whose cache to
-open. (An attribute of the object would hold its model: weakly, and `from_pretrained(adapter).generate(…)` loses it, or
-strongly, and a deleted model keeps its memory.) A model that has a `generate` of its own on the object keeps it.
+injection wraps this method of the base model's class, once: a model without adapters finds no layer that keeps
+anything. (An attribute of the object would hold its model: weakly, and `from_pretrained(adapter).generate(…)` loses it,
+or strongly, and a deleted model keeps its memory.) A model that has a `generate` of its own on the object keeps it.
 
 These layers keep nothing and compute as ever: quantized ones, whose dequantized blocks might be larger than the model,
-unless `keep_in_generate(model, "blocks")` was called; sharded ones (FSDP, ZeRO-3), whose refilled storage a cache can't
-notice; those that accelerate offloads; adapters in training mode with dropout; and all that are "off".
+unless `keep_in_generate(model, "blocks")` was called; sharded ones (FSDP, ZeRO-3), whose weights change their storage;
+those that accelerate offloads; adapters in training mode with dropout; and all that are "off".
 
-`adapter_names=[…]` gives each sample of a batch its adapter, as in PEFT's LoRA. `generate` repeats samples, for each
-beam or sequence to return, so the names are repeated too.
+`adapter_names=[…]` gives each sample of a batch its adapter, as in PEFT's LoRA, and in training each adapter the
+gradient of its own samples (`smoa.layers.calls`). `generate` repeats samples, for each beam or sequence to return, so
+the names are repeated too.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import wraps
 from textwrap import shorten
+from threading import Lock, get_ident
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from smoa.errors import ConfigError, nearest
+from smoa.layers.calls import BASE, OPEN, Call, call_of, opened, take_names_along
+from smoa.layers.distributed import why_not_plain
+from smoa.layers.kept import Snapshot, snapshot_of
 from smoa.layers.layer import SmoaLayer, smoa_layers
-from smoa.layers.weight_cache import open_caches, why_not_plain
 
 Kept = Literal["blocks", "off"]
-BASE = "__base__"
-COPIES: ContextVar[int] = ContextVar("smoa_copies", default=1)
-"""Rows for each sample in the `generate` that runs: one for each beam, or each sequence to return."""
+SEQUENCE_FIRST = ("fsmt", "led", "longformer", "xlnet")
+"""Types of models that give layers inputs whose first dimension is the tokens."""
+TOWER = re.compile(r"pixtral|.*_vision(_encoder)?|.*_audio_encoder")
+"""Types of parts of models that give layers the patches of all images, or the frames of all sounds, in one sequence."""
+ROUTED = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
+"""The paths of layers within an expert that is a module."""
+_TRAINED: WeakKeyDictionary[BaseTuner, int] = WeakKeyDictionary()
+"""The thread of the training forward by names that a model is in."""
+_LOCK = Lock()
 
 
-def caches_of_generate(model: nn.Module) -> AbstractContextManager[None]:
-    """The caches that are open while `model.generate` runs."""
-    return open_caches(_keeping(model))
-
-
-def _keeping(model: nn.Module) -> list[SmoaLayer]:
-    return [
+def keeping(model: nn.Module) -> AbstractContextManager[Snapshot]:
+    """What is open while `model.generate` runs: its adapted layers keep what they use again."""
+    return snapshot_of(
         layer
         for layer in smoa_layers(model).values()
         if layer.generation_cache == "blocks" and why_not_plain(layer) in (None, "quantized")
-    ]
+    )
 
 
 def watch_generate(model: nn.Module) -> None:
-    """Let the `generate` of the model's class, if it has one, open caches of adapted layers and repeat a mixed batch's
+    """Let the `generate` of the model's class, if it has one, keep what adapted layers use again, and repeat a batch's
     names."""
     kind: Any = type(model)
     generate = getattr(kind, "generate", None)
@@ -62,7 +71,7 @@ def watch_generate(model: nn.Module) -> None:
 
     @wraps(generate)
     def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with caches_of_generate(self), samples_repeated(self, args, kwargs):
+        with keeping(self), samples_repeated(self, args, kwargs):
             return generate(self, *args, **kwargs)
 
     watched.smoa_watched = True  # type: ignore[attr-defined]
@@ -76,8 +85,8 @@ def keep_in_generate(model: nn.Module, kept: Kept) -> None:
     Args:
         model: A model with SMoA adapters.
         kept: "blocks" keeps the diagonal blocks of ΔW: 1/K of the memory of the adapted weights, dequantized. "off"
-            keeps nothing: every token forms ΔW again. The default is "off" for quantized layers, else "blocks". Writes
-            through `tensor.data` while `generate` runs are not seen.
+            keeps nothing: every token forms ΔW again. The default is "off" for quantized layers, else "blocks". Values
+            that change while `generate` runs count from the next call on.
 
     Raises:
         ConfigError: `kept` is none of these, or the model has no SMoA adapter.
@@ -92,47 +101,54 @@ def keep_in_generate(model: nn.Module, kept: Kept) -> None:
 
 
 @contextmanager
-def adapter_names_hooks(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Remove `adapter_names` from `kwargs`, and pass it to every adapted layer while the context is open.
+def call_by_names(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Remove `adapter_names` from `kwargs`, and give them to the model's layers in the calls of this thread while the
+    context is open. In training each adapter gets the gradient of its own samples.
 
     Raises:
-        ValueError: the model is in training mode, or a name is neither an adapter nor "__base__".
+        ValueError: a name is neither an adapter nor "__base__"; a layer is given rows of which it can't be told whose
+            they are; or another thread trains the model by names.
     """
-    adapter_names = kwargs.pop("adapter_names", None)
-    if adapter_names is None:
-        yield
+    names = kwargs.pop("adapter_names", None)
+    if names is None:
+        with ExitStack() as stack:
+            if OPEN:  # within another call of this thread this one takes the active adapters
+                stack.enter_context(opened(None))
+            yield
         return
-    if tuner.training:  # the first sentence is PEFT's
-        raise ValueError(
-            "Cannot pass `adapter_names` when the model is in training mode. Call model.eval(); to train several "
-            "adapters at once, use smoa.AdapterPool"
-        )
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"adapter_names={names!r}: give a list that names an adapter or '{BASE}' for each sample")
     known = {BASE, *tuner.peft_config}
-    unknown = sorted(set(adapter_names) - known)
-    if unknown:
+    if unknown := sorted(set(names) - known):
         raise ValueError(f"adapter_names: unknown adapters {shorten(str(unknown), 500)}{nearest(unknown[0], known)}")
-    beams = kwargs.get("num_beams") or 1  # for a model with a `generate` of its own
+    modules = list(_taking_names(tuner))
+    is_disabled = any(isinstance(module, SmoaLayer) and module.disable_adapters for module in modules)
+    for module in modules:
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            own = module._adapters.intersection(names)
+            if own and not is_disabled and (module.disable_adapters or set(module.active_adapters) - module._adapters):
+                raise ValueError(
+                    f"adapter_names: the active adapter has no {type(module).__name__}, so PEFT would leave out those "
+                    f"of {sorted(own)}; make one of these active with model.set_adapter"
+                )
+            if _names_of_call not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_names_of_call, with_kwargs=True)
+        elif module.rows_unknown is not None and not module.adapters.keys().isdisjoint(names):
+            raise ValueError(f"adapter_names can't be used: {module.rows_unknown}; use one adapter for the whole batch")
     get_encoder: Any = getattr(tuner.model, "get_encoder", None)
     encoder = get_encoder() if get_encoder else None
-    once = set() if encoder in (None, tuner.model) else set(encoder.modules())  # `generate` repeats no sample there
-    repeated: dict[int, list[str]] = {}
-
-    def with_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        copies = 1 if module in once else max(beams, COPIES.get())
-        if copies not in repeated:
-            repeated[copies] = [name for name in adapter_names for _ in range(copies)]
-        return args, {**kwargs, "adapter_names": repeated[copies]}
-
-    layers = list(_taking_names(tuner))
-    handles = [layer.register_forward_pre_hook(with_names, with_kwargs=True) for layer in layers]
-    try:
+    once = frozenset() if encoder in (None, tuner.model) else frozenset(encoder.modules())  # samples as they are
+    beams = kwargs.get("num_beams") or 1  # for a model with a `generate` of its own
+    trains = tuner.training and torch.is_grad_enabled()
+    with ExitStack() as stack:
+        if trains:
+            stack.enter_context(_trained_by_one_thread(tuner))
+            take_names_along(tuner.model)
+        stack.enter_context(opened(Call(tuple(names), frozenset(modules), once, beams, trains)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _taking_names(module: nn.Module) -> Iterator[nn.Module]:
+def _taking_names(module: nn.Module) -> Iterator[Any]:
     """The layers that take the names; their adapters are not looked at, which may be many."""
     if isinstance(module, (SmoaLayer, AuxiliaryTrainingWrapper)):
         yield module
@@ -144,6 +160,28 @@ def _taking_names(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
+def _trained_by_one_thread(tuner: BaseTuner) -> Iterator[None]:
+    with _LOCK:
+        before = _TRAINED.get(tuner)
+        if before not in (None, get_ident()):
+            raise ValueError("adapter_names: another thread trains this model by names; train in one thread at a time")
+        _TRAINED[tuner] = get_ident()
+    try:
+        yield
+    finally:
+        if before is None:
+            del _TRAINED[tuner]
+
+
+def _names_of_call(wrapper: Any, args: Any, kwargs: Any = None) -> Any:
+    """A hook that gives a wrapper of PEFT's the names in each call that has some. It stays: one that came and went with
+    a call would be seen by other threads."""
+    # without kwargs, another thread has just begun to register the hook, and this one's call has no names
+    call = None if kwargs is None or not OPEN else call_of(wrapper)
+    return None if call is None else (args, {**kwargs, "adapter_names": call.names_for(wrapper, wrapper._adapters)})
+
+
+@contextmanager
 def samples_repeated(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
     """Repeat the names as `model.generate(*args, **kwargs)` repeats samples, by its settings or the model's own."""
     configs = (kwargs.get("generation_config", *args[1:2]), getattr(model, "generation_config", None))
@@ -152,8 +190,25 @@ def samples_repeated(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
         return next((value for value in values if isinstance(value, int)), 1)
 
-    token = COPIES.set(max(setting("num_beams"), setting("num_return_sequences")))
-    try:
+    call = OPEN.get(get_ident())
+    with ExitStack() as stack:
+        if call is not None:
+            copies = max(call.copies, setting("num_beams"), setting("num_return_sequences"))
+            stack.enter_context(opened(replace(call, copies=copies, trains=False)))
         yield
-    finally:
-        COPIES.reset(token)
+
+
+def rows_unknown(model: nn.Module, path: str) -> str | None:
+    """Why a layer of a model is given rows of which it can't be told of which sample they are; None if they are one
+    row, or several, for each sample."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in SEQUENCE_FIRST:
+        return f"{kind} gives its layers tokens first, not samples"
+    if ROUTED.search(path):
+        return f"{path} is an expert, which is given tokens of many samples"
+    parts = path.split(".")
+    for end in range(len(parts), -1, -1):
+        config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
+        if (kind := getattr(config, "model_type", None)) is not None:
+            return f"{path} is given the patches of all images at once" if TOWER.fullmatch(kind) else None
+    return None

@@ -14,9 +14,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from smoa.errors import MergeError, UnsupportedModuleError
+from smoa.layers.distributed import why_not_plain
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import smoa_layers
-from smoa.layers.weight_cache import why_not_plain
 from smoa.tuner.tying import refuse_shared, users_of, weight_id
 
 M = TypeVar("M", bound=nn.Module)

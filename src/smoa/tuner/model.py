@@ -22,7 +22,7 @@ from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer, smoa_layers
 from smoa.layers.quantized import keep_unpacked
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
-from smoa.tuner.generation import adapter_names_hooks, watch_generate
+from smoa.tuner.generation import call_by_names, rows_unknown, watch_generate
 from smoa.tuner.merging import check_all_finite, check_merge_allowed, losses_reported
 from smoa.tuner.targets import check_target, existing_wrapper, survey_targets
 from smoa.tuner.tying import tie_layers
@@ -122,6 +122,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
             else:
                 transposed = kind.fan_in_fan_out
                 layer = kind.layer_class(target, adapter_name, peft_config, current_key, transposed, loads, backend)
+                layer.rows_unknown = rows_unknown(self.model, current_key)
         except PartitionError as error:
             raise PartitionError(f"{current_key}: {error}") from None
         if adapter_name not in self.active_adapters:
@@ -226,4 +227,4 @@ class SmoaModel(BaseTuner, StateDictHooks):
         check_merge_allowed(self.model)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        return adapter_names_hooks(self, kwargs)
+        return call_by_names(self, kwargs)

@@ -8,7 +8,7 @@ from torch import nn
 
 from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig
 from smoa.hotswap import hotswap_adapter
-from smoa.layers.weight_cache import open_caches
+from smoa.layers.kept import snapshot_of
 from tests.support import tiny_models
 from tests.support.adapter_files import rewritten, with_settings
 from tests.support.layers import layers_of
@@ -95,14 +95,15 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_generate_keeps_is_dropped(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_next_generate_has_the_new_adapter(dtype: torch.dtype, tmp_path: Path) -> None:
     new = saved(tmp_path).to(dtype)
     with torch.inference_mode():
         model = adapted(1).to(dtype)  # its tensors have no version counter
-    with torch.inference_mode(), open_caches([*layers_of(model), *layers_of(new)]):
-        logits(model)
+        with snapshot_of(layers_of(model)):
+            logits(model)
         hotswap_adapter(model, tmp_path)
-        assert_close(logits(model), logits(new))
+        with snapshot_of([*layers_of(model), *layers_of(new)]):
+            assert_close(logits(model), logits(new))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A small update survives half precision and rounded products, in layers/linear.py and layers/weight_cache.py."""
+"""A small update survives half precision and rounded products, in layers/linear.py and layers/kept.py."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 import torch
 
+from smoa.layers.kept import snapshot_of
 from smoa.layers.layer import SmoaLayer
-from smoa.layers.weight_cache import open_caches
 from tests.support.layers import adapted_layer, base_layer, base_weight, factors, labels, oracle_delta
 from tests.support.tolerance import relative_error
 
@@ -109,12 +109,12 @@ def test_the_update_is_added_apart_where_products_are_rounded(
 
 
 @pytest.mark.parametrize("rounding", ROUNDING)
-def test_the_cache_keeps_the_update_apart_where_products_are_rounded(
+def test_generate_keeps_the_update_apart_where_products_are_rounded(
     rounding: Callable[[], AbstractContextManager[None]],
 ) -> None:
     layer = layer_of_relative_size(torch.float32, 1e-3, factors_in_float32=True)
     x = torch.randn(200, 64)
-    with torch.no_grad(), open_caches([layer]), rounding():
+    with torch.no_grad(), snapshot_of([layer]) as snapshot, rounding():
         layer(x)
-        ((_, kept),) = layer.smoa_weight_cache.kept.values()
+        (kept,) = snapshot.kept.values()
         assert relative_error(kept.apply(x), x.double() @ oracle_delta(layer).T) <= 0.01

@@ -12,7 +12,7 @@ products of its own factors, as in LoRA.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from smoa.maths.blocks import Blocks, copied, reordered
-from smoa.maths.factors import BlockRun, Factors
+from smoa.maths.factors import BlockRun
 from smoa.maths.kernels.autograd import is_transformed, only_values, without_autocast
 from smoa.maths.kernels.branch import diagonal_blocks, multiply, product_dtype
 
@@ -45,42 +45,28 @@ Places = Tensor | list[tuple[int, int, int]]
 """Where the factors of each group are among others, or those of each run of groups: (first, end, place)."""
 
 
-@dataclass(frozen=True, eq=False)
-class StackedFactors:
-    """The factors of several adapters of one weight, which have the same blocks and ranks.
+def gathered(
+    runs: Sequence[BlockRun], A: Sequence[Tensor], B: Sequence[Tensor], scale: Tensor, slots: Tensor | None = None
+) -> Gathered:
+    """The factors of some adapters of one weight, which have the same blocks and ranks, as `shared` takes them;
+    differentiable.
 
     Args:
-        A: (adapters, r, ⌈n/K⌉).
-        B: (adapters, ⌈m/K⌉, r).
-        scale: s_k for each column of B, (adapters, r) in float32 or wider.
-        blocks: The coordinates of the blocks.
         runs: The runs of blocks of one shape.
+        A: (r, ⌈n/K⌉) of each adapter.
+        B: (⌈m/K⌉, r) of each adapter.
+        scale: s_k for each column of B, (adapters, r), in float32 or wider.
+        slots: The adapter of each group; None for all, in this order.
     """
-
-    A: Tensor
-    B: Tensor
-    scale: Tensor
-    blocks: Blocks
-    runs: tuple[BlockRun, ...]
-
-    @classmethod
-    def of(cls, factors: Sequence[Factors]) -> StackedFactors:
-        """Stack them in this order; differentiable."""
-        A, B = (torch.stack([getattr(part, name) for part in factors]) for name in "AB")
-        scale = torch.stack([part.scale(torch.promote_types(part.B.dtype, torch.float32)) for part in factors])
-        return cls(A, B, scale, factors[0].blocks, factors[0].runs())
-
-    def gathered(self, slots: Tensor | None) -> Gathered:
-        """The factors of each group's adapter, None for all of them, as `shared` takes them; differentiable."""
-        own = self.A, self.B, self.scale
-        A, B, scale = own if slots is None else (part.index_select(0, slots) for part in own)
-        found = []
-        for run in self.runs:
-            ranks, size = slice(run.first_rank, run.first_rank + run.count * run.rank), (run.count, run.rank)
-            A_k = A[:, ranks, : run.width].reshape(len(A), *size, run.width)
-            B_k = (B[:, : run.height, ranks] * scale[:, None, ranks]).view(len(B), run.height, *size)
-            found.append((A_k.transpose(1, 2)[:, None].contiguous(), B_k.permute(0, 3, 2, 1)[:, None].contiguous()))
-        return found
+    own = torch.stack(list(A)), torch.stack(list(B)), scale
+    all_A, all_B, scale = own if slots is None else (part.index_select(0, slots) for part in own)
+    found = []
+    for run in runs:
+        ranks, size = slice(run.first_rank, run.first_rank + run.count * run.rank), (run.count, run.rank)
+        A_k = all_A[:, ranks, : run.width].reshape(len(all_A), *size, run.width)
+        B_k = (all_B[:, : run.height, ranks] * scale[:, None, ranks]).view(len(all_B), run.height, *size)
+        found.append((A_k.transpose(1, 2)[:, None].contiguous(), B_k.permute(0, 3, 2, 1)[:, None].contiguous()))
+    return found
 
 
 Diagonal = Sequence[Tensor] | Callable[[], Sequence[Tensor]]
@@ -129,15 +115,15 @@ def shared(
         return _products(blocks, runs, x, *given(), reordered)
 
     if only_values(x):
-        gathered, entries = given()
+        all_factors, entries = given()
         total = x.new_zeros(*x.shape[:2], blocks.out_features) if total is None else total
         for groups, tokens in _pieces(x, max(run.rank for run in runs)):
             times: Callable[[Tensor, Tensor], Tensor] = torch.mul
             if isinstance(places, list):
-                chosen, times = gathered, partial(_times_by_run, _within(groups, places))
+                chosen, times = all_factors, partial(_times_by_run, _within(groups, places))
             else:
                 own = groups if places is None else places[groups]
-                chosen = [(A[own], B[own]) for A, B in gathered]
+                chosen = [(A[own], B[own]) for A, B in all_factors]
             total[groups, tokens].add_(_products(blocks, runs, x[groups, tokens], chosen, entries, copied, times))
         return total
     recomputes = callable(factors) and diagonal is not None and torch.is_grad_enabled() and not is_transformed(x)

@@ -18,7 +18,7 @@ from smoa import SmoaConfig, UnsupportedModuleError, keep_in_generate
 from smoa.layers import quantized
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.quantized import QuantizedLinear
-from smoa.tuner.generation import caches_of_generate
+from smoa.tuner.generation import keeping
 from tests import reference
 from tests.support.layers import Wrapper, clone_leaf, factors, labels, oracle_delta
 from tests.support.quantized import (
@@ -121,13 +121,13 @@ def test_generate_keeps_the_blocks_of_the_update_if_it_is_told_to(kind: str) -> 
     layer = adapted(quantized_layer(kind)).eval()
     x = torch.randn(2, 64)
     with torch.no_grad():
-        with caches_of_generate(layer):
+        with keeping(layer) as snapshot:
             expected = layer(x)
-            assert layer.smoa_weight_cache is None
+            assert not snapshot.kept
         keep_in_generate(layer, "blocks")
-        with caches_of_generate(layer):
+        with keeping(layer) as snapshot:
             assert_close(layer(x), expected)
-            kept = layer.smoa_weight_cache.nbytes() // 4
+            kept = sum(each.nbytes for each in snapshot.kept.values()) // 4
             assert kept == sum(len(r) * len(c) for r, c in zip(*parts_of(layer), strict=True))
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from smoa.layers.kept import snapshot_of
 from smoa.layers.layer import SmoaLayer
-from smoa.layers.weight_cache import open_caches
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors, saved_shapes
 from smoa.maths.kernels.branch import SCRATCH, Branch, block_deltas, plain_branch, product_dtype
@@ -163,11 +163,11 @@ def test_threads_and_calls_share_no_memory() -> None:
 def test_a_call_with_fake_tensors_changes_nothing_for_later_ones(route: str, dtype: torch.dtype) -> None:
     layer = adapted_layer(base_layer(150, 120, dtype=dtype), r=8, num_blocks=2, route=route)
     x = torch.randn(7, 120, dtype=dtype)
-    with torch.no_grad(), open_caches([layer]):
+    with torch.no_grad(), snapshot_of([layer]):
         expected = layer(x)
         copied = copy.deepcopy(layer)
         SCRATCH.buffers.clear()
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, open_caches([copied]):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, snapshot_of([copied]):
             for fake in (mode.from_tensor(x), x):
                 assert layer(fake).shape == copied(fake).shape == (7, 150)
         assert torch.equal(layer(x), expected)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from smoa.maths.factors import Factors
-from smoa.maths.kernels.shared import StackedFactors, formed, shared
+from smoa.maths.kernels.shared import Gathered, formed, gathered, shared
 from tests.support.tolerance import assert_close
 from tests.support.updates import CASES, Problem, problem
 
@@ -27,6 +27,11 @@ def factors_of(cases: list[Problem]) -> list[Factors]:
     return [case.factors(SCALING * (number + 1)) for number, case in enumerate(cases)]
 
 
+def stacked(factors: Sequence[Factors], slots: Tensor | None = None) -> Gathered:
+    scale = torch.stack([own.scale(torch.promote_types(own.B.dtype, torch.float32)) for own in factors])
+    return gathered(factors[0].runs(), [own.A for own in factors], [own.B for own in factors], scale, slots)
+
+
 def of_shared(
     cases: list[Problem],
     x: Tensor,
@@ -34,10 +39,11 @@ def of_shared(
     dtype: torch.dtype = torch.float64,
     total: Tensor | None = None,
 ) -> Tensor:
-    stack, weight = StackedFactors.of(factors_of(cases)), cases[0].weight.to(dtype)
-    blocks = [run.of_matrix(weight, stack.blocks) for run in stack.runs]
-    diagonal = (lambda: blocks) if modulation == "hadamard" else None
-    return shared(stack.blocks, stack.runs, x, lambda: stack.gathered(SLOTS), diagonal, total)
+    factors, weight = factors_of(cases), cases[0].weight.to(dtype)
+    blocks, runs = factors[0].blocks, factors[0].runs()
+    entries = [run.of_matrix(weight, blocks) for run in runs]
+    diagonal = (lambda: entries) if modulation == "hadamard" else None
+    return shared(blocks, runs, x, lambda: stacked(factors, SLOTS), diagonal, total)
 
 
 def each_alone(cases: list[Problem], x: Tensor, modulation: str) -> Tensor:
@@ -73,9 +79,10 @@ def test_one_adapters_delta_can_be_formed_instead(
     out_features: int, in_features: int, ranks: tuple[int, ...], kind: str
 ) -> None:
     cases = problems(out_features, in_features, ranks, kind)
-    stack, x = StackedFactors.of(factors_of(cases)), torch.randn(5, in_features, dtype=torch.float64)
-    blocks = [run.of_matrix(cases[0].weight, stack.blocks) for run in stack.runs]
-    found = formed(stack.blocks, stack.runs, x, stack.gathered(torch.tensor([2])), blocks)
+    factors, x = factors_of(cases), torch.randn(5, in_features, dtype=torch.float64)
+    blocks, runs = factors[0].blocks, factors[0].runs()
+    entries = [run.of_matrix(cases[0].weight, blocks) for run in runs]
+    found = formed(blocks, runs, x, stacked(factors, torch.tensor([2])), entries)
     assert_close(found, x @ cases[2].oracle("hadamard", SCALING * 3).T)
 
 
@@ -150,11 +157,12 @@ def test_it_compiles_to_one_graph() -> None:
 
 def operations(cases: Sequence[Problem], slots: Tensor) -> int:
     """How many operations the product starts, once the factors are stacked."""
-    stack = StackedFactors.of([case.factors() for case in cases])
-    blocks = [run.of_matrix(cases[0].weight, stack.blocks) for run in stack.runs]
-    x = torch.randn(len(slots), 1, stack.blocks.in_features, dtype=torch.float64)
+    factors = [case.factors() for case in cases]
+    blocks, runs = factors[0].blocks, factors[0].runs()
+    entries = [run.of_matrix(cases[0].weight, blocks) for run in runs]
+    x = torch.randn(len(slots), 1, blocks.in_features, dtype=torch.float64)
     with torch.no_grad(), torch.autograd.profiler.profile() as profile:
-        shared(stack.blocks, stack.runs, x, lambda: stack.gathered(slots), lambda: blocks)
+        shared(blocks, runs, x, lambda: stacked(factors, slots), lambda: entries)
     return len(profile.function_events)
 
 

@@ -13,8 +13,8 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from smoa import ConfigError, SmoaConfig, keep_in_generate
+from smoa.layers.kept import KeptUpdate
 from smoa.layers.mixed_batch import shared_output
-from smoa.layers.weight_cache import KeptUpdate
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun
 from smoa.maths.kernels.branch import diagonal_blocks
@@ -86,8 +86,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     return seen
 
 
-def assert_nothing_kept(model: nn.Module, spy: Spy) -> None:
-    assert all(layer.smoa_weight_cache is None for layer in layers_of(model))
+def assert_nothing_kept(spy: Spy) -> None:
     assert not [entries for entries in spy.kept if entries() is not None]
 
 
@@ -158,7 +157,7 @@ def test_every_door_to_generate_computes_each_layers_blocks_once(door: str, spy:
     for calls in (1, 2):
         answer(model)
         assert spy.fills == calls * len(layers_of(model))
-        assert_nothing_kept(model, spy)
+        assert_nothing_kept(spy)
     assert spy.plain == 0
 
 
@@ -171,7 +170,7 @@ def test_every_way_of_decoding_does(options: dict[str, Any], spy: Spy) -> None:
     model = model_of()
     model.generate(input_ids=prompts(), max_new_tokens=6, pad_token_id=0, **options)
     assert (spy.fills, spy.plain) == (len(layers_of(model)), 0)
-    assert_nothing_kept(model, spy)
+    assert_nothing_kept(spy)
 
 
 # several adapters
@@ -203,7 +202,7 @@ def test_a_mixed_batch_forms_no_update_and_gathers_the_blocks_of_each_weight_onc
     off = model.generate(input_ids=prompts()[:, :4], max_new_tokens=5, pad_token_id=0, **names, **options)
     assert torch.equal(tokens, off)
     assert len(gathered) - once > 2 * once
-    assert_nothing_kept(model, spy)
+    assert_nothing_kept(spy)
 
 
 def test_two_active_adapters_are_both_kept(spy: Spy) -> None:
@@ -226,7 +225,6 @@ def train_a_little(model: Any) -> None:
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
-    "factors": train_a_little,
     "set_adapter": lambda model: model.set_adapter("other"),
     "merge": lambda model: model.merge_adapter(),
 }
@@ -240,11 +238,28 @@ def test_a_change_while_it_generates_is_seen_then_and_in_the_next_call(change: s
         keep_in_generate(model, kept)  # type: ignore[arg-type]
         during = answer(model, logits_processor=[During(lambda model=model: CHANGES[change](model))])
         found.append((*during, *answer(model)))
-        assert_nothing_kept(model, spy)
+        assert_nothing_kept(spy)
     own, plain = found
     assert torch.equal(own[0], plain[0])
     for one, other in zip(own[1:], plain[1:], strict=True):
         assert_close(one, other, torch.float32)
+
+
+def test_factors_that_change_while_it_generates_count_from_the_next_call(spy: Spy) -> None:
+    model = two_adapters()
+    unchanged, _ = answer(model)
+    inner: list[Tensor] = []
+
+    def change() -> None:
+        train_a_little(model)
+        inner.append(answer(model)[0])
+
+    during, _ = answer(model, logits_processor=[During(change)])
+    assert torch.equal(during, unchanged)
+    assert torch.equal(inner[0], answer(model)[0])
+    assert torch.equal(inner[0], plain_answer(model)[0])
+    assert not torch.equal(inner[0], unchanged)
+    assert_nothing_kept(spy)
 
 
 @pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
@@ -265,17 +280,17 @@ def test_an_exception_frees_everything(spy: Spy) -> None:
     with pytest.raises(ZeroDivisionError):
         answer(model, logits_processor=[During(lambda: 1 / 0)])
     assert spy.fills
-    assert_nothing_kept(model, spy)
+    assert_nothing_kept(spy)
     answer(model)
 
 
-def test_a_nested_call_shares_what_is_kept(spy: Spy) -> None:
+def test_a_nested_call_keeps_its_own(spy: Spy) -> None:
     model = model_of()
     inner: list[tuple[Tensor, Tensor]] = []
     outer = answer(model, logits_processor=[During(lambda: inner.append(answer(model)))])
-    assert spy.fills == len(layers_of(model))
+    assert spy.fills == 2 * len(layers_of(model))
     assert torch.equal(inner[0][0], outer[0])
-    assert_nothing_kept(model, spy)
+    assert_nothing_kept(spy)
 
 
 def test_threads_may_generate_at_once(spy: Spy) -> None:
@@ -289,10 +304,10 @@ def test_threads_may_generate_at_once(spy: Spy) -> None:
         thread.join()
     assert len(found) == 4
     assert all(torch.equal(tokens, expected) for tokens in found)
-    assert_nothing_kept(model, spy)
+    assert_nothing_kept(spy)
 
 
-def test_if_memory_runs_out_it_warns_once_and_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_memory_runs_out_it_warns_once_and_goes_on_without(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     expected, _ = plain_answer(model)
     fill, calls = KeptUpdate.of, []
@@ -304,13 +319,11 @@ def test_if_memory_runs_out_it_warns_once_and_goes_on_without(monkeypatch: pytes
         return fill(*args)
 
     monkeypatch.setattr(KeptUpdate, "of", of)
-    kept: list[int] = []
-    watch = During(lambda: kept.extend(layer.smoa_weight_cache.nbytes() for layer in layers_of(model)), token=0)
     with pytest.warns(RuntimeWarning, match=r"no memory to keep ΔW.*2\.00 GiB") as warned:
-        tokens, _ = answer(model, logits_processor=[watch])
+        tokens, _ = answer(model)
     assert len(warned) == 1
     assert len(calls) == 3
-    assert set(kept) == {0}
+    assert_nothing_kept(spy)
     assert torch.equal(tokens, expected)
     answer(model)  # the next call tries again
     assert len(calls) == 3 + len(layers_of(model))

@@ -190,9 +190,3 @@ def test_autocast_multiplies_a_mixed_batch_in_its_dtype(tiny_llama: PreTrainedMo
     exact = step(model, rows(), adapter_names=NAMES)
     for name, gradient in found.items():
         assert (gradient - exact[name]).norm() < 0.1 * exact[name].norm()  # 0.085 on CPUs without its instructions
-
-
-def test_a_mixed_batch_is_refused_in_training(tiny_llama: PreTrainedModel) -> None:
-    model = adapted(tiny_llama).train()
-    with pytest.raises(ValueError, match=r"Cannot pass `adapter_names` when .* in training mode\. .*smoa\.AdapterPool"):
-        model(input_ids=rows(), adapter_names=["default"] * 4)

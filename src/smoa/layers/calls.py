@@ -1,0 +1,110 @@
+"""Which adapter each row of a call has, and where the layers that the call reaches find it.
+
+A call belongs to the thread that makes it, and its layers find it by the thread. Nothing of the model changes for it,
+so calls in other threads, with other names or none, don't meet. What a checkpoint computes again takes its call along:
+it may run in another thread, or after another call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import nn
+
+from smoa.layers.rows import RowsBySlot
+
+BASE = "__base__"
+OPEN: dict[int, Call | None] = {}
+"""The call that each thread makes, if that names adapters."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of a model that names an adapter, or the base, for each sample.
+
+    Args:
+        names: The adapter of each sample.
+        modules: Those that take the names.
+        once: Those that are given each sample once, however often `generate` repeats it.
+        copies: Rows for each sample elsewhere: one for each beam, or each sequence to return.
+        trains: Whether gradients are taken, and route and dropout must be the same when a checkpoint computes again.
+        is_bound: Whether it is computed in a checkpoint that takes the names along.
+    """
+
+    names: tuple[str, ...]
+    modules: frozenset[nn.Module] = frozenset()
+    once: frozenset[nn.Module] = frozenset()
+    copies: int = 1
+    trains: bool = False
+    is_bound: bool = False
+    _rows: dict[int, RowsBySlot] = field(default_factory=dict)
+
+    @cached_property
+    def of_slot(self) -> list[str]:
+        """The adapter of each slot."""
+        return [name for name in dict.fromkeys(self.names) if name != BASE]
+
+    def rows(self, module: nn.Module) -> RowsBySlot:
+        """The slot of each row that a module is given; all layers share it."""
+        copies = 1 if module in self.once else self.copies
+        if copies not in self._rows:
+            slot_of = {name: slot for slot, name in enumerate(self.of_slot)}
+            slots = [slot_of.get(name, -1) for name in self.names for _ in range(copies)]
+            self._rows[copies] = RowsBySlot(slots)
+        return self._rows[copies]
+
+    def names_for(self, module: nn.Module, known: Container[str]) -> list[str]:
+        """The adapter of each row that a module is given, the base's for those that it does not know."""
+        copies = 1 if module in self.once else self.copies
+        return [name if name in known else BASE for name in self.names for _ in range(copies)]
+
+
+@contextmanager
+def opened(call: Call | None) -> Iterator[None]:
+    """Make the calls of this thread, while the context is open, a part of this one; None: of none."""
+    thread = get_ident()
+    before = OPEN.get(thread)
+    OPEN[thread] = call
+    try:
+        yield
+    finally:
+        if before is None:
+            del OPEN[thread]
+        else:
+            OPEN[thread] = before
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled model looks it up anew in each call
+def call_of(module: nn.Module) -> Call | None:
+    """The call that this thread makes, if it reaches the module."""
+    call = OPEN.get(get_ident())
+    return call if call is not None and module in call.modules else None
+
+
+def take_names_along(model: nn.Module) -> None:
+    """Let what transformers checkpoints in a model be computed again for the call that it was computed for.
+
+    The function that modules call to checkpoint is replaced once; for calls without names it does what it did.
+    """
+    for module in model.modules():
+        own = module.__dict__.get("_gradient_checkpointing_func")
+        if own is not None and getattr(own, "func", None) is not _checkpointed:
+            module.__dict__["_gradient_checkpointing_func"] = partial(_checkpointed, own)
+
+
+def _checkpointed(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    call = OPEN.get(get_ident())
+    if call is not None:
+        function = partial(_computed_for, replace(call, is_bound=True), function)
+    return checkpoint(function, *args, **kwargs)
+
+
+def _computed_for(call: Call, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with opened(call):
+        return function(*args, **kwargs)

@@ -1,0 +1,376 @@
+"""Each call has its own names, in inference and training, in every thread, and in what a checkpoint computes again."""
+
+import copy
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointError, checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, XLNetConfig, XLNetLMHeadModel
+
+from smoa import SmoaConfig
+from smoa.layers import calls
+from smoa.tuner.generation import rows_unknown
+from tests.support import tiny_mixtures
+from tests.support.adapted_models import adapted, add_adapter
+from tests.support.tolerance import assert_close
+
+KINDS = [{"r": 4, "num_blocks": 2}, {"r": 6, "num_blocks": 3, "modulation": "none"}, {"r": 3, "num_blocks": 3}]
+NAMES = ["a0", "__base__", "a2", "a1", "a0", "a4"]
+"""Nobody asks a3."""
+
+
+def gang(count: int = 5, reentrant: bool | None = None, **settings: Any) -> Any:
+    """A small Llama in training with adapters of three kinds, checkpointed if `reentrant` is given."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32)).double()
+    given = {"target_modules": "all-linear", "init_weights": False} | settings
+    model: Any = get_peft_model(base, SmoaConfig(**KINDS[0] | given), "a0", autocast_adapter_dtype=False)
+    for number in range(1, count):
+        config = SmoaConfig(**KINDS[number % 3] | given)
+        model.add_adapter(f"a{number}", config, autocast_adapter_dtype=False)
+    if reentrant is not None:
+        base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        base.enable_input_require_grads()
+    model.set_requires_grad([f"a{number}" for number in range(count)])
+    return model.train()
+
+
+def ids(rows: int = len(NAMES), tokens: int = 5) -> Tensor:
+    return torch.randint(3, 32, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(model: Any, names: list[str], tokens: int = 5) -> Tensor:
+    loss: Tensor = model(input_ids=ids(len(names), tokens), adapter_names=names).logits.square().sum()
+    return loss
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@functools.cache
+def each_alone(tokens: int = 5) -> dict[str, Tensor]:
+    """The gradients of each adapter that is alone with its rows."""
+    model, found = gang(), {}
+    for name in sorted({*NAMES} - {"__base__"}):
+        model.set_adapter(name)
+        own = torch.tensor([row for row, other in enumerate(NAMES) if other == name])
+        model(input_ids=ids(tokens=tokens)[own]).logits.square().sum().backward()
+        found |= gradients(model)
+    return found
+
+
+def assert_those_of_each_alone(found: dict[str, Tensor], tokens: int = 5) -> None:
+    assert found.keys() == each_alone(tokens).keys()
+    for name, gradient in found.items():
+        assert_close(gradient, each_alone(tokens)[name])
+
+
+# training
+
+
+@pytest.mark.parametrize("tokens", [5, 140])  # for 140 it pays to form ΔW
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_each_adapter_gets_its_own_gradients_and_one_without_rows_none(reentrant: bool | None, tokens: int) -> None:
+    model = gang(reentrant=reentrant)
+    loss_of(model, NAMES, tokens).backward()
+    assert_those_of_each_alone(gradients(model), tokens)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_backward_may_run_in_another_thread_and_after_another_forward(reentrant: bool | None) -> None:
+    model = gang(reentrant=reentrant)
+    loss = loss_of(model, NAMES)
+    loss_of(model, NAMES[::-1])
+    model(input_ids=ids())
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    assert_those_of_each_alone(gradients(model))
+
+
+def test_a_model_that_is_checkpointed_anew_or_no_more_takes_the_names_along_too() -> None:
+    model = gang(reentrant=True)
+    for change in (lambda: None, model.base_model.model.gradient_checkpointing_disable):
+        change()
+        loss_of(model, NAMES).backward()
+        assert_those_of_each_alone(gradients(model))
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss_of(model, NAMES).backward()
+    assert_those_of_each_alone(gradients(model))
+    model.set_adapter("a1")
+    model(input_ids=ids()).logits.square().sum().backward()  # without names it does what it did
+    assert all(".a1." in name for name in gradients(model))
+
+
+@pytest.mark.parametrize(
+    "names", [NAMES, ["a0"] * 6, ["a1"] * 6, ["a1"] * 3 + ["a4"] * 3, ["a2"] * 5 + ["__base__"], ["__base__"] * 6]
+)
+@pytest.mark.parametrize(("reentrant", "error"), [(True, ValueError), (False, CheckpointError)])
+def test_a_checkpoint_that_would_lose_the_names_is_an_error(
+    names: list[str], reentrant: bool, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smoa.tuner.generation.take_names_along", lambda model: None)  # as if it were another's
+    for tokens in (1, 5, 140):
+        model = gang(reentrant=reentrant)
+        with pytest.raises(error, match="checkpoint"):
+            loss_of(model, names, tokens).backward()
+
+
+def test_a_checkpoint_of_ones_own_that_is_not_reentrant_raises_pytorchs_error() -> None:
+    model = gang()
+    layer = model.base_model.model.model.layers[0].mlp
+    forward = layer.forward
+    layer.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
+    with pytest.raises(CheckpointError):
+        loss_of(model, ["a1", "a2", "a1"]).backward()
+
+
+@pytest.mark.parametrize("r", [2, 4])  # at rank 1 of a block inference never forms ΔW
+def test_a_checkpoint_draws_the_same_dropout_again(r: int) -> None:
+    found = []
+    for reentrant in (None, False, True):
+        model = gang(2, reentrant, smoa_dropout=0.5, num_blocks=2, r=r, modulation="hadamard")
+        torch.manual_seed(1)
+        loss_of(model, ["a0", "a1", "a0", "a1"], 140).backward()
+        found.append(gradients(model))
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, gradient in other.items():
+            assert_close(gradient, found[0][name])
+
+
+def test_a_frozen_adapter_is_refused_in_training() -> None:
+    model = gang(2)
+    with model.disable_adapter():
+        model(input_ids=ids())
+    with pytest.raises(ValueError, match=r"'a1' is frozen.*model\.set_requires_grad"):
+        loss_of(model, ["a0", "a1"])
+    model.set_requires_grad(["a0", "a1"])
+    loss_of(model, ["a0", "a1"]).backward()
+    model.set_adapter("a0")
+    model(input_ids=ids(), labels=ids()).loss.backward()
+    loss_of(model.eval(), ["a0", "a1"])
+
+
+def test_modules_trained_tokens_embeddings_and_heads_train_beside_the_factors() -> None:
+    settings = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"], "modulation": "hadamard"}
+    expected, names = {}, ["a1", "a0", "a0"]
+    for name in ("a0", "a1"):
+        model = gang(2, **settings)
+        model.set_adapter(name)
+        own = torch.tensor([row for row, other in enumerate(names) if other == name])
+        model(input_ids=ids(3)[own]).logits.square().sum().backward()
+        expected |= gradients(model)
+    model = gang(2, **settings)
+    for wrapper in (model.base_model.model.lm_head,):
+        wrapper.requires_grad_(True)
+        wrapper.original_module.requires_grad_(False)
+    loss_of(model, names).backward()
+    found = gradients(model)
+    assert any("modules_to_save" in name for name in found)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert_close(gradient, expected[name])
+
+
+# threads
+
+
+@torch.no_grad()
+def test_a_thousand_calls_in_four_threads_get_each_its_own_adapters() -> None:
+    settings = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
+    model = gang(3, **settings).eval()
+    for number in range(3):
+        model.base_model.model.lm_head.modules_to_save[f"a{number}"].weight.mul_(number + 2)
+    x = ids(2, 3)
+    ways: list[Callable[[], Tensor]] = [
+        lambda: model(input_ids=x).logits,
+        lambda: model(input_ids=x, adapter_names=["a1", "a2"]).logits,
+        lambda: model(input_ids=x, adapter_names=["__base__", "a0"]).logits,
+        lambda: model.get_base_model()(input_ids=x).logits,
+    ]
+    expected, wrong, faults = [way() for way in ways], [0] * 4, list[BaseException]()
+    fresh = gang(3, **settings).eval()  # in which no hook is yet
+    fresh.load_state_dict(model.state_dict())
+    model = fresh
+
+    def work(number: int) -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(250):
+                    wrong[number] += not torch.allclose(ways[number](), expected[number])
+        except BaseException as error:
+            faults.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert (wrong, faults) == ([0] * 4, [])
+    assert not calls.OPEN
+
+
+def test_a_plain_forward_beside_and_inside_a_generate_with_names_takes_the_active_adapter() -> None:
+    model = gang(3).eval()
+    model.set_adapter("a2")
+    x, found, inside = ids(2, 3), list[Tensor](), threading.Event()
+    with torch.no_grad():
+        expected = model(input_ids=x).logits
+
+    def during(tokens: Tensor, scores: Tensor) -> Tensor:
+        found.append(model(input_ids=x).logits)
+        inside.set()
+        return scores
+
+    def stream() -> None:
+        settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        model.generate(input_ids=x, adapter_names=["a0", "a1"], logits_processor=[during], **settings)
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    inside.wait(60)
+    with torch.no_grad():
+        while thread.is_alive():
+            found.append(model(input_ids=x).logits)
+    thread.join()
+    assert len(found) > 12
+    for logits in found:
+        assert_close(logits, expected)
+
+
+def test_two_threads_that_train_by_names_are_refused_and_backward_elsewhere_is_not() -> None:
+    model, found = gang(2, reentrant=False), list[BaseException | None]()
+    loss = loss_of(model, ["a0", "a1"])
+
+    def trains() -> None:
+        try:
+            loss_of(model, ["a0", "a1"])
+            found.append(None)
+        except ValueError as error:
+            found.append(error)
+
+    def elsewhere(*_: Any) -> None:
+        for target in (loss.backward, trains):
+            thread = threading.Thread(target=target)
+            thread.start()
+            thread.join()
+
+    handle = model.base_model.model.model.layers[1].register_forward_hook(elsewhere)
+    loss_of(model, ["a0", "a1"])
+    handle.remove()
+    assert "another thread trains" in str(found[0])
+    assert gradients(model)
+    trains()
+    assert found[1] is None
+
+
+# what is refused
+
+
+def xlnet() -> Any:
+    return XLNetLMHeadModel(XLNetConfig(vocab_size=20, d_model=16, n_layer=1, n_head=2, d_inner=16))
+
+
+def mixtral() -> Any:
+    """As transformers had it before its experts were one parameter: linear layers, each given some tokens."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2, vocab_size=20, num_key_value_heads=1))
+    base.model.layers[0].experts = torch.nn.ModuleList(
+        [torch.nn.ModuleDict({"w1": torch.nn.Linear(16, 24)}) for _ in range(2)]
+    )
+    return base
+
+
+@pytest.mark.parametrize(
+    ("base", "targets", "reason"),
+    [
+        (xlnet, ["layer_1"], "xlnet gives its layers tokens first"),
+        (mixtral, ["w1", "q_proj"], r"experts\.0\.w1 is an expert"),
+    ],
+)
+def test_a_layer_whose_rows_are_not_samples_is_refused(
+    base: Callable[[], Any], targets: list[str], reason: str
+) -> None:
+    model = adapted(base(), target_modules=targets)
+    with pytest.raises(ValueError, match=reason):
+        model(input_ids=ids(3, 3) % 20, adapter_names=["default"] * 3)
+
+
+def test_towers_that_flatten_patches_are_refused_and_the_text_beside_them_is_not() -> None:
+    vision, text = torch.nn.Module(), torch.nn.Module()
+    vision.config, text.config = (type("Config", (), {"model_type": f"qwen2_5_vl{kind}"}) for kind in ("_vision", ""))
+    vision.proj, text.visual, text.q_proj = torch.nn.Linear(2, 2), vision, torch.nn.Linear(2, 2)  # type: ignore[assignment]
+    assert "patches of all images" in str(rows_unknown(text, "visual.proj"))
+    assert rows_unknown(text, "q_proj") is None
+    assert rows_unknown(torch.nn.Sequential(torch.nn.Linear(2, 2)), "0") is None
+
+
+@torch.no_grad()
+def test_adapted_experts_are_those_of_no_adapter_that_a_batch_names() -> None:
+    settings = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"], "init_weights": False}
+    model: Any = get_peft_model(tiny_mixtures.build_mixture("qwen3_moe"), SmoaConfig(r=4, num_blocks=2, **settings))
+    add_adapter(model.eval(), "other", target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="down_proj has adapted experts"):
+        model(input_ids=ids(2), adapter_names=["default", "other"])
+    mixed = model(input_ids=ids(2), adapter_names=["other", "__base__"]).logits
+    model.set_adapter("other")
+    assert_close(mixed[0], model(input_ids=ids(2)).logits[0])
+
+
+@torch.no_grad()
+def test_a_module_that_only_some_adapters_save_is_the_base_models_for_the_others() -> None:
+    model = gang(1, target_modules=["q_proj"], modules_to_save=["lm_head"]).eval()
+    add_adapter(model, "plain", target_modules=["q_proj"])
+    model.base_model.model.lm_head.modules_to_save["a0"].weight.mul_(2)
+    x, alone = ids(2), {}
+    for name in ("plain", "a0"):
+        model.set_adapter(name)
+        alone[name] = model(input_ids=x).logits
+    for name in ("a0", "plain"):
+        model.set_adapter(name)
+        if model.base_model.model.lm_head.disable_adapters:  # as PEFT 0.18 leaves it for "plain"
+            with pytest.raises(
+                ValueError, match=r"the active adapter has no ModulesToSaveWrapper.*\['a0'\].*set_adapter"
+            ):
+                model(input_ids=x, adapter_names=["plain", "a0"])
+            continue
+        mixed = model(input_ids=x, adapter_names=["plain", "a0"]).logits
+        assert_close(mixed[0], alone["plain"][0])
+        assert_close(mixed[1], alone["a0"][1])
+    with model.disable_adapter():
+        assert_close(model(input_ids=x, adapter_names=["plain", "a0"]).logits, model(input_ids=x).logits)
+
+
+@pytest.mark.parametrize("names", ["a0", [None, "a0"], [0, 1], []])
+def test_names_that_are_no_list_of_names_are_refused(names: Any) -> None:
+    with pytest.raises(ValueError, match="adapter_names"):
+        gang(1).eval()(input_ids=ids(2), adapter_names=names)
+
+
+def test_a_copy_made_in_a_call_with_names_has_none(tmp_path: Any) -> None:
+    model, made = gang(2).eval(), list[PeftModel]()
+    handle = model.base_model.model.model.layers[0].register_forward_hook(lambda *_: made.append(copy.deepcopy(model)))
+    with torch.no_grad():
+        loss_of(model, ["a1", "a1"])
+        handle.remove()
+        for layer in made[0].base_model.model.model.layers:
+            layer._forward_hooks.clear()
+        assert_close(made[0](input_ids=ids(2)).logits, model(input_ids=ids(2)).logits)
+    torch.save(model, tmp_path / "model")
