@@ -7,8 +7,8 @@ The model is like a Llama with random weights: 4 layers of 1024/2816, seven targ
 turn in one process, each after a call of its own that warms the caches, and given as ratios. `names`: a forward
 through `adapter_names`, of 32 rows with as many adapters, to the base's, for SMoA with contiguous blocks and r = K = 8
 or 32, which has the parameters of LoRA r = 1, and for LoRA r = 1 and 8: a token within `generate`, which keeps what
-all adapters share, the same alone, and prompts. `decoding`: `generate` of 48 tokens with one adapter. `gang`: forward and
-backward of 32 or 64 adapters with a row each, by their names, compared with as many of one LoRA. Writes
+all adapters share, the same alone, and prompts. `decoding`: `generate` of 48 tokens with one adapter. `gang`: forward
+and backward of 32 or 64 adapters with a row each, by their names, compared with as many of one LoRA. Writes
 benchmarks/results/fleet.json.
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -69,9 +69,8 @@ def names(dtype: torch.dtype, repeats: int) -> dict[str, Any]:
         run: dict[str, Callable[[], object]] = {"base": lambda ids=ids: plain(input_ids=ids, use_cache=False)}
         for name, model in made.items():
             run[name] = lambda model=model, ids=ids: model(input_ids=ids, use_cache=False, adapter_names=own)
-        with torch.no_grad(), ExitStack() as stack:
-            for model in made.values() if case == "generated" else ():
-                stack.enter_context(keeping(model.get_base_model()))
+        kept = keeping(torch.nn.ModuleList(made.values())) if case == "generated" else nullcontext()
+        with torch.no_grad(), kept:
             is_long = tokens > 16
             found[case] = _ratios(interleaved(run, 3 if is_long else repeats, warms=not is_long))
             print(case, found[case], flush=True)

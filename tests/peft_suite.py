@@ -52,7 +52,7 @@ EDITS = {
     # the words of an error
     "`layers_to_transform` cannot be used when `target_modules` is a str.": "layers_to_transform=.* needs target_mod",
     "`layers_pattern` cannot be used when `target_modules` is a str.": "layers_pattern=.* has no effect without",
-    "lora.ParamWrapper does not support mixed adapter batches yet.": "adapter_names can't be used with adapted experts",
+    "lora.ParamWrapper does not support mixed adapter batches yet.": "has adapted experts",
     "Length of `adapter_names` should be the same as the number of inputs, but got ": "give one for each",
     "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.": (
         "adapter_names can't be used while adapters are merged; call unmerge_adapter first"

@@ -46,9 +46,9 @@ class Call:
     _rows: dict[int, RowsBySlot] = field(default_factory=dict)
 
     @cached_property
-    def of_slot(self) -> list[str]:
+    def of_slot(self) -> tuple[str, ...]:
         """The adapter of each slot."""
-        return [name for name in dict.fromkeys(self.names) if name != BASE]
+        return tuple(name for name in dict.fromkeys(self.names) if name != BASE)
 
     def rows(self, module: nn.Module) -> RowsBySlot:
         """The slot of each row that a module is given; all layers share it."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape, SmoaConfig
-from smoa.layers.adapter import Adapter
+from smoa.layers.adapter import Adapter, AdapterBuffers, Derived, PartitionSpec
 from smoa.layers.calls import OPEN, Call, call_of
 from smoa.layers.distributed import (
     onloaded_for,
@@ -26,7 +26,6 @@ from smoa.layers.distributed import (
     whole,
 )
 from smoa.layers.merging import Merging, as_matrix, as_stored
-from smoa.layers.partition import AdapterBuffers, Derived, PartitionSpec
 from smoa.maths.blocks import Blocks, DiagonalBlocks, check_num_blocks
 from smoa.maths.factors import Factors, Initialization, init_factors, saved_shapes
 from smoa.maths.kernels.autograd import is_transformed
@@ -108,7 +107,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self._pristine_blocks: dict[str, dict[int, DiagonalBlocks]] = {}
-        self._changes = 0
         self.out_features, self.in_features = self._weight_shape()
         self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
@@ -170,11 +168,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter."""
-        self._changes += 1
-        super().delete_adapter(adapter_name)
-
     def _fill_factors(self, A: Tensor, B: Tensor, adapter_name: str, init: Initialization) -> None:
         sizes, relative_size = (self.out_features, self.in_features), RANDOM_SIZE / self.scaling[adapter_name]
         init_factors(A, B, sizes, self.adapters[adapter_name].ranks, init, relative_size)
@@ -194,11 +187,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
 
     # Blocks and block scales: decided at injection, at first use, or by a loaded file.
 
-    def changes(self) -> int:
-        """How often adapters were added, removed, cast or moved, or their blocks or block scales changed."""
-        buffers = self.smoa_row_labels, self.smoa_col_labels, self.smoa_block_scale
-        return self._changes + sum(each.changes for each in buffers)
-
     def decide_partition(self, adapter_name: str) -> None:
         """Compute the blocks of an adapter, unless they have been computed or loaded already.
 
@@ -209,8 +197,9 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
 
     def derived(self, adapter_name: str) -> Derived:
         """What follows from the adapter's labels and block scales; decided now if they are still pending."""
-        self.decide_partition(adapter_name)
-        return self.adapters[adapter_name].derived()
+        if (own := self.adapters[adapter_name]).pending:
+            own.decide_from(self)
+        return own.derived()
 
     def _derive(self, incompatible_keys: object = None) -> None:
         """Derive anew what was loaded or moved, which a compiled model would not do."""
@@ -220,7 +209,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._changes += 1
         self._derive()
         return self
 
@@ -413,7 +401,8 @@ def is_plain_linear(module: nn.Module, own_hooks: int = 0) -> bool:
 def linear_weight(linear: nn.Module) -> Tensor:
     """Weight of a bias-free Linear, computed by its forward if a wrapper (FSDP) gathers the weight only there."""
     if type(linear) is nn.Linear:
-        return whole(refuse_partitioned(linear.weight))
+        weight = cast(nn.Parameter, linear._parameters["weight"])
+        return weight if type(weight) is nn.Parameter and weight.numel() else whole(refuse_partitioned(weight))
     weight = next(linear.parameters())
     output: Tensor = linear(torch.eye(int(linear.in_features), device=weight.device, dtype=weight.dtype))  # type: ignore[arg-type]
     return output.T

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from smoa.layers.distributed import gather, onloaded_for
 from smoa.layers.kept import open_snapshot
 from smoa.layers.layer import add_rows, is_plain_linear, linear_weight
 from smoa.layers.rows import Part, add_by_plan
+from smoa.maths.blocks import Blocks
+from smoa.maths.factors import runs_of
 from smoa.maths.kernels.autograd import only_values, without_autocast
 from smoa.maths.kernels.shared import Gathered, diagonal_of, gathered, shared
 
@@ -47,7 +49,7 @@ def add_mixed(layer: Linear, result: Tensor, x: Tensor, call: Call, of_slot: dic
             found = None if snapshot is None else snapshot.get(key, make)
             return make() if found is None else found
 
-        for group in kept((layer, rows), lambda: _groups(layer, of_slot)):
+        for group in kept((layer, call.of_slot), lambda: _groups(layer, of_slot)):
             own = layer.branch_input(x, group.names[0])
             plan = rows.plan(group.members, group.rank, tokens, x.device, call.trains or not values)
             if values:
@@ -70,37 +72,55 @@ def shared_output(layer: Linear, x: Tensor, adapter_name: str) -> Tensor:
 
 def _groups(layer: Linear, of_slot: dict[int, str]) -> list[Group]:
     """The adapters that take one product each."""
-    members_of: dict[Any, dict[int, str]] = {}
+    groups: dict[Any, Group] = {}
+    A_of, B_of, p = layer.smoa_A._modules, layer.smoa_B._modules, 0.0  # looked up once, for adapters may be many
     for slot, name in of_slot.items():
-        own, dropout = layer.adapters[name], layer.smoa_dropout[name]
-        p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
-        dtype = next(layer.smoa_A[name].parameters()).dtype
-        key = layer.derived(name).digest, own.ranks, own.modulation, p, dtype
-        members_of.setdefault(key, {})[slot] = name
-    return [Group(layer, members, *key[:3]) for key, members in members_of.items()]
+        own, derived = layer.adapters[name], layer.derived(name)
+        A, B = linear_weight(A_of[name]), linear_weight(B_of[name])
+        if layer.training:
+            dropout = layer.smoa_dropout[name]
+            p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+        key = derived.digest, own.ranks, own.modulation, p, A.dtype
+        if (group := groups.get(key)) is None:
+            group = groups[key] = Group(layer, name)
+        group.of_slot[slot] = name
+        group.tensors.append((A, B, derived.rank_scale))
+    return list(groups.values())
 
 
 class Group:
-    """Adapters of a layer that take one product, by slot: they have these ranks, and the blocks of this digest."""
+    """Adapters of a layer that take one product, as its first does."""
 
-    def __init__(self, layer: Linear, of_slot: dict[int, str], digest: int, ranks: Sequence[int], modulation: str):
-        self.layer, self.names, self.members, self.digest = layer, [*of_slot.values()], frozenset(of_slot), digest
-        factors = layer.update(self.names[0]).factors
-        self.blocks, self.runs = factors.blocks, factors.runs()
+    def __init__(self, layer: Linear, name: str) -> None:
+        own, derived = layer.adapters[name], layer.derived(name)
+        self.layer, self.blocks, self.digest = layer, cast(Blocks, derived.blocks), derived.digest
+        self.runs = runs_of(*self.blocks.shape, own.ranks)
         trains_weight = (
             torch.is_grad_enabled() and layer.stored_weight().requires_grad
         )  # it has no gradient in `shared`
-        self.rank = math.inf if trains_weight else 0 if modulation == "none" else max(ranks)
+        self.rank = math.inf if trains_weight else 0 if own.modulation == "none" else max(own.ranks)
+        self.of_slot: dict[int, str] = {}
+        self.tensors: list[tuple[Tensor, Tensor, Tensor]] = []
+        """A, B and the block scale of each rank, of each adapter."""
 
-    def factors(self, slots: Tensor | None = None) -> Gathered:
-        """The factors of each adapter, or of these places among the names, with the scale in B; differentiable."""
-        layer, names = self.layer, self.names
-        with without_autocast(layer.stored_weight().device.type):  # which can't stack every dtype
-            A, B = ([linear_weight(part[name]) for name in names] for part in (layer.smoa_A, layer.smoa_B))
-            dtype = torch.promote_types(B[0].dtype, torch.float32)
-            scaling = B[0].new_tensor([layer.scaling[name] for name in names], dtype=dtype)
-            rank_scale = torch.stack([layer.derived(name).rank_scale for name in names]).to(dtype)
-            return gathered(self.runs, A, B, rank_scale * scaling[:, None], slots)
+    @cached_property
+    def names(self) -> list[str]:
+        """The adapters."""
+        return list(self.of_slot.values())
+
+    @cached_property
+    def members(self) -> frozenset[int]:
+        """Their slots."""
+        return frozenset(self.of_slot)
+
+    def factors(self, places: Tensor | None = None) -> Gathered:
+        """The factors of each adapter, or of these among them, with the scale in B; differentiable."""
+        A, B, scales = zip(*self.tensors, strict=True)
+        device, dtype = B[0].device, torch.promote_types(B[0].dtype, torch.float32)
+        scaling = [[self.layer.scaling[name]] for name in self.names]
+        with without_autocast(device.type):  # which can't stack every dtype
+            scale = torch.stack(scales).to(dtype) * torch.tensor(scaling, dtype=dtype, device=device)
+            return gathered(self.runs, A, B, scale, places)
 
     def diagonal(self) -> Sequence[Tensor]:
         """The diagonal blocks of M for each run of blocks."""

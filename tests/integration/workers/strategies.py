@@ -22,7 +22,7 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-import smoa.layers.partition
+import smoa.layers.adapter
 from smoa import PartitionError, SmoaConfig, make_partition, merged
 from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models, tiny_reader
@@ -169,9 +169,9 @@ def disagreeing_weights(folder: Path) -> Result:
         calls += 1
         return make_partition(*arguments)
 
-    smoa.layers.partition.make_partition = counted
+    smoa.layers.adapter.make_partition = counted
     model = get_peft_model(base, SmoaConfig(num_blocks=2, target_modules=TARGETS))
-    smoa.layers.partition.make_partition = make_partition
+    smoa.layers.adapter.make_partition = make_partition
     torch.manual_seed(RANK)
     shuffled = get_peft_model(
         tiny_models.build("llama"), SmoaConfig(num_blocks=2, target_modules=TARGETS, partition="random")

@@ -58,7 +58,7 @@ def gathered(
         scale: s_k for each column of B, (adapters, r), in float32 or wider.
         slots: The adapter of each group; None for all, in this order.
     """
-    own = torch.stack(list(A)), torch.stack(list(B)), scale
+    own = torch.stack(tuple(A)), torch.stack(tuple(B)), scale
     all_A, all_B, scale = own if slots is None else (part.index_select(0, slots) for part in own)
     found = []
     for run in runs:

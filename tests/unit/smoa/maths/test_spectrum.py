@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smoa.errors import ConfigError
-from smoa.layers.partition import PartitionSpec
+from smoa.layers.adapter import PartitionSpec
 from smoa.maths import spectrum
 from smoa.maths.spectrum import (
     PartitionKind,

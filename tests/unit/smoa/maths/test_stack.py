@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smoa.layers.partition import PartitionSpec
+from smoa.layers.adapter import PartitionSpec
 from smoa.maths import stack as stacks
 from smoa.maths.experts import Layout
 from smoa.maths.stack import Side, Stack
