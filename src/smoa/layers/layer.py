@@ -385,24 +385,21 @@ def in_autocast_dtype(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
-def is_instrumented(module: nn.Module, own_hooks: int = 0) -> bool:
-    """Whether a hook, also one of all modules, or a replaced forward (accelerate's) must see the base layer's call,
-    beside so many hooks of our own."""
+def is_instrumented(module: nn.Module) -> bool:
+    """Whether a hook, also one of all modules, or a replaced forward (accelerate's) must see the base layer's call."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    replaced = "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook()
-    return replaced or sum(map(len, hooks)) > own_hooks
+    return "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook() or any(hooks)
 
 
-def is_plain_linear(module: nn.Module, own_hooks: int = 0) -> bool:
+def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer whose call nobody else sees or replaces, nor has its output."""
-    return type(module) in (nn.Linear, Conv1D) and not is_instrumented(module, own_hooks)
+    return type(module) in (nn.Linear, Conv1D) and not is_instrumented(module)
 
 
 def linear_weight(linear: nn.Module) -> Tensor:
     """Weight of a bias-free Linear, computed by its forward if a wrapper (FSDP) gathers the weight only there."""
     if type(linear) is nn.Linear:
-        weight = cast(nn.Parameter, linear._parameters["weight"])
-        return weight if type(weight) is nn.Parameter and weight.numel() else whole(refuse_partitioned(weight))
+        return whole(refuse_partitioned(linear.weight))
     weight = next(linear.parameters())
     output: Tensor = linear(torch.eye(int(linear.in_features), device=weight.device, dtype=weight.dtype))  # type: ignore[arg-type]
     return output.T

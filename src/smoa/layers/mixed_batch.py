@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,17 @@ from torch import Tensor, nn
 from smoa.layers.calls import Call
 from smoa.layers.distributed import gather, onloaded_for
 from smoa.layers.kept import open_snapshot
-from smoa.layers.layer import add_rows, is_plain_linear, linear_weight
+from smoa.layers.layer import SmoaLayer, add_rows, is_plain_linear, linear_weight
 from smoa.layers.rows import Part, add_by_plan
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import runs_of
 from smoa.maths.kernels.autograd import only_values, without_autocast
 from smoa.maths.kernels.shared import Gathered, diagonal_of, gathered, shared
 
-if TYPE_CHECKING:
-    from smoa.layers.linear import Linear
-
 T = TypeVar("T")
 
 
-def add_mixed(layer: Linear, result: Tensor, x: Tensor, call: Call, of_slot: dict[int, str]) -> Tensor:
+def add_mixed(layer: SmoaLayer, result: Tensor, x: Tensor, call: Call, of_slot: dict[int, str]) -> Tensor:
     """The output of a linear layer's base layer plus what the adapters of a call add to it.
 
     Adapters with the same blocks, ranks, modulation and dropout take one product (`smoa.maths.kernels.shared`), but for
@@ -63,14 +60,14 @@ def add_mixed(layer: Linear, result: Tensor, x: Tensor, call: Call, of_slot: dic
     return result
 
 
-def shared_output(layer: Linear, x: Tensor, adapter_name: str) -> Tensor:
+def shared_output(layer: SmoaLayer, x: Tensor, adapter_name: str) -> Tensor:
     """`x ΔWᵀ` of one adapter, by the product that many could share, for x as a branch is given it; no gradients."""
     (group,) = _groups(layer, {0: adapter_name})
     y = shared(group.blocks, group.runs, x.reshape(1, -1, x.shape[-1]), group.factors(), group.diagonal())
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _groups(layer: Linear, of_slot: dict[int, str]) -> list[Group]:
+def _groups(layer: SmoaLayer, of_slot: dict[int, str]) -> list[Group]:
     """The adapters that take one product each."""
     groups: dict[Any, Group] = {}
     A_of, B_of, p = layer.smoa_A._modules, layer.smoa_B._modules, 0.0  # looked up once, for adapters may be many
@@ -91,7 +88,7 @@ def _groups(layer: Linear, of_slot: dict[int, str]) -> list[Group]:
 class Group:
     """Adapters of a layer that take one product, as its first does."""
 
-    def __init__(self, layer: Linear, name: str) -> None:
+    def __init__(self, layer: SmoaLayer, name: str) -> None:
         own, derived = layer.adapters[name], layer.derived(name)
         self.layer, self.blocks, self.digest = layer, cast(Blocks, derived.blocks), derived.digest
         self.runs = runs_of(*self.blocks.shape, own.ranks)
@@ -131,7 +128,9 @@ class Group:
         chosen: Any = part.places
         if part.forms:
             name = self.names[0 if chosen is None else int(chosen)]
-            return self.layer.apply_update(self.layer.update(name), x)
+            layer: Any = self.layer  # a linear one
+            output: Tensor = layer.apply_update(layer.update(name), x)
+            return output
         by_group, factors = x.reshape(part.groups, -1, x.shape[-1]), partial(self.factors, chosen)
         y = shared(self.blocks, self.runs, by_group, factors, self.diagonal if self.rank else None)
         return y.view(*x.shape[:-1], y.shape[-1])

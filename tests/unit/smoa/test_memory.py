@@ -9,7 +9,7 @@ from torch import nn
 
 from smoa import SmoaConfig, clear_spectrum_cache
 from smoa.layers import merging
-from smoa.layers.partition import PartitionSpec
+from smoa.layers.adapter import PartitionSpec
 from smoa.maths import spectrum
 from tests.support.live_bytes import LiveBytes
 
