@@ -1,28 +1,30 @@
 """Measures batches in which every row has an adapter of its own, beside PEFT's LoRA.
 
     python benchmarks/fleet.py            all parts, on two threads
-    python benchmarks/fleet.py names      one part: names, decoding, gang
+    python benchmarks/fleet.py names      one part: names, decoding, gang, loading
 
 The model is like a Llama with random weights: 4 layers of 1024/2816, seven targets. All times of a case are taken in
 turn in one process, each after a call of its own that warms the caches, and given as ratios. `names`: a forward
 through `adapter_names`, of 32 rows with as many adapters, to the base's, for SMoA with contiguous blocks and r = K = 8
 or 32, which has the parameters of LoRA r = 1, and for LoRA r = 1 and 8: a token within `generate`, which keeps what
 all adapters share, the same alone, and prompts. `decoding`: `generate` of 48 tokens with one adapter. `gang`: forward
-and backward of 32 or 64 adapters with a row each, by their names, compared with as many of one LoRA. Writes
-benchmarks/results/fleet.json.
+and backward of 32 or 64 adapters with a row each, by their names, compared with as many of one LoRA. `loading`: CPU
+seconds of `load_adapter`, the 2nd to the 64th. Writes benchmarks/results/fleet.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from _common import busy_elsewhere, pick_device, provenance, seconds, write_results
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoa import SmoaConfig, keep_in_generate
@@ -123,6 +125,34 @@ def gang(dtype: torch.dtype, adapters: int, tokens: int, r: int, repeats: int) -
     return _ratios(times, "lora") | {"seconds of a step of AdamW": round(statistics.median(steps), 4)}
 
 
+def loading(layers: int, adapters: int = 64) -> dict[str, Any]:
+    """CPU seconds of `load_adapter` for the first, the middle and the last of some adapters of a narrow Llama."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "vocab_size": 64}
+
+    def narrow() -> Any:
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers))
+
+    configs: dict[str, Any] = {
+        "smoa": SmoaConfig(r=8, num_blocks=8, init_weights=False, target_modules=TARGETS),
+        "lora": LoraConfig(r=1, init_lora_weights=False, target_modules=TARGETS),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        models, times = {}, dict[str, list[float]]()
+        for name, config in configs.items():
+            get_peft_model(narrow(), config).save_pretrained(f"{folder}/{name}")
+            models[name] = PeftModel.from_pretrained(narrow(), f"{folder}/{name}", "0")
+        for number in range(1, adapters):
+            for name, model in models.items():
+                start = time.process_time()
+                model.load_adapter(f"{folder}/{name}", str(number))
+                times.setdefault(name, []).append(time.process_time() - start)
+    places = {"2nd": 0, "32nd": 30, "64th": 62}
+    return {
+        f"{name}, {place}": round(own[number], 3) for name, own in times.items() for place, number in places.items()
+    }
+
+
 def interleaved(
     functions: Mapping[Any, Callable[[], object]], repeats: int, warms: bool = True
 ) -> dict[Any, list[float]]:
@@ -145,7 +175,7 @@ def _ratios(times: dict[str, list[float]], against: str = "base") -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["names", "decoding", "gang"])
+    parser.add_argument("parts", nargs="*", default=["names", "decoding", "gang", "loading"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="write no results")
@@ -168,6 +198,10 @@ def main() -> None:
         for dtype, adapters, tokens, r in ((f32, 64, 16, 8), (f32, 32, 16, 8), (bf16, 32, 16, 8), (bf16, 32, 64, 8)):
             case = f"gang: {adapters} rows x {tokens} tokens, r = {r}, {str(dtype)[6:]}"
             print(case, found.setdefault(case, gang(dtype, adapters, tokens, r, repeats // 2)), flush=True)
+    if "loading" in arguments.parts:
+        for layers in (6, 30):
+            case = f"loading: {7 * layers} adapted layers"
+            print(case, found.setdefault(case, loading(layers)), flush=True)
     if not arguments.dry:
         content = {"cases": found, "cores_busy_elsewhere": others(), "provenance": provenance(pick_device("cpu"))}
         print(write_results("fleet", content))

@@ -335,6 +335,29 @@ def fleet() -> str:
     return section(["32 adapters", *FLEET_CASES.values()], rows, results)
 
 
+def gang() -> str:
+    """Forward and backward of adapters trained together ÷ one after the other's."""
+    results = load("fleet")
+    cases = {name: one for name, one in results["fleet"]["cases"].items() if name.startswith("gang: ")}
+    rows = [
+        [name.removeprefix("gang: "), f"{one['gang']:.2f}", f"{one['seconds of a step of AdamW']:.2f}"]
+        for name, one in cases.items()
+    ]
+    return section(["adapters × tokens of each", "÷ LoRA's, one by one", "AdamW's step, s"], rows, results)
+
+
+def loading() -> str:
+    """Seconds of `load_adapter`."""
+    results = load("fleet")
+    rows = [
+        [f"{method}, {name.removeprefix('loading: ')}", *(f"{one[key]:.2f}" for key in one if key.startswith(prefix))]
+        for name, one in results["fleet"]["cases"].items()
+        if name.startswith("loading: ")
+        for prefix, method in (("smoa", "SMoA"), ("lora", "LoRA"))
+    ]
+    return section(["seconds to load", "the 2nd", "the 32nd", "the 64th"], rows, results)
+
+
 def draw_fleet(folder: Path) -> None:
     """Draw the same: of a token while generating, and of a prompt."""
     content = load("fleet")["fleet"]
@@ -428,12 +451,14 @@ def main() -> None:
     tables = {
         "decoding": decoding(),
         "fleet": fleet(),
+        "gang": gang(),
         "traffic": traffic(),
         "gpu": gpu(),
     }
     pages = {
         DOCS / "performance.md": tables,
         DOCS / "how-to" / "serve.md": {"vllm-serving": vllm_serving()},
+        DOCS / "how-to" / "several-adapters.md": {"loading": loading()},
         FOLDER / "tables.md": {
             "layer-step": layer_step(),
             "model-step": model_step(),

@@ -52,14 +52,12 @@ def survey_targets(
     if every_linear:
         _leave_out(config, model)
     groups = tie_targets(model, config, is_target)
-    modules = dict(model.named_modules())
-    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, SmoaLayer))
     problems: list[SmoaError] = []
     targets: dict[str, Target] = {}
     of_parameters: dict[str, Shape] = {}
     parameters: list[TargetParameter] = []
-    for name, module in modules.items():
-        if name and ".smoa_" not in name and not name.startswith(inside) and is_target(config, name):
+    for name, module in _around_adapters(model):
+        if name and is_target(config, name):
             with _collected(problems):
                 targets[name] = check_target(name, module, config, model)
                 if not loads_labels and targets[name].backend is None:
@@ -82,6 +80,19 @@ def survey_targets(
     if not loads_labels:
         _report_narrow(shapes | of_parameters, config)
     return targets
+
+
+def _around_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules by name, each once, without what is inside of adapted ones, of which there is more with each
+    adapter."""
+    found, waiting = set[nn.Module](), [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if module not in found:
+            found.add(module)
+            yield name, module
+            inside = [] if isinstance(module, SmoaLayer) else list(module.named_children())
+            waiting += ((f"{name}.{own}" if name else own, child) for own, child in reversed(inside))
 
 
 @contextmanager
