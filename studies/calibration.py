@@ -20,9 +20,9 @@ from stored import STUDIES, folders, runs_of, summary_of
 
 from smoa.atomic import write_whole
 from smoa_lab.basics.plain import json_text
-from smoa_lab.study import statistics
+from smoa_lab.scoring import differences
+from smoa_lab.scoring.differences import Floats, SeedError, row_errors, seed_error, students_t, variances_of
 from smoa_lab.study.search import Chosen, best_of, next_indices, rate
-from smoa_lab.study.statistics import Floats, SeedError, row_errors, seed_error, students_t, variances_of
 
 FILE = STUDIES / "calibration.json"
 SEEDS = (2, 3, 4)
@@ -227,7 +227,7 @@ def of_searches() -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    statistics.RESAMPLES = RESAMPLES
+    differences.RESAMPLES = RESAMPLES
     known, tables = list(sets()), []
     for entries, seeds in product((TABLE, 2), SEEDS):
         own = [each for each in known if len(each.losses) >= entries and each.losses.shape[1] >= seeds + LEFT_OUT]

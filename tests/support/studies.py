@@ -16,12 +16,12 @@ from smoa.atomic import write_whole
 from smoa.errors import ConfigError
 from smoa_lab.basics.plain import portable
 from smoa_lab.config.run import RunConfig
+from smoa_lab.scoring.differences import Difference
 from smoa_lab.study import comparison, plan
 from smoa_lab.study.comparison import Comparison, Executor
-from smoa_lab.study.plan import Clock, prepare
+from smoa_lab.study.plan import prepare
 from smoa_lab.study.results import Result
 from smoa_lab.study.search import Chosen
-from smoa_lab.study.statistics import Difference
 from smoa_lab.study.study import Entry, Study
 from smoa_lab.training.run_folder import RunFolder
 
@@ -125,7 +125,12 @@ class WrittenRuns:
         seconds = 1.0 if config.scoring.part == "validation" else 4.0
         self.now += 1.0 + seconds
         metrics["training"] = {"seconds": seconds, "steps": 0}
-        self._save(folder, metrics, [])
+        rows = [self._row(number, self.untouched_loss, config) for number in range(ROWS)]
+        self._save(
+            folder,
+            metrics,
+            [{**row, "before": row["after"], "right_before": number % 4 == 0} for number, row in enumerate(rows)],
+        )
         return metrics
 
     def time_steps(self, config: RunConfig, most: int, seconds: float) -> dict[str, Any]:
@@ -194,7 +199,7 @@ def fake_time(patch: pytest.MonkeyPatch, runs: WrittenRuns) -> None:
 
 def compared(study: Study, minutes: float | None = None, number: int | None = None) -> Comparison:
     """The study with its plan; nothing of it is run yet but the untouched model."""
-    return Comparison(study, prepare(study, Executor().result, Clock(minutes), number))
+    return Comparison(study, prepare(study, Executor().result, minutes, number=number))
 
 
 def finished(study: Study) -> Comparison:
@@ -218,7 +223,6 @@ def result(entry: str = "lora", **values: Any) -> Result:
         "share": 1.0,
         "chosen": Chosen(0.01, {0.003: 2.6, 0.01: 2.5, 0.03: 2.7}, "interior"),
         "seeds": [3, 4, 5],
-        "paired": [3, 4, 5],
         "diverged": 0,
         "rows": 200,
         "values": {"loss": (2.5, 0.1)},

@@ -4,6 +4,7 @@ learning rate of one run."""
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
@@ -37,12 +38,12 @@ def compare(
         from smoa.errors import ConfigError
         from smoa_lab.study.comparison import Comparison, Executor
         from smoa_lab.study.default_study import default_study
-        from smoa_lab.study.plan import Clock, check_folder, prepare, study_file
+        from smoa_lab.study.plan import check_folder, prepare, study_file
         from smoa_lab.study.ray_executor import RayExecutor
         from smoa_lab.study.report import report
         from smoa_lab.study.study import load_study
 
-        clock = Clock(minutes, workers)
+        began = time.monotonic()
         if model is None and data is None and study is not None:
             checked, given = load_study(study, overrides), Path(study)
         elif model is None or data is None or (study is not None and "=" not in study):
@@ -57,13 +58,13 @@ def compare(
             on_ray = workers > 1 or ray_address is not None
             with RayExecutor(checked, workers, ray_address) if on_ray else Executor() as executor:
                 with nullcontext() if report_only else study_file(checked, given):
-                    plan = prepare(checked, None if report_only else executor.result, clock, seeds)
+                    plan = prepare(checked, None if report_only else executor.result, minutes, workers, seeds, began)
                 comparison = Comparison(checked, plan)
                 if not report_only:
                     table = plan.table(checked, workers)
                     table.print()
                     typer.echo(table.caption)
-                    comparison.run(only or [], executor)
+                    comparison.run(only or [], executor, report)
         made = report(comparison)
         if json:
             print_json(made.summary)

@@ -153,14 +153,14 @@ def forest(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
     x = alt.X("low:Q", title=title, axis=alt.Axis(labelFlush=False, tickCount=6))
     point = colored.encode(x="mean:Q", href="run:N")
     words = shown.mark_text(align="left", fontSize=11)
-    room = WIDTH - 260
+    room, written = WIDTH - 260, max(158, *(6 * len(row["difference"]) for row in rows))
     return alt.layer(
         alt.Chart(values([{"zero": 0}])).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(x="zero:Q"),
         colored.mark_rule(strokeWidth=2).encode(x=x, x2="high:Q"),
         point.mark_point(size=70, strokeWidth=2, fill=PAPER, opacity=1),
         point.transform_filter("datum.clear").mark_circle(size=90, opacity=1),
         words.encode(x=alt.value(room + 12), text="difference:N"),
-        words.encode(x=alt.value(room + 170), text="verdict:N"),
+        words.encode(x=alt.value(room + 12 + written), text="verdict:N"),
     ).properties(width=room, height=LINE * len(rows))
 
 

@@ -11,6 +11,7 @@ import altair as alt
 
 from smoa_lab.pages.charts import DASHES, MUTED, color_of, colors, forest, lines, name_of, shapes, tooltip, values
 from smoa_lab.study.results import FinalRun, Result
+from smoa_lab.study.search import Chosen
 from smoa_lab.study.study import Job
 
 LOG = alt.Scale(type="log", nice=False)
@@ -52,24 +53,22 @@ def differences(results: Sequence[Result]) -> Any | None:
     return alt.vconcat(*plots).resolve_scale(color="independent")
 
 
-def searches(results: Sequence[Result]) -> Any | None:
+def searches(searched: Mapping[str, Chosen], methods: Mapping[str, str]) -> Any | None:
     """The validation loss at each learning rate that was tried, a line for each entry, and the vertices that were
     chosen; None without any search."""
     rows: list[dict[str, Any]] = [
-        {"name": one.entry, "learning rate": rate, "validation loss": loss}
-        for one in results
-        for rate, loss in one.chosen.losses.items()
+        {"name": name, "learning rate": rate, "validation loss": loss}
+        for name, one in searched.items()
+        for rate, loss in one.losses.items()
         if loss is not None
     ]
-    rates = sorted({rate for one in results for rate in one.chosen.losses})
+    rates = sorted({rate for one in searched.values() for rate in one.losses})
     x = alt.X("learning rate:Q", scale=LOG, axis=alt.Axis(format=".1e", values=rates, labelOverlap=True))
     if not rows:
         return None
-    drawn = lines(rows, _looks(results), x, alt.Y("validation loss:Q", scale=FREE), width=500)
+    drawn = lines(rows, _looks(methods), x, alt.Y("validation loss:Q", scale=FREE), width=500)
     vertices = [
-        {"name": one.entry, "learning rate": one.chosen.learning_rate}
-        for one in results
-        if one.chosen.place == "vertex"
+        {"name": name, "learning rate": one.learning_rate} for name, one in searched.items() if one.place == "vertex"
     ]
     rule = alt.Chart(values(vertices)).mark_rule(strokeDash=[2, 3])
     return alt.layer(drawn, rule.encode(x=x, color="name:N")) if vertices else drawn
@@ -86,7 +85,8 @@ def losses(results: Sequence[Result], finals: Mapping[str, Mapping[int, FinalRun
             for entry in metrics["history"]
             if entry.get("loss") is not None  # as of a run that diverged
         ]
-    return lines(rows, _looks(results), alt.X("seconds:Q"), alt.Y("training loss:Q", scale=FREE), 500) if rows else None
+    looks = _looks({one.entry: one.method for one in results})
+    return lines(rows, looks, alt.X("seconds:Q"), alt.Y("training loss:Q", scale=FREE), 500) if rows else None
 
 
 def learned_and_forgotten(results: Sequence[Result], untouched_loss: float | None) -> Any | None:
@@ -114,6 +114,7 @@ def learned_and_forgotten(results: Sequence[Result], untouched_loss: float | Non
     return alt.layer(rule, shown.mark_point(size=90, strokeWidth=2, opacity=1)).properties(width=440, height=220)
 
 
-def _looks(results: Sequence[Result]) -> dict[str, tuple[str, list[int]]]:
+def _looks(methods: Mapping[str, str]) -> dict[str, tuple[str, list[int]]]:
     """The color of each entry's method, and a line that differs in gray."""
-    return {one.entry: (color_of(one.method), dash) for one, dash in zip(results, cycle(DASHES), strict=False)}
+    dashes = cycle(DASHES)
+    return {name: (color_of(method), next(dashes)) for name, method in methods.items()}

@@ -6,9 +6,9 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from operator import itemgetter
 from typing import Any
 
@@ -18,6 +18,7 @@ from smoa.atomic import write_whole
 from smoa.errors import ConfigError
 from smoa_lab.basics.plain import json_text, portable
 from smoa_lab.config.run import RunConfig
+from smoa_lab.pages.tables import counted
 from smoa_lab.study.plan import MARGIN, TIMED, TIMED_SECONDS, Metrics, Plan, changed_plan, duration, other_inputs
 from smoa_lab.study.search import STARTS, Chosen, best_of, index_of, next_indices, rate
 from smoa_lab.study.study import Job, Stage, Study
@@ -117,23 +118,34 @@ class Comparison:
         self.configs = {name: study.config(name) for name in study.entries}
         self.took: dict[tuple[Stage, str], float] = {}
         """Seconds of the latest job of each kind that this process ran."""
+        self.workers = 1
         self._counted = time.monotonic()
 
-    def run(self, only: Sequence[str] = (), executor: Executor | None = None) -> None:
+    def run(
+        self,
+        only: Sequence[str] = (),
+        executor: Executor | None = None,
+        show: Callable[[Comparison], object] = lambda _: None,
+    ) -> None:
         """Search the rates of all entries, or of those that ``only`` names or whose budget it names, then run these
         with fresh seeds, and with more as long as the plan's time allows.
 
-        ``executor`` runs jobs, by default in this process. Other processes may run the same study meanwhile.
+        ``executor`` runs jobs, by default in this process; after each of them, ``show`` may tell of it. Other processes
+        may run the same study meanwhile.
         """
-        names, taken, told = self.study.chosen(only), set[Job](), set[Job]()
-        for name, one in self.chosen.items():  # the searches must still be those of this study
-            for tried in one.losses:
-                self.stored(Job("search", name, tried, self.study.tuning.seed))
+        names, taken, told, is_new = self.study.chosen(only), set[Job](), set[Job](), False
         executor = executor or Executor()
-        estimate = self.plan.used + self.at_most_left(names) / executor.workers
+        self.workers = executor.workers
+        self.catch_up(names)
+        if any(not job.is_untouched for job in self.losses):
+            logger.info("%s", self.progress(names) or "All runs are done")
+        estimate = self.plan.used + self.at_most_left(names)
         if self.study.tuning.max_runs == 0:
             self._choose({n: Chosen(self.study.entries[n].learning_rate, {}, "named") for n in names})
-        while jobs := self.ready(names) or self.further(names, executor.workers):
+        while jobs := self.ready(names) or self.further(names):
+            if is_new:  # a seed that was bought is known by now
+                show(self)
+                is_new = False
             waiting = [job for job in jobs if job not in executor.running and job not in taken]
             if waiting and (metrics := self.stored(waiting[0])) is not None:
                 self.finish(waiting[0], metrics)
@@ -148,43 +160,39 @@ class Comparison:
                         told.add(job)
                     continue
                 taken.clear()
+                is_new = True
                 self.finish(job, self._checked(job, metrics))
                 self.took[job.stage, job.entry] = metrics["wall_seconds"]
-                self._count()
-                loss, took = self.losses[job], duration(metrics["wall_seconds"])
+                self._change(lambda plan: {})
+                loss, took, left = self.losses[job], duration(metrics["wall_seconds"]), self.at_most_left(names)
                 reached = "diverged" if loss is None else f"loss {loss:.4f}"
-                left = self.at_most_left(names) / executor.workers
                 logger.info("%s: %s (%s); at most %s left", job.name, reached, took, duration(left))
                 if abs((now := self.plan.used + left) - estimate) > estimate / 10:
                     logger.info("At most %s in all, not %s", duration(now), duration(estimate))
                     estimate = now
             elif self.is_over:
-                self._end(names)
+                logger.info("The %g minutes are used, and nothing more starts", self.plan.minutes)
                 break
             else:  # other processes run all that is left
                 time.sleep(POLL_SECONDS)
                 taken.clear()
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the plan's time is used."""
-        limit = self.plan.limit
-        return limit is not None and self.plan.used + time.monotonic() - self._counted >= limit
-
-    def _count(self) -> None:
-        """Add the seconds that this process took to those of the plan, and read what other processes changed there."""
-        now = time.monotonic()
-        self.plan = changed_plan(self.study, lambda plan: {"used": plan.used + now - self._counted})
-        self._counted = now
+    def catch_up(self, names: Sequence[str]) -> None:
+        """Note what has run."""
+        for name, one in self.chosen.items():  # the searches must still be those of this study
+            for tried in one.losses:
+                self.stored(Job("search", name, tried, self.study.tuning.seed))
+        for name in names:
+            while done := [(job, found) for job in self.ready([name]) if (found := self.stored(job)) is not None]:
+                for job, metrics in done:
+                    self.finish(job, metrics)
 
     def ready(self, names: Sequence[str]) -> list[Job]:
         """What can be run now: the untouched model and searches, one rate of all entries at a time; once all rates are
         chosen, final runs, one seed of all at a time."""
         untouched = [self.untouched("untouched")] if self.study.seeds else []
         if all(name in self.chosen for name in names):
-            jobs = [
-                Job("final", name, self.chosen[name].learning_rate, seed) for seed in self.plan.seeds for name in names
-            ]
+            jobs = [self.final(name, seed) for seed in self.plan.seeds for name in names]
         else:
             turns = [
                 (len(self._searched(name)) + turn, job) for name in names for turn, job in enumerate(self.search(name))
@@ -192,39 +200,55 @@ class Comparison:
             jobs = [self.untouched("untouched-validation"), *(job for _, job in sorted(turns, key=itemgetter(0)))]
         return [job for job in [*untouched, *jobs] if job not in self.losses]
 
-    def further(self, names: Sequence[str], workers: int) -> list[Job]:
+    def further(self, names: Sequence[str]) -> list[Job]:
         """The next seed of all entries, if there is time for it by what runs took, whatever came out at them."""
-        entries = list(self.study.entries)
+        entries, known = list(self.study.entries), self.plan.seeds
         if self.plan.limit is None or self.ready(entries):
             return []
-        seconds = MARGIN * sum(self.seconds("final", name) for name in entries) / workers
-        known = self.plan.seeds
+        seconds = MARGIN * sum(self.seconds("final", name) for name in entries) / self.workers
 
         def bought(plan: Plan) -> dict[str, Any]:
             new = [seed for seed in plan.listed if seed not in plan.seeds][:1]
             has_time = plan.limit is not None and plan.used + seconds <= plan.limit
             return {"seeds": [*plan.seeds, *new]} if new and has_time and plan.seeds == known else {}
 
-        self._count()
-        self.plan = changed_plan(self.study, bought)
+        self._change(bought)
         return self.ready(names)
 
-    def _end(self, names: Sequence[str]) -> None:
-        """Leave seeds out that some entry has not run: there is no time for them."""
-        logger.info("The %g minutes are used, and nothing more starts", self.plan.minutes)
+    def look(self, budget: str, runs: int) -> int:
+        """How many looks there were before this one at so many final runs of a budget."""
 
-        def whole(plan: Plan) -> dict[str, Any]:
-            finals = {name: one.learning_rate for name, one in self.chosen.items() if name in names}
-            ran = {
-                seed: [
-                    RunFolder(self.study.folder / Job("final", name, rate, seed).name) for name, rate in finals.items()
-                ]
-                for seed in dict.fromkeys([*plan.listed, *plan.seeds])
-            }
-            seeds = [seed for seed, own in ran.items() if len(own) == len(names) and all(run.finished for run in own)]
-            return {"seeds": seeds}
+        def seen(plan: Plan) -> dict[str, Any]:
+            known = plan.looks.get(budget, [])
+            return {} if runs in known else {"looks": {**plan.looks, budget: [*known, runs]}}
 
-        self.plan = changed_plan(self.study, whole)
+        self._change(seen)
+        return self.plan.looks[budget].index(runs)
+
+    def _change(self, change: Callable[[Plan], dict[str, Any]]) -> None:
+        """Change the plan in its file, where other processes may have changed it, and add the time that was used."""
+        now = time.monotonic()
+        used, self._counted = now - self._counted, now
+        self.plan = changed_plan(self.study, lambda plan: {"used": plan.used + used, **change(plan)})
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the plan's time is used."""
+        limit = self.plan.limit
+        return limit is not None and self.plan.used + time.monotonic() - self._counted >= limit
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those of the plan; once its time is used, those that all entries have run."""
+        begun = {job.entry for job in self.losses if job.stage == "final"}
+        return [
+            seed
+            for seed in self.plan.seeds
+            if not self.is_over or (begun and all(self.final(name, seed) in self.losses for name in begun))
+        ]
+
+    def final(self, name: str, seed: int) -> Job:
+        return Job("final", name, self.chosen[name].learning_rate, seed)
 
     def untouched(self, stage: Stage) -> Job:
         """The model as it is, in the first entry's config."""
@@ -245,7 +269,26 @@ class Comparison:
             finals = sum(job.stage == "final" and job.entry == name for job in self.losses)
             seconds += searches * self.seconds("search", name)
             seconds += (len(self.plan.seeds) - finals) * self.seconds("final", name)
-        return seconds
+        return seconds / self.workers
+
+    def progress(self, names: Sequence[str]) -> str:
+        """What is done, and how long the rest takes at most; empty where nothing is left."""
+        if not self.ready(names):
+            return ""
+        searches = counted(sum(len(one.losses) for one in self.searches().values()), "run")
+        finals = counted(sum(job.stage == "final" for job in self.losses), "final run")
+        left = duration(self.at_most_left(names))
+        return f"{searches} of searches and {finals} are done; the rest takes {left} at most."
+
+    def searches(self) -> dict[str, Chosen]:
+        """The searches that there are, those that are not over too."""
+        found = {}
+        for name, entry in self.study.entries.items():
+            if name in self.chosen:
+                found[name] = self.chosen[name]
+            elif losses := self._searched(name):
+                found[name] = replace(Chosen.of(entry.learning_rate, losses), place="open")
+        return {name: one for name, one in found.items() if one.losses}
 
     def search(self, name: str) -> list[Job]:
         """The runs that an entry's search needs next; none when it is over, or goes on by what the untouched model
@@ -272,7 +315,8 @@ class Comparison:
 
     def _checked(self, job: Job, metrics: Metrics) -> Metrics:
         """The metrics of a job, if it is the one that was planned; else raises ConfigError."""
-        old, new = metrics["config"], portable(self.config(job).model_dump(mode="json"))
+        known = RunConfig.model_validate(metrics["config"])  # an absent key is its default
+        old, new = (portable(config.model_dump(mode="json")) for config in (known, self.config(job)))
         other = {"output_dir": None} | ({"max_steps": None} if job.is_untouched else {})
         old, new = ({**config, "training": {**config["training"], **other}} for config in (old, new))
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
@@ -287,10 +331,9 @@ class Comparison:
         kept."""
         self.losses[job] = measured(metrics)
         if job.stage in ("search", "untouched-validation") and self.untouched("untouched-validation") in self.losses:
-            searched = {name: self._searched(name) for name in self.study.entries if name not in self.chosen}
-            over = {name: losses for name, losses in searched.items() if losses and not self.search(name)}
+            over = [name for name in self.searches() if name not in self.chosen and not self.search(name)]
             starts = {name: self.study.entries[name].learning_rate for name in over}
-            self._choose({name: Chosen.of(starts[name], losses) for name, losses in over.items()})
+            self._choose({name: Chosen.of(start, self._searched(name)) for name, start in starts.items()})
         if not job.is_untouched:
             self._drop_adapters(job)
 

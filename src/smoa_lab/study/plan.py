@@ -12,7 +12,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -78,7 +77,7 @@ class Plan(Section):
 
     With ``minutes`` nothing starts once ``used``, the seconds that all commands took, reaches ``limit``, and time that
     is left buys seeds of ``listed``. Entries or seeds that somebody asks for later lift the limit. ``looks`` are the
-    numbers of final runs at which a verdict was shown.
+    numbers of final runs of a budget at which a verdict was shown.
     """
 
     format: Literal[1, 2] = 1
@@ -93,7 +92,7 @@ class Plan(Section):
     listed: list[int] = Field(default=[])
     limit: float | None = None
     used: float = 0.0
-    looks: list[int] = Field(default=[])
+    looks: dict[str, list[int]] = Field(default={})
 
     def seconds(self, stage: Stage, entry: str) -> float:
         """About how long a job of that stage takes."""
@@ -110,18 +109,19 @@ class Plan(Section):
     def table(self, study: Study, workers: int = 1) -> Table:
         """A line for each entry, and what they share as caption."""
         lines = []
-        for name, timing in self.entries.items():
-            search, final = self.seconds("search", name), self.seconds("final", name)
-            runs, rate = study.tuning.max_runs, rate_text(study.entries[name].learning_rate)
-            parts = f"{runs} × {duration(search)}", f"{len(self.seeds)} × {duration(final)}"
-            lines.append([name, f"{timing.parameters:,}", rate, f"{timing.step:.3g}", *parts])
-        held_out = f"{self.rows['validation']} choose the rates, {self.rows['test']} decide"
-        lasts = duration(self.longest(study.tuning.max_runs) / workers)
+        for name, one in self.entries.items():
+            seconds = [duration(self.seconds(stage, name)) for stage in ("search", "final")]
+            rate = rate_text(study.entries[name].learning_rate)
+            lines.append([name, f"{one.parameters:,}", rate, f"{one.step:.3g}", *seconds])
         each_run = f"{counted(self.steps, 'step')} a run on {counted(self.rows['train'], 'row')}"
-        caption = f"{each_run}; {held_out}; {lasts} at most."
+        held_out = f"{self.rows['validation']} choose the rates, {self.rows['test']} decide"
+        lasts = (
+            f"{counted(len(self.seeds), 'seed')} in {duration(self.longest(study.tuning.max_runs) / workers)} at most"
+        )
+        caption = f"{each_run}; {held_out}; {lasts}."
         if self.limit is not None and len(self.listed) > len(self.seeds):
-            caption += f" Time that is left of {self.minutes:g} minutes goes to up to {len(self.listed)} seeds."
-        return Table(["entry", "trained", "from rate", "s a step", "longest search", "final runs"], lines, caption)
+            caption += f" What is left of {self.minutes:g} minutes goes to up to {len(self.listed)} seeds."
+        return Table(["entry", "trained", "from rate", "s a step", "a run", "a final run"], lines, caption)
 
 
 def read_plan(study: Study) -> Plan | None:
@@ -130,20 +130,20 @@ def read_plan(study: Study) -> Plan | None:
     return Plan.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def write_plan(study: Study, plan: Plan) -> None:
-    """Other processes must not do so meanwhile."""
-    write_whole(study.folder / "plan.json", json_text({**plan.model_dump(mode="json"), "format": FORMAT}) + "\n")
-
-
 def changed_plan(study: Study, change: Callable[[Plan], dict[str, Any]]) -> Plan:
     """The plan as its file has it now, with the changes that are made of it; other processes may change it too."""
     with FileLock(study.folder / ".lock"):
         plan = read_plan(study)
         assert plan is not None
         if changes := change(plan):
-            plan = plan.model_copy(update=changes)
-            write_plan(study, plan)
+            plan = _written(study, plan.model_copy(update=changes))
         return plan
+
+
+def _written(study: Study, plan: Plan) -> Plan:
+    plan = plan.model_copy(update={"format": FORMAT})
+    write_whole(study.folder / "plan.json", json_text(plan.model_dump(mode="json")) + "\n")
+    return plan
 
 
 def duration(seconds: float) -> str:
@@ -153,29 +153,20 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
-@dataclass(frozen=True)
-class Clock:
-    """The ``minutes`` that a study may take, for so many ``workers``, since ``began`` (of ``time.monotonic()``)."""
-
-    minutes: float | None = None
-    workers: int = 1
-    began: float = field(default_factory=lambda: time.monotonic())
-
-    @property
-    def used(self) -> float:
-        return time.monotonic() - self.began
-
-    @property
-    def left(self) -> float:
-        """Seconds that are left of one worker."""
-        return math.inf if self.minutes is None else (60 * self.minutes - self.used) * self.workers
-
-
-def prepare(study: Study, execute: Execute | None, clock: Clock | None = None, number: int | None = None) -> Plan:
+def prepare(
+    study: Study,
+    execute: Execute | None,
+    minutes: float | None = None,
+    workers: int = 1,
+    number: int | None = None,
+    began: float | None = None,
+) -> Plan:
     """The plan of a study in its folder, made if there is none, and completed for entries and seeds that were added.
-    ``number`` is that of all seeds that are run; those that a plan left out come first. Without ``execute`` it is what
-    it is."""
-    clock = clock or Clock()
+
+    It is for so many ``minutes`` of ``workers`` since ``began``. ``number`` is that of all seeds that are run, those
+    first that were left out. Without ``execute``, which runs jobs, the plan is what it is.
+    """
+    began = time.monotonic() if began is None else began
     configs = {name: study.config(name) for name in study.entries}
     found = inputs(next(iter(configs.values())))
     for part, use in {"validation": "rates", **({"test": "entries"} if study.seeds else {})}.items():
@@ -184,104 +175,83 @@ def prepare(study: Study, execute: Execute | None, clock: Clock | None = None, n
     if study.seeds and found["rows"]["test"] < FEW_ROWS:
         logger.warning(few_rows(found["rows"]["test"]))
     study.folder.mkdir(parents=True, exist_ok=True)
+
+    def left() -> float:
+        """Seconds of one worker."""
+        return math.inf if minutes is None else (60 * minutes - (time.monotonic() - began)) * workers
+
     with FileLock(study.folder / ".lock"):  # another process may make it now
         plan = read_plan(study)
         if plan is not None:
             changed = changes(plan.study, study)
             changed += [f"{what} changed" for what in other_inputs(plan.digests, found["digests"])]
-            if clock.minutes not in (None, plan.minutes):
-                changed.append(f"--minutes: {plan.minutes}, now {clock.minutes}")
+            changed += [] if minutes in (None, plan.minutes) else [f"--minutes: {plan.minutes}, now {minutes}"]
             refuse(f"{study.folder}: contains a study that was planned otherwise", changed)
         if execute is None:
             if plan is None:
                 raise DataError(f"{study.folder}: nothing has run yet; run smoa compare on this study first")
             return plan
         seeds = [*study.seeds, *(seed for seed in range(number or 0) if seed not in (*study.seeds, study.tuning.seed))]
-        if plan is None:
-            plan = _planned(study, configs, execute, clock, seeds[:number], found)
-        else:
-            plan = _completed(study, configs, execute, clock, plan, seeds, number)
-        plan = plan.model_copy(update={"used": plan.used + clock.used})
-        write_plan(study, plan)
-    return plan
-
-
-def _planned(
-    study: Study, configs: dict[str, RunConfig], execute: Execute, clock: Clock, seeds: list[int], found: Metrics
-) -> Plan:
-    """A new plan."""
-    for config in configs.values():
-        _check(config)
-    try:
-        beside, final = scored(study, configs, execute, seeds)
-        timings, steps = timed(study, configs, execute, clock, beside)
-    except SmoaError:  # the next study here may be another
-        for stage in UNTOUCHED:
-            shutil.rmtree(study.folder / stage, ignore_errors=True)
-        raise
-    facts = {"format": FORMAT, "study": as_planned(study), "minutes": clock.minutes, **found}
-    plan = Plan(steps=steps, seeds=seeds, listed=seeds, final=final, entries=timings, **facts)
-    if clock.minutes is None:
-        return plan
-    return fitted(plan, study.tuning.max_runs, clock.left).model_copy(update={"limit": 60 * clock.minutes})
-
-
-def _completed(
-    study: Study,
-    configs: dict[str, RunConfig],
-    execute: Execute,
-    clock: Clock,
-    plan: Plan,
-    seeds: list[int],
-    number: int | None,
-) -> Plan:
-    """A plan with what was added to the file, or asked for."""
-    new = {name: config for name, config in configs.items() if name not in plan.entries}
-    for config in new.values():
-        _check(config)
-    beside = fmean(one.beside for one in plan.entries.values())
-    timings, final = timed(study, new, execute, Clock(), beside)[0] if new else {}, plan.final
-    if study.seeds and not plan.study["seeds"]:  # as of smoa tune
-        _, final = scored(study, configs, execute, seeds)
-    added = [seed for seed in study.seeds if seed not in plan.study["seeds"]]
-    planned = [*plan.seeds, *(seed for seed in added if seed not in plan.seeds)]
-    if clock.minutes is None and number is not None:
-        planned += [seed for seed in seeds if seed not in planned][: max(0, number - len(planned))]
-    limit = plan.limit if planned == plan.seeds and not new else None
-    more = {"study": as_planned(study), "seeds": planned, "entries": {**plan.entries, **timings}, "final": final}
-    return plan.model_copy(update={**more, "limit": limit})
-
-
-def _check(config: RunConfig) -> None:
-    if (wanted := config.peft_config()) is not None:
-        check_adapter(empty_model(config.model), wanted)
+        new = {name: config for name, config in configs.items() if plan is None or name not in plan.entries}
+        for config in new.values():
+            if (wanted := config.peft_config()) is not None:
+                check_adapter(empty_model(config.model), wanted)
+        try:
+            if plan is None:
+                beside, final = scored(study, configs, execute, seeds)
+                timings, steps = timed(study, new, execute, left, beside)
+                facts = {"study": as_planned(study), "minutes": minutes, "entries": timings, **found}
+                seeds = seeds[:number]
+                plan = Plan(steps=steps, seeds=seeds, listed=seeds, final=final, **facts)
+                if minutes is not None:
+                    plan = fitted(plan, study.tuning.max_runs, left()).model_copy(update={"limit": 60 * minutes})
+            else:
+                final = plan.final
+                if study.seeds and not plan.study["seeds"]:  # as of smoa tune
+                    _, final = scored(study, configs, execute, seeds)
+                beside = fmean(one.beside for one in plan.entries.values())
+                timings = {**plan.entries, **(timed(study, new, execute, left, beside)[0] if new else {})}
+                asked = [
+                    *plan.seeds,
+                    *(seed for seed in study.seeds if seed not in (*plan.seeds, *plan.study["seeds"])),
+                ]
+                if number is not None and minutes is None:
+                    asked += [seed for seed in seeds if seed not in asked][: max(0, number - len(asked))]
+                limit = plan.limit if asked == plan.seeds and not new else None
+                more = {"study": as_planned(study), "seeds": asked, "entries": timings, "final": final, "limit": limit}
+                plan = plan.model_copy(update=more)
+        except SmoaError:
+            if plan is None:  # the next study here may be another
+                for stage in UNTOUCHED:
+                    shutil.rmtree(study.folder / stage, ignore_errors=True)
+            raise
+        return _written(study, plan.model_copy(update={"used": plan.used + time.monotonic() - began}))
 
 
 def scored(study: Study, configs: dict[str, RunConfig], execute: Execute, seeds: Sequence[int]) -> tuple[float, float]:
     """Score the untouched model, which counts. Seconds that a search's run takes to score, and that a final one takes
     more, to answer and to score general text before and after too."""
     entry, config = next(iter(configs.items()))
-    stages = [stage for stage, wanted in zip(UNTOUCHED, (seeds, study.tuning.max_runs), strict=True) if wanted]
-    took = dict.fromkeys(UNTOUCHED, 0.0)
-    of_token = 0.0
-    for stage in stages:
-        job = Job(stage, entry, study.entries[entry].learning_rate, 0)
-        metrics = execute(job, study.job_config(config, job))
-        took[stage] = metrics["training"]["seconds"]
-        of_token = took[stage] / max(1, metrics["evaluation"]["before"]["tokens"])
-    test, validation = took.values()
+    took, of_token = [0.0, 0.0], 0.0
+    for place, wanted in enumerate((seeds, study.tuning.max_runs)):
+        if wanted:
+            job = Job(UNTOUCHED[place], entry, study.entries[entry].learning_rate, 0)
+            metrics = execute(job, study.job_config(config, job))
+            took[place] = metrics["training"]["seconds"]
+            of_token = took[place] / max(1, metrics["evaluation"]["before"]["tokens"])
+    test, validation = took
     return validation, (test + 2 * config.forgetting.tokens * of_token - validation) if seeds else 0.0
 
 
 def timed(
-    study: Study, configs: dict[str, RunConfig], execute: Execute, clock: Clock, beside: float
+    study: Study, configs: dict[str, RunConfig], execute: Execute, left: Callable[[], float], beside: float
 ) -> tuple[dict[str, Timing], int]:
     """What a few steps of each entry take, and how many a whole run has. No folder is left. Raises ConfigError as soon
     as the least comparison can't end in time at the quickest step so far, or where an entry trains another number of
     parameters than it declares."""
     logger.info("%d steps of each entry are timed, and thrown away", TIMED)
     folder, timings, quickest = study.folder / "timing", dict[str, Timing](), list[float]()
-    seconds = TIMED_SECONDS if clock.minutes is None else min(TIMED_SECONDS, 3 * clock.minutes / len(configs))
+    seconds = min(TIMED_SECONDS, left() / 20 / len(configs))
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
     try:
         for name, config in configs.items():
@@ -298,11 +268,11 @@ def timed(
             quickest.append(min(took))
             runs, fewest = LEAST_SEARCH * bool(study.tuning.max_runs) + LEAST_SEEDS, min(FEWEST, metrics["steps"])
             least = runs * fewest * (sum(quickest) + (len(configs) - len(quickest)) * min(quickest))
-            if least > clock.left:
+            if least > (now := left()):
                 raise ConfigError(
                     f"--minutes: {counted(runs, 'run')} of {counted(fewest, 'step')} for each entry, the smallest "
-                    f"comparison, take {duration(least / clock.workers)} or more, and "
-                    f"{duration(max(0.0, clock.left / clock.workers))} are left; give more, or fewer --methods"
+                    f"comparison, take {duration(least)} or more, and {duration(max(0.0, now))} are left; give more, "
+                    "or fewer --methods"
                 )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -371,8 +341,9 @@ def as_planned(study: Study) -> dict[str, Any]:
 
 
 def changes(before: dict[str, Any], study: Study) -> list[str]:
-    """What differs in a study from what was kept of it before; entries and seeds may have been added."""
-    now = as_planned(study)
+    """What differs in a study from what was kept of it before, where an absent key is its default; entries and seeds
+    may have been added."""
+    before, now = as_planned(Study.model_validate({"folder": study.folder, **before})), as_planned(study)
     now["entries"] = {name: entry for name, entry in now["entries"].items() if name in before["entries"]}
     now["seeds"] = [seed for seed in now["seeds"] if seed in before["seeds"]]
     return list(_differences(before, now))

@@ -11,25 +11,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
 from smoa.atomic import write_whole
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.tables import Cell, Table, counted, number
 from smoa_lab.pages.templates import Figure, page
 from smoa_lab.study import charts
 from smoa_lab.study.comparison import Comparison, measured, read_metrics
-from smoa_lab.study.plan import Metrics
-from smoa_lab.study.results import MEASURES, FinalRun, Result, as_json, final_runs, results_of
-from smoa_lab.study.search import rate_text
+from smoa_lab.study.plan import FIRST_SEEDS, Metrics, duration
+from smoa_lab.study.results import MEASURES, FinalRun, Result, as_json, budgets_of, final_runs
+from smoa_lab.study.search import Chosen, rate_text
 from smoa_lab.study.verdict import EQUAL, verdict
 from smoa_lab.training.run_folder import RunFolder
 
 BUDGET = "Budget: "
 MARKS = {"edge": " !", "vertex": " ^"}
 """Behind a rate, where it lies in its search."""
+DIFFERENCES, MEASURED = "Differences", "How it was measured"
 PICTURE = "differences.png"
 ANSWERS = "Greedy answers to the first held-out prompts, each entry's of its first seed."
 CAPTIONS = {
-    "Differences": "What decides minus the reference's; filled points differ after Holm's correction too.",
+    DIFFERENCES: "What decides minus the reference's; filled points differ after Holm's correction too.",
     "Searches": "Validation loss at each learning rate that was tried; a dashed line is at a vertex that was chosen.",
     "Loss and time": "Training loss of each entry's first seed, against the seconds of its training.",
     "Learned and forgotten": "Loss on held-out rows against the change of the loss on general text.",
@@ -49,13 +52,13 @@ WHERE = "A run's folder within the study's has its config, metrics, log and the 
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a study: ``summary`` in plain values, the ``verdict`` in sentences, and the tables and charts
-    under their headings; charts other than the first are on the page only."""
+    """What is known of a study: ``summary`` in plain values, the ``verdict`` in sentences, the tables and charts under
+    their headings, of which all charts but the first are on the page only, and ``notes`` on how it was measured."""
 
     title: str
     summary: dict[str, Any]
     verdict: Sequence[str]
-    introduction: Sequence[str]
+    notes: Sequence[str]
     sections: Mapping[str, Table | Figure]
 
     def results(self) -> dict[str, Table]:
@@ -72,63 +75,83 @@ class Report:
         ]
         if answers:
             sections.insert(-1, ("Answers", [ANSWERS, *answers]))
-        return page(self.title, sections, [*self.verdict, *self.introduction])
+        told = [Markup('<p class="answer">{}</p>').format(sentence) for sentence in self.verdict]
+        shown = [content for title, (content,) in sections[:1] if title == DIFFERENCES]
+        return page(self.title, [*sections[len(shown) :], (MEASURED, self.notes)], [*told, *shown])
 
     def readme(self) -> str:
         """The Markdown, with the picture that lies beside it."""
-        parts = [f"# {self.title}", "Written by `smoa compare` from the stored runs; do not edit.", *self.verdict]
-        parts += self.introduction
+        parts = [f"# {self.title}", "Written by `smoa compare` from the stored runs; do not edit."]
+        parts += [f"**{sentence}**" for sentence in self.verdict]
         for title, content in self.sections.items():
             if isinstance(content, Table):
                 parts += [f"## {title}", content.caption, content.markdown()]
-            elif title == "Differences":
-                parts += [f"## {title}", content.caption, f"![{title}]({PICTURE})"]
-        return "\n\n".join(parts) + "\n"
+            elif title == DIFFERENCES:
+                parts += [f"![{title}]({PICTURE})", content.caption]
+        return "\n\n".join([*parts, f"## {MEASURED}", *self.notes]) + "\n"
 
 
 def report(comparison: Comparison) -> Report:
-    """Write ``README.md``, ``index.html``, ``summary.json`` and the picture into the study's folder."""
-    folder, finals = comparison.study.folder, final_runs(comparison)
-    results = results_of(comparison, finals)
-    as_it_is = RunFolder(folder / "untouched")
+    """Write ``README.md``, ``index.html``, ``summary.json`` and the picture of what has run into the study's folder."""
+    study = comparison.study
+    comparison.catch_up([*study.entries])
+    finals = final_runs(comparison)
+    budgets = budgets_of(comparison, finals)
+    results = [one for budget in budgets.values() for one in budget.results]
+    as_it_is = RunFolder(study.folder / "untouched")
     untouched = read_metrics(as_it_is) if as_it_is.finished else None
     loss = None if untouched is None else untouched["evaluation"]["before"]["loss"]
-    budgets: dict[str, list[Result]] = {}
-    for one in results:
-        budgets.setdefault(one.budget, []).append(one)
-    sentences = {budget: verdict(own, loss) for budget, own in budgets.items()}
-    sections: dict[str, Table | Figure] = {f"{BUDGET}{budget}": result_table(own) for budget, own in budgets.items()}
+    command = f"smoa compare {study.folder / 'study.yaml'}"
+    of_round = sum(comparison.seconds("final", name) for name in study.entries) / comparison.workers
+    sentences = {name: verdict(budget, command, of_round) for name, budget in budgets.items()}
+    told = [" ".join([f"{name}:", *own][len(budgets) == 1 :]) for name, own in sentences.items()]
+    if not finals and study.seeds and comparison.is_over:
+        lasts = duration(comparison.at_most_left([*study.entries]) + FIRST_SEEDS * of_round)
+        used = f"the {comparison.plan.minutes:g} minutes were used before every entry had a final run"
+        told.append(f"No verdict: {used}; `{command} --seeds {FIRST_SEEDS}` goes on, for {lasts} at most.")
+    elif left := comparison.progress([*study.entries]):
+        told.append(left)
+    methods, searches = {name: entry.method for name, entry in study.entries.items()}, comparison.searches()
+    whole = [budget for budget in budgets.values() if budget.is_whole]
     drawn = (
         charts.differences(results),
-        charts.searches(results),
+        charts.searches(searches, methods),
         charts.losses(results, finals),
-        charts.learned_and_forgotten(results, loss),
+        charts.learned_and_forgotten([one for budget in whole for one in budget.results], loss),
     )
-    for (title, caption), chart in zip(CAPTIONS.items(), drawn, strict=True):
-        sections |= {} if chart is None else {title: Figure(chart, caption)}
-    sections |= {"Learning rates": rate_table(results)} if any(one.chosen.losses for one in results) else {}
-    sections["Runs"] = run_table(comparison, finals)
-    missing = [name for name in comparison.study.entries if name not in finals]
+    figures = {
+        title: Figure(chart, caption)
+        for (title, caption), chart in zip(CAPTIONS.items(), drawn, strict=True)
+        if chart is not None
+    }
+    sections: dict[str, Table | Figure] = {title: each for title, each in figures.items() if title == DIFFERENCES}
+    sections |= {f"{BUDGET}{name}": result_table(budget.results) for name, budget in budgets.items() if budget.is_whole}
+    sections |= figures
+    sections |= {"Learning rates": rate_table(searches)} if searches else {}
+    sections |= {"Runs": run_table(comparison, finals)} if finals else {}
+    missing = [name for name in study.entries if name not in finals]
     notes = [*untouched_sentence(untouched), INTRODUCTION]
     notes += [f"Not run yet: {', '.join(missing)}."] if missing else []
     made = Report(
-        title=f"{folder.resolve().name}: {comparison.study.shared['model']['name']}",
+        title=f"{study.folder.resolve().name}: {study.shared['model']['name']}",
         summary={
-            "format": 2,
+            "format": 3,
             "verdict": sentences,
             "entries": as_json(results),
+            "budgets": {name: budget.as_json() for name, budget in budgets.items()},
             "untouched": untouched and untouched["evaluation"]["before"],
             "answers": answers(finals, untouched),
         },
-        verdict=[" ".join([f"{budget}:", *own][len(budgets) == 1 :]) for budget, own in sentences.items() if own],
-        introduction=notes,
+        verdict=told,
+        notes=notes,
         sections=sections,
     )
-    write_whole(folder / "summary.json", json.dumps(made.summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    if "Differences" in sections:
-        save_picture(drawn[0], folder / PICTURE)
-    write_whole(folder / "README.md", made.readme())
-    write_whole(folder / "index.html", made.page())
+    text = json.dumps(made.summary, indent=1, ensure_ascii=False, allow_nan=False)
+    write_whole(study.folder / "summary.json", text + "\n")
+    if DIFFERENCES in sections:
+        save_picture(drawn[0], study.folder / PICTURE)
+    write_whole(study.folder / "README.md", made.readme())
+    write_whole(study.folder / "index.html", made.page())
     return made
 
 
@@ -159,8 +182,7 @@ def result_table(results: Sequence[Result]) -> Table:
             if difference is None:  # of the reference, and before a seed of it is finished
                 line += ["", "reference" if one.entry == reference else ""]
             else:
-                pairs = "" if one.paired == one.seeds else f", {counted(len(one.paired), 'pair')}"
-                line += [Cell(difference.signed(each.scale, each.digits), difference.mean), difference.label + pairs]
+                line += [Cell(difference.signed(each.scale, each.digits), difference.mean), difference.label]
         forgot = "–" if one.forgotten is None else f"{one.forgotten:+.4f}"
         lines.append([*line, forgot, number(one.step_seconds, 3)])
     rows = counted(results[0].rows, "held-out row")
@@ -168,16 +190,17 @@ def result_table(results: Sequence[Result]) -> Table:
     return Table([*header, "forgot", "s a step"], lines, caption)
 
 
-def rate_table(results: Sequence[Result]) -> Table:
+def rate_table(searches: Mapping[str, Chosen]) -> Table:
     """The validation loss of each entry at each learning rate."""
-    rates = sorted({rate for one in results for rate in one.chosen.losses})
+    rates = sorted({rate for one in searches.values() for rate in one.losses})
     lines = []
-    for one in results:
-        losses, cells = one.chosen.losses, []
+    for name, one in searches.items():
+        cells = []
         for rate in rates:
-            loss, mark = losses.get(rate), " *" if rate == one.chosen.tried else ""
-            cells.append("" if rate not in losses else "diverged" if loss is None else f"{loss:.3f}{mark}")
-        lines.append([one.entry, *cells, rate_text(one.chosen.learning_rate) + MARKS.get(one.chosen.place, "")])
+            loss, mark = one.losses.get(rate), " *" if rate == one.tried else ""
+            cells.append("" if rate not in one.losses else "diverged" if loss is None else f"{loss:.3f}{mark}")
+        chosen = "" if one.place == "open" else rate_text(one.learning_rate) + MARKS.get(one.place, "")
+        lines.append([name, *cells, chosen])
     caption = "Validation loss of each run of the search; * is the best that was tried, ^ a vertex, ! at the edge."
     return Table(["entry", *map(rate_text, rates), "chosen"], lines, caption)
 

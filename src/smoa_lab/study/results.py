@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import permutations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from smoa.errors import DataError
 from smoa_lab.basics.plain import finite
+from smoa_lab.scoring.differences import (
+    SIGNIFICANT,
+    Difference,
+    Floats,
+    corrected,
+    paired_difference,
+    seed_error,
+    variances_of,
+)
 from smoa_lab.study.comparison import Comparison, measured
 from smoa_lab.study.plan import Metrics
 from smoa_lab.study.search import Chosen, best_of
-from smoa_lab.study.statistics import Difference, Floats, corrected, paired_difference, seed_error, variances_of
-from smoa_lab.study.study import Job
 from smoa_lab.training.run_folder import RunFolder
 
 RowKey = tuple[str, int]
@@ -29,7 +37,8 @@ RowKey = tuple[str, int]
 @dataclass(frozen=True)
 class Measure:
     """What is compared: a ``field`` of each held-out row, per token or per row; ``sign`` is 1 where higher is better.
-    It is shown ``scale`` times as large, with so many digits."""
+    It is shown ``scale`` times as large, in ``unit`` with so many digits. ``untouched`` is the field of a row that the
+    untouched model has, or its value for all rows."""
 
     title: str
     field: str
@@ -37,14 +46,16 @@ class Measure:
     sign: int
     scale: float
     digits: int
+    unit: str
+    untouched: str | float
 
 
-LOSS = Measure("loss", "after", True, -1, 1, 4)
-OF_CHOICES = Measure("accuracy %", "right_after", False, 1, 100, 1)
+LOSS = Measure("loss", "after", True, -1, 1, 4, "nats per token", "before")
+OF_CHOICES = Measure("accuracy %", "right_after", False, 1, 100, 1, "points", "right_before")
 OF_PREFERENCES = (
-    Measure("DPO loss", "dpo_loss", False, -1, 1, 4),
-    Measure("margin", "margin", False, 1, 1, 3),
-    Measure("won %", "won", False, 1, 100, 1),
+    Measure("DPO loss", "dpo_loss", False, -1, 1, 4, "nats", math.log(2)),
+    Measure("margin", "margin", False, 1, 1, 3, "nats", 0.0),
+    Measure("won %", "won", False, 1, 100, 1, "points", 0.0),
 )
 MEASURES = {each.title: each for each in (LOSS, OF_CHOICES, *OF_PREFERENCES)}
 """All measures by their titles."""
@@ -76,9 +87,8 @@ def read_rows(file: Path) -> dict[RowKey, dict[str, Any]]:
 class Result:
     """One entry: what it trained and reached over its seeds, and the differences to the reference of its budget.
 
-    ``values`` are mean and standard deviation over seeds by measure; ``differences`` are over the ``paired`` seeds,
-    those that the reference has too; ``share`` is its number of parameters as a part of the reference's; ``rows``
-    counts the held-out ones.
+    ``values`` are mean and standard deviation over seeds by measure; ``share`` is its number of parameters as a part of
+    the reference's; ``rows`` counts the held-out ones.
     """
 
     entry: str
@@ -89,7 +99,6 @@ class Result:
     share: float
     chosen: Chosen
     seeds: list[int]
-    paired: list[int]
     diverged: int
     rows: int
     values: dict[str, tuple[float, float]]
@@ -97,6 +106,36 @@ class Result:
     forgotten: float | None
     kept: str | None
     differences: dict[str, Difference]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The entries of a budget, best first, and what decides between them.
+
+    ``pairs`` say by how much the first of two is worse than the second, ``gain`` by how much the best is better than
+    the untouched model: with intervals that all together miss in a share ``level``. They are there once all ``planned``
+    final runs are in, of two seeds or more.
+    """
+
+    results: list[Result]
+    planned: int
+    measure: Measure | None
+    pairs: dict[tuple[str, str], Difference]
+    gain: Difference | None
+    level: float
+    tolerance: float
+
+    @property
+    def is_whole(self) -> bool:
+        return sum(len(one.seeds) for one in self.results) >= self.planned
+
+    def as_json(self) -> dict[str, Any]:
+        """What decides, in plain values."""
+        pairs = [[*pair, loss.mean, loss.low, loss.high] for pair, loss in self.pairs.items()]
+        gain = self.gain and [self.gain.mean, self.gain.low, self.gain.high]
+        decides = self.measure and self.measure.title
+        values = {"measure": decides, "level": self.level, "gain": gain, "pairs": pairs}
+        return dict(finite(values))
 
 
 def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -110,34 +149,28 @@ def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
 def final_runs(comparison: Comparison) -> dict[str, dict[int, FinalRun]]:
     """The finished final runs by entry and seed."""
     found: dict[str, dict[int, FinalRun]] = {}
-    for name, chosen in comparison.chosen.items():
-        for seed in comparison.plan.seeds:
-            job = Job("final", name, chosen.learning_rate, seed)
+    for name in comparison.chosen:
+        for seed in comparison.seeds:
+            job = comparison.final(name, seed)
             if (metrics := comparison.stored(job)) is not None:
                 folder = RunFolder(comparison.study.folder / job.name)
                 found.setdefault(name, {})[seed] = FinalRun(folder, metrics, read_rows(folder.rows))
-    if not found:
-        raise DataError(f"{comparison.study.folder}: no final run is finished yet; run smoa compare on it first")
     return {name: found[name] for name in comparison.study.entries if name in found}
 
 
-def results_of(comparison: Comparison, finals: Mapping[str, Mapping[int, FinalRun]]) -> list[Result]:
-    """The results of all entries with a final run, by budget and by what decides, best first."""
-    entries = comparison.study.entries
-    budgets: dict[str, list[str]] = {}
-    for name in finals:
-        budgets.setdefault(entries[name].budget, []).append(name)
+def budgets_of(comparison: Comparison, finals: Mapping[str, Mapping[int, FinalRun]]) -> dict[str, Budget]:
+    """All entries with a final run, by budget."""
+    budgets: dict[str, dict[str, Mapping[int, FinalRun]]] = {}
+    for name, of_entry in finals.items():
+        budgets.setdefault(comparison.study.entries[name].budget, {})[name] = of_entry
     machines = Counter(_machine(run) for of_entry in finals.values() for run in of_entry.values()).most_common(1)
-    return [
-        result
-        for names in budgets.values()
-        for result in _of_budget(comparison, {name: finals[name] for name in names}, machines[0][0])
-    ]
+    return {budget: _of_budget(comparison, budget, own, machines[0][0]) for budget, own in budgets.items()}
 
 
 def _of_budget(
-    comparison: Comparison, finals: Mapping[str, Mapping[int, FinalRun]], machine: tuple[Any, ...]
-) -> list[Result]:
+    comparison: Comparison, budget: str, finals: Mapping[str, Mapping[int, FinalRun]], machine: tuple[Any, ...]
+) -> Budget:
+    study, plan, seeds = comparison.study, comparison.plan, comparison.seeds
     runs = [run for of_entry in finals.values() for run in of_entry.values()]
     some = runs[0].rows  # all have the same, in any order: they are of the plan's data and encoder
     keys = list(some)
@@ -148,77 +181,100 @@ def _of_budget(
     ]
     tokens = np.array([some[key]["tokens"] for key in keys], dtype=np.float64)
     weights = {each.title: tokens if each.per_token else np.ones(len(keys)) for each in measures}
-
-    def values(name: str, measure: Measure, seeds: Sequence[int]) -> Floats:
-        """Per seed and row."""
-        rows = [[finals[name][seed].rows[key][measure.field] for key in keys] for seed in seeds]
-        return np.array([[np.inf if value is None else value for value in of_seed] for of_seed in rows], np.float64)
-
-    of_seeds = {
+    values = {
         each.title: {
-            name: values(name, each, list(of_entry)).sum(axis=1) / weights[each.title].sum()
-            for name, of_entry in finals.items()
+            name: _values([run.rows for run in own.values()], keys, each.field) for name, own in finals.items()
         }
         for each in measures
     }
+    of_seeds = {
+        title: {name: own.sum(axis=1) / weights[title].sum() for name, own in of_entries.items()}
+        for title, of_entries in values.items()
+    }
     known = {title: variances_of(own) for title, own in of_seeds.items()}
+    is_whole = len(runs) == len(finals) * len(seeds)  # else what is found could decide what is run
+    level = SIGNIFICANT / 2 ** (comparison.look(budget, len(runs)) if is_whole and len(seeds) > 1 else 0)
+
+    def difference(measure: Measure, of: str, other: str, level: float) -> Difference:
+        own, title = values[measure.title], measure.title
+        error = seed_error(known[title], (of, other), len(seeds))
+        return paired_difference(own[of], own[other], weights[title], measure.sign, error, level)
+
     results = []
     for name, of_entry in finals.items():
-        reference, seeds = comparison.study.reference(name), list(of_entry)
-        paired = [seed for seed in seeds if name != reference and seed in finals.get(reference, {})]
-        differences = {
-            each.title: paired_difference(
-                values(name, each, paired),
-                values(reference, each, paired),
-                weights[each.title],
-                each.sign,
-                seed_error(known[each.title], (name, reference), len(paired)),
-            )
-            for each in measures
-            if paired
-        }
+        reference = study.reference(name)
+        compares = is_whole and reference in finals and name != reference
         result = Result(
             entry=name,
-            method=comparison.study.entries[name].method,
-            budget=comparison.study.entries[name].budget,
+            method=study.entries[name].method,
+            budget=budget,
             reference=reference,
-            parameters=comparison.plan.entries[name].parameters,
-            share=comparison.plan.entries[name].parameters / max(1, comparison.plan.entries[reference].parameters),
+            parameters=plan.entries[name].parameters,
+            share=plan.entries[name].parameters / max(1, plan.entries[reference].parameters),
             chosen=comparison.chosen[name],
-            seeds=seeds,
-            paired=paired,
+            seeds=list(of_entry),
             diverged=sum(measured(run.metrics) is None for run in of_entry.values()),
             rows=len(keys),
-            values={title: (float(own[name].mean()), _spread(own[name])) for title, own in of_seeds.items()},
+            values={
+                title: (float(own[name].mean()), known[title].get(name, (0.0, 0))[0] ** 0.5)
+                for title, own in of_seeds.items()
+            },
             step_seconds=_step_seconds([run for run in of_entry.values() if _machine(run) == machine]),
             forgotten=_forgotten(list(of_entry.values())),
             kept=_kept(of_entry),
-            differences=differences,
+            differences={each.title: difference(each, name, reference, level) for each in measures if compares},
         )
         results.append(result)
-    sign = -measures[0].sign if measures else 1
-    return sorted(_judged(results), key=lambda one: sign * next(iter(one.values.values()), (0.0, 0.0))[0])
+    decides = measures[0] if measures else None
+    sign = decides.sign if decides else 1
+    results = sorted(_judged(results, level), key=lambda one: -sign * next(iter(one.values.values()), (0.0, 0.0))[0])
+    pairs, gain = dict[tuple[str, str], Difference](), None
+    if decides and is_whole and len(seeds) > 1:
+        own, best = values[decides.title], results[0].entry
+        alive = {name: bool(np.isfinite(each).all()) for name, each in own.items()}
+        for one, other in permutations(finals, 2):
+            lost = -math.inf if alive[one] else math.inf
+            if alive[one] and alive[other]:
+                worse, better = (one, other)[::-sign]
+                pairs[one, other] = difference(decides, worse, better, level / (len(finals) - 1))
+            else:
+                pairs[one, other] = Difference(lost, lost, lost, "same")
+        before = _untouched(study.folder / "untouched", keys, decides)
+        if before is not None and alive[best]:
+            error = seed_error(known[decides.title], (best,), len(seeds))
+            more, less = (before + 0 * own[best], own[best])[::-sign]
+            gain = paired_difference(more, less, weights[decides.title], 1, error, level)
+    return Budget(results, len(finals) * len(seeds), decides, pairs, gain, level, study.tolerance)
 
 
-def _judged(results: Sequence[Result]) -> list[Result]:
+def _values(runs: Sequence[Mapping[RowKey, Mapping[str, Any]]], keys: Sequence[RowKey], field: str) -> Floats:
+    """(runs, rows), infinite where a run diverged."""
+    rows = [[rows[key][field] for key in keys] for rows in runs]
+    return np.array([[np.inf if value is None else value for value in of_run] for of_run in rows], np.float64)
+
+
+def _untouched(folder: Path, keys: Sequence[RowKey], measure: Measure) -> Floats | None:
+    """The values of the untouched model, (1, rows); None where it was not scored."""
+    if isinstance(measure.untouched, float):
+        return np.full((1, len(keys)), measure.untouched)
+    run = RunFolder(folder)
+    return _values([read_rows(run.rows)], keys, measure.untouched) if run.finished else None
+
+
+def _judged(results: Sequence[Result], level: float) -> list[Result]:
     """The results with Holm's correction for all comparisons of a budget by what decides, and one for those by all
     other measures. An entry whose best rate lies at the edge of its search is never called worse."""
-    families: tuple[dict[tuple[str, str], Difference], ...] = ({}, {})
-    for result in results:
-        for place, (title, each) in enumerate(result.differences.items()):
-            families[place > 0][result.entry, title] = each
-    judged: dict[tuple[str, str], Difference] = {}
-    for family in families:
-        judged |= zip(family, corrected([*family.values()]), strict=True)
-    at_edge = {result.entry for result in results if result.chosen.place == "edge"}
-    for (entry, title), each in judged.items():
-        reference = next(result.reference for result in results if result.entry == entry)
-        if (each.final == "worse" and entry in at_edge) or (each.final == "better" and reference in at_edge):
-            judged[entry, title] = replace(each, verdict="open", holm_verdict=None)
-    return [
-        replace(result, differences={title: judged[result.entry, title] for title in result.differences})
-        for result in results
-    ]
+    places = [(one.entry, number, title) for one in results for number, title in enumerate(one.differences)]
+    known = {one.entry: one for one in results}
+    at_edge = {one.entry for one in results if one.chosen.place == "edge"}
+    judged: dict[str, dict[str, Difference]] = {one.entry: {} for one in results}
+    for decides in (True, False):
+        family = [(entry, title) for entry, number, title in places if (number == 0) == decides]
+        found = corrected([known[entry].differences[title] for entry, title in family], level)
+        for (entry, title), each in zip(family, found, strict=True):
+            worse = {"worse": entry, "better": known[entry].reference}.get(each.final)
+            judged[entry][title] = replace(each, verdict="open", holm_verdict=None) if worse in at_edge else each
+    return [replace(one, differences=judged[one.entry]) for one in results]
 
 
 def _machine(run: FinalRun) -> tuple[Any, ...]:
@@ -243,10 +299,3 @@ def _kept(runs: Mapping[int, FinalRun]) -> str | None:
     """The folder of the best of the runs whose adapters are kept."""
     kept = {seed: measured(run.metrics) for seed, run in runs.items() if run.folder.adapter.is_dir()}
     return str(runs[best_of(kept)].folder.path) if kept else None
-
-
-def _spread(values: Floats) -> float:
-    """The standard deviation over seeds; 0 for one seed, NaN where one diverged."""
-    if not np.isfinite(values).all():
-        return float("nan")
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

@@ -89,8 +89,9 @@ class Study(Section):
     """A whole study. ``shared`` is a run's config but for method, adapter, learning rate and seed.
 
     ``references`` are the entries to which the others of their budget are compared, by default the first one of each
-    budget. ``keep`` says whose adapters stay: those of each entry's best seed, of all final runs, or none. Without
-    ``seeds`` rates are searched and there are no final runs.
+    budget. ``keep`` says whose adapters stay: those of each entry's best seed, of all final runs, or none. The verdict
+    takes the cheapest that loses at most ``tolerance`` of what training gained. Without ``seeds`` rates are searched
+    and there are no final runs.
     """
 
     folder: Path
@@ -100,6 +101,7 @@ class Study(Section):
     tuning: Tuning = Tuning()
     seeds: list[Seed] = Field(default=[0, 1, 2])
     keep: Literal["best", "all", "none"] = "best"
+    tolerance: float = Field(default=0.1, gt=0, le=1)
 
     @field_validator("shared")
     @classmethod

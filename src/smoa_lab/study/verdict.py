@@ -1,5 +1,4 @@
-"""The verdict of a study in sentences: what differs, what could have been seen, what it costs, and which adapter to
-take."""
+"""The verdict of a study in sentences: which adapter to take and what that may lose, or what would tell."""
 
 from __future__ import annotations
 
@@ -7,105 +6,147 @@ import math
 from collections.abc import Sequence
 
 from smoa_lab.pages.tables import counted
-from smoa_lab.study.plan import FEW_ROWS, few_rows
-from smoa_lab.study.results import Result
+from smoa_lab.scoring.differences import Difference, half_width
+from smoa_lab.study.plan import FEW_ROWS, FIRST_SEEDS, duration, few_rows
+from smoa_lab.study.results import Budget, Result
 from smoa_lab.study.search import rate_text
-from smoa_lab.study.statistics import Difference
 
 EQUAL = 0.02
 """Shares of the reference's parameters that are so near to it need no word."""
+MOST_SEEDS = 12
+"""More seeds than these are not proposed."""
+FOUND = 1.4
+"""A difference of so many half-widths of an interval is found four times in five."""
 
 
-def verdict(results: Sequence[Result], untouched_loss: float | None = None) -> list[str]:
-    """What the results of one budget say, best first; ``untouched_loss`` is that of the model without an adapter."""
-    reference = next((one for one in results if one.entry == one.reference), None)
-    if reference is None:
-        return [f"{results[0].reference}, with which the others are compared, has not run yet."]
-    others = {one.entry: one for one in results if one is not reference}
-    decisive = {name: next(iter(one.differences.values())) for name, one in others.items() if one.differences}
-    judged = {
-        kind: [others[name] for name, each in decisive.items() if each.final == kind]
-        for kind in ("better", "worse", "same", "one seed", "open")
-    }
-    diverged = [one for one in judged["same"] if not math.isfinite(decisive[one.entry].mean)]
-    doubted = [one for one in judged["same"] if decisive[one.entry].verdict != "same"]
-    same = [one for one in judged["same"] if one not in (*diverged, *doubted)]
-    told = [*judged["better"], *judged["worse"], *judged["open"], *judged["one seed"], *doubted, *diverged]
-    sentences = [difference_sentence(one, reference) for one in told]
-    if same:
-        sentences.append(_same_sentence(same, reference, len(results)))
-    missing = [name for name in others if name not in decisive]
-    sentences += [f"Not compared with {reference.entry} yet: {', '.join(missing)}."] if missing else []
-    sentences += [_edge_sentence(one) for one in results if one.chosen.place == "edge"]
-    if judged["open"] and not judged["better"]:
-        sentences.append("Search further before you take one: name a rate beyond, or raise tuning.max_runs.")
-    elif decisive and not judged["one seed"]:
-        not_worse = [one for one in (*same, *doubted) if decisive[one.entry].verdict != "worse"]
-        sentences.append(_advice(judged["better"][:1] or [reference, *not_worse], untouched_loss))
-    sentences += [few_rows(reference.rows)] if reference.rows < FEW_ROWS else []
-    return sentences
+def verdict(budget: Budget, command: str, of_round: float) -> list[str]:
+    """What the results of one budget say; ``command`` goes on with the study, and takes ``of_round`` seconds for a
+    further seed of all entries."""
+    results = budget.results
+    sentences = [answer(budget, command, of_round)]
+    sentences += [edge_sentence(one) for one in results if one.chosen.place == "edge"]
+    sentences += [
+        f"{one.entry} has {100 * one.share:.0f} % of {one.reference}'s parameters."
+        for one in results
+        if abs(one.share - 1) > EQUAL
+    ]
+    sentences += [
+        f"{one.entry} diverged in {one.diverged} of {counted(len(one.seeds), 'run')}."
+        for one in results
+        if one.diverged
+    ]
+    if budget.level < 0.05:
+        sentences.append(
+            f"This is not the first look: it errs in {100 * budget.level:.2g} %, all looks in at most 10 %."
+        )
+    return [*sentences, *([few_rows(results[0].rows)] if results[0].rows < FEW_ROWS else [])]
 
 
-def difference_sentence(one: Result, reference: Result) -> str:
-    """How an entry differs from the reference by what decides."""
-    title, difference = next(iter(one.differences.items()))
-    if not math.isfinite(difference.mean):
-        both = (f"{each.entry} diverged in {each.diverged} of {len(each.seeds)} runs" for each in (one, reference))
-        return f"{'; '.join(both)}."
-    whose = f"{one.entry}'s {title}" if _named(one) == one.entry else f"the {title} of {_named(one)}"
-    way = "lower" if difference.mean < 0 else "higher"
-    ends = [number(value).replace("-", "−") for value in (difference.low, difference.high)]
-    interval = f" [{', '.join(ends)}]" if math.isfinite(difference.low) else ""
-    seeds = "one seed, which gives no verdict" if difference.verdict == "one seed" else f"{len(one.paired)} seeds"
-    holm = "" if difference.holm_p is None else f", Holm {difference.holm_p:.1g}"
-    holm += "" if difference.final == difference.verdict else ": it may be chance"
-    cost = ""
-    if one.step_seconds and reference.step_seconds:
-        cost = f"; its step takes {one.step_seconds / reference.step_seconds:.2f} of {reference.entry}'s time"
-    rows, by = counted(one.rows, "held-out row"), number(abs(difference.mean))
-    return f"On {rows} {whose} is {by} {way} than {reference.entry}'s{interval} ({seeds}{holm}){cost}."
-
-
-def _same_sentence(same: Sequence[Result], reference: Result, entries: int) -> str:
-    differences: list[Difference] = [next(iter(one.differences.values())) for one in same]
-    width = max((each.high - each.low) / 2 for each in differences)
-    names = ", ".join(map(_named, same))
-    between = f" between {names} and {reference.entry}" if entries > 2 or names != same[0].entry else ""
-    seen = f" ({number(width)} would have been seen)" if width else ""
-    seeds = " to ".join(map(str, sorted({min(pairs := [len(one.paired) for one in same]), max(pairs)})))
-    return f"No difference{between} that {seeds} seeds and {counted(reference.rows, 'row')} could show{seen}."
-
-
-def _edge_sentence(one: Result) -> str:
-    side = "lowest" if one.chosen.learning_rate == min(one.chosen.losses) else "highest"
+def answer(budget: Budget, command: str, of_round: float) -> str:
+    """The adapter to take: the cheapest that loses little against each other one. Little is a share of what training
+    gained for certain."""
+    results, measure, gain = budget.results, budget.measure, budget.gain
+    ran, seeds = sum(len(one.seeds) for one in results), len(results[0].seeds)
+    if ran < budget.planned:
+        return f"{ran} of {budget.planned} final runs are done, and differences are shown when all are."
+    if seeds < 2:
+        goes_on = f"`{command} --seeds {FIRST_SEEDS}` goes on, for about {duration((FIRST_SEEDS - seeds) * of_round)}"
+        return f"No verdict: one seed of each says nothing of how seeds differ; {goes_on}."
+    if measure is None:
+        return "No verdict: every run has the same values."
+    if any(one.chosen.place == "edge" for one in results):
+        return "Undecided: search further. Add an entry that starts there, or raise tuning.max_runs in a new folder."
+    if results[0].diverged:
+        return "Every entry diverged: take none."
+    if gain is None:
+        return "No verdict: what training gained isn't known, as the untouched model was not scored."
+    if gain.low <= 0:
+        told = f"{amount(budget, gain.mean)}, of which {amount(budget, gain.high - gain.mean)} are uncertain"
+        return f"Training gained nothing that could be shown ({told}): take none."
+    if len(results) < 2:
+        return f"Training gained {amount(budget, gain.mean)}; there is nothing to compare {results[0].entry} with."
+    limit = budget.tolerance * gain.low
+    by_cost = sorted(results, key=lambda one: (one.step_seconds is None, one.step_seconds or 0.0, one.parameters))
+    for one in by_cost:
+        worst = max(loss.high for (of, _), loss in budget.pairs.items() if of == one.entry)
+        if worst <= limit:
+            return _taken(budget, one, by_cost, worst, gain.mean)
+    if (needed := _needed(budget, seeds, limit)) is None:
+        return f"Undecided: {counted(MOST_SEEDS, 'more seed')} would not tell; compare fewer methods, or train longer."
+    more, apart = needed
+    if not more:
+        return (
+            f"Undecided: more held-out rows are needed. {counted(results[0].rows, 'row')} alone leave "
+            f"{amount(budget, apart)} open, however many seeds run; {amount(budget, limit)} are little."
+        )
+    lasts, goes_on = duration(more * of_round), f"`{command} --seeds {seeds + more}`"
     return (
-        f"{one.entry}'s best rate, {rate_text(one.chosen.learning_rate)}, is the {side} that was tried: it may do "
-        "better beyond, and isn't called worse."
+        f"Undecided: {counted(more, 'more seed')}, about {lasts}, would tell {amount(budget, apart)} apart: {goes_on}."
     )
 
 
-def _advice(alike: Sequence[Result], untouched_loss: float | None) -> str:
-    """Which to take of those that are alike: the cheapest of those whose step time is known."""
-    taken = min(alike, key=lambda one: (one.step_seconds is None, one.step_seconds or 0.0, one.parameters))
-    title, (loss, _) = next(iter(taken.values.items()))
-    untouched = math.log(2) if title == "DPO loss" else untouched_loss if title == "loss" else None
-    if untouched is not None and not loss < untouched:
-        return f"Take none: the untouched model's {title}, {number(untouched)}, is not higher."
-    others = [one for one in alike if one is not taken]
-    untimed = " and ".join(one.entry for one in others if one.step_seconds is None)
-    if untimed and taken.step_seconds is None:
-        return f"Which of {taken.entry} and {untimed} is cheaper isn't known: all of their runs were resumed."
-    cheaper = any(one.step_seconds is not None for one in others)
-    place = "" if taken.kept is None else f"{', ' if cheaper else ': '}{taken.kept}"
-    doubt = f" What a step of {untimed} takes on the same machine isn't known." if untimed else ""
-    return f"Take {'the cheaper: ' if cheaper else ''}{taken.entry}{place}.{doubt}"
+def _taken(budget: Budget, one: Result, by_cost: Sequence[Result], worst: float, gained: float) -> str:
+    others, amount_of = [other.entry for other in by_cost if other is not one], amount(budget, abs(worst))
+    if worst == -math.inf:
+        return f"{one.entry} is better than {' and '.join(others)}, which diverged: take {one.entry}."
+    if worst <= 0:
+        said = f"{one.entry} is better than {' and '.join(others)} by {amount_of} or more"
+    elif len(others) == 1:
+        said = f"{others[0]} is no more than {amount_of} better than {one.entry}"
+    else:
+        said = f"None is more than {amount_of} better than {one.entry}"
+    untimed = [other.entry for other in by_cost if other.step_seconds is None]
+    cheapest = ", the cheapest" if one is by_cost[0] and one.entry not in untimed else ""
+    cheapest += " of those whose step was timed" if cheapest and untimed else ""
+    share = f"{100 * abs(worst) / gained:.0f} % of what training gained"
+    place = "" if one.kept is None else f": {one.kept}"
+    return f"{said} ({100 - 100 * budget.level:.4g} %), {share}: take {one.entry}{cheapest}{place}."
 
 
-def _named(one: Result) -> str:
-    """The entry, with its share of the reference's parameters where that is not all."""
-    if abs(one.share - 1) <= EQUAL:
-        return one.entry
-    return f"{one.entry} with {one.share:.0%} of {one.reference}'s parameters".replace("%", " %")
+def _needed(budget: Budget, seeds: int, limit: float) -> tuple[int, float] | None:
+    """How many more seeds should settle it, 0 where the rows alone leave more open than ``limit``; and how large a
+    difference is found then, or is open."""
+    tests = len(budget.results) - 1
+
+    def width(loss: Difference, number: float) -> float:
+        """Half an interval's, with so many seeds, at the next look."""
+        of_rows = ((loss.high - loss.low) / 2) ** 2 - half_width(loss.error, budget.level / tests) ** 2
+        stderr, freedom = loss.error
+        then = stderr * (seeds / number) ** 0.5, round(freedom * (min(number, 2 * MOST_SEEDS) - 1) / (seeds - 1), 1)
+        return math.hypot(max(0.0, of_rows) ** 0.5, half_width(then, budget.level / 2 / tests))
+
+    losses = {
+        one.entry: [loss for (of, _), loss in budget.pairs.items() if of == one.entry and loss.mean > -math.inf]
+        for one in budget.results
+        if not one.diverged
+    }
+    for more in (math.inf, *range(1, MOST_SEEDS + 1)):
+        widths = {name: [width(loss, seeds + more) for loss in own] for name, own in losses.items()}
+        worst = {
+            name: max(loss.mean + each for loss, each in zip(losses[name], own, strict=True))
+            for name, own in widths.items()
+            if own
+        }
+        settled = [name for name, each in worst.items() if each <= limit]
+        if more == math.inf and not settled:
+            return 0, min(max(own) for own in widths.values() if own)
+        if more != math.inf and settled:
+            return int(more), FOUND * min(max(widths[name]) for name in settled)
+    return None
+
+
+def edge_sentence(one: Result) -> str:
+    """Where the search of an entry ended without a neighbor."""
+    side = "lowest" if one.chosen.learning_rate == min(one.chosen.losses) else "highest"
+    rate = rate_text(one.chosen.learning_rate)
+    return f"{one.entry}'s best rate, {rate}, is the {side} that was tried: it may do better beyond."
+
+
+def amount(budget: Budget, value: float) -> str:
+    """A difference in the unit of what decides."""
+    assert budget.measure is not None
+    measure, shown = budget.measure, budget.measure.scale * value
+    return f"{number(shown) if measure.scale == 1 else format(shown, f'.{measure.digits}f')} {measure.unit}"
 
 
 def number(value: float) -> str:

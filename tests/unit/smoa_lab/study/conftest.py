@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 
-from smoa_lab.study import statistics
 from smoa_lab.study.study import Study
 from tests.support import studies
 from tests.support.studies import WrittenRuns, write_runs
@@ -18,9 +17,3 @@ def written(monkeypatch: pytest.MonkeyPatch) -> WrittenRuns:
 def study(tmp_path: Path) -> Study:
     """Two entries of one budget and a third of another; nothing is run yet."""
     return studies.tiny_study(tmp_path / "study")
-
-
-@pytest.fixture
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of what is told, and not of how exact it is."""
-    monkeypatch.setattr(statistics, "RESAMPLES", 400)

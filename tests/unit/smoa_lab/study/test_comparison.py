@@ -12,13 +12,14 @@ from pathlib import Path
 from threading import Thread, current_thread
 from typing import Any
 
+import peft
 import pytest
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.plan import Plan
-from smoa_lab.study.study import Job, Study, Tuning
+from smoa_lab.study.study import Job, Study, Tuning, load_study
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.studies import WrittenRuns, compared, fake_time
 
@@ -311,9 +312,8 @@ def test_on_a_machine_that_slows_down_nothing_starts_after_the_time_and_seeds_th
     assert 12 * 60 <= written.now <= 12 * 60 + longest
     assert "The 12 minutes are used, and nothing more starts" in caplog.text
     assert re.search(r"At most \d+ min in all, not \d+ min", caplog.text)
-    plan = compared(many).plan
-    assert 0 < len(plan.seeds) < 3
-    assert set.intersection(*ran_seeds(many)) == set(map(str, plan.seeds))
+    assert 0 < len(comparison.seeds) < 3
+    assert set.intersection(*ran_seeds(many)) == set(map(str, comparison.seeds))
     ran = len(written.ran)
     compared(many, 12).run()  # time that was used counts
     assert len(written.ran) == ran
@@ -338,6 +338,41 @@ def test_minutes_and_seeds_together_are_the_most_of_both(many: Study, written: W
     assert compared(many, 60, number=2).plan.seeds == [0, 1]
 
 
+CHATS = Path(__file__).parents[4] / "studies" / "chats"
+"""A study that was planned in format 1."""
+
+
+@pytest.mark.skipif(not hasattr(peft, "HiraConfig"), reason="this PEFT has no HiRA")
+def test_a_half_done_study_of_format_1_keeps_its_rates_steps_and_seeds_and_searches_on_by_the_rule_of_today(
+    tmp_path: Path, written: WrittenRuns
+) -> None:
+    study = load_study(CHATS / "study.yaml", [f"folder={tmp_path / 'chats'}"])
+    stored, chosen = (json.loads((CHATS / f"{name}.json").read_text()) for name in ("plan", "chosen"))
+    assert stored["format"] == 1
+    written.digests, written.rows = stored["digests"], stored["rows"]
+    written.step_seconds |= {"dora": 0.1, "hira": 0.1}
+    written.loss = lambda config: 2 + math.log10(config.training["learning_rate"] / 0.0021) ** 2
+    study.folder.mkdir()
+    shutil.copy(CHATS / "plan.json", study.folder)
+    del chosen["lora"]
+    (study.folder / "chosen.json").write_text(json.dumps(chosen))
+    searched = [Job("search", "lora", learning_rate, 100) for learning_rate in (0.002, 0.00063)]
+    for job in (Job("untouched", "smoa", 0.002, 0), Job("final", "smoa", 0.002, 1), *searched):
+        config = study.job_config(study.config(job.entry), job, stored["steps"])
+        (written.untouched if job.is_untouched else written.run)(config)
+    comparison = compared(study)
+    comparison.run()
+    rates = {name: one.learning_rate for name, one in comparison.chosen.items()}
+    assert rates == {"smoa": 0.002, "dora": 0.002, "hira": 0.02, "lora": 0.0021}
+    assert folders(study, "lora/lr-*-seed-100") == [
+        f"lora/lr-{text}-seed-100" for text in ("1.1e-3", "2e-3", "3.6e-3", "6.3e-4")
+    ]
+    assert ran_seeds(study) == [set("01")] * 4
+    assert (comparison.plan.format, comparison.plan.steps, comparison.plan.limit) == (2, stored["steps"], None)
+    assert written.timed == []
+    assert len(written.ran) == len(set(written.ran))
+
+
 def test_rows_that_change_while_a_study_runs_end_it_with_the_first_job(study: Study, written: WrittenRuns) -> None:
     comparison, ran = compared(study), len(written.ran)
     written.digests["data"] = "another"
@@ -349,7 +384,7 @@ def test_rows_that_change_while_a_study_runs_end_it_with_the_first_job(study: St
 @pytest.mark.parametrize(
     ("run", "change", "what"),
     [
-        ("seed-0", {"config": {"training": {"max_steps": 7}}}, "training"),
+        ("seed-0", {"config": {"early_stopping": 7}}, "early_stopping"),
         ("seed-0", {"digests": {"data": "x", "base": "b", "encoder": "e"}}, "the rows"),
         ("seed-100", {"digests": {"data": "d", "base": "x", "encoder": "e"}}, "the base model"),  # behind a chosen rate
     ],
@@ -360,6 +395,7 @@ def test_a_run_of_another_config_or_on_other_rows_or_another_base_is_refused(
     """As one that was copied from another study."""
     compared(study).run(["lora"])
     file = study.folder / "lora" / f"lr-2e-3-{run}" / "metrics.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({**known, **{key: known[key] | values for key, values in change.items()}}))
     with pytest.raises(ConfigError, match=rf"{run}: was run with other values of .*{what}.*; move it away"):
         compared(study).run(["lora"])

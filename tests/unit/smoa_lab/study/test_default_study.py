@@ -74,10 +74,10 @@ def test_every_start_rate_has_its_source_and_is_of_a_method_that_there_is() -> N
 def test_the_command_writes_a_study_runs_it_and_goes_on_with_it(room: Path, written: WrittenRuns) -> None:
     words = ["compare", "--model", "base", "--data", "chats.jsonl"]
     ran = smoa(*words)
-    assert "smoa's loss is" in ran.stdout
-    assert "Take smoa: studies/chats/smoa/lr-" in ran.stdout
+    assert "smoa is no more than 0." in ran.stdout
+    assert "take lora, the cheapest: studies/chats/lora/lr-" in ran.stdout
     assert ran.stdout.splitlines()[-1] == "Page, table and runs: studies/chats"
-    assert "longest search" in ran.stderr
+    assert "a final run" in ran.stderr
     assert "150 steps a run on 400 rows" in ran.stderr
     file, number = room / "studies" / "chats" / "study.yaml", len(written.ran)
     for again in (words, ["compare", str(file)], ["compare", str(file), "--report-only"]):

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from smoa.errors import DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study.report import report
-from smoa_lab.study.results import Result, final_runs, results_of
+from smoa_lab.study.results import Result, budgets_of, final_runs
 from smoa_lab.study.study import Study
 from tests.support.studies import WrittenRuns, compared, finished, page
 
@@ -22,7 +21,8 @@ def results(study: Study) -> dict[str, Result]:
     """The results that a study's report has, by entry."""
     comparison = compared(study)
     report(comparison)
-    return {one.entry: one for one in results_of(comparison, final_runs(comparison))}
+    budgets = budgets_of(comparison, final_runs(comparison))
+    return {one.entry: one for budget in budgets.values() for one in budget.results}
 
 
 def rewritten(study: Study, run: str, change: Any) -> None:
@@ -38,14 +38,18 @@ def test_a_study_is_reported_in_words_in_a_table_for_programs_and_on_a_page_with
     study: Study, written: WrittenRuns
 ) -> None:
     made = report(finished(study))
-    assert made.verdict[0].startswith("small: On 60 held-out rows lora's loss is 0.104 higher than ours's [0.")
+    assert made.verdict[0].startswith(
+        "small: ours is no more than 0.110 nats per token better than lora (95 %), 5 % of what training gained: take "
+        "lora, the cheapest: "
+    )
     text, html = page(study), (study.folder / "index.html").read_text()
     for told in (made.verdict[0], "The untouched model: loss 4.0000.", "On 60 held-out rows, best first"):
         assert told in text
-    for heading in ("Differences", "Searches", "Loss and time", "Learned and forgotten", "Answers", "Runs"):
+    assert html.index('<p class="answer">') < html.index("<figure") < html.index("<h2>")
+    for heading in ("How it was measured", "Searches", "Loss and time", "Learned and forgotten", "Answers", "Runs"):
         assert f"<h2>{heading}</h2>" in html
     summary = json.loads((study.folder / "summary.json").read_text(), parse_constant=pytest.fail)
-    assert summary["format"] == 2
+    assert summary["format"] == 3
     assert [one["entry"] for one in summary["entries"]] == ["ours", "lora", "full"]
     assert summary["entries"][1]["differences"]["loss"]["verdict"] == "worse"
     files = {file.name for file in study.folder.iterdir() if file.is_file() and not file.name.startswith(".")}
@@ -69,13 +73,13 @@ def test_a_study_is_reported_in_words_in_a_table_for_programs_and_on_a_page_with
 
 def test_what_is_not_run_yet_is_told(study: Study, written: WrittenRuns) -> None:
     comparison = compared(study)
-    with pytest.raises(DataError, match="no final run is finished yet"):
-        report(comparison)
+    assert report(comparison).verdict == ["0 runs of searches and 0 final runs are done; the rest takes 9 min at most."]
     comparison.run(["lora"])
     found = results(study)
     assert found["lora"].differences == {}
     assert "Not run yet: ours, full." in page(study)
-    assert "ours, with which the others are compared, has not run yet." in page(study)
+    assert "there is nothing to compare lora with." in page(study)
+    assert "3 runs of searches and 3 final runs are done; the rest takes " in page(study)
     assert not list(study.folder.glob("*.png"))
 
 
@@ -99,8 +103,8 @@ def test_a_final_run_that_diverged_is_worse_than_any(study: Study, written: Writ
     found = results(study)["lora"]
     assert (found.differences["loss"].verdict, found.diverged) == ("worse", 1)
     summary = json.loads((study.folder / "summary.json").read_text(), parse_constant=pytest.fail)
-    assert [one["values"]["loss"] for one in summary["entries"] if one["entry"] == "lora"] == [[None, None]]
-    assert "lora diverged in 1 of 3 runs; ours diverged in 0 of 3 runs." in page(study)
+    assert [one["values"]["loss"] for one in summary["entries"] if one["entry"] == "lora"] == [[None, 0.0]]
+    assert "ours is better than lora, which diverged: take ours. lora diverged in 1 of 3 runs." in page(study)
     assert "| diverged |" in page(study)
 
 
@@ -118,20 +122,49 @@ def test_choices_are_compared_by_accuracy_too_and_a_constant_one_is_no_compariso
     assert list(results(study)["lora"].differences) == ["loss"]
 
 
+def test_where_the_loss_is_the_same_everywhere_accuracy_decides_and_higher_is_better(
+    study: Study, written: WrittenRuns
+) -> None:
+    written.kind = "choices"
+    comparison = finished(study)
+    for run in study.folder.glob("*/lr-*"):
+        rewritten(study, str(run.relative_to(study.folder)), lambda row: {**row, "after": 1.0})
+    small = report(comparison).summary["budgets"]["small"]
+    assert (small["measure"], small["gain"][0]) == ("accuracy %", 0.25)
+    assert [one[:3] for one in small["pairs"]] == [["ours", "lora", -0.5], ["lora", "ours", 0.5]]
+    assert "ours is better than lora by " in page(study)
+    assert " points or more (95 %)" in page(study)
+
+
 def test_preferences_are_compared_by_dpos_loss_margin_and_share_won(study: Study, written: WrittenRuns) -> None:
-    written.kind = "preference"
+    written.kind, usual = "preference", written.loss
+    written.loss = lambda config: (usual(config) or 0.0) - 2.6
     made = report(finished(study))
     assert list(results(study)["lora"].values) == ["DPO loss", "margin", "won %"]
-    assert made.verdict[0].startswith("small: On 60 held-out rows lora's DPO loss is")
+    assert re.match(r"small: ours is better than lora by 0\.\d+ nats or more \(95 %\)", made.verdict[0])
 
 
-def test_seeds_that_the_reference_lacks_are_no_pairs(study: Study, written: WrittenRuns) -> None:
-    finished(study)
-    comparison = compared(study.model_copy(update={"seeds": [0, 1, 2, 3, 4]}))
-    comparison.run(["lora"])
-    made = report(comparison)
-    assert "(3 seeds, Holm" in made.verdict[0]
-    assert "| worse, 3 pairs |" in page(study)
+def test_no_difference_is_shown_before_all_planned_seeds_are_in_and_later_looks_are_judged_more_strictly(
+    study: Study, written: WrittenRuns
+) -> None:
+    study = study.model_copy(update={"entries": {name: study.entries[name] for name in ("ours", "lora")}})
+    report(finished(study))
+    first = results(study)["lora"].differences["loss"]
+    more = compared(study.model_copy(update={"seeds": [0, 1, 2, 3]}))
+    more.run(["lora"])
+    made = report(more)
+    assert made.verdict[0] == "7 of 8 final runs are done, and differences are shown when all are."
+    assert "Differences" not in made.sections
+    assert not any(title.startswith("Budget") for title in made.sections)
+    more.run()
+    assert more.plan.looks == {"small": [6]}
+    made = report(more)
+    assert more.plan.looks == {"small": [6, 8]}
+    assert made.summary["budgets"]["small"]["level"] == 0.025
+    assert "This is not the first look" in made.verdict[0]
+    assert report(compared(study.model_copy(update={"seeds": [0, 1, 2, 3]}))).verdict == made.verdict
+    again = made.summary["entries"][1]["differences"]["loss"]
+    assert again["high"] - again["low"] > first.high - first.low
 
 
 def test_runs_are_paired_by_digest_and_copy(study: Study, written: WrittenRuns) -> None:

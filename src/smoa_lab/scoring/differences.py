@@ -29,6 +29,8 @@ RESAMPLES = 4000
 AT_ONCE = 100
 """Resamples that are drawn together."""
 SIGNIFICANT = 0.05
+SeedError = tuple[float, float]
+"""The standard error that seeds give a difference, with the degrees of freedom of its Student's t."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Difference:
 
     ``p`` is two-sided and never below 2 / (resamples + 1), ``holm_p`` corrected for all comparisons of a table that get
     a verdict by their interval, and ``holm_verdict`` the verdict by it. Where a run diverged, or two have equal values
-    throughout, there is no p-value, and the verdict stands.
+    throughout, there is no p-value, and the verdict stands. ``error`` is the part of seeds in the interval.
     """
 
     mean: float
@@ -48,6 +50,7 @@ class Difference:
     p: float | None = None
     holm_p: float | None = None
     holm_verdict: Verdict | None = None
+    error: SeedError = (0.0, 0.0)
 
     @property
     def final(self) -> Verdict:
@@ -72,8 +75,6 @@ class Difference:
 
 Variances = Mapping[str, tuple[float, int]]
 """The variance over its seeds of each entry of a table, with its degrees of freedom."""
-SeedError = tuple[float, float]
-"""The standard error that seeds give a difference, with the degrees of freedom of its Student's t."""
 
 
 def variances_of(means: Mapping[str, Floats]) -> Variances:
@@ -86,17 +87,17 @@ def variances_of(means: Mapping[str, Floats]) -> Variances:
 
 
 def seed_error(known: Variances, pair: Sequence[str], seeds: int) -> SeedError:
-    """Of the difference of a pair over so many seeds that both have. Where the pair's variance exceeds that of the
-    other entries beyond F's 90 % point, one wild entry may be its cause: then the pair has Welch's degrees of freedom,
-    which are as few as that one's."""
+    """Of the difference of a pair, or of the mean of one, over so many seeds. Where the pair's variance exceeds that of
+    the other entries beyond F's 90 % point, one wild entry may be its cause: then the pair has Welch's degrees of
+    freedom, which are as few as that one's."""
     of_pair = [known[name] for name in pair if name in known]
     own, own_freedom = _pooled(of_pair)
     others, other_freedom = _pooled([each for name, each in known.items() if name not in pair])
     pooled, freedom = _pooled(list(known.values()))
-    if len(of_pair) == 2 and other_freedom and own > _f_point(own_freedom, other_freedom, RESAMPLES) * others:
+    if len(of_pair) == len(pair) and other_freedom and own > _f_point(own_freedom, other_freedom, RESAMPLES) * others:
         parts = sum(variance**2 / each for variance, each in of_pair)
         freedom = round(sum(variance for variance, _ in of_pair) ** 2 / parts, 1)
-    return math.sqrt(2 * max(pooled, own) / max(1, seeds)), freedom
+    return math.sqrt(len(pair) * max(pooled, own) / max(1, seeds)), freedom
 
 
 def _pooled(known: Sequence[tuple[float, int]]) -> tuple[float, float]:
@@ -104,9 +105,12 @@ def _pooled(known: Sequence[tuple[float, int]]) -> tuple[float, float]:
     return sum(variance * each for variance, each in known) / max(1, freedom), freedom
 
 
-def paired_difference(entry: Floats, reference: Floats, weights: Floats, sign: int, error: SeedError) -> Difference:
+def paired_difference(
+    entry: Floats, reference: Floats, weights: Floats, sign: int, error: SeedError, level: float = SIGNIFICANT
+) -> Difference:
     """Σ (entry - reference) / Σ weights over seeds and rows, (seeds, rows) and (rows,); ``sign`` is 1 where higher is
-    better, else -1. A value of a run that diverged is not finite, and then the other run is the better one."""
+    better, else -1. The interval misses in a share ``level``. A value of a run that diverged is not finite, and then
+    the other run is the better one."""
     nan = float("nan")
     diverged = not np.isfinite(entry).all(), not np.isfinite(reference).all()
     if any(diverged):
@@ -119,11 +123,11 @@ def paired_difference(entry: Floats, reference: Floats, weights: Floats, sign: i
         return Difference(mean, nan, nan, "one seed")
     random = np.random.default_rng(0)
     samples = mean + row_errors(gaps, weights, random) + stderr * random.permutation(students_t(freedom, RESAMPLES))
-    low, high = map(float, np.percentile(samples, [2.5, 97.5]))
+    low, high = map(float, np.percentile(samples, [50 * level, 100 - 50 * level]))
     verdict: Verdict = "same" if low <= 0 <= high else "better" if sign * low > 0 else "worse"
     beyond = min(int((samples <= 0).sum()), int((samples >= 0).sum()))
     p = min(1.0, 2 * (beyond + 1) / (len(samples) + 1))
-    return Difference(mean, low, high, "one seed" if len(gaps) < 2 else verdict, p)
+    return Difference(mean, low, high, "one seed" if len(gaps) < 2 else verdict, p, error=error)
 
 
 def row_errors(gaps: Floats, weights: Floats, random: np.random.Generator) -> Floats:
@@ -141,6 +145,12 @@ def row_errors(gaps: Floats, weights: Floats, random: np.random.Generator) -> Fl
     return np.asarray(left * (resampled - resampled.mean()))
 
 
+def half_width(error: SeedError, level: float) -> float:
+    """Of the interval that seeds alone give."""
+    stderr, freedom = error
+    return stderr * float(np.quantile(students_t(freedom, RESAMPLES), 1 - level / 2)) if freedom else 0.0
+
+
 @cache
 def students_t(freedom: float, number: int) -> Floats:
     """So many values of Student's t, evenly from its lowest to its highest."""
@@ -153,10 +163,10 @@ def _f_point(over: float, under: float, number: int) -> float:
     return float(np.quantile(np.random.default_rng(0).f(over, under, 101 * number), 0.9))
 
 
-def corrected(differences: Sequence[Difference]) -> list[Difference]:
-    """The differences with Holm's p-values for all of them together, and the verdicts by these: those below 5 % are
-    false in at most 5 % of studies with so many comparisons. Those without a verdict by their interval stay as they
-    are."""
+def corrected(differences: Sequence[Difference], level: float = SIGNIFICANT) -> list[Difference]:
+    """The differences with Holm's p-values for all of them together, and the verdicts by these: those below ``level``
+    are false in at most such a share of studies with so many comparisons. Those without a verdict by their interval
+    stay as they are."""
     known = sorted(
         (each.p, place) for place, each in enumerate(differences) if each.verdict != "one seed" and each.p is not None
     )
@@ -164,6 +174,6 @@ def corrected(differences: Sequence[Difference]) -> list[Difference]:
     for rank, (p, place) in enumerate(known):
         each = differences[place]
         least = max(least, min(1.0, p * (len(known) - rank)))
-        lost = each.verdict in ("better", "worse") and least >= SIGNIFICANT
+        lost = each.verdict in ("better", "worse") and least >= level
         changed[place] = replace(each, holm_p=least, holm_verdict="same" if lost else each.verdict)
     return changed

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from smoa_lab.study.statistics import (
+from smoa_lab.scoring.differences import (
     Difference,
     Floats,
     SeedError,
