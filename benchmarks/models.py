@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from smoa import SmoaConfig
 from smoa.layers.quantized import QuantizedLinear
 from smoa.tuner.generation import keeping
-from smoa_lab.base_models import load_base_model
+from smoa_lab.base_models import load_weights
 from smoa_lab.config.run import ModelSection
 
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
@@ -64,7 +64,7 @@ def gemma(method: str, r: int, num_blocks: int, device: torch.device, base: str 
     non-zero."""
     torch.manual_seed(0)
     options = {"quantization_config": QUANTIZATIONS[base]} if base in QUANTIZATIONS else {}
-    model, _ = load_base_model(ModelSection(name="gemma3-270m", options=options))
+    model, _ = load_weights(ModelSection(name="gemma3-270m", options=options))
     model.to(device)
     if method == "base":
         return model.requires_grad_(False)

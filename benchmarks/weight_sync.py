@@ -29,7 +29,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from smoa import SmoaConfig
-from smoa_lab.base_models import load_base_model
+from smoa_lab.base_models import load_tokenizer, load_weights
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY
 from smoa_lab.data.named import DEMO_FILE
@@ -50,7 +50,8 @@ class Synced:
     """A base in bfloat16, and its float32 copy that trains. The factors of both are the same tensors."""
 
     def __init__(self, method: str, device: torch.device) -> None:
-        base, self.tokenizer = load_base_model(BASE)
+        base, _ = load_weights(BASE)
+        self.tokenizer = load_tokenizer(BASE)
         self.method = method
         self.trained: Any = get_peft_model(copy.deepcopy(base).float().to(device), CONFIGS[method]())
         self.stored: Any = get_peft_model(base.to(device), CONFIGS[method]())
@@ -180,7 +181,7 @@ def merge(device: torch.device, repeats: int = 9) -> dict[str, Any]:
     models: dict[str, Any] = {}
     memory: dict[str, dict[str, int]] = {}
     for method, config in CONFIGS.items():
-        base, _ = load_base_model(BASE)
+        base, _ = load_weights(BASE)
         models[method] = model = get_peft_model(base.to(device), config())
         for name, parameter in model.named_parameters():
             if "_B" in name:  # zeros until it is trained

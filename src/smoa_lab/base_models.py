@@ -125,12 +125,6 @@ DECIDING = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
 """Endings of the files of a model's folder that decide what it computes."""
 
 
-def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model and its tokenizer."""
-    model, _ = load_weights(wanted)
-    return model, load_tokenizer(wanted)
-
-
 def load_weights(
     wanted: ModelSection, auto_class: Any = AutoModelForCausalLM, dtype: str | None = None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -218,7 +212,7 @@ def base_config(wanted: ModelSection) -> Any:
 
 
 def load_tokenizer(wanted: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, as :func:`load_base_model` returns it."""
+    """The model's tokenizer, which fills batches with its EOS if it names no other token."""
     source, gguf_file = locate(wanted.name)
     with _explained(wanted):
         tokenizer: Any = AutoTokenizer.from_pretrained(source, **_shared(gguf_file), **places(wanted.options))
@@ -276,9 +270,9 @@ def prepare_packaged_model(name: str) -> Path:
     logger.info("Dequantizing %s into %s (once, about a minute)", packaged.hub_id, folder)
     with new_folder(folder, keep_existing=True) as temporary:
         gguf = packaged.write(temporary)
-        model, tokenizer = load_base_model(ModelSection(name=str(gguf), dtype="float32"))
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        section = ModelSection(name=str(gguf), dtype="float32")
+        load_weights(section)[0].save_pretrained(temporary)
+        load_tokenizer(section).save_pretrained(temporary)
         gguf.unlink()
     return folder
 

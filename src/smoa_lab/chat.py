@@ -15,7 +15,7 @@ from transformers import TextStreamer
 
 from smoa.atomic import write_whole
 from smoa.errors import DataError, SmoaError, nearest
-from smoa_lab.base_models import load_base_model, load_tokenizer, packaged_name, positions_of, to_device
+from smoa_lab.base_models import load_tokenizer, load_weights, packaged_name, positions_of, to_device
 from smoa_lab.basics.atomic import check_place
 from smoa_lab.basics.cache import free_name
 from smoa_lab.config.methods import base_lost
@@ -72,7 +72,7 @@ class Chat:
         self.own_template = self.tokenizer.chat_template
         # Fails before the weights are read.
         through = chat_template(self.tokenizer, self.own_template, adapter, template)
-        self.base_model, _ = load_base_model(section)
+        self.base_model, _ = load_weights(section)
         to_device(self.base_model)
         self.own_ends: Any = self.base_model.generation_config.eos_token_id
         self.model: Any = self.base_model  # with its adapters, once there are any

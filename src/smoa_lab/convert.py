@@ -18,7 +18,7 @@ from torch import Tensor
 
 from smoa.errors import ConfigError, UnsupportedModuleError, UnsupportedVersionError, first_of
 from smoa.files.names import PREFIX, adapter_layers
-from smoa_lab.base_models import described_base, load_base_model, load_weights
+from smoa_lab.base_models import described_base, load_weights
 from smoa_lab.basics.atomic import check_place, new_folder
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, open_run, with_saved_adapter
 from smoa_lab.scoring.evaluation import Evaluation
@@ -87,7 +87,7 @@ def _loss(before: Losses, adapter: Losses, lora: Losses) -> dict[str, Any]:
 def _save_lora(source: Path, rank: int | float, folder: Path, base: str | None) -> dict[str, Any]:
     """Write the LoRA's files, from ΔW in the weights that :func:`verify` compares too; its largest rank, both numbers
     of parameters, and the error of ΔW, by layer and in all."""
-    model = with_saved_adapter(load_base_model(base_section(source, base))[0], source)
+    model = with_saved_adapter(load_weights(base_section(source, base))[0], source)
     own = sum(parameter.numel() for name, parameter in model.named_parameters() if ".smoa_" in name)
     layers = adapter_layers(model.base_model.model, "default")
     others = [name for name, layer in layers.items() if not layer.supports_lora_conversion("default")]

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from smoa.layers.quantized import QuantizedLinear
-from smoa_lab.base_models import load_base_model
+from smoa_lab.base_models import load_weights
 from smoa_lab.config.run import ModelSection, check_config, load_config
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.merge import merge_run
@@ -61,7 +61,7 @@ def test_a_run_trains_on_the_quantized_model_and_is_scored_again_from_its_folder
     assert metrics["evaluation"]["after"] != metrics["evaluation"]["before"]
     again = evaluate_run(load_config(RunFolder(run.folder).config), RunFolder(run.folder).adapter)
     assert again["scores"] == pytest.approx(metrics["evaluation"]["after"], rel=1e-5)
-    full, _ = load_base_model(ModelSection(name=config["model"]["name"]))
+    full, _ = load_weights(ModelSection(name=config["model"]["name"]))
     packed = metrics["parameters"]
     assert packed["total"] - packed["trainable"] == sum(weight.numel() for weight in full.parameters())
     merge_run(run.folder, run.folder.with_name("merged"))

