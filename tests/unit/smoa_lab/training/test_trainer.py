@@ -253,13 +253,14 @@ def test_rows_of_all_the_models_positions_are_trained_and_answered_and_longer_on
     short = write_rows(tmp_path / "short.jsonl", [{"text": f"{i} words"} for i in range(10)])
     packed = rows_config(tmp_path, short, base, data={"max_length": 129}, adapter=adapter, training={"packing": True})
     assert refused(packed).startswith("data.max_length: rows of up to 129 tokens ")
-    others = [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "no " * 99} for i in range(10)]
+    wider = tiny_gpt2(tmp_path / "wider", positions=512)  # for the template's words
+    others = [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "no " * 199} for i in range(10)]
     choices = [{"prompt": row["prompt"], "choices": ["Yes.", row["rejected"]], "label": 0} for row in others]
     for rows, sections in ((others, {"trainer": "dpo"}), (choices, {})):  # the long answer is the wrong one
         write_rows(tmp_path / "wrong.jsonl", rows)
         data = {"template": "alpaca"}
-        long = rows_config(tmp_path, tmp_path / "wrong.jsonl", base, data=data, adapter=adapter, **sections)
-        assert refused(long).endswith("which has 128 positions; set it to 128")
+        long = rows_config(tmp_path, tmp_path / "wrong.jsonl", wider, data=data, adapter=adapter, **sections)
+        assert refused(long).endswith("which has 512 positions; set it to 512")
     metrics = train(fitting)
     assert metrics["data"]["cut"] == 10
     assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}]
