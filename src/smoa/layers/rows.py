@@ -45,7 +45,7 @@ class Part:
 class Plan:
     """The parts of a batch, and all their slots, each once."""
 
-    slots: Tensor
+    slots: Rows
     parts: list[Part]
 
 
@@ -82,12 +82,13 @@ class RowsBySlot:
 
             def part(rows: list[int], forms: bool) -> Part:
                 found = [place_of[self._slots[row]] for row in rows]
-                found = found[:1] if len(set(found)) == 1 else found
+                lengths = [len(list(same)) for _, same in groupby(found)]
+                found = found[:: lengths[0]] if len(set(lengths)) == 1 else found  # then each is a group of rows
                 places = None if found == list(range(len(own))) else _places(found, rank, device, trains)
                 return Part(_chosen(rows, device, trains), len(found), places, forms)
 
             parts = [part(own[slot], True) for slot in apart] + ([part(together, False)] if together else [])
-            self._plans[key] = Plan(torch.tensor(list(own), device=device, dtype=torch.int64), parts)
+            self._plans[key] = Plan(_chosen(list(own), device, trains), parts)
         return self._plans[key]
 
 

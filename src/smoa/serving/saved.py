@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -18,8 +18,7 @@ from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.checks import check_layout, check_values
 from smoa.files.loading import read_adapter, tensors_of
 from smoa.files.names import PARTS, PREFIX
-from smoa.maths.blocks import Blocks
-from smoa.maths.factors import runs_of, saved_shapes
+from smoa.maths.factors import saved_shapes
 from smoa.maths.scale import ModulationKind
 
 SMALL = 1e4
@@ -46,10 +45,6 @@ class SavedLayer:
         """Whether ΔW stays in float32 if no value of a factor or scale is as large as SMALL."""
         return abs(self.scaling) * max(self.ranks) < SMALL
 
-    def blocks(self, device: torch.device) -> Blocks:
-        """The blocks of the layer, on a device."""
-        return Blocks(self.row_labels.to(device), self.col_labels.to(device), len(self.ranks))
-
     @cached_property
     def digest(self) -> int:
         """Equal for equal blocks."""
@@ -63,13 +58,6 @@ class SavedLayer:
     def pin_memory(self) -> Self:
         """Itself: it is copied once for each activation."""
         return self
-
-    def in_runs(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Views of A (rank, blocks, width) and B (rank, blocks, height) of each run of blocks of one shape, and the
-        scales of its blocks."""
-        runs, scales = runs_of(len(self.row_labels), len(self.col_labels), self.ranks), self.block_scale * self.scaling
-        for run, scale in zip(runs, scales.split([run.count for run in runs]), strict=True):
-            yield run.of_A(self.A).transpose(0, 1), run.of_B(self.B).permute(2, 0, 1), scale
 
     def with_values(self, A: Tensor, B: Tensor, block_scale: Tensor) -> Self:
         """A layer with the same blocks, ranks and settings."""
@@ -109,12 +97,12 @@ class Template:
         head, tail = slice(4 * span[0]), slice(4 * span[1], None)
         if not (torch.equal(data[head], known[head]) and torch.equal(data[tail], known[tail])):
             return None
-        numbers = data[: len(data) // 4 * 4].view(torch.float32)
-        if not float(torch.linalg.vector_norm(numbers[slice(*span)], torch.inf)) < SMALL:  # or one is NaN
+        numbers = data[head.stop : tail.start].clone().view(torch.float32)  # without the labels, which layers share
+        if not float(torch.linalg.vector_norm(numbers, torch.inf)) < SMALL:  # or one is NaN
             return None
 
         def own(part: Tensor) -> Tensor:
-            return numbers.as_strided(part.shape, part.stride(), part.storage_offset())
+            return numbers.as_strided(part.shape, part.stride(), part.storage_offset() - span[0])
 
         parts = {path: (each.A, each.B, each.block_scale) for path, each in self.layers.items()}
         return {path: self.layers[path].with_values(*map(own, of_layer)) for path, of_layer in parts.items()}

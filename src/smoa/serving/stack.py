@@ -1,126 +1,191 @@
-"""The adapters of one layer, stacked by slot: those with the same blocks, ranks and modulation take one product.
+"""The adapters of one layer, stacked by slot: those with the same blocks, ranks and modulation share their products.
 
-A fused layer, which vLLM makes of layers with the same input, such as q, k and v, is one weight of more blocks: those
-of W_q, W_k and W_v, each with columns of x. So it takes as few products as a plain layer, which has one slice.
+A fused layer, which vLLM makes of layers with the same input, such as q, k and v, has a slice of each, with blocks of
+its own. With tensor parallelism a rank has some rows or columns of each slice, and so a piece of its blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import accumulate, chain, islice
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot, pad
 
-from smoa.layers.rows import Plan, RowsBySlot, add_by_plan
-from smoa.maths.blocks import Blocks, Orders
-from smoa.maths.factors import BlockRun, runs_of
+from smoa.layers.rows import RowsBySlot, add_by_plan
+from smoa.maths.blocks import Blocks, Orders, ascend
+from smoa.maths.factors import BlockRun
+from smoa.maths.kernels.branch import product_dtype
 from smoa.maths.kernels.shared import Gathered
 from smoa.serving.saved import SavedLayer
 
 Parts = Sequence[SavedLayer | None]
 """An adapter's factors of each slice of a layer; None where it leaves a slice as it is."""
+Own = Callable[[], Sequence[tuple[Tensor, Tensor]]]
+"""Gives the outputs and inputs of each slice that this rank of tensor parallelism has."""
+Weight = Callable[[], tuple[Tensor, bool]]
+"""Gives this rank's W (out_features, in_features), and whether it is stored so."""
+Cut = Callable[[SavedLayer], tuple[Tensor, Tensor]]
+"""Gives A (rank, blocks, width) and B (rank, blocks, height) with the scale in it, of an adapter's slice."""
+
+
+class Piece:
+    """The blocks of a slice, as far as a rank has them: padded to one shape, so that they take one product.
+
+    A padded place reads the first coordinate, and the factors are zero there. A block of which a rank has nothing is
+    left out, and where all that is left are neighbors of equal size, they are slices of x, y and W.
+
+    Args:
+        part: An adapter with the blocks.
+        own: The outputs and inputs that the rank has; None for all.
+    """
+
+    def __init__(self, part: SavedLayer, own: tuple[Tensor, Tensor] | None) -> None:
+        K, self._width = len(part.ranks), part.A.shape[1]
+        labels = [side.cpu().long() for side in (part.row_labels, part.col_labels)]
+        here = labels if own is None else [side[mine] for side, mine in zip(labels, own, strict=True)]
+        counts = [torch.bincount(side, minlength=K) for side in here]
+        kept = (counts[0] > 0) & ((counts[1] > 0) | (not ascend(*here)))
+        self.kept: list[int] = kept.nonzero().flatten().tolist()
+        tables, orders, self._has, self._places = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+        for side, count in enumerate(counts):
+            order = torch.argsort(here[side], stable=True)
+            orders.append(order[kept[here[side][order]]])
+            self._has.append(torch.arange(int(count[kept].max())) < count[kept][:, None])
+            tables.append(self._spread(orders[side], side))
+            counted = one_hot(labels[side], K).cumsum(0) - 1  # the place of each in its block
+            places = counted.gather(1, labels[side][:, None])[:, 0]
+            self._places.append(self._spread((places if own is None else places[own[side]])[orders[side]], side))
+        self._is_whole, (self.rows, self.cols) = own is None and all(map(Tensor.all, self._has)), tables
+        """The coordinates of each block, (blocks, height) and (blocks, width)."""
+        self.first, self.size = int(orders[0].min()), len(orders[0])
+        """The outputs that the blocks add to."""
+        self.inverse = torch.empty_like(orders[0])
+        self.inverse[orders[0] - self.first] = self._has[0].flatten().nonzero().flatten()
+        self.are_slices = all(torch.equal(own.flatten(), torch.arange(own.numel()) + own[0, 0]) for own in tables)
+
+    def _spread(self, values: Tensor, side: int) -> Tensor:
+        table = torch.zeros(self._has[side].shape, dtype=torch.int64)
+        table[self._has[side]] = values
+        return table
+
+    def rank(self, ranks: tuple[int, ...]) -> int:
+        """The most of a block."""
+        return max(1, *(ranks[k] for k in self.kept))
+
+    def run(self, rank: int, first_row: int, first_col: int) -> BlockRun:
+        """The blocks, at these places of x and y."""
+        return BlockRun(len(self.kept), self.rows.shape[1], self.cols.shape[1], rank, first_row, first_col, 0)
+
+    def cut(self, ranks: tuple[int, ...]) -> Cut:
+        """How to cut the factors of adapters with these ranks r_k, which are padded to one."""
+        rank, starts = self.rank(ranks), list(accumulate(ranks, initial=0))
+        if self._is_whole and len(set(ranks)) == 1:
+
+            def views(part: SavedLayer) -> tuple[Tensor, Tensor]:
+                A, B = part.A.view(len(ranks), rank, -1), part.B.view(-1, len(ranks), rank)
+                return A.transpose(0, 1), B.permute(2, 1, 0) * (part.block_scale * part.scaling)[:, None]
+
+            return views
+        kept, is_rank = torch.tensor(self.kept), torch.tensor([[j < ranks[k] for k in self.kept] for j in range(rank)])
+        own = torch.tensor([[starts[k] + min(j, ranks[k] - 1) for k in self.kept] for j in range(rank)]).clamp(min=0)
+        has_B, has_A = (has & is_rank[:, :, None] for has in self._has)
+        is_full = bool(has_A.all() and has_B.all())
+        of_B = self._places[0] * sum(ranks) + own[:, :, None]
+        of_A = self._places[1] + own[:, :, None] * self._width
+
+        def cut(part: SavedLayer) -> tuple[Tensor, Tensor]:
+            scale = (part.block_scale * part.scaling)[kept][:, None]
+            A, B = torch.take(part.A, of_A), torch.take(part.B, of_B) * scale
+            return (A, B) if is_full else (A * has_A, B * has_B)
+
+        return cut
+
+
+class LayerBlocks:
+    """What adapters of a layer with equal partitions share, whatever their ranks: coordinates, and the blocks of W.
+
+    Args:
+        parts: An adapter with the blocks.
+        sizes: This rank's outputs of each slice.
+        own: None if there is one rank.
+        weight: None without modulation.
+        device: Where the coordinates are needed.
+    """
+
+    def __init__(
+        self, parts: Parts, sizes: Sequence[int], own: Own | None, weight: Weight | None, device: torch.device
+    ) -> None:
+        starts = [start for start, part in zip(accumulate(sizes, initial=0), parts, strict=False) if part]
+        of_slices = [None] * len(parts) if own is None else own()
+        self.pieces = [Piece(part, mine) for part, mine in zip(parts, of_slices, strict=True) if part]
+        are_slices, row, col = all(piece.are_slices for piece in self.pieces), 0, 0
+        W, is_stored = (None, False) if weight is None else weight()
+        self.runs, self.entries, orders = list[BlockRun](), list[Tensor](), list[Orders]()
+        """One for each slice, and the blocks of W, (blocks, height, width); none without modulation."""
+        for piece, start in zip(self.pieces, starts, strict=True):
+            rows, cols, first_col = piece.rows + start, piece.cols, int(piece.cols[0, 0])
+            self.runs.append(piece.run(0, row, first_col if are_slices else col))
+            orders.append(Orders(rows.flatten(), piece.inverse + row, cols.flatten(), cols.flatten()))
+            row, col = row + rows.numel(), col + cols.numel()
+            if W is not None and are_slices:
+                self.entries.append(piece.run(0, start + piece.first, first_col).of_slices(W))
+            elif W is not None:
+                self.entries.append(W[rows.to(W.device)[:, :, None], cols.to(W.device)[:, None]])
+        self.nbytes = 0
+        """Of the blocks of W that are no views of it."""
+        if W is not None and not (are_slices and is_stored and (W.device.type != "cpu" or W.dtype.itemsize > 2)):
+            dtype = product_dtype(W.dtype, W.device.type)  # a CPU takes slices in 16 bits slowly
+            self.entries = [part.to(dtype).contiguous() for part in self.entries]
+            self.nbytes = sum(part.nbytes for part in self.entries)
+        whole = Orders(*(torch.cat(side).to(device) for side in zip(*orders, strict=True)))
+        covered = sum(piece.size for piece in self.pieces)
+        spans = [(start + piece.first, piece.size) for start, piece in zip(starts, self.pieces, strict=True)]
+        self.spans = spans if covered < sum(sizes) else None
+        self.blocks = Blocks(whole.rows, whole.cols, len(whole.rows), whole, are_slices, (covered, len(whole.cols)))
 
 
 class LayerStack:
     """The adapters of a layer that have the same blocks, ranks and modulation, by slot.
 
     Args:
+        blocks: Theirs.
         parts: An adapter's factors; it is not written yet.
-        sizes: out_features of each slice of the layer.
-        device: The weight's.
-        dtype: Of the factors: float32 or wider.
+        room: So many slots there are from the start.
     """
 
-    def __init__(self, parts: Parts, sizes: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
-        starts = accumulate(sizes, initial=0)
-        slices = [(part, start, size) for part, start, size in zip(parts, starts, sizes, strict=False) if part]
-        own = [part for part, _, _ in slices]
-        blocks = [part.blocks(device) for part in own]
+    def __init__(self, blocks: LayerBlocks, parts: Parts, room: int) -> None:
         self.members: frozenset[int] = frozenset()
         """The slots that are taken."""
-        self.spans = None if len(own) == len(parts) else [(start, size) for _, start, size in slices]
-        self.blocks = blocks[0] if len(parts) == 1 else _fused(blocks, [start for _, start, _ in slices])
-        are_slices = len(parts) > 1 and all(each.is_contiguous for each in blocks)
-        self._of_copies = replace(self.blocks, is_contiguous=True) if are_slices else None
-        """The blocks of an x that is there once for each slice; None if their coordinates must be sorted."""
-        self.runs, self._pieces = _runs(blocks, own)
-        self.modulation = own[0].modulation
-        shapes = [(0, 1, run.rank, run.count, size) for run in self.runs for size in (run.width, run.height)]
-        empty = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.blocks, device = blocks, blocks.blocks.orders.rows.device
+        slices = list(zip(blocks.pieces, blocks.runs, filter(None, parts), strict=True))
+        self._cuts = [piece.cut(part.ranks) for piece, _, part in slices]
+        self.runs = [replace(run, rank=piece.rank(part.ranks)) for piece, run, part in slices]
+        shapes = [(room, 1, run.rank, run.count, size) for run in self.runs for size in (run.width, run.height)]
+        empty = [torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes]
         self.factors: Gathered = list(zip(empty[::2], empty[1::2], strict=True))
         """A of each run and B with the scale in it, (slots, 1, rank, blocks, width or height)."""
-        self._rank = 0 if self.modulation == "none" else max(rank for part in own for rank in part.ranks)
-        self._kept: tuple[Plan | None, Gathered] = None, []
+        self._rank = max(run.rank for run in self.runs) if blocks.entries else 0
 
     def write(self, slot: int, parts: Parts) -> None:
         """Put an adapter into a slot; there is more room if need be."""
         room = len(self.factors[0][0])
         if slot >= room:
-            larger = max(slot + 1, room * 5 // 4)
-            self.factors = [tuple(_grown(part, larger) for part in pair) for pair in self.factors]  # type: ignore[misc]
-        pieces = chain.from_iterable(part.in_runs() for part in parts if part)
-        for (A, B), count in zip(self.factors, self._pieces, strict=True):
-            of_A, of_B, scales = zip(*islice(pieces, count), strict=True)
-            A[slot, 0] = torch.cat(of_A, 1)
-            B[slot, 0] = torch.cat(of_B, 1).to(B) * torch.cat(scales).to(B)[:, None]
+            more = [0, 0] * 4 + [0, max(slot + 1, room * 5 // 4) - room]
+            self.factors = [(pad(A, more), pad(B, more)) for A, B in self.factors]
+        for (A, B), cut, part in zip(self.factors, self._cuts, filter(None, parts), strict=True):
+            A[slot, 0], B[slot, 0] = cut(part)
         self.members |= {slot}
-        self._kept = None, []
 
-    def reset(self, slot: int) -> None:
-        """Free a slot."""
-        self.members -= {slot}
+    def add_to(self, output: Tensor, x: Tensor, rows: RowsBySlot) -> None:
+        """Add to an output (rows, …, out_features) what each row's adapter makes of x (rows, …, in_features)."""
+        plan, own = rows.plan(self.members, self._rank, x.shape[1:-1].numel(), x.device), self.blocks
+        factors = [(A[plan.slots], B[plan.slots]) for A, B in self.factors]
+        add_by_plan(output, x, plan, own.blocks, self.runs, factors, own.entries or None, own.spans)
 
-    def add_to(self, output: Tensor, x: Tensor, rows: RowsBySlot, diagonal: Sequence[Tensor]) -> None:
-        """Add to an output (rows, …, out_features) what each row's adapter makes of x (rows, …, in_features).
-
-        Args:
-            output: Is written to.
-            x: The layer's input.
-            rows: The slot of each row.
-            diagonal: The blocks of M, as `diagonal_of` gives them for `blocks` and `runs`; none without modulation.
-        """
-        plan = rows.plan(self.members, self._rank, x.shape[1:-1].numel(), x.device)
-        if self._kept[0] is not plan:  # they take no more room than the adapters
-            own = [(A.index_select(0, plan.slots), B.index_select(0, plan.slots)) for A, B in self.factors]
-            self._kept = plan, own
-        blocks = self._of_copies or self.blocks
-        if self._of_copies is not None:
-            x = x.repeat(*[1] * (x.ndim - 1), blocks.in_features // x.shape[-1])
-        add_by_plan(output, x, plan, blocks, self.runs, self._kept[1], diagonal if self._rank else None, self.spans)
-
-
-def _grown(part: Tensor, room: int) -> Tensor:
-    larger = part.new_zeros(room, *part.shape[1:])
-    larger[: len(part)] = part
-    return larger
-
-
-def _fused(blocks: Sequence[Blocks], starts: Sequence[int]) -> Blocks:
-    """The blocks of slices of one weight, whose rows begin at these: W has them all, x once for each slice."""
-    rows = torch.cat([own.orders.rows + start for own, start in zip(blocks, starts, strict=True)])
-    firsts = accumulate((own.out_features for own in blocks), initial=0)
-    rows_inverse = torch.cat([own.orders.rows_inverse + first for own, first in zip(blocks, firsts, strict=False)])
-    cols, cols_inverse = (torch.cat([own.orders[place] for own in blocks]) for place in (2, 3))
-    row_labels, col_labels = (
-        torch.cat([getattr(own, side) for own in blocks]) for side in ("row_labels", "col_labels")
-    )
-    orders = Orders(rows, rows_inverse, cols, cols_inverse)
-    return Blocks(row_labels, col_labels, sum(own.num_blocks for own in blocks), orders)
-
-
-def _runs(blocks: Sequence[Blocks], parts: Sequence[SavedLayer]) -> tuple[list[BlockRun], list[int]]:
-    """The runs of all slices, where neighbors of one shape are one run, and of how many of the slices' own each is."""
-    runs, pieces, row, col, rank = list[BlockRun](), list[int](), 0, 0, 0
-    for own, part in zip(blocks, parts, strict=True):
-        for run in runs_of(*own.shape, part.ranks):
-            last = runs[-1] if runs else None
-            if last is not None and (last.height, last.width, last.rank) == (run.height, run.width, run.rank):
-                runs[-1], pieces[-1] = replace(last, count=last.count + run.count), pieces[-1] + 1
-            else:
-                firsts = run.first_row + row, run.first_col + col, run.first_rank + rank
-                runs.append(BlockRun(run.count, run.height, run.width, run.rank, *firsts))
-                pieces.append(1)
-        row, col, rank = row + own.out_features, col + own.in_features, rank + sum(part.ranks)
-    return runs, pieces
+    @property
+    def slot_bytes(self) -> int:
+        """Of the factors of one slot."""
+        return sum(part.itemsize * part.shape[1:].numel() for pair in self.factors for part in pair)

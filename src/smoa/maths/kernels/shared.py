@@ -124,7 +124,7 @@ def shared(
             else:
                 own = groups if places is None else places[groups]
                 chosen = [(A[own], B[own]) for A, B in all_factors]
-            total[groups, tokens].add_(_products(blocks, runs, x[groups, tokens], chosen, entries, copied, times))
+            _products(blocks, runs, x[groups, tokens], chosen, entries, copied, times, total[groups, tokens])
         return total
     recomputes = callable(factors) and diagonal is not None and torch.is_grad_enabled() and not is_transformed(x)
     y = checkpoint(products, x, use_reentrant=False, preserve_rng_state=False) if recomputes else products(x)
@@ -188,6 +188,7 @@ def _products(
     diagonal: Sequence[Tensor] | None,
     ordered: Callable[[Tensor, Tensor], Tensor],
     times: Callable[[Tensor, Tensor], Tensor] = torch.mul,
+    total: Tensor | None = None,
 ) -> Tensor:
     sorted_x, outputs = x if blocks.is_contiguous else ordered(x, blocks.orders.cols), []
     if diagonal is None:
@@ -199,8 +200,13 @@ def _products(
                 z = _multiplied(times(A, _inputs(run, sorted_x)), entries.mT, dtype)
                 y = times(B, z)
                 outputs.append((y.squeeze(2) if y.shape[2] == 1 else y.sum(2)).flatten(2))
+    if total is not None and blocks.is_contiguous:
+        for run, y in zip(runs, outputs, strict=True):
+            total.narrow(2, run.first_row, y.shape[2]).add_(y)
+        return total
     y = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)).to(x.dtype)
-    return y if blocks.is_contiguous else ordered(y, blocks.orders.rows_inverse)
+    y = y if blocks.is_contiguous else ordered(y, blocks.orders.rows_inverse)
+    return y if total is None else total.add_(y)
 
 
 def _multiplied(values: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:

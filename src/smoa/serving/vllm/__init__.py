@@ -1,7 +1,7 @@
 """vLLM serves SMoA adapters in its LoRA slots, beside LoRA and the base model, in one batch.
 
-With smoa there, `vllm serve BASE --enable-lora --enforce-eager --lora-modules anna=adapters/anna` is all: vLLM finds
-`register` by the entry point `vllm.general_plugins`. Loading, eviction, scheduling and prefix caching are vLLM's own.
+With smoa there, `vllm serve BASE --enable-lora -cc.cudagraph_mode=PIECEWISE --lora-modules anna=adapters/anna` is all:
+vLLM finds `register` by its entry point. Loading, eviction, scheduling and prefix caching are vLLM's own.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -36,8 +36,21 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vllm.lora.lora_weights:LoRALayerWeights": ("module_name", "lora_a", "lora_b", "scaling"),
     "vllm.lora.utils:get_adapter_absolute_path": ("lora_path",),
     "vllm.lora.utils:parse_fine_tuned_lora_name": ("name", "weights_mapper"),
+    # says which rows and columns of a factor a rank has
+    "vllm.lora.layers.column_parallel_linear:ColumnParallelLinearWithLoRA.slice_lora_b": ("lora_b",),
+    "vllm.lora.layers.row_parallel_linear:RowParallelLinearWithLoRA.slice_lora_a": ("lora_a",),
+    # cuts compiled models at an operator, which finds its layer by name
+    "vllm.config.compilation:CompilationConfig.set_splitting_ops_for_v1": (),
+    "vllm.compilation.breakable_cudagraph:eager_break_during_capture": ("fn",),
+    "vllm.forward_context:get_forward_context": (),
+    "vllm.forward_context:is_forward_context_available": (),
+    "vllm.utils.torch_utils:direct_register_custom_op": ("op_name", "op_func", "mutates_args"),
+    "vllm.platforms:current_platform": (),
 }
 """What has to be there, with these parameters."""
+OPERATOR = "vllm::smoa_add"
+EXAMPLES = "smoa_examples"
+"""In vLLM's `additional_config`: folders of adapters for whose like memory is reserved."""
 IDENTITY_ROWS = 512
 """So many unit vectors at once give rows of a packed or quantized weight."""
 
@@ -56,6 +69,7 @@ def install() -> None:
         return
     module: Any = importlib.import_module("vllm.lora.worker_manager")
     if not hasattr(module.create_lora_manager, "__smoa__"):
+        _add_operator()
         module.create_lora_manager = _creates(module.create_lora_manager)
         module.WorkerLoRAManager._load_adapter = _loads(module.WorkerLoRAManager._load_adapter)
 
@@ -65,7 +79,7 @@ def _has(name: str, parameters: Sequence[str]) -> bool:
         found = _found(name)
     except (ImportError, AttributeError):
         return False
-    signature = inspect.signature(found).parameters
+    signature = inspect.signature(found).parameters if parameters else {}
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values())
     return takes_any or set(parameters) <= set(signature)
 
@@ -78,14 +92,40 @@ def _found(name: str) -> Any:
     return found
 
 
+def _add_operator() -> None:
+    """The operator of a LoRA layer with SMoA: it finds the layer when it runs. vLLM cuts compiled models at it."""
+    context, name = _found("vllm.forward_context:get_forward_context"), OPERATOR.rpartition(":")[2]
+
+    def smoa_add(output: Tensor, x: Tensor, layer_name: str) -> None:
+        context().no_compile_layers[layer_name].add_adapters(x, output)
+
+    breaks = _found("vllm.compilation.breakable_cudagraph:eager_break_during_capture")
+    _found("vllm.utils.torch_utils:direct_register_custom_op")(name, breaks(smoa_add), mutates_args=["output"])
+    config = _found("vllm.config.compilation:CompilationConfig")
+    original = config.set_splitting_ops_for_v1
+
+    @wraps(original)
+    def set_splitting_ops(self: Any, *args: Any, **kwargs: Any) -> None:
+        is_default = self.splitting_ops is None
+        original(self, *args, **kwargs)
+        if is_default and self.splitting_ops:  # which are then part of the key of vLLM's cache of compiled models
+            self.splitting_ops.append(OPERATOR)
+
+    config.set_splitting_ops_for_v1 = set_splitting_ops
+
+
 def _creates(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def create_lora_manager(*args: Any, **kwargs: Any) -> Any:
-        manager = original(*args, **kwargs)
-        manager.smoa_refusal, manager.smoa_templates = _refusal(manager, kwargs["vllm_config"]), []
+        manager, config = original(*args, **kwargs), kwargs["vllm_config"]
+        more = config.additional_config if isinstance(config.additional_config, dict) else {}
+        manager.smoa_refusal, manager.smoa_templates = _refusal(manager, config), []
         if manager.smoa_refusal is None:
+            more["smoa"] = True  # the key of vLLM's cache has it: a model compiled without the operator serves the base
+            _give_slots(manager, config)
             manager.smoa_places, manager.smoa_renamed = dict(_places(manager)), _renaming(manager.model)
-            _give_slots(manager, kwargs["vllm_config"].model_config.dtype)
+        for folder in more.get(EXAMPLES, []):
+            _reserve(manager, folder)
         return manager
 
     create_lora_manager.__smoa__ = True  # type: ignore[attr-defined]
@@ -94,48 +134,81 @@ def _creates(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refusal(manager: Any, config: Any) -> str | None:
     """Why this engine can't serve SMoA adapters; its LoRA layers are then left alone."""
-    parallel, found = config.parallel_config, []
-    if not config.model_config.enforce_eager:
-        found.append("CUDA graphs and compiled models (give --enforce-eager, enforce_eager=True in Python)")
-    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
-        found.append("tensor or pipeline parallelism (give a size of 1)")
-    if config.lora_config.fully_sharded_loras:
-        found.append("fully sharded LoRAs (leave --fully-sharded-loras out)")
-    if any(getattr(layer, "_enable_aux_cuda_stream", False) for layer in manager.modules.values()):
-        found.append("a second stream for LoRA (unset VLLM_LORA_ENABLE_DUAL_STREAM)")
-    return "; nor with ".join(found) or None
+    compilation, mode = config.compilation_config, _found("vllm.config.compilation:CompilationMode").VLLM_COMPILE
+    layers = manager.modules.values()
+    reasons = {
+        "CUDA graphs of whole models (give -cc.cudagraph_mode=PIECEWISE)":
+            compilation.cudagraph_mode.has_full_cudagraphs(),
+        f"splitting_ops that lack {OPERATOR} (add it, or leave -cc.splitting_ops out)":
+            compilation.mode == mode and OPERATOR not in compilation.splitting_ops,
+        "pipeline parallelism (give --pipeline-parallel-size 1)": config.parallel_config.pipeline_parallel_size > 1,
+        "fully sharded LoRAs (leave --fully-sharded-loras out)": config.lora_config.fully_sharded_loras,
+        "a second stream for LoRA (unset VLLM_LORA_ENABLE_DUAL_STREAM)":
+            any(getattr(layer, "_enable_aux_cuda_stream", False) for layer in layers),
+    }  # fmt: skip
+    return "; nor with ".join(reason for reason, holds in reasons.items() if holds) or None
 
 
-def _give_slots(manager: Any, dtype: torch.dtype) -> None:
+def _give_slots(manager: Any, config: Any) -> None:
     """Let the LoRA layers of a model take SMoA adapters too."""
-    linear = _linear()
-    layers = [layer for layer in manager.modules.values() if isinstance(layer, linear)]
-    with_smoa = {kind: _with_smoa(kind) for kind in {type(layer) for layer in layers}}
-    for layer in layers:
-        layer.smoa, layer.smoa_dtype = Slots(), dtype
+    linear = _found("vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA")
+    layers = {name: layer for name, layer in manager.modules.items() if isinstance(layer, linear)}
+    with_smoa = {kind: _with_smoa(kind) for kind in {type(layer) for layer in layers.values()}}
+    for name, layer in layers.items():
+        count = len(manager.packed_modules.get(name, [name]))
+        sizes = layer.output_slices if count > 1 else [sum(layer.output_slices)]
+        own = partial(_own, layer) if layer.tp_size > 1 else None
+        layer.smoa = Slots(sizes, own, partial(_weight, layer, config.model_config.dtype), layer.device)
+        layer.smoa_name = f"{layer.base_layer.prefix}.smoa"
         layer.__class__ = with_smoa[type(layer)]
-    for wrapper in {id(layer.punica_wrapper): layer.punica_wrapper for layer in layers}.values():
+        config.compilation_config.static_forward_context[layer.smoa_name] = layer
+    for wrapper in {id(layer.punica_wrapper): layer.punica_wrapper for layer in layers.values()}.values():
         wrapper.update_metadata = _updates(wrapper, wrapper.update_metadata)
-        wrapper.smoa_rows = RowsBySlot([])
-    remove_all_adapters = manager.remove_all_adapters
+        wrapper.smoa_rows = lambda: RowsBySlot([])
+    remove_all_adapters, activate_adapter = manager.remove_all_adapters, manager.activate_adapter
 
-    def remove_all() -> None:  # vLLM does so when it replaces the weights, of which groups keep blocks
+    def remove_all() -> None:  # vLLM does so when it replaces the weights, of which slots keep blocks
         remove_all_adapters()
-        for layer in layers:
+        for layer in layers.values():
             layer.smoa.clear()
 
-    manager.remove_all_adapters = remove_all
+    def activate(lora_id: int) -> bool:
+        found: bool = activate_adapter(lora_id)
+        if any(layer.smoa.is_new for layer in layers.values()):
+            log.warning("smoa: %s names none like adapter %d: %s", EXAMPLES, lora_id, _taken(manager))
+        return found
+
+    manager.remove_all_adapters, manager.activate_adapter = remove_all, activate
 
 
-def _linear() -> Any:
-    return _found("vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA")
+def _taken(manager: Any) -> str:
+    """What all kinds of adapters take, as a message."""
+    slots = [layer.smoa for layer in manager.modules.values() if hasattr(layer, "smoa")]
+    for own in slots:
+        own.is_new = False
+    total = sum(own.nbytes(manager.lora_slots) for own in slots)
+    return f"blocks of W and {manager.lora_slots} slots of each kind of adapter take {total:,} bytes"
+
+
+def _reserve(manager: Any, folder: str) -> None:
+    """Take the memory of as many adapters like this one as there are slots, before vLLM measures what is free."""
+    place = _found("vllm.lora.utils:get_adapter_absolute_path")(folder)
+    if not is_smoa(place):
+        raise ConfigError(f"additional_config: {EXAMPLES} names {folder}, which has no SMoA adapter; name one that has")
+    layers = _read(manager, place)
+    for name, layer in manager.modules.items():
+        parts = [layers.get(own) for own in manager.packed_modules.get(name, [name])]
+        if any(parts):
+            layer.smoa.reserve(parts, manager.lora_slots)
+    log.info("smoa: reserved memory for adapters like %s: %s", folder, _taken(manager))
 
 
 def _updates(wrapper: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def update_metadata(mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any) -> Any:
         slot_of = {adapter: slot for slot, adapter in enumerate(lora_index_to_id) if adapter is not None}
-        wrapper.smoa_rows = RowsBySlot([slot_of[adapter] if adapter > 0 else -1 for adapter in mapping.index_mapping])
+        slots = (slot_of[adapter] if adapter > 0 else -1 for adapter in mapping.index_mapping)
+        wrapper.smoa_rows = cache(lambda: RowsBySlot(list(slots)))
         return original(mapping, lora_index_to_id, *args, **kwargs)
 
     return update_metadata
@@ -143,50 +216,88 @@ def _updates(wrapper: Any, original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _with_smoa(of_vllm: Any) -> type:
     """vLLM's class of a LoRA layer, with SMoA beside LoRA."""
+    has_context = _found("vllm.forward_context:is_forward_context_available")
+    on_cpu, operator = _found("vllm.platforms:current_platform").is_cpu(), torch.ops.vllm.smoa_add
 
     class WithSmoa(of_vllm):  # type: ignore[misc]
         def reset_lora(self, index: int) -> None:
-            super().reset_lora(index)
+            if not on_cpu or index in self.smoa.lora:  # on a GPU, vLLM's sleep may leave anything there
+                super().reset_lora(index)
             self.smoa.reset(index)
 
         def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
             self.reset_lora(index)
             parts = lora_a if isinstance(lora_a, list) else [lora_a]
-            if not any(isinstance(part, SavedLayer) for part in parts):
-                super().set_lora(index, lora_a, lora_b)
-                self.smoa.lora.add(index)
+            if any(isinstance(part, SavedLayer) for part in parts):
+                self.smoa.set(index, parts)
                 return
-            sizes = self.output_slices if len(parts) > 1 else [sum(self.output_slices)]
-            self.smoa.set(index, parts, sizes, lambda: _weight(self, sum(sizes)))
+            super().set_lora(index, lora_a, lora_b)
+            self.smoa.lora.add(index)
 
         def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
-            rows = self.punica_wrapper.smoa_rows
-            if not self.smoa.lora.isdisjoint(rows.of_slot):
+            if not on_cpu:  # vLLM's LoRA is operators of its own on a GPU, and Python on a CPU
                 output = super()._apply_lora_to_output(x, output)
-            if self.smoa.stacks:
-                self.smoa.add_to(output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1]), rows)
+            if has_context():
+                operator(output, x, self.smoa_name)
+            else:  # of a vision tower, whose calls have none
+                self.add_adapters(x, output)
             return output
+
+        def add_adapters(self, x: Tensor, output: Tensor) -> None:
+            rows = self.punica_wrapper.smoa_rows() if self.smoa.stacks else None
+            if on_cpu and (rows is None or not self.smoa.lora.isdisjoint(rows.of_slot)):
+                super()._apply_lora_to_output(x, output)
+            if rows is not None:
+                self.smoa.add_to(output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1]), rows)
 
     WithSmoa.__name__ = WithSmoa.__qualname__ = of_vllm.__name__
     return WithSmoa
 
 
-def _weight(layer: Any, out_features: int) -> Tensor:
-    """W (out_features, in_features) of a LoRA layer's base: as it is stored, or, since vLLM packs it on CPUs and
-    quantizes it, by products with unit vectors."""
-    base, size = layer.base_layer, layer.input_size
+def _totals(layer: Any) -> tuple[list[int], int]:
+    """out_features of each slice of a LoRA layer's base and its in_features, of all ranks of tensor parallelism."""
+    base = layer.base_layer
+    if hasattr(base, "total_num_kv_heads"):  # q, k and v, whose `output_sizes` count each copy of a head
+        heads = base.total_num_heads, base.total_num_kv_heads, base.total_num_kv_heads
+        return [count * base.head_size for count in heads], base.input_size
+    return list(getattr(base, "output_sizes", [base.output_size])), base.input_size
+
+
+def _own(layer: Any) -> list[tuple[Tensor, Tensor]]:
+    """The outputs and inputs of each slice that this rank of tensor parallelism has: what vLLM cuts of a LoRA."""
+    sizes, size = _totals(layer)
+    rows, cols = [torch.arange(own)[:, None] for own in sizes], torch.arange(size)[None]
+    if layer.n_slices == 1:
+        own = torch.arange(sum(sizes))[:, None]
+        return [(layer.slice_lora_b(own).flatten(), layer.slice_lora_a(cols).flatten())]
+    cut = zip(layer.slice_lora_b(rows), layer.slice_lora_a([cols] * len(rows)), strict=True)
+    return [(own.flatten(), inputs.flatten()) for own, inputs in cut]
+
+
+def _weight(layer: Any, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """This rank's W (out_features, in_features) of a LoRA layer's base, and whether it is stored so.
+
+    vLLM packs it on CPUs, and quantizes it: then products with unit vectors give it.
+    """
+    base, shape = layer.base_layer, (sum(layer.output_slices), layer.input_size)
     stored = getattr(base, "weight", None)
-    plain = type(base.quant_method).__name__ == "UnquantizedLinearMethod"
-    if plain and stored is not None and stored.shape == (out_features, size):
-        own: Tensor = stored.detach()
-        return own
-    parts = []
-    for first in range(0, size, IDENTITY_ROWS):
-        rows = min(IDENTITY_ROWS, size - first)
-        vectors = torch.zeros(rows, size, dtype=layer.smoa_dtype, device=layer.device)
-        vectors[:, first : first + rows].fill_diagonal_(1)
-        parts.append(base.quant_method.apply(base, vectors, None))
-    return torch.cat(parts).T
+    if type(base.quant_method).__name__ == "UnquantizedLinearMethod" and stored is not None and stored.shape == shape:
+        return stored.detach(), True
+    W = torch.empty(shape, dtype=dtype, device=layer.device)
+    for first in range(0, shape[1], IDENTITY_ROWS):
+        vectors = torch.zeros(min(IDENTITY_ROWS, shape[1] - first), shape[1], dtype=dtype, device=layer.device)
+        vectors[:, first : first + IDENTITY_ROWS].fill_diagonal_(1)
+        W[:, first : first + IDENTITY_ROWS] = base.quant_method.apply(base, vectors, None).T
+    return W, False
+
+
+def _read(manager: Any, folder: str) -> dict[str, SavedLayer]:
+    """The factors of an adapter, checked, by vLLM's name of each layer before layers are fused."""
+    if manager.smoa_refusal is not None:
+        raise ConfigError(f"{folder}: SMoA adapters can't be served with {manager.smoa_refusal}")
+    places, renamed, known = manager.smoa_places, manager.smoa_renamed, manager.smoa_templates
+    layers = read_layers(folder, lambda path: places.get(renamed(path), "no LoRA layer of this engine"), known)
+    return {renamed(path): factors for path, factors in layers.items()}
 
 
 def _loads(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -195,17 +306,10 @@ def _loads(original: Callable[..., Any]) -> Callable[..., Any]:
         folder = _found("vllm.lora.utils:get_adapter_absolute_path")(lora_request.lora_path)
         if not is_smoa(folder):
             return original(worker, lora_request)
-        manager = worker._adapter_manager
-        if manager.smoa_refusal is not None:
-            raise ConfigError(f"{folder}: SMoA adapters can't be served with {manager.smoa_refusal}")
-        places, renamed, known = manager.smoa_places, manager.smoa_renamed, manager.smoa_templates
-        layers = read_layers(folder, lambda path: places.get(renamed(path), "no LoRA layer of this engine"), known)
-        weights = _found("vllm.lora.lora_weights:LoRALayerWeights")
+        weights, empty = _found("vllm.lora.lora_weights:LoRALayerWeights"), torch.empty(0)
         # lora_b has the scale multiplied in, and is pinned, by the manager: nothing here
-        loras = {
-            renamed(path): weights(renamed(path), 1, 1, factors, torch.empty(0), scaling=1)
-            for path, factors in layers.items()
-        }
+        layers = _read(worker._adapter_manager, folder).items()
+        loras = {name: weights(name, 1, 1, factors, empty, scaling=1) for name, factors in layers}
         return _found("vllm.lora.lora_model:LoRAModel")(lora_request.lora_int_id, 1, loras)
 
     return _load_adapter
@@ -215,14 +319,14 @@ def _places(manager: Any) -> Iterator[tuple[str, tuple[int, int] | str]]:
     """By vLLM's name of each layer, before layers are fused, its (out_features, in_features) or why there is none."""
     for name, layer in manager.modules.items():
         names = manager.packed_modules.get(name, [name])
-        sizes = layer.output_slices if isinstance(layer, _linear()) else ()
+        sizes, size = _totals(layer) if hasattr(layer, "smoa") else ([], 0)
         for place, own in enumerate(names):
             if not sizes:
                 yield own, f"a {type(layer).__name__.removesuffix('WithLoRA')}"
-            elif len(names) == 1:
-                yield own, (sum(sizes), layer.input_size)
-            elif len(names) == len(sizes):
-                yield own, (sizes[place], layer.input_size)
+            elif len(names) == 1 and (layer.n_slices == 1 or layer.tp_size == 1):
+                yield own, (sum(sizes), size)
+            elif len(names) == layer.n_slices:
+                yield own, (sizes[place], size)
             else:
                 yield own, f"fused into {name}, of whose {len(sizes)} slices it has several"
 

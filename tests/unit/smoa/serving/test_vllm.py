@@ -61,6 +61,11 @@ SLOTS = [
     [0, 2, -1, 3, 3, 4, 0, -1, *[2] * 40, *[0, 3, 4] * 45],  # slot 2 has so many that its ΔW is formed
     [*[0] * 200, -1, *[2] * 100, *[4] * 30, *[3] * 9, -1],  # prompts, at rank 1 one of them in two pieces
 ]
+CPU = torch.device("cpu")
+
+
+def one_rank(sizes: list[int], weight: Tensor, is_stored: bool = False) -> Slots:
+    return Slots(sizes, None, lambda: (weight, is_stored), CPU)
 
 
 def added(layer: Slots, x: Tensor, rows: RowsBySlot, width: int) -> Tensor:
@@ -72,50 +77,187 @@ def added(layer: Slots, x: Tensor, rows: RowsBySlot, width: int) -> Tensor:
 
 @pytest.mark.parametrize("modulation", ["hadamard", "none"])
 @pytest.mark.parametrize("slots", SLOTS)
-@pytest.mark.parametrize("kind", ["spectral", "contiguous"])
+@pytest.mark.parametrize(("kind", "is_stored"), [("spectral", False), ("contiguous", False), ("contiguous", True)])
 @pytest.mark.parametrize(("out_features", "in_features", "ranks"), CASES)
 def test_each_token_gets_what_its_adapter_adds_to_each_slice(
-    out_features: int, in_features: int, ranks: tuple[int, ...], kind: str, slots: list[int], modulation: str
+    out_features: int,
+    in_features: int,
+    ranks: tuple[int, ...],
+    kind: str,
+    is_stored: bool,
+    slots: list[int],
+    modulation: str,
 ) -> None:
     sizes = [out_features, out_features + 3, out_features]
     slices = [problem(size, in_features, ranks, of) for size, of in zip(sizes, (kind, "contiguous", kind), strict=True)]
-    layer, weight, deltas = Slots(), torch.cat([own.weight for own in slices]).float(), {}
+    weight, deltas = torch.cat([own.weight for own in slices]).float(), {}
+    layer = one_rank(sizes, weight, is_stored)
     for slot, given in ((0, (0, 1, 2)), (2, (0, 1, 2)), (3, (0, 2)), (4, (1,))):
         new = [own._replace(A=torch.randn_like(own.A), B=torch.randn_like(own.B)) for own in slices]
         parts = [part(own, modulation, slot + 1) if place in given else None for place, own in enumerate(new)]
-        layer.set(slot, parts, sizes, lambda: weight)
+        layer.set(slot, parts)
         own_deltas = [own.oracle(modulation, slot + 1) * (place in given) for place, own in enumerate(new)]
         deltas[slot] = torch.cat(own_deltas)
     x = torch.randn(len(slots), in_features)
     expected = [
         x[token].double() @ deltas[slot].T if slot >= 0 else torch.zeros(sum(sizes)) for token, slot in enumerate(slots)
     ]
-    rows = RowsBySlot(slots)
-    for _ in range(2):  # the second step takes what the first has gathered
-        found = added(layer, x, rows, sum(sizes))
-        torch.testing.assert_close(found.double(), torch.stack([e.double() for e in expected]), rtol=1e-4, atol=1e-3)
+    found = added(layer, x, RowsBySlot(slots), sum(sizes))
+    torch.testing.assert_close(found.double(), torch.stack([e.double() for e in expected]), rtol=1e-4, atol=1e-3)
 
 
 def test_a_slot_serves_the_adapter_that_was_put_there_last() -> None:
     cases = [problem(12, 10, (2, 1)), problem(12, 10, (2, 1, 1))]
     first, second = (own._replace(weight=cases[0].weight) for own in cases)
     third = second._replace(A=torch.randn_like(second.A), B=torch.randn_like(second.B))
-    layer, calls = Slots(), []
+    calls = list[int]()
 
-    def weight() -> Tensor:
+    def weight() -> tuple[Tensor, bool]:
         calls.append(1)
-        return first.weight.float()
+        return first.weight.float(), False
 
-    x, rows = torch.randn(3, 10), RowsBySlot([1, 1, -1])
+    layer, x, rows = Slots([12], None, weight, CPU), torch.randn(3, 10), RowsBySlot([1, 1, -1])
     for case, number_of_calls in ((first, 1), (second, 2), (third, 2), (first, 3)):
         layer.reset(1)
         assert not added(layer, x, rows, 12).any()
-        layer.set(1, [part(case)], [12], weight)
+        layer.set(1, [part(case)])
         assert_close(added(layer, x, rows, 12)[:2], (x[:2].double() @ case.oracle("hadamard").T).float())
         assert len(calls) == number_of_calls
     assert len(layer.stacks) == 1  # those that hold nobody leave when another comes
     layer.clear()
     assert not added(layer, x, rows, 12).any()
+
+
+# A rank's piece of a layer.
+
+
+def pieces(sizes: list[int], in_features: int, ranks: int, kind: str) -> list[list[tuple[Tensor, Tensor]]]:
+    """What each rank has of each slice: of a column-parallel layer, one whose last slice is replicated, or a
+    row-parallel one."""
+    rows, cols = [torch.arange(size) for size in sizes], torch.arange(in_features)
+    if kind == "row":
+        return [[(own, part) for own in rows] for part in cols.tensor_split(ranks)]
+    if kind == "two in one":  # both halves of one slice, as in a layer that is fused in the checkpoint
+        halves = [(own[: len(own) // 2], own[len(own) // 2 :]) for own in rows]
+        return [
+            [(torch.cat([half.tensor_split(ranks)[rank] for half in own]), cols) for own in halves]
+            for rank in range(ranks)
+        ]
+    last = [rows[-1]] * ranks if kind == "replicated" else rows[-1].tensor_split(ranks)
+    return [
+        [*((own.tensor_split(ranks)[rank], cols) for own in rows[:-1]), (last[rank], cols)] for rank in range(ranks)
+    ]
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+@pytest.mark.parametrize("how", ["column", "replicated", "two in one", "row"])
+@pytest.mark.parametrize("ranks_of_blocks", [(2, 2, 2, 2), (3, 0, 2), (1,) * 7, (4,)])
+@pytest.mark.parametrize(("kind", "is_stored"), [("spectral", False), ("contiguous", False), ("contiguous", True)])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_together_add_what_one_adds(
+    ranks: int, kind: str, is_stored: bool, ranks_of_blocks: tuple[int, ...], how: str, modulation: str
+) -> None:
+    sizes, slots = [24, 17, 17], [0, 0, 1, -1, 1, *[0] * 70]
+    slices = [problem(size, 20, ranks_of_blocks, kind) for size in sizes]
+    x, total = torch.randn(len(slots), 20), torch.zeros(len(slots), sum(sizes), dtype=torch.float64)
+    adapters = [
+        [own._replace(A=torch.randn_like(own.A), B=torch.randn_like(own.B)) for own in slices] for _ in range(2)
+    ]
+    for own in pieces(sizes, 20, ranks, how):
+        cols = own[0][1]
+        weight = torch.cat([case.weight[rows][:, cols] for case, (rows, _) in zip(slices, own, strict=True)]).float()
+        mine = [len(rows) for rows, _ in own]
+        layer = Slots(mine, lambda own=own: own, lambda weight=weight: (weight, is_stored), CPU)  # type: ignore[misc]
+        for slot, cases in enumerate(adapters):
+            layer.set(
+                slot, [None if slot and place == 1 else part(case, modulation, 2) for place, case in enumerate(cases)]
+            )
+        found = added(layer, x[:, cols], RowsBySlot(slots), sum(mine)).double()
+        starts = [0, sizes[0], sizes[0] + sizes[1]]
+        places = torch.cat([rows + start for (rows, _), start in zip(own, starts, strict=True)])
+        if how == "row":
+            total[:, places] += found
+        else:
+            total[:, places] = found
+    deltas = [[case.oracle(modulation, 2) for case in cases] for cases in adapters]
+    deltas[1][1] = torch.zeros_like(deltas[1][1])
+    expected = torch.stack(
+        [x[row].double() @ torch.cat(deltas[slot]).T if slot >= 0 else total[row] * 0 for row, slot in enumerate(slots)]
+    )
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["column", "row"])
+def test_contiguous_blocks_of_a_multiple_of_the_ranks_cost_nothing_more(how: str) -> None:
+    case = problem(48, 40, (1,) * 8, "contiguous")
+    for own in pieces([48], 40, 4, how):
+        weight = case.weight[own[0][0]][:, own[0][1]].float()
+        layer = Slots([len(weight)], lambda own=own: own, lambda weight=weight: (weight, False), CPU)  # type: ignore[misc]
+        layer.set(0, [part(case)])
+        (stack,) = layer.stacks.values()
+        assert [run.shape for run in stack.runs] == [(2, 6, 5)]
+        assert stack.blocks.blocks.is_contiguous  # so that x and y are not sorted
+
+
+def test_spectral_blocks_of_a_rank_are_one_product() -> None:
+    case = problem(48, 40, (1,) * 6)
+    for own in pieces([48], 40, 4, "column"):
+        weight = case.weight[own[0][0]].float()
+        layer = Slots([12], lambda own=own: own, lambda weight=weight: (weight, False), CPU)  # type: ignore[misc]
+        layer.set(0, [part(case)])
+        (stack,) = layer.stacks.values()
+        assert len(stack.runs) == 1
+
+
+# Memory.
+
+
+def test_adapters_of_equal_partition_share_the_blocks_of_the_weight_whatever_their_rank() -> None:
+    small, calls = problem(12, 10, (1, 1, 1)), list[int]()
+    large = problem(12, 10, (2, 3, 3))._replace(partition=small.partition, weight=small.weight)
+
+    def weight() -> tuple[Tensor, bool]:
+        calls.append(1)
+        return small.weight.float(), False
+
+    layer, x = Slots([12], None, weight, CPU), torch.randn(2, 10)
+    for slot, case in enumerate([small, large]):
+        layer.set(slot, [part(case)])
+    assert len(calls) == 1
+    assert len({stack.blocks for stack in layer.stacks.values()}) == 1
+    factors = 3 * (4 + 4) + 3 * 3 * (4 + 4)  # of blocks of 4 × 4, with the most ranks that one has
+    assert layer.nbytes(1) == 4 * (factors + 3 * 4 * 4)
+    found = added(layer, x, RowsBySlot([0, 1]), 12)
+    for row, case in enumerate([small, large]):
+        assert_close(found[row], (x[row].double() @ case.oracle("hadamard").T).float())
+
+
+def test_blocks_of_a_weight_that_is_stored_plainly_are_views_of_it() -> None:
+    slices = [problem(12, 10, (1, 1), "contiguous") for _ in range(2)]
+    weight = torch.cat([own.weight for own in slices]).float()
+    layer = one_rank([12, 12], weight, is_stored=True)
+    layer.set(0, [part(own) for own in slices])
+    (stack,) = layer.stacks.values()
+    assert all(own.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr() for own in stack.blocks.entries)
+    assert stack.blocks.nbytes == 0
+
+
+def test_a_reserved_kind_stays_and_takes_no_more() -> None:
+    case = problem(12, 10, (2, 1))
+    other = problem(12, 10, (2, 1, 1))
+    layer = one_rank([12], case.weight.float())
+    layer.reserve([part(case)], 3)
+    (stack,) = layer.stacks.values()
+    places = [own.data_ptr() for pair in stack.factors for own in pair]
+    for slot in range(3):
+        layer.set(slot, [part(case)])
+    assert not layer.is_new
+    for slot in range(3):
+        layer.reset(slot)
+        layer.set(slot, [part(other)])
+    assert layer.is_new
+    assert stack in layer.stacks.values()
+    assert places == [own.data_ptr() for pair in stack.factors for own in pair]
 
 
 # In vLLM's manager.
@@ -145,8 +287,8 @@ class Engine:
         for _ in range(2):  # vLLM may load a plugin more than once
             register()
         self.worker = worker_manager.WorkerLoRAManager()
-        model, config = tiny_models.build("llama"), fake_vllm.engine_config(**settings)
-        self.manager = worker_manager.create_lora_manager(model, slots, vllm_config=config)
+        model, self.config = tiny_models.build("llama"), fake_vllm.engine_config(**settings)
+        self.manager = worker_manager.create_lora_manager(model, slots, vllm_config=self.config)
         self.worker._adapter_manager = self.manager
 
     def load(self, folder: Path, number: int = 1) -> Any:
@@ -190,6 +332,111 @@ def test_without_a_lora_in_the_batch_vllm_computes_none(folder: Path) -> None:
     assert layer.applied == 0
     engine.manager.remove_all_adapters()
     assert torch.equal(layer(x)[0], (x @ layer.base_layer.packed.T)[0])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.usefixtures("names")
+@torch.no_grad()
+def test_ranks_of_tensor_parallelism_serve_what_one_device_does(ranks: int, folder: Path) -> None:
+    adapters, found = [0, 1, 2, 3, 4, 5, 6, 7, 0, *[2] * 30], dict[str, list[Tensor]]()
+    inputs = {size: torch.randn(len(adapters), size) for size in (32, 48)}
+
+    def outputs(**settings: Any) -> dict[str, list[Tensor]]:
+        engine = Engine(**settings)
+        for number, name in enumerate(KINDS, start=1):
+            engine.manager.activate(engine.load(folder / name, number), number - 1)
+        engine.manager.map_tokens(adapters)
+        layers = {name: layer for name, layer in engine.manager.modules.items() if name != "lm_head"}
+        cut = {name: inputs[layer.base_layer.input_size] for name, layer in layers.items()}
+        for name, layer in layers.items():
+            if isinstance(layer, fake_vllm.RowParallelLinearWithLoRA):
+                cut[name] = layer.slice_lora_a(cut[name])
+        return {name: list(layer(cut[name]).split(layer.output_slices, 1)) for name, layer in layers.items()}
+
+    expected = outputs()
+    of_ranks = [outputs(tensor_parallel_rank=rank, tensor_parallel_size=ranks) for rank in range(ranks)]
+    for name, of_slices in expected.items():
+        for place, whole in enumerate(of_slices):
+            own = [of_rank[name][place] for of_rank in of_ranks]
+            if own[0].shape == whole.shape:
+                found = torch.stack(own).sum(0)
+            else:
+                found = torch.cat(own[:: ranks * own[0].shape[1] // whole.shape[1]], 1)
+            torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_engine_that_serves_lora_only_computes_nothing_of_ours(
+    folder: Path, names: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine()
+    engine.manager.activate(engine.load(folder / "lora"), 0)
+    engine.manager.map_tokens([1, 0, 1])
+    monkeypatch.delattr(names, "RowsBySlot")  # without which there is no product
+    for layer in engine.manager.modules.values():
+        if isinstance(layer, fake_vllm.BaseLinearLayerWithLoRA):
+            x = torch.randn(3, layer.input_size)
+            assert torch.equal(layer(x), x @ layer.base_layer.packed.T)
+            assert layer.applied == 1
+
+
+# In vLLM's memory, and its cache of compiled models.
+
+
+@pytest.mark.usefixtures("names")
+def test_memory_of_named_kinds_is_taken_when_layers_are_made_and_that_of_others_is_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "vllm.smoa")
+    engine = Engine(additional_config={"smoa_examples": [str(folder / "anna")]})  # vLLM measures memory after that
+    assert "reserved" in caplog.text
+    held = factors(engine)
+    assert held
+    caplog.clear()
+    for slot, name in enumerate(("anna", "ben")):
+        engine.manager.activate(engine.load(folder / name, slot + 1), slot)
+    assert factors(engine) == held
+    assert not caplog.messages
+    for slot, name in enumerate(("cleo", "cleo"), start=2):
+        engine.manager.activate(engine.load(folder / name, slot + 1), slot)
+    (message,) = caplog.messages
+    kinds = {id(stack): stack for layer in smoa_layers(engine) for stack in layer.smoa.stacks.values()}.values()
+    total = sum(8 * stack.slot_bytes + stack.blocks.nbytes for stack in kinds)
+    assert f"{total:,} bytes" in message
+    engine.manager.remove_all_adapters()
+
+
+def smoa_layers(engine: Engine) -> list[Any]:
+    return [layer for layer in engine.manager.modules.values() if hasattr(layer, "smoa")]
+
+
+def factors(engine: Engine) -> dict[int, int]:
+    """Place and bytes of all factors."""
+    stacks = [stack for layer in smoa_layers(engine) for stack in layer.smoa.stacks.values()]
+    return {own.data_ptr(): own.nbytes for stack in stacks for pair in stack.factors for own in pair}
+
+
+@pytest.mark.parametrize(
+    ("example", "settings", "reason"),
+    [
+        ("nobody", {}, "nobody"),
+        ("lora", {}, "lora"),
+        ("anna", {"cudagraph_mode": "FULL_AND_PIECEWISE"}, "-cc.cudagraph_mode=PIECEWISE"),
+    ],
+)
+@pytest.mark.usefixtures("names")
+def test_an_example_that_cant_be_served_stops_the_start(
+    example: str, settings: dict[str, Any], reason: str, folder: Path
+) -> None:
+    with pytest.raises((ConfigError, AdapterFileError), match=reason):
+        Engine(additional_config={"smoa_examples": [str(folder / example)]}, **settings)
+
+
+@pytest.mark.usefixtures("names")
+def test_a_compiled_model_is_cut_at_the_operator_and_has_another_key_in_the_cache() -> None:
+    engine = Engine(mode="VLLM_COMPILE", cudagraph_mode="PIECEWISE")
+    assert engine.config.compilation_config.splitting_ops == ["vllm::unified_attention", "vllm::smoa_add"]
+    assert engine.config.additional_config == {"smoa": True}
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -252,9 +499,9 @@ def test_an_unreadable_config_is_left_to_vllm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "remedy"),
     [
-        ({"enforce_eager": False}, "--enforce-eager"),
-        ({"tensor_parallel_size": 2}, "parallelism"),
-        ({"pipeline_parallel_size": 2}, "parallelism"),
+        ({"cudagraph_mode": "FULL_AND_PIECEWISE"}, "-cc.cudagraph_mode=PIECEWISE"),
+        ({"mode": "VLLM_COMPILE", "splitting_ops": ["vllm::attention"]}, "vllm::smoa_add"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 1"),
         ({"fully_sharded_loras": True}, "--fully-sharded-loras"),
     ],
 )
@@ -267,9 +514,12 @@ def test_an_engine_that_cant_serve_smoa_says_why_and_serves_lora(
         engine.load(folder / "anna")
     assert engine.load(folder / "lora").rank == 8
     assert {type(layer) for layer in engine.manager.modules.values()} == {
-        fake_vllm.BaseLinearLayerWithLoRA,
+        fake_vllm.ColumnParallelLinearWithLoRA,
+        fake_vllm.RowParallelLinearWithLoRA,
         torch.nn.Identity,
     }
+    assert not engine.config.compilation_config.static_forward_context
+    assert engine.config.additional_config == {}
 
 
 @pytest.mark.parametrize("lost", ["create_lora_manager", "WorkerLoRAManager"])
