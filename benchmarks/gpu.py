@@ -5,11 +5,13 @@
     python benchmarks/gpu.py quantized    # the same on a 4-bit base
     python benchmarks/gpu.py decoding     # tokens a second: base, merged, in `generate`, LoRA
     python benchmarks/gpu.py fleet        # batches with 1 and 32 adapters: time and launches, LoRA beside them
+    python benchmarks/gpu.py serve        # vLLM, eager and with CUDA graphs: a decoding step and prompts of 32 adapters
     python benchmarks/gpu.py injection    # decomposing the weights, and whether the labels are the CPU's
 
 A part that is called again goes on with the rows that are missing. Each writes benchmarks/results/gpu_<part>.json, from
 which benchmarks/report.py makes tables. `--tiny` runs everything once with small sizes, on a CPU too, and writes
-nothing. Needs `pip install '.[lab]'`, and bitsandbytes for `quantized`.
+nothing. Needs `pip install '.[lab]'`, bitsandbytes for `quantized`, and vLLM for `serve`, which counts the tokens that
+engines with and without graphs agree on, and whose ranks are those of `--ranks`.
 """
 
 from __future__ import annotations
@@ -267,6 +269,61 @@ def fleet_cost(rows: Rows, tokens: int, way: str, adapters: int) -> dict[str, An
         return rows.cost_of(lambda: made(input_ids=ids, use_cache=False, **options), 5)
 
 
+def serve(rows: Rows, ranks: int = 1) -> None:
+    """32 adapters in vLLM: LoRA r = 1 and SMoA r = K = 32, eager and with CUDA graphs of the pieces of the model."""
+    for way in ("eager", "pieces"):
+        rows.measure(partial(serve_cost, rows, way, ranks), way=way, ranks=ranks)
+    found = [row["tokens"] for row in rows.rows if row["ranks"] == ranks and "tokens" in row]
+    for method in found[0] if len(found) == 2 else ():
+        pairs = [pair for own in zip(*(each[method] for each in found), strict=True) for pair in zip(*own, strict=True)]
+        differ = sum(own != base for own, base in zip(found[0][method], found[0]["base"], strict=True))
+        print(
+            method, f"{sum(a == b for a, b in pairs)} of {len(pairs)} tokens are equal; {differ} texts not the base's"
+        )
+
+
+def serve_cost(rows: Rows, way: str, ranks: int) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    torch.manual_seed(0)  # each way has the same model and adapters
+    wide_heads = LlamaConfig(
+        **TINY_LLAMA.to_dict() | {"num_attention_heads": 2, "head_dim": 32}
+    )  # as vLLM wants on CPUs
+    config, count = (wide_heads, 4) if rows.tiny else (LLAMA_3_8B, 32)
+    K, length, chosen = min(count, 32), 4 if rows.tiny else 64, {"target_modules": list(GEMMA_TARGETS)}
+    ours = SmoaConfig(r=K, num_blocks=K, partition="contiguous", init_weights=False, **chosen)
+    methods = {"lora 1": LoraConfig(r=1, init_lora_weights=False, **chosen), f"smoa {K}": ours}
+    figures: dict[str, Any] = {"tokens": {}}
+    with tempfile.TemporaryDirectory() as room:
+        llama(config, rows.device).save_pretrained(f"{room}/base")
+        for name, own in methods.items():
+            get_peft_model(llama(config, rows.device), own).save_pretrained(f"{room}/{name}")
+        options: dict[str, Any] = {"enforce_eager": True} if way == "eager" or rows.tiny else {}
+        engine = LLM(
+            f"{room}/base", dtype="float32" if rows.tiny else "bfloat16", skip_tokenizer_init=True,
+            enable_lora=True, max_loras=2 * count + 1, max_lora_rank=1, max_model_len=256, tensor_parallel_size=ranks,
+            enable_prefix_caching=False, compilation_config={"cudagraph_mode": "PIECEWISE"},
+            additional_config={"smoa_examples": [f"{room}/smoa {K}"]}, seed=0, **options,
+        )  # fmt: skip
+        prompts: Any = [{"prompt_token_ids": list(range(3 + place, 19 + place))} for place in range(count)]
+        for first, name in enumerate(["base", *methods]):
+            loras = [LoRARequest(f"{name} {i}", first * count + i + 1, f"{room}/{name}") for i in range(count)]
+
+            def generate(tokens: int, own: Any = None if name == "base" else loras) -> list[list[int]]:
+                sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+                done = engine.generate(prompts, sampling, lora_request=own, use_tqdm=False)
+                return [list(each.outputs[0].token_ids) for each in done]
+
+            figures["tokens"][name] = generate(1 + length)
+            cases = {"prompts": partial(generate, 1), "all": partial(generate, 1 + length)}
+            times = {case: lower_quartile(own) for case, own in interleaved(cases, 5, rows.device).items()}
+            figures |= {f"{name}: prompts, ms": 1e3 * times["prompts"]}
+            figures |= {f"{name}: step, ms": 1e3 * (times["all"] - times["prompts"]) / length}
+        engine.llm_engine.engine_core.shutdown()
+    return figures
+
+
 def injection(rows: Rows) -> None:
     """Seconds to decompose weights of each shape, and the share of coordinates with the CPU's label."""
     for shape in ((64, 96),) if rows.tiny else SHAPES:
@@ -294,6 +351,7 @@ PARTS: dict[str, Callable[[Rows], None]] = {
     "quantized": partial(model, quantized=True),
     "decoding": decoding,
     "fleet": fleet,
+    "serve": serve,
     "injection": injection,
 }
 
@@ -304,12 +362,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--ranks", type=int, default=1, help="of tensor parallelism, for `serve`")
     arguments = parser.parse_args()
     device = pick_device(arguments.device)
     if device.type == "cpu" and not arguments.tiny:
         parser.error("there is no GPU; --tiny makes a dry run on the CPU")
     torch.manual_seed(0)
-    PARTS[arguments.part](Rows(f"gpu_{arguments.part}", device, arguments.minutes, arguments.tiny))
+    part = partial(serve, ranks=arguments.ranks) if arguments.part == "serve" else PARTS[arguments.part]
+    part(Rows(f"gpu_{arguments.part}", device, arguments.minutes, arguments.tiny))
 
 
 if __name__ == "__main__":

