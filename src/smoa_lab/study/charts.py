@@ -10,7 +10,7 @@ from typing import Any
 import altair as alt
 
 from smoa_lab.pages.charts import DASHES, MUTED, color_of, colors, forest, lines, name_of, shapes, tooltip, values
-from smoa_lab.study.results import FinalRun, Result
+from smoa_lab.study.results import MEASURES, FinalRun, Result
 from smoa_lab.study.search import Chosen
 from smoa_lab.study.study import Job
 
@@ -31,17 +31,19 @@ def differences(results: Sequence[Result]) -> Any | None:
         title, known = next(iter(one.differences.items()), ("", None))
         name = name_of(one.method)
         if known is not None and math.isfinite(known.mean):
+            measure = MEASURES[title]
+            side, ends = "left" if measure.sign < 0 else "right", {"low": known.low, "high": known.high}
             compared.setdefault(one.budget, []).append(
                 {
                     "entry": name if one.entry == name.lower() else f"{name}: {one.entry}",
                     "method": one.method,
-                    "mean": known.mean,
-                    **({"low": known.low, "high": known.high} if math.isfinite(known.low) else {}),
-                    "difference": known.signed(1, 4),
+                    "mean": measure.scale * known.mean,
+                    **{end: measure.scale * value for end, value in ends.items() if math.isfinite(value)},
+                    "difference": known.signed(measure.scale, measure.digits),
                     "verdict": known.label,
                     "clear": known.final in ("better", "worse"),
                     "run": final_run(one, one.seeds[0]),
-                    "title": f"{title} on held-out rows minus that of {one.reference}; left is better",
+                    "title": f"{title} on held-out rows minus that of {one.reference}; {side} is better",
                 }
             )
     if not compared:

@@ -167,7 +167,8 @@ class Comparison:
                 loss, took, left = self.losses[job], duration(metrics["wall_seconds"]), self.at_most_left(names)
                 reached = "diverged" if loss is None else f"loss {loss:.4f}"
                 logger.info("%s: %s (%s); at most %s left", job.name, reached, took, duration(left))
-                if abs((now := self.plan.used + left) - estimate) > estimate / 10:
+                now = self.plan.used + left
+                if abs(now - estimate) > estimate / 10 and duration(now) != duration(estimate):
                     logger.info("At most %s in all, not %s", duration(now), duration(estimate))
                     estimate = now
             elif self.is_over:

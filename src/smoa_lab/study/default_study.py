@@ -44,20 +44,12 @@ TIMES_LORA = {
     "gralora": (3, OURS + "studies/headlines, 1e-2 to 3e-3"),
     "loha": (3, OURS + "studies/headlines, 1e-2 to 3e-3"),
     "full": (0.1, OURS + "studies/headlines, 3e-4 to 3e-3"),
-    "adaption_prompt": (5, PEFTS + "5e-4"),
+    **dict.fromkeys(("adaption_prompt", "glora", "vblora"), (5, PEFTS + "5e-4")),
+    **dict.fromkeys(("delora", "frod", "ia3", "road", "tinylora", "vera"), (10, PEFTS + "1e-3")),
+    **dict.fromkeys(("lokr", "pvera"), (30, PEFTS + "3e-3")),
     "c3a": (3000, PEFTS + "3e-1"),
-    "delora": (10, PEFTS + "1e-3"),
-    "frod": (10, PEFTS + "1e-3"),
-    "glora": (5, PEFTS + "5e-4"),
-    "ia3": (10, PEFTS + "1e-3"),
-    "lokr": (30, PEFTS + "3e-3"),
     "osf": (0.5, PEFTS + "5e-5"),
-    "pvera": (30, PEFTS + "3e-3"),
-    "road": (10, PEFTS + "1e-3"),
-    "tinylora": (10, PEFTS + "1e-3"),
     "trainable_tokens": (2000, PEFTS + "2e-1"),
-    "vblora": (5, PEFTS + "5e-4"),
-    "vera": (10, PEFTS + "1e-3"),
 }
 """How many times LoRA's learning rate each method's search starts from, and the row's source. Others start from
 LoRA's."""

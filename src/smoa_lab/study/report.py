@@ -6,7 +6,6 @@ A table or chart is made once. ``smoa compare`` prints it, README.md has it as M
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from smoa_lab.pages.tables import Cell, Table, counted, number
 from smoa_lab.pages.templates import Figure, page
 from smoa_lab.study import charts
 from smoa_lab.study.comparison import Comparison, measured, read_metrics
-from smoa_lab.study.plan import FIRST_SEEDS, Metrics, duration
+from smoa_lab.study.plan import FIRST_SEEDS, Metrics
 from smoa_lab.study.results import MEASURES, FinalRun, Result, as_json, budgets_of, final_runs
 from smoa_lab.study.search import Chosen, rate_text
 from smoa_lab.study.verdict import EQUAL, verdict
@@ -105,12 +104,11 @@ def report(comparison: Comparison) -> Report:
     of_round = sum(comparison.seconds("final", name) for name in study.entries) / comparison.workers
     sentences = {name: verdict(budget, command, of_round) for name, budget in budgets.items()}
     told = [" ".join([f"{name}:", *own][len(budgets) == 1 :]) for name, own in sentences.items()]
-    if not finals and study.seeds and comparison.is_over:
-        lasts = duration(comparison.at_most_left([*study.entries]) + FIRST_SEEDS * of_round)
-        used = f"the {comparison.plan.minutes:g} minutes were used before every entry had a final run"
-        told.append(f"No verdict: {used}; `{command} --seeds {FIRST_SEEDS}` goes on, for {lasts} at most.")
-    elif left := comparison.progress([*study.entries]):
+    if left := comparison.progress([*study.entries]):
         told.append(left)
+    if comparison.is_over and (left or (study.seeds and not finals)):
+        seeds = max(FIRST_SEEDS, len(comparison.plan.seeds))
+        told.append(f"The {comparison.plan.minutes:g} minutes are used: `{command} --seeds {seeds}` goes on.")
     methods, searches = {name: entry.method for name, entry in study.entries.items()}, comparison.searches()
     whole = [budget for budget in budgets.values() if budget.is_whole]
     drawn = (
@@ -170,13 +168,9 @@ def result_table(results: Sequence[Result]) -> Table:
         line: list[Any] = [one.entry, Cell(f"{one.parameters:,}{share}", one.parameters)]
         line += [rate, len(one.chosen.losses), Cell(str(len(one.seeds)), links=links)]
         for each in measures:
-            mean, spread = (each.scale * value for value in one.values[each.title])
-            text = (
-                f"{mean:.{each.digits}f}"
-                if len(one.seeds) == 1
-                else f"{mean:.{each.digits}f} ± {spread:.{each.digits}f}"
-            )
-            line.append(Cell(text if math.isfinite(mean) else "diverged", mean))
+            mean, *spread = (f"{each.scale * value:.{each.digits}f}" for value in one.values[each.title])
+            text = " ± ".join([mean, *spread][: len(one.seeds)])
+            line.append(Cell("diverged" if one.diverged else text, one.values[each.title][0]))
         for each in measures:
             difference = one.differences.get(each.title)
             if difference is None:  # of the reference, and before a seed of it is finished
@@ -209,19 +203,11 @@ def run_table(comparison: Comparison, finals: Mapping[str, Mapping[int, FinalRun
     """The lines that links lead to."""
     lines = []
     for run in (run for of_entry in finals.values() for run in of_entry.values()):
-        training, made = run.metrics["training"], run.metrics["provenance"]
-        name = run.folder.path.relative_to(comparison.study.folder).as_posix()
-        loss = measured(run.metrics)
-        times = [str(training["steps"]), f"{training['seconds']:.0f}"]
-        lines.append(
-            [
-                Cell(name, anchor=True),
-                "diverged" if loss is None else f"{loss:.4f}",
-                *times,
-                made.get("device", "–"),
-                (made.get("commit") or "–")[:7],
-            ]
-        )
+        training, made, loss = run.metrics["training"], run.metrics["provenance"], measured(run.metrics)
+        name = Cell(run.folder.path.relative_to(comparison.study.folder).as_posix(), anchor=True)
+        reached = "diverged" if loss is None else f"{loss:.4f}"
+        where = [made.get("device", "–"), (made.get("commit") or "–")[:7]]
+        lines.append([name, reached, str(training["steps"]), f"{training['seconds']:.0f}", *where])
     return Table(["run", "loss", "steps", "s", "machine", "commit"], lines, WHERE)
 
 

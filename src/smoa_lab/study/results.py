@@ -129,13 +129,12 @@ class Budget:
     def is_whole(self) -> bool:
         return sum(len(one.seeds) for one in self.results) >= self.planned
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Any:
         """What decides, in plain values."""
         pairs = [[*pair, loss.mean, loss.low, loss.high] for pair, loss in self.pairs.items()]
         gain = self.gain and [self.gain.mean, self.gain.low, self.gain.high]
         decides = self.measure and self.measure.title
-        values = {"measure": decides, "level": self.level, "gain": gain, "pairs": pairs}
-        return dict(finite(values))
+        return finite({"measure": decides, "level": self.level, "gain": gain, "pairs": pairs})
 
 
 def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:

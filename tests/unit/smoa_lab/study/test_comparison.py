@@ -19,6 +19,7 @@ from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.plan import Plan
+from smoa_lab.study.report import report
 from smoa_lab.study.study import Job, Study, Tuning, load_study
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.studies import WrittenRuns, compared, fake_time
@@ -321,6 +322,17 @@ def test_on_a_machine_that_slows_down_nothing_starts_after_the_time_and_seeds_th
     assert compared(many).plan.seeds == [0, 1, 2, 3]
     assert ran_seeds(many) == [set("0123")] * 3
     assert len(written.ran) == len(set(written.ran))
+
+
+def test_time_that_ends_before_the_final_runs_is_told_with_the_command_that_goes_on(
+    many: Study, written: WrittenRuns
+) -> None:
+    comparison = compared(many, 9)
+    written.slower = 4.0
+    comparison.run()
+    assert comparison.seeds == []
+    *_, told = report(comparison).verdict
+    assert told == f"The 9 minutes are used: `smoa compare {many.folder / 'study.yaml'} --seeds 3` goes on."
 
 
 def test_a_seed_that_another_process_bought_is_run_here_too(many: Study, written: WrittenRuns) -> None:
