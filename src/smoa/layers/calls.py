@@ -64,6 +64,21 @@ class Call:
         copies = 1 if module in self.once else self.copies
         return [name if name in known else BASE for name in self.names for _ in range(copies)]
 
+    def check_gradients(self, factors: dict[str, list[nn.Module]]) -> None:
+        """Raise ValueError if a layer's adapters, given their factors, would get no gradients, or another's."""
+        if not (torch.is_grad_enabled() or self.is_bound):
+            raise ValueError(
+                "adapter_names: a layer is called without gradients in a training step, as by a reentrant checkpoint "
+                "that would compute again without the names; call model.gradient_checkpointing_enable(), or give your "
+                "checkpoint use_reentrant=False"
+            )
+        for name, own in factors.items():
+            if not all(parameter.requires_grad for factor in own for parameter in factor.parameters()):
+                raise ValueError(
+                    f"adapter_names: {name!r} is frozen, as after set_adapter or disable_adapter; call "
+                    "model.set_requires_grad(names) for all adapters that you train"
+                )
+
 
 @contextmanager
 def opened(call: Call | None) -> Iterator[None]:

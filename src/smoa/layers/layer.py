@@ -7,7 +7,7 @@ One class does this for every kind of layer. A kind is a subclass that says what
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
@@ -333,24 +333,10 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
             raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
         of_slot = {slot: name for slot in rows.of_slot if (name := call.of_slot[slot]) in self.adapters}
         if call.trains:
-            self._refuse_to_train(call, of_slot.values())
+            factors = {name: [self.smoa_A[name], self.smoa_B[name]] for name in of_slot.values()}
+            call.check_gradients(factors)
         result: Tensor = self.base_layer(x, *args, **kwargs)
         return self._add_mixed(result, x.to(result.device), call, of_slot)
-
-    def _refuse_to_train(self, call: Call, names: Iterable[str]) -> None:
-        """Raise ValueError if adapters that a batch names would get no gradients."""
-        if not (torch.is_grad_enabled() or call.is_bound):
-            raise ValueError(
-                "adapter_names: a layer is called without gradients in a training step, as by a reentrant checkpoint "
-                "that would compute again without the names; call model.gradient_checkpointing_enable(), or give your "
-                "checkpoint use_reentrant=False"
-            )
-        for name in names:
-            if not all(p.requires_grad for part in (self.smoa_A, self.smoa_B) for p in part[name].parameters()):
-                raise ValueError(
-                    f"adapter_names: {name!r} is frozen, as after set_adapter or disable_adapter; call "
-                    "model.set_requires_grad(names) for all adapters that you train"
-                )
 
     def _add_mixed(self, result: Tensor, x: Tensor, call: Call, of_slot: dict[int, str]) -> Tensor:
         """The base layer's output for x plus that of each row's adapter: `of_slot` are those that the layer has."""
