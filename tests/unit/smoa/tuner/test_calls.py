@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from smoa import SmoaConfig
 from smoa.layers import calls
+from smoa.layers.rows import RowsBySlot
 from smoa.tuner.generation import rows_unknown
 from tests.support import tiny_mixtures
 from tests.support.adapted_models import adapted, add_adapter
@@ -148,6 +149,17 @@ def test_a_checkpoint_draws_the_same_dropout_again(r: int) -> None:
         assert other.keys() == found[0].keys()
         for name, gradient in other.items():
             assert_close(gradient, found[0][name])
+
+
+def test_a_checkpoint_takes_the_same_route_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, plan = list[Any](), RowsBySlot.plan
+    monkeypatch.setattr(RowsBySlot, "plan", lambda *args: taken.append(plan(*args)) or taken[-1])
+    model = gang(2, True, num_blocks=2, r=2, modulation="hadamard")
+    loss = loss_of(model, ["a0", "a1", "a0", "a1"], 140)
+    first = set(taken)
+    taken.clear()
+    loss.backward()
+    assert set(taken) == first
 
 
 def test_a_frozen_adapter_is_refused_in_training() -> None:
