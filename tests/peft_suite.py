@@ -142,6 +142,7 @@ LEFT_OUT: dict[str, str] = {
     ),
     "warns_for_unsharded": f"{LORAS}a warning in PEFT's save; test_factors_that_zero3_has_partitioned_are_not_saved",
     "different_target_parameters_raises": f"{ADAPTED}adapters of several parameters; test_targets.py",
+    "mixed_adapter_batches_training_mode_raises": f"{ADAPTED}training by names; test_calls.py trains by them",
     "mamba_modules": f"{ADAPTED}what Mamba only reads; a save names layers that training left at zero (docs/layers.md)",
     "groups_greater_than_one": f"{ADAPTED}grouped convolutions; test_kinds.py",
     "stable_diffusion": "loads a pipeline of the Hub; tests/unit/smoa/test_towers.py has a UNet and a transformer",

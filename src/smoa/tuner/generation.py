@@ -209,6 +209,6 @@ def rows_unknown(model: nn.Module, path: str) -> str | None:
     parts = path.split(".")
     for end in range(len(parts), -1, -1):
         config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
-        if (kind := getattr(config, "model_type", None)) is not None:
+        if isinstance(kind := getattr(config, "model_type", None), str):
             return f"{path} is given the patches of all images at once" if TOWER.fullmatch(kind) else None
     return None
