@@ -1,5 +1,7 @@
-"""TRL's trainers for preferences and rewards train a SMoA adapter, and merges leave its bfloat16 base alone."""
+"""TRL's trainers for preferences and rewards train a SMoA adapter, and merges leave its bfloat16 base alone. Its
+supervised one trains several by the names that a collator adds, also when it resumes."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 import trl
 from datasets import Dataset
 from peft import get_peft_model, get_peft_model_state_dict
+from torch import Tensor
 from transformers import LlamaForSequenceClassification, TrainerCallback
 
 from smoa import SmoaConfig
@@ -66,3 +69,62 @@ def test_a_trainer_trains_the_adapter_and_changes_neither_base_nor_reference(nam
     if name != "Reward":
         reference = get_peft_model_state_dict(adapted, adapter_name="ref")
         assert all(torch.equal(reference[key], tensor) for key, tensor in start.items())
+
+
+class Gang(trl.SFTTrainer):
+    """As the page on several adapters has it: what was resumed trains all adapters again."""
+
+    def create_optimizer(self, *args: Any) -> Any:
+        self.model.set_requires_grad(["anna", "ben"])
+        return super().create_optimizer(*args)
+
+
+def collated(rows: list[dict[str, Any]], who: list[str]) -> dict[str, Any]:
+    ids = torch.stack([torch.tensor(row["input_ids"]) for row in rows])
+    return {
+        "input_ids": ids,
+        "attention_mask": ids > 0,
+        "labels": ids,
+        "adapter_names": [who[row["person"]] for row in rows],
+    }
+
+
+def supervised(folder: Path, who: list[str], steps: int, resumes: bool = False) -> dict[str, Tensor]:
+    """What each of two adapters is after so many steps; `who` are the adapters of two people."""
+    tokenizer, config = byte_tokenizer(), {"r": 4, "num_blocks": 2, "target_modules": "all-linear"}
+    model = get_peft_model(tiny_llama(259, positions=64).double(), SmoaConfig(**config), "anna")
+    model.add_adapter("ben", SmoaConfig(**config))
+    arguments = trl.SFTConfig(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=0.01,
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        bf16=False,
+        gradient_checkpointing=True,
+        remove_unused_columns=False,
+        save_steps=2,
+        use_cpu=True,
+        report_to="none",
+        dataloader_pin_memory=False,
+    )
+    rows = [{"input_ids": [5 + (i * 7 + j) % 90 for j in range(8)], "person": i % 2} for i in range(16)]
+    collator: Any = functools.partial(collated, who=who)
+    trainer = Gang(model, arguments, collator, Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=resumes)
+    states = {name: get_peft_model_state_dict(model, adapter_name=name) for name in ("anna", "ben")}
+    return {f"{name} {key}": value for name, state in states.items() for key, value in state.items()}
+
+
+def test_the_supervised_trainer_trains_adapters_by_name_and_resumes_all_of_them(tmp_path: Path) -> None:
+    whole = supervised(tmp_path / "whole", ["anna", "ben"], 4)
+    supervised(tmp_path / "parts", ["anna", "ben"], 2)
+    resumed = supervised(tmp_path / "parts", ["anna", "ben"], 4, resumes=True)
+    assert whole.keys() == resumed.keys()
+    for key, value in resumed.items():
+        torch.testing.assert_close(value, whole[key])
+    alone = supervised(tmp_path / "alone", ["anna", "__base__"], 4)
+    for key, value in alone.items():  # the loss is a mean over all tokens: hers is the same without ben's adapter
+        trains = "smoa_A" in key or "smoa_B" in key
+        assert torch.allclose(value, whole[key]) == (key.startswith("anna") or not trains)

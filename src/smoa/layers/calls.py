@@ -89,9 +89,8 @@ def opened(call: Call | None) -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del OPEN[thread]
-        else:
+        OPEN.pop(thread, None)  # a call within this one may have left none
+        if before is not None:
             OPEN[thread] = before
 
 

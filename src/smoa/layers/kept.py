@@ -59,17 +59,13 @@ class Snapshot:
         return value
 
 
-class _OfThread(threading.local):
-    snapshot: Snapshot | None = None
-
-
-_OPEN = _OfThread()
+_OPEN = threading.local()
 
 
 @contextmanager
 def snapshot_of(layers: Iterable[nn.Module]) -> Iterator[Snapshot]:
     """Let these layers keep what calls in this thread use again, while the context is open."""
-    before, _OPEN.snapshot = _OPEN.snapshot, Snapshot(layers)
+    before, _OPEN.snapshot = getattr(_OPEN, "snapshot", None), Snapshot(layers)
     try:
         yield _OPEN.snapshot
     finally:
@@ -83,7 +79,7 @@ def open_snapshot(layer: Any, names: Iterable[str], x: Tensor) -> Snapshot | Non
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
-    snapshot = _OPEN.snapshot
+    snapshot: Snapshot | None = getattr(_OPEN, "snapshot", None)
     if snapshot is None or layer not in snapshot.layers or is_transformed(x):
         return None
     dropped = layer.training and any(isinstance(layer.smoa_dropout[name], nn.Dropout) for name in names)

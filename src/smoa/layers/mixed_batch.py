@@ -52,7 +52,7 @@ def add_mixed(layer: SmoaLayer, result: Tensor, x: Tensor, call: Call, of_slot: 
             if values:
                 result, is_own = result if is_own else result.clone(), True
                 factors = kept(group, group.factors)
-                diagonal = kept((layer, group.digest), group.diagonal) if group.rank else None
+                diagonal = kept(group.key_of_diagonal, group.diagonal) if group.rank else None
                 add_by_plan(result, own, plan, group.blocks, group.runs, factors, diagonal)
                 continue
             for part in plan.parts:
@@ -90,11 +90,10 @@ class Group:
 
     def __init__(self, layer: SmoaLayer, name: str) -> None:
         own, derived = layer.adapters[name], layer.derived(name)
-        self.layer, self.blocks, self.digest = layer, cast(Blocks, derived.blocks), derived.digest
+        self.layer, self.blocks = layer, cast(Blocks, derived.blocks)
         self.runs = runs_of(*self.blocks.shape, own.ranks)
-        trains_weight = (
-            torch.is_grad_enabled() and layer.stored_weight().requires_grad
-        )  # it has no gradient in `shared`
+        self.key_of_diagonal = layer, derived.digest, *(run.shape for run in self.runs)
+        trains_weight = torch.is_grad_enabled() and layer.stored_weight().requires_grad  # no gradient in `shared`
         self.rank = math.inf if trains_weight else 0 if own.modulation == "none" else max(own.ranks)
         self.of_slot: dict[int, str] = {}
         self.tensors: list[tuple[Tensor, Tensor, Tensor]] = []

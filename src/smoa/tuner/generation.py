@@ -47,6 +47,8 @@ TOWER = re.compile(r"pixtral|.*_vision(_encoder)?|.*_audio_encoder")
 """Types of parts of models that give layers the patches of all images, or the frames of all sounds, in one sequence."""
 ROUTED = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 """The paths of layers within an expert that is a module."""
+DISTANCES = re.compile(r"(relative_attention_bias|rel_attn_embed|distance_embedding)$")
+"""The paths of embeddings of how far tokens are apart, which are one for all samples."""
 _TRAINED: WeakKeyDictionary[BaseTuner, int] = WeakKeyDictionary()
 """The thread of the training forward by names that a model is in."""
 _LOCK = Lock()
@@ -139,10 +141,11 @@ def call_by_names(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[None]:
     encoder = get_encoder() if get_encoder else None
     once = frozenset() if encoder in (None, tuner.model) else frozenset(encoder.modules())  # samples as they are
     beams = kwargs.get("num_beams") or 1  # for a model with a `generate` of its own
-    trains = tuner.training and torch.is_grad_enabled()
+    trains = torch.is_grad_enabled() and any(module.training for module in modules)
     with ExitStack() as stack:
         if trains:
             stack.enter_context(_trained_by_one_thread(tuner))
+        if torch.is_grad_enabled():
             take_names_along(tuner.model)
         stack.enter_context(opened(Call(tuple(names), frozenset(modules), once, beams, trains)))
         yield
@@ -206,6 +209,8 @@ def rows_unknown(model: nn.Module, path: str) -> str | None:
         return f"{kind} gives its layers tokens first, not samples"
     if ROUTED.search(path):
         return f"{path} is an expert, which is given tokens of many samples"
+    if DISTANCES.search(path):
+        return f"{path} is given the distances of tokens, not samples"
     parts = path.split(".")
     for end in range(len(parts), -1, -1):
         config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)

@@ -18,7 +18,7 @@ from smoa import SmoaConfig
 from smoa.layers import calls
 from smoa.layers.rows import RowsBySlot
 from smoa.tuner.generation import rows_unknown
-from tests.support import tiny_mixtures
+from tests.support import tiny_mixtures, tiny_models
 from tests.support.adapted_models import adapted, add_adapter
 from tests.support.tolerance import assert_close
 
@@ -112,6 +112,15 @@ def test_a_model_that_is_checkpointed_anew_or_no_more_takes_the_names_along_too(
     model.set_adapter("a1")
     model(input_ids=ids()).logits.square().sum().backward()  # without names it does what it did
     assert all(".a1." in name for name in gradients(model))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_takes_the_names_along_in_whatever_mode_the_model_is(reentrant: bool) -> None:
+    model = gang(reentrant=reentrant).eval()
+    for layer in model.base_model.model.model.layers:
+        layer.training = True  # what transformers asks before it checkpoints
+    loss_of(model, NAMES).backward()
+    assert_those_of_each_alone(gradients(model))
 
 
 @pytest.mark.parametrize(
@@ -267,6 +276,34 @@ def test_a_plain_forward_beside_and_inside_a_generate_with_names_takes_the_activ
         assert_close(logits, expected)
 
 
+def test_a_call_with_names_inside_a_plain_generate_beside_another_with_names_leaves_both_alone() -> None:
+    model, inside, done = gang(3).eval(), threading.Event(), threading.Event()
+    x, plain = ids(2, 3), {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(input_ids=x, **plain)
+
+    def wait(*_: Any) -> None:
+        if threading.current_thread() is thread:
+            inside.set()
+            done.wait(60)
+
+    def during(tokens: Tensor, scores: Tensor) -> Tensor:
+        loss_of(model, ["a1", "a2"])
+        return scores
+
+    handle = model.base_model.model.model.layers[0].register_forward_hook(wait)
+    thread = threading.Thread(target=loss_of, args=(model, ["a0", "a1"]))
+    thread.start()
+    inside.wait(60)
+    try:
+        found = model.generate(input_ids=x, logits_processor=[during], **plain)
+    finally:
+        done.set()
+        thread.join()
+        handle.remove()
+    assert torch.equal(found, expected)
+    assert not calls.OPEN
+
+
 def test_two_threads_that_train_by_names_are_refused_and_backward_elsewhere_is_not() -> None:
     model, found = gang(2, reentrant=False), list[BaseException | None]()
     loss = loss_of(model, ["a0", "a1"])
@@ -293,6 +330,19 @@ def test_two_threads_that_train_by_names_are_refused_and_backward_elsewhere_is_n
     assert found[1] is None
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_adapters_with_one_number_of_blocks_and_other_ranks_generate_in_one_batch(beams: int) -> None:
+    model: Any = gang(1, num_blocks=2, r=4).eval()
+    for name, r in (("a1", 5), ("a2", 8), ("a3", 7)):
+        add_adapter(model, name, r=r, num_blocks=2, target_modules="all-linear")
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "num_beams": beams}
+    names = ["a0", "a1", "a2", "a3"]
+    mixed = model.generate(input_ids=ids(4), adapter_names=names, **settings)
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        assert torch.equal(mixed[row], model.generate(input_ids=ids(4)[row : row + 1], **settings)[0])
+
+
 # what is refused
 
 
@@ -315,6 +365,7 @@ def mixtral() -> Any:
     [
         (xlnet, ["layer_1"], "xlnet gives its layers tokens first"),
         (mixtral, ["w1", "q_proj"], r"experts\.0\.w1 is an expert"),
+        (tiny_models.t5, ["relative_attention_bias"], "is given the distances of tokens"),
     ],
 )
 def test_a_layer_whose_rows_are_not_samples_is_refused(
