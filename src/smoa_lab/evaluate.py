@@ -23,14 +23,15 @@ def evaluate_run(
     evaluation, trained_on = run.evaluation(answers=False, folder=folder)
     if not evaluation.rows:
         raise DataError("data: nothing is held out that could be scored; give other rows as data.test")
-    untouched = run.base
-    if evaluation.prefers and folder is not None and adapter is None:  # a whole model was trained
+    # the loss of preferences compares with the untouched base, and so do answers
+    untouched, compares = run.base, folder is not None and (evaluation.prefers or evaluation.metric is not None)
+    if compares and folder is not None and adapter is None:  # a whole model was trained
         name = open_run(folder.path, base=base, untouched=True)[0].model.name
         untouched, _ = load_weights(config.model.model_copy(update={"name": name}))
     if not config.training.get("use_cpu"):
         to_device(run.base)
         to_device(untouched)
-    if evaluation.prefers and folder is not None:  # the loss of preferences compares with the untouched base
+    if compares:
         evaluation.measure(untouched, "before")
     del untouched
     model: Any = run.base if adapter is None else with_saved_adapter(run.base, adapter)
@@ -43,5 +44,6 @@ def evaluate_run(
         "digests": run.digests,
         "data": run.data.account,
         "trained_on": trained_on,
+        "before": evaluation.scores().get("before"),
         "scores": evaluation.scores()["after"],
     }

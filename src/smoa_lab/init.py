@@ -58,11 +58,7 @@ NOTES = {
 
 
 def first_values(
-    model: str,
-    data: str,
-    parameters: str = PARAMETERS,
-    dtype: Dtype | None = None,
-    changes: Sequence[str] = (),
+    model: str, data: str, parameters: str = PARAMETERS, dtype: Dtype | None = None, changes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The config for a model and data: a named set, a file, a folder, or a data set of the Hub. Of the model no weights
     are read; rows are all read, as the ``data.key=value`` of ``changes`` say. With ``method=lora`` among them, or a
@@ -103,11 +99,8 @@ def look_at_rows(
     """The ``data`` block, and how many rows there are to train on."""
     tokenizer = load_tokenizer(section)
     lent = {} if tokenizer.chat_template else {"template": "alpaca"}
-    values: dict[str, Any] = {
-        "model": {"name": section.name},
-        "data": {"train": place, **lent, "max_length": context},
-        "training": {},
-    }
+    data = {"train": place, **lent, "max_length": context}
+    values: dict[str, Any] = {"model": {"name": section.name}, "data": data, "training": {}}
     apply_overrides(values, [change for change in changes if change.startswith("data.")])
     config = check_config(values, place)
     _, rows = read_rows_of(config, tokenizer)

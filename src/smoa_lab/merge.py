@@ -119,12 +119,7 @@ class Merged:
         }
 
 
-def merge_run(
-    adapter: str | Path,
-    output: str | Path,
-    dtype: Dtype = "auto",
-    base: str | None = None,
-) -> Merged:
+def merge_run(adapter: str | Path, output: str | Path, dtype: Dtype = "auto", base: str | None = None) -> Merged:
     """Merge an adapter (its folder, or a run's, of any PEFT method that can merge) and save the whole model: weights,
     config, tokenizer, generation config, licence files and a model card. It needs the base's size in memory.
 

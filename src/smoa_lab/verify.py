@@ -66,11 +66,7 @@ class Verdict:
 
 
 def verify(
-    place: str | Path,
-    targets: Sequence[str],
-    served_name: str | None = None,
-    tokens: int = 16,
-    base: str | None = None,
+    place: str | Path, targets: Sequence[str], served_name: str | None = None, tokens: int = 16, base: str | None = None
 ) -> list[Verdict]:
     """Compare an adapter, unmerged and in float32, with what it was made into, on ten prompts.
 

@@ -16,6 +16,7 @@ from smoa.atomic import write_whole
 from smoa.errors import ConfigError
 from smoa_lab.basics.plain import portable
 from smoa_lab.config.run import RunConfig
+from smoa_lab.data.answers import RULES
 from smoa_lab.scoring.differences import Difference
 from smoa_lab.study import comparison, plan
 from smoa_lab.study.comparison import Comparison, Executor
@@ -129,7 +130,10 @@ class WrittenRuns:
         self._save(
             folder,
             metrics,
-            [{**row, "before": row["after"], "right_before": number % 4 == 0} for number, row in enumerate(rows)],
+            [
+                {**row, "before": row["after"], "right_before": number % 4 == 0, "answer_before": "5"}
+                for number, row in enumerate(rows)
+            ],
         )
         return metrics
 
@@ -169,6 +173,10 @@ class WrittenRuns:
         row |= {"tokens": tokens, "after": value}
         if self.kind == "choices":
             row["right_after"] = int(number % 2 == 0 and config.method == "smoa")
+        if config.data.metric in RULES:  # half of the answers say too much
+            answer = "4" if number % 2 else "It is 4"
+            right = number % 4 < {"smoa": 4, "lora": 3}.get(config.method, 2)
+            row |= {"reference": "4", "answer_after": answer if right else "5"}
         if self.kind == "preference":
             row |= {"dpo_loss": value, "margin": -(value or 0.0), "won": int(number % 2 == 0)}
         return row

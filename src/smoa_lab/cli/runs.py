@@ -130,7 +130,9 @@ def evaluate(
             print_json(result)
         else:
             typer.echo(result["adapter"] or config.model.name)
-            score_table({"": result["scores"]}).without("training").print()
+            stages = {"before": result["before"], "after": result["scores"]}
+            table = score_table({stage: scores for stage, scores in stages.items() if scores})
+            (table if result["before"] else table.without("training")).print()
         if output is not None:  # last: whatever happens to the file, the scores are printed
             write_whole(output, json_text(result) + "\n")
 

@@ -105,9 +105,8 @@ def tune(
             found = {"learning_rate": chosen.learning_rate, "tried": chosen.tried, "interior": chosen.place != "edge"}
             print_json({**found, "losses": losses})
             return
-        rows = [
-            [rate_text(rate), "diverged" if loss is None else number(loss, 4)] for rate, loss in chosen.losses.items()
-        ]
+        tried = chosen.losses.items()
+        rows = [[rate_text(rate), "diverged" if loss is None else number(loss, 4)] for rate, loss in tried]
         Table(["learning rate", "validation loss"], rows).print()
         if chosen.place == "edge":
             typer.echo("\nThe best lies at the edge of what was tried: start there and search again.")

@@ -23,6 +23,7 @@ from smoa_lab.basics.section import Section
 from smoa_lab.config.methods import MethodName, find_method
 from smoa_lab.config.validation import Problem, all_problems
 from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
+from smoa_lab.data.answers import Metric
 from smoa_lab.data.files import HubRows, HubSource, RowSource, find_sources
 from smoa_lab.data.formats import Format
 from smoa_lab.data.general_text import STORY
@@ -97,7 +98,7 @@ class DataSection(Section):
     ``format`` is recognized by the columns if left out. ``test`` are rows that are held out; without it, and where rows
     don't name their ``part``, a fifth of them is. ``template`` replaces the model's chat template: ``alpaca``, a name
     that TRL has, or a ``.jinja`` file. Rows are cut at ``max_length`` tokens. The numbers of examples are the most that
-    are used, and ``samples`` counts the held-out prompts that the model answers.
+    are used, ``samples`` counts the held-out prompts that the model answers, and ``metric`` scores its answers to all.
     """
 
     train: str | list[str] | None = None
@@ -111,6 +112,7 @@ class DataSection(Section):
     validation_examples: int = Field(default=Sizes.validation, ge=0)
     test_examples: int = Field(default=Sizes.test, ge=0)
     samples: int = Field(default=10, ge=0)
+    metric: Metric | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:

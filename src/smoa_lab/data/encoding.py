@@ -167,9 +167,8 @@ class Encoder:
         else:
             ids = self._ids(str(row.completion))
             begun = min(SHOWN, len(ids) // 2 + 1)
-            shown, rest = (
-                str(self.tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:begun], ids[begun:])
-            )
+            parts = (ids[:begun], ids[begun:])
+            shown, rest = (str(self.tokenizer.decode(part, skip_special_tokens=True)) for part in parts)
             found = Prompt(ids[:begun], shown, rest)
         return found if longest is None or len(found.ids) <= longest else None
 

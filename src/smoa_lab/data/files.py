@@ -132,12 +132,8 @@ def _parquet_rows(file: Path) -> Numbered:
         raise ValueError(str(error)) from error
 
 
-READERS: dict[str, Callable[[Path], Numbered]] = {
-    "jsonl": _json_lines,
-    "csv": _csv_rows,
-    "parquet": _parquet_rows,
-    "json": _json_list,
-}
+READERS: dict[str, Callable[[Path], Numbered]] = {"jsonl": _json_lines, "csv": _csv_rows}
+READERS |= {"parquet": _parquet_rows, "json": _json_list}
 
 
 def _open(file: Path, mode: str, **options: Any) -> Any:

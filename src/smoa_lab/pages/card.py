@@ -6,7 +6,6 @@ Cards name a base model by its Hub id, or a local one by its last name.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -72,7 +71,7 @@ def card_text(
     title: str,
     base: NamedBase,
     config: PeftConfig,
-    front_matter: Mapping[str, Any],
+    front_matter: dict[str, Any],
     intro: str,
     loading: str,
     sections: str,

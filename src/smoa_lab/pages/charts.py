@@ -124,20 +124,15 @@ OTHER = (MUTED, DASHES[1])
 
 
 def lines(
-    rows: Sequence[Mapping[str, Any]],
-    names: Mapping[str, tuple[str, list[int]]],
-    x: alt.X,
-    y: alt.Y,
-    width: int = 300,
+    rows: Sequence[Mapping[str, Any]], names: Mapping[str, tuple[str, list[int]]], x: alt.X, y: alt.Y, width: int = 300
 ) -> Any:
     """A line with points for each of ``names``, the values of ``name`` in the rows, in its color and dash."""
     legend = LINE_LEGEND if len(names) > 1 else None
     color = _encoding(alt.Color, "name", {name: shade for name, (shade, _) in names.items()}, legend)
     dash = _encoding(alt.StrokeDash, "name", {name: pattern for name, (_, pattern) in names.items()}, legend)
     fields = [str(axis.shorthand).removesuffix(":Q") for axis in (x, y)]
-    chart = alt.Chart(values(rows)).encode(
-        x=x, y=y, color=color, tooltip=tooltip(name="", **dict.fromkeys(fields, "~g"))
-    )
+    told = tooltip(name="", **dict.fromkeys(fields, "~g"))
+    chart = alt.Chart(values(rows)).encode(x=x, y=y, color=color, tooltip=told)
     drawn = alt.layer(chart.mark_line().encode(strokeDash=dash), chart.mark_circle(size=45, opacity=1))
     return drawn.properties(width=width, height=190)
 

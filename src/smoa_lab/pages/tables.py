@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from smoa_lab.data.answers import SHARES
+
 WIDEST = 100_000
 """Characters of a line in a pipe."""
 
@@ -93,16 +95,16 @@ def outcome(metrics: Mapping[str, Any]) -> list[str]:
     if gain.get("loss") is not None:
         change = f"{gain['loss']:+.3f} ± {gain['loss_stderr']:.3f}"
         lines.append(f"The loss changed by {change} (standard error, paired by row).")
-    if "accuracy" in gain:
-        points, stderr = 100 * gain["accuracy"], 100 * gain["accuracy_stderr"]
-        lines.append(f"Accuracy changed by {points:+.1f} ± {stderr:.1f} points.")
+    for name in (name for name in SHARES if name in gain):
+        points, stderr = 100 * gain[name], 100 * gain[f"{name}_stderr"]
+        lines.append(f"{SHARES[name].capitalize()} changed by {points:+.1f} ± {stderr:.1f} points.")
     if "won" in after:
-        lines.append(
-            f"The chosen answer gained on the rejected one in {100 * after['won']:.0f} % of the held-out rows."
-        )
-    parts = []
-    if before and "accuracy" in after:
-        parts.append(f"learned: accuracy {100 * before['accuracy']:.1f} → {100 * after['accuracy']:.1f} %")
+        share = f"{100 * after['won']:.0f} % of the held-out rows"
+        lines.append(f"The chosen answer gained on the rejected one in {share}.")
+    parts, shares = [], [name for name in SHARES if name in after]
+    if before and shares:
+        name = shares[-1]  # answers that are scored before accuracy
+        parts.append(f"learned: {SHARES[name]} {100 * before[name]:.1f} → {100 * after[name]:.1f} %")
     elif before and after:
         parts.append(f"learned: perplexity {number(before['perplexity'], 2)} → {number(after['perplexity'], 2)}")
     if forgot.get("change") is not None:

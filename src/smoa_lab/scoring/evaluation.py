@@ -12,8 +12,11 @@ from typing import Any, Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from smoa.errors import DataError
 from smoa_lab.base_models import positions_of
+from smoa_lab.data.answers import RULES, Metric
 from smoa_lab.data.encoding import Encoder, Tokens, pad_token, text_ids
+from smoa_lab.data.formats import shown
 from smoa_lab.data.general_text import describe, passages
 from smoa_lab.data.rows import Row
 from smoa_lab.scoring.losses import Losses, left_padded, progress, row_losses, score, scoring
@@ -42,18 +45,19 @@ class Measured:
     right: Sequence[bool] = ()
     rejected: Sequence[float] = ()
 
-    @property
-    def hits(self) -> Losses:
-        """The choices that are right: their mean and its error are those of the accuracy."""
-        return Losses(list(map(float, self.right)), [1] * len(self.right))
-
 
 class Evaluation:
     """Measures a model on held-out ``rows`` of a ``part`` before and after training, and lets it answer the first
-    ``samples``. Each row is tokenized once. ``beta`` is DPO's."""
+    ``samples``, or all for a ``metric`` of answers. Each row is tokenized once. ``beta`` is DPO's."""
 
     def __init__(
-        self, encoder: Encoder, rows: Sequence[Row], samples: int = 0, part: str = "test", beta: float = BETA
+        self,
+        encoder: Encoder,
+        rows: Sequence[Row],
+        samples: int = 0,
+        part: str = "test",
+        beta: float = BETA,
+        metric: Metric | None = None,
     ) -> None:
         self.encoder, self.rows, self.part, self.beta = encoder, rows, part, beta
         self.prefers = bool(rows) and rows[0].rejected is not None
@@ -61,10 +65,32 @@ class Evaluation:
         self.choices = [encoder.choices(row) for row in rows] if self.chooses else []
         self.tokens = [] if self.chooses else [encoder.encode(row) for row in rows]
         self.rejected = [encoder.encode(row, rejected=True) for row in rows] if self.prefers else []
+        self.metric, self.samples_shown = metric if metric in RULES else None, samples
         prompts = (encoder.prompt(row, encoder.max_length) for row in rows[:samples])
         self.prompts = [prompt for prompt in prompts if prompt is not None]
+        self.new_tokens = CHOICE_TOKENS if self.chooses else NEW_TOKENS
+        if metric is not None and rows:
+            self._answers(metric)
         self.measured: dict[Stage, Measured] = {}
         self.written: dict[Stage, list[str]] = {}
+
+    def _answers(self, metric: Metric) -> None:
+        """Have all rows answered, if the metric takes answers; raises DataError where rows lack what it scores, or a
+        completion isn't right by it."""
+        has_prompts = bool(self.rows[0].prompt) or not self.rows[0].is_text
+        if self.prefers or not (self.chooses if metric == "choice" else has_prompts):
+            needs = "one of several choices" if metric == "choice" else "the answer to a prompt"
+            raise DataError(f"data.metric: {metric} scores {needs}, and these rows have none; leave it out")
+        if self.metric is None:
+            return
+        found = (self.encoder.prompt(row, self.encoder.max_length) or self.encoder.prompt(row) for row in self.rows)
+        self.prompts = [prompt for prompt in found if prompt is not None]  # all: of one that is too long the end
+        for number, prompt in enumerate(self.prompts, start=1):
+            if not RULES[metric](prompt.reference, prompt.reference):
+                text = f"the completion of held-out row {number}, {shown(prompt.reference)}, has no number"
+                raise DataError(f"data.metric: {metric}: {text}; mend the row, or take exact or contains")
+        longest = max(len(text_ids(self.encoder.tokenizer, prompt.reference)) for prompt in self.prompts)
+        self.new_tokens = min(NEW_TOKENS, longest + 1)  # with what ends it
 
     def measure(self, model: Any, stage: Stage) -> None:
         """Score the held-out rows, if there are any, and let the model answer."""
@@ -73,10 +99,9 @@ class Evaluation:
         logger.info("Scoring %d held-out rows", len(self.rows))
         self.measured[stage] = self.measure_once(model)
         if self.prompts:
-            logger.info("Writing %d sample answers", len(self.prompts))
-        new_tokens = CHOICE_TOKENS if self.chooses else NEW_TOKENS
+            logger.info("Writing %d answers", len(self.prompts))
         prompts = [prompt.ids for prompt in self.prompts]
-        self.written[stage] = continue_prompts(model, self.encoder.tokenizer, prompts, new_tokens)
+        self.written[stage] = continue_prompts(model, self.encoder.tokenizer, prompts, self.new_tokens)
 
     def measure_once(self, model: Any) -> Measured:
         if not self.chooses:
@@ -94,6 +119,14 @@ class Evaluation:
             right.append(math.isfinite(sum(losses)) and losses.index(min(losses)) == row.label)
         return Measured(Losses(nll, tokens), right)
 
+    def shares(self, stage: Stage) -> dict[str, Losses]:
+        """Which rows are right, by what: mean and error are those of the share."""
+        found: dict[str, Sequence[bool]] = {"accuracy": self.measured[stage].right}
+        if self.metric:
+            pairs = zip(self.written[stage], self.prompts, strict=True)
+            found[self.metric] = [RULES[self.metric](answer, prompt.reference) for answer, prompt in pairs]
+        return {name: Losses(list(map(float, right)), [1] * len(right)) for name, right in found.items() if right}
+
     def scores(self) -> dict[str, dict[str, Any]]:
         """The scores of each stage, as ``metrics.json`` has them; those of preferences need both."""
         every: dict[str, dict[str, Any]] = {}
@@ -101,8 +134,9 @@ class Evaluation:
             losses = found.losses
             scores: dict[str, Any] = {"rows": len(losses.nll), "tokens": sum(losses.tokens), "loss": losses.mean}
             scores |= {"loss_stderr": losses.stderr, "perplexity": losses.perplexity}
+            for name, share in self.shares(stage).items():
+                scores |= {name: share.mean, f"{name}_stderr": share.stderr}
             if found.right:
-                scores |= {"accuracy": found.hits.mean, "accuracy_stderr": found.hits.stderr}
                 scores["majority"] = max(Counter(row.label for row in self.rows).values()) / len(self.rows)
             if self.prefers and stage == "before":
                 scores["dpo_loss"] = math.log(2)  # no margin yet
@@ -138,9 +172,10 @@ class Evaluation:
         before, after = self.measured["before"], self.measured["after"]
         change = after.losses.change_from(before.losses)
         gain = {"loss": change.mean, "loss_stderr": change.stderr}
-        if after.right:
-            change = after.hits.change_from(before.hits)
-            gain |= {"accuracy": change.mean, "accuracy_stderr": change.stderr}
+        early = self.shares("before")
+        for name, late in self.shares("after").items():
+            change = late.change_from(early[name])
+            gain |= {name: change.mean, f"{name}_stderr": change.stderr}
         return gain
 
     def lines(self) -> list[dict[str, Any]]:
@@ -156,6 +191,9 @@ class Evaluation:
                 line[stage] = found.losses.nll[number]
                 if found.right:
                     line[f"right_{stage}"] = int(found.right[number])
+                if self.metric:
+                    line["reference"] = self.prompts[number].reference
+                    line[f"answer_{stage}"] = self.written[stage][number]
             if self.margins:
                 margin = self.margins[number]
                 line |= {"margin": margin, "won": int(margin > 0), "dpo_loss": self._dpo_loss(margin)}
@@ -171,7 +209,7 @@ class Evaluation:
                 "reference": prompt.reference,
                 **{stage: texts[number] for stage, texts in self.written.items()},
             }
-            for number, prompt in enumerate(self.prompts)
+            for number, prompt in enumerate(self.prompts[: self.samples_shown])
         ]
 
 
@@ -221,11 +259,7 @@ class Forgetting:
 
 
 def continue_prompts(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    new_tokens: int,
-    batch_size: int = 8,
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], new_tokens: int, batch_size: int = 8
 ) -> list[str]:
     """What the model writes after each prompt's token ids, in order, greedily.
 

@@ -69,9 +69,8 @@ def searches(searched: Mapping[str, Chosen], methods: Mapping[str, str]) -> Any 
     if not rows:
         return None
     drawn = lines(rows, _looks(methods), x, alt.Y("validation loss:Q", scale=FREE), width=500)
-    vertices = [
-        {"name": name, "learning rate": one.learning_rate} for name, one in searched.items() if one.place == "vertex"
-    ]
+    at_vertex = {name: one for name, one in searched.items() if one.place == "vertex"}
+    vertices = [{"name": name, "learning rate": one.learning_rate} for name, one in at_vertex.items()]
     rule = alt.Chart(values(vertices)).mark_rule(strokeDash=[2, 3])
     return alt.layer(drawn, rule.encode(x=x, color="name:N")) if vertices else drawn
 

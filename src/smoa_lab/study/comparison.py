@@ -116,6 +116,7 @@ class Comparison:
         self.losses: dict[Job, float | None] = {}
         """What the finished jobs reached; None for those that diverged."""
         self.configs = {name: study.config(name) for name in study.entries}
+        self.metric = next(iter(self.configs.values())).data.metric
         self.took: dict[tuple[Stage, str], float] = {}
         """Seconds of the latest job of each kind that this process ran."""
         self.workers = 1
@@ -195,10 +196,9 @@ class Comparison:
         if all(name in self.chosen for name in names):
             jobs = [self.final(name, seed) for seed in self.plan.seeds for name in names]
         else:
-            turns = [
-                (len(self._searched(name)) + turn, job) for name in names for turn, job in enumerate(self.search(name))
-            ]
-            jobs = [self.untouched("untouched-validation"), *(job for _, job in sorted(turns, key=itemgetter(0)))]
+            wanted = {name: enumerate(self.search(name), start=len(self._searched(name))) for name in names}
+            turns = sorted((turn for of_entry in wanted.values() for turn in of_entry), key=itemgetter(0))
+            jobs = [self.untouched("untouched-validation"), *(job for _, job in turns)]
         return [job for job in [*untouched, *jobs] if job not in self.losses]
 
     def further(self, names: Sequence[str]) -> list[Job]:
@@ -319,7 +319,9 @@ class Comparison:
         known = RunConfig.model_validate(metrics["config"])  # an absent key is its default
         old, new = (portable(config.model_dump(mode="json")) for config in (known, self.config(job)))
         other = {"output_dir": None} | ({"max_steps": None} if job.is_untouched else {})
-        old, new = ({**config, "training": {**config["training"], **other}} for config in (old, new))
+        for values in (old, new):
+            values["training"] |= other
+            values["data"]["metric"] = None  # any one scores the same answers
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         changed += other_inputs(self.plan.digests, metrics["digests"])
         if changed:
@@ -352,9 +354,8 @@ class Comparison:
         keep = "none" if job.stage == "search" and self.study.seeds else self.study.keep
         if keep == "all":
             return
-        alike = {
-            other: loss for other, loss in self.losses.items() if (other.stage, other.entry) == (job.stage, job.entry)
-        }
+        kind = job.stage, job.entry
+        alike = {other: loss for other, loss in self.losses.items() if (other.stage, other.entry) == kind}
         for other in alike:
             if keep == "none" or other != best_of(alike):
                 shutil.rmtree(RunFolder(self.study.folder / other.name).adapter, ignore_errors=True)

@@ -61,11 +61,7 @@ OWN = (
 
 
 def default_study(
-    model: str,
-    data: str,
-    methods: Sequence[str] = METHODS,
-    parameters: str = "lora:8",
-    changes: Sequence[str] = (),
+    model: str, data: str, methods: Sequence[str] = METHODS, parameters: str = "lora:8", changes: Sequence[str] = ()
 ) -> Study:
     """A study of ``methods`` at ``parameters`` on a model and data, as `smoa train` would take these."""
     if twice := [name for name in methods if list(methods).count(name) > 1]:

@@ -27,6 +27,7 @@ from smoa_lab.basics.plain import json_text
 from smoa_lab.basics.section import Section
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import to_yaml
+from smoa_lab.data.answers import RULES
 from smoa_lab.pages.tables import Table, counted
 from smoa_lab.study.search import rate_text
 from smoa_lab.study.study import Job, Stage, Study, load_study
@@ -115,9 +116,8 @@ class Plan(Section):
             lines.append([name, f"{one.parameters:,}", rate, f"{one.step:.3g}", *seconds])
         each_run = f"{counted(self.steps, 'step')} a run on {counted(self.rows['train'], 'row')}"
         held_out = f"{self.rows['validation']} choose the rates, {self.rows['test']} decide"
-        lasts = (
-            f"{counted(len(self.seeds), 'seed')} in {duration(self.longest(study.tuning.max_runs) / workers)} at most"
-        )
+        most = duration(self.longest(study.tuning.max_runs) / workers)
+        lasts = f"{counted(len(self.seeds), 'seed')} in {most} at most"
         caption = f"{each_run}; {held_out}; {lasts}."
         if self.limit is not None and len(self.listed) > len(self.seeds):
             caption += f" What is left of {self.minutes:g} minutes goes to up to {len(self.listed)} seeds."
@@ -211,10 +211,8 @@ def prepare(
                     _, final = scored(study, configs, execute, seeds)
                 beside = fmean(one.beside for one in plan.entries.values())
                 timings = {**plan.entries, **(timed(study, new, execute, left, beside)[0] if new else {})}
-                asked = [
-                    *plan.seeds,
-                    *(seed for seed in study.seeds if seed not in (*plan.seeds, *plan.study["seeds"])),
-                ]
+                known = (*plan.seeds, *plan.study["seeds"])
+                asked = [*plan.seeds, *(seed for seed in study.seeds if seed not in known)]
                 if number is not None and minutes is None:
                     asked += [seed for seed in seeds if seed not in asked][: max(0, number - len(asked))]
                 limit = plan.limit if asked == plan.seeds and not new else None
@@ -342,10 +340,13 @@ def as_planned(study: Study) -> dict[str, Any]:
 
 def changes(before: dict[str, Any], study: Study) -> list[str]:
     """What differs in a study from what was kept of it before, where an absent key is its default; entries and seeds
-    may have been added."""
+    may have been added, and another metric scores the same answers."""
     before, now = as_planned(Study.model_validate({"folder": study.folder, **before})), as_planned(study)
     now["entries"] = {name: entry for name, entry in now["entries"].items() if name in before["entries"]}
     now["seeds"] = [seed for seed in now["seeds"] if seed in before["seeds"]]
+    for values in (before, now):
+        data = values["shared"].get("data", {})
+        data["metric"] = data.get("metric") in RULES
     return list(_differences(before, now))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from smoa.atomic import write_whole
+from smoa_lab.data.answers import SHARES
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.tables import Cell, Table, counted, number
 from smoa_lab.pages.templates import Figure, page
@@ -37,8 +38,8 @@ CAPTIONS = {
     "Learned and forgotten": "Loss on held-out rows against the change of the loss on general text.",
 }
 INTRODUCTION = (
-    "Every entry's learning rate is chosen on validation rows by the same search; the figures are from fresh seeds on "
-    "the test part. Differences are to the reference of the same budget, paired by seed and row, with 95 % intervals "
+    "Every entry's learning rate is chosen by the loss on validation rows; the figures are from fresh seeds on the "
+    "test part. Differences are to the reference of the same budget, paired by seed and row, with 95 % intervals "
     "(rows resampled, Student's t over seeds, whose variance is that of all entries together). 'Same' means that the "
     "interval includes 0; '(Holm: same)' that Holm's correction takes the verdict back: for all comparisons of the "
     "table by what decides, and apart from these for all by other measures; 'open' that the worse one's best rate "
@@ -63,15 +64,13 @@ class Report:
     def results(self) -> dict[str, Table]:
         """The tables that a terminal shows, without the columns that it has no room for."""
         tables = {title: table for title, table in self.sections.items() if isinstance(table, Table)}
-        return {
-            title: table.without("lr").without("runs") for title, table in tables.items() if title.startswith(BUDGET)
-        }
+        own = {title: table for title, table in tables.items() if title.startswith(BUDGET)}
+        return {title: table.without("lr").without("runs") for title, table in own.items()}
 
     def page(self) -> str:
         sections: list[tuple[str, Sequence[Any]]] = [(title, [content]) for title, content in self.sections.items()]
-        answers = [
-            {name: text.strip() or "(nothing)" for name, text in each.items()} for each in self.summary["answers"]
-        ]
+        told = self.summary["answers"]
+        answers = [{name: text.strip() or "(nothing)" for name, text in each.items()} for each in told]
         if answers:
             sections.insert(-1, ("Answers", [ANSWERS, *answers]))
         told = [Markup('<p class="answer">{}</p>').format(sentence) for sentence in self.verdict]
@@ -231,8 +230,7 @@ def untouched_sentence(untouched: Metrics | None) -> list[str]:
         return []
     scores = untouched["evaluation"]["before"]
     text = f"The untouched model: loss {number(scores['loss'], 4)}"
-    if "accuracy" in scores:
-        text += f", accuracy {100 * scores['accuracy']:.1f} %"
+    text += "".join(f", {title} {100 * scores[name]:.1f} %" for name, title in SHARES.items() if name in scores)
     if scores.get("majority") is not None:
         text += f"; the commonest label is right in {100 * scores['majority']:.1f} %"
     return [f"{text}."]

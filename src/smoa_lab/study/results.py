@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from smoa_lab.basics.plain import finite
+from smoa_lab.data.answers import RULES, Metric
 from smoa_lab.scoring.differences import (
     SIGNIFICANT,
     Difference,
@@ -57,12 +58,18 @@ OF_PREFERENCES = (
     Measure("margin", "margin", False, 1, 1, 3, "nats", 0.0),
     Measure("won %", "won", False, 1, 100, 1, "points", 0.0),
 )
-MEASURES = {each.title: each for each in (LOSS, OF_CHOICES, *OF_PREFERENCES)}
+OF_METRICS = {
+    name: Measure(f"{title} %", "scored_after", False, 1, 100, 1, "points", "scored_before")
+    for name, title in {"choice": "accuracy", **{name: name for name in RULES}}.items()
+}
+MEASURES = {each.title: each for each in (LOSS, OF_CHOICES, *OF_PREFERENCES, *OF_METRICS.values())}
 """All measures by their titles."""
 
 
-def measures_of(row: Mapping[str, Any]) -> Sequence[Measure]:
+def measures_of(row: Mapping[str, Any], metric: Metric | None) -> Sequence[Measure]:
     """What is compared on rows like this one, first what decides."""
+    if metric is not None:
+        return OF_METRICS[metric], LOSS
     if "dpo_loss" in row:
         return OF_PREFERENCES
     return (LOSS, OF_CHOICES) if "right_after" in row else (LOSS,)
@@ -77,10 +84,17 @@ class FinalRun:
     rows: dict[RowKey, dict[str, Any]]
 
 
-def read_rows(file: Path) -> dict[RowKey, dict[str, Any]]:
-    """The held-out rows of a run."""
+def read_rows(file: Path, metric: Metric | None = None) -> dict[RowKey, dict[str, Any]]:
+    """The held-out rows of a run, with what the ``metric`` makes of stored answers, the worst where it diverged."""
     with gzip.open(file, "rt", encoding="utf-8") as lines:
-        return {(row["digest"], row["copy"]): row for row in map(json.loads, lines)}
+        rows = {(row["digest"], row["copy"]): row for row in map(json.loads, lines)}
+    for row in rows.values() if metric else ():
+        for stage in (stage for stage in ("before", "after") if stage in row):
+            right = row.get(f"right_{stage}")
+            if metric in RULES:
+                right = float(RULES[metric](row[f"answer_{stage}"], row["reference"]))
+            row[f"scored_{stage}"] = -math.inf if row[stage] is None else right
+    return rows
 
 
 @dataclass(frozen=True)
@@ -153,7 +167,7 @@ def final_runs(comparison: Comparison) -> dict[str, dict[int, FinalRun]]:
             job = comparison.final(name, seed)
             if (metrics := comparison.stored(job)) is not None:
                 folder = RunFolder(comparison.study.folder / job.name)
-                found.setdefault(name, {})[seed] = FinalRun(folder, metrics, read_rows(folder.rows))
+                found.setdefault(name, {})[seed] = FinalRun(folder, metrics, read_rows(folder.rows, comparison.metric))
     return {name: found[name] for name in comparison.study.entries if name in found}
 
 
@@ -175,7 +189,7 @@ def _of_budget(
     keys = list(some)
     measures = [  # one that is the same everywhere compares nothing, and would cost the others in Holm's correction
         each
-        for each in measures_of(some[keys[0]])
+        for each in measures_of(some[keys[0]], comparison.metric)
         if {None} <= (found := {run.rows[key][each.field] for run in runs for key in keys}) or len(found) > 1
     ]
     tokens = np.array([some[key]["tokens"] for key in keys], dtype=np.float64)
@@ -238,7 +252,7 @@ def _of_budget(
                 pairs[one, other] = difference(decides, worse, better, level / (len(finals) - 1))
             else:
                 pairs[one, other] = Difference(lost, lost, lost, "same")
-        before = _untouched(study.folder / "untouched", keys, decides)
+        before = _untouched(study.folder / "untouched", keys, decides, comparison.metric)
         if before is not None and alive[best]:
             error = seed_error(known[decides.title], (best,), len(seeds))
             more, less = (before + 0 * own[best], own[best])[::-sign]
@@ -252,12 +266,12 @@ def _values(runs: Sequence[Mapping[RowKey, Mapping[str, Any]]], keys: Sequence[R
     return np.array([[np.inf if value is None else value for value in of_run] for of_run in rows], np.float64)
 
 
-def _untouched(folder: Path, keys: Sequence[RowKey], measure: Measure) -> Floats | None:
+def _untouched(folder: Path, keys: Sequence[RowKey], measure: Measure, metric: Metric | None) -> Floats | None:
     """The values of the untouched model, (1, rows); None where it was not scored."""
     if isinstance(measure.untouched, float):
         return np.full((1, len(keys)), measure.untouched)
     run = RunFolder(folder)
-    return _values([read_rows(run.rows)], keys, measure.untouched) if run.finished else None
+    return _values([read_rows(run.rows, metric)], keys, measure.untouched) if run.finished else None
 
 
 def _judged(results: Sequence[Result], level: float) -> list[Result]:

@@ -181,7 +181,7 @@ class Study(Section):
         training = {**config.training, **own, **({} if steps is None else {"max_steps": steps})}
         if job.stage not in ("search", "timing", "untouched-validation"):
             return config.model_copy(update={"training": training})
-        quiet = {"data": {"samples": 0}, "forgetting": {"tokens": 0}, "scoring": {"part": "validation"}}
+        quiet = {"data": {"samples": 0, "metric": None}, "forgetting": {"tokens": 0}, "scoring": {"part": "validation"}}
         sections = {key: getattr(config, key).model_copy(update=values) for key, values in quiet.items()}
         return config.model_copy(update={"training": training, **sections})
 

@@ -25,20 +25,12 @@ def verdict(budget: Budget, command: str, of_round: float) -> list[str]:
     results = budget.results
     sentences = [answer(budget, command, of_round)]
     sentences += [edge_sentence(one) for one in results if one.chosen.place == "edge"]
-    sentences += [
-        f"{one.entry} has {100 * one.share:.0f} % of {one.reference}'s parameters."
-        for one in results
-        if abs(one.share - 1) > EQUAL
-    ]
-    sentences += [
-        f"{one.entry} diverged in {one.diverged} of {counted(len(one.seeds), 'run')}."
-        for one in results
-        if one.diverged
-    ]
+    sized, diverged = [one for one in results if abs(one.share - 1) > EQUAL], [one for one in results if one.diverged]
+    sentences += [f"{one.entry} has {100 * one.share:.0f} % of {one.reference}'s parameters." for one in sized]
+    sentences += [f"{one.entry} diverged in {one.diverged} of {counted(len(one.seeds), 'run')}." for one in diverged]
     if budget.level < 0.05:
-        sentences.append(
-            f"This is not the first look: it errs in {100 * budget.level:.2g} %, all looks in at most 10 %."
-        )
+        errs = f"it errs in {100 * budget.level:.2g} %, all looks in at most 10 %"
+        sentences.append(f"This is not the first look: {errs}.")
     return [*sentences, *([few_rows(results[0].rows)] if results[0].rows < FEW_ROWS else [])]
 
 
@@ -79,10 +71,8 @@ def answer(budget: Budget, command: str, of_round: float) -> str:
             f"Undecided: more held-out rows are needed. {counted(results[0].rows, 'row')} alone leave "
             f"{amount(budget, apart)} open, however many seeds run; {amount(budget, limit)} are little."
         )
-    lasts, goes_on = duration(more * of_round), f"`{command} --seeds {seeds + more}`"
-    return (
-        f"Undecided: {counted(more, 'more seed')}, about {lasts}, would tell {amount(budget, apart)} apart: {goes_on}."
-    )
+    told = f"about {duration(more * of_round)}, would tell {amount(budget, apart)} apart"
+    return f"Undecided: {counted(more, 'more seed')}, {told}: `{command} --seeds {seeds + more}`."
 
 
 def _taken(budget: Budget, one: Result, by_cost: Sequence[Result], worst: float, gained: float) -> str:

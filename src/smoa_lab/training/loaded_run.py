@@ -52,7 +52,7 @@ class LoadedRun:
         if folder is not None:
             rows, trained_on = folder.not_trained_on(rows)
         beta = float(self.config.training.get("beta", BETA))
-        return Evaluation(self.encoder, rows, section.samples * answers, part, beta), trained_on
+        return Evaluation(self.encoder, rows, section.samples * answers, part, beta, section.metric), trained_on
 
 
 def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
@@ -105,6 +105,8 @@ def trainable_rows_of(
     encoder, rows = read_rows_of(config, tokenizer)
     account = rows.account
     require_good_rows(account, config.data.skip_bad_rows)
+    if metric := config.data.metric:
+        Evaluation(encoder, rows.rows(config.scoring.part), metric=metric)  # refuses rows that can't be scored
     if trains:
         check_trainer(config, account["format"])
     if trains and not account["parts"].get("train"):

@@ -18,12 +18,14 @@ from peft import PeftConfig
 from transformers import Trainer, TrainingArguments
 
 from smoa.atomic import new_file, write_whole
+from smoa.errors import ConfigError
 from smoa.layers.distributed import from_rank_zero
 from smoa_lab.base_models import described_base, empty_model, to_device, with_rate
 from smoa_lab.basics.atomic import new_folder
 from smoa_lab.basics.plain import finite, portable
 from smoa_lab.config.methods import moves_base
 from smoa_lab.config.run import RunConfig
+from smoa_lab.data.answers import RULES
 from smoa_lab.data.rows import row_from_json
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.run_report import losses, run_card, samples_text
@@ -51,6 +53,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     loaded = load_run(config)
     forgetting = Forgetting(config.forgetting.text, config.forgetting.tokens, loaded.tokenizer, loaded.base.config)
     trainer = make_trainer(loaded, peft_config)
+    if config.data.metric in RULES and trainer.args.world_size > 1:
+        raise ConfigError(f"data.metric: {config.data.metric} needs answers, which one process writes; leave it out")
     with folder.claimed(text, loaded.inputs() if is_first_process() else {}) as checkpoint:
         return _train(loaded, trainer, forgetting, folder, checkpoint)
 

@@ -120,12 +120,13 @@ class RunFolder:
         return checkpoint
 
     def _was_started_by(self, config_yaml: str) -> bool:
-        """Whether the folder's config has the same values, whatever the folder was called then; other releases write
-        the same config in other words."""
+        """Whether the folder's config has the same values, whatever the folder was called then and what scores answers;
+        other releases write the same config in other words."""
         before, now = (parse_yaml(text, self.config) for text in (self.config.read_text(encoding="utf-8"), config_yaml))
         for config in (before, now):
-            if isinstance(config.get("training"), dict):
-                config["training"].pop("output_dir", None)
+            for section, key in (("training", "output_dir"), ("data", "metric")):
+                if isinstance(config.get(section), dict):
+                    config[section].pop(key, None)
         return before == now
 
     def _last_whole_checkpoint(self) -> str | None:

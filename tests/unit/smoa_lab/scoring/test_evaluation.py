@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from smoa.errors import DataError
 from smoa_lab.data.chat_templates import set_chat_template
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.formats import shape
@@ -270,3 +272,75 @@ def test_an_answer_takes_at_most_half_of_the_positions(tmp_path: Path, monkeypat
     monkeypatch.setattr("smoa_lab.scoring.evaluation.ends_of", lambda *_: [])
     continue_prompts(model, lab.byte_tokenizer(), [list(range(3, 43))], new_tokens=128)
     assert shapes == [(1, 32)]
+
+
+class Writer(torch.nn.Module):
+    """Writes the same after every prompt."""
+
+    def __init__(self, encoder: Encoder, text: str) -> None:
+        super().__init__()
+        self.weight, self.config, self.asked = torch.nn.Parameter(torch.zeros(1)), GPT2Config(), list[int]()
+        self.generation_config: Any = dataclasses.make_dataclass("Own", ["eos_token_id"])(None)
+        self.ids = torch.tensor(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **_: Any) -> Tensor:
+        self.asked.append(max_new_tokens)
+        return torch.cat([input_ids, self.ids.expand(len(input_ids), -1)], dim=1)
+
+
+def answered(rows: list[Row], text: str, metric: Any, samples: int = 0) -> tuple[Evaluation, Writer]:
+    evaluation = Evaluation(of_turns(), rows, samples, metric=metric)
+    writer = Writer(evaluation.encoder, text)
+    evaluation.measured = dict.fromkeys(("before", "after"), Measured(Losses([1.0] * len(rows), [1] * len(rows))))
+    for stage in evaluation.measured:
+        prompts = [prompt.ids for prompt in evaluation.prompts]
+        tokenizer = evaluation.encoder.tokenizer
+        evaluation.written[stage] = continue_prompts(writer, tokenizer, prompts, evaluation.new_tokens)
+    return evaluation, writer
+
+
+def talk(asked: str, said: str) -> Row:
+    return Row((), (Message("user", asked), Message("assistant", said)))
+
+
+def test_a_metric_sees_the_answer_alone_and_not_the_prompt() -> None:
+    rows = [talk("Is it six or seven?", "six"), talk("Say yes.", "yes")]
+    evaluation, writer = answered(rows, " Say seven. ", "contains", samples=1)
+    assert evaluation.scores()["after"]["contains"] == 0.0
+    assert [line["answer_after"] for line in evaluation.lines()] == ["Say seven."] * 2
+    assert [line["reference"] for line in evaluation.lines()] == ["six", "yes"]
+    assert [sample["question"] for sample in evaluation.samples] == ["Is it six or seven?"]
+    longest = max(len(evaluation.encoder.tokenizer(word)["input_ids"]) for word in ("six", "yes"))
+    assert set(writer.asked) == {longest + 1}
+    again, _ = answered([talk("Is it six?", "seven"), rows[1]], "seven", "contains")
+    assert (again.scores()["after"]["contains"], again.gain and again.gain["contains"]) == (0.5, 0.0)
+
+
+def test_a_row_whose_prompt_is_too_long_is_answered_too() -> None:
+    rows = [talk("word " * 200, "yes"), talk("Yes?", "yes")]
+    evaluation = Evaluation(of_turns(max_length=40), rows, 2, metric="exact")
+    assert len(evaluation.prompts) == 2
+    assert len(Evaluation(of_turns(max_length=40), rows, 2).prompts) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "metric", "problem"),
+    [
+        (PAIRS, "exact", "exact scores the answer to a prompt, and these rows have none"),
+        ([Row("", "A story.")], "contains", "contains scores the answer to a prompt, and these rows have none"),
+        ([talk("2 + 2?", "4")], "choice", "choice scores one of several choices, and these rows have none"),
+        (
+            [talk("2 + 2?", "4"), talk("And 3?", "five")],
+            "number",
+            "number: the completion of held-out row 2, 'five', has no number; mend the row, or take exact or contains",
+        ),
+    ],
+)
+def test_a_metric_refuses_rows_that_it_cant_score(rows: list[Row], metric: Any, problem: str) -> None:
+    with pytest.raises(DataError, match=re.escape(problem)):
+        Evaluation(of_turns(), rows, metric=metric)
+
+
+def test_by_choice_nothing_is_written() -> None:
+    evaluation = Evaluation(of_questions(), QUESTIONS, metric="choice")
+    assert (evaluation.prompts, evaluation.metric) == ([], None)

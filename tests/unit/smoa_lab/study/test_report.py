@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study.report import report
 from smoa_lab.study.results import Result, budgets_of, final_runs
@@ -186,3 +187,42 @@ def test_a_report_names_no_place_of_this_machine(
     report(finished(study))
     for file in ("README.md", "summary.json", "index.html", "plan.json"):
         assert str(tmp_path) not in (study.folder / file).read_text()
+
+
+def by(study: Study, metric: str | None) -> Study:
+    """The study with a metric."""
+    return study.model_copy(update={"shared": {**study.shared, "data": {"train": "chats.jsonl", "metric": metric}}})
+
+
+def test_a_metric_decides_and_another_scores_the_stored_answers_again_without_a_run(
+    study: Study, written: WrittenRuns
+) -> None:
+    made = report(finished(by(study, "contains")))
+    small = made.summary["budgets"]["small"]
+    assert (small["measure"], small["gain"][0]) == ("contains %", 1.0)
+    assert small["pairs"][0][:3] == ["ours", "lora", -0.25]
+    assert "ours is better than lora by " in page(study)
+    assert list(results(by(study, "contains"))["lora"].values) == ["contains %", "loss"]
+    ran = len(written.ran)
+    again = report(compared(by(study, "exact"))).summary["budgets"]["small"]
+    assert (again["measure"], again["gain"][0], again["pairs"][0][2]) == ("exact %", 0.5, -0.25)
+    assert len(written.ran) == ran
+    for other in ("choice", None):
+        with pytest.raises(ConfigError, match=r"shared\.data\.metric: true, now false"):
+            compared(by(study, other))
+
+
+def test_a_run_that_diverged_loses_by_a_metric_too(study: Study, written: WrittenRuns) -> None:
+    usual = written.loss
+    written.loss = lambda config: None if config.training["seed"] == 1 and config.method == "smoa" else usual(config)
+    report(finished(by(study, "contains")))
+    assert "lora is better than ours, which diverged: take lora." in page(study)
+    assert [one["values"]["contains %"] for one in json.loads((study.folder / "summary.json").read_text())["entries"]][
+        1
+    ] == [None, 0.0]
+
+
+def test_by_choice_the_accuracy_decides(study: Study, written: WrittenRuns) -> None:
+    written.kind = "choices"
+    report(finished(by(study, "choice")))
+    assert list(results(by(study, "choice"))["lora"].values) == ["accuracy %", "loss"]

@@ -14,10 +14,11 @@ from transformers import AutoConfig, LlamaForCausalLM, MixtralConfig, MixtralFor
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import ModelSection, RunConfig, check_config
+from smoa_lab.data.answers import RULES
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.open_run import base_section, open_run
 from smoa_lab.training import run as run_module
-from smoa_lab.training.loaded_run import load_run
+from smoa_lab.training.loaded_run import inputs, load_run
 from smoa_lab.training.run import run, score_untouched
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
@@ -347,3 +348,32 @@ def test_a_diverged_run_has_null_in_what_it_returns_and_writes(values: dict[str,
     logged = [entry["loss"] for entry in metrics["history"] if "loss" in entry]
     assert logged[2:] == [None, None]  # and not 0, with which the Trainer fills it
     assert json.loads(RunFolder(config.folder).metrics.read_text()) == metrics
+
+
+def test_answers_are_scored_before_and_after_training_and_when_the_run_is_scored_again(tmp_path: Path) -> None:
+    rows = lab.write_rows(tmp_path / "chats.jsonl", chats(20))
+    config = rows_config(tmp_path, rows, rows_base(tmp_path / "base"), data={"metric": "number", "samples": 1})
+    metrics, lines = run(config), rows_of(config)
+    for stage in ("before", "after"):
+        right = [RULES["number"](line[f"answer_{stage}"], line["reference"]) for line in lines]
+        assert metrics["evaluation"][stage]["number"] == sum(right) / len(right)
+    assert metrics["gain"]["number"] == metrics["evaluation"]["after"]["number"] - sum(
+        RULES["number"](line["answer_before"], line["reference"]) for line in lines
+    ) / len(lines)
+    assert len(metrics["samples"]) == 1
+    again = evaluate_run(*open_run(config.folder, ["data.metric=contains"]), RunFolder(config.folder))
+    for found, stage in ((again["before"], "before"), (again["scores"], "after")):
+        right = [RULES["contains"](line[f"answer_{stage}"], line["reference"]) for line in lines]
+        assert found["contains"] == sum(right) / len(right)
+
+
+@pytest.mark.parametrize(("kind", "metric"), [("text", "exact"), ("preference", "number"), ("chats", "choice")])
+def test_a_metric_that_these_rows_have_nothing_for_is_refused_when_they_are_read(
+    tmp_path: Path, kind: str, metric: str
+) -> None:
+    made = {"text": [{"text": f"The number {i}."} for i in range(20)], "preference": pairs(20), "chats": chats(20)}
+    rows = lab.write_rows(tmp_path / "rows.jsonl", made[kind])
+    trainer = "dpo" if kind == "preference" else "sft"
+    config = rows_config(tmp_path, rows, rows_base(tmp_path / "base"), data={"metric": metric}, trainer=trainer)
+    with pytest.raises(DataError, match=rf"data\.metric: {metric} scores .*, and these rows have none; leave it out"):
+        inputs(config)
