@@ -92,9 +92,8 @@ def by_layer(adapters: Reports, field: str, title: str) -> Any:
             color=color,
             tooltip=tooltip(adapter="", module="", **{field: ".4f"}),
         )
-        drawn = alt.layer(
-            shown.mark_line(strokeWidth=1.5).encode(strokeDash=dash), shown.mark_circle(size=24, opacity=1)
-        )
+        curve = shown.mark_line(strokeWidth=1.5).encode(strokeDash=dash)
+        drawn = alt.layer(curve, shown.mark_circle(size=24, opacity=1))
         panels.append(drawn.properties(width=PANEL, height=PANEL * 0.8, title=kind))
     return alt.concat(*panels, columns=COLUMNS, title=alt.Title(f"{title}, by layer", fontWeight="normal", offset=12))
 

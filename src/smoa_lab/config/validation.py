@@ -32,11 +32,8 @@ def all_problems(
     model: type[BaseModel], values: dict[str, Any], training_class: type[TrainingArguments]
 ) -> list[Problem]:
     """Problems of our own blocks, of the method, ``adapter`` and ``training``, which is for ``training_class``."""
-    return [
-        *block_problems(model, values),
-        *_method_problems(values),
-        *_training_problems(values.get("training"), training_class),
-    ]
+    training = _training_problems(values.get("training"), training_class)
+    return [*block_problems(model, values), *_method_problems(values), *training]
 
 
 def block_problems(model: type[BaseModel], values: dict[str, Any]) -> Iterable[Problem]:

@@ -93,9 +93,8 @@ def losses(results: Sequence[Result], finals: Mapping[str, Mapping[int, FinalRun
 def learned_and_forgotten(results: Sequence[Result], untouched_loss: float | None) -> Any | None:
     """What each entry reached on held-out rows against its loss on general text; None where nothing was forgotten or
     measured."""
-    known = [
-        one for one in results if one.forgotten is not None and math.isfinite(one.values.get("loss", (math.nan,))[0])
-    ]
+    losses = {one.entry: one.values.get("loss", (math.nan,))[0] for one in results}
+    known = [one for one in results if one.forgotten is not None and math.isfinite(losses[one.entry])]
     if not known:
         return None
     points = [{"entry": one.entry, "forgotten": one.forgotten, "loss": one.values["loss"][0]} for one in known]

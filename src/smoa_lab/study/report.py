@@ -116,11 +116,8 @@ def report(comparison: Comparison) -> Report:
         charts.losses(results, finals),
         charts.learned_and_forgotten([one for budget in whole for one in budget.results], loss),
     )
-    figures = {
-        title: Figure(chart, caption)
-        for (title, caption), chart in zip(CAPTIONS.items(), drawn, strict=True)
-        if chart is not None
-    }
+    captioned = zip(CAPTIONS.items(), drawn, strict=True)
+    figures = {title: Figure(chart, caption) for (title, caption), chart in captioned if chart is not None}
     sections: dict[str, Table | Figure] = {title: each for title, each in figures.items() if title == DIFFERENCES}
     sections |= {f"{BUDGET}{name}": result_table(budget.results) for name, budget in budgets.items() if budget.is_whole}
     sections |= figures

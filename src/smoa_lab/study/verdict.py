@@ -112,11 +112,8 @@ def _needed(budget: Budget, seeds: int, limit: float) -> tuple[int, float] | Non
     }
     for more in (math.inf, *range(1, MOST_SEEDS + 1)):
         widths = {name: [width(loss, seeds + more) for loss in own] for name, own in losses.items()}
-        worst = {
-            name: max(loss.mean + each for loss, each in zip(losses[name], own, strict=True))
-            for name, own in widths.items()
-            if own
-        }
+        pairs = {name: zip(losses[name], own, strict=True) for name, own in widths.items() if own}
+        worst = {name: max(loss.mean + each for loss, each in own) for name, own in pairs.items()}
         settled = [name for name, each in worst.items() if each <= limit]
         if more == math.inf and not settled:
             return 0, min(max(own) for own in widths.values() if own)
