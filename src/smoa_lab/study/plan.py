@@ -213,9 +213,10 @@ def prepare(
                 timings = {**plan.entries, **(timed(study, new, execute, left, beside)[0] if new else {})}
                 known = (*plan.seeds, *plan.study["seeds"])
                 asked = [*plan.seeds, *(seed for seed in study.seeds if seed not in known)]
-                if number is not None and minutes is None:
-                    asked += [seed for seed in seeds if seed not in asked][: max(0, number - len(asked))]
-                limit = plan.limit if asked == plan.seeds and not new else None
+                goes_on = number is not None and minutes is None
+                if goes_on:
+                    asked += [seed for seed in seeds if seed not in asked][: max(0, len(seeds[:number]) - len(asked))]
+                limit = None if goes_on or new or asked != plan.seeds else plan.limit
                 more = {"study": as_planned(study), "seeds": asked, "entries": timings, "final": final, "limit": limit}
                 plan = plan.model_copy(update=more)
         except SmoaError:

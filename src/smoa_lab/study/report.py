@@ -30,6 +30,7 @@ MARKS = {"edge": " !", "vertex": " ^"}
 """Behind a rate, where it lies in its search."""
 DIFFERENCES, MEASURED = "Differences", "How it was measured"
 PICTURE = "differences.png"
+LARGE = "font-size: 1.4rem; line-height: 1.35; max-width: 52rem; overflow-wrap: anywhere"
 ANSWERS = "Greedy answers to the first held-out prompts, each entry's of its first seed."
 CAPTIONS = {
     DIFFERENCES: "What decides minus the reference's; filled points differ after Holm's correction too.",
@@ -44,8 +45,9 @@ INTRODUCTION = (
     "interval includes 0; '(Holm: same)' that Holm's correction takes the verdict back: for all comparisons of the "
     "table by what decides, and apart from these for all by other measures; 'open' that the worse one's best rate "
     "lies at the edge of its search, marked with !; ^ marks a rate at the vertex of the parabola through the best "
-    "that was tried and its neighbors. One seed gets no verdict. ± is the standard deviation over seeds; s a step are "
-    "seconds on the machine that ran most of the runs."
+    "that was tried and its neighbors. One seed gets no verdict. Seeds or entries that are added later make another "
+    "look, which is judged at half the error of the one before: all together err in at most 10 %. ± is the standard "
+    "deviation over seeds; s a step are seconds on the machine that ran most of the runs."
 )
 WHERE = "A run's folder within the study's has its config, metrics, log and the losses of its rows."
 
@@ -73,7 +75,7 @@ class Report:
         answers = [{name: text.strip() or "(nothing)" for name, text in each.items()} for each in told]
         if answers:
             sections.insert(-1, ("Answers", [ANSWERS, *answers]))
-        told = [Markup('<p class="answer">{}</p>').format(sentence) for sentence in self.verdict]
+        told = [Markup('<p style="{}">{}</p>').format(LARGE, sentence) for sentence in self.verdict]
         shown = [content for title, (content,) in sections[:1] if title == DIFFERENCES]
         return page(self.title, [*sections[len(shown) :], (MEASURED, self.notes)], [*told, *shown])
 

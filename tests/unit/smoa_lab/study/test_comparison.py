@@ -318,6 +318,8 @@ def test_on_a_machine_that_slows_down_nothing_starts_after_the_time_and_seeds_th
     ran = len(written.ran)
     compared(many, 12).run()  # time that was used counts
     assert len(written.ran) == ran
+    compared(many, number=3).run()  # those that were planned already
+    assert ran_seeds(many) == [set("012")] * 3
     compared(many, number=4).run()
     assert compared(many).plan.seeds == [0, 1, 2, 3]
     assert ran_seeds(many) == [set("0123")] * 3

@@ -46,7 +46,7 @@ def test_a_study_is_reported_in_words_in_a_table_for_programs_and_on_a_page_with
     text, html = page(study), (study.folder / "index.html").read_text()
     for told in (made.verdict[0], "The untouched model: loss 4.0000.", "On 60 held-out rows, best first"):
         assert told in text
-    assert html.index('<p class="answer">') < html.index("<figure") < html.index("<h2>")
+    assert html.index('<p style="font-size: 1.4rem') < html.index("<figure") < html.index("<h2>")
     for heading in ("How it was measured", "Searches", "Loss and time", "Learned and forgotten", "Answers", "Runs"):
         assert f"<h2>{heading}</h2>" in html
     summary = json.loads((study.folder / "summary.json").read_text(), parse_constant=pytest.fail)
