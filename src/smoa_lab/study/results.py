@@ -58,8 +58,9 @@ OF_PREFERENCES = (
     Measure("margin", "margin", False, 1, 1, 3, "nats", 0.0),
     Measure("won %", "won", False, 1, 100, 1, "points", 0.0),
 )
+SCORED = "scored_after"
 OF_METRICS = {
-    name: Measure(f"{title} %", "scored_after", False, 1, 100, 1, "points", "scored_before")
+    name: Measure(f"{title} %", SCORED, False, 1, 100, 1, "points", "scored_before")
     for name, title in {"choice": "accuracy", **{name: name for name in RULES}}.items()
 }
 MEASURES = {each.title: each for each in (LOSS, OF_CHOICES, *OF_PREFERENCES, *OF_METRICS.values())}
@@ -187,10 +188,12 @@ def _of_budget(
     runs = [run for of_entry in finals.values() for run in of_entry.values()]
     some = runs[0].rows  # all have the same, in any order: they are of the plan's data and encoder
     keys = list(some)
-    measures = [  # one that is the same everywhere compares nothing, and would cost the others in Holm's correction
+    measures = [  # one that is the same everywhere, and wasn't asked for, compares nothing, and costs in Holm's correction
         each
         for each in measures_of(some[keys[0]], comparison.metric)
-        if {None} <= (found := {run.rows[key][each.field] for run in runs for key in keys}) or len(found) > 1
+        if each.field == SCORED
+        or {None} <= (found := {run.rows[key][each.field] for run in runs for key in keys})
+        or len(found) > 1
     ]
     tokens = np.array([some[key]["tokens"] for key in keys], dtype=np.float64)
     weights = {each.title: tokens if each.per_token else np.ones(len(keys)) for each in measures}

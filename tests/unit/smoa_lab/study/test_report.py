@@ -226,3 +226,12 @@ def test_by_choice_the_accuracy_decides(study: Study, written: WrittenRuns) -> N
     written.kind = "choices"
     report(finished(by(study, "choice")))
     assert list(results(by(study, "choice"))["lora"].values) == ["accuracy %", "loss"]
+
+
+def test_where_no_answer_is_right_nothing_was_gained_whatever_the_loss(study: Study, written: WrittenRuns) -> None:
+    finished(by(study, "exact"))
+    for run in study.folder.glob("*/lr-*"):
+        rewritten(study, str(run.relative_to(study.folder)), lambda row: {**row, "answer_after": "5"})
+    made = report(compared(by(study, "exact")))
+    assert made.verdict[0].startswith("small: Training gained nothing that could be shown (0.0 points, ")
+    assert list(results(by(study, "exact"))["lora"].values) == ["exact %", "loss"]
