@@ -188,7 +188,7 @@ def _of_budget(
     runs = [run for of_entry in finals.values() for run in of_entry.values()]
     some = runs[0].rows  # all have the same, in any order: they are of the plan's data and encoder
     keys = list(some)
-    measures = [  # one that is the same everywhere, and wasn't asked for, compares nothing, and costs in Holm's correction
+    measures = [  # one that is the same everywhere compares nothing, and costs the others; what was asked for stays
         each
         for each in measures_of(some[keys[0]], comparison.metric)
         if each.field == SCORED
