@@ -10,6 +10,7 @@ import pytest
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
+from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.report import report
 from smoa_lab.study.results import Result, budgets_of, final_runs
 from smoa_lab.study.study import Study
@@ -166,6 +167,25 @@ def test_no_difference_is_shown_before_all_planned_seeds_are_in_and_later_looks_
     assert report(compared(study.model_copy(update={"seeds": [0, 1, 2, 3]}))).verdict == made.verdict
     again = made.summary["entries"][1]["differences"]["loss"]
     assert again["high"] - again["low"] > first.high - first.low
+
+
+def test_a_study_is_shown_after_each_run_without_differences_and_a_resumed_one_says_first_what_is_done(
+    study: Study, written: WrittenRuns, caplog: pytest.LogCaptureFixture
+) -> None:
+    pages: list[str] = []
+
+    def show(comparison: Comparison) -> None:
+        report(comparison)
+        pages.append(page(study))
+
+    compared(study).run(["lora"])
+    caplog.set_level("INFO")
+    compared(study).run(show=show)
+    assert "3 runs of searches and 3 final runs are done; the rest takes" in caplog.text
+    assert len(pages) == len(written.ran) - 8 - 1  # the last run's is made by who runs it
+    assert [text.count("| ours | ") for text in pages[:2]] == [1, 1]  # its search
+    assert all(" final runs are done" in text for text in pages)
+    assert [" better than " in text for text in pages] == [False] * (len(pages) - 1) + [True]  # one of another budget
 
 
 def test_runs_are_paired_by_digest_and_copy(study: Study, written: WrittenRuns) -> None:
