@@ -171,6 +171,23 @@ def test_a_checkpoint_takes_the_same_route_again(monkeypatch: pytest.MonkeyPatch
     assert set(taken) == first
 
 
+def test_a_backward_within_a_call_with_names_computes_a_plain_call_again_without_them() -> None:
+    model = gang(2, reentrant=True)
+    loss_of(model, ["a0", "a1"])  # its checkpoints take names along from now on
+    model.zero_grad()
+    model(input_ids=ids()).logits.square().sum().backward()
+    expected = gradients(model)
+    loss = model(input_ids=ids()).logits.square().sum()
+    handle = model.base_model.model.lm_head.register_forward_hook(lambda *_: loss.backward())
+    with torch.no_grad():
+        model(input_ids=ids(2), adapter_names=["a1", "a1"])
+    handle.remove()
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert_close(gradient, expected[name])
+
+
 def test_a_frozen_adapter_is_refused_in_training() -> None:
     model = gang(2)
     with model.disable_adapter():
