@@ -454,7 +454,6 @@ def main() -> None:
     tables = {
         "decoding": decoding(),
         "fleet": fleet(),
-        "gang": gang(),
         "traffic": traffic(),
         "gpu": gpu(),
     }
@@ -466,6 +465,7 @@ def main() -> None:
             "layer-step": layer_step(),
             "model-step": model_step(),
             "experts": experts(),
+            "gang": gang(),
             "injection": injection(),
             "size-making": size_making(),
             "size-steps": size_steps(),
