@@ -141,7 +141,7 @@ def call_by_names(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[None]:
     encoder = get_encoder() if get_encoder else None
     once = frozenset() if encoder in (None, tuner.model) else frozenset(encoder.modules())  # samples as they are
     beams = kwargs.get("num_beams") or 1  # for a model with a `generate` of its own
-    trains = torch.is_grad_enabled() and any(module.training for module in modules)
+    trains = torch.is_grad_enabled() and tuner.training  # a layer that is new in a model in evaluation is in training
     with ExitStack() as stack:
         if trains:
             stack.enter_context(_trained_by_one_thread(tuner))
