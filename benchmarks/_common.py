@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
+NOT_RESULTS = ":(exclude,top)benchmarks/results"
 GEMMA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 Part = Callable[..., dict[str, Any]]
 Step = Callable[[], object]
@@ -232,7 +233,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/src", ":/benchmarks")),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/src", ":/benchmarks", NOT_RESULTS)),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "peft", "transformers")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
