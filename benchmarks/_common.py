@@ -233,7 +233,9 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/src", ":/benchmarks", NOT_RESULTS)),
+        "dirty": bool(
+            _git("status", "--porcelain", "--untracked-files=no", "--", ":/src", ":/benchmarks", NOT_RESULTS)
+        ),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "peft", "transformers")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
