@@ -50,9 +50,13 @@ class Call:
         """The adapter of each slot."""
         return tuple(name for name in dict.fromkeys(self.names) if name != BASE)
 
+    def copies_in(self, module: nn.Module) -> int:
+        """How many rows of each sample a module is given."""
+        return 1 if module in self.once else self.copies
+
     def rows(self, module: nn.Module) -> RowsBySlot:
         """The slot of each row that a module is given; all layers share it."""
-        copies = 1 if module in self.once else self.copies
+        copies = self.copies_in(module)
         if copies not in self._rows:
             slot_of = {name: slot for slot, name in enumerate(self.of_slot)}
             slots = [slot_of.get(name, -1) for name in self.names for _ in range(copies)]
@@ -61,8 +65,7 @@ class Call:
 
     def names_for(self, module: nn.Module, known: Container[str]) -> list[str]:
         """The adapter of each row that a module is given, the base's for those that it does not know."""
-        copies = 1 if module in self.once else self.copies
-        return [name if name in known else BASE for name in self.names for _ in range(copies)]
+        return [name if name in known else BASE for name in self.names for _ in range(self.copies_in(module))]
 
     def check_gradients(self, factors: dict[str, list[nn.Module]]) -> None:
         """Raise ValueError if a layer's adapters, given their factors, would get no gradients, or another's."""

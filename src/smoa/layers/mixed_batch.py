@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from smoa.layers.adapter import Adapter, Derived
 from smoa.layers.calls import Call
 from smoa.layers.distributed import gather, onloaded_for
 from smoa.layers.kept import open_snapshot
@@ -79,7 +80,7 @@ def _groups(layer: SmoaLayer, of_slot: dict[int, str]) -> list[Group]:
             p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
         key = derived.digest, own.ranks, own.modulation, p, A.dtype
         if (group := groups.get(key)) is None:
-            group = groups[key] = Group(layer, name)
+            group = groups[key] = Group(layer, own, derived)
         group.of_slot[slot] = name
         group.tensors.append((A, B, derived.rank_scale))
     return list(groups.values())
@@ -88,8 +89,7 @@ def _groups(layer: SmoaLayer, of_slot: dict[int, str]) -> list[Group]:
 class Group:
     """Adapters of a layer that take one product, as its first does."""
 
-    def __init__(self, layer: SmoaLayer, name: str) -> None:
-        own, derived = layer.adapters[name], layer.derived(name)
+    def __init__(self, layer: SmoaLayer, own: Adapter, derived: Derived) -> None:
         self.layer, self.blocks = layer, cast(Blocks, derived.blocks)
         self.runs = runs_of(*self.blocks.shape, own.ranks)
         self.key_of_diagonal = layer, derived.digest, *(run.shape for run in self.runs)

@@ -21,8 +21,9 @@ from smoa.layers.distributed import plain_name, refuse_writing, with_plain_names
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer, smoa_layers
 from smoa.layers.quantized import keep_unpacked
+from smoa.tuner.by_name import call_by_names, rows_unknown
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
-from smoa.tuner.generation import call_by_names, rows_unknown, watch_generate
+from smoa.tuner.generation import watch_generate
 from smoa.tuner.merging import check_all_finite, check_merge_allowed, losses_reported
 from smoa.tuner.targets import check_target, existing_wrapper, survey_targets
 from smoa.tuner.tying import tie_layers
