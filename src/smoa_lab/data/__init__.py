@@ -1,1 +1,1 @@
-"""Tasks and their records."""
+"""Rows: from a file or the Hub to tokens, and how answers to them are scored."""

@@ -1,1 +1,1 @@
-"""Scores on held-out questions."""
+"""Scores of held-out rows, and how sure a difference between runs is."""
