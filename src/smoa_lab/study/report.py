@@ -34,7 +34,7 @@ LARGE = "font-size: 1.4rem; line-height: 1.35; max-width: 52rem; overflow-wrap: 
 ANSWERS = "Greedy answers to the first held-out prompts, each entry's of its first seed."
 CAPTIONS = {
     DIFFERENCES: "What decides minus the reference's; filled points differ after Holm's correction too.",
-    "Searches": "Validation loss at each learning rate that was tried; a dashed line is at a vertex that was chosen.",
+    "Searches": "Validation loss at each learning rate that was tried; an upright line is at a chosen vertex.",
     "Loss and time": "Training loss of each entry's first seed, against the seconds of its training.",
     "Learned and forgotten": "Loss on held-out rows against the change of the loss on general text.",
 }
