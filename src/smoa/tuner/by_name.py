@@ -52,6 +52,7 @@ def call_by_names(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[None]:
                 stack.enter_context(opened(None))
             yield
         return
+    names = names if isinstance(names, str) else list(names)
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"adapter_names={names!r}: give a list that names an adapter or '{BASE}' for each sample")
     known = {BASE, *tuner.peft_config}

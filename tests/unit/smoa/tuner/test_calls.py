@@ -438,6 +438,13 @@ def test_a_module_that_only_some_adapters_save_is_the_base_models_for_the_others
         assert_close(model(input_ids=x, adapter_names=["plain", "a0"]).logits, model(input_ids=x).logits)
 
 
+def test_names_may_come_one_by_one() -> None:
+    model = gang(2).eval()
+    with torch.no_grad():
+        given = model(input_ids=ids(2), adapter_names=(name for name in ("a0", "a1"))).logits
+        assert_close(given, model(input_ids=ids(2), adapter_names=["a0", "a1"]).logits)
+
+
 @pytest.mark.parametrize("names", ["a0", [None, "a0"], [0, 1], []])
 def test_names_that_are_no_list_of_names_are_refused(names: Any) -> None:
     with pytest.raises(ValueError, match="adapter_names"):
