@@ -1,15 +1,25 @@
-"""Reads what is stored of finished studies. The code that ran them, at commit 1eaf65e9 and before, is not needed."""
+"""Reads what is stored of finished studies, and stores what `smoa compare` wrote.
+
+    python studies/stored.py FOLDER    # into studies/NAME: the results, and of each run config and the losses of rows
+
+The code that ran those with a `summary.json`, at commit 1eaf65e9 and before, is not needed.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
+import shutil
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 STUDIES = Path(__file__).parent
 PACK = "runs.jsonl.gz"
+KEPT = ("README.md", "study.yaml", "plan.json", "chosen.json", "differences.png")
+OF_RUN = ("config", "provenance", "digests", "parameters", "evaluation", "gain", "forgetting", "training")
+OF_ROW = ("digest", "copy", "tokens", "before", "after")
 Run = dict[str, Any]
 
 
@@ -25,7 +35,8 @@ def summary_of(folder: Path) -> Any:
 
 @lru_cache(maxsize=1)
 def runs_of(folder: Path) -> dict[str, Run]:
-    """All runs by name: ``untouched``, ``tuning/ENTRY/lr-RATE-seed-SEED`` and ``final/…``, sorted."""
+    """All runs by name: ``untouched``, ``tuning/ENTRY/lr-RATE-seed-SEED`` and ``final/…``, sorted; of `smoa compare` by
+    their folders."""
     with gzip.open(folder / PACK, "rt", encoding="utf-8") as lines:
         return {run["name"]: run for run in map(json.loads, lines)}
 
@@ -33,3 +44,24 @@ def runs_of(folder: Path) -> dict[str, Run]:
 def final_name(entry: str, learning_rate: float, seed: int) -> str:
     """The name of a final run."""
     return f"final/{entry}/lr-{learning_rate:g}-seed-{seed}"
+
+
+def store(study: Path, target: Path) -> None:
+    """Store a folder of `smoa compare`: what it reports and, of each run and row, the losses, but no texts."""
+    target.mkdir(exist_ok=True)
+    for name in KEPT:
+        shutil.copy(study / name, target)
+    shutil.copy(study / "summary.json", target / "results.json")
+    lines = []
+    for file in sorted(study.rglob("metrics.json")):
+        metrics, name = json.loads(file.read_text(encoding="utf-8")), file.parent.relative_to(study).as_posix()
+        with gzip.open(file.with_name("rows.jsonl.gz"), "rt", encoding="utf-8") as kept:
+            rows = [json.loads(line) for line in kept]
+        columns = {key: [row.get(key) for row in rows] for key in OF_ROW if any(key in row for row in rows)}
+        lines.append(json.dumps({"name": name, **{key: metrics.get(key) for key in OF_RUN}, "rows": columns}))
+    packed = gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0)
+    (target / PACK).write_bytes(packed)
+
+
+if __name__ == "__main__":
+    store(Path(sys.argv[1]), STUDIES / Path(sys.argv[1]).name)
