@@ -36,7 +36,7 @@ from smoa.atomic import write_whole
 from smoa.errors import DataError
 from smoa_lab.basics.atomic import check_place, new_folder
 from smoa_lab.basics.cache import cache_folder, content_of
-from smoa_lab.basics.trust import is_trusted
+from smoa_lab.basics.trust import trusted
 from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
 from smoa_lab.pages.card import NamedBase, named_base
 
@@ -162,7 +162,7 @@ def empty_model(wanted: ModelSection, auto_class: Any = AutoModelForCausalLM) ->
     with _explained(wanted), torch.device("meta"):
         if not hasattr(auto_class, "from_config"):
             return cast(PreTrainedModel, auto_class(config))
-        return cast(PreTrainedModel, auto_class.from_config(config, trust_remote_code=is_trusted()))
+        return cast(PreTrainedModel, auto_class.from_config(config, trust_remote_code=trusted().trust_remote_code))
 
 
 def with_rate(config: RunConfig) -> RunConfig:
@@ -229,7 +229,7 @@ def places(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shared(gguf_file: str | None) -> dict[str, Any]:
     """Arguments for the model and its tokenizer."""
-    return {"trust_remote_code": is_trusted()} | ({"gguf_file": gguf_file} if gguf_file else {})
+    return {"trust_remote_code": trusted().trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
 
 
 @contextmanager

@@ -15,21 +15,12 @@ from transformers import TextStreamer
 
 from smoa.atomic import write_whole
 from smoa.errors import DataError, SmoaError, nearest
+from smoa_lab import open_run
 from smoa_lab.base_models import load_tokenizer, load_weights, packaged_name, positions_of, to_device
 from smoa_lab.basics.atomic import check_place
 from smoa_lab.basics.cache import free_name
 from smoa_lab.config.methods import base_lost
 from smoa_lab.data.chat_templates import chat_template, stop_at_turns_end
-from smoa_lab.open_run import (
-    adapter_config,
-    adapter_of_run,
-    base_name,
-    check_base,
-    check_weights,
-    find_model,
-    loading_adapter,
-    run_name,
-)
 from smoa_lab.scoring.evaluation import GREEDY, ends_of
 from smoa_lab.scoring.losses import scoring
 from smoa_lab.training.run_folder import RunFolder
@@ -66,7 +57,7 @@ class Chat:
         temperature: float = 0.0,
         is_terminal: bool = False,
     ) -> None:
-        section, adapter = find_model(place, changes)
+        section, adapter = open_run.find_model(place, changes)
         self.section = section
         self.tokenizer: Any = load_tokenizer(section)
         self.own_template = self.tokenizer.chat_template
@@ -76,7 +67,7 @@ class Chat:
         to_device(self.base_model)
         self.own_ends: Any = self.base_model.generation_config.eos_token_id
         self.model: Any = self.base_model  # with its adapters, once there are any
-        recorded = None if adapter is None else adapter_config(adapter).base_model_name_or_path
+        recorded = None if adapter is None else open_run.adapter_config(adapter).base_model_name_or_path
         self.bases = {_canonical(name) for name in (section.name, recorded or section.name)}
         self.template, self.is_terminal = template, is_terminal
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
@@ -192,18 +183,19 @@ class Chat:
         """Load the adapter of a folder or of a run, and use it; ``base`` if it is known to be one of this model. The
         model is as before where that fails, or the chat ends: SystemExit, if half of the layers are changed."""
         path = Path(place).expanduser()
-        folder = adapter_of_run(path)
-        own = base_name(folder, base)
+        folder = open_run.adapter_of_run(path)
+        own = open_run.base_name(folder, base)
         if _canonical(own) not in self.bases:
             found = f"is an adapter of {own}, this model is {', '.join(sorted(self.bases))}"
             raise DataError(f"{place}: {found}; if they are the same, start again with --base")
         if own == self.section.name and base is None:
-            check_base(RunFolder(folder.parent), self.section, False)
-        check_weights(folder)
+            open_run.check_base(RunFolder(folder.parent), self.section, False)
+        open_run.check_weights(folder)
         through = chat_template(self.tokenizer, self.own_template, folder, self.template)
-        name, inner = free_name(run_name(folder), {BASE, *self.adapters}.__contains__), f"chat{len(self.adapters)}"
+        taken, inner = {BASE, *self.adapters}, f"chat{len(self.adapters)}"
+        name = free_name(open_run.run_name(folder), taken.__contains__)
         try:
-            with loading_adapter(place):
+            with open_run.loading_adapter(place):
                 if isinstance(self.model, PeftModel):
                     self.model.load_adapter(str(folder), inner)
                 else:

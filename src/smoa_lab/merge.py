@@ -24,16 +24,7 @@ from transformers import PreTrainedModel
 
 from smoa.errors import MergeError, first_of
 from smoa.files.names import PREFIX, embeddings_of
-from smoa_lab.base_models import (
-    base_config,
-    described_base,
-    empty_model,
-    load_tokenizer,
-    load_weights,
-    locate,
-    packaged_name,
-    places,
-)
+from smoa_lab import base_models
 from smoa_lab.basics.atomic import check_place, new_folder
 from smoa_lab.config.run import ModelSection
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, with_saved_adapter
@@ -130,7 +121,7 @@ def merge_run(adapter: str | Path, output: str | Path, dtype: Dtype = "auto", ba
     check_place(target, is_new=True)
     check_weights(source)
     config, section = adapter_config(source), base_section(source, base)
-    of_gguf = bool(section.name.endswith(".gguf") or packaged_name(section.name))
+    of_gguf = bool(section.name.endswith(".gguf") or base_models.packaged_name(section.name))
     wanted: Dtype = "float32" if dtype == "auto" and of_gguf else dtype
     with new_folder(target) as folder, torch.no_grad():
         model, notes = _load(section, source, config, wanted)
@@ -138,7 +129,7 @@ def merge_run(adapter: str | Path, output: str | Path, dtype: Dtype = "auto", ba
         model = merge_in_memory(model, source, result)
         model.save_pretrained(folder)
         _save_other_files(section, source, folder)
-        card = model_card(described_base(section.name), folder, config, result)
+        card = model_card(base_models.described_base(section.name), folder, config, result)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return result
 
@@ -156,7 +147,7 @@ def _load(
         raise MergeError(f"{adapter}: {reason}; install the release that it was trained with") from error
     saved = load_peft_weights(str(adapter), device="cpu")
     options: dict[str, Any] = dict(section.options)
-    own = base_config(section)
+    own = base_models.base_config(section)
     format_of_base = getattr(own, "quantization_config", None)
     if isinstance(format_of_base, dict) and format_of_base.get("quant_method") in DEQUANTIZED_BY_TRANSFORMERS:
         format_of_base["dequantize"] = True
@@ -165,7 +156,7 @@ def _load(
         options |= {"num_labels": labels, "ignore_mismatched_sizes": True}
     computed = "quantization_config" in options  # by a run that quantizes, in the section's dtype
     loaded_in = None if computed else "auto" if format_of_base else dtype
-    model, found = load_weights(section.model_copy(update={"options": options}), chosen, loaded_in)
+    model, found = base_models.load_weights(section.model_copy(update={"options": options}), chosen, loaded_in)
     new = {*found["missing_keys"], *(mismatched[0] for mismatched in found["mismatched_keys"])}
     lacking, left = sorted(key for key in new if PREFIX + key not in saved), sorted(found["unexpected_keys"])
     if lacking:
@@ -196,7 +187,7 @@ def _labels(section: ModelSection, chosen: Any, saved: dict[str, Tensor]) -> int
 
     A head has any name. It is a saved tensor whose shape the model has with another number of labels only.
     """
-    own = empty_model(section, chosen)
+    own = base_models.empty_model(section, chosen)
     for name, tensor in own.state_dict().items():
         head = saved.get(PREFIX + name)
         if head is None or head.shape == tensor.shape or head.dim() != tensor.dim():
@@ -204,7 +195,7 @@ def _labels(section: ModelSection, chosen: Any, saved: dict[str, Tensor]) -> int
         labels = int(own.config.num_labels or 0) + len(head) - len(tensor)
         if labels > 0:
             other = section.model_copy(update={"options": {**section.options, "num_labels": labels}})
-            if empty_model(other, chosen).state_dict()[name].shape == head.shape:
+            if base_models.empty_model(other, chosen).state_dict()[name].shape == head.shape:
                 return labels
     return None
 
@@ -288,15 +279,15 @@ def untie(model: Any, layer: Any) -> None:
 
 def _save_other_files(section: ModelSection, adapter: Path, folder: Path) -> None:
     """The tokenizer (the adapter's, else the base's), and the base's generation config, code and licence."""
-    place, gguf_file = locate(section.name)
+    place, gguf_file = base_models.locate(section.name)
     base = Path(place)
     if not base.is_dir():
         patterns = [*TOKENIZER, *COMPANIONS, *LEGAL]
-        base = Path(snapshot_download(place, allow_patterns=patterns, **places(section.options)))
+        base = Path(snapshot_download(place, allow_patterns=patterns, **base_models.places(section.options)))
     if any(adapter.glob("tokenizer*")):
         _copy(adapter, folder, (*TOKENIZER, "chat_template*"))
     elif gguf_file:
-        load_tokenizer(section).save_pretrained(folder)
+        base_models.load_tokenizer(section).save_pretrained(folder)
     else:
         _copy(base, folder, TOKENIZER)
     if not gguf_file:  # else the folder may be anybody's

@@ -16,7 +16,7 @@ from smoa.atomic import write_whole
 from smoa.errors import ConfigError
 from smoa_lab.basics.plain import portable
 from smoa_lab.config.run import RunConfig
-from smoa_lab.data.answers import RULES
+from smoa_lab.data.answers import ANSWERED
 from smoa_lab.scoring.differences import Difference
 from smoa_lab.study import comparison, plan
 from smoa_lab.study.comparison import Comparison, Executor
@@ -80,7 +80,7 @@ class WrittenRuns:
         distance = abs(math.log10(config.training["learning_rate"] / BEST[config.method]))
         return REACHED[config.method] + distance
 
-    def inputs(self, config: RunConfig) -> dict[str, Any]:
+    def inputs(self, config: RunConfig, trains: bool = True) -> dict[str, Any]:
         """The data's digests and sizes."""
         return {"digests": dict(self.digests), "rows": dict(self.rows)}
 
@@ -173,10 +173,11 @@ class WrittenRuns:
         row |= {"tokens": tokens, "after": value}
         if self.kind == "choices":
             row["right_after"] = int(number % 2 == 0 and config.method == "smoa")
-        if config.data.metric in RULES:  # half of the answers say too much
+        if config.data.metric in ANSWERED:  # half of the answers say too much
             answer = "4" if number % 2 else "It is 4"
             right = number % 4 < {"smoa": 4, "lora": 3}.get(config.method, 2)
             row |= {"reference": "4", "answer_after": answer if right else "5"}
+            row |= {"own": json.dumps({"level": number % 3}), "where": f"rows.jsonl, row {number + 1}"}
         if self.kind == "preference":
             row |= {"dpo_loss": value, "margin": -(value or 0.0), "won": int(number % 2 == 0)}
         return row

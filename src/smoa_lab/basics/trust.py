@@ -1,18 +1,32 @@
-"""The switch of ``--trust-remote-code``: whether the repositories of models may run their own code.
+"""What the command lets run: the code of models' repositories (``--trust-remote-code``), and a function of the user's
+(``--metric``).
 
 The command sets it, and hands it to the workers of a study. No config does: a file can come from a stranger.
 """
 
 from __future__ import annotations
 
-_switch = {"on": False}
+from dataclasses import dataclass
 
 
-def trust_remote_code(on: bool) -> None:
-    """Turn the switch of this process."""
-    _switch["on"] = on
+@dataclass(frozen=True)
+class Trust:
+    """Whether repositories may run their own code; and FILE:NAME of a metric, whose file has that digest if one is
+    given."""
+
+    trust_remote_code: bool = False
+    metric: str | None = None
+    digest: str | None = None
 
 
-def is_trusted() -> bool:
-    """Whether repositories may run their own code."""
-    return _switch["on"]
+_state = {"now": Trust()}
+
+
+def trust(given: Trust) -> None:
+    """Set what this process lets run."""
+    _state["now"] = given
+
+
+def trusted() -> Trust:
+    """What this process lets run."""
+    return _state["now"]

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from smoa_lab.cli.console import Adapter, AsJson, Base, TrustRemoteCode, failed, print_json, reporting
+from smoa_lab.cli.console import Adapter, AsJson, Base, Trusted, failed, print_json, reporting
 
 MergedDtype = Literal["auto", "float32", "bfloat16", "float16"]
 """The choices of smoa_lab.merge, whose import would make ``--help`` wait for torch."""
@@ -25,7 +25,7 @@ def merge(
     dtype: Annotated[MergedDtype, typer.Option(help="Dtype to load and save the base in; auto: its own.")] = "auto",
     base: Base = None,
     verify: Annotated[bool, typer.Option(help="Compare the saved model with the adapter on ten prompts.")] = True,
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base model and save the result as a model that needs no adapter."""
@@ -54,7 +54,7 @@ def convert(
     score: Annotated[bool, typer.Option(help="Measure the loss on the run's held-out rows.")] = True,
     base: Base = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer.")] = False,
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
     """Approximate a SMoA adapter by a LoRA, and measure what that loses of the update and of the task."""
@@ -92,7 +92,7 @@ def verify(
     served_name: Annotated[str | None, typer.Option(help="Adapter's name at the server; else its folder's.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that a server is asked for, for each prompt.")] = 16,
     base: Base = None,
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
     """Check on ten prompts that a merged model, a LoRA or a server answers as the adapter does."""
@@ -112,7 +112,7 @@ def inspect(
     adapters: Annotated[list[Path], typer.Argument(help="Folder of a run, or of an adapter; several side by side.")],
     base: Base = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with charts to this file.")] = None,
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
     """Show size, norm, ranks and spectral coverage of the update of every adapted layer."""
@@ -168,7 +168,7 @@ def budget(
     amount: Annotated[str, typer.Argument(help="Share of the model, such as 0.1%, number of parameters, or lora:8.")],
     target_modules: Annotated[str, typer.Option(help="Layers to adapt, by commas, or all-linear.")] = "all-linear",
     method: Annotated[list[str] | None, typer.Option(help="Size this method instead, or all; may be repeated.")] = None,
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
     """List the r and num_blocks that fit a parameter budget, with their rank bound and size on disk."""

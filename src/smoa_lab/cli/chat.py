@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smoa_lab.cli.console import Base, BaseDtype, TrustRemoteCode, reporting
+from smoa_lab.cli.console import Base, BaseDtype, Trusted, reporting
 
 if TYPE_CHECKING:
     from smoa_lab.chat import Chat
@@ -25,7 +25,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
     template: Annotated[str | None, typer.Option(help="alpaca, a name that TRL has, or a .jinja file.")] = None,
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: Trusted = False,
 ) -> None:
     """Chat with an adapted model and compare it with its base; /help lists the commands."""
     given = {"name": base, "dtype": dtype}

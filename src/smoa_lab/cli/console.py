@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from smoa_lab.basics.plain import json_text
-from smoa_lab.basics.trust import trust_remote_code
+from smoa_lab.basics.trust import Trust, trust, trusted
 
 FULL_DISK = ("No space left", "quota exceeded", "File too large", "inline_container", "iostream error")
 """Words of the errors of Python, safetensors and torch when a disk, or what a process may write, is full."""
@@ -22,15 +23,18 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Values to change, e
 Base = Annotated[str | None, typer.Option(help="Base model to use instead of the one recorded in the adapter.")]
 
 
-def _trust(context: typer.Context, given: bool) -> bool:
-    """Turn the switch that loading a model reads; every command turns it anew."""
-    trust_remote_code(given)
-    context.call_on_close(partial(trust_remote_code, False))
-    return given
+def _trust(context: typer.Context, option: typer.CallbackParam, given: Any) -> Any:
+    """Let this process run what an option says until the command ends; of a metric the override that it stands for."""
+    trust(replace(trusted(), **{str(option.name): given}))
+    context.call_on_close(partial(trust, Trust()))
+    return "data.metric=score" if option.name == "metric" and given else given
 
 
-TrustRemoteCode = Annotated[bool, typer.Option(help="Let the model's repository run its own code.", callback=_trust)]
+Trusted = Annotated[bool, typer.Option(help="Let the model's repository run its own code.", callback=_trust)]
 """An option that acts by itself: no command reads its value."""
+HELP = "Score answers by a function of yours, (answer, row) -> number; higher is better."
+Metric = Annotated[str | None, typer.Option(metavar="FILE.py:NAME", help=HELP, callback=_trust)]
+"""In a command it is the override that it stands for."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 """The choices of ``model.dtype``, whose import would make ``--help`` wait for torch."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting
+from smoa_lab.cli.console import AsJson, Trusted, print_json, reporting
 
 app = typer.Typer(help="Look at your own rows before a run.", no_args_is_help=True)
 
@@ -20,7 +20,7 @@ def check(
     max_length: Annotated[int, typer.Option(min=8, help="data.max_length: tokens at which a row is cut.")] = 1024,
     template: Annotated[str | None, typer.Option(help="data.template instead of the model's own, e.g. alpaca.")] = None,
     examples: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
     """Show what would be trained on: formats, lengths, what is cut or dropped, bad rows, and examples.

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smoa_lab.cli.console import AsJson, Base, BaseDtype, Data, Model, Overrides, TrustRemoteCode, print_json, reporting
+from smoa_lab.cli.console import AsJson, Base, BaseDtype, Data, Metric, Model, Overrides, Trusted, print_json, reporting
 from smoa_lab.pages.tables import outcome, score_table, time_text
 
 CONFIG = Path(__file__).with_name("demo.yaml")
@@ -50,7 +50,8 @@ def train(
     overrides: Overrides = None,
     model: Model = None,
     data: Data = None,
-    trust_remote_code: TrustRemoteCode = False,
+    metric: Metric = None,
+    trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
     """Train an adapter on rows, and score it on held-out ones.
@@ -64,7 +65,7 @@ def train(
         from smoa_lab.training.run_folder import is_first_process
 
         if model is None and data is None and config is not None:
-            checked = load_config(config, overrides)
+            checked = load_config(config, [*(overrides or []), *([metric] if metric else [])])
         elif model is None or data is None or (config is not None and "=" not in config):
             raise ConfigError("give the YAML file of a run, which names model and data, or both --model and --data")
         elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -72,7 +73,7 @@ def train(
         else:
             from smoa_lab.init import default_run
 
-            words = [*([] if config is None else [config]), *(overrides or [])]
+            words = [*([] if config is None else [config]), *(overrides or []), *([metric] if metric else [])]
             checked = default_run(model, data, words)
             typer.echo(f"Run folder: {checked.folder}", err=True)
         metrics = run(checked)
@@ -109,8 +110,9 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a config file for the untouched model.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. data.max_length=512.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
+    metric: Metric = None,
     base: Base = None,
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
     """Score a run's adapter, or an untouched model, on held-out rows."""
@@ -124,7 +126,7 @@ def evaluate(
 
         if output is not None:
             check_place(output, is_new=True)
-        config, adapter = open_run(run, overrides, base)
+        config, adapter = open_run(run, [*(overrides or []), *([metric] if metric else [])], base)
         result = evaluate_run(config, adapter, RunFolder(run) if run.is_dir() else None, base)
         if json:
             print_json(result)
@@ -142,7 +144,7 @@ def demo(
         Path, typer.Argument(help="YAML file of the run; by default the packaged demo.", show_default=False)
     ] = CONFIG,
     overrides: Overrides = None,
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: Trusted = False,
 ) -> None:
     """Fine-tune a small real model in minutes, show what changed, reload the adapter and merge it."""
     with reporting():

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.cli.console import AsJson, Data, Model, Overrides, TrustRemoteCode, print_json, reporting
+from smoa_lab.cli.console import AsJson, Data, Metric, Model, Overrides, Trusted, print_json, reporting
 
 
 def compare(
@@ -27,7 +27,8 @@ def compare(
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time, here unless --ray-address is given.")] = 1,
     ray_address: Annotated[str | None, typer.Option(help="Run on the Ray cluster at this HOST:PORT, or auto.")] = None,
     report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report the finished runs.")] = False,
-    trust_remote_code: TrustRemoteCode = False,
+    metric: Metric = None,
+    trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
     """Compare fine-tuning methods on your data: one search of the learning rate for each, fresh seeds, and a verdict.
@@ -43,13 +44,13 @@ def compare(
         from smoa_lab.study.report import report
         from smoa_lab.study.study import load_study
 
-        began = time.monotonic()
+        began, overrides = time.monotonic(), [*(overrides or []), *([f"shared.{metric}"] if metric else [])]
         if model is None and data is None and study is not None:
             checked, given = load_study(study, overrides), Path(study)
         elif model is None or data is None or (study is not None and "=" not in study):
             raise ConfigError("give the YAML file of a study, or both --model and --data")
         else:
-            words = [*([] if study is None else [study]), *(overrides or [])]
+            words = [*([] if study is None else [study]), *overrides]
             names = [name.strip().lower() for name in methods.split(",")]
             checked, given = default_study(model, data, names, parameters, words), None
         checked.chosen(only or [])
@@ -82,7 +83,7 @@ def tune(
     config: Annotated[Path, typer.Argument(help="YAML file of the run, as for `smoa train`.")],
     overrides: Overrides = None,
     max_runs: Annotated[int, typer.Option(min=3, help="Rates to try at most.")] = 6,
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
     """Find the learning rate with the lowest loss on validation rows; print the line for the config."""

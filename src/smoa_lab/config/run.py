@@ -23,7 +23,7 @@ from smoa_lab.basics.section import Section
 from smoa_lab.config.methods import MethodName, find_method
 from smoa_lab.config.validation import Problem, all_problems
 from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
-from smoa_lab.data.answers import Metric
+from smoa_lab.data.answers import OWN, Metric
 from smoa_lab.data.files import HubRows, HubSource, RowSource, find_sources
 from smoa_lab.data.formats import Format
 from smoa_lab.data.general_text import STORY
@@ -179,8 +179,9 @@ class RunConfig(Section):
         return Path(self.training["output_dir"])
 
     def to_yaml(self) -> str:
-        """The resolved config: every default of ours filled in."""
-        return to_yaml(self.model_dump(mode="json"))
+        """The resolved config: every default of ours filled in, without a metric that only the command names."""
+        values = self.model_dump(mode="json")
+        return to_yaml({**values, "data": {**values["data"], **({"metric": None} if self.data.metric == OWN else {})}})
 
     def peft_config(self) -> PeftConfig | None:
         """The adapter's; None where the whole model is trained."""
@@ -281,7 +282,7 @@ def check_config(values: dict[str, Any], place: str = "config") -> RunConfig:
 
 
 def _forbidden(values: Any, path: tuple[str, ...] = ()) -> Iterator[Problem]:
-    """The keys that no config may have: those of :data:`TRUST` and of :data:`SECRET`."""
+    """The keys that no config may have: those of :data:`TRUST` and of :data:`SECRET`, and a function as metric."""
     inside = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     for key, value in inside:
         place = (*path, str(key))
@@ -289,4 +290,6 @@ def _forbidden(values: Any, path: tuple[str, ...] = ()) -> Iterator[Problem]:
             yield place, "a file can't allow a repository to run its code; if you trust it, give --trust-remote-code"
         if isinstance(value, str) and SECRET.fullmatch(str(key)):
             yield place, "a config can't hold a secret; leave it out, and set HF_TOKEN or log in instead"
+        if place[-2:] == ("data", "metric") and ":" in str(value):
+            yield place, f"a file can't name a function to run; if you trust it, give --metric {value}"
         yield from _forbidden(value, place)

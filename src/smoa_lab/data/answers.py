@@ -7,7 +7,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Literal
 
-Metric = Literal["exact", "number", "contains", "choice"]
+Metric = Literal["exact", "number", "contains", "choice", "score"]
 NUMBER = re.compile(r"(?:(?<!\w)[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 
 
@@ -22,5 +22,14 @@ RULES: dict[str, Callable[[str, str], bool]] = {
     "contains": lambda answer, right: " ".join(right.split()) in " ".join(answer.split()),
 }
 """Whether an answer is right, by the completion: for the metrics that need answers. White space makes no difference."""
-SHARES = {"accuracy": "accuracy", **{name: f"right answers ({name})" for name in RULES}}
-"""The scores that are shares of rows, and what they are called."""
+OWN: Metric = "score"
+"""What a function of the user's makes of answers; only the command names it: ``--metric FILE:NAME``."""
+ANSWERED = (*RULES, OWN)
+"""The metrics that need answers."""
+SCORES = {"accuracy": "accuracy", **{name: f"right answers ({name})" for name in RULES}, OWN: OWN}
+"""The scores of rows beside the loss, and what they are called. All are shares of rows but the user's own."""
+
+
+def shown_as(name: str) -> tuple[int, int, str]:
+    """How a score is shown: so many times as large, with so many digits, and a sign behind it."""
+    return (1, 3, "") if name == OWN else (100, 1, " %")

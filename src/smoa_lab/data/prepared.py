@@ -23,12 +23,13 @@ from smoa.atomic import write_whole
 from smoa.errors import DataError
 from smoa_lab.basics.atomic import check_place, new_folder
 from smoa_lab.basics.cache import cache_folder
+from smoa_lab.basics.plain import portable
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.files import RowSource
 from smoa_lab.data.formats import BadRow, Format, recognize, shape
-from smoa_lab.data.rows import PARTS, Part, Row, row_from_json
+from smoa_lab.data.rows import KEPT, PARTS, Part, Row, row_from_json
 
-VERSION = 6
+VERSION = 7
 """Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
 FIRST = 16
 """Tokens: the bound of the shortest rows in a histogram."""
@@ -110,7 +111,8 @@ def split(keys: NDArray[np.uint64], named: Sequence[str], sizes: Sizes) -> tuple
 
 @dataclass(frozen=True)
 class PreparedRows:
-    """Rows on disk: one data set for each part, with ``input_ids``, ``labels`` and ``row``, a row as JSON."""
+    """Rows on disk: one data set for each part, with ``input_ids``, ``labels`` and ``row``, a row as JSON; where it is
+    held out, also the fields that it was read with."""
 
     folder: Path
     account: dict[str, Any]
@@ -122,7 +124,7 @@ class PreparedRows:
         return Dataset.from_file(str(self.folder / f"{part}.arrow"))
 
     def rows(self, part: Part) -> list[Row]:
-        return list(map(row_from_json, self.part(part)["row"]))
+        return [row_from_json(kept.pop("row"), **kept) for kept in self.part(part).select_columns(["row", *KEPT])]
 
 
 @dataclass
@@ -170,7 +172,7 @@ class Reading:
         text = datasets.Value("string")
         self.keys, self.named, self.faults, self.bad = array("Q"), list[str](), list[str](), 0
         read = folder / "read.arrow"
-        with ArrowWriter(path=str(read), features=datasets.Features({"row": text, "where": text})) as writer:
+        with ArrowWriter(path=str(read), features=datasets.Features(dict.fromkeys(KEPT, text))) as writer:
             for part, sources in (("test", self.test), ("", self.train)):
                 for source in sources:
                     self._read(source, part, writer)
@@ -181,7 +183,8 @@ class Reading:
         self.lengths, self.total, self.contents = array("I"), 0, sha256()
         self.counts = dict.fromkeys(("trained_tokens", "cut", "dropped"), 0)
         integers = datasets.List(datasets.Value("int32"))
-        columns = datasets.Features({"input_ids": integers, "labels": integers, "row": text})
+        tokens = {"input_ids": integers, "labels": integers}
+        columns = datasets.Features(tokens | dict.fromkeys(("row", *KEPT), text))
         parts = dict[str, int]()
         for part in PARTS:
             with ArrowWriter(path=str(folder / f"{part}.arrow"), features=columns) as writer:
@@ -217,17 +220,19 @@ class Reading:
                 continue
             self.keys.append(row.key)
             self.named.append(part or row.part or "")
-            writer.write({"row": row.to_json(), "where": where})
+            writer.write({"own": json.dumps(values, default=str), "where": where})
 
     def _encode(self, read: dict[str, str], part: Part, writer: Any) -> bool:
         """Write a row's tokens; whether there is something to train in them."""
-        row = row_from_json(read["row"])
+        assert self.format is not None
+        row = shape(json.loads(read["own"]), self.format)
         try:
             texts = self.encoder.texts(row, scored=part != "train")
         except DataError as error:
             self._note(read["where"], error)
             return False
-        self.contents.update(f"{part} {read['row']}\n".encode())
+        written = {"row": row.to_json(), **(dict.fromkeys(KEPT, "") if part == "train" else portable(read))}
+        self.contents.update(f"{part} {written['row']}\n".encode())
         lengths = [len(each.input_ids) + each.cut for each in texts]
         trained = [each.trained for each in texts[: 1 if row.rejected is None else 2]]
         self.lengths.append(max(lengths))
@@ -236,7 +241,7 @@ class Reading:
         self.counts["trained_tokens"] += sum(trained)
         self.counts["dropped"] += not all(trained)
         if all(trained):
-            writer.write({**texts[0].columns, "row": read["row"]})
+            writer.write({**texts[0].columns, **written})
         return all(trained)
 
     def _note(self, where: str, error: DataError) -> None:

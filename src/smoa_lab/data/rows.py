@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
+KEPT = ("own", "where")
+"""What is no part of a row, and kept beside it."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Row:
 
     A text without a prompt is trained in full. A conversation without one is trained where the assistant speaks. A
     preference has a ``rejected`` completion too. A row with ``choices`` is a conversation whose completion is the turn
-    ``choices[label]``. ``part`` is where the row says that it belongs.
+    ``choices[label]``. ``part`` is where the row says that it belongs. A held-out row that was read keeps ``own``, all
+    its fields as JSON, and ``where`` it is.
     """
 
     prompt: Said
@@ -38,6 +41,8 @@ class Row:
     choices: tuple[str, ...] = ()
     label: int | None = None
     part: Part | None = None
+    own: str = field(default="", compare=False)
+    where: str = field(default="", compare=False)
 
     @property
     def is_text(self) -> bool:
@@ -57,12 +62,12 @@ class Row:
         return int(_hash([*_texts(self.prompt), *_texts(self.completion)])[:16], 16)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps({key: value for key, value in asdict(self).items() if key not in KEPT})
 
 
-def row_from_json(text: str) -> Row:
-    """The row of a JSON text."""
-    values = json.loads(text)
+def row_from_json(text: str, **kept: str) -> Row:
+    """The row of a JSON text, and of what is ``kept`` beside it."""
+    values = json.loads(text) | kept
     for key in ("prompt", "completion", "rejected"):
         if isinstance(values[key], list):
             values[key] = tuple(Message(**turn) for turn in values[key])

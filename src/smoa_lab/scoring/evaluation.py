@@ -14,10 +14,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from smoa.errors import DataError
 from smoa_lab.base_models import positions_of
-from smoa_lab.data.answers import RULES, Metric
+from smoa_lab.data.answers import ANSWERED, OWN, RULES, Metric
 from smoa_lab.data.encoding import Encoder, Tokens, pad_token, text_ids
 from smoa_lab.data.formats import shown
 from smoa_lab.data.general_text import describe, passages
+from smoa_lab.data.own_metric import own_metric
 from smoa_lab.data.rows import Row
 from smoa_lab.scoring.losses import Losses, left_padded, progress, row_losses, score, scoring
 
@@ -65,7 +66,7 @@ class Evaluation:
         self.choices = [encoder.choices(row) for row in rows] if self.chooses else []
         self.tokens = [] if self.chooses else [encoder.encode(row) for row in rows]
         self.rejected = [encoder.encode(row, rejected=True) for row in rows] if self.prefers else []
-        self.metric, self.samples_shown = metric if metric in RULES else None, samples
+        self.metric, self.samples_shown = metric if metric in ANSWERED else None, samples
         prompts = (encoder.prompt(row, encoder.max_length) for row in rows[:samples])
         self.prompts = [prompt for prompt in prompts if prompt is not None]
         self.new_tokens = CHOICE_TOKENS if self.chooses else NEW_TOKENS
@@ -73,10 +74,11 @@ class Evaluation:
             self._answers(metric)
         self.measured: dict[Stage, Measured] = {}
         self.written: dict[Stage, list[str]] = {}
+        self.scored: dict[Stage, list[float]] = {}
 
     def _answers(self, metric: Metric) -> None:
         """Have all rows answered, if the metric takes answers; raises DataError where rows lack what it scores, or a
-        completion isn't right by it."""
+        completion isn't right by it, or the user's own can't score it."""
         has_prompts = bool(self.rows[0].prompt) or not self.rows[0].is_text
         if self.prefers or not (self.chooses if metric == "choice" else has_prompts):
             needs = "one of several choices" if metric == "choice" else "the answer to a prompt"
@@ -85,15 +87,24 @@ class Evaluation:
             return
         found = (self.encoder.prompt(row, self.encoder.max_length) or self.encoder.prompt(row) for row in self.rows)
         self.prompts = [prompt for prompt in found if prompt is not None]  # all: of one that is too long the end
+        right = self._scored([prompt.reference for prompt in self.prompts])
         for number, prompt in enumerate(self.prompts, start=1):
-            if not RULES[metric](prompt.reference, prompt.reference):
+            if metric != OWN and not right[number - 1]:
                 text = f"the completion of held-out row {number}, {shown(prompt.reference)}, has no number"
                 raise DataError(f"data.metric: {metric}: {text}; mend the row, or take exact or contains")
         longest = max(len(text_ids(self.encoder.tokenizer, prompt.reference)) for prompt in self.prompts)
         self.new_tokens = min(NEW_TOKENS, longest + 1)  # with what ends it
 
+    def _scored(self, answers: Sequence[str]) -> list[float]:
+        """What the metric makes of an answer to each row."""
+        told = list(zip(answers, self.prompts, self.rows, strict=True))
+        if self.metric == OWN:
+            return [own_metric().score(answer, row.own, row.where) for answer, _, row in told]
+        return [float(RULES[str(self.metric)](answer, prompt.reference)) for answer, prompt, _ in told]
+
     def measure(self, model: Any, stage: Stage) -> None:
-        """Score the held-out rows, if there are any, and let the model answer."""
+        """Score the held-out rows, if there are any, and let the model answer. Raises DataError, with the answers
+        kept, where the user's metric can't score one."""
         if not self.rows:
             return
         logger.info("Scoring %d held-out rows", len(self.rows))
@@ -102,6 +113,8 @@ class Evaluation:
             logger.info("Writing %d answers", len(self.prompts))
         prompts = [prompt.ids for prompt in self.prompts]
         self.written[stage] = continue_prompts(model, self.encoder.tokenizer, prompts, self.new_tokens)
+        if self.metric:
+            self.scored[stage] = self._scored(self.written[stage])
 
     def measure_once(self, model: Any) -> Measured:
         if not self.chooses:
@@ -120,11 +133,10 @@ class Evaluation:
         return Measured(Losses(nll, tokens), right)
 
     def shares(self, stage: Stage) -> dict[str, Losses]:
-        """Which rows are right, by what: mean and error are those of the share."""
-        found: dict[str, Sequence[bool]] = {"accuracy": self.measured[stage].right}
-        if self.metric:
-            pairs = zip(self.written[stage], self.prompts, strict=True)
-            found[self.metric] = [RULES[self.metric](answer, prompt.reference) for answer, prompt in pairs]
+        """The scores of rows, by what: of what is right the mean is a share."""
+        found: dict[str, Sequence[float]] = {"accuracy": self.measured[stage].right}
+        if self.metric and stage in self.scored:
+            found[self.metric] = self.scored[stage]
         return {name: Losses(list(map(float, right)), [1] * len(right)) for name, right in found.items() if right}
 
     def scores(self) -> dict[str, dict[str, Any]]:
@@ -192,8 +204,10 @@ class Evaluation:
                 if found.right:
                     line[f"right_{stage}"] = int(found.right[number])
                 if self.metric:
-                    line["reference"] = self.prompts[number].reference
+                    line |= {"reference": self.prompts[number].reference, "own": row.own, "where": row.where}
                     line[f"answer_{stage}"] = self.written[stage][number]
+                if self.metric == OWN and stage in self.scored:
+                    line |= {f"scored_{stage}": self.scored[stage][number], "scored_by": own_metric().name}
             if self.margins:
                 margin = self.margins[number]
                 line |= {"margin": margin, "won": int(margin > 0), "dpo_loss": self._dpo_loss(margin)}

@@ -50,8 +50,10 @@ class Losses:
 
     @property
     def stderr(self) -> float:
-        """The standard error of :attr:`mean`, rows drawn at random."""
-        return _ratio_error(self.nll, self.tokens)
+        """The standard error of :attr:`mean`, a ratio of sums, rows drawn at random."""
+        mean, rows = self.mean, len(self.nll)
+        squares = sum((loss - mean * size) ** 2 for loss, size in zip(self.nll, self.tokens, strict=True))
+        return math.sqrt(squares * rows / max(1, rows - 1)) / sum(self.tokens)
 
     @property
     def perplexity(self) -> float:
@@ -61,25 +63,9 @@ class Losses:
         except OverflowError:
             return math.inf
 
-    def change_from(self, before: Losses) -> Change:
-        """How much :attr:`mean` rose from ``before``, of the same rows, with its standard error."""
-        rises = [late - early for early, late in zip(before.nll, self.nll, strict=True)]
-        return Change(sum(rises) / sum(self.tokens), _ratio_error(rises, self.tokens))
-
-
-@dataclass(frozen=True)
-class Change:
-    """The rise of a loss in nats per token with its standard error."""
-
-    mean: float
-    stderr: float
-
-
-def _ratio_error(nll: Sequence[float], tokens: Sequence[int]) -> float:
-    """The standard error of a ratio of sums."""
-    mean, rows = sum(nll) / sum(tokens), len(nll)
-    squares = sum((loss - mean * size) ** 2 for loss, size in zip(nll, tokens, strict=True))
-    return math.sqrt(squares * rows / max(1, rows - 1)) / sum(tokens)
+    def change_from(self, before: Losses) -> Losses:
+        """How much each row's rose from ``before``, of the same rows: by its mean the mean did."""
+        return Losses([late - early for early, late in zip(before.nll, self.nll, strict=True)], self.tokens)
 
 
 def row_losses(model: nn.Module, rows: Sequence[Tokens], pad: int) -> Losses:
@@ -259,9 +245,7 @@ def logits_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
 
 def answer_positions(labels: Tensor) -> Tensor:
     """(batch, tokens) bool: the positions whose *next* token is to be predicted."""
-    wanted = torch.zeros_like(labels, dtype=torch.bool)
-    wanted[:, :-1] = labels[:, 1:] != IGNORED
-    return wanted
+    return F.pad(labels[:, 1:] != IGNORED, (0, 1))
 
 
 def wanted_logits(logits: Tensor, positions: Tensor) -> Tensor:

@@ -17,7 +17,10 @@ from filelock import FileLock
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError
 from smoa_lab.basics.plain import json_text, portable
+from smoa_lab.basics.trust import trusted
 from smoa_lab.config.run import RunConfig
+from smoa_lab.data.answers import OWN
+from smoa_lab.data.own_metric import own_metric
 from smoa_lab.pages.tables import counted
 from smoa_lab.study.plan import MARGIN, TIMED, TIMED_SECONDS, Metrics, Plan, changed_plan, duration, other_inputs
 from smoa_lab.study.search import STARTS, Chosen, best_of, index_of, next_indices, rate
@@ -117,6 +120,10 @@ class Comparison:
         """What the finished jobs reached; None for those that diverged."""
         self.configs = {name: study.config(name) for name in study.entries}
         self.metric = next(iter(self.configs.values())).data.metric
+        if self.metric == OWN and trusted().metric:  # else stored answers keep the score that they have
+            now = {"metric": own_metric().name}
+            self.plan = changed_plan(study, lambda plan: {"digests": plan.digests | now})
+        self.scorer = self.plan.digests.get("metric")
         self.took: dict[tuple[Stage, str], float] = {}
         """Seconds of the latest job of each kind that this process ran."""
         self.workers = 1

@@ -16,7 +16,7 @@ from smoa_lab.config.methods import OTHER_LAYERS, find_method
 from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, check_config
 from smoa_lab.config.yaml_text import apply_overrides
 from smoa_lab.init import file_for, first_values
-from smoa_lab.study.study import Study, Tuning, checked_study
+from smoa_lab.study.study import Study, Tuning, checked_study, load_study
 from smoa_lab.training.loaded_run import inputs
 
 METHODS = ("smoa", "lora")
@@ -107,8 +107,10 @@ def default_study(
         "keep": "best",
     }
     apply_overrides(values, [change for change in changes if not change.startswith("shared.data.")])
-    if (stored := Path(str(values["folder"]), "study.yaml")).is_file():  # of a version that listed others
-        values["seeds"] = ConfigText.read(stored).values.get("seeds", values["seeds"])
+    if (stored := Path(str(values["folder"]), "study.yaml")).is_file():
+        before = load_study(stored)
+        values["seeds"] = before.seeds  # of a version that listed others
+        run["data"].setdefault("metric", before.shared["data"].get("metric"))
     return checked_study(ConfigText(values, "smoa compare"), Path("study.yaml"))
 
 

@@ -27,7 +27,8 @@ from smoa_lab.basics.plain import json_text
 from smoa_lab.basics.section import Section
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import to_yaml
-from smoa_lab.data.answers import RULES
+from smoa_lab.data.answers import ANSWERED, OWN
+from smoa_lab.data.own_metric import own_metric
 from smoa_lab.pages.tables import Table, counted
 from smoa_lab.study.search import rate_text
 from smoa_lab.study.study import Job, Stage, Study, load_study
@@ -168,7 +169,10 @@ def prepare(
     """
     began = time.monotonic() if began is None else began
     configs = {name: study.config(name) for name in study.entries}
-    found = inputs(next(iter(configs.values())))
+    first, plan = next(iter(configs.values())), read_plan(study)
+    if execute is not None and first.data.metric == OWN:
+        own_metric(plan.digests.get("metric") if plan else None)
+    found = inputs(first, trains=execute is not None)
     for part, use in {"validation": "rates", **({"test": "entries"} if study.seeds else {})}.items():
         if not found["rows"][part]:
             raise ConfigError(f"shared.data: leaves no {part} rows, by which {use} are compared; give more rows")
@@ -345,9 +349,9 @@ def changes(before: dict[str, Any], study: Study) -> list[str]:
     before, now = as_planned(Study.model_validate({"folder": study.folder, **before})), as_planned(study)
     now["entries"] = {name: entry for name, entry in now["entries"].items() if name in before["entries"]}
     now["seeds"] = [seed for seed in now["seeds"] if seed in before["seeds"]]
-    for values in (before, now):
-        data = values["shared"].get("data", {})
-        data["metric"] = data.get("metric") in RULES
+    blocks = [values["shared"].get("data", {}) for values in (before, now)]
+    if all(data.get("metric") in ANSWERED for data in blocks):
+        blocks[0]["metric"] = blocks[1]["metric"]
     return list(_differences(before, now))
 
 

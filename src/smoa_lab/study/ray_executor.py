@@ -8,7 +8,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 
 import smoa
 from smoa.errors import ConfigError, DataError
-from smoa_lab.basics.trust import is_trusted, trust_remote_code
+from smoa_lab.basics.trust import Trust, trust, trusted
+from smoa_lab.data.own_metric import own_metric
 from smoa_lab.study.comparison import Executor, perform
 from smoa_lab.study.plan import Metrics
 from smoa_lab.study.study import Job, Study
@@ -34,11 +35,11 @@ PATIENCE = 5.0
 @dataclass(frozen=True)
 class Place:
     """Where a study is run: the folder in which the command was given, a file in the study's folder that only machines
-    see which share it, whether the command trusts the repositories of models, and smoa's version there."""
+    see which share it, what the command lets run, and smoa's version there."""
 
     folder: str
     mark: Path
-    is_trusted: bool = False
+    trust: Trust = Trust()  # noqa: RUF009 - it is frozen
     version: str = smoa.__version__
 
     def enter(self) -> None:
@@ -55,7 +56,8 @@ class Place:
                 f"machines of the cluster must share this folder, and {self.folder}, under the same path"
             )
         os.chdir(self.folder)
-        trust_remote_code(self.is_trusted)
+        if trusted() != self.trust:
+            trust(self.trust)
 
 
 def work(place: Place, threads: int, job: Job, *arguments: Any) -> Metrics | None:
@@ -77,7 +79,8 @@ class RayExecutor(Executor):
     def __init__(self, study: Study, workers: int, address: str | None = None) -> None:
         super().__init__()
         self.study, self.workers, self.address = study, workers, address
-        self.place = Place(str(Path.cwd()), study.folder / f".driver-{uuid.uuid4().hex}", is_trusted())
+        given = replace(trusted(), digest=own_metric().digest) if trusted().metric else trusted()
+        self.place = Place(str(Path.cwd()), study.folder / f".driver-{uuid.uuid4().hex}", given)
         self._ray: Any = None
 
     def start(self, job: Job, *arguments: Any) -> None:

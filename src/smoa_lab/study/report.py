@@ -8,19 +8,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
 
 from smoa.atomic import write_whole
-from smoa_lab.data.answers import SHARES
+from smoa_lab.basics.plain import finite
+from smoa_lab.data.answers import OWN, SCORES, shown_as
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.tables import Cell, Table, counted, number
 from smoa_lab.pages.templates import Figure, page
 from smoa_lab.study import charts
 from smoa_lab.study.comparison import Comparison, measured, read_metrics
 from smoa_lab.study.plan import FIRST_SEEDS, Metrics
-from smoa_lab.study.results import MEASURES, FinalRun, Result, as_json, budgets_of, final_runs
+from smoa_lab.study.results import MEASURES, FinalRun, Result, as_json, budgets_of, final_runs, read_rows
 from smoa_lab.study.search import Chosen, rate_text
 from smoa_lab.study.verdict import EQUAL, verdict
 from smoa_lab.training.run_folder import RunFolder
@@ -101,7 +103,14 @@ def report(comparison: Comparison) -> Report:
     as_it_is = RunFolder(study.folder / "untouched")
     untouched = read_metrics(as_it_is) if as_it_is.finished else None
     loss = None if untouched is None else untouched["evaluation"]["before"]["loss"]
-    command = f"smoa compare {study.folder / 'study.yaml'}"
+    command, by_metric = f"smoa compare {study.folder / 'study.yaml'}", list[str]()
+    if comparison.metric == OWN:
+        place, _, digest = str(comparison.scorer).rpartition(" ")
+        command += f" --metric {place}"
+        by_metric = [f"The score is the mean of {place} over rows; SHA-256 of the file: {digest[:16]}."]
+        if untouched is not None:  # a mended function has scored it again
+            scores = [row["scored_before"] for row in read_rows(as_it_is, OWN, comparison.scorer).values()]
+            untouched["evaluation"]["before"][OWN] = finite(fmean(scores))
     of_round = sum(comparison.seconds("final", name) for name in study.entries) / comparison.workers
     sentences = {name: verdict(budget, command, of_round) for name, budget in budgets.items()}
     told = [" ".join([f"{name}:", *own][len(budgets) == 1 :]) for name, own in sentences.items()]
@@ -126,7 +135,7 @@ def report(comparison: Comparison) -> Report:
     sections |= {"Learning rates": rate_table(searches)} if searches else {}
     sections |= {"Runs": run_table(comparison, finals)} if finals else {}
     missing = [name for name in study.entries if name not in finals]
-    notes = [*untouched_sentence(untouched), INTRODUCTION]
+    notes = [*untouched_sentence(untouched), *by_metric, INTRODUCTION]
     notes += [f"Not run yet: {', '.join(missing)}."] if missing else []
     made = Report(
         title=f"{study.folder.resolve().name}: {study.shared['model']['name']}",
@@ -229,7 +238,9 @@ def untouched_sentence(untouched: Metrics | None) -> list[str]:
         return []
     scores = untouched["evaluation"]["before"]
     text = f"The untouched model: loss {number(scores['loss'], 4)}"
-    text += "".join(f", {title} {100 * scores[name]:.1f} %" for name, title in SHARES.items() if name in scores)
+    for name, title in ((name, title) for name, title in SCORES.items() if name in scores):
+        times, digits, sign = shown_as(name)
+        text += f", {title} {number(scores[name], digits, times)}{sign}"
     if scores.get("majority") is not None:
         text += f"; the commonest label is right in {100 * scores['majority']:.1f} %"
     return [f"{text}."]

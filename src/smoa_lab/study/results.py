@@ -9,23 +9,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import permutations
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from smoa_lab.basics.plain import finite
-from smoa_lab.data.answers import RULES, Metric
-from smoa_lab.scoring.differences import (
-    SIGNIFICANT,
-    Difference,
-    Floats,
-    corrected,
-    paired_difference,
-    seed_error,
-    variances_of,
-)
+from smoa_lab.data.answers import OWN, RULES, Metric
+from smoa_lab.data.own_metric import own_metric
+from smoa_lab.scoring import differences as rule
+from smoa_lab.scoring.differences import Difference, Floats
 from smoa_lab.study.comparison import Comparison, measured
 from smoa_lab.study.plan import Metrics
 from smoa_lab.study.search import Chosen, best_of
@@ -62,7 +55,7 @@ SCORED = "scored_after"
 OF_METRICS = {
     name: Measure(f"{title} %", SCORED, False, 1, 100, 1, "points", "scored_before")
     for name, title in {"choice": "accuracy", **{name: name for name in RULES}}.items()
-}
+} | {OWN: Measure(OWN, SCORED, False, 1, 1, 3, "points of score", "scored_before")}
 MEASURES = {each.title: each for each in (LOSS, OF_CHOICES, *OF_PREFERENCES, *OF_METRICS.values())}
 """All measures by their titles."""
 
@@ -85,17 +78,25 @@ class FinalRun:
     rows: dict[RowKey, dict[str, Any]]
 
 
-def read_rows(file: Path, metric: Metric | None = None) -> dict[RowKey, dict[str, Any]]:
-    """The held-out rows of a run, with what the ``metric`` makes of stored answers, the worst where it diverged."""
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        rows = {(row["digest"], row["copy"]): row for row in map(json.loads, lines)}
-    for row in rows.values() if metric else ():
-        for stage in (stage for stage in ("before", "after") if stage in row):
-            right = row.get(f"right_{stage}")
-            if metric in RULES:
-                right = float(RULES[metric](row[f"answer_{stage}"], row["reference"]))
-            row[f"scored_{stage}"] = -math.inf if row[stage] is None else right
-    return rows
+def read_rows(
+    folder: RunFolder, metric: Metric | None = None, scorer: str | None = None
+) -> dict[RowKey, dict[str, Any]]:
+    """The held-out rows of a run, with what the ``metric`` makes of stored answers, the worst where it diverged. What
+    the user's own makes of them, whose name is ``scorer``, is stored: a report needs no function."""
+    with gzip.open(folder.rows, "rt", encoding="utf-8") as lines:
+        rows = list(map(json.loads, lines))
+    parts = [(row, stage) for row in rows if metric for stage in ("before", "after") if stage in row]
+    if metric == OWN and not all(f"scored_{stage}" in row and row["scored_by"] == scorer for row, stage in parts):
+        own = own_metric(scorer)
+        for row, stage in parts:
+            row[f"scored_{stage}"] = own.score(row[f"answer_{stage}"], row["own"], row["where"])
+        folder.write_rows({**row, "scored_by": own.name} for row in rows)
+    for row, stage in parts:
+        value = row.get(f"right_{stage}" if metric == "choice" else f"scored_{stage}")
+        if metric in RULES:
+            value = float(RULES[metric](row[f"answer_{stage}"], row["reference"]))
+        row[f"scored_{stage}"] = -math.inf if row[stage] is None else value
+    return {(row["digest"], row["copy"]): row for row in rows}
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ def final_runs(comparison: Comparison) -> dict[str, dict[int, FinalRun]]:
             job = comparison.final(name, seed)
             if (metrics := comparison.stored(job)) is not None:
                 folder = RunFolder(comparison.study.folder / job.name)
-                found.setdefault(name, {})[seed] = FinalRun(folder, metrics, read_rows(folder.rows, comparison.metric))
+                rows = read_rows(folder, comparison.metric, comparison.scorer)
+                found.setdefault(name, {})[seed] = FinalRun(folder, metrics, rows)
     return {name: found[name] for name in comparison.study.entries if name in found}
 
 
@@ -207,14 +209,14 @@ def _of_budget(
         title: {name: own.sum(axis=1) / weights[title].sum() for name, own in of_entries.items()}
         for title, of_entries in values.items()
     }
-    known = {title: variances_of(own) for title, own in of_seeds.items()}
+    known = {title: rule.variances_of(own) for title, own in of_seeds.items()}
     is_whole = len(runs) == len(finals) * len(seeds)  # else what is found could decide what is run
-    level = SIGNIFICANT / 2 ** (comparison.look(budget, len(runs)) if is_whole and len(seeds) > 1 else 0)
+    level = rule.SIGNIFICANT / 2 ** (comparison.look(budget, len(runs)) if is_whole and len(seeds) > 1 else 0)
 
     def difference(measure: Measure, of: str, other: str, level: float) -> Difference:
         own, title = values[measure.title], measure.title
-        error = seed_error(known[title], (of, other), len(seeds))
-        return paired_difference(own[of], own[other], weights[title], measure.sign, error, level)
+        error = rule.seed_error(known[title], (of, other), len(seeds))
+        return rule.paired_difference(own[of], own[other], weights[title], measure.sign, error, level)
 
     results = []
     for name, of_entry in finals.items():
@@ -255,11 +257,11 @@ def _of_budget(
                 pairs[one, other] = difference(decides, worse, better, level / (len(finals) - 1))
             else:
                 pairs[one, other] = Difference(lost, lost, lost, "same")
-        before = _untouched(study.folder / "untouched", keys, decides, comparison.metric)
+        before = _untouched(comparison, keys, decides)
         if before is not None and alive[best]:
-            error = seed_error(known[decides.title], (best,), len(seeds))
+            error = rule.seed_error(known[decides.title], (best,), len(seeds))
             more, less = (before + 0 * own[best], own[best])[::-sign]
-            gain = paired_difference(more, less, weights[decides.title], 1, error, level)
+            gain = rule.paired_difference(more, less, weights[decides.title], 1, error, level)
     return Budget(results, len(finals) * len(seeds), decides, pairs, gain, level, study.tolerance)
 
 
@@ -269,12 +271,13 @@ def _values(runs: Sequence[Mapping[RowKey, Mapping[str, Any]]], keys: Sequence[R
     return np.array([[np.inf if value is None else value for value in of_run] for of_run in rows], np.float64)
 
 
-def _untouched(folder: Path, keys: Sequence[RowKey], measure: Measure, metric: Metric | None) -> Floats | None:
+def _untouched(comparison: Comparison, keys: Sequence[RowKey], measure: Measure) -> Floats | None:
     """The values of the untouched model, (1, rows); None where it was not scored."""
     if isinstance(measure.untouched, float):
         return np.full((1, len(keys)), measure.untouched)
-    run = RunFolder(folder)
-    return _values([read_rows(run.rows, metric)], keys, measure.untouched) if run.finished else None
+    run = RunFolder(comparison.study.folder / "untouched")
+    rows = read_rows(run, comparison.metric, comparison.scorer) if run.finished else {}
+    return _values([rows], keys, measure.untouched) if rows else None
 
 
 def _judged(results: Sequence[Result], level: float) -> list[Result]:
@@ -286,7 +289,7 @@ def _judged(results: Sequence[Result], level: float) -> list[Result]:
     judged: dict[str, dict[str, Difference]] = {one.entry: {} for one in results}
     for decides in (True, False):
         family = [(entry, title) for entry, number, title in places if (number == 0) == decides]
-        found = corrected([known[entry].differences[title] for entry, title in family], level)
+        found = rule.corrected([known[entry].differences[title] for entry, title in family], level)
         for (entry, title), each in zip(family, found, strict=True):
             worse = {"worse": entry, "better": known[entry].reference}.get(each.final)
             judged[entry][title] = replace(each, verdict="open", holm_verdict=None) if worse in at_edge else each

@@ -72,9 +72,9 @@ def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
     return LoadedRun(config, base, tokenizer, encoder, data)
 
 
-def inputs(config: RunConfig) -> dict[str, Any]:
+def inputs(config: RunConfig, trains: bool = True) -> dict[str, Any]:
     """What a run would start from, without its weights: ``digests`` and, of each part, how many ``rows`` there are."""
-    encoder, rows = trainable_rows_of(config, load_tokenizer(config.model))
+    encoder, rows = trainable_rows_of(config, load_tokenizer(config.model), trains)
     parts = rows.account["parts"]
     return {"digests": digests_of(config, encoder, rows), "rows": {part: parts.get(part, 0) for part in PARTS}}
 
@@ -105,7 +105,7 @@ def trainable_rows_of(
     encoder, rows = read_rows_of(config, tokenizer)
     account = rows.account
     require_good_rows(account, config.data.skip_bad_rows)
-    if metric := config.data.metric:
+    if trains and (metric := config.data.metric):
         Evaluation(encoder, rows.rows(config.scoring.part), metric=metric)  # refuses rows that can't be scored
     if trains:
         check_trainer(config, account["format"])

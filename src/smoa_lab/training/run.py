@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
 import shutil
 import time
@@ -18,14 +16,14 @@ from peft import PeftConfig
 from transformers import Trainer, TrainingArguments
 
 from smoa.atomic import new_file, write_whole
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, DataError
 from smoa.layers.distributed import from_rank_zero
 from smoa_lab.base_models import described_base, empty_model, to_device, with_rate
 from smoa_lab.basics.atomic import new_folder
 from smoa_lab.basics.plain import finite, portable
 from smoa_lab.config.methods import moves_base
 from smoa_lab.config.run import RunConfig
-from smoa_lab.data.answers import RULES
+from smoa_lab.data.answers import ANSWERED
 from smoa_lab.data.rows import row_from_json
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.run_report import losses, run_card, samples_text
@@ -53,7 +51,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     loaded = load_run(config)
     forgetting = Forgetting(config.forgetting.text, config.forgetting.tokens, loaded.tokenizer, loaded.base.config)
     trainer = make_trainer(loaded, peft_config)
-    if config.data.metric in RULES and trainer.args.world_size > 1:
+    if config.data.metric in ANSWERED and trainer.args.world_size > 1:
         raise ConfigError(f"data.metric: {config.data.metric} needs answers, which one process writes; leave it out")
     with folder.claimed(text, loaded.inputs() if is_first_process() else {}) as checkpoint:
         return _train(loaded, trainer, forgetting, folder, checkpoint)
@@ -110,7 +108,11 @@ def _train(
     fit(trainer, checkpoint)
     seconds = time.perf_counter() - started
     model: Any = trainer.model
-    evaluation.measure(model, "after")
+    failed: DataError | None = None
+    try:
+        evaluation.measure(model, "after")
+    except DataError as error:  # of the user's metric: the run is kept with its answers, which another can score
+        failed = error
     forgetting.measure(model, "after")
     history = trainer.state.log_history
     tokens = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
@@ -129,7 +131,10 @@ def _train(
     metrics["history"] = history
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded else None  # all ranks gather it
-    return from_rank_zero(partial(_save, loaded, folder, model, state, metrics, evaluation))
+    metrics = from_rank_zero(partial(_save, loaded, folder, model, state, metrics, evaluation))
+    if failed is not None:
+        raise DataError(f"{failed}. {folder.path} is finished but for this score") from failed
+    return metrics
 
 
 @contextmanager
@@ -206,9 +211,7 @@ def _save(
 
 def _finish(folder: RunFolder, metrics: dict[str, Any], evaluation: Evaluation) -> dict[str, Any]:
     """Write a JSON line for each held-out row, and last the metrics, with null for what is not finite."""
-    with new_file(folder.rows) as file, gzip.open(file, "wt", encoding="utf-8") as stream:
-        for line in evaluation.lines():
-            stream.write(json.dumps(finite(line)) + "\n")
+    folder.write_rows(evaluation.lines())
     metrics = finite(metrics)
     folder.finish(metrics)
     logger.info("Finished: %s", folder.path)

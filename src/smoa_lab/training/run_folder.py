@@ -6,6 +6,7 @@ by no other.
 
 from __future__ import annotations
 
+import gzip
 import importlib.metadata
 import json
 import logging
@@ -14,7 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import compress
 from pathlib import Path
@@ -26,11 +27,11 @@ from filelock import FileLock, Timeout
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from smoa.atomic import write_whole
+from smoa.atomic import new_file, write_whole
 from smoa.errors import ConfigError
 from smoa_lab.basics.atomic import check_place
 from smoa_lab.basics.cache import free_name
-from smoa_lab.basics.plain import json_text
+from smoa_lab.basics.plain import finite, json_text
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
 from smoa_lab.data.rows import Row
@@ -142,6 +143,11 @@ class RunFolder:
                 logger.warning("%s is incomplete and is removed", checkpoint)
                 shutil.rmtree(checkpoint)
         return None
+
+    def write_rows(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Write what is known of each held-out row, with null for what is not finite."""
+        with new_file(self.rows) as file, gzip.open(file, "wt", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(finite(line)) + "\n" for line in lines)
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, which marks the run finished, and remove its checkpoints."""

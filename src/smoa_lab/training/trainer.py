@@ -106,7 +106,7 @@ def _dataset(run: LoadedRun, part: Part) -> Any:
     if not len(data):
         return None
     if run.config.trainer == "sft":
-        return data.remove_columns("row")
+        return data.select_columns(["input_ids", "labels"])
     texts = data.map(lambda row: json.loads(row["row"]), remove_columns=data.column_names)
     return texts.select_columns(["prompt", "completion", "rejected"]).rename_column("completion", "chosen")
 

@@ -11,9 +11,11 @@ import yaml
 from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
+from smoa_lab.basics.trust import Trust, trusted
 from smoa_lab.cli.main import app
 from smoa_lab.training import loaded_run
 from tests.support.lab import questions
+from tests.support.metrics import ALIKE
 from tests.support.own_rows import MARKED, chats, rows_values, tiny_chat_model, tokenizer_with, write_rows
 
 GOOD = [{"text": f"The shop opens at {i}."} for i in range(6)]
@@ -98,6 +100,20 @@ def test_the_result_of_rows_with_choices_is_printed(room: Path) -> None:
     assert done.exit_code == 0, done.stderr
     for said in ("Accuracy changed by ", "learned: accuracy ", "forgot: ", "accuracy  majority"):
         assert said in done.stdout
+
+
+def test_answers_are_scored_by_a_function_that_the_command_names(room: Path) -> None:
+    (room / "own.py").write_text(ALIKE)
+    rows = write_rows(room / "rows.jsonl", chats(20))
+    done = command(room, rows, "--metric", "own.py:score")
+    assert done.exit_code == 0, done.stderr
+    for said in ("perplexity          score", "Score changed by +0.", "learned: score 0."):
+        assert said in done.stdout
+    assert trusted() == Trust()
+    (room / "own.py").write_text("def score(answer, row): return 2.5")
+    again = CliRunner().invoke(app, ["eval", "run", "--metric", "own.py:score", "--json"])
+    assert [json.loads(again.stdout)[stage]["score"] for stage in ("before", "scores")] == [2.5, 2.5]
+    assert "score" not in json.loads(CliRunner().invoke(app, ["eval", "run", "--json"]).stdout)["scores"]
 
 
 def test_the_result_of_preferences_is_printed_and_keys_can_be_changed_on_the_command_line(room: Path) -> None:

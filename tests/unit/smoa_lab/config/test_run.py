@@ -60,6 +60,14 @@ def test_a_file_or_an_override_cannot_let_a_repository_run_its_code(file: Path, 
         load_config(file)
 
 
+def test_a_file_or_an_override_cannot_name_a_function_to_run(file: Path) -> None:
+    refused = r"data\.metric: a file can't name a function to run; if you trust it, give --metric own\.py:score"
+    with pytest.raises(ConfigError, match=refused):
+        load_config(file, ["data.metric=own.py:score"])
+    assert load_config(file, ["data.metric=score"]).data.metric == "score"
+    assert "metric: null" in load_config(file, ["data.metric=score"]).to_yaml()  # what other commands read
+
+
 @pytest.mark.parametrize("key", ["token", "hub_token", "my_access_token", "api_key", "wandb_api_key", "password"])
 def test_a_file_or_an_override_cannot_hold_a_secret(file: Path, key: str) -> None:
     refused = rf"model\.options\.{key}: a config can't hold a secret; leave it out, and set HF_TOKEN"

@@ -1,9 +1,11 @@
 """Rows on disk: which part a row is in, what is counted, and what a second reading costs."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,22 @@ def test_rows_come_in_their_order_into_the_part_that_they_name_and_a_test_source
     assert rows.account["parts"] == {"train": 2, "validation": 1, "test": 1}
     rows = prepare(Listed(texts(2)), Listed([{"text": "a", "part": "train"}]))
     assert [row.completion for row in rows.rows("test")] == ["a"]
+
+
+def test_held_out_rows_keep_their_own_fields_and_their_place_and_no_digest_has_them(tmp_path: Path) -> None:
+    own = [{"text": f"Text {i}.", "id": i, "day": date(2020, 1, 1 + i), "part": PARTS[i % 3]} for i in range(6)]
+    rows = prepare(Listed(own))
+    assert [json.loads(row.own) for row in rows.rows("test")] == [
+        {"text": f"Text {i}.", "id": i, "day": f"2020-01-0{1 + i}", "part": "test"} for i in (2, 5)
+    ]
+    assert [row.where for row in rows.rows("validation")] == ["row 2", "row 5"]
+    assert {row.own + row.where for row in rows.rows("train")} == {""}
+    bare = prepare(Listed([{key: row[key] for key in ("text", "part")} for row in own], version=1))
+    assert bare.account["sha256"] == rows.account["sha256"]
+    assert bare.rows("test") == rows.rows("test")
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "part": "test"}, {"text": "b"}])
+    (found,) = prepare(FileSource(file, "rows")).rows("test")
+    assert found.where == "rows.jsonl, row 1"
 
 
 def test_a_row_is_repeated_whatever_its_white_space_and_case() -> None:

@@ -1,10 +1,13 @@
 """Scores of held-out rows, and what changed between two stages."""
 
 import dataclasses
+import json
 import math
 import re
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -22,11 +25,13 @@ from smoa.errors import DataError
 from smoa_lab.data.chat_templates import set_chat_template
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.formats import shape
+from smoa_lab.data.own_metric import own_metric
 from smoa_lab.data.rows import Message, Row
 from smoa_lab.scoring import evaluation as evaluation_module
-from smoa_lab.scoring.evaluation import Evaluation, Forgetting, Measured, continue_prompts, ends_of
+from smoa_lab.scoring.evaluation import Evaluation, Forgetting, Measured, Stage, continue_prompts, ends_of
 from smoa_lab.scoring.losses import Losses, row_losses
 from tests.support import lab, tiny_models
+from tests.support.metrics import named
 from tests.support.own_rows import MARKED, tiny_chat_model, tokenizer_with
 
 QUESTIONS = [shape(row, "choices") for row in lab.questions(12, "test")]
@@ -291,11 +296,9 @@ class Writer(torch.nn.Module):
 def answered(rows: list[Row], text: str, metric: Any, samples: int = 0) -> tuple[Evaluation, Writer]:
     evaluation = Evaluation(of_turns(), rows, samples, metric=metric)
     writer = Writer(evaluation.encoder, text)
-    evaluation.measured = dict.fromkeys(("before", "after"), Measured(Losses([1.0] * len(rows), [1] * len(rows))))
-    for stage in evaluation.measured:
-        prompts = [prompt.ids for prompt in evaluation.prompts]
-        tokenizer = evaluation.encoder.tokenizer
-        evaluation.written[stage] = continue_prompts(writer, tokenizer, prompts, evaluation.new_tokens)
+    vars(evaluation)["measure_once"] = lambda model: Measured(Losses([1.0] * len(rows), [1] * len(rows)))
+    for stage in get_args(Stage):
+        evaluation.measure(writer, stage)
     return evaluation, writer
 
 
@@ -314,6 +317,34 @@ def test_a_metric_sees_the_answer_alone_and_not_the_prompt() -> None:
     assert set(writer.asked) == {longest + 1}
     again, _ = answered([talk("Is it six?", "seven"), rows[1]], "seven", "contains")
     assert (again.scores()["after"]["contains"], again.gain and again.gain["contains"]) == (0.5, 0.0)
+
+
+def test_a_users_metric_sees_the_answer_alone_and_the_rows_own_fields(tmp_path: Path) -> None:
+    source = (
+        "asked = []\ndef score(answer, row):\n    asked.append((answer, row))\n    return row['weight'] * len(answer)"
+    )
+    told = [{"weight": 1, "prompt": "Say yes.", "completion": "yes"}, {"weight": -2.5}]
+    rows = [replace(talk("Say yes.", "yes"), own=json.dumps(own), where=f"row {i}") for i, own in enumerate(told)]
+    with named(tmp_path / "own.py", source):
+        evaluation, _ = answered(rows, " Say seven. ", "score")
+        asked = sys.modules["smoa_own_metric"].asked  # type: ignore[attr-defined]
+        assert asked == [(answer, own) for answer in ("yes", "Say seven.") for own in told]
+        lines = evaluation.lines()
+        assert [line["scored_after"] for line in lines] == [10.0, -25.0]
+        assert {line["scored_by"] for line in lines} == {own_metric().name}
+    assert evaluation.scores()["after"]["score"] == -7.5
+    assert (evaluation.gain or {})["score"] == 0.0
+    assert [(json.loads(line["own"]), line["where"]) for line in lines] == [(told[0], "row 0"), (told[1], "row 1")]
+
+
+def test_a_users_metric_is_tried_on_the_references(tmp_path: Path) -> None:
+    rows = [replace(talk("2 + 2?", "4"), own="{}", where="a.jsonl, row 1"), talk("Who?", "me")]
+    with named(tmp_path / "own.py", "def score(answer, row): return row['n']"):
+        with pytest.raises(DataError, match=r"^a\.jsonl, row 1: --metric .* fails on the answer '4': KeyError: 'n'"):
+            Evaluation(of_turns(), rows, metric="score")
+        for others in (PAIRS, [Row("", "A story.")]):
+            with pytest.raises(DataError, match="score scores the answer to a prompt, and these rows have none"):
+                Evaluation(of_turns(), others, metric="score")
 
 
 def test_a_row_whose_prompt_is_too_long_is_answered_too() -> None:

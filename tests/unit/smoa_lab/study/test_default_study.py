@@ -156,6 +156,21 @@ def run_file(room: Path, **training: Any) -> Path:
     return room / "own.yaml"
 
 
+def test_a_study_by_a_users_metric_is_reported_without_it_and_goes_on_with_it(room: Path, written: WrittenRuns) -> None:
+    (room / "own.py").write_text("def score(answer, row): return float(answer == '4')")
+    words = ["compare", "--model", "base", "--data", "chats.jsonl", "seeds=[0,1]"]
+    first = smoa(*words, "--metric", "own.py:score").stdout
+    assert "points of score" in first
+    number = len(written.ran)
+    for place in (words, ["compare", "studies/chats/study.yaml"]):
+        refused = smoa(*place, code=1).stderr
+        assert "data.metric: score is a function that only the command names: give --metric own.py:score" in refused
+        assert first.endswith(smoa(*place, "--report-only").stdout)
+    (room / "own.py").write_text("def score(answer, row): return 1.0")
+    assert "Training gained nothing that could be shown" in smoa(*words, "--metric", "own.py:score").stdout
+    assert len(written.ran) == number
+
+
 def test_tune_is_a_study_of_one_entry_without_final_runs(room: Path, written: WrittenRuns) -> None:
     file = run_file(room, learning_rate=0.0017)
     ran = smoa("tune", str(file))

@@ -170,7 +170,7 @@ def test_bad_rows_and_an_entry_that_cannot_be_made_are_told_before_the_first_run
     with pytest.raises(ConfigError, match="no layer q_pro"):
         compared(study)
 
-    def bad(config: RunConfig) -> dict[str, Any]:
+    def bad(config: RunConfig, trains: bool) -> dict[str, Any]:
         raise DataError("chats.jsonl, line 3: no content")
 
     monkeypatch.setattr(planning, "inputs", bad)

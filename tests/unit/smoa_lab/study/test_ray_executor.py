@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -25,14 +26,16 @@ import yaml
 import smoa
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError
-from smoa_lab.basics.trust import is_trusted
+from smoa_lab.basics.trust import Trust, trust, trusted
 from smoa_lab.config.run import RunConfig
+from smoa_lab.data.own_metric import own_metric
 from smoa_lab.study import ray_executor
 from smoa_lab.study.comparison import Comparison, Executor
 from smoa_lab.study.plan import Metrics, prepare
 from smoa_lab.study.ray_executor import Place, RayExecutor, connect, equal_share, work
 from smoa_lab.study.study import Job, Study, load_study
 from smoa_lab.training.run_folder import RunFolder
+from tests.support.metrics import named
 from tests.support.own_rows import chats, rows_base, write_rows
 from tests.support.processes import ROOT, environment
 from tests.support.studies import ADAPTER, WrittenRuns, finished
@@ -151,8 +154,29 @@ def test_a_machine_with_another_smoa_or_without_the_folder_is_named_and_told_wha
 
 def test_a_worker_trusts_what_the_command_trusts(place: Place) -> None:
     for given in (True, False):
-        replace(place, is_trusted=given).enter()
-        assert is_trusted() == given
+        replace(place, trust=Trust(given)).enter()
+        assert trusted().trust_remote_code == given
+
+
+def test_a_worker_loads_the_metric_of_the_command_by_path_and_checks_its_file(
+    place: Place, tmp_path: Path, study: Study
+) -> None:
+    with named(Path("own.py")):
+        sent = RayExecutor(study, workers=2).place.trust
+    assert (sent.metric, sent.digest) == ("own.py:score", sha256(Path("own.py").read_bytes()).hexdigest())
+    try:
+        for _ in range(2):
+            replace(place, trust=replace(sent)).enter()
+            first = own_metric()
+        replace(place, trust=replace(sent)).enter()
+        assert own_metric() is first
+        trust(Trust())
+        Path("own.py").write_text("def score(answer, row): return 0")
+        replace(place, trust=sent).enter()
+        with pytest.raises(ConfigError, match=r"--metric own\.py:score: .* it isn't the file that the command read"):
+            own_metric()
+    finally:
+        trust(Trust())
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.plan import prepare
 from smoa_lab.study.report import report
 from smoa_lab.study.results import Result, budgets_of, final_runs
 from smoa_lab.study.study import Study
+from tests.support.metrics import named
 from tests.support.studies import WrittenRuns, compared, finished, page
 
 pytestmark = pytest.mark.usefixtures("few_resamples", "quick_pictures")
@@ -228,8 +231,48 @@ def test_a_metric_decides_and_another_scores_the_stored_answers_again_without_a_
     assert (again["measure"], again["gain"][0], again["pairs"][0][2]) == ("exact %", 0.5, -0.25)
     assert len(written.ran) == ran
     for other in ("choice", None):
-        with pytest.raises(ConfigError, match=r"shared\.data\.metric: true, now false"):
+        with pytest.raises(ConfigError, match=r'shared\.data\.metric: "exact", now (null|"choice")'):
             compared(by(study, other))
+
+
+RIGHT = "def score(answer, row): return {'4': 3.0, 'It is 4': 1.5}.get(answer, 0.0)"
+LEVELS = "def score(answer, row): return float(row['level'])"
+
+
+def test_a_users_metric_decides_and_a_mended_one_scores_the_stored_answers_again(
+    study: Study, written: WrittenRuns, tmp_path: Path
+) -> None:
+    own = by(study, "score")
+    with named(tmp_path / "own.py", RIGHT):
+        made = report(finished(own))
+        small, ran = made.summary["budgets"]["small"], len(written.ran)
+        assert (small["measure"], small["gain"][0], small["pairs"][0][:3]) == ("score", 2.25, ["ours", "lora", -0.75])
+        assert "points of score" in made.verdict[0]
+        assert list(results(own)["lora"].values) == ["score", "loss"]
+    stored = report(Comparison(own, prepare(own, None)))
+    assert stored.summary == made.summary
+    digest = sha256(RIGHT.encode()).hexdigest()[:16]
+    note = f"The score is the mean of own.py:score over rows; SHA-256 of the file: {digest}."
+    assert note in made.notes == stored.notes
+    with named(tmp_path / "own.py", LEVELS):
+        mended = report(Comparison(own, prepare(own, None)))
+        assert mended.summary["untouched"]["score"] == 1.0
+        assert mended.summary["budgets"]["small"]["gain"][0] == 0.0
+    assert report(Comparison(own, prepare(own, None))).summary == mended.summary
+    assert len(written.ran) == ran
+
+
+def test_a_study_that_goes_on_without_the_users_metric_says_what_to_give(
+    study: Study, written: WrittenRuns, tmp_path: Path
+) -> None:
+    own = by(study, "score").model_copy(update={"seeds": [0]})
+    with named(tmp_path / "own.py", RIGHT):
+        made = report(finished(own))
+    assert f"`smoa compare {study.folder}/study.yaml --metric own.py:score --seeds 3` goes on" in made.verdict[0]
+    with pytest.raises(ConfigError, match=r"data\.metric: score is a function .* give --metric own\.py:score$"):
+        compared(own)
+    numbers = by(study, "number").model_copy(update={"seeds": [0]})
+    assert report(compared(numbers)).summary["budgets"]["small"]["measure"] == "number %"
 
 
 def test_a_run_that_diverged_loses_by_a_metric_too(study: Study, written: WrittenRuns) -> None:

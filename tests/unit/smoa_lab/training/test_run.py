@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from smoa_lab.training.run import run, score_untouched
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
 from tests.support.kills import killed_after_saving
+from tests.support.metrics import named
 from tests.support.own_rows import chats, pairs, rows_base, rows_config
 
 # Not ours: a deprecation between transformers and peft.
@@ -365,6 +367,23 @@ def test_answers_are_scored_before_and_after_training_and_when_the_run_is_scored
     for found, stage in ((again["before"], "before"), (again["scores"], "after")):
         right = [RULES["contains"](line[f"answer_{stage}"], line["reference"]) for line in lines]
         assert found["contains"] == sum(right) / len(right)
+
+
+def test_a_metric_that_fails_after_training_leaves_the_run_whole_and_names_the_row(tmp_path: Path) -> None:
+    rows = lab.write_rows(tmp_path / "chats.jsonl", chats(20))
+    own = {"data": {"metric": "score"}, "scoring": {"before": False}}
+    config = rows_config(tmp_path, rows, rows_base(tmp_path / "base"), **own)
+    source = "def score(answer, row): return {row['messages'][1]['content']: 1.0}[answer]"
+    told = rf"^chats\.jsonl, row \d+: .* KeyError: .*\. {re.escape(str(config.folder))} is finished but for this score$"
+    with named(tmp_path / "own.py", source), pytest.raises(DataError, match=told):
+        run(config)
+    assert RunFolder(config.folder).finished
+    assert all("answer_after" in line and "scored_after" not in line for line in rows_of(config))
+    with named(tmp_path / "own.py"):
+        found = evaluate_run(*open_run(config.folder, ["data.metric=score"]), RunFolder(config.folder))
+    lengths = [len(line["answer_after"]) / len(str(json.loads(line["own"]))) for line in rows_of(config)]
+    assert found["scores"]["score"] == pytest.approx(sum(lengths) / len(lengths))
+    assert open_run(config.folder)[0].data.metric is None  # and other commands need no function
 
 
 @pytest.mark.parametrize(("kind", "metric"), [("text", "exact"), ("preference", "number"), ("chats", "choice")])
