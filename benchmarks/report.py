@@ -18,7 +18,7 @@ from typing import Any
 import altair as alt
 from _common import FOLDER, RESULTS, lower_quartile
 
-from smoa_lab.pages.charts import SMOA, colors, lines, save_picture, shapes, values
+from smoa_lab.pages.charts import DASHES, color_of, colors, lines, save_picture, shapes, values
 from smoa_lab.pages.tables import Table
 
 DOCS = FOLDER.parent / "docs"
@@ -326,7 +326,7 @@ def draw_sweep(folder: Path) -> None:
         ticks = alt.Axis(values=[one[quantity] for one in points], grid=False, labelFlush=False, format="d")
         x = alt.X(f"{quantity}:Q", title=label, scale=alt.Scale(type="log", base=2, nice=False), axis=ticks)
         y = alt.Y("ratio:Q", title="training step ÷ frozen layer's", scale=alt.Scale(zero=True))
-        panels.append(lines(points, {"SMoA": SMOA}, x, y))
+        panels.append(lines(points, {"SMoA": (color_of("smoa"), DASHES[0])}, x, y))
     save_picture(alt.hconcat(*panels), folder / "performance-time.png")
 
 

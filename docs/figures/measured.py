@@ -20,12 +20,14 @@ from typing import Any
 import altair as alt
 import torch
 
-from smoa_lab.pages.charts import DASHES, MUTED, OTHER, SMOA, color_of, lines, save_picture, values
+from smoa_lab.pages.charts import DASHES, MUTED, color_of, lines, save_picture, values
 from smoa_lab.pages.tables import Table
 
 DOCS = Path(__file__).parents[1]
 IMAGES = DOCS / "images"
 RATES = IMAGES / "rates.json"
+SMOA, OTHER = (color_of("smoa"), DASHES[0]), (MUTED, DASHES[1])
+"""A line's color and dash."""
 RATE_LINES = {"LoRA": ("LoRA", (color_of("lora"), DASHES[1])), "SMoA, 4 / rms": ("SMoA (default)", SMOA)}
 """The entries that are drawn, their names there and their lines."""
 TICKS = (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2)

@@ -34,9 +34,8 @@ from transformers.utils import quantization_config
 
 from smoa.atomic import write_whole
 from smoa.errors import DataError
-from smoa_lab.basics.atomic import check_place, new_folder
-from smoa_lab.basics.cache import cache_folder, content_of
-from smoa_lab.basics.trust import trusted
+from smoa_lab.basics.files import cache_folder, check_place, content_of, new_folder
+from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
 from smoa_lab.pages.card import NamedBase, named_base
 
@@ -134,8 +133,8 @@ def load_weights(
     options: dict[str, Any] = dict(wanted.options)
     if gguf_file and "quantization_config" in options:
         raise DataError("model.options.quantization_config: a GGUF file is dequantized when loaded; leave it out")
-    if gguf_file:
-        options |= _dequantize(gguf_file)
+    if gguf_file and hasattr(quantization_config, "GgufConfig"):  # where it would keep them quantized
+        options["quantization_config"] = quantization_config.GgufConfig(gguf_file=gguf_file, dequantize=True)
     with _explained(wanted):
         model, found = auto_class.from_pretrained(
             source,
@@ -162,7 +161,7 @@ def empty_model(wanted: ModelSection, auto_class: Any = AutoModelForCausalLM) ->
     with _explained(wanted), torch.device("meta"):
         if not hasattr(auto_class, "from_config"):
             return cast(PreTrainedModel, auto_class(config))
-        return cast(PreTrainedModel, auto_class.from_config(config, trust_remote_code=trusted().trust_remote_code))
+        return cast(PreTrainedModel, auto_class.from_config(config, trust_remote_code=TRUSTED.trust_remote_code))
 
 
 def with_rate(config: RunConfig) -> RunConfig:
@@ -229,7 +228,7 @@ def places(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shared(gguf_file: str | None) -> dict[str, Any]:
     """Arguments for the model and its tokenizer."""
-    return {"trust_remote_code": trusted().trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
+    return {"trust_remote_code": TRUSTED.trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
 
 
 @contextmanager
@@ -275,13 +274,6 @@ def prepare_packaged_model(name: str) -> Path:
         load_tokenizer(section).save_pretrained(temporary)
         gguf.unlink()
     return folder
-
-
-def _dequantize(gguf_file: str) -> dict[str, Any]:
-    """Newer releases of transformers keep GGUF weights quantized by default, older ones always dequantize them."""
-    if not hasattr(quantization_config, "GgufConfig"):
-        return {}
-    return {"quantization_config": quantization_config.GgufConfig(gguf_file=gguf_file, dequantize=True)}
 
 
 def _unmark_gguf(model: PreTrainedModel) -> None:

@@ -22,9 +22,8 @@ from smoa.errors import ConfigError, DataError
 from smoa.layers.kinds import kind_of
 from smoa.maths.experts import Layout
 from smoa_lab.base_models import empty_model
-from smoa_lab.config.methods import OTHER_LAYERS, Method, find_method
+from smoa_lab.config.methods import OTHER_LAYERS, Method, count_trained, find_method
 from smoa_lab.config.run import ModelSection
-from smoa_lab.training.adapting import count_trained
 
 BLOCKS = (1, 2, 4, 8, 16, 32)
 FIRST_BLOCKS = 4
@@ -58,7 +57,8 @@ class Choice:
 def budget_choices(model: str, amount: str, targets: tuple[str, ...]) -> list[Choice]:
     """The largest r within ``amount`` for each number of blocks. ``amount`` is ``"0.1%"`` of the model, a parameter
     count, or ``"lora:8"``, what LoRA of that rank trains."""
-    shapes, total = model_shapes(model, targets)
+    empty = empty_model(ModelSection(name=model))
+    shapes, total = shapes_of(empty, targets, model), empty.num_parameters()
     limit = budget_parameters(amount, total, shapes)
     widest = max(min(shape) for shape in shapes)
     largest = {k: _largest_r(shapes, k, limit) for k in BLOCKS if k <= widest}
@@ -195,12 +195,6 @@ def choice_of(shapes: Shapes, total: int, r: int, num_blocks: int) -> Choice:
     bound = min(rank_bound(*shape, *own) for shape, own, _ in _fitted(shapes, r, num_blocks))
     percent = round(100 * spent / total, 4)
     return Choice(num_blocks, r, spent, percent, size, bound, spent // lora_parameters(shapes, 1))
-
-
-def model_shapes(model: str, targets: tuple[str, ...]) -> tuple[Shapes, int]:
-    """Shapes of the layers whose name ends in one of ``targets``, and the model's number of parameters."""
-    empty = empty_model(ModelSection(name=model))
-    return shapes_of(empty, targets, model), empty.num_parameters()
 
 
 def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> Shapes:

@@ -19,7 +19,7 @@ from torch import Tensor
 from smoa.errors import ConfigError, UnsupportedModuleError, UnsupportedVersionError, first_of
 from smoa.files.names import PREFIX, adapter_layers
 from smoa_lab.base_models import described_base, load_weights
-from smoa_lab.basics.atomic import check_place, new_folder
+from smoa_lab.basics.files import check_place, new_folder
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, open_run, with_saved_adapter
 from smoa_lab.scoring.evaluation import Evaluation
 from smoa_lab.scoring.losses import Losses

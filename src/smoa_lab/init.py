@@ -21,8 +21,6 @@ LENGTHS = 64
 """Tokens: a row is cut at a multiple of it."""
 BATCH, ACCUMULATION = 4, 4
 """Rows computed at once, and how often before a step."""
-PARAMETERS = "lora:8"
-"""How many to train, unless told."""
 EPOCHS = 3
 LARGE = 1_000_000_000
 """Parameters of a model from which memory is scarcer than time."""
@@ -58,7 +56,7 @@ NOTES = {
 
 
 def first_values(
-    model: str, data: str, parameters: str = PARAMETERS, dtype: Dtype | None = None, changes: Sequence[str] = ()
+    model: str, data: str, parameters: str = "lora:8", dtype: Dtype | None = None, changes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The config for a model and data: a named set, a file, a folder, or a data set of the Hub. Of the model no weights
     are read; rows are all read, as the ``data.key=value`` of ``changes`` say. With ``method=lora`` among them, or a

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from smoa.errors import MergeError, first_of
 from smoa.files.names import PREFIX, embeddings_of
 from smoa_lab import base_models
-from smoa_lab.basics.atomic import check_place, new_folder
+from smoa_lab.basics.files import check_place, new_folder
 from smoa_lab.config.run import ModelSection
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, with_saved_adapter
 from smoa_lab.pages.card import NamedBase, card_text, method_name

@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError
 from smoa_lab.base_models import described_base
-from smoa_lab.basics.atomic import check_place
+from smoa_lab.basics.files import check_place
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.open_run import adapter_config
 from smoa_lab.pages.card import loading_code
@@ -40,7 +40,12 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
     introduction = "The run is not finished. Run the same smoa train again to go on with it."
     if folder.finished:
         metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
-        introduction = _facts(metrics, method)
+        parameters, training, origin = (metrics[key] for key in ("parameters", "training", "provenance"))
+        versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items() if version)
+        introduction = (
+            f"{method}, {parameters['trainable']:,} of {parameters['total']:,} parameters trained, "
+            f"{training['steps']} steps{time_text(training)} on {origin['device']}. {versions}."
+        )
     elif (checkpoint := get_last_checkpoint(str(folder.path))) is not None:
         state = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         metrics["history"] = state["log_history"]
@@ -64,12 +69,3 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
     shown = [(title, parts) for title, parts in sections.items() if parts]
     write_whole(file, page(folder.path.resolve().name, shown, [introduction]))
     return file
-
-
-def _facts(metrics: dict[str, Any], method: str) -> str:
-    parameters, training, origin = (metrics[key] for key in ("parameters", "training", "provenance"))
-    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items() if version)
-    return (
-        f"{method}, {parameters['trainable']:,} of {parameters['total']:,} parameters trained, "
-        f"{training['steps']} steps{time_text(training)} on {origin['device']}. {versions}."
-    )

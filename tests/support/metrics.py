@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from smoa_lab.basics.trust import Trust, trust
+from smoa_lab.basics.trust import TRUSTED, Trust
 
 ALIKE = """
 def score(answer: str, row: dict) -> float:
@@ -16,8 +16,8 @@ def score(answer: str, row: dict) -> float:
 def named(file: Path, source: str = ALIKE, name: str = "score") -> Iterator[str]:
     """A command has named a function of a file with this source."""
     file.write_text(source, encoding="utf-8")
-    trust(Trust(metric=f"{file}:{name}"))
+    TRUSTED.metric = f"{file}:{name}"
     try:
         yield f"{file}:{name}"
     finally:
-        trust(Trust())
+        vars(TRUSTED).update(vars(Trust()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trust:
     """Whether repositories may run their own code; and FILE:NAME of a metric, whose file has that digest if one is
     given."""
@@ -19,14 +19,5 @@ class Trust:
     digest: str | None = None
 
 
-_state = {"now": Trust()}
-
-
-def trust(given: Trust) -> None:
-    """Set what this process lets run."""
-    _state["now"] = given
-
-
-def trusted() -> Trust:
-    """What this process lets run."""
-    return _state["now"]
+TRUSTED = Trust()
+"""What this process lets run."""

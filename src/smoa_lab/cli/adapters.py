@@ -1,11 +1,12 @@
 """The commands that take a saved adapter or its run, or a model alone: ``smoa merge``, ``convert``, ``verify``,
-``inspect``, ``report`` and ``budget``; and ``smoa exec``, other tools on adapters."""
+``inspect``, ``report``, ``chat`` and ``budget``; and ``smoa exec``, other tools on adapters."""
 
 from __future__ import annotations
 
 import importlib
 import runpy
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from smoa_lab.cli.console import Adapter, AsJson, Base, Trusted, failed, print_json, reporting
+from smoa_lab.cli.console import Adapter, AsJson, Base, BaseDtype, Trusted, failed, print_json, reporting
 
 MergedDtype = Literal["auto", "float32", "bfloat16", "float16"]
 """The choices of smoa_lab.merge, whose import would make ``--help`` wait for torch."""
@@ -118,14 +119,14 @@ def inspect(
     """Show size, norm, ranks and spectral coverage of the update of every adapted layer."""
     with reporting():
         from smoa.atomic import write_whole
-        from smoa_lab.basics.atomic import check_place
+        from smoa_lab.basics.files import check_place
         from smoa_lab.inspect import LayerReport, inspect_layers, layer_table
 
         if html is not None:
             check_place(html)
         reports = {place: inspect_layers(place, base) for place in adapters}
         if html is not None:
-            from smoa_lab.basics.cache import free_name
+            from smoa_lab.basics.files import free_name
             from smoa_lab.inspect_page import inspection_page
             from smoa_lab.open_run import run_name
 
@@ -161,6 +162,52 @@ def report(
             print_json({"page": str(page)})
         else:
             typer.echo(f"Page: {page}")
+
+
+def chat(
+    place: Annotated[
+        str, typer.Argument(metavar="RUN_OR_FOLDER", help="Folder of a run, of an adapter or of a model, or a Hub id.")
+    ],
+    base: Base = None,
+    dtype: BaseDtype = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
+    template: Annotated[str | None, typer.Option(help="alpaca, a name that TRL has, or a .jinja file.")] = None,
+    trust_remote_code: Trusted = False,
+) -> None:
+    """Chat with an adapted model and compare it with its base; /help lists the commands."""
+    given = {"name": base, "dtype": dtype}
+    changes = {key: value for key, value in given.items() if value is not None}
+    with reporting():
+        from smoa.errors import SmoaError
+        from smoa_lab.chat import Chat
+
+        try:
+            chat = Chat(place, changes, template, max_new_tokens, temperature, _is_terminal())
+            if system:
+                chat.system(system)
+            if chat.is_terminal:
+                with suppress(ImportError):  # Windows has none
+                    importlib.import_module("readline")  # input() then keeps a history
+                chat.say("/help lists the commands.")
+            while True:
+                try:
+                    chat.respond(input(f"{chat.name}> " if chat.is_terminal else ""))
+                except SmoaError as error:
+                    chat.say(f"error: {error}")
+                except KeyboardInterrupt:
+                    if not chat.is_terminal:
+                        raise
+                    chat.say("\nInterrupted. /quit or Ctrl-D ends the chat.")
+        except EOFError:
+            return
+        except KeyboardInterrupt:  # while the model is loaded, and in a pipe: there is nothing to resume
+            raise typer.Exit(130) from None
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def budget(

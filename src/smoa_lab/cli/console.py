@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from smoa_lab.basics.plain import json_text
-from smoa_lab.basics.trust import Trust, trust, trusted
+from smoa_lab.basics.trust import TRUSTED, Trust
 
 FULL_DISK = ("No space left", "quota exceeded", "File too large", "inline_container", "iostream error")
 """Words of the errors of Python, safetensors and torch when a disk, or what a process may write, is full."""
@@ -25,8 +24,8 @@ Base = Annotated[str | None, typer.Option(help="Base model to use instead of the
 
 def _trust(context: typer.Context, option: typer.CallbackParam, given: Any) -> Any:
     """Let this process run what an option says until the command ends; of a metric the override that it stands for."""
-    trust(replace(trusted(), **{str(option.name): given}))
-    context.call_on_close(partial(trust, Trust()))
+    setattr(TRUSTED, str(option.name), given)
+    context.call_on_close(partial(vars(TRUSTED).update, vars(Trust())))
     return "data.metric=score" if option.name == "metric" and given else given
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.cli import adapters, chat, data, runs, studies
+from smoa_lab.cli import adapters, runs, studies
 
 app = typer.Typer(
     name="smoa",
@@ -40,7 +40,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "tune": (studies.tune, "smoa tune my.yaml --max-runs 4"),
     "eval": (runs.evaluate, "smoa eval runs/my --output scores.json"),
     "report": (adapters.report, "smoa report runs/my --output my.html"),
-    "chat": (chat.chat, "smoa chat runs/my --temperature 0.7"),
+    "chat": (adapters.chat, "smoa chat runs/my --temperature 0.7"),
     "merge": (adapters.merge, "smoa merge runs/my merged --dtype float32"),
     "convert": (adapters.convert, "smoa convert runs/my lora --rank 16"),
     "verify": (adapters.verify, "smoa verify runs/my --against merged --against lora"),
@@ -55,4 +55,4 @@ EXEC = "smoa exec lm_eval --model hf --model_args pretrained=google/gemma-3-270m
 for name, (function, example) in COMMANDS.items():
     app.command(name, epilog=f"Example: {example}")(function)
 app.command("exec", epilog=f"Example: {EXEC}", context_settings=adapters.EXEC_SETTINGS)(adapters.execute)
-app.add_typer(data.app, name="data")
+app.add_typer(runs.data_app, name="data")

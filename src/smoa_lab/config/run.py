@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from smoa.errors import ConfigError
 from smoa_lab.basics.section import Section
 from smoa_lab.config.methods import MethodName, find_method
-from smoa_lab.config.validation import Problem, all_problems
+from smoa_lab.config.validation import Problem, block_problems, method_problems, training_problems
 from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
 from smoa_lab.data.answers import OWN, Metric
 from smoa_lab.data.files import HubRows, HubSource, RowSource, find_sources
@@ -245,7 +245,8 @@ class ConfigText:
         if given is None or isinstance(given, dict):
             values = {**values, "training": {**defaults, **training}}
         decided = [(("training", key), f"is not for rows: {DECIDED[key]}") for key in DECIDED.keys() & training.keys()]
-        self.refuse([*all_problems(RunConfig, values, trainer_arguments(values.get("trainer"))), *decided])
+        of_training = training_problems(values.get("training"), trainer_arguments(values.get("trainer")))
+        self.refuse([*block_problems(RunConfig, values), *method_problems(values), *of_training, *decided])
         return RunConfig.model_validate(values)
 
     def _stopping(self, training: dict[str, Any]) -> dict[str, Any]:

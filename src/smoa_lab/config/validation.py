@@ -28,14 +28,6 @@ LEAST = dict.fromkeys(
 CHECKED = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False, protected_namespaces=())
 
 
-def all_problems(
-    model: type[BaseModel], values: dict[str, Any], training_class: type[TrainingArguments]
-) -> list[Problem]:
-    """Problems of our own blocks, of the method, ``adapter`` and ``training``, which is for ``training_class``."""
-    training = _training_problems(values.get("training"), training_class)
-    return [*block_problems(model, values), *_method_problems(values), *training]
-
-
 def block_problems(model: type[BaseModel], values: dict[str, Any]) -> Iterable[Problem]:
     """Unknown and missing keys of our own blocks, and values of the wrong type."""
     try:
@@ -45,7 +37,8 @@ def block_problems(model: type[BaseModel], values: dict[str, Any]) -> Iterable[P
             yield tuple(map(str, problem["loc"])), str(problem["msg"]).removeprefix("Value error, ")
 
 
-def _method_problems(values: dict[str, Any]) -> Iterable[Problem]:
+def method_problems(values: dict[str, Any]) -> Iterable[Problem]:
+    """Of the method and ``adapter``."""
     name, adapter = str(values.get("method", "smoa")), values.get("adapter", {})
     try:
         method = find_method(name)
@@ -71,7 +64,8 @@ def _method_problems(values: dict[str, Any]) -> Iterable[Problem]:
                 yield ("method",), f"{name} {reason}; choose another method or setting for preferences"
 
 
-def _training_problems(training: Any, training_class: type[TrainingArguments]) -> Iterable[Problem]:
+def training_problems(training: Any, training_class: type[TrainingArguments]) -> Iterable[Problem]:
+    """Of ``training``, which is for ``training_class``."""
     if not isinstance(training, dict):
         return
     problems = list(_dataclass_problems("training", training_class, training))

@@ -7,16 +7,11 @@ from pathlib import Path
 
 from smoa.errors import DataError
 
-STORY = "packaged"
+STORY, TITLE = "packaged", "Jules and Michel Verne, In the Year 2889"
 WORDS = 120
 """The least words of a passage."""
 LONGEST = 2 * WORDS
 """Words at which a file's paragraphs are cut."""
-
-
-def describe(source: str) -> str:
-    """What is read, in a few words."""
-    return "Jules and Michel Verne, In the Year 2889" if source == STORY else Path(source).name
 
 
 def passages(source: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from smoa.errors import ConfigError, DataError, nearest
 from smoa_lab.basics.plain import portable
-from smoa_lab.basics.trust import Trust, trusted
+from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.data.answers import OWN
 from smoa_lab.data.formats import shown
 
@@ -21,15 +21,15 @@ from smoa_lab.data.formats import shown
 class OwnMetric:
     """The function, loaded from the file that the command names. ``name`` has both, and the SHA-256 of the file."""
 
-    def __init__(self, given: Trust) -> None:
-        self.given, self.place, self.known = given, f"--metric {given.metric}", dict[tuple[str, str], float]()
-        file, _, name = str(given.metric).rpartition(":")
+    def __init__(self, given: str) -> None:
+        self.place, self.known = f"--metric {given}", dict[tuple[str, str], float]()
+        file, _, name = given.rpartition(":")
         module: Any = ModuleType("smoa_own_metric")
         module.__file__, sys.modules[module.__name__] = file, module  # where dataclasses look
         try:
             source = Path(file).expanduser().read_bytes()
-            self.digest = sha256(source).hexdigest()
-            if given.digest not in (None, self.digest):
+            digest = sha256(source).hexdigest()
+            if TRUSTED.digest not in (None, digest):
                 raise ValueError("it isn't the file that the command read; give the command again")
             exec(compile(source, file, "exec"), vars(module))
         except (Exception, SystemExit) as error:
@@ -39,7 +39,7 @@ class OwnMetric:
         if not callable(self.function):
             functions = [key for key, value in vars(module).items() if callable(value)]
             raise ConfigError(f"{self.place}: {file} has no function {name!r}{nearest(name, functions)}")
-        self.name = f"{portable(given.metric)} {self.digest}"
+        TRUSTED.digest, self.name = digest, f"{portable(given)} {digest}"
 
     def score(self, answer: str, row: str, where: str) -> float:
         """What the function makes of an answer to ``row``, JSON of the place ``where``; it is asked once."""
@@ -56,15 +56,15 @@ class OwnMetric:
         return self.known[answer, row]
 
 
-_loaded: list[OwnMetric] = []
+_loaded = dict[tuple[str, str | None], OwnMetric]()
 
 
 def own_metric(known: str | None = None) -> OwnMetric:
     """The function that the command names; raises ConfigError if it names none, such as the one that is ``known``."""
-    given = trusted()
-    if given.metric is None:
+    if TRUSTED.metric is None:
         needed = (known or "FILE.py:NAME ").rpartition(" ")[0]
         raise ConfigError(f"data.metric: {OWN} is a function that only the command names: give --metric {needed}")
-    if not _loaded or _loaded[0].given is not given:
-        _loaded[:] = [OwnMetric(given)]
-    return _loaded[0]
+    if TRUSTED.digest is None or (TRUSTED.metric, TRUSTED.digest) not in _loaded:
+        loaded = OwnMetric(TRUSTED.metric)
+        _loaded[TRUSTED.metric, TRUSTED.digest] = loaded
+    return _loaded[TRUSTED.metric, TRUSTED.digest]

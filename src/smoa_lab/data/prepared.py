@@ -21,8 +21,7 @@ from tqdm.auto import tqdm
 
 from smoa.atomic import write_whole
 from smoa.errors import DataError
-from smoa_lab.basics.atomic import check_place, new_folder
-from smoa_lab.basics.cache import cache_folder
+from smoa_lab.basics.files import cache_folder, check_place, new_folder
 from smoa_lab.basics.plain import portable
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.files import RowSource

@@ -118,11 +118,6 @@ def _look() -> alt.theme.ThemeConfig:
     return {"config": looks}
 
 
-SMOA = (color_of("smoa"), DASHES[0])
-OTHER = (MUTED, DASHES[1])
-"""A line's color and dash."""
-
-
 def lines(
     rows: Sequence[Mapping[str, Any]], names: Mapping[str, tuple[str, list[int]]], x: alt.X, y: alt.Y, width: int = 300
 ) -> Any:

@@ -76,7 +76,14 @@ def score_table(evaluation: Mapping[str, Mapping[str, Any]], caption: str = "") 
     known = (name for scores in evaluation.values() for name, score in scores.items() if score is not None)
     names = list(dict.fromkeys(name for name in known if not name.endswith("_stderr")))
     header = ["training", *(name.replace("_", " ") for name in names)]
-    rows = [[stage, *(score_text(scores, name) for name in names)] for stage, scores in evaluation.items()]
+
+    def told(scores: Mapping[str, Any], name: str) -> str:
+        value, stderr = scores.get(name), scores.get(f"{name}_stderr")
+        if value is None or isinstance(value, int):
+            return "–" if value is None else f"{value:,}"
+        return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
+
+    rows = [[stage, *(told(scores, name) for name in names)] for stage, scores in evaluation.items()]
     return Table(header, rows, caption)
 
 
@@ -123,13 +130,3 @@ def number(value: float | None, digits: int = 3, scale: float = 1) -> str:
 def counted(number: int, what: str) -> str:
     """``1 row``, ``1,200 rows``."""
     return f"{number:,} {what}{'s' * (number != 1)}"
-
-
-def score_text(scores: Mapping[str, Any], name: str) -> str:
-    """``0.412 ± 0.035``, or a dash where there is no such score."""
-    value, stderr = scores.get(name), scores.get(f"{name}_stderr")
-    if value is None:
-        return "–"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"

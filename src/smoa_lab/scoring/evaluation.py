@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -17,7 +18,7 @@ from smoa_lab.base_models import positions_of
 from smoa_lab.data.answers import ANSWERED, OWN, RULES, Metric
 from smoa_lab.data.encoding import Encoder, Tokens, pad_token, text_ids
 from smoa_lab.data.formats import shown
-from smoa_lab.data.general_text import describe, passages
+from smoa_lab.data.general_text import STORY, TITLE, passages
 from smoa_lab.data.own_metric import own_metric
 from smoa_lab.data.rows import Row
 from smoa_lab.scoring.losses import Losses, left_padded, progress, row_losses, score, scoring
@@ -262,7 +263,7 @@ class Forgetting:
         before, after = self.losses["before"], self.losses["after"]
         change = after.change_from(before)
         return {
-            "text": describe(self.source),
+            "text": TITLE if self.source == STORY else Path(self.source).name,
             "passages": len(self.rows),
             "tokens": sum(before.tokens),
             "before": before.mean,

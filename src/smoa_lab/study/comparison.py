@@ -17,7 +17,7 @@ from filelock import FileLock
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError
 from smoa_lab.basics.plain import json_text, portable
-from smoa_lab.basics.trust import trusted
+from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import OWN
 from smoa_lab.data.own_metric import own_metric
@@ -75,10 +75,6 @@ class Executor(AbstractContextManager["Executor"]):
     def __exit__(self, *error: object) -> None:
         """End what still runs."""
 
-    @property
-    def is_full(self) -> bool:
-        return len(self.running) >= self.workers
-
     def start(self, job: Job, *arguments: Any) -> None:
         """Begin what :func:`perform` does with the job and the other arguments."""
         self.running[job] = arguments
@@ -120,7 +116,7 @@ class Comparison:
         """What the finished jobs reached; None for those that diverged."""
         self.configs = {name: study.config(name) for name in study.entries}
         self.metric = next(iter(self.configs.values())).data.metric
-        if self.metric == OWN and trusted().metric:  # else stored answers keep the score that they have
+        if self.metric == OWN and TRUSTED.metric:  # else stored answers keep the score that they have
             now = {"metric": own_metric().name}
             self.plan = changed_plan(study, lambda plan: {"digests": plan.digests | now})
         self.scorer = self.plan.digests.get("metric")
@@ -157,7 +153,7 @@ class Comparison:
             waiting = [job for job in jobs if job not in executor.running and job not in taken]
             if waiting and (metrics := self.stored(waiting[0])) is not None:
                 self.finish(waiting[0], metrics)
-            elif waiting and not executor.is_full and not self.is_over:
+            elif waiting and len(executor.running) < executor.workers and not self.is_over:
                 executor.start(waiting[0], self.config(waiting[0]))
             elif executor.running:
                 job, metrics = executor.next_finished()

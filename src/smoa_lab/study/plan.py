@@ -22,9 +22,10 @@ from pydantic import Field
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.base_models import empty_model
-from smoa_lab.basics.atomic import check_place
+from smoa_lab.basics.files import check_place
 from smoa_lab.basics.plain import json_text
 from smoa_lab.basics.section import Section
+from smoa_lab.config.methods import check_adapter
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import to_yaml
 from smoa_lab.data.answers import ANSWERED, OWN
@@ -32,7 +33,6 @@ from smoa_lab.data.own_metric import own_metric
 from smoa_lab.pages.tables import Table, counted
 from smoa_lab.study.search import rate_text
 from smoa_lab.study.study import Job, Stage, Study, load_study
-from smoa_lab.training.adapting import check_adapter
 from smoa_lab.training.loaded_run import inputs
 
 logger = logging.getLogger(__name__)

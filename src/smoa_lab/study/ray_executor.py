@@ -8,7 +8,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 import smoa
 from smoa.errors import ConfigError, DataError
-from smoa_lab.basics.trust import Trust, trust, trusted
+from smoa_lab.basics.trust import TRUSTED, Trust
 from smoa_lab.data.own_metric import own_metric
 from smoa_lab.study.comparison import Executor, perform
 from smoa_lab.study.plan import Metrics
@@ -39,7 +39,7 @@ class Place:
 
     folder: str
     mark: Path
-    trust: Trust = Trust()  # noqa: RUF009 - it is frozen
+    trust: Trust = field(default_factory=Trust)
     version: str = smoa.__version__
 
     def enter(self) -> None:
@@ -56,8 +56,7 @@ class Place:
                 f"machines of the cluster must share this folder, and {self.folder}, under the same path"
             )
         os.chdir(self.folder)
-        if trusted() != self.trust:
-            trust(self.trust)
+        vars(TRUSTED).update(vars(self.trust))
 
 
 def work(place: Place, threads: int, job: Job, *arguments: Any) -> Metrics | None:
@@ -79,8 +78,9 @@ class RayExecutor(Executor):
     def __init__(self, study: Study, workers: int, address: str | None = None) -> None:
         super().__init__()
         self.study, self.workers, self.address = study, workers, address
-        given = replace(trusted(), digest=own_metric().digest) if trusted().metric else trusted()
-        self.place = Place(str(Path.cwd()), study.folder / f".driver-{uuid.uuid4().hex}", given)
+        if TRUSTED.metric is not None:
+            own_metric()  # its digest is known from now on
+        self.place = Place(str(Path.cwd()), study.folder / f".driver-{uuid.uuid4().hex}", replace(TRUSTED))
         self._ray: Any = None
 
     def start(self, job: Job, *arguments: Any) -> None:

@@ -22,7 +22,7 @@ from smoa_lab.pages.templates import Figure, page
 from smoa_lab.study import charts
 from smoa_lab.study.comparison import Comparison, measured, read_metrics
 from smoa_lab.study.plan import FIRST_SEEDS, Metrics
-from smoa_lab.study.results import MEASURES, FinalRun, Result, as_json, budgets_of, final_runs, read_rows
+from smoa_lab.study.results import MEASURES, FinalRun, Result, budgets_of, final_runs, read_rows
 from smoa_lab.study.search import Chosen, rate_text
 from smoa_lab.study.verdict import EQUAL, verdict
 from smoa_lab.training.run_folder import RunFolder
@@ -142,7 +142,7 @@ def report(comparison: Comparison) -> Report:
         summary={
             "format": 3,
             "verdict": sentences,
-            "entries": as_json(results),
+            "entries": [one.as_json() for one in results],
             "budgets": {name: budget.as_json() for name, budget in budgets.items()},
             "untouched": untouched and untouched["evaluation"]["before"],
             "answers": answers(finals, untouched),

@@ -104,7 +104,8 @@ class Result:
     """One entry: what it trained and reached over its seeds, and the differences to the reference of its budget.
 
     ``values`` are mean and standard deviation over seeds by measure; ``share`` is its number of parameters as a part of
-    the reference's; ``rows`` counts the held-out ones.
+    the reference's; ``rows`` counts the held-out ones; ``forgotten`` is how the loss on general text changed, None
+    where it wasn't measured or is no number.
     """
 
     entry: str
@@ -122,6 +123,10 @@ class Result:
     forgotten: float | None
     kept: str | None
     differences: dict[str, Difference]
+
+    def as_json(self) -> Any:
+        """Plain values, with null for what a diverged run left without a number."""
+        return finite(asdict(self) | {"chosen": asdict(self.chosen) | {"losses": list(self.chosen.losses.items())}})
 
 
 @dataclass(frozen=True)
@@ -151,14 +156,6 @@ class Budget:
         gain = self.gain and [self.gain.mean, self.gain.low, self.gain.high]
         decides = self.measure and self.measure.title
         return finite({"measure": decides, "level": self.level, "gain": gain, "pairs": pairs})
-
-
-def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Plain values, with null for what a diverged run left without a number."""
-    values = [finite(asdict(result)) for result in results]
-    for one in values:
-        one["chosen"]["losses"] = [[rate, loss] for rate, loss in one["chosen"]["losses"].items()]
-    return values
 
 
 def final_runs(comparison: Comparison) -> dict[str, dict[int, FinalRun]]:
@@ -221,6 +218,11 @@ def _of_budget(
     results = []
     for name, of_entry in finals.items():
         reference = study.reference(name)
+        kept = {seed: measured(run.metrics) for seed, run in of_entry.items() if run.folder.adapter.is_dir()}
+        # a resumed run knows only the time of its last steps
+        trained = [run.metrics["training"] for run in of_entry.values() if _machine(run) == machine]
+        timed = [one for one in trained if not one["resumed"]]
+        forgot: list[Any] = [(run.metrics["forgetting"] or {}).get("change") for run in of_entry.values()]
         compares = is_whole and reference in finals and name != reference
         result = Result(
             entry=name,
@@ -237,9 +239,9 @@ def _of_budget(
                 title: (float(own[name].mean()), known[title].get(name, (0.0, 0))[0] ** 0.5)
                 for title, own in of_seeds.items()
             },
-            step_seconds=_step_seconds([run for run in of_entry.values() if _machine(run) == machine]),
-            forgotten=_forgotten(list(of_entry.values())),
-            kept=_kept(of_entry),
+            step_seconds=fmean(one["seconds"] / max(1, one["steps"]) for one in timed) if timed else None,
+            forgotten=None if None in forgot else fmean(forgot),
+            kept=str(of_entry[best_of(kept)].folder.path) if kept else None,
             differences={each.title: difference(each, name, reference, level) for each in measures if compares},
         )
         results.append(result)
@@ -299,22 +301,3 @@ def _judged(results: Sequence[Result], level: float) -> list[Result]:
 def _machine(run: FinalRun) -> tuple[Any, ...]:
     made = run.metrics.get("provenance", {})
     return made.get("device"), made.get("threads")
-
-
-def _step_seconds(runs: Sequence[FinalRun]) -> float | None:
-    """Of runs that were not interrupted, since a resumed one knows only the time of its last steps."""
-    timed = [run.metrics["training"] for run in runs if not run.metrics["training"]["resumed"]]
-    return fmean(one["seconds"] / max(1, one["steps"]) for one in timed) if timed else None
-
-
-def _forgotten(runs: Sequence[FinalRun]) -> float | None:
-    """The mean change of the loss on general text; None where it wasn't measured or is no number."""
-    changes = [(run.metrics["forgetting"] or {}).get("change") for run in runs]
-    known: list[float] = [change for change in changes if change is not None]
-    return fmean(known) if len(known) == len(runs) else None
-
-
-def _kept(runs: Mapping[int, FinalRun]) -> str | None:
-    """The folder of the best of the runs whose adapters are kept."""
-    kept = {seed: measured(run.metrics) for seed, run in runs.items() if run.folder.adapter.is_dir()}
-    return str(runs[best_of(kept)].folder.path) if kept else None

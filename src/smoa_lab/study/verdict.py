@@ -24,7 +24,10 @@ def verdict(budget: Budget, command: str, of_round: float) -> list[str]:
     further seed of all entries."""
     results = budget.results
     sentences = [answer(budget, command, of_round)]
-    sentences += [edge_sentence(one) for one in results if one.chosen.place == "edge"]
+    for one in (one for one in results if one.chosen.place == "edge"):
+        rate, tried = one.chosen.learning_rate, one.chosen.losses
+        told = f"is the {'lowest' if rate == min(tried) else 'highest'} that was tried: it may do better beyond."
+        sentences.append(f"{one.entry}'s best rate, {rate_text(rate)}, {told}")
     sized, diverged = [one for one in results if abs(one.share - 1) > EQUAL], [one for one in results if one.diverged]
     sentences += [f"{one.entry} has {100 * one.share:.0f} % of {one.reference}'s parameters." for one in sized]
     sentences += [f"{one.entry} diverged in {one.diverged} of {counted(len(one.seeds), 'run')}." for one in diverged]
@@ -122,20 +125,10 @@ def _needed(budget: Budget, seeds: int, limit: float) -> tuple[int, float] | Non
     return None
 
 
-def edge_sentence(one: Result) -> str:
-    """Where the search of an entry ended without a neighbor."""
-    side = "lowest" if one.chosen.learning_rate == min(one.chosen.losses) else "highest"
-    rate = rate_text(one.chosen.learning_rate)
-    return f"{one.entry}'s best rate, {rate}, is the {side} that was tried: it may do better beyond."
-
-
 def amount(budget: Budget, value: float) -> str:
-    """A difference in the unit of what decides."""
+    """A difference in the unit of what decides: three digits behind the point, or of a small number its first two."""
     assert budget.measure is not None
     measure, shown = budget.measure, budget.measure.scale * value
-    return f"{number(shown) if measure.scale == 1 else format(shown, f'.{measure.digits}f')} {measure.unit}"
-
-
-def number(value: float) -> str:
-    """Three digits behind the point, or of a small number its first two."""
-    return f"{value:.3f}" if abs(value) >= 0.01 or not value else f"{value:.2g}"
+    if measure.scale != 1:
+        return f"{shown:.{measure.digits}f} {measure.unit}"
+    return f"{f'{shown:.3f}' if abs(shown) >= 0.01 or not shown else f'{shown:.2g}'} {measure.unit}"

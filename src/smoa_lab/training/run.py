@@ -19,16 +19,15 @@ from smoa.atomic import new_file, write_whole
 from smoa.errors import ConfigError, DataError
 from smoa.layers.distributed import from_rank_zero
 from smoa_lab.base_models import described_base, empty_model, to_device, with_rate
-from smoa_lab.basics.atomic import new_folder
+from smoa_lab.basics.files import new_folder
 from smoa_lab.basics.plain import finite, portable
-from smoa_lab.config.methods import moves_base
+from smoa_lab.config.methods import check_adapter, moves_base
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import ANSWERED
 from smoa_lab.data.rows import row_from_json
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.run_report import losses, run_card, samples_text
 from smoa_lab.scoring.evaluation import Evaluation, Forgetting
-from smoa_lab.training.adapting import check_adapter
 from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.run_folder import RunFolder, is_first_process, peak_memory, provenance
 from smoa_lab.training.trainer import Stopwatch, fit, make_trainer

@@ -29,8 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.atomic import new_file, write_whole
 from smoa.errors import ConfigError
-from smoa_lab.basics.atomic import check_place
-from smoa_lab.basics.cache import free_name
+from smoa_lab.basics.files import check_place, free_name
 from smoa_lab.basics.plain import finite, json_text
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
@@ -220,11 +219,15 @@ def in_free_folder(config: RunConfig) -> RunConfig:
 
 def provenance(seed: int, device: torch.device) -> dict[str, Any]:
     """Commit, versions, machine and seed of a result."""
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = next(iter(names), "") or platform.processor() or platform.machine()
     return {
         **_git_state(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "threads": torch.get_num_threads(),
         "seed": seed,
     }
@@ -260,10 +263,3 @@ def _git(*arguments: str) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    text = information.read_text(encoding="utf-8") if information.is_file() else ""
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    return next(iter(names), "") or platform.processor() or platform.machine()

@@ -10,17 +10,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from smoa import SmoaConfig
 from smoa.budget import adapter_bytes, rank_bound
 from smoa.errors import ConfigError, DataError
+from smoa_lab.base_models import empty_model
 from smoa_lab.budget import (
     budget_choice,
     budget_choices,
     budget_parameters,
     lora_parameters,
-    model_shapes,
     parameters,
     shapes_of,
     size_methods,
 )
 from smoa_lab.config.methods import find_method, method_names
+from smoa_lab.config.run import ModelSection
 from tests import reference
 from tests.support import lab
 from tests.support.layers import smoa_layers
@@ -29,13 +30,13 @@ from tests.support.tiny_mixtures import EXPERTS, build_mixture
 
 def test_a_model_whose_shapes_cannot_be_had_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"model\.name: cannot load"):
-        model_shapes(str(tmp_path), ("q_proj",))
+        budget_choices(str(tmp_path), "9", ("q_proj",))
     LlamaConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8
     ).save_pretrained(tmp_path)
     with pytest.raises(DataError, match="no layers named nowhere"):
-        model_shapes(str(tmp_path), ("nowhere",))
-    assert model_shapes(str(tmp_path), ("q_proj",))[0] == Counter({(8, 8): 1})
+        budget_choices(str(tmp_path), "9", ("nowhere",))
+    assert shapes_of(empty_model(ModelSection(name=str(tmp_path))), ("q_proj",), "") == Counter({(8, 8): 1})
 
 
 def test_a_budget_that_is_none_or_buys_nothing_is_refused(tmp_path: Path) -> None:
@@ -81,7 +82,8 @@ def test_loras_budget_is_what_lora_trains_on_the_same_layers(tmp_path: Path) -> 
     base = str(lab.tiny_base(tmp_path))
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=3, target_modules="all-linear"))
     of_lora = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    shapes, total = model_shapes(base, ("all-linear",))
+    empty = empty_model(ModelSection(name=base))
+    shapes, total = shapes_of(empty, ("all-linear",), base), empty.num_parameters()
     assert lora_parameters(shapes, 3) == of_lora
     assert {choice.lora_r for choice in budget_choices(base, "lora:3", ("all-linear",))} == {3}
     choice = budget_choice(shapes, total, "LoRA:3")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from smoa_lab.chat import Chat
-from smoa_lab.cli import chat
+from smoa_lab.cli import adapters
 from smoa_lab.cli.main import app
 from tests.support.chats import chat_base, saved_adapter, written
 
@@ -27,7 +27,7 @@ def mine(base: Path) -> Path:
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "_is_terminal", lambda: True)
+    monkeypatch.setattr(adapters, "_is_terminal", lambda: True)
 
 
 def talk(place: Path | str, *lines: str, options: tuple[str, ...] = ()) -> Result:

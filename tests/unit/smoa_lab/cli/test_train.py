@@ -11,7 +11,7 @@ import yaml
 from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
-from smoa_lab.basics.trust import Trust, trusted
+from smoa_lab.basics.trust import TRUSTED, Trust
 from smoa_lab.cli.main import app
 from smoa_lab.training import loaded_run
 from tests.support.lab import questions
@@ -109,7 +109,7 @@ def test_answers_are_scored_by_a_function_that_the_command_names(room: Path) -> 
     assert done.exit_code == 0, done.stderr
     for said in ("perplexity          score", "Score changed by +0.", "learned: score 0."):
         assert said in done.stdout
-    assert trusted() == Trust()
+    assert Trust() == TRUSTED
     (room / "own.py").write_text("def score(answer, row): return 2.5")
     again = CliRunner().invoke(app, ["eval", "run", "--metric", "own.py:score", "--json"])
     assert [json.loads(again.stdout)[stage]["score"] for stage in ("before", "scores")] == [2.5, 2.5]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.basics.trust import Trust, trust, trusted
+from smoa_lab.basics.trust import TRUSTED, Trust
 from smoa_lab.data.own_metric import own_metric
 from tests.support.metrics import named
 
@@ -68,7 +68,7 @@ def test_what_cannot_be_loaded_says_why_and_what_to_give(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with named(Path("own.py"), source):
-        trust(Trust(metric=place))
+        TRUSTED.metric = place
         with pytest.raises(ConfigError, match=problem):
             own_metric()
 
@@ -84,10 +84,10 @@ def test_a_function_is_asked_once_for_equal_answers_to_equal_rows_and_prints_bes
 
 
 def test_its_name_has_no_place_of_this_machine_and_the_digest_of_the_file(tmp_path: Path) -> None:
-    with named(tmp_path / "own.py") as place:
+    with named(tmp_path / "own.py"):
         digest = sha256((tmp_path / "own.py").read_bytes()).hexdigest()
-        assert (own_metric().name, own_metric().digest) == (f"own.py:score {digest}", digest)
-        trust(Trust(metric=place, digest="0" * 64))
+        assert (own_metric().name, TRUSTED.digest) == (f"own.py:score {digest}", digest)
+        TRUSTED.digest = "0" * 64
         with pytest.raises(ConfigError, match="it isn't the file that the command read; give the command again"):
             own_metric()
 
@@ -100,7 +100,7 @@ def test_dataclasses_in_the_file_work(tmp_path: Path) -> None:
 
 
 def test_where_the_command_names_none_it_is_told_what_to_give() -> None:
-    assert trusted() == Trust()
+    assert Trust() == TRUSTED
     with pytest.raises(ConfigError, match=r"only the command names: give --metric FILE\.py:NAME$"):
         own_metric()
     with pytest.raises(ConfigError, match=r"only the command names: give --metric my own\.py:score$"):

@@ -1,4 +1,5 @@
-"""Writes a new folder whole or not at all: beside its place, under a hidden name, and renamed when complete.
+"""Where files go: the folder in which models and data are cached, names by content, and names that are free. A new
+folder is written whole or not at all: beside its place, under a hidden name, and renamed when complete.
 
 A kill or a full disk leaves none or the new one.
 """
@@ -6,13 +7,17 @@ A kill or a full disk leaves none or the new one.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from secrets import token_hex
+
+import platformdirs
 
 from smoa.errors import ConfigError
 
@@ -51,3 +56,22 @@ def new_folder(target: Path, keep_existing: bool = False) -> Iterator[Path]:
             raise ConfigError(f"{target}: another process created it in the meantime; choose another folder")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cache_folder() -> Path:
+    """``$SMOA_CACHE``, or ``smoa`` in the platform's cache folder. Nothing is created."""
+    chosen = os.environ.get("SMOA_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("smoa", appauthor=False))
+
+
+def content_of(file: Path) -> str:
+    """SHA-256 of a file: another content may have the same size and time."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def free_name(name: str, is_taken: Callable[[str], bool]) -> str:
+    """``name``, or the first of ``name-2``, ``name-3`` and so on that is free."""
+    if not is_taken(name):
+        return name
+    return next(free for number in count(2) if not is_taken(free := f"{name}-{number}"))

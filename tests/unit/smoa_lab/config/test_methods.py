@@ -8,9 +8,8 @@ from peft import PeftConfig
 
 from smoa.errors import ConfigError
 from smoa_lab.base_models import empty_model
-from smoa_lab.config.methods import PRESETS, find_method
+from smoa_lab.config.methods import PRESETS, check_adapter, find_method
 from smoa_lab.config.run import ModelSection
-from smoa_lab.training.adapting import check_adapter
 from tests.support import lab
 
 TARGETS = ["q_proj"]
