@@ -7,7 +7,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from peft.utils import save_and_load
-from transformers import T5ForConditionalGeneration
+from transformers import T5ForConditionalGeneration, TrainingArguments
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 CONVERTS = "test_convert_|merged_model_and_lora_say|a_lora_that_lost_much|merged_and_converted"
@@ -15,6 +15,7 @@ SKIPPED = [
     ("<0.19", CONVERTS, "has no convert_to_lora"),
     ("<0.19", r"output_layer_that_was_tied_gets_a_weight_of_its_own\[config1", "says tied after a merge that unties"),
     ("<0.20", "peft_hira|Llama-2-7B HiRA", "has no HiRA"),
+    ("<0.20", "test_a_list_may_stand_for_a_tuple_a_block_for_a_class", "has no setting that is a class"),
     ("<0.21", "test_a_second_adapter_of_the_same_name_is_refused", "replaces an adapter of the same name"),
 ]
 """(versions of PEFT, regular expression of test names, reason)."""
@@ -28,9 +29,11 @@ OF_T5 = r"(generates_what_each_adapter_generates_alone|the_merged_model_gives_th
 """Tests of T5 with a task type, of which PEFT up to 0.21.0 calls a method that transformers dropped in 5.18."""
 NEEDS_TRANSFORMERS_LOADER = (
     r"by_transformers|test_transformers_loads|test_a_refused_file_leaves|test_an_adapter_of_the_hub_comes|"
-    "test_the_revision_that_is_asked"
+    "test_the_revision_that_is_asked|test_an_adapter_of_another_method_costs_no_request"
 )
 """Tests of `model.load_adapter`, which from transformers 5.6 on imports what PEFT 0.18 does not have."""
+SAMPLES_BY_STRATEGY = r"test_a_ready_config_is_valid.*\[demo|refused\[train_sampling_strategy"
+"""Tests of a training argument that transformers had as `group_by_length` in 5.0."""
 IGNORED = [
     ("<0.19", "ignore:Unsupported layer type:UserWarning"),  # of LoRA, for experts
     ("<0.19", "ignore:Already found a `peft_config` attribute:UserWarning"),  # `unload` leaves it on the model
@@ -52,7 +55,9 @@ def adapt_to_peft(items: list[pytest.Item]) -> None:
     t5 = [("<=0.21.0", OF_T5, "calls a method of T5 that this transformers dropped")] if dropped else []
     lacking = not hasattr(save_and_load, "_maybe_shard_state_dict_for_tp") and version in SpecifierSet(demand[0])
     loader = [("<0.19", NEEDS_TRANSFORMERS_LOADER, "lacks what this load_adapter imports")] if lacking else []
-    for versions, names, reason in [*SKIPPED, demand, *t5, *loader]:
+    samples = [("", SAMPLES_BY_STRATEGY, "is beside a transformers without train_sampling_strategy")]
+    samples = [] if hasattr(TrainingArguments, "train_sampling_strategy") else samples
+    for versions, names, reason in [*SKIPPED, demand, *t5, *loader, *samples]:
         for item in items if version in SpecifierSet(versions) else []:
             if re.search(names, item.name):
                 item.add_marker(pytest.mark.skip(reason=f"PEFT {versions} {reason}"))
