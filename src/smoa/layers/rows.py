@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun
-from smoa.maths.kernels.shared import Gathered, Places, formed, prefers_shared, shared
+from smoa.maths.kernels.shared import Gathered, Places, add_shared, formed, prefers_shared
 
 SHORT_RUN = 4
 """Runs of fewer rows take longer one after the other than with a copy of the factors for each row."""
@@ -136,8 +136,8 @@ def add_by_plan(
         else:
             groups = own.reshape(part.groups, -1, own.shape[-1])
             writes = isinstance(part.rows, slice) and spans is None and output.is_contiguous()
-            total = output[part.rows].view(*groups.shape[:2], -1) if writes else None
-            y = shared(blocks, runs, groups, factors, diagonal, total, part.places)
+            y = output[part.rows] if writes else x.new_zeros(*own.shape[:-1], blocks.out_features)
+            add_shared(y.view(*groups.shape[:2], -1), blocks, runs, groups, factors, diagonal, part.places)
             if writes:
                 continue
         y, first = y.view(*own.shape[:-1], y.shape[-1]), 0

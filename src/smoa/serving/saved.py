@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Self
 
@@ -39,6 +39,11 @@ class SavedLayer:
     row_labels: Tensor
     col_labels: Tensor
     block_scale: Tensor
+    scale: Tensor = field(init=False)
+    """What B is multiplied by: (blocks, 1)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", (self.block_scale * self.scaling)[:, None])
 
     @property
     def is_small(self) -> bool:
@@ -49,6 +54,11 @@ class SavedLayer:
     def digest(self) -> int:
         """Equal for equal blocks."""
         return hash((self.row_labels.cpu().numpy().tobytes(), self.col_labels.cpu().numpy().tobytes()))
+
+    @cached_property
+    def kind(self) -> int:
+        """Equal for equal blocks, ranks and modulation."""
+        return hash((self.ranks, self.modulation, self.digest))
 
     @property
     def device(self) -> torch.device:
@@ -62,7 +72,7 @@ class SavedLayer:
     def with_values(self, A: Tensor, B: Tensor, block_scale: Tensor) -> Self:
         """A layer with the same blocks, ranks and settings."""
         other = replace(self, A=A, B=B, block_scale=block_scale)
-        other.__dict__["digest"] = self.digest
+        other.__dict__.update(digest=self.digest, kind=self.kind)
         return other
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from smoa.layers.rows import RowsBySlot, add_by_plan
+from smoa.layers.rows import Plan, Rows, RowsBySlot, add_by_plan
 from smoa.maths.blocks import Blocks, Orders, ascend
 from smoa.maths.factors import BlockRun
 from smoa.maths.kernels.branch import product_dtype
@@ -86,7 +86,7 @@ class Piece:
 
             def views(part: SavedLayer) -> tuple[Tensor, Tensor]:
                 A, B = part.A.view(len(ranks), rank, -1), part.B.view(-1, len(ranks), rank)
-                return A.transpose(0, 1), B.permute(2, 1, 0) * (part.block_scale * part.scaling)[:, None]
+                return A.transpose(0, 1), B.permute(2, 1, 0) * part.scale
 
             return views
         kept, is_rank = torch.tensor(self.kept), torch.tensor([[j < ranks[k] for k in self.kept] for j in range(rank)])
@@ -97,8 +97,7 @@ class Piece:
         of_A = self._places[1] + own[:, :, None] * self._width
 
         def cut(part: SavedLayer) -> tuple[Tensor, Tensor]:
-            scale = (part.block_scale * part.scaling)[kept][:, None]
-            A, B = torch.take(part.A, of_A), torch.take(part.B, of_B) * scale
+            A, B = torch.take(part.A, of_A), torch.take(part.B, of_B) * part.scale[kept]
             return (A, B) if is_full else (A * has_A, B * has_B)
 
         return cut
@@ -168,22 +167,37 @@ class LayerStack:
         self.factors: Gathered = list(zip(empty[::2], empty[1::2], strict=True))
         """A of each run and B with the scale in it, (slots, 1, rank, blocks, width or height)."""
         self._rank = max(run.rank for run in self.runs) if blocks.entries else 0
+        self._plan: Plan | None = None
+        self._chosen: Gathered = ()
+        self._copies: Gathered = ()
+        """The factors of the slots of this plan, and the memory for such copies, on a CPU: a GPU's is counted."""
 
     def write(self, slot: int, parts: Parts) -> None:
         """Put an adapter into a slot; there is more room if need be."""
         room = len(self.factors[0][0])
         if slot >= room:
             more = [0, 0] * 4 + [0, max(slot + 1, room * 5 // 4) - room]
-            self.factors = [(pad(A, more), pad(B, more)) for A, B in self.factors]
+            self.factors, self._copies = [(pad(A, more), pad(B, more)) for A, B in self.factors], ()
         for (A, B), cut, part in zip(self.factors, self._cuts, filter(None, parts), strict=True):
-            A[slot, 0], B[slot, 0] = cut(part)
+            A[slot], B[slot] = cut(part)
         self.members |= {slot}
+        self._plan = None
 
     def add_to(self, output: Tensor, x: Tensor, rows: RowsBySlot) -> None:
         """Add to an output (rows, …, out_features) what each row's adapter makes of x (rows, …, in_features)."""
         plan, own = rows.plan(self.members, self._rank, x.shape[1:-1].numel(), x.device), self.blocks
-        factors = [(A[plan.slots], B[plan.slots]) for A, B in self.factors]
+        factors = self._chosen if self._plan is plan else self._of(plan.slots)
+        if x.device.type == "cpu":  # a plan stays while vLLM decodes the same requests
+            self._plan, self._chosen = plan, factors
         add_by_plan(output, x, plan, own.blocks, self.runs, factors, own.entries or None, own.spans)
+
+    def _of(self, slots: Rows) -> Gathered:
+        if isinstance(slots, slice) or slots.device.type != "cpu":
+            return [(A[slots], B[slots]) for A, B in self.factors]
+        self._copies = self._copies or [(torch.empty_like(A), torch.empty_like(B)) for A, B in self.factors]
+        own = [part for pair in zip(self.factors, self._copies, strict=True) for part in zip(*pair, strict=True)]
+        copies = [torch.index_select(part, 0, slots, out=copy[: len(slots)]) for part, copy in own]
+        return list(zip(copies[::2], copies[1::2], strict=True))
 
     @property
     def slot_bytes(self) -> int:

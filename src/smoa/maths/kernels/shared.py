@@ -11,15 +11,15 @@ products of its own factors, as in LoRA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from itertools import product, repeat
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from smoa.maths.blocks import Blocks, copied, reordered
+from smoa.maths.blocks import Blocks, copied
 from smoa.maths.factors import BlockRun
 from smoa.maths.kernels.autograd import is_transformed, only_values, without_autocast
 from smoa.maths.kernels.branch import diagonal_blocks, multiply, product_dtype
@@ -41,8 +41,12 @@ def prefers_shared(rank: float, tokens: int, trains: bool = False) -> bool:
 Gathered = Sequence[tuple[Tensor, Tensor]]
 """The factors of each group, for each run: A (groups, 1, rank, blocks, width), and B (groups, 1, rank, blocks, height)
 with the scale, in float32 or wider."""
+LOW = 16
+"""Blocks of fewer rows than a CPU multiplies at once are multiplied with many tokens at once instead."""
 Places = Tensor | list[tuple[int, int, int]]
 """Where the factors of each group are among others, or those of each run of groups: (first, end, place)."""
+Within = list[tuple[slice, int]] | None
+"""Runs of groups and the places of their factors; None where each group has its own."""
 
 
 def gathered(
@@ -90,10 +94,8 @@ def shared(
     x: Tensor,
     factors: Gathered | Callable[[], Gathered],
     diagonal: Diagonal | None,
-    total: Tensor | None = None,
-    places: Places | None = None,
 ) -> Tensor:
-    """`x ΔWᵀ` with each group's own ΔW: (groups, tokens, out_features) in the dtype of x, or `total` with it added.
+    """`x ΔWᵀ` with each group's own ΔW: (groups, tokens, out_features) in the dtype of x.
 
     Differentiable in x and the factors, not in M.
 
@@ -104,40 +106,53 @@ def shared(
         factors: Those of each group, for calls without gradients and transforms, or what gathers them: called again in
             the backward.
         diagonal: The blocks of M; None without modulation.
-        total: What it is added to, in place.
-        places: Of each group in `factors`; None if these are in the order of the groups.
     """
 
     def given() -> tuple[Gathered, Sequence[Tensor] | None]:
         return factors() if callable(factors) else factors, diagonal() if callable(diagonal) else diagonal
 
     def products(x: Tensor) -> Tensor:
-        return _products(blocks, runs, x, *given(), reordered)
+        return _products(blocks, runs, x, *given())
 
     if only_values(x):
-        all_factors, entries = given()
-        total = x.new_zeros(*x.shape[:2], blocks.out_features) if total is None else total
-        for groups, tokens in _pieces(x, max(run.rank for run in runs)):
-            times: Callable[[Tensor, Tensor], Tensor] = torch.mul
-            if isinstance(places, list):
-                chosen, times = all_factors, partial(_times_by_run, _within(groups, places))
-            else:
-                own = groups if places is None else places[groups]
-                chosen = [(A[own], B[own]) for A, B in all_factors]
-            _products(blocks, runs, x[groups, tokens], chosen, entries, copied, times, total[groups, tokens])
+        total = x.new_zeros(*x.shape[:2], blocks.out_features)
+        add_shared(total, blocks, runs, x, *given())
         return total
     recomputes = callable(factors) and diagonal is not None and torch.is_grad_enabled() and not is_transformed(x)
-    y = checkpoint(products, x, use_reentrant=False, preserve_rng_state=False) if recomputes else products(x)
-    return y if total is None else total.add_(y)
+    return checkpoint(products, x, use_reentrant=False, preserve_rng_state=False) if recomputes else products(x)
 
 
-def _pieces(x: Tensor, rank: int) -> Iterator[tuple[slice, slice]]:
+def add_shared(
+    total: Tensor,
+    blocks: Blocks,
+    runs: Sequence[BlockRun],
+    x: Tensor,
+    factors: Gathered,
+    diagonal: Sequence[Tensor] | None,
+    places: Places | None = None,
+) -> None:
+    """Add what `shared` gives to `total`, (groups, tokens, out_features), without gradients.
+
+    `places` are those of each group in `factors`; None if these are in the order of the groups.
+    """
+    pieces = _pieces(x, max(run.rank for run in runs))
+    if places is None and len(pieces) == 1:
+        _add_piece(total, blocks, runs, x, factors, diagonal)
+        return
+    for groups, tokens in pieces:
+        own = groups if places is None else places[groups] if isinstance(places, Tensor) else slice(None)
+        within = _within(groups, places) if isinstance(places, list) else None
+        chosen = [(A[own], B[own]) for A, B in factors]
+        _add_piece(total[groups, tokens], blocks, runs, x[groups, tokens], chosen, diagonal, within)
+
+
+def _pieces(x: Tensor, rank: int) -> list[tuple[slice, slice]]:
     """Some groups and tokens of x (groups, tokens, in_features) after the other; on a GPU all at once."""
     groups, tokens = x.shape[:2]
-    size = max(1, MOST_PRODUCTS // max(1, rank)) if x.device.type == "cpu" else groups * tokens
+    size = max(1, MOST_PRODUCTS // max(1, rank)) if x.device.type == "cpu" else max(1, groups * tokens)
     step = max(1, size // max(1, tokens))
-    for group in range(0, groups, step):
-        yield from ((slice(group, group + step), slice(token, token + size)) for token in range(0, tokens, size))
+    places = product(range(0, groups, step), range(0, tokens, size))
+    return [(slice(group, group + step), slice(token, token + size)) for group, token in places]
 
 
 def _within(groups: slice, places: list[tuple[int, int, int]]) -> list[tuple[slice, int]]:
@@ -146,13 +161,26 @@ def _within(groups: slice, places: list[tuple[int, int, int]]) -> list[tuple[sli
     return [(slice(a - groups.start, b - groups.start), place) for a, b, place in inside if a < b]
 
 
-def _times_by_run(runs: list[tuple[slice, int]], factors: Tensor, values: Tensor) -> Tensor:
+def _times(factors: Tensor, values: Tensor, within: Within) -> Tensor:
     """`factors * values`, of each run of groups with the factors in its place."""
+    if within is None:
+        return factors * values
     shape = torch.broadcast_shapes(factors.shape[1:], values.shape[1:])
     y = values.new_empty(len(values), *shape, dtype=torch.promote_types(factors.dtype, values.dtype))
-    for groups, place in runs:
+    for groups, place in within:
         torch.mul(factors[place], values[groups], out=y[groups])
     return y
+
+
+def _add_times(total: Tensor, factors: Tensor, values: Tensor, within: Within) -> None:
+    """Add `factors * values`, summed over the ranks, to total (groups, tokens, 1, blocks, height)."""
+    if within is not None:
+        for groups, place in within:
+            _add_times(total[groups], factors[place], values[groups], None)
+    elif values.shape[-3] == 1:
+        total.addcmul_(factors, values)
+    else:
+        total.add_((factors * values).sum(-3, keepdim=True))
 
 
 def formed(
@@ -181,39 +209,53 @@ def formed(
 
 
 def _products(
+    blocks: Blocks, runs: Sequence[BlockRun], x: Tensor, factors: Gathered, diagonal: Sequence[Tensor] | None
+) -> Tensor:
+    """`x ΔWᵀ`, differentiable."""
+    sorted_x, dtype, outputs = blocks.sort_inputs(x), product_dtype(x.dtype, x.device.type), []
+    for run, (A, B), entries in zip(runs, factors, diagonal or repeat(None), strict=False):
+        if entries is None:
+            outputs.append(_unmodulated(run, sorted_x, (A, B)))
+            continue
+        with without_autocast(x.device.type):  # every dtype is chosen here
+            outputs.append((B * _multiplied(A * _inputs(run, sorted_x), entries, dtype)).sum(2).flatten(2))
+    return blocks.unsort_outputs(torch.cat(outputs, dim=-1).to(x.dtype))
+
+
+def _add_piece(
+    total: Tensor,
     blocks: Blocks,
     runs: Sequence[BlockRun],
     x: Tensor,
     factors: Gathered,
     diagonal: Sequence[Tensor] | None,
-    ordered: Callable[[Tensor, Tensor], Tensor],
-    times: Callable[[Tensor, Tensor], Tensor] = torch.mul,
-    total: Tensor | None = None,
-) -> Tensor:
-    sorted_x, outputs = x if blocks.is_contiguous else ordered(x, blocks.orders.cols), []
-    if diagonal is None:
-        outputs = [_unmodulated(run, sorted_x, own) for run, own in zip(runs, factors, strict=True)]
-    else:
-        dtype = product_dtype(x.dtype, x.device.type)
-        with without_autocast(x.device.type):  # every dtype is chosen here
-            for run, (A, B), entries in zip(runs, factors, diagonal, strict=True):
-                z = _multiplied(times(A, _inputs(run, sorted_x)), entries.mT, dtype)
-                y = times(B, z)
-                outputs.append((y.squeeze(2) if y.shape[2] == 1 else y.sum(2)).flatten(2))
-    if total is not None and blocks.is_contiguous:
-        for run, y in zip(runs, outputs, strict=True):
-            total.narrow(2, run.first_row, y.shape[2]).add_(y)
-        return total
-    y = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)).to(x.dtype)
-    y = y if blocks.is_contiguous else ordered(y, blocks.orders.rows_inverse)
-    return y if total is None else total.add_(y)
+    within: Within = None,
+) -> None:
+    """Add what `_products` gives to `total`, in few operations."""
+    sorted_x = x if blocks.is_contiguous else copied(x, blocks.orders.cols)
+    y = total if blocks.is_contiguous else x.new_zeros(*x.shape[:2], len(blocks.orders.rows))
+    dtype = product_dtype(x.dtype, x.device.type)
+    for run, (A, B), entries in zip(runs, factors, diagonal or repeat(None), strict=False):
+        own = y.narrow(2, run.first_row, run.count * run.height)
+        if entries is None:
+            own.add_(_unmodulated(run, sorted_x, (A, B)))
+            continue
+        with without_autocast(x.device.type):
+            z = _multiplied(_times(A, _inputs(run, sorted_x), within), entries, dtype)
+        _add_times(own.view(*own.shape[:2], 1, run.count, run.height), B, z, within)
+    if not blocks.is_contiguous:
+        total.add_(copied(y, blocks.orders.rows_inverse))
 
 
 def _multiplied(values: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each block's values times its entries (blocks, …, …): (groups, tokens, rank, blocks, …) of such values."""
+    """Each block's values times its entries (blocks, height, width): (groups, tokens, rank, blocks, height)."""
     groups, tokens, rank, blocks, _ = values.shape
-    product = torch.bmm(values.to(dtype).flatten(0, 2).transpose(0, 1), entries.to(dtype))
-    return product.transpose(0, 1).view(groups, tokens, rank, blocks, entries.shape[2])
+    if not values.dtype == entries.dtype == dtype:
+        values, entries = values.to(dtype), entries.to(dtype)
+    values = values.view(-1, blocks, values.shape[-1]).transpose(0, 1)
+    is_low = entries.shape[1] < LOW and values.device.type == "cpu"
+    made = torch.bmm(entries, values.mT).mT if is_low else torch.bmm(values, entries.mT)
+    return made.transpose(0, 1).view(groups, tokens, rank, blocks, entries.shape[1])
 
 
 def _inputs(run: BlockRun, x: Tensor) -> Tensor:

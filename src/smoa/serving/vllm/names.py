@@ -32,6 +32,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA._apply_lora_to_output": ("x", "output"),
     # is given the adapter of each token of a batch
     "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase.update_metadata": ("mapping", "lora_index_to_id"),
+    "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase.add_lora_logits": (),
     "vllm.lora.lora_model:LoRAModel": ("lora_model_id", "rank", "loras"),
     "vllm.lora.lora_weights:LoRALayerWeights": ("module_name", "lora_a", "lora_b", "scaling"),
     "vllm.lora.utils:get_adapter_absolute_path": ("lora_path",),
@@ -119,7 +120,7 @@ def _creates(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_lora_manager(*args: Any, **kwargs: Any) -> Any:
         manager, config = original(*args, **kwargs), kwargs["vllm_config"]
         more = config.additional_config if isinstance(config.additional_config, dict) else {}
-        manager.smoa_refusal, manager.smoa_templates = _refusal(manager, config), []
+        manager.smoa_refusal, manager.smoa_templates, manager.smoa_adapters = _refusal(manager, config), [], set()
         if manager.smoa_refusal is None:
             more["smoa"] = True  # the key of vLLM's cache has it: a model compiled without the operator serves the base
             _give_slots(manager, config)
@@ -163,8 +164,7 @@ def _give_slots(manager: Any, config: Any) -> None:
         layer.__class__ = with_smoa[type(layer)]
         config.compilation_config.static_forward_context[layer.smoa_name] = layer
     for wrapper in {id(layer.punica_wrapper): layer.punica_wrapper for layer in layers.values()}.values():
-        wrapper.update_metadata = _updates(wrapper, wrapper.update_metadata)
-        wrapper.smoa_rows = lambda: RowsBySlot([])
+        _follow(wrapper, manager.smoa_adapters)
     remove_all_adapters, activate_adapter = manager.remove_all_adapters, manager.activate_adapter
 
     def remove_all() -> None:  # vLLM does so when it replaces the weights, of which slots keep blocks
@@ -172,6 +172,7 @@ def _give_slots(manager: Any, config: Any) -> None:
         for layer in layers.values():
             layer.smoa.clear()
 
+    @torch.inference_mode()  # vLLM calls it within and without
     def activate(lora_id: int) -> bool:
         found: bool = activate_adapter(lora_id)
         if any(layer.smoa.is_new for layer in layers.values()):
@@ -190,6 +191,7 @@ def _taken(manager: Any) -> str:
     return f"blocks of W and {manager.lora_slots} slots of each kind of adapter take {total:,} bytes"
 
 
+@torch.inference_mode()
 def _reserve(manager: Any, folder: str) -> None:
     """Take the memory of as many adapters like this one as there are slots, before vLLM measures what is free."""
     place = _found("vllm.lora.utils:get_adapter_absolute_path")(folder)
@@ -203,15 +205,20 @@ def _reserve(manager: Any, folder: str) -> None:
     log.info("smoa: reserved memory for adapters like %s: %s", folder, _taken(manager))
 
 
-def _updates(wrapper: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+def _follow(wrapper: Any, of_smoa: set[int]) -> None:
+    """Keep the slot of each token of a batch. On a CPU, vLLM would multiply logits by LoRA's zeros if it has none."""
+    original, add_to_logits = wrapper.update_metadata, wrapper.add_lora_logits
+
     @wraps(original)
     def update_metadata(mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any) -> Any:
-        slot_of = {adapter: slot for slot, adapter in enumerate(lora_index_to_id) if adapter is not None}
-        slots = (slot_of[adapter] if adapter > 0 else -1 for adapter in mapping.index_mapping)
-        wrapper.smoa_rows = cache(lambda: RowsBySlot(list(slots)))
+        adapters, slot_of = mapping.index_mapping, {adapter: slot for slot, adapter in enumerate(lora_index_to_id)}
+        wrapper.smoa_rows = cache(lambda: RowsBySlot([slot_of[own] if own > 0 else -1 for own in adapters]))
+        has_lora = not on_cpu or any(own > 0 and own not in of_smoa for own in set(adapters))
+        wrapper.add_lora_logits = add_to_logits if has_lora else lambda *args, **kwargs: None
         return original(mapping, lora_index_to_id, *args, **kwargs)
 
-    return update_metadata
+    wrapper.update_metadata, wrapper.smoa_rows = update_metadata, lambda: RowsBySlot([])
+    on_cpu = _found("vllm.platforms:current_platform").is_cpu()
 
 
 def _with_smoa(of_vllm: Any) -> type:
@@ -237,7 +244,7 @@ def _with_smoa(of_vllm: Any) -> type:
         def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
             if not on_cpu:  # vLLM's LoRA is operators of its own on a GPU, and Python on a CPU
                 output = super()._apply_lora_to_output(x, output)
-            if has_context():
+            if has_context() and (not on_cpu or torch.compiler.is_compiling()):
                 operator(output, x, self.smoa_name)
             else:  # of a vision tower, whose calls have none
                 self.add_adapters(x, output)
@@ -304,11 +311,13 @@ def _loads(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def _load_adapter(worker: Any, lora_request: Any) -> Any:
         folder = _found("vllm.lora.utils:get_adapter_absolute_path")(lora_request.lora_path)
+        worker._adapter_manager.smoa_adapters.discard(lora_request.lora_int_id)
         if not is_smoa(folder):
             return original(worker, lora_request)
         weights, empty = _found("vllm.lora.lora_weights:LoRALayerWeights"), torch.empty(0)
         # lora_b has the scale multiplied in, and is pinned, by the manager: nothing here
         layers = _read(worker._adapter_manager, folder).items()
+        worker._adapter_manager.smoa_adapters.add(lora_request.lora_int_id)
         loras = {name: weights(name, 1, 1, factors, empty, scaling=1) for name, factors in layers}
         return _found("vllm.lora.lora_model:LoRAModel")(lora_request.lora_int_id, 1, loras)
 

@@ -31,13 +31,11 @@ class Slots:
         self.is_new = False
         """Whether an adapter took memory that was not reserved."""
 
-    @torch.inference_mode()
     def reserve(self, parts: Parts, slots: int) -> None:
         """Keep room for so many adapters with the blocks, ranks and modulation of this one."""
         self._room[_kind(parts)] = slots
         self._stack(parts)
 
-    @torch.inference_mode()  # vLLM calls it within and without
     def set(self, slot: int, parts: Parts) -> None:
         """Put an adapter's factors into a free slot."""
         self._stack(parts).write(slot, parts)
@@ -79,4 +77,4 @@ class Slots:
 
 
 def _kind(parts: Parts) -> Hashable:
-    return tuple(part and (part.ranks, part.modulation, part.digest) for part in parts)
+    return tuple([part and part.kind for part in parts])

@@ -117,11 +117,17 @@ def test_a_slot_serves_the_adapter_that_was_put_there_last() -> None:
         return first.weight.float(), False
 
     layer, x, rows = Slots([12], None, weight, CPU), torch.randn(3, 10), RowsBySlot([1, 1, -1])
+    turned = RowsBySlot([3, 1, 1])  # whose factors are copied, and kept while no slot changes
     for case, number_of_calls in ((first, 1), (second, 2), (third, 2), (first, 3)):
         layer.reset(1)
+        layer.reset(3)
         assert not added(layer, x, rows, 12).any()
         layer.set(1, [part(case)])
-        assert_close(added(layer, x, rows, 12)[:2], (x[:2].double() @ case.oracle("hadamard").T).float())
+        layer.set(3, [part(case, scaling=2)])
+        expected = (x.double() @ case.oracle("hadamard").T).float()
+        assert_close(added(layer, x, rows, 12)[:2], expected[:2])
+        for _ in range(2):
+            assert_close(added(layer, x, turned, 12), expected * torch.tensor([[2.0], [1.0], [1.0]]))
         assert len(calls) == number_of_calls
     assert len(layer.stacks) == 1  # those that hold nobody leave when another comes
     layer.clear()
@@ -330,8 +336,19 @@ def test_without_a_lora_in_the_batch_vllm_computes_none(folder: Path) -> None:
     before = layer(x)
     assert not torch.equal(before[0], layer.base_layer.packed @ x[0])
     assert layer.applied == 0
+    assert not logits(engine).any()
+    engine.manager.activate(engine.load(folder / "lora", 2), 1)
+    engine.manager.map_tokens([1, 2])
+    assert logits(engine).all()
     engine.manager.remove_all_adapters()
     assert torch.equal(layer(x)[0], (x @ layer.base_layer.packed.T)[0])
+
+
+def logits(engine: Engine) -> Tensor:
+    """What vLLM adds for LoRA to the logits of a batch: ones, or nothing if it isn't asked."""
+    y = torch.zeros(2, 3)
+    engine.manager.wrapper.add_lora_logits(y, torch.zeros(2, 3))
+    return y
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
