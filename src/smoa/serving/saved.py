@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Self
 
 import numpy
 import torch
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from smoa.config import Shape, SmoaConfig
-from smoa.errors import AdapterFileError, ConfigError
+from smoa.errors import AdapterFileError, ConfigError, first_of
 from smoa.files.checks import check_layout, check_values
-from smoa.files.loading import read_adapter, tensors_of
+from smoa.files.loading import read_adapter, saved_config, tensors_of
 from smoa.files.names import PARTS, PREFIX
 from smoa.maths.factors import saved_shapes
 from smoa.maths.scale import ModulationKind
@@ -25,6 +27,7 @@ SMALL = 1e4
 """If all values are smaller, none leaves float16, and no ΔW leaves float32."""
 MOST_TEMPLATES = 8
 """Of one base; each holds the bytes of an adapter."""
+REMEDY = "vLLM serves factors of linear layers only; merge it with `smoa merge` and serve the model"
 
 
 @dataclass(frozen=True)
@@ -118,18 +121,26 @@ class Template:
         return {path: self.layers[path].with_values(*map(own, of_layer)) for path, of_layer in parts.items()}
 
 
-ShapesOf = Callable[[Sequence[str]], Mapping[str, Shape]]
+def is_smoa(folder: str | Path) -> bool:
+    """Whether the folder's config is a SMoA adapter's; of a folder without a readable one vLLM says what is wrong."""
+    return saved_config(Path(folder, CONFIG_NAME)).get("peft_type") == "SMOA"
 
 
-def read_by_template(
-    known: list[Template], source: str, config: SmoaConfig, remedy: str, shapes_of: ShapesOf
-) -> dict[str, SavedLayer]:
-    """The layers of a saved adapter, by a template that it fits; or else it becomes a new one.
+def read_layers(folder: str, shape_of: Callable[[str], Shape | str], known: list[Template]) -> dict[str, SavedLayer]:
+    """The checked factors of each layer, by its name in the adapter: by a template that it fits, or it becomes one.
 
-    `shapes_of` gives (out_features, in_features) of each layer at some paths, or raises what is wrong with them. The
-    remedy is for an adapter that has more than factors.
+    Args:
+        folder: The adapter's.
+        shape_of: Gives (out_features, in_features) of the layer of a name, or why it can't be adapted.
+        known: What was read before.
     """
-    path, content = read_adapter(source)
+    config = SmoaConfig.from_pretrained(folder)
+    given = {name: getattr(config, name) for name in ("modules_to_save", "trainable_token_indices")}
+    given |= {"target_parameters": config.target_parameters, "bias": config.bias if config.bias != "none" else None}
+    refused = [f"{name}={value!r}" for name, value in given.items() if value]
+    if refused:
+        raise ConfigError(f"{folder}: has {', '.join(refused)}; {REMEDY}")
+    path, content = read_adapter(folder)
     data = torch.from_numpy(numpy.frombuffer(content, numpy.uint8).copy())
     settings = json.dumps(config.to_dict(), default=sorted, sort_keys=True)
     for template in known:
@@ -142,9 +153,14 @@ def read_by_template(
     for key, tensor in tensors.items():
         layer, _, part = key.removeprefix(PREFIX).partition(".smoa_")
         if f"smoa_{part}" not in PARTS:
-            raise ConfigError(f"{source}: has {key}; {remedy}")
+            raise ConfigError(f"{folder}: has {key}; {REMEDY}")
         found.setdefault(layer, {})[f"smoa_{part}"] = tensor
-    layers = _checked(found, shapes_of(sorted(found)), config, source)
+    shapes = {path: shape_of(path) for path in sorted(found)}
+    refused = [f"{path} ({shape})" for path, shape in shapes.items() if isinstance(shape, str)]
+    if refused:
+        raise ConfigError(f"{folder}: adapts {first_of(refused)}; {REMEDY}")
+    right = {path: shape for path, shape in shapes.items() if not isinstance(shape, str)}
+    layers = _checked(found, right, config, folder)
     known[:] = [Template(layers, settings, data), *known[: MOST_TEMPLATES - 1]]
     return layers
 

