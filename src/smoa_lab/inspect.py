@@ -186,6 +186,10 @@ def _reports(path: str, module: Any, adapter: str, method: str) -> Iterator[Laye
         blocks = [update.factors.blocks for _, _, update in module.parts(adapter)]
         scales = (module.scaling[adapter] * module.derived(adapter).block_scale.reshape(len(matrices), -1)).tolist()
     for (name, weight, update), of_matrix, block_scales in zip(matrices, blocks, scales, strict=True):
+        by_block: list[Tensor] = []  # the spectral scores in each
+        if of_matrix is not None:
+            scores, labels = torch.cat(spectral_scores(weight)), torch.cat([of_matrix.row_labels, of_matrix.col_labels])
+            by_block = [scores[labels == block] for block in range(of_matrix.num_blocks)]
         yield LayerReport(
             **vars(update_spectrum(weight, update, of_matrix)),
             module=name,
@@ -194,7 +198,7 @@ def _reports(path: str, module: Any, adapter: str, method: str) -> Iterator[Laye
             columns=update.shape[1],
             parameters=parameters,
             rank_bound=bound,
-            bands=() if of_matrix is None else _bands(weight, of_matrix),
+            bands=tuple((float(block.min()), float(block.max())) for block in by_block),
             block_scales=tuple(block_scales),
         )
 
@@ -209,13 +213,6 @@ def _rank_bound(module: Any, adapter: str) -> int | None:
     ranks = getattr(module, "r", None)
     is_scaled = getattr(module, "use_dora", {}).get(adapter)  # DoRA's magnitudes change W itself
     return int(ranks[adapter]) if isinstance(ranks, dict) and hasattr(module, "lora_A") and not is_scaled else None
-
-
-def _bands(weight: Tensor, blocks: Blocks) -> tuple[tuple[float, float], ...]:
-    """The least and the largest spectral score in each block."""
-    scores, labels = torch.cat(spectral_scores(weight)), torch.cat([blocks.row_labels, blocks.col_labels])
-    by_block = [scores[labels == block] for block in range(blocks.num_blocks)]
-    return tuple((float(block.min()), float(block.max())) for block in by_block)
 
 
 def update_spectrum(weight: Tensor, delta_weight: Tensor, blocks: Blocks | None = None) -> UpdateSpectrum:

@@ -26,7 +26,7 @@ def _trust(context: typer.Context, option: typer.CallbackParam, given: Any) -> A
     """Let this process run what an option says until the command ends; of a metric the override that it stands for."""
     setattr(TRUSTED, str(option.name), given)
     context.call_on_close(partial(vars(TRUSTED).update, vars(Trust())))
-    return "data.metric=score" if option.name == "metric" and given else given
+    return "data.metric=score" if option.name == "metric" and given is not None else given
 
 
 Trusted = Annotated[bool, typer.Option(help="Let the model's repository run its own code.", callback=_trust)]

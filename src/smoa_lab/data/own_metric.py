@@ -17,6 +17,8 @@ from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.data.answers import OWN
 from smoa_lab.data.formats import shown
 
+_loaded: dict[tuple[str, str | None], OwnMetric] = {}
+
 
 class OwnMetric:
     """The function, loaded from the file that the command names. ``name`` has both, and the SHA-256 of the file."""
@@ -31,7 +33,8 @@ class OwnMetric:
             digest = sha256(source).hexdigest()
             if TRUSTED.digest not in (None, digest):
                 raise ValueError("it isn't the file that the command read; give the command again")
-            exec(compile(source, file, "exec"), vars(module))
+            with redirect_stdout(sys.stderr):  # stdout is for what the command prints
+                exec(compile(source, file, "exec"), vars(module))
         except (Exception, SystemExit) as error:
             rule = "give a function in a file as FILE.py:NAME; it may import what is installed, and no file beside it"
             raise ConfigError(f"{self.place}: cannot be loaded: {type(error).__name__}: {error}; {rule}") from error
@@ -45,18 +48,15 @@ class OwnMetric:
         """What the function makes of an answer to ``row``, JSON of the place ``where``; it is asked once."""
         if (answer, row) not in self.known:
             try:
-                with redirect_stdout(sys.stderr):  # stdout is for what the command prints
+                with redirect_stdout(sys.stderr):
                     value = self.function(answer, json.loads(row))
-                if not math.isfinite(value):
+                if not math.isfinite(value) or abs(float(value)) > 1e100:  # whose square is no number
                     raise ValueError(f"it returned {value}")
             except (Exception, SystemExit) as error:
                 problem = f"{self.place}: fails on the answer {shown(answer)}: {type(error).__name__}: {error}"
                 raise DataError(f"{where}: {problem}; return a finite number, or mend the row") from error
             self.known[answer, row] = float(value)
         return self.known[answer, row]
-
-
-_loaded = dict[tuple[str, str | None], OwnMetric]()
 
 
 def own_metric(known: str | None = None) -> OwnMetric:

@@ -16,7 +16,6 @@ from smoa_lab.pages.tables import score_table, time_text
 from smoa_lab.pages.templates import render
 
 ANSWERS = {"reference": "Reference", "before": "Before", "after": "After"}
-History = Sequence[Mapping[str, Any]]
 Evaluation = Mapping[str, Mapping[str, Any]]
 HELD_OUT = "held-out rows"
 KINDS = {"training": "loss", "validation": "eval_loss"}
@@ -55,7 +54,7 @@ def _block(text: str) -> str:
     return f"{fence}text\n{text.strip() or '(nothing)'}\n{fence}\n\n"
 
 
-def losses(history: History, evaluation: Evaluation, method: str) -> Any | None:
+def losses(history: Sequence[Mapping[str, Any]], evaluation: Evaluation, method: str) -> Any | None:
     """The trainer's loss by step, each line named at its end; of held-out rows a point before and after, unless the
     trainer's loss is another one: that of preferences."""
     points = [

@@ -116,10 +116,10 @@ class Comparison:
         """What the finished jobs reached; None for those that diverged."""
         self.configs = {name: study.config(name) for name in study.entries}
         self.metric = next(iter(self.configs.values())).data.metric
-        if self.metric == OWN and TRUSTED.metric:  # else stored answers keep the score that they have
-            now = {"metric": own_metric().name}
-            self.plan = changed_plan(study, lambda plan: {"digests": plan.digests | now})
-        self.scorer = self.plan.digests.get("metric")
+        self.scorer = (
+            own_metric().name if self.metric == OWN and TRUSTED.metric is not None else plan.digests.get("metric")
+        )
+        """What stored answers were scored by, or now are."""
         self.took: dict[tuple[Stage, str], float] = {}
         """Seconds of the latest job of each kind that this process ran."""
         self.workers = 1

@@ -120,6 +120,7 @@ def tuning_study(config: RunConfig, max_runs: int) -> Study:
     config = with_rate(config)
     shared = config.model_dump(mode="json", exclude={"method", "adapter", "scoring"})
     own = ("learning_rate", "seed", "output_dir")
+    shared["data"]["metric"] = None  # the loss decides
     shared["training"] = {key: value for key, value in config.training.items() if key not in own}
     rate = config.training.get("learning_rate", WHOLE_MODEL)
     values = {

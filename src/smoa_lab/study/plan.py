@@ -170,9 +170,10 @@ def prepare(
     began = time.monotonic() if began is None else began
     configs = {name: study.config(name) for name in study.entries}
     first, plan = next(iter(configs.values())), read_plan(study)
-    if execute is not None and first.data.metric == OWN:
-        own_metric(plan.digests.get("metric") if plan else None)
+    told = plan.digests.get("metric") if plan else None
+    scored_by = {"metric": own_metric(told).name} if execute is not None and first.data.metric == OWN else {}
     found = inputs(first, trains=execute is not None)
+    found["digests"] |= scored_by
     for part, use in {"validation": "rates", **({"test": "entries"} if study.seeds else {})}.items():
         if not found["rows"][part]:
             raise ConfigError(f"shared.data: leaves no {part} rows, by which {use} are compared; give more rows")

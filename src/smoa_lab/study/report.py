@@ -21,7 +21,7 @@ from smoa_lab.pages.tables import Cell, Table, counted, number
 from smoa_lab.pages.templates import Figure, page
 from smoa_lab.study import charts
 from smoa_lab.study.comparison import Comparison, measured, read_metrics
-from smoa_lab.study.plan import FIRST_SEEDS, Metrics
+from smoa_lab.study.plan import FIRST_SEEDS, Metrics, changed_plan
 from smoa_lab.study.results import MEASURES, FinalRun, Result, budgets_of, final_runs, read_rows
 from smoa_lab.study.search import Chosen, rate_text
 from smoa_lab.study.verdict import EQUAL, verdict
@@ -78,7 +78,7 @@ class Report:
         if answers:
             sections.insert(-1, ("Answers", [ANSWERS, *answers]))
         told = [Markup('<p style="{}">{}</p>').format(LARGE, sentence) for sentence in self.verdict]
-        shown = [content for title, (content,) in sections[:1] if title == DIFFERENCES]
+        shown = [contents[0] for title, contents in sections[:1] if title == DIFFERENCES]
         return page(self.title, [*sections[len(shown) :], (MEASURED, self.notes)], [*told, *shown])
 
     def readme(self) -> str:
@@ -103,14 +103,14 @@ def report(comparison: Comparison) -> Report:
     as_it_is = RunFolder(study.folder / "untouched")
     untouched = read_metrics(as_it_is) if as_it_is.finished else None
     loss = None if untouched is None else untouched["evaluation"]["before"]["loss"]
-    command, by_metric = f"smoa compare {study.folder / 'study.yaml'}", list[str]()
+    command, scorer = f"smoa compare {study.folder / 'study.yaml'}", comparison.scorer or ""
+    place, _, digest = scorer.rpartition(" ")
     if comparison.metric == OWN:
-        place, _, digest = str(comparison.scorer).rpartition(" ")
         command += f" --metric {place}"
-        by_metric = [f"The score is the mean of {place} over rows; SHA-256 of the file: {digest[:16]}."]
         if untouched is not None:  # a mended function has scored it again
             scores = [row["scored_before"] for row in read_rows(as_it_is, OWN, comparison.scorer).values()]
             untouched["evaluation"]["before"][OWN] = finite(fmean(scores))
+        changed_plan(study, lambda plan: {"digests": {**plan.digests, "metric": scorer}})  # all is scored by it now
     of_round = sum(comparison.seconds("final", name) for name in study.entries) / comparison.workers
     sentences = {name: verdict(budget, command, of_round) for name, budget in budgets.items()}
     told = [" ".join([f"{name}:", *own][len(budgets) == 1 :]) for name, own in sentences.items()]
@@ -135,7 +135,9 @@ def report(comparison: Comparison) -> Report:
     sections |= {"Learning rates": rate_table(searches)} if searches else {}
     sections |= {"Runs": run_table(comparison, finals)} if finals else {}
     missing = [name for name in study.entries if name not in finals]
-    notes = [*untouched_sentence(untouched), *by_metric, INTRODUCTION]
+    notes = [*untouched_sentence(untouched), INTRODUCTION]
+    if comparison.metric == OWN:
+        notes.insert(-1, f"The score is the mean of {place} over rows; SHA-256 of the file: {digest[:16]}.")
     notes += [f"Not run yet: {', '.join(missing)}."] if missing else []
     made = Report(
         title=f"{study.folder.resolve().name}: {study.shared['model']['name']}",

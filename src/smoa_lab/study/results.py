@@ -78,19 +78,17 @@ class FinalRun:
     rows: dict[RowKey, dict[str, Any]]
 
 
-def read_rows(
-    folder: RunFolder, metric: Metric | None = None, scorer: str | None = None
-) -> dict[RowKey, dict[str, Any]]:
+def read_rows(run: RunFolder, metric: Metric | None = None, by: str | None = None) -> dict[RowKey, dict[str, Any]]:
     """The held-out rows of a run, with what the ``metric`` makes of stored answers, the worst where it diverged. What
-    the user's own makes of them, whose name is ``scorer``, is stored: a report needs no function."""
-    with gzip.open(folder.rows, "rt", encoding="utf-8") as lines:
+    the user's own makes of them, whose name is ``by``, is stored: a report needs no function."""
+    with gzip.open(run.rows, "rt", encoding="utf-8") as lines:
         rows = list(map(json.loads, lines))
     parts = [(row, stage) for row in rows if metric for stage in ("before", "after") if stage in row]
-    if metric == OWN and not all(f"scored_{stage}" in row and row["scored_by"] == scorer for row, stage in parts):
-        own = own_metric(scorer)
+    if metric == OWN and not all(f"scored_{stage}" in row and row["scored_by"] == by for row, stage in parts):
+        own = own_metric(by)
         for row, stage in parts:
             row[f"scored_{stage}"] = own.score(row[f"answer_{stage}"], row["own"], row["where"])
-        folder.write_rows({**row, "scored_by": own.name} for row in rows)
+        run.write_rows({**row, "scored_by": own.name} for row in rows)
     for row, stage in parts:
         value = row.get(f"right_{stage}" if metric == "choice" else f"scored_{stage}")
         if metric in RULES:

@@ -188,7 +188,10 @@ class Study(Section):
 
 def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
     """Read a study, lay ``key.key=value`` overrides over it and check every entry's run."""
-    return checked_study(ConfigText.read(path, overrides), Path(path))
+    file, is_named = Path(path), any(word.startswith("folder=") for word in overrides or [])
+    study = checked_study(ConfigText.read(path, overrides), file)
+    was_moved = file.with_name("plan.json").is_file() and file.parent.resolve() != study.folder.resolve()
+    return study.model_copy(update={"folder": file.parent}) if was_moved and not is_named else study
 
 
 def checked_study(text: ConfigText, file: Path) -> Study:

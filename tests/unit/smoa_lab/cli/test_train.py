@@ -113,6 +113,7 @@ def test_answers_are_scored_by_a_function_that_the_command_names(room: Path) -> 
     (room / "own.py").write_text("def score(answer, row): return 2.5")
     again = CliRunner().invoke(app, ["eval", "run", "--metric", "own.py:score", "--json"])
     assert [json.loads(again.stdout)[stage]["score"] for stage in ("before", "scores")] == [2.5, 2.5]
+    assert CliRunner().invoke(app, ["eval", "run", "--metric", ""]).exit_code == 1
     assert "score" not in json.loads(CliRunner().invoke(app, ["eval", "run", "--json"]).stdout)["scores"]
 
 

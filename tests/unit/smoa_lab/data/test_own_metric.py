@@ -35,6 +35,7 @@ def test_any_finite_number_is_a_score(tmp_path: Path, returned: str, value: floa
         ("return None", "TypeError: must be real number, not NoneType"),
         ("return float('nan')", "ValueError: it returned nan"),
         ("return -float('inf')", "ValueError: it returned -inf"),
+        ("return -1e300", "ValueError: it returned -1e+300"),
         ("raise SystemExit('judge is down')", "SystemExit: judge is down"),
     ],
 )
@@ -57,6 +58,7 @@ def test_a_function_that_fails_or_returns_no_finite_number_names_the_row(
         ),
         ("own.py", "", "--metric own.py: cannot be loaded"),
         ("own.py:score", "def score(answer, row: return 1", "own.py:score: cannot be loaded: SyntaxError: "),
+        ("", "", "--metric : cannot be loaded"),
         ("own.py:score", "import beside_it", "No module named 'beside_it'; .* and no file beside it"),
         ("own.py:score", "raise SystemExit(3)", "own.py:score: cannot be loaded: SystemExit: 3"),
         ("own.py:scor", "def score(answer, row): return 1", r"own\.py has no function 'scor'; did you mean 'score'\?"),

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from smoa.errors import ConfigError
 from smoa_lab.cli.main import app
 from smoa_lab.config.methods import method_names
-from smoa_lab.config.run import RunConfig, adapter_rate, check_config
+from smoa_lab.config.run import RunConfig, adapter_rate, check_config, load_config
 from smoa_lab.study import default_study as module
 from smoa_lab.study.default_study import TIMES_LORA, default_study, tuning_study
 from smoa_lab.study.study import Study, load_study
@@ -196,6 +196,13 @@ def test_tune_starts_at_the_rate_of_the_models_size_and_tries_as_many_as_it_may(
     smoa("tune", str(run_file(room)), "--max-runs", "3")
     assert len(list((room / "runs" / "own-tuning").glob("lora/lr-*"))) == 3
     assert load_study(room / "runs" / "own-tuning" / "study.yaml").tuning.max_runs == 3
+
+
+def test_a_search_goes_by_the_loss_whatever_the_runs_metric(room: Path, written: WrittenRuns) -> None:
+    file = run_file(room)
+    file.write_text(file.read_text().replace("train: chats.jsonl", "train: chats.jsonl\n  metric: score"))
+    assert tuning_study(load_config(file), max_runs=3).shared["data"]["metric"] is None
+    assert "learning_rate: " in smoa("tune", str(file), "--max-runs", "3").stdout
 
 
 def test_a_search_that_ends_at_its_edge_says_to_go_on_from_there(room: Path, written: WrittenRuns) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.plan import prepare
 from smoa_lab.study.report import report
 from smoa_lab.study.results import Result, budgets_of, final_runs
-from smoa_lab.study.study import Study
+from smoa_lab.study.study import Study, Tuning
 from tests.support.metrics import named
 from tests.support.studies import WrittenRuns, compared, finished, page
 
@@ -260,6 +260,25 @@ def test_a_users_metric_decides_and_a_mended_one_scores_the_stored_answers_again
         assert mended.summary["budgets"]["small"]["gain"][0] == 0.0
     assert report(Comparison(own, prepare(own, None))).summary == mended.summary
     assert len(written.ran) == ran
+
+
+def test_a_function_that_fails_on_a_stored_answer_leaves_the_study_as_it_was_scored(
+    study: Study, written: WrittenRuns, tmp_path: Path
+) -> None:
+    own = by(study, "score")
+    with named(tmp_path / "own.py", RIGHT):
+        made = report(finished(own))
+    failing, told = "def score(answer, row): return {'4': 1.0}[answer]", r"^rows\.jsonl, row 1: .* 'It is 4': KeyError"
+    with named(tmp_path / "own.py", failing), pytest.raises(DataError, match=told):
+        report(Comparison(own, prepare(own, None)))
+    assert report(Comparison(own, prepare(own, None))).summary == made.summary
+
+
+def test_a_page_that_begins_with_answers_is_written(study: Study, written: WrittenRuns) -> None:
+    first = study.model_copy(update={"tuning": Tuning(max_runs=0), "seeds": [0]})
+    shown: list[str] = []
+    compared(first).run(show=lambda comparison: shown.append(report(comparison).page()))
+    assert "<h2>Answers</h2>" in shown[0]
 
 
 def test_a_study_that_goes_on_without_the_users_metric_says_what_to_give(

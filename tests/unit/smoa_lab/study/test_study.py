@@ -72,6 +72,16 @@ def test_a_wrong_study_is_one_clear_error(change: dict[str, Any], message: str, 
         load(tmp_path, **change)
 
 
+def test_a_planned_study_is_where_its_file_lies(tmp_path: Path) -> None:
+    load(tmp_path)
+    (tmp_path / "study.yaml").write_text((tmp_path / "two.yaml").read_text())
+    folder = load_study(tmp_path / "two.yaml").folder
+    assert load_study(tmp_path / "study.yaml").folder != tmp_path
+    (tmp_path / "plan.json").touch()
+    assert load_study(tmp_path / "study.yaml").folder == tmp_path != folder
+    assert load_study(tmp_path / "study.yaml", ["folder=other"]).folder == Path("other")
+
+
 @pytest.mark.parametrize("place", ["shared", "entries.ours"])
 def test_no_study_lets_a_repository_run_its_code(place: str, tmp_path: Path) -> None:
     load(tmp_path)
