@@ -31,8 +31,9 @@ def _trust(context: typer.Context, option: typer.CallbackParam, given: Any) -> A
 
 Trusted = Annotated[bool, typer.Option(help="Let the model's repository run its own code.", callback=_trust)]
 """An option that acts by itself: no command reads its value."""
-HELP = "Score answers by a function of yours, (answer, row) -> number; higher is better."
-Metric = Annotated[str | None, typer.Option(metavar="FILE.py:NAME", help=HELP, callback=_trust)]
+Metric = Annotated[
+    str | None, typer.Option(metavar="FILE:NAME", help="Your function that scores answers.", callback=_trust)
+]
 """In a command it is the override that it stands for."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -205,7 +205,8 @@ def _of_budget(
         for title, of_entries in values.items()
     }
     known = {title: rule.variances_of(own) for title, own in of_seeds.items()}
-    is_whole = len(runs) == len(finals) * len(seeds)  # else what is found could decide what is run
+    planned = len(seeds) * sum(study.entries[name].budget == budget for name in comparison.chosen)
+    is_whole = len(runs) == planned  # else what is found could decide what is run
     level = rule.SIGNIFICANT / 2 ** (comparison.look(budget, len(runs)) if is_whole and len(seeds) > 1 else 0)
 
     def difference(measure: Measure, of: str, other: str, level: float) -> Difference:
@@ -262,7 +263,7 @@ def _of_budget(
             error = rule.seed_error(known[decides.title], (best,), len(seeds))
             more, less = (before + 0 * own[best], own[best])[::-sign]
             gain = rule.paired_difference(more, less, weights[decides.title], 1, error, level)
-    return Budget(results, len(finals) * len(seeds), decides, pairs, gain, level, study.tolerance)
+    return Budget(results, planned, decides, pairs, gain, level, study.tolerance)
 
 
 def _values(runs: Sequence[Mapping[RowKey, Mapping[str, Any]]], keys: Sequence[RowKey], field: str) -> Floats:

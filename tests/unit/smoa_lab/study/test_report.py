@@ -5,6 +5,7 @@ import json
 import re
 from hashlib import sha256
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pytest
@@ -279,6 +280,14 @@ def test_a_page_that_begins_with_answers_is_written(study: Study, written: Writt
     shown: list[str] = []
     compared(first).run(show=lambda comparison: shown.append(report(comparison).page()))
     assert "<h2>Answers</h2>" in shown[0]
+
+
+def test_an_entry_whose_runs_come_before_those_of_another_is_no_look(study: Study, written: WrittenRuns) -> None:
+    finished(study)
+    for run in study.folder.glob("lora/lr-*-seed-[012]"):
+        rmtree(run)
+    assert report(compared(study)).verdict[0].startswith("small: 3 of 6 final runs are done, and differences are shown")
+    assert "small" not in compared(study).plan.looks
 
 
 def test_a_study_that_goes_on_without_the_users_metric_says_what_to_give(
