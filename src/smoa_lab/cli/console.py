@@ -31,9 +31,7 @@ def _trust(context: typer.Context, option: typer.CallbackParam, given: Any) -> A
 
 Trusted = Annotated[bool, typer.Option(help="Let the model's repository run its own code.", callback=_trust)]
 """An option that acts by itself: no command reads its value."""
-Metric = Annotated[
-    str | None, typer.Option(metavar="FILE:NAME", help="A function that scores answers.", callback=_trust)
-]
+Metric = Annotated[str | None, typer.Option(metavar="FILE:NAME", help="Your function that scores.", callback=_trust)]
 """In a command it is the override that it stands for."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Dtype = Literal["float32", "bfloat16", "float16"]
