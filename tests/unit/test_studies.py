@@ -1,5 +1,6 @@
 """The stored studies: what the documents and the site show of them is what their JSON says."""
 
+import json
 import re
 import runpy
 import shutil
@@ -94,3 +95,13 @@ def test_the_pages_of_results_are_those_of_the_stored_ones(tmp_path: Path, monke
     gallery.main()
     for name in ("results.md", "verdict.md", "gallery.md"):
         assert (tmp_path / name).read_text() == (results_page.DOCS / name).read_text()
+
+
+def test_the_losses_of_a_compared_study_are_those_of_its_stored_rows() -> None:
+    folder = ROOT / "studies" / "chats-2"
+    results, runs = json.loads((folder / "results.json").read_text(encoding="utf-8")), runs_of(folder)
+    for entry in results["entries"]:
+        final = [run for name, run in runs.items() if re.fullmatch(rf"{entry['entry']}/.*-seed-\d", name)]
+        assert len(final) == len(entry["seeds"])
+        losses = [sum(run["rows"]["after"]) / sum(run["rows"]["tokens"]) for run in final]
+        assert fmean(losses) == pytest.approx(entry["values"]["loss"][0])

@@ -4,6 +4,7 @@ dark, fit for print, with charts and with tables that a keyboard sorts."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from smoa_lab.basics.plain import finite
 
@@ -34,7 +35,7 @@ def code(text: str) -> Markup:
 
 @cache
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("smoa_lab", "pages"),
         autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
         undefined=StrictUndefined,
@@ -42,6 +43,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["commands"] = lambda text: Markup(re.sub("`(.+?)`", r"<code>\1</code>", escape(text)))
+    return environment
 
 
 @dataclass(frozen=True)

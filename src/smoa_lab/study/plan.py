@@ -276,7 +276,7 @@ def timed(
                 raise ConfigError(
                     f"--minutes: {counted(runs, 'run')} of {counted(fewest, 'step')} for each entry, the smallest "
                     f"comparison, take {duration(least)} or more, and {duration(max(0.0, now))} are left; give more, "
-                    "or fewer --methods"
+                    "or fewer --methods or shorter rows"
                 )
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -75,6 +75,7 @@ def answer(budget: Budget, command: str, of_round: float) -> str:
             f"{amount(budget, apart)} open, however many seeds run; {amount(budget, limit)} are little."
         )
     told = f"about {duration(more * of_round)}, would tell {amount(budget, apart)} apart"
+    told += f" ({amount(budget, limit)} are little)"
     return f"Undecided: {counted(more, 'more seed')}, {told}: `{command} --seeds {seeds + more}`."
 
 

@@ -76,8 +76,8 @@ def test_where_seeds_tell_too_little_it_says_how_many_more_would_and_how_to_run_
     wide = budget(SMOA, LORA)
     pairs = {pair: lost(0.0, 0.14, (0.05, 4.0)) for pair in wide.pairs}
     assert told(replace(wide, pairs=pairs)) == (
-        "Undecided: 5 more seeds, about 67 min, would tell 0.111 nats per token apart: "
-        "`smoa compare studies/x/study.yaml --seeds 8`."
+        "Undecided: 5 more seeds, about 67 min, would tell 0.111 nats per token apart (0.080 nats per token are "
+        "little): `smoa compare studies/x/study.yaml --seeds 8`."
     )
 
 
