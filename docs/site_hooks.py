@@ -35,11 +35,11 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the report and the interactive page of every study, and a copy of every other file of the repository, outside
     docs/, that a page links to."""
     for folder in stored.folders():
-        page, place = study_page(folder), f"studies/{folder.name}"
-        files.append(File.generated(config, f"{place}/page.html", content=page))
+        files.append(File.generated(config, f"studies/{folder.name}/page.html", content=study_page(folder)))
+    for folder in (*stored.folders(), *stored.compared()):
         for file in sorted(folder.iterdir()):
             if file.suffix in OF_STUDIES:
-                files.append(File.generated(config, f"{place}/{file.name}", abs_src_path=str(file)))
+                files.append(File.generated(config, f"studies/{folder.name}/{file.name}", abs_src_path=str(file)))
     for page in files.documentation_pages():
         for target in LINK.findall(page.content_string):
             path = repository_path(page.src_uri, target)
@@ -61,7 +61,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return link[1] if path is None else posixpath.relpath(copy_of(path), posixpath.dirname(page.file.src_uri))
 
     markdown = LINK.sub(replaced, markdown).replace("<!-- file map -->\n", file_map.file_map())
-    if STUDY.fullmatch(page.file.src_uri):
+    if STUDY.fullmatch(page.file.src_uri) and (ROOT / page.file.src_uri).with_name("summary.json").exists():
         return markdown.replace("\n\n", "\n\n[Interactive page](page.html)\n\n", 1)
     return markdown
 

@@ -28,6 +28,11 @@ def folders(studies: Path = STUDIES) -> list[Path]:
     return sorted(file.parent for file in studies.glob("*/summary.json"))
 
 
+def compared(studies: Path = STUDIES) -> list[Path]:
+    """Those that `smoa compare` reports."""
+    return sorted(file.parent for file in studies.glob("*/results.json"))
+
+
 def summary_of(folder: Path) -> Any:
     """A row for each entry; of two tasks, one after the other, an object with several tables."""
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))

@@ -83,7 +83,7 @@ def placed_like(sharded: Tensor, tensor: Tensor) -> Tensor:
 
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO-3 has left the parameter empty on this rank."""
-    return parameter.numel() == 0 and hasattr(parameter, "ds_id")
+    return hasattr(parameter, "ds_id") and parameter.numel() == 0
 
 
 def gather(layer: Any, *adapter_names: str) -> None:
