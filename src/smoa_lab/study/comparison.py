@@ -168,7 +168,8 @@ class Comparison:
                 self.finish(job, self._checked(job, metrics))
                 self.took[job.stage, job.entry] = metrics["wall_seconds"]
                 self._change(lambda plan: {})
-                loss, took, left = self.losses[job], duration(metrics["wall_seconds"]), self.at_most_left(names)
+                loss, took = self.losses[job], duration(metrics["wall_seconds"])
+                left = min(self.at_most_left(names), max(0.0, (self.plan.limit or float("inf")) - self.plan.used))
                 reached = "diverged" if loss is None else f"loss {loss:.4f}"
                 logger.info("%s: %s (%s); at most %s left", job.name, reached, took, duration(left))
                 now = self.plan.used + left
