@@ -140,9 +140,11 @@ def add_shared(
         _add_piece(total, blocks, runs, x, factors, diagonal)
         return
     for groups, tokens in pieces:
-        own = groups if places is None else places[groups] if isinstance(places, Tensor) else slice(None)
-        within = _within(groups, places) if isinstance(places, list) else None
-        chosen = [(A[own], B[own]) for A, B in factors]
+        if isinstance(places, list):
+            chosen, within = factors, _within(groups, places)
+        else:
+            own = groups if places is None else places[groups]
+            chosen, within = [(A[own], B[own]) for A, B in factors], None
         _add_piece(total[groups, tokens], blocks, runs, x[groups, tokens], chosen, diagonal, within)
 
 
@@ -213,7 +215,7 @@ def _products(
 ) -> Tensor:
     """`x ΔWᵀ`, differentiable."""
     sorted_x, dtype, outputs = blocks.sort_inputs(x), product_dtype(x.dtype, x.device.type), []
-    for run, (A, B), entries in zip(runs, factors, diagonal or repeat(None), strict=False):
+    for run, (A, B), entries in zip(runs, factors, diagonal or repeat(None, len(runs)), strict=True):
         if entries is None:
             outputs.append(_unmodulated(run, sorted_x, (A, B)))
             continue
@@ -235,7 +237,7 @@ def _add_piece(
     sorted_x = x if blocks.is_contiguous else copied(x, blocks.orders.cols)
     y = total if blocks.is_contiguous else x.new_zeros(*x.shape[:2], len(blocks.orders.rows))
     dtype = product_dtype(x.dtype, x.device.type)
-    for run, (A, B), entries in zip(runs, factors, diagonal or repeat(None), strict=False):
+    for run, (A, B), entries in zip(runs, factors, diagonal or repeat(None, len(runs)), strict=True):
         own = y.narrow(2, run.first_row, run.count * run.height)
         if entries is None:
             own.add_(_unmodulated(run, sorted_x, (A, B)))
