@@ -1,6 +1,6 @@
 """Reads what is stored of finished studies, and stores what `smoa compare` wrote.
 
-    python studies/stored.py FOLDER    # into studies/NAME: the results, and of each run config and the losses of rows
+    python studies/stored.py FOLDER    # into studies/NAME: the results, and of each run config and the scores of rows
 
 The code that ran those with a `summary.json`, at commit 1eaf65e9 and before, is not needed.
 """
@@ -19,7 +19,7 @@ STUDIES = Path(__file__).parent
 PACK = "runs.jsonl.gz"
 KEPT = ("README.md", "study.yaml", "plan.json", "chosen.json", "differences.png")
 OF_RUN = ("config", "provenance", "digests", "parameters", "evaluation", "gain", "forgetting", "training")
-OF_ROW = ("digest", "copy", "tokens", "before", "after")
+OF_ROW = ("digest", "copy", "tokens", "before", "after", "scored_before", "scored_after")
 Run = dict[str, Any]
 
 
@@ -52,7 +52,11 @@ def final_name(entry: str, learning_rate: float, seed: int) -> str:
 
 
 def store(study: Path, target: Path) -> None:
-    """Store a folder of `smoa compare`: what it reports and, of each run and row, the losses, but no texts."""
+    """Store a folder of `smoa compare`: what it reports and, of each run and row, loss and score, but no texts."""
+    from smoa_lab.basics.plain import finite
+    from smoa_lab.study.results import read_rows
+    from smoa_lab.training.run_folder import RunFolder
+
     target.mkdir(exist_ok=True)
     for name in KEPT:
         shutil.copy(study / name, target)
@@ -60,9 +64,8 @@ def store(study: Path, target: Path) -> None:
     lines = []
     for file in sorted(study.rglob("metrics.json")):
         metrics, name = json.loads(file.read_text(encoding="utf-8")), file.parent.relative_to(study).as_posix()
-        with gzip.open(file.with_name("rows.jsonl.gz"), "rt", encoding="utf-8") as kept:
-            rows = [json.loads(line) for line in kept]
-        columns = {key: [row.get(key) for row in rows] for key in OF_ROW if any(key in row for row in rows)}
+        rows = read_rows(RunFolder(file.parent), metrics["config"]["data"]["metric"]).values()
+        columns = {key: finite([row.get(key) for row in rows]) for key in OF_ROW if any(key in row for row in rows)}
         lines.append(json.dumps({"name": name, **{key: metrics.get(key) for key in OF_RUN}, "rows": columns}))
     packed = gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0)
     (target / PACK).write_bytes(packed)

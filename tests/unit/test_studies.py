@@ -12,7 +12,7 @@ from typing import Any
 import gallery
 import pytest
 import results_page
-from stored import PACK, Run, final_name, folders, runs_of, summary_of
+from stored import PACK, Run, compared, final_name, folders, runs_of, summary_of
 from study_page import study_page
 
 ROOT = Path(__file__).parents[2]
@@ -97,11 +97,16 @@ def test_the_pages_of_results_are_those_of_the_stored_ones(tmp_path: Path, monke
         assert (tmp_path / name).read_text() == (results_page.DOCS / name).read_text()
 
 
-def test_the_losses_of_a_compared_study_are_those_of_its_stored_rows() -> None:
-    folder = ROOT / "studies" / "chats-2"
+@pytest.mark.parametrize(
+    "folder", [each for each in compared() if (each / PACK).is_file()], ids=lambda folder: folder.name
+)
+def test_the_scores_of_a_compared_study_are_those_of_its_stored_rows(folder: Path) -> None:
     results, runs = json.loads((folder / "results.json").read_text(encoding="utf-8")), runs_of(folder)
     for entry in results["entries"]:
-        final = [run for name, run in runs.items() if re.fullmatch(rf"{entry['entry']}/.*-seed-\d", name)]
+        final = [run["rows"] for name, run in runs.items() if re.fullmatch(rf"{entry['entry']}/.*-seed-\d", name)]
         assert len(final) == len(entry["seeds"])
-        losses = [sum(run["rows"]["after"]) / sum(run["rows"]["tokens"]) for run in final]
-        assert fmean(losses) == pytest.approx(entry["values"]["loss"][0])
+        scores = {"loss": [sum(rows["after"]) / sum(rows["tokens"]) for rows in final]}
+        if "scored_after" in final[0]:
+            scores["number %"] = [fmean(rows["scored_after"]) for rows in final]
+        for name, (mean, _) in entry["values"].items():
+            assert fmean(scores[name]) == pytest.approx(mean)
