@@ -116,7 +116,7 @@ def report(comparison: Comparison) -> Report:
     told = [" ".join([f"{name}:", *own][len(budgets) == 1 :]) for name, own in sentences.items()]
     if left := comparison.progress([*study.entries]):
         told.append(left)
-    if comparison.is_over and (left or (study.seeds and not finals)):
+    if comparison.is_over and (left or (study.seeds and not finals)) and command not in " ".join(told):
         seeds = max(FIRST_SEEDS, len(comparison.plan.seeds))
         told.append(f"The {comparison.plan.minutes:g} minutes are used: `{command} --seeds {seeds}` goes on.")
     methods, searches = {name: entry.method for name, entry in study.entries.items()}, comparison.searches()
