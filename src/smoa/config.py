@@ -104,20 +104,8 @@ class SmoaConfig(PeftConfig):
     lora_dropout: InitVar[float | None] = None
     # In files:
     smoa_format: InitVar[int] = 0
-    # In older files:
-    save_id: InitVar[object] = None
-    block_ranks: InitVar[object] = None
-    expert_partition: InitVar[object] = None
 
-    def __post_init__(
-        self,
-        lora_alpha: float | None,
-        lora_dropout: float | None,
-        smoa_format: int,
-        save_id: object,
-        block_ranks: object,
-        expert_partition: object,
-    ) -> None:
+    def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None, smoa_format: int) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
         self.peft_type = PeftType("SMOA")
         if fits(smoa_format, int) and smoa_format > FORMAT:  # alone: other settings may mean something else there
@@ -128,17 +116,7 @@ class SmoaConfig(PeftConfig):
         self.scale = DEFAULT_SCALE if self.scale is None else self.scale
         for name in (each.name for each in fields(self)):
             setattr(self, name, _as_json(getattr(self, name)))
-        gone = {
-            "modulation": "noise" if str(self.modulation) == "noise" else None,
-            "block_ranks": block_ranks,
-            "expert_partition": None if expert_partition == "each" else expert_partition,
-        }
-        problems = [
-            f"{name}={shortened(value)} is not supported any more; smoa at commit 1eaf65e9 reads it"
-            for name, value in gone.items()
-            if value is not None
-        ]
-        problems += value_problems("smoa_format", smoa_format, int)
+        problems = list(value_problems("smoa_format", smoa_format, int))
         problems += self._rename("alpha", "lora_alpha", lora_alpha)
         problems += self._rename("smoa_dropout", "lora_dropout", lora_dropout)
         problems += config_problems(self)

@@ -1,7 +1,7 @@
 """Bases, rows and readers of `tests/golden`: what the code of commit 1eaf65e9 made, to which today's is held.
 
-`tests/golden/make.py` of the commit "Keep golden files of commit 1eaf65e9" made them, in a clone of that one. Weights
-come from NumPy's RandomState, whose stream never changes.
+`tests/golden/make.py` of the commit "Keep golden files of commit 1eaf65e9" made them, in a clone of that one. What 0.2
+lacks was taken out of its adapters. Weights come from NumPy's RandomState, whose stream never changes.
 """
 
 import gzip

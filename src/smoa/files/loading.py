@@ -30,7 +30,6 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError
-from smoa.files.names import without_id
 
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "repo_type")
 
@@ -76,7 +75,7 @@ def bytes_of(path: Path) -> bytes:
 def tensors_of(path: Path, data: bytes) -> dict[str, Tensor]:
     """The tensors in the content of an adapter's weights."""
     with _reading(path):
-        tensors = without_id(read_tensors(data))
+        tensors = read_tensors(data)
     _check_keys(path, tensors)
     return tensors
 
@@ -96,6 +95,9 @@ def find_weights(source: str | os.PathLike[str], config: object = None, **option
     ours = saved.get("peft_type") == "SMOA" if config is None else isinstance(config, SmoaConfig)
     if not ours:
         return None
+    if saved.get("peft_type") == "SMOA" and "smoa_format" not in saved:
+        found = f"{CONFIG_NAME} has no smoa_format, so a smoa before 0.2 saved the adapter"
+        raise AdapterFileError(f"{source}: {found}; train it again")
     path = _located(source, SAFETENSORS_WEIGHTS_NAME, options)
     if path is None or not path.exists():
         pickle = _located(source, WEIGHTS_NAME, options)

@@ -83,8 +83,3 @@ def _has_table(module: Any, table: Tensor) -> bool:
         return False
     weight = module.unmerged(weight) if isinstance(module, SmoaLayer) else weight
     return torch.equal(weight, table.to(weight.device))
-
-
-def without_id(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The saved tensors, without the id that older files have among them."""
-    return {key: tensor for key, tensor in state_dict.items() if key.rpartition(".")[2] != "smoa_save_id"}

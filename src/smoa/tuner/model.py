@@ -16,7 +16,7 @@ from smoa.compat import StateDictHooks
 from smoa.errors import PartitionError
 from smoa.files.checks import check_adapter_state, check_gathered, report_untrained
 from smoa.files.loading import incoming
-from smoa.files.names import PREFIX, adapter_layers, embeddings_of, new_tables, parameter_names, renamed, without_id
+from smoa.files.names import PREFIX, adapter_layers, embeddings_of, new_tables, parameter_names, renamed
 from smoa.layers.distributed import plain_name, refuse_writing, with_plain_names
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer, smoa_layers
@@ -170,7 +170,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         # A file may lack or have PEFT's prefix
         wrappers = {parameter: wrapper for wrapper, parameter in parameter_names(named).items()}
         wrappers |= {PREFIX + name.removeprefix(PREFIX): wrapper for name, wrapper in wrappers.items()}
-        saved = renamed(without_id(state_dict), wrappers)
+        saved = renamed(state_dict, wrappers)
         remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, saved)
         remapped = new_tables(model, remapped)
         layers = adapter_layers(named, adapter_name)

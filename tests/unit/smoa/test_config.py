@@ -16,7 +16,6 @@ WRONG: dict[str, list[Any]] = {
     "target_modules": [3, {"a": 1}, [1], "(", True],
     "target_parameters": ["experts.down_proj", [1], {"a": 1}],
     "smoa_format": [-1, "1", 0.5, None, True],
-    "expert_partition": ["shared", True],
     "exclude_modules": [3, [None], "["],
     "modules_to_save": ["head", 1, [2]],
     "layers_to_transform": ["x", -1, [-1], 1.5, True],
@@ -31,7 +30,6 @@ WRONG: dict[str, list[Any]] = {
     "auto_mapping": [1, "x"],
     "r": [None, "4", 4.0, True, 0, -3],
     "num_blocks": [None, "2", 0, 256],
-    "block_ranks": [1, {}, [8, 8]],
     "alpha": ["1", float("nan"), float("inf"), 0, -1.0, []],
     "smoa_dropout": [None, "0", 1, -0.1, []],
     "bias": [None, 1, ["none"], "lora_only"],
@@ -94,7 +92,7 @@ def test_an_ordinary_expression_is_accepted(pattern: str) -> None:
 
 
 def test_every_setting_has_wrong_values_in_this_test() -> None:
-    others = {"task_type", "peft_type", "peft_version", "save_id"}
+    others = {"task_type", "peft_type", "peft_version"}
     assert set(SmoaConfig.__dataclass_fields__) - others == set(WRONG)
 
 
@@ -123,15 +121,6 @@ def test_rank_stabilized_scaling_is_loras_at_equal_parameters(r: int, num_blocks
     assert config.alpha_of("layer", r) / r == pytest.approx(16 / rank_of_lora**0.5)
     left_out = SmoaConfig(r=r, num_blocks=num_blocks, use_rslora=True)
     assert left_out.alpha_of("layer", r) / r == pytest.approx(rank_of_lora / rank_of_lora**0.5)
-
-
-def test_what_older_files_say_of_removed_settings_is_read_or_ignored(tmp_path: Path) -> None:
-    SmoaConfig(r=4).save_pretrained(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    older = {"save_id": "a" * 32, "block_ranks": None, "expert_partition": "each"}
-    assert older.keys().isdisjoint(json.loads(file.read_text()))
-    file.write_text(json.dumps(json.loads(file.read_text()) | older))
-    assert SmoaConfig.from_pretrained(tmp_path) == SmoaConfig(r=4)
 
 
 def test_a_file_says_its_format_and_one_of_a_newer_smoa_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,12 @@ def with_nan(folder: Path) -> None:
     rewritten(folder, lambda tensors: next(t for key, t in tensors.items() if "smoa_B" in key).fill_(float("nan")))
 
 
+def of_a_smoa_before_0_2(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    del config["smoa_format"]
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
 SPOILED: list[tuple[Callable[[Path], None], str]] = [
     (as_a_pickle, r"adapter_model\.bin: is a pickle"),
     (
@@ -143,6 +150,7 @@ SPOILED: list[tuple[Callable[[Path], None], str]] = [
         r"adapter_model\.safetensors: .*doesn't fit the layer.*adapter_config\.json come from another save",
     ),
     (with_a_tensor_of_the_base, r"adapter_model\.safetensors: .*has unknown 1 tensor.*down_proj"),
+    (of_a_smoa_before_0_2, r"adapter_config\.json has no smoa_format, so a smoa before 0\.2 saved the adapter"),
     (with_nan, r"adapter_model\.safetensors: .*smoa_B.*NaN or infinite"),
 ]
 
@@ -307,15 +315,3 @@ def test_an_adapter_may_be_called_as_a_part_of_the_names_of_tensors(tmp_path: Pa
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "model")
     assert torch.equal(tiny_models.logits(loaded), tiny_models.logits(model.eval()))
-
-
-@every_loader
-def test_the_id_in_files_of_older_versions_is_ignored(
-    load: Callable[[Path], nn.Module], saved: PeftModel, tmp_path: Path
-) -> None:
-    folder = tmp_path / "adapter"
-    with_settings(folder, save_id="a" * 32)
-    rewritten(folder, lambda tensors: tensors.update({"base_model.model.smoa_save_id": torch.zeros(16).byte()}))
-    model = load(tmp_path)
-    assert all(torch.equal(*pair) for pair in zip(updates(model), updates(saved), strict=True))
-    assert not any("save_id" in name for name in model.state_dict())
