@@ -1,7 +1,7 @@
 """What differs between PEFT 0.18.1 and 0.21: no other file of the library depends on PEFT's version.
 
 PEFT 0.21 asks an adapter's model class which tensors to save, and how to name the tensors that are loaded. Older
-versions go by the names alone. `install_state_dict_hooks` makes them ask too, and `StateDictHooks` has 0.21's answers.
+versions go by the names alone. `install_state_dict_hooks` makes them ask too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import wraps
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import peft
 from packaging.version import Version
@@ -18,14 +18,12 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import save_and_load
 from peft.utils.integrations import dequantize_bnb_weight
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
 BASE_PREFIX = "base_model.model."
-FSDP_PREFIX = "_fsdp_wrapped_module."
 VERSION = Version(peft.__version__)
 HAS_STATE_DICT_HOOKS = hasattr(BaseTuner, "_get_adapter_state_dict")  # from 0.21 on
 HAS_QUANTIZATION_BACKENDS = hasattr(BaseTunerLayer, "set_base_weight")  # from 0.20 on
@@ -34,70 +32,8 @@ _LOADING: ContextVar[Any] = ContextVar("smoa_loading", default=None)
 """(model class, model, config) while `set_peft_model_state_dict` loads an adapter."""
 
 
-class StateDictHooks:
-    """The classmethods by which `BaseTuner` saves and loads in PEFT 0.21. Inherit it after `BaseTuner`."""
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: Any,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        own = {key: tensor for key, tensor in state_dict.items() if key.startswith(_adapter_prefixes(model))}
-        return own | trained_biases(model, state_dict, config)
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        if key.endswith(f".{adapter_name}"):
-            return key.removesuffix(f".{adapter_name}")
-        head, dot, last = key.rpartition(".")
-        return head.removesuffix(f".{adapter_name}") + dot + last
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        names: dict[str, str] = {}
-        prefixes = tuple(prefix + adapter_name for prefix in _adapter_prefixes(model))
-        for key in model.state_dict():
-            if f"{key}.".startswith(tuple(f"{prefix}." for prefix in prefixes)):
-                saved = cls._remove_adapter_name_from_key(key, adapter_name)
-                names |= {saved: key, BASE_PREFIX + saved.removeprefix(BASE_PREFIX): key}
-        return {names.get(key, key): tensor for key, tensor in state_dict.items()}
-
-
-def _adapter_prefixes(model: Any) -> tuple[str, ...]:
-    """What the keys of all adapters' tensors start with; modules_to_save and trainable tokens have their own code."""
-    prefixes: list[str] = []
-    auxiliary: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        plain = name.removeprefix(FSDP_PREFIX)
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            auxiliary += (f"{plain}.",)
-        elif isinstance(module, BaseTunerLayer) and not plain.startswith(auxiliary):
-            children = [child for child in cast(nn.Module, module)._modules if child != "base_layer"]
-            prefixes += [f"{plain}.{child}.".removeprefix(".") for child in children]
-    return tuple(prefixes)
-
-
-def trained_biases(model: Any, state_dict: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """The biases that an adapter of this config trains."""
-    if HAS_STATE_DICT_HOOKS:
-        return dict(BaseTuner._get_learnable_bias_state_dict(model, state_dict, config))
-    if config.bias == "none":
-        return {}
-    if config.bias == "all":
-        return {key: tensor for key, tensor in state_dict.items() if key.split(".")[-1] == "bias"}
-    layers = [name.removeprefix(FSDP_PREFIX) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-    keys = [f"{name}.base_layer.bias".removeprefix(".") for name in layers]
-    return {key: state_dict[key] for key in keys if key in state_dict}
-
-
 def install_state_dict_hooks() -> None:
-    """Make PEFT ≤ 0.20 call the state dict hooks of `StateDictHooks`. A second call replaces the wrappers."""
+    """Make PEFT ≤ 0.20 call a model class's state dict hooks. A second call replaces the wrappers."""
     if HAS_STATE_DICT_HOOKS:
         return
     for name, wrapped in _WRAPPERS.items():
@@ -113,7 +49,12 @@ def install_state_dict_hooks() -> None:
 def _hooked(config: Any) -> Any:
     """The model class of an adapter if it has state dict hooks."""
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
-    return tuner if tuner is not None and issubclass(tuner, StateDictHooks) else None
+    return tuner if hasattr(tuner, "_get_adapter_state_dict") else None
+
+
+def _without_name(key: str, adapter_name: str) -> str:
+    head, dot, last = key.rpartition(".")
+    return head if last == adapter_name else head.removesuffix(f".{adapter_name}") + dot + last
 
 
 def _saving(original: Callable[..., dict[str, Tensor]]) -> Any:
@@ -127,18 +68,14 @@ def _saving(original: Callable[..., dict[str, Tensor]]) -> Any:
     ) -> dict[str, Tensor]:
         model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
         config = model.peft_config[adapter_name]
-        tuner = _hooked(config)
-        if tuner is None:
+        if (tuner := _hooked(config)) is None:
             return original(model, state_dict, adapter_name, save_embedding_layers=save_embedding_layers)
         state_dict = dict(model.state_dict() if state_dict is None else state_dict)
-        unwanted = [name for name in model.peft_config if name != adapter_name]
-        wanted = {k: v for k, v in state_dict.items() if not any(f".{name}." in f"{k}." for name in unwanted)}
-        own = tuner._get_adapter_state_dict(model, config, adapter_name, wanted, unwanted)
-        state_dict |= wanted  # which may have replaced some
+        own = tuner._get_adapter_state_dict(model, config, adapter_name, state_dict, [])
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
         rest = {key: tensor for key, tensor in state_dict.items() if prefix not in key}
         others = original(model, rest, adapter_name, save_embedding_layers=save_embedding_layers)
-        return {tuner._remove_adapter_name_from_key(k, adapter_name): v for k, v in own.items()} | others
+        return {_without_name(key, adapter_name): tensor for key, tensor in own.items()} | others
 
     return get_peft_model_state_dict
 

@@ -13,12 +13,11 @@ from peft.utils import CONFIG_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from smoa.compat import trained_biases
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, PartitionError, first_of
 from smoa.files.loading import incoming
-from smoa.files.names import PARTS, PREFIX, embeddings_of
-from smoa.layers.distributed import LABELS, SCALE, is_distributed, plain_name, whole, with_plain_names
+from smoa.files.names import PARTS, PREFIX, embeddings_of, key_of, trained_biases
+from smoa.layers.distributed import LABELS, SCALE, is_distributed, plain_name, whole
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import check_labels
 
@@ -42,7 +41,7 @@ def check_adapter_state(
         )
     try:
         own = {key for key in state_dict if ".smoa_" in key}
-        keys_of = {name: [_key(name, part, adapter_name) for part in PARTS] for name in layers}
+        keys_of = {name: [key_of(name, part, adapter_name) for part in PARTS] for name in layers}
         expected = {key for keys in keys_of.values() for key in keys}
         others = state_dict.keys() - own
         lost, foreign = _compare_others(model, config, others) if others or config.bias != "none" else ([], [])
@@ -66,11 +65,6 @@ def check_adapter_state(
         raise AdapterFileError(f"{file.path}: {error}; does {CONFIG_NAME} come from another save?") from None
 
 
-def _key(layer: str, part: str, adapter_name: str) -> str:
-    name, dot, rest = part.partition(".")
-    return f"{layer}.{name}.{adapter_name}{dot}{rest}"
-
-
 def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tuple[list[str], list[str]]:
     """Missing keys, and foreign ones, which PyTorch would write over the base or silently drop.
 
@@ -80,7 +74,7 @@ def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tup
     """
     state = model.state_dict()
     own = {key.removeprefix(PREFIX) for key in state}
-    trained = trained_biases(with_plain_names(model), state, config)
+    trained = trained_biases(model, state, config)
     biases = {key.removeprefix(PREFIX) for key in trained if ".modules_to_save." not in key}
     embeddings = embeddings_of(model)
     others = tuple(
@@ -164,7 +158,7 @@ def report_untrained(
     here = {key: tensor for key, tensor in state_dict.items() if type(tensor) is Tensor and not tensor.is_meta}
     trained: dict[str, bool] = {}
     for name, layer in layers.items():
-        factors = {_key(name, part, adapter_name) for part in PARTS[:2]}
+        factors = {key_of(name, part, adapter_name) for part in PARTS[:2]}
         if factors <= here.keys() and any(factor.requires_grad for factor in layer.smoa_B[adapter_name].parameters()):
             kind = re.sub(r"\b\d+\b", "*", names.get(name, name).removeprefix(PREFIX))
             # One factor starts at zero; hot-swapping sets both to zero

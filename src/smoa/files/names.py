@@ -12,6 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from smoa.compat import BASE_PREFIX
+from smoa.config import SmoaConfig
 from smoa.layers.distributed import PARTITION, plain_name
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer, smoa_layers
@@ -33,10 +34,19 @@ def parameter_names(model: nn.Module) -> dict[str, str]:
     return {name: f"{name.replace('.base_layer', '')}.{each.parameter_name}" for name, each in wrappers.items()}
 
 
-def renamed(state_dict: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors with other names of their layers."""
-    parts = {key: key.partition(".smoa_") for key in state_dict}
-    return {names.get(head, head) + dot + rest: state_dict[key] for key, (head, dot, rest) in parts.items()}
+def key_of(layer: str, part: str, adapter_name: str) -> str:
+    """The key of a layer's tensor, one of `PARTS`, in a state dict."""
+    name, dot, rest = part.partition(".")
+    return f"{layer}.{name}.{adapter_name}{dot}{rest}"
+
+
+def trained_biases(model: nn.Module, state_dict: Mapping[str, Tensor], config: SmoaConfig) -> dict[str, Tensor]:
+    """The biases that an adapter of this config trains."""
+    if config.bias == "none":
+        return {}
+    of_layers = {f"{plain_name(name)}.base_layer.bias" for name in smoa_layers(model)}
+    biases = {key: tensor for key, tensor in state_dict.items() if key.rpartition(".")[2] == "bias"}
+    return {key: tensor for key, tensor in biases.items() if config.bias == "all" or key in of_layers}
 
 
 def embeddings_of(model: nn.Module) -> dict[str, Any]:

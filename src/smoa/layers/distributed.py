@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -177,12 +176,6 @@ def plain_name(name: str) -> str:
     if "_wrapped_module" not in name:
         return name
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-def with_plain_names(model: nn.Module) -> Any:
-    """Stand-in for the model with plain names, without which PEFT 0.21 finds nothing to save inside wrappers."""
-    modules = [(plain_name(name), module) for name, module in model.named_modules()]
-    return SimpleNamespace(named_modules=lambda: modules, state_dict=model.state_dict)
 
 
 def why_not_plain(layer: Any) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager
+from itertools import product
 from typing import Any
 
 from peft import set_peft_model_state_dict
@@ -12,12 +13,20 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from smoa.compat import StateDictHooks
 from smoa.errors import PartitionError
 from smoa.files.checks import check_adapter_state, check_gathered, report_untrained
 from smoa.files.loading import incoming
-from smoa.files.names import PREFIX, adapter_layers, embeddings_of, new_tables, parameter_names, renamed
-from smoa.layers.distributed import plain_name, refuse_writing, with_plain_names
+from smoa.files.names import (
+    PARTS,
+    PREFIX,
+    adapter_layers,
+    embeddings_of,
+    key_of,
+    new_tables,
+    parameter_names,
+    trained_biases,
+)
+from smoa.layers.distributed import plain_name, refuse_writing
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer, smoa_layers
 from smoa.layers.quantized import keep_unpacked
@@ -29,7 +38,7 @@ from smoa.tuner.targets import check_target, existing_wrapper, survey_targets
 from smoa.tuner.tying import tie_layers
 
 
-class SmoaModel(BaseTuner, StateDictHooks):
+class SmoaModel(BaseTuner):
     """A model with SMoA adapters; made by `get_peft_model(model, SmoaConfig(...))`.
 
     Raises:
@@ -144,8 +153,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        named = with_plain_names(model)
-        layers, names = adapter_layers(named, adapter_name), parameter_names(named)
+        layers, names = adapter_layers(model, adapter_name), parameter_names(model)
         for name, layer in layers.items():
             layer.decide_partition(adapter_name)  # in place: the tensors in `state_dict` see it
             if not layer.adapters[adapter_name].is_valid():
@@ -156,30 +164,28 @@ class SmoaModel(BaseTuner, StateDictHooks):
         for name, layer in embeddings_of(model).items():
             if isinstance(layer, SmoaLayer):  # PEFT saves its table too
                 layer.unmerge_saved(state_dict, f"{plain_name(name)}.base_layer.")
-        own = super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
-        selected = dict(own)
+        selected = trained_biases(model, state_dict, config)
+        for name, part in product(layers, PARTS):
+            if (key := key_of(name, part, adapter_name)) in state_dict:
+                selected[key_of(names.get(name, name), part, adapter_name)] = state_dict[key]
         check_gathered(selected)
         report_untrained(adapter_name, state_dict, layers, names)
-        return renamed(selected, names)
+        return selected
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        named = with_plain_names(model)
-        # A file may lack or have PEFT's prefix
-        wrappers = {parameter: wrapper for wrapper, parameter in parameter_names(named).items()}
-        wrappers |= {PREFIX + name.removeprefix(PREFIX): wrapper for name, wrapper in wrappers.items()}
-        saved = renamed(state_dict, wrappers)
-        remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, saved)
-        remapped = new_tables(model, remapped)
-        layers = adapter_layers(named, adapter_name)
+        layers, names = adapter_layers(model, adapter_name), parameter_names(model)
+        keys = {f"{names.get(n, n)}.{part}": key_of(n, part, adapter_name) for n, part in product(layers, PARTS)}
+        keys |= {PREFIX + saved.removeprefix(PREFIX): key for saved, key in keys.items()}  # a file may lack or have it
+        remapped = new_tables(model, {keys.get(key, key): tensor for key, tensor in state_dict.items()})
         check_adapter_state(model, config, adapter_name, remapped, layers)
         for layer in layers.values():
             for parameter in (*layer.smoa_A[adapter_name].parameters(), *layer.smoa_B[adapter_name].parameters()):
                 refuse_writing(parameter)
             layer.adapters[adapter_name].pending = False
-        return dict(remapped)
+        return remapped
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's `merge_adapter`. With `safe_merge`, all layers are checked before the first one is changed."""

@@ -19,7 +19,7 @@ from torch import nn
 
 import smoa
 from smoa import SmoaConfig, SmoaModel, UnsupportedModuleError, UnsupportedVersionError, compat, registration
-from smoa.compat import BitsAndBytesBackend, StateDictHooks, find_quantization_backend
+from smoa.compat import BitsAndBytesBackend, find_quantization_backend
 from smoa.layers.quantized import find_backend
 from smoa.registration import check_peft_version, ensure_peft_type, register
 from tests.support import tiny_models
@@ -98,7 +98,7 @@ def test_old_versions_of_peft_are_refused_and_newer_ones_tried_with_a_warning() 
 # versions of PEFT
 
 
-ours: Any = StateDictHooks
+ours: Any = SmoaModel
 pefts: Any = BaseTuner
 needs_hooks = pytest.mark.skipif(not compat.HAS_STATE_DICT_HOOKS, reason="PEFT ≤ 0.20 has nothing to compare with")
 needs_backends = pytest.mark.skipif(not compat.HAS_QUANTIZATION_BACKENDS, reason="PEFT ≤ 0.19 has none")
@@ -127,7 +127,8 @@ def test_what_is_saved_and_how_it_is_named_are_pefts_choice(bias: str, inside: b
     assert any("smoa_row_labels" in key for key in answers[0])
     saved = {"base_model.model." + key.removeprefix("base_model.model."): tensor for key, tensor in answers[0].items()}
     saved = {ours._remove_adapter_name_from_key(key, "one"): tensor for key, tensor in saved.items()}
-    loaded = [hooks._remap_adapter_state_dict_for_load(model, config, "one_more", saved) for hooks in (ours, pefts)]
+    name = [*wrapped.peft_config][-1]
+    loaded = [hooks._remap_adapter_state_dict_for_load(model, config, name, saved) for hooks in (ours, pefts)]
     assert loaded[0].keys() == loaded[1].keys()
 
 
