@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from textwrap import shorten
-from threading import Lock, get_ident
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -31,27 +29,19 @@ ROUTED = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 """The paths of layers within an expert that is a module."""
 DISTANCES = re.compile(r"(relative_attention_bias|rel_attn_embed|distance_embedding)$")
 """The paths of embeddings of how far tokens are apart, which are one for all samples."""
-_TRAINED: WeakKeyDictionary[BaseTuner, int] = WeakKeyDictionary()
-"""The thread of the training forward by names that a model is in."""
-_LOCK = Lock()
 
 
-@contextmanager
-def call_by_names(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[None]:
+def call_by_names(tuner: BaseTuner, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
     """Remove `adapter_names` from `kwargs`, and give them to the model's layers in the calls of this thread while the
     context is open. In training each adapter gets the gradient of its own samples.
 
     Raises:
-        ValueError: a name is neither an adapter nor "__base__"; a layer is given rows of which it can't be told whose
-            they are; or another thread trains the model by names.
+        ValueError: a name is neither an adapter nor "__base__", or a layer is given rows of which it can't be told
+            whose they are.
     """
     names = kwargs.pop("adapter_names", None)
-    if names is None:
-        with ExitStack() as stack:
-            if OPEN:  # within another call of this thread this one takes the active adapters
-                stack.enter_context(opened(None))
-            yield
-        return
+    if names is None:  # within another call of this thread this one takes the active adapters
+        return opened(None) if OPEN else nullcontext()
     names = names if isinstance(names, str) else list(names)
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"adapter_names={names!r}: give a list that names an adapter or '{BASE}' for each sample")
@@ -77,13 +67,9 @@ def call_by_names(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[None]:
     once = frozenset() if encoder in (None, tuner.model) else frozenset(encoder.modules())  # samples as they are
     beams = kwargs.get("num_beams") or 1  # for a model with a `generate` of its own
     trains = torch.is_grad_enabled() and tuner.training  # a layer that is new in a model in evaluation is in training
-    with ExitStack() as stack:
-        if trains:
-            stack.enter_context(_trained_by_one_thread(tuner))
-        if torch.is_grad_enabled():
-            take_names_along(tuner.model)
-        stack.enter_context(opened(Call(tuple(names), frozenset(modules), once, beams, trains)))
-        yield
+    if torch.is_grad_enabled():
+        take_names_along(tuner.model)
+    return opened(Call(tuple(names), frozenset(modules), once, beams, trains))
 
 
 def _taking_names(module: nn.Module) -> Iterator[Any]:
@@ -95,20 +81,6 @@ def _taking_names(module: nn.Module) -> Iterator[Any]:
     elif not isinstance(module, AuxiliaryTrainingWrapper):
         for child in module.children():
             yield from _taking_names(child)
-
-
-@contextmanager
-def _trained_by_one_thread(tuner: BaseTuner) -> Iterator[None]:
-    with _LOCK:
-        before = _TRAINED.get(tuner)
-        if before not in (None, get_ident()):
-            raise ValueError("adapter_names: another thread trains this model by names; train in one thread at a time")
-        _TRAINED[tuner] = get_ident()
-    try:
-        yield
-    finally:
-        if before is None:
-            del _TRAINED[tuner]
 
 
 def _names_of_call(wrapper: Any, args: Any, kwargs: Any = None) -> Any:

@@ -18,8 +18,7 @@ those that accelerate offloads; adapters in training mode with dropout; and all 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import wraps
 from threading import get_ident
@@ -84,18 +83,16 @@ def keep_in_generate(model: nn.Module, kept: Kept) -> None:
         layer.generation_cache = kept
 
 
-@contextmanager
-def samples_repeated(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+def samples_repeated(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
     """Repeat the names as `model.generate(*args, **kwargs)` repeats samples, by its settings or the model's own."""
+    call = OPEN.get(get_ident())
+    if call is None:
+        return nullcontext()
     configs = (kwargs.get("generation_config", *args[1:2]), getattr(model, "generation_config", None))
 
     def setting(name: str) -> int:
         values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
         return next((value for value in values if isinstance(value, int)), 1)
 
-    call = OPEN.get(get_ident())
-    with ExitStack() as stack:
-        if call is not None:
-            copies = max(call.copies, setting("num_beams"), setting("num_return_sequences"))
-            stack.enter_context(opened(replace(call, copies=copies, trains=False)))
-        yield
+    copies = max(call.copies, setting("num_beams"), setting("num_return_sequences"))
+    return opened(replace(call, copies=copies, trains=False))
