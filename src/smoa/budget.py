@@ -10,21 +10,19 @@ from smoa.maths.factors import split_rank
 
 
 def _block_shapes(
-    out_features: int, in_features: int, r: int, num_blocks: int, ranks: tuple[int, ...] | None
+    out_features: int, in_features: int, r: int, num_blocks: int, ranks: tuple[int, ...] | None = None
 ) -> list[tuple[int, int, int]]:
     check_num_blocks(num_blocks, out_features, in_features)
     rows, cols = block_sizes(out_features, num_blocks), block_sizes(in_features, num_blocks)
     return list(zip(rows, cols, split_rank(r, num_blocks) if ranks is None else ranks, strict=True))
 
 
-def trainable_parameters(
-    out_features: int, in_features: int, r: int, num_blocks: int, ranks: tuple[int, ...] | None = None
-) -> int:
+def trainable_parameters(out_features: int, in_features: int, r: int, num_blocks: int) -> int:
     """Trainable parameters of one layer, `Σ_k r_k(|I_k| + |J_k|)`.
 
     If K divides m and n this is r(m+n)/K: 1/K of LoRA's at the same r.
     """
-    return sum(rank * (m + n) for m, n, rank in _block_shapes(out_features, in_features, r, num_blocks, ranks))
+    return sum(rank * (m + n) for m, n, rank in _block_shapes(out_features, in_features, r, num_blocks))
 
 
 def rank_bound(

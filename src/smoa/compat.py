@@ -13,7 +13,6 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import peft
-from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import save_and_load
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
 BASE_PREFIX = "base_model.model."
-VERSION = Version(peft.__version__)
 HAS_STATE_DICT_HOOKS = hasattr(BaseTuner, "_get_adapter_state_dict")  # from 0.21 on
 HAS_QUANTIZATION_BACKENDS = hasattr(BaseTunerLayer, "set_base_weight")  # from 0.20 on
 
@@ -162,6 +160,6 @@ def find_quantization_backend(base: nn.Module, model: nn.Module) -> Quantization
     kinds = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(base).__mro__}
     library = {type(base).__module__.split(".")[0], type(getattr(base, "weight", None)).__module__.split(".")[0]}
     if library & {"hqq", "torchao"}:
-        raise ValueError(f"HQQ and torchao need PEFT 0.20 or newer, found {VERSION}; run: pip install -U peft")
+        raise ValueError(f"HQQ and torchao need PEFT 0.20 or newer, found {peft.__version__}; run: pip install -U peft")
     bits = 4 if "bitsandbytes.Linear4bit" in kinds else 8 if "bitsandbytes.Linear8bitLt" in kinds else None
     return None if bits is None else BitsAndBytesBackend(bits)  # type: ignore[return-value]  # it has what we call

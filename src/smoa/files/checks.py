@@ -32,8 +32,7 @@ def check_adapter_state(
     layers: Mapping[str, SmoaLayer],
 ) -> None:
     """Check the tensors about to be loaded, keyed as in the model, against the layers that have the adapter."""
-    names = (name for name, _ in model.named_parameters())
-    first = next(names, "")
+    first = next((name for name, _ in model.named_parameters()), "")
     if not first.startswith(PREFIX) and plain_name(first).startswith(PREFIX):
         raise AdapterFileError(  # PEFT loads nothing into such a model, silently
             f"{first}: the model is wrapped, as by FSDP, and PEFT would load nothing into it; "

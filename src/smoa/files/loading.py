@@ -40,15 +40,6 @@ class AdapterFile(NamedTuple):
     path: Path
     tensors: dict[str, Tensor] | None
 
-    @classmethod
-    def opened(cls, path: Path, read: bool = False) -> AdapterFile:
-        """Read the header and, if asked, the tensors."""
-        if read:
-            return cls(path, tensors_of(path, bytes_of(path)))
-        with _reading(path), safe_open(path, "pt") as file:
-            _check_keys(path, file.keys())
-        return cls(path, None)
-
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
@@ -115,7 +106,13 @@ def find_adapter(
 ) -> AdapterFile | None:
     """As `find_weights`, with its header checked or, if asked, the tensors read."""
     path = find_weights(source, config, **options)
-    return None if path is None else AdapterFile.opened(path, read)
+    if path is None:
+        return None
+    if read:
+        return AdapterFile(path, tensors_of(path, bytes_of(path)))
+    with _reading(path), safe_open(path, "pt") as file:
+        _check_keys(path, file.keys())
+    return AdapterFile(path, None)
 
 
 def _located(source: str | os.PathLike[str], name: str, options: dict[str, Any]) -> Path | None:
@@ -165,11 +162,10 @@ def door(
     """
     place, known = None if source is None else Path(source, options.get("subfolder", "")), _INCOMING.get()
     if source is None or place is None:
-        token = _INCOMING.set(None)
-    elif known is None or known[0] != place:
-        token = _INCOMING.set((place, cache(partial(find_adapter, source, config, read, **options))))
-    else:  # one loader calls another
-        token = _INCOMING.set(known)
+        known = None
+    elif known is None or known[0] != place:  # or one loader calls another
+        known = place, cache(partial(find_adapter, source, config, read, **options))
+    token = _INCOMING.set(known)
     try:
         yield incoming() if source is not None and Path(source).exists() else None
     except ConfigError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Self
@@ -42,11 +42,11 @@ class SavedLayer:
     row_labels: Tensor
     col_labels: Tensor
     block_scale: Tensor
-    scale: Tensor = field(init=False)
-    """What B is multiplied by: (blocks, 1)."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", (self.block_scale * self.scaling)[:, None])
+    @cached_property
+    def scale(self) -> Tensor:
+        """What B is multiplied by: (blocks, 1)."""
+        return (self.block_scale * self.scaling)[:, None]
 
     @property
     def is_small(self) -> bool:

@@ -17,7 +17,7 @@ from smoa.errors import MergeError, UnsupportedModuleError
 from smoa.layers.distributed import why_not_plain
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import smoa_layers
-from smoa.tuner.tying import refuse_shared, users_of, weight_id
+from smoa.tuner.tying import refuse_shared, weight_id
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -82,7 +82,9 @@ def check_merge_allowed(model: nn.Module) -> None:
                 f"{name}: trainable_token_indices replaces rows of its weight, and a merge would lose what the "
                 "adapter adds to them; keep the adapter unmerged, or train again without one of the two"
             )
-    users, adapted = users_of(model), Counter(weight_id(layer.stored_weight()) for layer in layers.values())
+    used = (own for module in model.modules() for own in module._parameters.values() if own is not None)
+    users = Counter(map(weight_id, used))  # several modules use that of tied embeddings
+    adapted = Counter(weight_id(layer.stored_weight()) for layer in layers.values())
     for layer in layers.values():
         if not isinstance(layer, ParamWrapper):
             weight = weight_id(layer.stored_weight())

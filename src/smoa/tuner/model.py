@@ -73,12 +73,11 @@ class SmoaModel(BaseTuner):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        self._progress: tqdm[Any] | None = None
+        self._progress: tqdm[Any] = tqdm(disable=True)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            if self._progress is not None:
-                self._progress.close()
+            self._progress.close()
         config: Any = self.peft_config[adapter_name]
         if config.ensure_weight_tying:
             tie_layers(self.model, adapter_name)
@@ -118,8 +117,7 @@ class SmoaModel(BaseTuner):
             found = self._targets.get(current_key) or check_target(current_key, target, peft_config, self.model)
             kind, _, backend = found
             known = target if isinstance(target, SmoaLayer) else None
-            if self._progress is not None:
-                self._progress.update()
+            self._progress.update()
         else:
             module_name, _, name = current_key.rpartition(".")
             known = existing_wrapper(self.model, module_name, name)
@@ -195,11 +193,7 @@ class SmoaModel(BaseTuner):
             super().merge_adapter(adapter_names=adapter_names)
 
     def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
     ) -> Any:
         if merge and safe_merge:
             check_all_finite(self.model, adapter_names)

@@ -97,10 +97,8 @@ def tie_layers(model: nn.Module, adapter_name: str) -> None:
     """Give the layers of one weight the adapter of the first of them, or of the embedding among them."""
     modules = dict(model.named_modules())
     for group in tied_groups(model):
-        ends = [module for name in group if isinstance(module := modules[name], SmoaLayer)]
-        ends = sorted(
-            (end for end in ends if adapter_name in end.smoa_A), key=lambda end: not isinstance(end, Embedding)
-        )
+        ends = [end for name in group if isinstance(end := modules[name], SmoaLayer) and adapter_name in end.smoa_A]
+        ends.sort(key=lambda end: not isinstance(end, Embedding))
         for other in ends[1:]:
             _follow(other, ends[0], adapter_name)
 
@@ -125,13 +123,6 @@ def refuse_shared(layers: Iterable[tuple[str, Tensor, Mapping[str, object]]]) ->
                 f"{name} and {other} share one weight but have an adapter each, so no merged weight is right for both; "
                 "untie them, adapt one of them only, or set ensure_weight_tying=True before training"
             )
-
-
-def users_of(model: nn.Module) -> Counter[int]:
-    """How many modules use each parameter, by its `weight_id`. Several use that of tied embeddings."""
-    return Counter(
-        weight_id(own) for module in model.modules() for own in module._parameters.values() if own is not None
-    )
 
 
 def weight_id(weight: Tensor) -> int:

@@ -106,8 +106,8 @@ def test_a_saved_adapter_is_opened_once_and_loaded_without_a_decomposition(
     load: Callable[[Path], nn.Module], saved: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Any] = []
-    open_file = loading.AdapterFile.opened
-    monkeypatch.setattr(loading.AdapterFile, "opened", lambda *given: opened.append(given) or open_file(*given))
+    find = loading.find_adapter
+    monkeypatch.setattr(loading, "find_adapter", lambda *given, **more: opened.append(given) or find(*given, **more))
     smoa.clear_spectrum_cache()
     with NoDecomposition():
         found = updates(load(tmp_path))
