@@ -48,7 +48,7 @@ def cached_spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tenso
     _memory.move_to_end(key)
     while len(_memory) > 1 and sum(rows.nbytes + cols.nbytes for rows, cols in _memory.values()) > MEMORY_LIMIT:
         _memory.popitem(last=False)
-    device = decomposition_device(weight)  # another may have no float64
+    device = decomposition_device(weight.device)  # another may have no float64
     return scores[0].to(device), scores[1].to(device)
 
 

@@ -23,7 +23,7 @@ from smoa.budget import rank_bound
 from smoa.errors import MergeError
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import Blocks
-from smoa.maths.spectrum import decomposable, spectral_scores
+from smoa.maths.spectrum import decomposition_device, spectral_scores
 from smoa_lab.base_models import load_weights
 from smoa_lab.open_run import adapter_of_run, base_section, with_saved_adapter
 from smoa_lab.pages.tables import Cell, Table
@@ -219,7 +219,7 @@ def update_spectrum(weight: Tensor, delta_weight: Tensor, blocks: Blocks | None 
     """Decompose W and ΔW, both (out_features, in_features), with two full SVDs, in float32 or wider. ``blocks`` are
     those outside which ΔW is zero; None if it has no blocks."""
     W, delta = (
-        decomposable(matrix.detach()).to(torch.promote_types(matrix.dtype, torch.float32))
+        matrix.detach().to(decomposition_device(matrix.device)).to(torch.promote_types(matrix.dtype, torch.float32))
         for matrix in (weight, delta_weight)
     )
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)

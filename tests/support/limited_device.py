@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from smoa.maths.spectrum import _decomposes
+from smoa.maths.spectrum import decomposition_device
 
 DEVICE = torch.device("mps", 0)
 LACKING = ("linalg_", "_linalg_", "svd", "geqrf")
@@ -76,9 +76,9 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 @contextmanager
 def limited_device() -> Iterator[torch.device]:
     """A device that refuses float64 and decompositions while the context is open."""
-    _decomposes.cache_clear()
+    decomposition_device.cache_clear()
     try:
         with _Factories():
             yield DEVICE
     finally:
-        _decomposes.cache_clear()
+        decomposition_device.cache_clear()

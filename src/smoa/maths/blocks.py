@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -147,12 +146,6 @@ class Blocks:
         """`y[..., orders.rows_inverse]`, differentiable; y itself if the blocks are contiguous."""
         return y if self.is_contiguous else reordered(y, self.orders.rows_inverse)
 
-    def transposed(self) -> Blocks:
-        """The blocks of the transposed weight."""
-        rows, rows_inverse, cols, cols_inverse = self.orders
-        orders = Orders(cols, cols_inverse, rows, rows_inverse)
-        return Blocks(self.col_labels, self.row_labels, self.num_blocks, orders, self.is_contiguous, self.shape[::-1])
-
 
 @dataclass(frozen=True)
 class DiagonalBlocks:
@@ -213,19 +206,12 @@ def check_labels(labels: Tensor, num_blocks: int, name: str) -> None:
     """Raise PartitionError unless `labels` is a uint8 vector whose block sizes are those of `torch.tensor_split`."""
     if labels.dtype != torch.uint8 or labels.ndim != 1:
         raise PartitionError(f"{name} must be a uint8 vector, got {labels.dtype} of shape {tuple(labels.shape)}")
-    counts = _counts(labels.cpu().numpy().tobytes(), num_blocks)
+    counts = torch.bincount(labels.cpu(), minlength=num_blocks).tolist()
     expected = list(block_sizes(len(labels), num_blocks))
     if counts != expected:
         raise PartitionError(
             f"{name} must hold {num_blocks} blocks of sizes {_short(expected)}, found label counts {_short(counts)}"
         )
-
-
-@lru_cache(maxsize=4096)
-def _counts(labels: bytes, num_blocks: int) -> list[int]:
-    """How often each label occurs. Adapters of one base have the same labels."""
-    found: list[int] = numpy.bincount(numpy.frombuffer(labels, numpy.uint8), minlength=num_blocks).tolist()
-    return found
 
 
 def _short(sizes: list[int]) -> str:

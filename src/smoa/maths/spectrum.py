@@ -47,7 +47,7 @@ def spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tens
     Raises:
         PartitionError: the weight has NaN or infinite entries.
     """
-    weight = decomposable(weight.detach())
+    weight = weight.detach().to(decomposition_device(weight.device))
     weight = weight if weight.dtype == torch.float64 else weight.float()
     peak = finite_peak(weight)
     if not SAFE_PEAK[0] < peak < SAFE_PEAK[1]:  # squares would leave the dtype's range
@@ -189,22 +189,13 @@ def make_partition(
     return Blocks(row_labels, col_labels, num_blocks)
 
 
-def decomposable(matrix: Tensor) -> Tensor:
-    """The matrix itself, or a copy on the CPU if its device has no float64 or no decompositions, as Apple's MPS."""
-    return matrix.to(decomposition_device(matrix))
-
-
-def decomposition_device(matrix: Tensor) -> torch.device:
-    """The matrix's own device, or the CPU."""
-    return matrix.device if _decomposes(matrix.device.type) else torch.device("cpu")
-
-
 @cache
-def _decomposes(device_type: str) -> bool:
+def decomposition_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU if the device has no float64 or no decompositions, as Apple's MPS."""
     try:
-        torch.linalg.eigh(torch.eye(2, device=device_type).double())
+        torch.linalg.eigh(torch.eye(2, device=device).double())
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError):  # PyTorch raises TypeError for a dtype that MPS lacks
-        return False
-    return True
+        return torch.device("cpu")
+    return device

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from smoa.errors import ConfigError
 from smoa.layers.adapter import PartitionSpec
-from smoa.maths import spectrum
 from smoa.maths.spectrum import (
     PartitionKind,
-    decomposable,
+    decomposition_device,
     labels_from_scores,
     make_partition,
     spectral_scores,
@@ -144,12 +143,12 @@ def test_a_full_device_is_not_taken_for_one_that_lacks_decompositions(monkeypatc
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError("full")
 
-    spectrum._decomposes.cache_clear()
+    decomposition_device.cache_clear()
     with monkeypatch.context() as patched:
         patched.setattr(torch.linalg, "eigh", full)
         with pytest.raises(torch.OutOfMemoryError):
-            decomposable(torch.eye(2))
-    assert decomposable(torch.eye(2)).device.type == "cpu"
+            decomposition_device(torch.device("cpu"))
+    assert decomposition_device(torch.device("cpu")).type == "cpu"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
