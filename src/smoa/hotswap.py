@@ -74,7 +74,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
 def _padded(place: str, layer: SmoaLayer, adapter: str, A: Tensor, B: Tensor, config: SmoaConfig) -> list[Tensor]:
     """The ranks of each block padded with zeros to those of the slot, and B multiplied by the ratio of the scales."""
     name, shape = place.rpartition(" ")[2], (layer.out_features, layer.in_features)
-    slot, ranks, count = layer.adapters[adapter].ranks, config.ranks_of(name, shape=shape), layer.matrix_count
+    slot, ranks, count = layer.adapters[adapter].ranks, config.ranks_of(name, shape=shape), layer.matrix_count or 1
     if (A.shape, B.shape) != layer.saved_shapes(ranks)[:2]:
         raise AdapterFileError(f"{place} has factors {tuple(A.shape)}, {tuple(B.shape)} that don't fit the layer")
     if any(theirs > ours for theirs, ours in zip(ranks, slot, strict=True)):

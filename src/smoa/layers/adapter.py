@@ -21,44 +21,38 @@ from smoa.errors import PartitionError
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, onloaded, whole
 from smoa.maths.blocks import UNDECIDED, Blocks, Orders, ascend, check_labels
 from smoa.maths.kernels.autograd import is_transformed
-from smoa.maths.scale import ModulationKind, ScaleKind, block_scale, rank_scale
-from smoa.maths.spectrum import PartitionKind, make_partition
+from smoa.maths.scale import DEFAULT_SCALE, block_scale, rank_scale
+from smoa.maths.spectrum import make_partition
 from smoa.maths.stack import Side
 from smoa.scores import cached_spectral_scores
 
 
-@dataclass(frozen=True)
-class PartitionSpec:
-    """How to make an adapter's blocks and block scales from the weight."""
+def labels_and_scales(
+    config: SmoaConfig, num_blocks: int, weight: Tensor, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row labels, column labels and block scales by an adapter's config, on the CPU.
 
-    partition: PartitionKind
-    modulation: ModulationKind
-    scale: ScaleKind
-    seed: int = 0
-    """Of a random partition."""
+    Args:
+        config: Has the kinds of partition, modulation and scale.
+        num_blocks: K.
+        weight: W (m, n), for (m,), (n,) and (K,). Or W of all experts (experts, halves, m, n), for (G, m), (G, n)
+            and (G, K), where G = experts·halves.
+        seed: Of a random partition.
+    """
+    generator = torch.Generator().manual_seed(seed)
 
-    def decide(self, num_blocks: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Row labels, column labels and block scales, on the CPU.
+    def decided(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        blocks = make_partition(matrix, num_blocks, config.partition, cached_spectral_scores, generator)
+        scale = block_scale(config.scale or DEFAULT_SCALE, None if config.modulation == "none" else matrix, blocks)
+        return blocks.row_labels.cpu(), blocks.col_labels.cpu(), scale
 
-        Args:
-            num_blocks: K.
-            weight: W (m, n), for (m,), (n,) and (K,). Or W of all experts (experts, halves, m, n), for (G, m), (G, n)
-                and (G, K), where G = experts·halves.
-        """
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def decided(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            blocks = make_partition(matrix, num_blocks, self.partition, cached_spectral_scores, generator)
-            scale = block_scale(self.scale, None if self.modulation == "none" else matrix, blocks)
-            return blocks.row_labels.cpu(), blocks.col_labels.cpu(), scale
-
-        if weight.dim() == 2:
-            return decided(weight)
-        matrices = [matrix for expert in weight for matrix in expert]  # views, which `flatten` may not give
-        hidden = None if self.partition == "spectral" else True  # None: shown on a terminal only
-        bar = tqdm(matrices, "SMoA partitions of experts", unit="matrix", delay=1, disable=hidden, leave=False)
-        rows, cols, scales = zip(*map(decided, bar), strict=True)
-        return torch.stack(rows), torch.stack(cols), torch.stack(scales)
+    if weight.dim() == 2:
+        return decided(weight)
+    matrices = [matrix for expert in weight for matrix in expert]  # views, which `flatten` may not give
+    hidden = None if config.partition == "spectral" else True  # None: shown on a terminal only
+    bar = tqdm(matrices, "SMoA partitions of experts", unit="matrix", delay=1, disable=hidden, leave=False)
+    rows, cols, scales = zip(*map(decided, bar), strict=True)
+    return torch.stack(rows), torch.stack(cols), torch.stack(scales)
 
 
 class AdapterBuffers(nn.Module):
@@ -171,8 +165,8 @@ class Derived:
 class Adapter:
     """One adapter in one layer: its settings there, its blocks and block scales.
 
-    The layer keeps row labels, column labels and block scales, in `stores`. `spec` says how they are decided, `ranks`
-    is r_k of every block, ΔW is scaled by alpha / r, and `halves` is H in a layer with a stack of matrices.
+    The layer keeps row labels, column labels and block scales, in `stores`. `seed` is that of a random partition,
+    `ranks` is r_k of every block, ΔW is scaled by alpha / r, and `halves` is H in a layer with a stack of matrices.
     """
 
     def __init__(
@@ -180,14 +174,14 @@ class Adapter:
         stores: tuple[AdapterBuffers, AdapterBuffers, AdapterBuffers],
         name: str,
         config: SmoaConfig,
-        spec: PartitionSpec,
+        seed: int,
         ranks: tuple[int, ...],
         alpha: float,
         halves: int = 1,
     ) -> None:
-        self.stores, self.name, self.config, self.spec = stores, name, config, spec
+        self.stores, self.name, self.config, self.seed = stores, name, config, seed
         self.ranks, self.halves = ranks, halves
-        self.r, self.modulation = sum(ranks), spec.modulation
+        self.r, self.modulation = sum(ranks), config.modulation
         self.scaling = alpha / self.r
         """As configured; the layer's own `scaling` may have been changed since."""
         self.pending = True
@@ -221,7 +215,7 @@ class Adapter:
         if defer:
             return
         for other in layer.adapters.values():
-            same = other.config is self.config and other.spec == self.spec and len(other.ranks) == len(self.ranks)
+            same = other.config is self.config and other.seed == self.seed and len(other.ranks) == len(self.ranks)
             if same and not other.pending:  # TRL's reference, to which it copies factors alone
                 self.decide(*other.saved())
                 return
@@ -241,7 +235,9 @@ class Adapter:
         """Labels and scales by rank 0's weight; None if that is on the meta device."""
         with onloaded([layer.get_base_layer()]), gather_params_ctx(layer.stored_weight()):  # for DeepSpeed ZeRO-3
             weight = None if layer.stored_weight().is_meta else whole(layer.pristine_weight())  # for FSDP2
-            return from_rank_zero(lambda: None if weight is None else self.spec.decide(len(self.ranks), weight))
+            return from_rank_zero(
+                lambda: None if weight is None else labels_and_scales(self.config, len(self.ranks), weight, self.seed)
+            )
 
     def is_valid(self) -> bool:
         """Whether the labels are there, and a partition."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -18,7 +18,6 @@ from smoa.layers.layer import SmoaLayer
 from smoa.layers.stand_in import StandIn
 from smoa.maths.blocks import Blocks
 from smoa.maths.experts import Layout
-from smoa.maths.factors import saved_shapes
 from smoa.maths.stack import Side, Stack
 from smoa.maths.update import Update
 
@@ -32,8 +31,6 @@ class ParamWrapper(SmoaLayer):
     (G, K). Wrappers of several parameters of one module are nested, as in PEFT's LoRA. No second copy of the parameter
     is made, not in a merge.
     """
-
-    converted_by_peft = False
 
     def __init__(
         self,
@@ -53,10 +50,6 @@ class ParamWrapper(SmoaLayer):
         self.layout = Layout.of(self.get_base_layer(), self.parameter_name)
         self.halves, self.matrix_count = self.layout.halves, self.layout.count
         return self.layout.shape
-
-    def saved_shapes(self, ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """Shapes of A, B, row labels, column labels and block scales in the file of an adapter of these ranks."""
-        return saved_shapes(self.layout.shape, ranks, self.layout.count)
 
     # Weights and updates.
 

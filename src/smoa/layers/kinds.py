@@ -48,7 +48,6 @@ class Embedding(ReadByModels):
     factors as they would on the table. With `sparse`, the factors' gradients are dense.
     """
 
-    converted_by_peft = False
     read_by_models = ("num_embeddings", "embedding_dim", "padding_idx")
 
     @staticmethod
@@ -89,7 +88,6 @@ class Convolution(ReadByModels):
     float64. Otherwise `conv(x, ΔW)` is added to the base layer's output.
     """
 
-    converted_by_peft = False
     read_by_models = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 
     @staticmethod

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape, SmoaConfig
-from smoa.layers.adapter import Adapter, AdapterBuffers, Derived, PartitionSpec
+from smoa.layers.adapter import Adapter, AdapterBuffers, Derived
 from smoa.layers.calls import OPEN, Call, call_of
 from smoa.layers.distributed import (
     onloaded_for,
@@ -29,7 +29,6 @@ from smoa.layers.merging import Merging, as_matrix, as_stored
 from smoa.maths.blocks import Blocks, DiagonalBlocks, check_num_blocks
 from smoa.maths.factors import Factors, Initialization, init_factors, saved_shapes
 from smoa.maths.kernels.autograd import is_transformed
-from smoa.maths.scale import DEFAULT_SCALE
 from smoa.maths.update import Update
 
 if TYPE_CHECKING:
@@ -62,15 +61,14 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
 
     generation_cache: Literal["blocks", "off"] = "blocks"
     """What `generate` keeps: see `smoa.keep_in_generate`."""
-    converted_by_peft = True
     halves = 1
     """How many matrices W each expert has, if the layer has a stack of them."""
     tied = False
     """Whether another layer has the same weight and the same adapters (`ensure_weight_tying`)."""
     rows_unknown: str | None = None
     """Why it can't be told of which sample the rows are that the layer is given, if so."""
-    matrix_count = 1
-    """G: how many matrices W the layer has."""
+    matrix_count: int | None = None
+    """G, if the layer has a stack of matrices W."""
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
     other_param_names: tuple[str, ...] = (
         "adapters",
@@ -137,7 +135,7 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
 
     def saved_shapes(self, ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Shapes of A, B, row labels, column labels and block scales in the file of an adapter of these ranks."""
-        return saved_shapes((self.out_features, self.in_features), ranks)
+        return saved_shapes((self.out_features, self.in_features), ranks, self.matrix_count)
 
     # Adding an adapter.
 
@@ -149,10 +147,9 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         ranks = config.ranks_of(module, shape=shape)
         check_num_blocks(len(ranks), *shape)
         seed = zlib.crc32(f"{torch.initial_seed()} {module}".encode())
-        spec = PartitionSpec(config.partition, config.modulation, config.scale or DEFAULT_SCALE, seed)
         stores = self.smoa_row_labels, self.smoa_col_labels, self.smoa_block_scale
         alpha = config.alpha_of(module, sum(ranks), shape)
-        self.adapters[adapter_name] = own = Adapter(stores, adapter_name, config, spec, ranks, alpha, self.halves)
+        self.adapters[adapter_name] = own = Adapter(stores, adapter_name, config, seed, ranks, alpha, self.halves)
         self.scaling[adapter_name] = own.scaling
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         (of_A, of_B), r = self.saved_shapes(ranks)[:2], own.r
@@ -277,10 +274,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW in the shape in which the base layer stores its weight (PEFT's contract)."""
         return as_stored(self.delta(adapter), self.stored_weight().shape, self.fan_in_fan_out)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's converter knows this kind of layer."""
-        return self.converted_by_peft
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set s to `scale` times its configured value α/r."""

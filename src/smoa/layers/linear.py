@@ -35,6 +35,10 @@ class Linear(SmoaLayer):
             return shape[1], shape[0]
         return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's converter knows this kind of layer."""
+        return True
+
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
         if active and (snapshot := open_snapshot(self, active, x)) is not None:
             result = self.base_layer(x, *args, **kwargs)

@@ -101,7 +101,7 @@ class Merging:
         ΔW is formed a tile of rows at a time, so that no matrix is held but the merged one.
         """
         updates = [self.updates(name) for name in adapter_names]
-        for number in range(self.matrix_count):
+        for number in range(self.matrix_count or 1):
             pristine = self.pristine_matrix(number)
             merged = torch.empty_like(pristine)
             for start in range(0, len(pristine), ROW_TILE):
@@ -127,7 +127,7 @@ class Merging:
         if self._shared_weight:
             self.get_base_layer().weight, self._shared_weight = self._shared_weight[0], ()
         elif self._pristine_blocks:
-            for number in range(self.matrix_count):
+            for number in range(self.matrix_count or 1):
                 matrix = self.base_weight(number)
                 for kept in self._pristine_blocks.values():
                     if number in kept:  # a merge may have failed

@@ -9,7 +9,7 @@ from torch import nn
 
 from smoa import SmoaConfig, clear_spectrum_cache
 from smoa.layers import merging
-from smoa.layers.adapter import PartitionSpec
+from smoa.layers.adapter import labels_and_scales
 from smoa.maths import spectrum
 from tests.support.live_bytes import LiveBytes
 
@@ -45,7 +45,7 @@ def test_making_an_adapter_holds_few_copies_of_the_larger_of_weight_and_gram_mat
     monkeypatch.setattr(spectrum, "CLOSE_SCORES", close)
     weight = (0.02 * torch.randn(shape)).to(dtype)
     with LiveBytes(weight) as held:
-        PartitionSpec("spectral", "hadamard", "lora").decide(4, weight)
+        labels_and_scales(SmoaConfig(), 4, weight)
     assert held.peak <= (most + SMALL - 1) * 4 * weight.numel()
     assert held.peak >= 4 * min(shape) ** 2  # the Gram matrix was counted
 
