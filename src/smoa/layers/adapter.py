@@ -143,24 +143,6 @@ class Derived:
             _BLOCKS[key] = blocks
         return cls(*kept, blocks, digest)
 
-    def is_of(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors that it follows from, and nobody has written to them, as far as that can be
-        seen."""
-        rows, cols, scale = tensors
-        known_rows, known_cols, known_scale = self.saved
-        are_same = rows is known_rows and cols is known_cols and scale is known_scale
-        return are_same and self.versions is not None and _versions(tensors) == self.versions
-
-    def has_labels(self, rows: Tensor, cols: Tensor) -> bool:
-        """Whether these are the labels, and on their device."""
-        own_rows, own_cols = self.labels
-        return rows.device == own_rows.device and torch.equal(rows, own_rows) and torch.equal(cols, own_cols)
-
-    def rounds_to(self, scale: Tensor) -> bool:
-        """Whether these are the block scales in this tensor's dtype."""
-        known = self.block_scale
-        return known.shape == scale.shape and torch.equal(known.to(scale.device, scale.dtype), scale)
-
 
 class Adapter:
     """One adapter in one layer: its settings there, its blocks and block scales.
@@ -257,20 +239,26 @@ class Adapter:
         Of labels that a transform (`torch.func`) has put in place for a call, nothing is kept. A compiled model doesn't
         look: labels don't change while it runs.
         """
-        known, saved = self._derived, self.saved()
+        known, saved, exact = self._derived, self.saved(), None
         rows, cols, scale = saved
-        is_seen = torch.compiler.is_compiling() or rows.is_meta  # offloaded
-        if known is not None and (is_seen or known.is_of(saved)):
-            return known
-        if known is not None and is_transformed(*saved):
-            blocks = known.blocks
-            if isinstance(blocks, Blocks):
-                blocks = Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols), False, blocks.shape)
-            return Derived(saved, [], (), scale, rank_scale(scale, self.ranks), blocks)
-        exact = known.block_scale if known is not None and known.rounds_to(scale) else None
-        if known is not None and exact is not None and known.has_labels(rows, cols):
-            known.saved, known.versions = saved, _versions(saved)  # written to without a change, as by DDP's broadcasts
-            return known
+        if known is not None:
+            if torch.compiler.is_compiling() or rows.is_meta:  # offloaded
+                return known
+            seen_rows, seen_cols, seen_scale = known.saved
+            are_same = rows is seen_rows and cols is seen_cols and scale is seen_scale
+            if are_same and known.versions is not None and known.versions == _versions(saved):
+                return known
+            if is_transformed(*saved):
+                blocks = known.blocks
+                if isinstance(blocks, Blocks):
+                    blocks = Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols), False, blocks.shape)
+                return Derived(saved, [], (), scale, rank_scale(scale, self.ranks), blocks)
+            own = known.block_scale
+            if own.shape == scale.shape and torch.equal(own.to(scale.device, scale.dtype), scale):  # may be rounded
+                exact = own
+                if rows.device == known.labels[0].device and all(map(torch.equal, (rows, cols), known.labels)):
+                    known.saved, known.versions = saved, _versions(saved)  # written to in vain, as by DDP's broadcasts
+                    return known
         with torch.inference_mode(False):  # what is made in inference mode can't be used in training
             self._derived = Derived.of(saved, self.ranks, self.halves, exact)
         return self._derived

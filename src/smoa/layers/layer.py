@@ -194,9 +194,8 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
 
     def derived(self, adapter_name: str) -> Derived:
         """What follows from the adapter's labels and block scales; decided now if they are still pending."""
-        if (own := self.adapters[adapter_name]).pending:
-            own.decide_from(self)
-        return own.derived()
+        self.decide_partition(adapter_name)
+        return self.adapters[adapter_name].derived()
 
     def _derive(self, incompatible_keys: object = None) -> None:
         """Derive anew what was loaded or moved, which a compiled model would not do."""
