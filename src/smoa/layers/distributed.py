@@ -88,7 +88,7 @@ def is_partitioned(parameter: Tensor) -> bool:
 def gather(layer: Any, *adapter_names: str) -> None:
     """Gather weight and factors, which an adapted layer reads without calling their modules, for its forward and
     backward, if ZeRO-3 partitions them. Every rank must call this."""
-    if not hasattr(layer, "ds_id"):  # ZeRO-3 knows the layer
+    if "ds_id" not in layer.__dict__:  # ZeRO-3 knows the layer
         return
     factors = [part[name] for part in (layer.smoa_A, layer.smoa_B) for name in adapter_names]
     parameters = [layer.stored_weight(), *(p for factor in factors for p in factor.parameters())]

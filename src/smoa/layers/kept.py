@@ -24,9 +24,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from smoa.maths.blocks import Blocks
-from smoa.maths.factors import BlockRun
 from smoa.maths.kernels.autograd import is_transformed
-from smoa.maths.kernels.branch import multiply
+from smoa.maths.kernels.branch import Deltas, block_deltas, multiply
 from smoa.maths.update import Update
 
 T = TypeVar("T")
@@ -88,21 +87,21 @@ def open_snapshot(layer: Any, names: Iterable[str], x: Tensor) -> Snapshot | Non
 
 @dataclass(frozen=True)
 class KeptUpdate:
-    """The diagonal blocks of one ΔW: (blocks, height, width) for each run of blocks of one shape."""
+    """The diagonal blocks of one ΔW."""
 
     blocks: Blocks
-    runs: list[tuple[BlockRun, Tensor]]
+    deltas: Deltas
 
     @classmethod
     def of(cls, update: Update, weight: Tensor, dtype: torch.dtype) -> KeptUpdate:
         """What is kept of an `update` of the pristine `weight`, for x of `dtype`."""
-        return cls(update.factors.blocks, update.kept_blocks(weight, dtype))
+        return cls(update.factors.blocks, block_deltas(update.factors, weight, dtype))
 
     def apply(self, x: Tensor) -> Tensor:
         """`x ΔWᵀ`: (…, out_features) in the dtype of x, not differentiable."""
-        return multiply(self.blocks, x, self.runs)
+        return multiply(self.blocks, x, self.deltas)
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        return sum(entries.nbytes for _, entries in self.runs)
+        return sum(entries.nbytes for _, entries in self.deltas)

@@ -341,7 +341,7 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
 
     def branch_input(self, x: Tensor, adapter_name: str) -> Tensor:
         """What an adapter's branch is given for the layer's input x: in training dropout acts on it."""
-        x = self.smoa_dropout[adapter_name](x)
+        x = self.smoa_dropout[adapter_name](x) if self.training else x
         if self.adapters[adapter_name].modulation == "none":
             return self._cast_input_dtype(x, self.factors(adapter_name)[0].dtype)
         return in_autocast_dtype(x)

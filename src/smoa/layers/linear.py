@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape
-from smoa.layers.calls import Call
 from smoa.layers.distributed import gather
 from smoa.layers.kept import KeptUpdate, Snapshot, open_snapshot
 from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_plain_linear
 from smoa.layers.mixed_batch import add_mixed, shared_output
-from smoa.maths.kernels.autograd import is_transformed
+from smoa.maths.kernels.autograd import is_transformed, only_values
 from smoa.maths.kernels.fused import multiplies_exactly, pays
 from smoa.maths.kernels.shared import prefers_shared
 from smoa.maths.update import Update
@@ -55,24 +54,12 @@ class Linear(SmoaLayer):
         """`x ΔWᵀ`, the adapter's contribution to the output; in training, dropout acts on x."""
         self.decide_partition(adapter_name)
         gather(self, adapter_name)
-        x = self.branch_input(x, adapter_name)
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if (snapshot := open_snapshot(self, [adapter_name], x)) is not None:
-                if (kept := self._kept_update(snapshot, adapter_name, x)) is not None:
-                    return kept.apply(x)
-            elif self._multiplies_factors(x, adapter_name):
-                return shared_output(self, x, adapter_name)
+        x, own = self.branch_input(x, adapter_name), self.adapters[adapter_name]
+        if own.modulation != "none" and only_values(x) and prefers_shared(max(own.ranks), x.shape[:-1].numel()):
+            return shared_output(self, x, adapter_name)  # of few tokens
         return self.apply_update(self.update(adapter_name), x)
 
-    def _multiplies_factors(self, x: Tensor, adapter_name: str) -> bool:
-        """Whether few tokens take the product with the blocks of W."""
-        if self.adapters[adapter_name].modulation == "none":
-            return False
-        tokens = x.shape[:-1]
-        return not is_transformed(x) and prefers_shared(max(self.adapters[adapter_name].ranks), tokens.numel())
-
-    def _add_mixed(self, result: Tensor, x: Tensor, call: Call, of_slot: dict[int, str]) -> Tensor:
-        return add_mixed(self, result, x, call, of_slot)
+    _add_mixed = add_mixed
 
     def _kept_update(self, snapshot: Snapshot, adapter_name: str, x: Tensor) -> KeptUpdate | None:
         """The blocks of ΔW that `snapshot` keeps; None without M, where the factors are as quick, or without memory."""

@@ -27,8 +27,6 @@ from smoa.errors import PartitionError
 UNDECIDED = 255
 """Label of a coordinate whose block is not decided yet. Labels are one byte, which leaves at most 255 blocks."""
 MAX_BLOCKS = UNDECIDED
-FEW_ROWS = 4
-"""Up to so many are sorted sooner by PyTorch than by NumPy."""
 
 
 def block_sizes(size: int, num_blocks: int) -> tuple[int, ...]:
@@ -170,15 +168,6 @@ def reordered(x: Tensor, order: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return x.index_select(-1, order)
     return x.gather(-1, order.expand(*x.shape[:-1], -1))
-
-
-def copied(x: Tensor, order: Tensor) -> Tensor:
-    """`reordered`, sooner and not differentiable."""
-    flat = x.reshape(-1, x.shape[-1])
-    shape = flat.shape[0], order.shape[0]
-    few = shape[0] <= FEW_ROWS
-    y = flat.index_select(1, order) if few else take_columns(flat, order, flat.new_empty(shape))
-    return y.view(*x.shape[:-1], shape[1])
 
 
 def take_columns(x: Tensor, order: Tensor, out: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smoa.maths.factors import BlockRun, Factors
+from smoa.maths.factors import Factors
 from smoa.maths.kernels.autograd import is_transformed, recomputed
-from smoa.maths.kernels.branch import Branch, block_deltas, plain_branch, product_dtype, recomputed_branch
+from smoa.maths.kernels.branch import Branch, plain_branch, recomputed_branch
 from smoa.maths.kernels.fused import Fused
 from smoa.maths.scale import ModulationKind, rank_scale
 
@@ -80,13 +80,6 @@ class Update:
         """
         y = recomputed(Fused(), self.factors, x.reshape(-1, x.shape[-1]), weight, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
-
-    def kept_blocks(self, weight: Tensor, dtype: torch.dtype) -> list[tuple[BlockRun, Tensor]]:
-        """The diagonal blocks of ΔW, (blocks, height, width) for each run of blocks of one shape, to be kept, in the
-        dtype in which `apply` multiplies x of `dtype`."""
-        with torch.autocast(weight.device.type, enabled=False):  # it would round the factors
-            dtype = product_dtype(dtype, weight.device.type)
-            return list(block_deltas(self.factors.wide(), weight, dtype))
 
     def lookup(self, tokens: Tensor, weight: Tensor, padding: int | None = None, by_freq: bool = False) -> Tensor:
         """`ΔW[tokens]`, what an adapted embedding adds: (tokens, in_features), float32 or wider.

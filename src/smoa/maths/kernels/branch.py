@@ -15,21 +15,26 @@ gathered by block, and the results scattered back, unless the blocks are contigu
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from smoa.maths.blocks import Blocks, copied, take_columns
+from smoa.maths.blocks import Blocks, take_columns
 from smoa.maths.factors import BlockRun, Factors
-from smoa.maths.kernels.autograd import Gradients
+from smoa.maths.kernels.autograd import Gradients, without_autocast
 
 PIECE = 1 << 21
 """Entries of the rows of W that a piece touches on a CPU (measured: docs/experiment-log.md)."""
+FEW_ROWS = 4
+"""Up to so many are sorted sooner by PyTorch than by NumPy."""
 LARGE_BLOCK = 1 << 13
 """On a CPU, larger blocks are gathered faster by copying rows, then columns (measured: docs/experiment-log.md)."""
+
+Deltas = list[tuple[BlockRun, Tensor]]
+"""The diagonal blocks of one ΔW: (blocks, height, width) for each run of blocks of one shape."""
 
 
 class Scratch(threading.local):
@@ -137,18 +142,21 @@ def _delta(wide: Factors, run: BlockRun, entries: Tensor, dtype: torch.dtype) ->
     return product.mul_(entries).to(dtype)
 
 
-def block_deltas(wide: Factors, anchor: Tensor, dtype: torch.dtype) -> Iterator[tuple[BlockRun, Tensor]]:
-    """The diagonal blocks of ΔW, (blocks, height, width) for each run, rounded to `dtype`, from wide factors."""
-    for run in wide.runs():
-        yield run, _delta(wide, run, diagonal_blocks(wide.blocks, run, anchor), dtype)
+def block_deltas(factors: Factors, anchor: Tensor, dtype: torch.dtype) -> Deltas:
+    """The diagonal blocks of ΔW, rounded to the dtype of products for x of `dtype`."""
+    with without_autocast(anchor.device.type):  # it would round the factors
+        wide, dtype = factors.wide(), product_dtype(dtype, anchor.device.type)
+        runs = wide.runs()
+        return [(run, _delta(wide, run, diagonal_blocks(wide.blocks, run, anchor), dtype)) for run in runs]
 
 
-def multiply(blocks: Blocks, x: Tensor, deltas: Iterable[tuple[BlockRun, Tensor]]) -> Tensor:
-    """`x ΔWᵀ` (…, out_features) in the dtype of x, from the diagonal blocks of ΔW as `block_deltas` gives them."""
-    flat = blocks.sort_inputs(x.reshape(-1, x.shape[-1]))
+def multiply(blocks: Blocks, x: Tensor, deltas: Deltas) -> Tensor:
+    """`x ΔWᵀ` (…, out_features) in the dtype of x, from the diagonal blocks of ΔW; not differentiable."""
+    flat = sort_columns(blocks, x.reshape(-1, x.shape[-1]), blocks.orders.cols)
     parts = [(run.of_inputs(flat).to(delta.dtype) @ delta.mT).transpose(0, 1).flatten(1) for run, delta in deltas]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    return blocks.unsort_outputs(y).to(x.dtype).view(*x.shape[:-1], y.shape[1])  # of all slices of a fused layer
+    y = sort_columns(blocks, y, blocks.orders.rows_inverse).to(x.dtype)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def diagonal_blocks(blocks: Blocks, run: BlockRun, anchor: Tensor, out: Tensor | None = None) -> Tensor:
@@ -200,8 +208,14 @@ def recomputed_branch(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
 
 
 def sort_columns(blocks: Blocks, x: Tensor, order: Tensor) -> Tensor:
-    """`x[:, order]`, x itself if the blocks are contiguous; not differentiable."""
-    return x if blocks.is_contiguous else copied(x, order)
+    """`x[..., order]`, x itself if the blocks are contiguous; sooner than `reordered` and not differentiable."""
+    if blocks.is_contiguous:
+        return x
+    if x.dim() > 2:
+        return sort_columns(blocks, x.flatten(0, -2), order).view(*x.shape[:-1], len(order))
+    if len(x) <= FEW_ROWS:
+        return x.index_select(1, order)
+    return take_columns(x, order, x.new_empty(len(x), len(order)))
 
 
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:

@@ -12,17 +12,16 @@ products of its own factors, as in LoRA.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import product, repeat
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from smoa.maths.blocks import Blocks, copied
+from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun
 from smoa.maths.kernels.autograd import is_transformed, only_values, without_autocast
-from smoa.maths.kernels.branch import diagonal_blocks, multiply, product_dtype
+from smoa.maths.kernels.branch import diagonal_blocks, multiply, product_dtype, sort_columns
 
 FEW_PRODUCTS = 128
 """So many products of an adapter's tokens with blocks of W cost what forming ΔW does: 64 take 0.4 to 0.9 of its time,
@@ -204,10 +203,7 @@ def formed(
         for run, own, entries in zip(runs, factors, diagonal, strict=True):
             A, B = (part[0, 0].transpose(0, 1) for part in own)
             deltas.append((run, torch.bmm(B.mT, A.to(B.dtype)).mul_(entries).to(dtype)))
-        if blocks.is_contiguous:
-            return multiply(blocks, x, deltas)
-        y = multiply(replace(blocks, is_contiguous=True), copied(x, blocks.orders.cols), deltas)
-        return copied(y, blocks.orders.rows_inverse)
+        return multiply(blocks, x, deltas)
 
 
 def _products(
@@ -234,7 +230,7 @@ def _add_piece(
     within: Within = None,
 ) -> None:
     """Add what `_products` gives to `total`, in few operations."""
-    sorted_x = x if blocks.is_contiguous else copied(x, blocks.orders.cols)
+    sorted_x = sort_columns(blocks, x, blocks.orders.cols)
     y = total if blocks.is_contiguous else x.new_zeros(*x.shape[:2], len(blocks.orders.rows))
     dtype = product_dtype(x.dtype, x.device.type)
     for run, (A, B), entries in zip(runs, factors, diagonal or repeat(None, len(runs)), strict=True):
@@ -246,7 +242,7 @@ def _add_piece(
             z = _multiplied(_times(A, _inputs(run, sorted_x), within), entries, dtype)
         _add_times(own.view(*own.shape[:2], 1, run.count, run.height), B, z, within)
     if not blocks.is_contiguous:
-        total.add_(copied(y, blocks.orders.rows_inverse))
+        total.add_(sort_columns(blocks, y, blocks.orders.rows_inverse))
 
 
 def _multiplied(values: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:

@@ -56,7 +56,7 @@ def test_values_gradients_and_blocks_are_the_oracles(
         assert_close(forward(case.factors(0.5, scale), x, weight), x @ delta.T)
         assert_all_close(backward(case.factors(0.5, scale), g, x, weight, True), expected)
         grad_x, *of_factors = backward(case.factors(0.5, scale), g, x, weight, False)
-        kept = block_deltas(case.factors(0.5, scale).wide(), weight, torch.float64)
+        kept = block_deltas(case.factors(0.5, scale), weight, torch.float64)
         assert_all_close([block for _, stacked in kept for block in stacked], case.partition.of(delta))
     assert grad_x.numel() == 0
     assert_all_close(of_factors, expected[1:])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from smoa.maths.kernels.branch import product_dtype
+from smoa.maths.kernels.branch import block_deltas, product_dtype
 from smoa.maths.update import Update
 from tests import reference
 from tests.support.tolerance import assert_close
@@ -85,7 +85,7 @@ def test_kept_blocks_are_rounded_to_the_dtype_of_products(dtype: torch.dtype) ->
     case = problem(11, 13, (1, 4, 2))
     update, weight = case.update("hadamard"), case.weight.to(dtype)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # which does not reach the factors
-        found = [block for _, blocks in update.kept_blocks(weight, dtype) for block in blocks]
+        found = [block for _, blocks in block_deltas(update.factors, weight, dtype) for block in blocks]
         for own, theirs in zip(found, case.partition.of(update.delta(weight.double())), strict=True):
             assert own.dtype == product_dtype(dtype, "cpu")
             assert_close(own, theirs, dtype)
