@@ -206,7 +206,7 @@ def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> S
         is_linear = isinstance(module, nn.Linear | Conv1D) and module is not output
         kind = kind_of(module)
         if kind is not None and (path.rpartition(".")[2] in targets or (ALL_LINEAR in targets and is_linear)):
-            layers.append(kind.shape_of(module))
+            layers.append(kind.layer_class.shape_of(module))
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and f"{path}.{name}".endswith(of_parameters):
                 layout = Layout.of(module, name)

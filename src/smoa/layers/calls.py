@@ -118,9 +118,9 @@ def take_names_along(model: nn.Module) -> None:
 def _checkpointed(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     call = OPEN.get(get_ident())
     bound = None if call is None else replace(call, is_bound=True)  # None: not for a call that goes on meanwhile
-    return checkpoint(partial(_computed_for, bound, function), *args, **kwargs)
 
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        with opened(bound):
+            return function(*args, **kwargs)
 
-def _computed_for(call: Call | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with opened(call):
-        return function(*args, **kwargs)
+    return checkpoint(computed, *args, **kwargs)

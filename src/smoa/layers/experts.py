@@ -75,7 +75,8 @@ class ParamWrapper(SmoaLayer):
         """W of all matrices before any merge, (experts, halves, out_features, in_features); see `pristine_matrix`."""
         if not self._pristine_blocks:
             return self.matrices()
-        return self._stacked([self.pristine_matrix(number) for number in range(self.layout.count)])
+        matrices = [self.pristine_matrix(number) for number in range(self.layout.count)]
+        return torch.stack(matrices).view_as(self.matrices())
 
     def blocks(self, adapter_name: str, number: int = 0) -> Blocks:
         """The adapter's blocks of one matrix; decided now if they are still pending."""
@@ -102,10 +103,8 @@ class ParamWrapper(SmoaLayer):
 
     def delta(self, adapter_name: str) -> Tensor:
         """Dense ΔW of all matrices, (experts, halves, out_features, in_features), float32 or wider."""
-        return self._stacked([update.delta(pristine) for _, pristine, update in self.parts(adapter_name)])
-
-    def _stacked(self, matrices: list[Tensor]) -> Tensor:
-        return torch.stack(matrices).view(self.layout.experts, self.layout.halves, *self.layout.shape)
+        deltas = [update.delta(pristine) for _, pristine, update in self.parts(adapter_name)]
+        return torch.stack(deltas).view_as(self.matrices())
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW in the parameter's shape (PEFT's contract)."""
@@ -156,9 +155,8 @@ class ParamWrapper(SmoaLayer):
         gather(self, *self.smoa_A)
         self._in_call[thread] = {name: self.stack(name) for name in active}
         with _LOCK:
-            attributes[self.parameter_name] = StandIn(
-                self.parameter_name, self.stored_weight, self.layout, self.added_output
-            )
+            name = self.parameter_name
+            attributes[name] = StandIn(name, self.stored_weight, self.layout, self.added_output)
         try:
             yield
         finally:

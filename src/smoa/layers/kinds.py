@@ -97,17 +97,14 @@ class Convolution(ReadByModels):
         return conv.out_channels, conv.in_channels // conv.groups * math.prod(conv.kernel_size)
 
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
-        if len(active) == 1 and self._can_fuse(x, active[0]):
-            gather(self, active[0])
-            return self._convolved(x, as_stored(self.pristine_weight(), self.stored_weight().shape, False), active[0])
-        return super()._active_forward(x, active, *args, **kwargs)
-
-    def _can_fuse(self, x: Tensor, adapter_name: str) -> bool:
         weight, device_type = self.stored_weight(), x.device.type
         exact = weight.dtype == x.dtype and convolves_exactly(device_type, x.dtype)
-        dropped = self.training and isinstance(self.smoa_dropout[adapter_name], nn.Dropout)
+        dropped = self.training and any(isinstance(self.smoa_dropout[name], nn.Dropout) for name in active)
         plain = not torch.is_autocast_enabled(device_type) and not is_instrumented(self.base_layer)
-        return plain and exact and not dropped
+        if len(active) == 1 and plain and exact and not dropped:
+            gather(self, active[0])
+            return self._convolved(x, as_stored(self.pristine_weight(), weight.shape, False), active[0])
+        return super()._active_forward(x, active, *args, **kwargs)
 
     def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
         """`conv(x, ΔW)`, without bias; in training, dropout acts on x."""
@@ -160,10 +157,6 @@ class Kind:
     layer_class: type[SmoaLayer]
     fan_in_fan_out: bool = False
     alike: tuple[str, ...] = ()
-
-    def shape_of(self, base: nn.Module) -> Shape:
-        """(out_features, in_features) of the matrix W that is adapted."""
-        return self.layer_class.shape_of(base)
 
     def refusal(self, base: nn.Module) -> str | None:
         """Why such a base layer can't be adapted although its kind can, and what to do; None if it can.

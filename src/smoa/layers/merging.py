@@ -71,13 +71,12 @@ class Merging:
             try:
                 chosen = [*self.merged_adapters, *names]
                 for number, pristine, merged in self.merged_matrices(chosen):
-                    if self.losses is None:
-                        self._write_merged(number, pristine, merged, names)
-                        continue
-                    delta = sum(self.updates(name)[number].delta(pristine) for name in chosen)
-                    exact = pristine + delta  # the write may change W
+                    if self.losses is not None:
+                        delta = sum(self.updates(name)[number].delta(pristine) for name in chosen)
+                        exact = pristine + delta  # the write may change W
                     self._write_merged(number, pristine, merged, names)
-                    self.losses.append((float((self.base_weight(number) - exact).norm()), float(delta.norm())))
+                    if self.losses is not None:
+                        self.losses.append((float((self.base_weight(number) - exact).norm()), float(delta.norm())))
             except BaseException:
                 self._restore_pristine()
                 self.merged_adapters.clear()

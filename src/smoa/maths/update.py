@@ -59,17 +59,13 @@ class Update:
         """
         if self.modulation == "none":
             return plain_branch(self.factors, x, None)
-        if callable(weight):
-            if not is_transformed(x):
-                return self._recomputed(x, weight)
+        if callable(weight) and is_transformed(x):
             weight = weight()
-        if weight.requires_grad or is_transformed(x, weight):
-            return plain_branch(self.factors, x, weight)
-        if torch.compiler.is_compiling():
-            return recomputed_branch(self.factors, x, weight)
-        return self._recomputed(x, weight)
-
-    def _recomputed(self, x: Tensor, weight: Tensor | Callable[[], Tensor]) -> Tensor:
+        if not callable(weight):
+            if weight.requires_grad or is_transformed(x, weight):
+                return plain_branch(self.factors, x, weight)
+            if torch.compiler.is_compiling():
+                return recomputed_branch(self.factors, x, weight)
         y = recomputed(Branch(), self.factors, x.reshape(-1, x.shape[-1]), weight)
         return y.view(*x.shape[:-1], self.factors.blocks.out_features)
 

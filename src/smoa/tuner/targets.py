@@ -128,7 +128,7 @@ def check_target(name: str, module: nn.Module, config: SmoaConfig, model: nn.Mod
     if refusal is not None:
         raise refusal
     assert kind is not None, "a layer of no kind was refused"
-    shape = kind.shape_of(base)
+    shape = kind.layer_class.shape_of(base)
     check_fit(name, shape, config)
     return Target(kind, shape, backend)
 

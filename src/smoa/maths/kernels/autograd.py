@@ -92,16 +92,15 @@ def is_transformed(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    active = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
     modes = torch._C._get_tracing_state(), torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-    return active or any(mode is not None for mode in modes) or any(map(_is_special, tensors))
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    are_on = any(mode is not None for mode in modes)
+    return are_on or any(isinstance(each, FakeTensor) or is_batched(each) for each in tensors)
 
 
 def only_values(x: Tensor) -> bool:
     """Whether a call computes numbers and nothing else: without gradients, transforms or a compiler, so that what it
     makes may be written to, and kept."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x))
-
-
-def _is_special(tensor: Tensor) -> bool:
-    return isinstance(tensor, FakeTensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)

@@ -65,12 +65,6 @@ class Scratch(threading.local):
 SCRATCH = Scratch()
 
 
-def chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of the rows of a matrix with so many columns, few enough for a CPU's cache."""
-    step = rows_of_piece(columns)
-    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
-
-
 def rows_of_piece(columns: int) -> int:
     """Rows of a piece of a weight with so many columns, on a CPU."""
     return max(16, PIECE // max(columns, 1))
@@ -80,6 +74,22 @@ def pieces(factors: Factors, device: torch.device) -> Iterator[BlockRun]:
     """The runs of blocks of one shape, cut for a CPU."""
     for run in factors.runs():
         yield from run.cut(rows_of_piece(factors.blocks.in_features)) if device.type == "cpu" else (run,)
+
+
+def plain_branch(factors: Factors, x: Tensor, anchor: Tensor | None) -> Tensor:
+    """`x ΔWᵀ` by PyTorch's own operations: (…, out_features), without modulation if `anchor` is None.
+
+    With an anchor, autograd keeps the K modulated blocks, 1/K of W, and also differentiates the anchor.
+    """
+    blocks, flat = factors.blocks, x.reshape(-1, x.shape[-1])
+    sorted_x, outputs = blocks.sort_inputs(flat), []
+    wide = factors.wide(factors.B.dtype if anchor is None else None)
+    for run in factors.runs():
+        inputs, A, B = run.of_inputs(sorted_x), run.of_A(wide.A), run.of_B(wide.B)
+        delta = None if anchor is None else (B @ A * run.of_matrix(anchor, blocks)).to(x.dtype)
+        y = inputs @ A.mT @ B.mT if delta is None else inputs @ delta.mT
+        outputs.append(y.transpose(0, 1).reshape(flat.shape[0], run.count * run.height))
+    return blocks.unsort_outputs(torch.cat(outputs, dim=-1)).view(*x.shape[:-1], blocks.out_features)
 
 
 class Branch:
@@ -95,9 +105,7 @@ class Branch:
             torch.bmm(piece.of_inputs(sorted_x), delta.mT, out=piece.of_outputs(y))
         return sort_columns(blocks, y, blocks.orders.rows_inverse).to(x.dtype)
 
-    def plain(self, factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
-        """y by PyTorch's own operations."""
-        return plain_branch(factors, x, anchor)
+    plain = staticmethod(plain_branch)
 
     def backward(self, factors: Factors, g: Tensor, x: Tensor, anchor: Tensor, needs_x: bool) -> Gradients:
         """Gradients for x (empty unless `needs_x`), A and B, from the diagonal blocks of gᵀx."""
@@ -177,22 +185,6 @@ def diagonal_blocks(blocks: Blocks, run: BlockRun, anchor: Tensor, out: Tensor |
             shape = piece.count, piece.height, -1
             torch.gather(chosen.view(shape), 2, cols.expand(shape), out=target.view(shape))
     return out
-
-
-def plain_branch(factors: Factors, x: Tensor, anchor: Tensor | None) -> Tensor:
-    """`x ΔWᵀ` by PyTorch's own operations: (…, out_features), without modulation if `anchor` is None.
-
-    With an anchor, autograd keeps the K modulated blocks, 1/K of W, and also differentiates the anchor.
-    """
-    blocks, flat = factors.blocks, x.reshape(-1, x.shape[-1])
-    sorted_x, outputs = blocks.sort_inputs(flat), []
-    wide = factors.wide(factors.B.dtype if anchor is None else None)
-    for run in factors.runs():
-        inputs, A, B = run.of_inputs(sorted_x), run.of_A(wide.A), run.of_B(wide.B)
-        delta = None if anchor is None else (B @ A * run.of_matrix(anchor, blocks)).to(x.dtype)
-        y = inputs @ A.mT @ B.mT if delta is None else inputs @ delta.mT
-        outputs.append(y.transpose(0, 1).reshape(flat.shape[0], run.count * run.height))
-    return blocks.unsort_outputs(torch.cat(outputs, dim=-1)).view(*x.shape[:-1], blocks.out_features)
 
 
 def recomputed_branch(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors
 from smoa.maths.kernels.autograd import Gradients
-from smoa.maths.kernels.branch import SCRATCH, Branch, chunks, plain_branch
+from smoa.maths.kernels.branch import SCRATCH, Branch, plain_branch, rows_of_piece
 
 MIN_TOKENS = 4
 """Tokens for each of K² from which W + ΔW pays, twice as many where the blocks are contiguous (measured:
@@ -65,8 +65,9 @@ def _effective_chunks(factors: Factors, weight: Tensor) -> Iterator[tuple[slice,
     wide = factors.wide(weight.dtype)
     spread_a, spread_b = wide.spread_A(stacked), wide.spread_B(stacked)
     row_labels, col_labels, columns = factors.blocks.row_labels, factors.blocks.col_labels, weight.shape[1]
-    for chunk in chunks(weight.shape[0], columns):
-        rows = chunk.stop - chunk.start
+    step = rows_of_piece(columns)
+    for chunk in (slice(first, first + step) for first in range(0, len(weight), step)):
+        rows = len(spread_b[chunk])
         if row_major:
             update = torch.mm(spread_b[chunk], spread_a, out=SCRATCH.take("update", (rows, columns), weight))
         else:
