@@ -19,7 +19,7 @@ from smoa.layers.rows import Part, add_by_plan
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import runs_of
 from smoa.maths.kernels.autograd import only_values, without_autocast
-from smoa.maths.kernels.shared import Gathered, diagonal_of, gathered, shared
+from smoa.maths.kernels.shared import Diagonal, Gathered, add_shared, entries_of, gathered, shared
 
 T = TypeVar("T")
 
@@ -53,8 +53,8 @@ def add_mixed(layer: SmoaLayer, result: Tensor, x: Tensor, call: Call, of_slot: 
             if values:
                 result, is_own = result if is_own else result.clone(), True
                 factors = kept(group, group.factors)
-                diagonal = kept(group.key_of_diagonal, group.diagonal) if group.rank else None
-                add_by_plan(result, own, plan, group.blocks, group.runs, factors, diagonal)
+                entries = kept(group.key_of_entries, group.entries) if group.rank else None
+                add_by_plan(result, own, plan, factors, Diagonal(group.blocks, group.runs, entries))
                 continue
             for part in plan.parts:
                 result, is_own = add_rows(result, part.rows, group.output(own[part.rows], part), is_own), True
@@ -64,7 +64,9 @@ def add_mixed(layer: SmoaLayer, result: Tensor, x: Tensor, call: Call, of_slot: 
 def shared_output(layer: SmoaLayer, x: Tensor, adapter_name: str) -> Tensor:
     """`x ΔWᵀ` of one adapter, by the product that many could share, for x as a branch is given it; no gradients."""
     (group,) = _groups(layer, {0: adapter_name})
-    y = shared(group.blocks, group.runs, x.reshape(1, -1, x.shape[-1]), group.factors(), group.diagonal())
+    flat, diagonal = x.reshape(1, -1, x.shape[-1]), group.diagonal()
+    y = x.new_zeros(1, flat.shape[1], group.blocks.out_features)
+    add_shared(y, flat, group.factors(), diagonal)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -92,7 +94,7 @@ class Group:
     def __init__(self, layer: SmoaLayer, own: Adapter, derived: Derived) -> None:
         self.layer, self.blocks = layer, cast(Blocks, derived.blocks)
         self.runs = runs_of(*self.blocks.shape, own.ranks)
-        self.key_of_diagonal = layer, derived.digest, *(run.shape for run in self.runs)
+        self.key_of_entries = layer, derived.digest, *(run.shape for run in self.runs)
         trains_weight = torch.is_grad_enabled() and layer.stored_weight().requires_grad  # no gradient in `shared`
         self.rank = math.inf if trains_weight else 0 if own.modulation == "none" else max(own.ranks)
         self.of_slot: dict[int, str] = {}
@@ -118,9 +120,13 @@ class Group:
             scale = torch.stack(scales).to(dtype) * torch.tensor(scaling, dtype=dtype, device=device)
             return gathered(self.runs, A, B, scale, places)
 
-    def diagonal(self) -> Sequence[Tensor]:
-        """The diagonal blocks of M for each run of blocks."""
-        return diagonal_of(self.blocks, self.runs, self.layer.pristine_weight())
+    def entries(self) -> Sequence[Tensor]:
+        """Those of the diagonal blocks of M, which groups with the same blocks share."""
+        return entries_of(self.blocks, self.runs, self.layer.pristine_weight())
+
+    def diagonal(self) -> Diagonal:
+        """The diagonal blocks of M."""
+        return Diagonal(self.blocks, self.runs, self.entries() if self.rank else None)
 
     def output(self, x: Tensor, part: Part) -> Tensor:
         """`x ΔWᵀ` for the rows of a part, differentiable."""
@@ -130,6 +136,6 @@ class Group:
             layer: Any = self.layer  # a linear one
             output: Tensor = layer.apply_update(layer.update(name), x)
             return output
-        by_group, factors = x.reshape(part.groups, -1, x.shape[-1]), partial(self.factors, chosen)
-        y = shared(self.blocks, self.runs, by_group, factors, self.diagonal if self.rank else None)
+        diagonal = self.diagonal if self.rank else self.diagonal()
+        y = shared(x.reshape(part.groups, -1, x.shape[-1]), partial(self.factors, chosen), diagonal)
         return y.view(*x.shape[:-1], y.shape[-1])

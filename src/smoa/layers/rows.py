@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoa.maths.blocks import Blocks
-from smoa.maths.factors import BlockRun
-from smoa.maths.kernels.shared import Gathered, Places, add_shared, formed, prefers_shared
+from smoa.maths.kernels.shared import Diagonal, Gathered, Places, add_shared, formed, prefers_shared
 
 SHORT_RUN = 4
 """Runs of fewer rows take longer one after the other than with a copy of the factors for each row."""
@@ -110,10 +108,8 @@ def add_by_plan(
     output: Tensor,
     x: Tensor,
     plan: Plan,
-    blocks: Blocks,
-    runs: Sequence[BlockRun],
     factors: Gathered,
-    diagonal: Sequence[Tensor] | None,
+    diagonal: Diagonal,
     spans: Sequence[tuple[int, int]] | None = None,
 ) -> None:
     """Add to an output what each row's adapter makes of x, without gradients.
@@ -122,22 +118,20 @@ def add_by_plan(
         output: (rows, …, features); is written to.
         x: (rows, …, in_features).
         plan: Of the rows.
-        blocks: The coordinates of the blocks.
-        runs: The runs of blocks of one shape.
         factors: Those of the plan's slots.
-        diagonal: The blocks of M, as `diagonal_of` gives them; None without modulation.
+        diagonal: The blocks of M, which all slots share.
         spans: (first, size) of each slice of the output that has a part of out_features; None if that is all of it.
     """
     for part in plan.parts:
         own = x[part.rows]
         if part.forms:
             chosen = factors if part.places is None else [(A[part.places], B[part.places]) for A, B in factors]
-            y = formed(blocks, runs, own.flatten(0, -2), chosen, diagonal or [])
+            y = formed(own.flatten(0, -2), chosen, diagonal)
         else:
             groups = own.reshape(part.groups, -1, own.shape[-1])
             writes = isinstance(part.rows, slice) and spans is None and output.is_contiguous()
-            y = output[part.rows] if writes else x.new_zeros(*own.shape[:-1], blocks.out_features)
-            add_shared(y.view(*groups.shape[:2], -1), blocks, runs, groups, factors, diagonal, part.places)
+            y = output[part.rows] if writes else x.new_zeros(*own.shape[:-1], diagonal.blocks.out_features)
+            add_shared(y.view(*groups.shape[:2], -1), groups, factors, diagonal, part.places)
             if writes:
                 continue
         y, first = y.view(*own.shape[:-1], y.shape[-1]), 0

@@ -19,7 +19,7 @@ from smoa.layers.rows import Plan, Rows, RowsBySlot, add_by_plan
 from smoa.maths.blocks import Blocks, Orders, ascend
 from smoa.maths.factors import BlockRun
 from smoa.maths.kernels.branch import product_dtype
-from smoa.maths.kernels.shared import Gathered
+from smoa.maths.kernels.shared import Diagonal, Gathered
 from smoa.serving.saved import SavedLayer
 
 Parts = Sequence[SavedLayer | None]
@@ -190,7 +190,7 @@ class LayerStack:
         factors = self._chosen if self._plan is plan else self._of(plan.slots)
         if x.device.type == "cpu":  # a plan stays while vLLM decodes the same requests
             self._plan, self._chosen = plan, factors
-        add_by_plan(output, x, plan, own.blocks, self.runs, factors, own.entries or None, own.spans)
+        add_by_plan(output, x, plan, factors, Diagonal(own.blocks, self.runs, own.entries or None), own.spans)
 
     def _of(self, slots: Rows) -> Gathered:
         if isinstance(slots, slice) or slots.device.type != "cpu":

@@ -11,8 +11,9 @@ products of its own factors, as in LoRA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product, repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun
-from smoa.maths.kernels.autograd import is_transformed, only_values, without_autocast
+from smoa.maths.kernels.autograd import is_transformed, without_autocast
 from smoa.maths.kernels.branch import diagonal_blocks, multiply, product_dtype, sort_columns
 
 FEW_PRODUCTS = 128
@@ -72,13 +73,22 @@ def gathered(
     return found
 
 
-Diagonal = Sequence[Tensor] | Callable[[], Sequence[Tensor]]
-"""The diagonal blocks of M, (blocks, height, width) for each run, for calls without gradients and transforms, or what
-gives them: called again in the backward, so that nothing of M's size is kept."""
+class Diagonal(NamedTuple):
+    """The diagonal blocks of M, which adapters of one weight share.
+
+    Args:
+        blocks: The coordinates of the blocks.
+        runs: The runs of blocks of one shape.
+        entries: The blocks of M, (blocks, height, width) for each run; None without modulation.
+    """
+
+    blocks: Blocks
+    runs: Sequence[BlockRun]
+    entries: Sequence[Tensor] | None
 
 
-def diagonal_of(blocks: Blocks, runs: Sequence[BlockRun], anchor: Tensor) -> list[Tensor]:
-    """The diagonal blocks of M for each run: views where blocks are contiguous, but in 16 bits copies, in the dtype of
+def entries_of(blocks: Blocks, runs: Sequence[BlockRun], anchor: Tensor) -> list[Tensor]:
+    """The entries of a `Diagonal`: views where blocks are contiguous, but in 16 bits copies, in the dtype of
     the products: slices take a CPU three times the time."""
     if torch.compiler.is_compiling() or is_transformed(anchor):
         return [run.of_matrix(anchor, blocks) for run in runs]
@@ -87,56 +97,38 @@ def diagonal_of(blocks: Blocks, runs: Sequence[BlockRun], anchor: Tensor) -> lis
     return [part.to(dtype).contiguous() for part in entries] if anchor.dtype.itemsize == 2 else entries
 
 
-def shared(
-    blocks: Blocks,
-    runs: Sequence[BlockRun],
-    x: Tensor,
-    factors: Gathered | Callable[[], Gathered],
-    diagonal: Diagonal | None,
-) -> Tensor:
+def shared(x: Tensor, factors: Callable[[], Gathered], diagonal: Diagonal | Callable[[], Diagonal]) -> Tensor:
     """`x ΔWᵀ` with each group's own ΔW: (groups, tokens, out_features) in the dtype of x.
 
     Differentiable in x and the factors, not in M.
 
     Args:
-        blocks: The coordinates of the blocks.
-        runs: The runs of blocks of one shape.
         x: (groups, tokens, in_features).
-        factors: Those of each group, for calls without gradients and transforms, or what gathers them: called again in
-            the backward.
-        diagonal: The blocks of M; None without modulation.
+        factors: Gathers those of each group.
+        diagonal: The blocks of M, or what gives them: the backward then calls both functions again, so that nothing of
+            M's size is kept.
     """
 
-    def given() -> tuple[Gathered, Sequence[Tensor] | None]:
-        return factors() if callable(factors) else factors, diagonal() if callable(diagonal) else diagonal
-
     def products(x: Tensor) -> Tensor:
-        return _products(blocks, runs, x, *given())
+        own = diagonal() if callable(diagonal) else diagonal
+        found = _products(own, own.blocks.sort_inputs(x), factors())
+        outputs = [z if B is None else (B * z).sum(2).flatten(2) for _, B, z in found]
+        return own.blocks.unsort_outputs(torch.cat(outputs, dim=-1).to(x.dtype))
 
-    if only_values(x):
-        total = x.new_zeros(*x.shape[:2], blocks.out_features)
-        add_shared(total, blocks, runs, x, *given())
-        return total
-    recomputes = callable(factors) and diagonal is not None and torch.is_grad_enabled() and not is_transformed(x)
-    return checkpoint(products, x, use_reentrant=False, preserve_rng_state=False) if recomputes else products(x)
+    if not callable(diagonal) or is_transformed(x) or not torch.is_grad_enabled():
+        return products(x)
+    y: Tensor = checkpoint(products, x, use_reentrant=False, preserve_rng_state=False)
+    return y
 
 
-def add_shared(
-    total: Tensor,
-    blocks: Blocks,
-    runs: Sequence[BlockRun],
-    x: Tensor,
-    factors: Gathered,
-    diagonal: Sequence[Tensor] | None,
-    places: Places | None = None,
-) -> None:
+def add_shared(total: Tensor, x: Tensor, factors: Gathered, diagonal: Diagonal, places: Places | None = None) -> None:
     """Add what `shared` gives to `total`, (groups, tokens, out_features), without gradients.
 
     `places` are those of each group in `factors`; None if these are in the order of the groups.
     """
-    pieces = _pieces(x, max(run.rank for run in runs))
+    pieces = _pieces(x, max(run.rank for run in diagonal.runs))
     if places is None and len(pieces) == 1:
-        _add_piece(total, blocks, runs, x, factors, diagonal)
+        _add_piece(total, x, factors, diagonal)
         return
     for groups, tokens in pieces:
         if isinstance(places, list):
@@ -144,7 +136,7 @@ def add_shared(
         else:
             own = groups if places is None else places[groups]
             chosen, within = [(A[own], B[own]) for A, B in factors], None
-        _add_piece(total[groups, tokens], blocks, runs, x[groups, tokens], chosen, diagonal, within)
+        _add_piece(total[groups, tokens], x[groups, tokens], chosen, diagonal, within)
 
 
 def _pieces(x: Tensor, rank: int) -> list[tuple[slice, slice]]:
@@ -184,65 +176,52 @@ def _add_times(total: Tensor, factors: Tensor, values: Tensor, within: Within) -
         total.add_((factors * values).sum(-3, keepdim=True))
 
 
-def formed(
-    blocks: Blocks, runs: Sequence[BlockRun], x: Tensor, factors: Gathered, diagonal: Sequence[Tensor]
-) -> Tensor:
+def formed(x: Tensor, factors: Gathered, diagonal: Diagonal) -> Tensor:
     """`x ΔWᵀ` of one group, whose ΔW is formed: (tokens, out_features) in the dtype of x.
 
     Cheaper than `shared` for many tokens; not differentiable.
 
     Args:
-        blocks: The coordinates of the blocks.
-        runs: The runs of blocks of one shape.
         x: (tokens, in_features).
         factors: The group's.
-        diagonal: The blocks of M, (blocks, height, width) for each run.
+        diagonal: The blocks of M, which there is.
     """
     dtype, deltas = product_dtype(x.dtype, x.device.type), []
     with without_autocast(x.device.type):
-        for run, own, entries in zip(runs, factors, diagonal, strict=True):
+        for run, own, entries in zip(diagonal.runs, factors, diagonal.entries or (), strict=True):
             A, B = (part[0, 0].transpose(0, 1) for part in own)
             deltas.append((run, torch.bmm(B.mT, A.to(B.dtype)).mul_(entries).to(dtype)))
-        return multiply(blocks, x, deltas)
+        return multiply(diagonal.blocks, x, deltas)
+
+
+def _add_piece(total: Tensor, x: Tensor, factors: Gathered, diagonal: Diagonal, within: Within = None) -> None:
+    """Add to `total` in few operations."""
+    blocks = diagonal.blocks
+    y = total if blocks.is_contiguous else x.new_zeros(*x.shape[:2], len(blocks.orders.rows))
+    for run, B, z in _products(diagonal, sort_columns(blocks, x, blocks.orders.cols), factors, within):
+        own = y.narrow(2, run.first_row, run.count * run.height)
+        if B is None:
+            own.add_(z)
+        else:
+            _add_times(own.view(*own.shape[:2], 1, run.count, run.height), B, z, within)
+    if not blocks.is_contiguous:
+        total.add_(sort_columns(blocks, y, blocks.orders.rows_inverse))
 
 
 def _products(
-    blocks: Blocks, runs: Sequence[BlockRun], x: Tensor, factors: Gathered, diagonal: Sequence[Tensor] | None
-) -> Tensor:
-    """`x ΔWᵀ`, differentiable."""
-    sorted_x, dtype, outputs = blocks.sort_inputs(x), product_dtype(x.dtype, x.device.type), []
-    for run, (A, B), entries in zip(runs, factors, diagonal or repeat(None, len(runs)), strict=True):
+    diagonal: Diagonal, x: Tensor, factors: Gathered, within: Within = None
+) -> Iterator[tuple[BlockRun, Tensor | None, Tensor]]:
+    """B of each run, and what it is to be multiplied with and summed over the ranks; None and `x ΔWᵀ` without M. x is
+    sorted by block."""
+    dtype = product_dtype(x.dtype, x.device.type)
+    of_runs = diagonal.entries or repeat(None, len(diagonal.runs))
+    for run, (A, B), entries in zip(diagonal.runs, factors, of_runs, strict=True):
         if entries is None:
-            outputs.append(_unmodulated(run, sorted_x, (A, B)))
+            yield run, None, _unmodulated(run, x, (A, B))
             continue
         with without_autocast(x.device.type):  # every dtype is chosen here
-            outputs.append((B * _multiplied(A * _inputs(run, sorted_x), entries, dtype)).sum(2).flatten(2))
-    return blocks.unsort_outputs(torch.cat(outputs, dim=-1).to(x.dtype))
-
-
-def _add_piece(
-    total: Tensor,
-    blocks: Blocks,
-    runs: Sequence[BlockRun],
-    x: Tensor,
-    factors: Gathered,
-    diagonal: Sequence[Tensor] | None,
-    within: Within = None,
-) -> None:
-    """Add what `_products` gives to `total`, in few operations."""
-    sorted_x = sort_columns(blocks, x, blocks.orders.cols)
-    y = total if blocks.is_contiguous else x.new_zeros(*x.shape[:2], len(blocks.orders.rows))
-    dtype = product_dtype(x.dtype, x.device.type)
-    for run, (A, B), entries in zip(runs, factors, diagonal or repeat(None, len(runs)), strict=True):
-        own = y.narrow(2, run.first_row, run.count * run.height)
-        if entries is None:
-            own.add_(_unmodulated(run, sorted_x, (A, B)))
-            continue
-        with without_autocast(x.device.type):
-            z = _multiplied(_times(A, _inputs(run, sorted_x), within), entries, dtype)
-        _add_times(own.view(*own.shape[:2], 1, run.count, run.height), B, z, within)
-    if not blocks.is_contiguous:
-        total.add_(sort_columns(blocks, y, blocks.orders.rows_inverse))
+            z = _multiplied(_times(A, _inputs(run, x), within), entries, dtype)
+        yield run, B, z
 
 
 def _multiplied(values: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:

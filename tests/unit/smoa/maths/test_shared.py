@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from smoa.maths.factors import Factors
-from smoa.maths.kernels.shared import Gathered, add_shared, formed, gathered, shared
+from smoa.maths.kernels.shared import Diagonal, Gathered, add_shared, formed, gathered, shared
 from tests.support.tolerance import assert_close
 from tests.support.updates import CASES, Problem, problem
 
@@ -41,12 +41,12 @@ def of_shared(
 ) -> Tensor:
     factors, weight = factors_of(cases), cases[0].weight.to(dtype)
     blocks, runs = factors[0].blocks, factors[0].runs()
-    entries = [run.of_matrix(weight, blocks) for run in runs]
+    entries = [run.of_matrix(weight, blocks) for run in runs] if modulation == "hadamard" else None
+    diagonal = Diagonal(blocks, runs, entries)
     if total is not None:
-        add_shared(total, blocks, runs, x, stacked(factors, SLOTS), entries if modulation == "hadamard" else None)
+        add_shared(total, x, stacked(factors, SLOTS), diagonal)
         return total
-    diagonal = (lambda: entries) if modulation == "hadamard" else None
-    return shared(blocks, runs, x, lambda: stacked(factors, SLOTS), diagonal)
+    return shared(x, lambda: stacked(factors, SLOTS), lambda: diagonal)
 
 
 def each_alone(cases: list[Problem], x: Tensor, modulation: str) -> Tensor:
@@ -85,7 +85,7 @@ def test_one_adapters_delta_can_be_formed_instead(
     factors, x = factors_of(cases), torch.randn(5, in_features, dtype=torch.float64)
     blocks, runs = factors[0].blocks, factors[0].runs()
     entries = [run.of_matrix(cases[0].weight, blocks) for run in runs]
-    found = formed(blocks, runs, x, stacked(factors, torch.tensor([2])), entries)
+    found = formed(x, stacked(factors, torch.tensor([2])), Diagonal(blocks, runs, entries))
     assert_close(found, x @ cases[2].oracle("hadamard", SCALING * 3).T)
 
 
@@ -162,8 +162,9 @@ def operations(cases: Sequence[Problem], slots: Tensor) -> int:
     blocks, runs = factors[0].blocks, factors[0].runs()
     entries = [run.of_matrix(cases[0].weight, blocks) for run in runs]
     x, own = torch.randn(len(slots), 1, blocks.in_features, dtype=torch.float64), stacked(factors, slots)
+    total = torch.zeros(len(slots), 1, blocks.out_features, dtype=torch.float64)
     with torch.no_grad(), torch.autograd.profiler.profile() as profile:
-        shared(blocks, runs, x, own, entries)
+        add_shared(total, x, own, Diagonal(blocks, runs, entries))
     return len(profile.function_events)
 
 

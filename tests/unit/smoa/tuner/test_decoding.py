@@ -69,7 +69,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     def of(*args: Any) -> KeptUpdate:
         found = fill(*args)
         seen.fills += 1
-        seen.kept += [weakref.ref(entries) for _, entries in found.runs]
+        seen.kept += [weakref.ref(entries) for _, entries in found.deltas]
         return found
 
     def counted(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
