@@ -164,10 +164,6 @@ class Factors:
         B = self.B.to(dtype) * self.scale(dtype)
         return Factors(self.A.to(dtype), B, self.ranks, 1.0, torch.ones_like(self.rank_scale), self.blocks)
 
-    def slots(self) -> Iterator[tuple[slice, slice, slice]]:
-        """Slices of every block: of `orders.rows`, of `orders.cols`, and of the ranks."""
-        return zip(self.blocks.row_slices, self.blocks.col_slices, slices(self.ranks), strict=True)
-
     def runs(self) -> tuple[BlockRun, ...]:
         """The runs of blocks of one shape, in order."""
         return runs_of(*self.blocks.shape, tuple(self.ranks))
@@ -178,25 +174,18 @@ class Factors:
         Args:
             stacked: Every block uses the first r_k rows instead of rows of its own: (max r_k, in_features).
         """
-        height, slots = self._room(stacked)
-        spread = self.A.new_zeros(height, self.blocks.in_features)
-        for (_, cols, ranks), slot in zip(self.slots(), slots, strict=True):
-            spread[slot, cols] = self.A[ranks, : cols.stop - cols.start]
-        return spread if self.blocks.is_contiguous else spread.index_select(1, self.blocks.orders.cols_inverse)
+        return self._spread(self.A, self.blocks.col_slices, self.blocks.orders.cols_inverse, stacked)
 
     def spread_B(self, stacked: bool = False) -> Tensor:
         """B̃: (out_features, r) in natural row order, without the scale; `stacked` as in `spread_A`."""
-        height, slots = self._room(stacked)
-        spread = self.B.new_zeros(self.blocks.out_features, height)
-        for (rows, _, ranks), slot in zip(self.slots(), slots, strict=True):
-            spread[rows, slot] = self.B[: rows.stop - rows.start, ranks]
-        return spread if self.blocks.is_contiguous else spread.index_select(0, self.blocks.orders.rows_inverse)
+        return self._spread(self.B.T, self.blocks.row_slices, self.blocks.orders.rows_inverse, stacked).T
 
-    def _room(self, stacked: bool) -> tuple[int, Sequence[slice]]:
-        """How many ranks spread factors have, and which of them each block uses."""
-        if stacked:
-            return max(self.ranks), [slice(rank) for rank in self.ranks]
-        return sum(self.ranks), slices(self.ranks)
+    def _spread(self, factor: Tensor, places: Sequence[slice], order: Tensor, stacked: bool) -> Tensor:
+        """A factor (r, largest block), whose ranks are those of blocks in these places, as (ranks, features)."""
+        spread = factor.new_zeros(max(self.ranks) if stacked else sum(self.ranks), len(order))
+        for own, place in zip(slices(self.ranks), places, strict=True):
+            spread[slice(own.stop - own.start) if stacked else own, place] = factor[own, : place.stop - place.start]
+        return spread if self.blocks.is_contiguous else spread.index_select(1, order)
 
 
 def init_factors(
