@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape
@@ -27,7 +26,7 @@ from smoa.layers.linear import Linear
 from smoa.layers.merging import as_stored
 from smoa.layers.quantized import QuantizedLinear
 from smoa.maths.factors import Initialization
-from smoa.maths.kernels.autograd import is_transformed
+from smoa.maths.kernels.autograd import checkpointed, is_transformed
 
 
 class ReadByModels(SmoaLayer):
@@ -122,10 +121,8 @@ class Convolution(ReadByModels):
                 output: Tensor = base._conv_forward(x, kernel.to(x.dtype), bias)
             return output
 
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x, self.stored_weight()):
-            return convolved(x)
-        output: Tensor = checkpoint(convolved, x, use_reentrant=False, preserve_rng_state=False)
-        return output
+        keeps = torch.compiler.is_compiling() or is_transformed(x, self.stored_weight())
+        return convolved(x) if keeps else checkpointed(convolved, x)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch has no annotation here

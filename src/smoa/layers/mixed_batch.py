@@ -83,7 +83,8 @@ def _groups(layer: SmoaLayer, of_slot: dict[int, str]) -> list[Group]:
         key = derived.digest, own.ranks, own.modulation, p, A.dtype
         if (group := groups.get(key)) is None:
             group = groups[key] = Group(layer, own, derived)
-        group.of_slot[slot] = name
+        group.slots.append(slot)
+        group.names.append(name)
         group.tensors.append((A, B, derived.rank_scale))
     return list(groups.values())
 
@@ -97,19 +98,15 @@ class Group:
         self.key_of_entries = layer, derived.digest, *(run.shape for run in self.runs)
         trains_weight = torch.is_grad_enabled() and layer.stored_weight().requires_grad  # no gradient in `shared`
         self.rank = math.inf if trains_weight else 0 if own.modulation == "none" else max(own.ranks)
-        self.of_slot: dict[int, str] = {}
+        self.slots: list[int] = []
+        self.names: list[str] = []
         self.tensors: list[tuple[Tensor, Tensor, Tensor]] = []
         """A, B and the block scale of each rank, of each adapter."""
 
     @cached_property
-    def names(self) -> list[str]:
-        """The adapters."""
-        return list(self.of_slot.values())
-
-    @cached_property
     def members(self) -> frozenset[int]:
-        """Their slots."""
-        return frozenset(self.of_slot)
+        """The slots of the adapters."""
+        return frozenset(self.slots)
 
     def factors(self, places: Tensor | None = None) -> Gathered:
         """The factors of each adapter, or of these among them, with the scale in B; differentiable."""

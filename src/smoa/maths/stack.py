@@ -146,8 +146,7 @@ class Stack:
     def _padded(self, factor: Tensor, side: Side) -> Tensor:
         own, padding = self._by_block(factor), side.order.shape[3] - factor.shape[1]
         if larger := side.labels.shape[2] % len(self.ranks):  # the other blocks have a column of padding already
-            first, rest = F.pad(own[:, :larger], (0, padding)), F.pad(own[:, larger:, ..., :-1], (0, padding + 1))
-            return torch.cat([first, rest], 1)
+            own = torch.cat([own[:, :larger], F.pad(own[:, larger:, ..., :-1], (0, 1))], 1)
         return F.pad(own, (0, padding)) if padding else own
 
 

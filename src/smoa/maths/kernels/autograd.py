@@ -1,7 +1,7 @@
 """Makes the kernels differentiable, each with a backward that computes again what autograd would keep.
 
 `recomputed` is one `autograd.Function` for all `Route`s. Gradients that are batched, or differentiated again, are
-computed by PyTorch's own operations. So is all of a compiled model, under a checkpoint (`recomputed_branch`).
+computed by PyTorch's own operations. So is all of a compiled model, under a checkpoint (`checkpointed`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 Gradients = tuple[Tensor | None, Tensor, Tensor]
 
@@ -82,6 +83,14 @@ class _Recomputed(torch.autograd.Function):
                 of_x, of_A, of_B = route.backward(factors, g, x, weight, needs_x)
         of_bias = g.sum([0, *range(2, g.dim())]) if needs_bias else None
         return None, None, of_A, of_B, of_x if needs_x else None, None, of_bias
+
+
+def checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)`, of PyTorch's own operations; the backward computes again what autograd would keep."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    y: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return y
 
 
 def is_transformed(*tensors: Tensor) -> bool:

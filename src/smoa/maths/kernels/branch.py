@@ -20,7 +20,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.checkpoint import checkpoint
 
 from smoa.maths.blocks import Blocks, take_columns
 from smoa.maths.factors import BlockRun, Factors
@@ -185,18 +184,6 @@ def diagonal_blocks(blocks: Blocks, run: BlockRun, anchor: Tensor, out: Tensor |
             shape = piece.count, piece.height, -1
             torch.gather(chosen.view(shape), 2, cols.expand(shape), out=target.view(shape))
     return out
-
-
-def recomputed_branch(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
-    """`plain_branch` for a compiled model: the backward computes the blocks of ΔW again instead of keeping them.
-
-    A compiler fuses gathers, products with M, scales and casts. Without the checkpoint it would keep the blocks
-    (measured: docs/experiment-log.md).
-    """
-    if not torch.is_grad_enabled():
-        return plain_branch(factors, x, anchor)
-    y: Tensor = checkpoint(plain_branch, factors, x, anchor, use_reentrant=False, preserve_rng_state=False)
-    return y
 
 
 def sort_columns(blocks: Blocks, x: Tensor, order: Tensor) -> Tensor:

@@ -17,11 +17,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun
-from smoa.maths.kernels.autograd import is_transformed, without_autocast
+from smoa.maths.kernels.autograd import checkpointed, is_transformed, without_autocast
 from smoa.maths.kernels.branch import diagonal_blocks, multiply, product_dtype, sort_columns
 
 FEW_PRODUCTS = 128
@@ -115,10 +114,7 @@ def shared(x: Tensor, factors: Callable[[], Gathered], diagonal: Diagonal | Call
         outputs = [z if B is None else (B * z).sum(2).flatten(2) for _, B, z in found]
         return own.blocks.unsort_outputs(torch.cat(outputs, dim=-1).to(x.dtype))
 
-    if not callable(diagonal) or is_transformed(x) or not torch.is_grad_enabled():
-        return products(x)
-    y: Tensor = checkpoint(products, x, use_reentrant=False, preserve_rng_state=False)
-    return y
+    return checkpointed(products, x) if callable(diagonal) and not is_transformed(x) else products(x)
 
 
 def add_shared(total: Tensor, x: Tensor, factors: Gathered, diagonal: Diagonal, places: Places | None = None) -> None:
