@@ -136,11 +136,9 @@ class Derived:
         shape = rows.shape[0], cols.shape[0]
         digest = 0 if rows.is_meta else hash(torch.cat([rows, cols]).cpu().numpy().tobytes())
         key = digest, *shape, rows.device, len(ranks)
-        if (known := None if rows.is_meta else _BLOCKS.get(key)) is not None:
-            return cls(*kept, replace(known, row_labels=rows, col_labels=cols), digest)
-        blocks = Blocks(rows, cols, len(ranks), Orders.of(rows, cols), ascend(rows, cols), shape)
-        if not rows.is_meta:
-            _BLOCKS[key] = blocks
+        if (blocks := _BLOCKS.get(key)) is not None:
+            return cls(*kept, replace(blocks, row_labels=rows, col_labels=cols), digest)
+        _BLOCKS[key] = blocks = Blocks(rows, cols, len(ranks), Orders.of(rows, cols), ascend(rows, cols), shape)
         return cls(*kept, blocks, digest)
 
 
@@ -181,11 +179,6 @@ class Adapter:
             store.write(self.name, tensor)
         self.pending = False
         self.derived()
-
-    def move(self, device: torch.device) -> None:
-        """Move labels and scales to a device."""
-        for store in self.stores:
-            store[self.name] = store[self.name].to(device)
 
     def prepare(self, layer: Any, defer: bool) -> None:
         """Make room for labels and scales in the layer, and decide them unless they will be loaded, or can't be yet."""

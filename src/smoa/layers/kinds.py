@@ -27,6 +27,7 @@ from smoa.layers.merging import as_stored
 from smoa.layers.quantized import QuantizedLinear
 from smoa.maths.factors import Initialization
 from smoa.maths.kernels.autograd import checkpointed, is_transformed
+from smoa.maths.kernels.fused import computes_exactly
 
 
 class ReadByModels(SmoaLayer):
@@ -131,10 +132,7 @@ def convolves_exactly(device_type: str, dtype: torch.dtype) -> bool:
 
     A compiled model keeps the answer of its first call.
     """
-    if dtype == torch.float32 and device_type == "cpu":
-        settings = getattr(torch.backends.mkldnn, "conv", None)  # since PyTorch 2.9
-        return getattr(settings, "fp32_precision", "ieee") not in ("tf32", "bf16")
-    return dtype == torch.float64
+    return dtype == torch.float64 or (dtype == torch.float32 and device_type == "cpu" and computes_exactly("conv"))
 
 
 @dataclass(frozen=True)

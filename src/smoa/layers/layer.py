@@ -180,7 +180,8 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
             if not any(parameter.is_meta for parameter in factor.parameters()):
                 factor.to(device, weight.dtype if weight.is_floating_point() else None)
         if device.type != "meta":  # where accelerate offloads the weight
-            self.adapters[adapter_name].move(device)
+            for store in self.adapters[adapter_name].stores:
+                store[adapter_name] = store[adapter_name].to(device)
 
     # Blocks and block scales: decided at injection, at first use, or by a loaded file.
 

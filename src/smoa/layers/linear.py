@@ -14,7 +14,7 @@ from smoa.layers.kept import KeptUpdate, Snapshot, open_snapshot
 from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_plain_linear
 from smoa.layers.mixed_batch import add_mixed, shared_output
 from smoa.maths.kernels.autograd import is_transformed, only_values
-from smoa.maths.kernels.fused import multiplies_exactly, pays
+from smoa.maths.kernels.fused import computes_exactly, pays
 from smoa.maths.kernels.shared import prefers_shared
 from smoa.maths.update import Update
 
@@ -80,7 +80,7 @@ class Linear(SmoaLayer):
         if torch.compiler.is_compiling() or not is_plain or torch.is_autocast_enabled(device):
             return None
         # 16-bit floats and TF32 would round a small ΔW away
-        if weight.dtype != torch.float64 and not (weight.dtype == torch.float32 and multiplies_exactly()):
+        if weight.dtype != torch.float64 and not (weight.dtype == torch.float32 and computes_exactly("matmul")):
             return None
         dropout = self.smoa_dropout[adapter_name]
         if self.adapters[adapter_name].modulation == "none" or (isinstance(dropout, nn.Dropout) and self.training):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -77,9 +77,9 @@ def _effective_chunks(factors: Factors, weight: Tensor) -> Iterator[tuple[slice,
         yield chunk, torch.addcmul(weight[chunk], weight[chunk], update, out=update)
 
 
-def multiplies_exactly() -> bool:
-    """Whether a CPU's products of float32 matrices keep all 24 bits."""
-    if not hasattr(torch.backends, "fp32_precision"):  # before PyTorch 2.9
-        return torch.get_float32_matmul_precision() == "highest"
-    backend: Any = torch.backends.mkldnn
-    return backend.matmul.fp32_precision not in ("tf32", "bf16")
+def computes_exactly(operation: Literal["matmul", "conv"]) -> bool:
+    """Whether a CPU's products of float32 matrices, or its convolutions, keep all 24 bits."""
+    settings: Any = getattr(torch.backends.mkldnn, operation, None)
+    if settings is None:  # before PyTorch 2.9
+        return operation == "conv" or torch.get_float32_matmul_precision() == "highest"
+    return settings.fp32_precision not in ("tf32", "bf16")
