@@ -320,8 +320,8 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
     def _forward_of(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output plus that of each row's own adapter."""
         rows = call.rows(self)
-        if len(x) != rows.count:
-            raise ValueError(f"adapter_names has {rows.count} names for {len(x)} samples; give one for each")
+        if len(x) != len(rows.slots):
+            raise ValueError(f"adapter_names has {len(rows.slots)} names for {len(x)} samples; give one for each")
         if self.merged:
             raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
         of_slot = {slot: name for slot in rows.of_slot if (name := call.of_slot[slot]) in self.adapters}

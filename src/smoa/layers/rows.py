@@ -55,8 +55,7 @@ class RowsBySlot:
         for row, slot in enumerate(slots):
             self.of_slot.setdefault(slot, []).append(row)
         self.of_slot.pop(-1, None)
-        self.count = len(slots)
-        self._slots = slots
+        self.slots = slots
         self._plans: dict[Any, Plan] = {}
 
     def plan(
@@ -79,7 +78,7 @@ class RowsBySlot:
             together = sorted(row for slot, rows in own.items() if slot not in apart for row in rows)
 
             def part(rows: list[int], forms: bool) -> Part:
-                found = [place_of[self._slots[row]] for row in rows]
+                found = [place_of[self.slots[row]] for row in rows]
                 lengths = [len(list(same)) for _, same in groupby(found)]
                 found = found[:: lengths[0]] if len(set(lengths)) == 1 else found  # then each is a group of rows
                 places = None if found == list(range(len(own))) else _places(found, rank, device, trains)

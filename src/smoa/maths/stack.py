@@ -205,11 +205,10 @@ class _Grouped:
         parts = PARTS if matrices.numel() > LARGE * len(stack.ranks) else 1
         groups, size = (hit, 1) if few else (range(count), -(-count // parts))
         for own in (groups[i : i + size] for i in range(0, len(groups), size)):
-            first, start, stop = own[0], stops[own[0]], stops[own[-1] + 1]
+            experts, start, stop = slice(own[0], own[-1] + 1), stops[own[0]], stops[own[-1] + 1]
             if start < stop:
-                own_ends = ends[first : own[-1] + 1] - start
-                experts = slice(first, own[-1] + 1)
-                yield _Part(stack, matrices, experts, slice(start, stop), own_ends, product_dtype(x.dtype, "cpu"))
+                rows, dtype = slice(start, stop), product_dtype(x.dtype, "cpu")
+                yield _Part(stack, matrices, experts, rows, ends[experts] - start, dtype)
 
 
 @dataclass(frozen=True)
