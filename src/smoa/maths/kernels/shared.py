@@ -191,7 +191,7 @@ def formed(x: Tensor, factors: Gathered, diagonal: Diagonal) -> Tensor:
 
 
 def _add_piece(total: Tensor, x: Tensor, factors: Gathered, diagonal: Diagonal, within: Within = None) -> None:
-    """Add to `total` in few operations."""
+    """Add `x ΔWᵀ` to `total`, in few operations."""
     blocks = diagonal.blocks
     y = total if blocks.is_contiguous else x.new_zeros(*x.shape[:2], len(blocks.orders.rows))
     for run, B, z in _products(diagonal, sort_columns(blocks, x, blocks.orders.cols), factors, within):
