@@ -182,7 +182,7 @@ class Factors:
 
     def _spread(self, factor: Tensor, places: Sequence[slice], order: Tensor, stacked: bool) -> Tensor:
         """A factor (r, largest block), whose ranks are those of blocks in these places, as (ranks, features)."""
-        spread = factor.new_zeros(max(self.ranks) if stacked else sum(self.ranks), len(order))
+        spread = factor.new_zeros(max(self.ranks) if stacked else sum(self.ranks), places[-1].stop)
         for own, place in zip(slices(self.ranks), places, strict=True):
             spread[slice(own.stop - own.start) if stacked else own, place] = factor[own, : place.stop - place.start]
         return spread if self.blocks.is_contiguous else spread.index_select(1, order)
