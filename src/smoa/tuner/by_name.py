@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from textwrap import shorten
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -29,6 +31,8 @@ ROUTED = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 """The paths of layers within an expert that is a module."""
 DISTANCES = re.compile(r"(relative_attention_bias|rel_attn_embed|distance_embedding)$")
 """The paths of embeddings of how far tokens are apart, which are one for all samples."""
+_TRAINS: WeakKeyDictionary[BaseTuner, RLock] = WeakKeyDictionary()
+"""Held by the thread of the training forward by names that a model is in."""
 
 
 def call_by_names(tuner: BaseTuner, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
@@ -36,8 +40,8 @@ def call_by_names(tuner: BaseTuner, kwargs: dict[str, Any]) -> AbstractContextMa
     context is open. In training each adapter gets the gradient of its own samples.
 
     Raises:
-        ValueError: a name is neither an adapter nor "__base__", or a layer is given rows of which it can't be told
-            whose they are.
+        ValueError: a name is neither an adapter nor "__base__"; a layer is given rows of which it can't be told whose
+            they are; or another thread trains the model by names.
     """
     names = kwargs.pop("adapter_names", None)
     if names is None:  # within another call of this thread this one takes the active adapters
@@ -69,7 +73,20 @@ def call_by_names(tuner: BaseTuner, kwargs: dict[str, Any]) -> AbstractContextMa
     trains = torch.is_grad_enabled() and tuner.training  # a layer that is new in a model in evaluation is in training
     if torch.is_grad_enabled():
         take_names_along(tuner.model)
-    return opened(Call(tuple(names), frozenset(modules), once, beams, trains))
+    call = Call(tuple(names), frozenset(modules), once, beams, trains)
+    return _trained_by_one_thread(tuner, call) if trains else opened(call)
+
+
+@contextmanager
+def _trained_by_one_thread(tuner: BaseTuner, call: Call) -> Iterator[None]:
+    lock = _TRAINS.setdefault(tuner, RLock())
+    if not lock.acquire(blocking=False):
+        raise ValueError("adapter_names: another thread trains this model by names; train in one thread at a time")
+    try:
+        with opened(call):
+            yield
+    finally:
+        lock.release()
 
 
 def _taking_names(module: nn.Module) -> Iterator[Any]:

@@ -321,24 +321,30 @@ def test_a_call_with_names_inside_a_plain_generate_beside_another_with_names_lea
     assert not calls.OPEN
 
 
-def test_two_threads_that_train_by_names_give_each_adapter_the_gradients_of_its_own_rows() -> None:
-    model, calls_of_both = gang(3, reentrant=False), (["a0", "a1"], ["a2", "__base__"])
-    for names in calls_of_both:
-        loss_of(model, names).backward()
-    expected = gradients(model)
+def test_two_threads_that_train_by_names_are_refused_and_backward_elsewhere_is_not() -> None:
+    model, found = gang(2, reentrant=False), list[BaseException | None]()
+    loss = loss_of(model, ["a0", "a1"])
+
+    def trains() -> None:
+        try:
+            loss_of(model, ["a0", "a1"])
+            found.append(None)
+        except ValueError as error:
+            found.append(error)
 
     def elsewhere(*_: Any) -> None:
-        handle.remove()
-        thread = threading.Thread(target=lambda: loss_of(model, calls_of_both[1]).backward())
-        thread.start()
-        thread.join()
+        for target in (loss.backward, trains):
+            thread = threading.Thread(target=target)
+            thread.start()
+            thread.join()
 
     handle = model.base_model.model.model.layers[1].register_forward_hook(elsewhere)
-    loss_of(model, calls_of_both[0]).backward()
-    found = gradients(model)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
-        assert_close(gradient, expected[name])
+    loss_of(model, ["a0", "a1"])
+    handle.remove()
+    assert "another thread trains" in str(found[0])
+    assert gradients(model)
+    trains()
+    assert found[1] is None
 
 
 @pytest.mark.parametrize("beams", [1, 3])
