@@ -27,14 +27,19 @@ HAS_STATE_DICT_HOOKS = hasattr(BaseTuner, "_get_adapter_state_dict")  # from 0.2
 HAS_QUANTIZATION_BACKENDS = hasattr(BaseTunerLayer, "set_base_weight")  # from 0.20 on
 
 _LOADING: ContextVar[Any] = ContextVar("smoa_loading", default=None)
-"""(model class, model, config) while `set_peft_model_state_dict` loads an adapter."""
+"""(model class, model, config) while `set_peft_model_state_dict` loads an adapter whose class has hooks."""
 
 
 def install_state_dict_hooks() -> None:
     """Make PEFT ≤ 0.20 call a model class's state dict hooks. A second call replaces the wrappers."""
     if HAS_STATE_DICT_HOOKS:
         return
-    for name, wrapped in _WRAPPERS.items():
+    wrappers = {
+        "get_peft_model_state_dict": _saving,
+        "set_peft_model_state_dict": _loading,
+        "_insert_adapter_name_into_state_dict": _naming,
+    }
+    for name, wrapped in wrappers.items():
         function = getattr(save_and_load, name)
         original = getattr(function, "__smoa_original__", function)
         wrapper = wrapped(original)
@@ -85,9 +90,7 @@ def _loading(original: Callable[..., Any]) -> Any:
     ) -> Any:
         config = model.peft_config[adapter_name]
         tuner = _hooked(config)
-        if tuner is None:
-            return original(model, peft_model_state_dict, adapter_name, *args, **kwargs)
-        token = _LOADING.set((tuner, model, config))
+        token = _LOADING.set(None if tuner is None else (tuner, model, config))
         try:
             return original(model, dict(peft_model_state_dict), adapter_name, *args, **kwargs)  # it changes the dict
         finally:
@@ -110,13 +113,6 @@ def _naming(original: Callable[..., dict[str, Tensor]]) -> Any:
         return {key.removeprefix(BASE_PREFIX): tensor for key, tensor in named.items()}  # as PEFT does from 0.20 on
 
     return _insert_adapter_name_into_state_dict
-
-
-_WRAPPERS: dict[str, Callable[..., Any]] = {
-    "get_peft_model_state_dict": _saving,
-    "set_peft_model_state_dict": _loading,
-    "_insert_adapter_name_into_state_dict": _naming,
-}
 
 
 class BitsAndBytesBackend:

@@ -38,10 +38,6 @@ class UnsupportedVersionError(SmoaError, ImportError):
     """This release doesn't support the installed version of a required library."""
 
 
-LISTED = 20
-"""Names that an error message lists at most."""
-
-
 def first_of(names: Sequence[str], shown: int = 3) -> str:
     """The first names and how many more there are: "a, b, c and 2 more"."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
@@ -49,9 +45,9 @@ def first_of(names: Sequence[str], shown: int = 3) -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """``; did you mean 'x'?``, or the names to choose from if there are few, or nothing."""
+    """``; did you mean 'x'?``, or the names to choose from if there are at most 20, or nothing."""
     names = sorted(valid)
     near = difflib.get_close_matches(name, names, n=1)
     if near:
         return f"; did you mean {near[0]!r}?"
-    return f"; choose from {', '.join(names)}" if 0 < len(names) <= LISTED else ""
+    return f"; choose from {', '.join(names)}" if 0 < len(names) <= 20 else ""

@@ -87,8 +87,9 @@ def find_weights(source: str | os.PathLike[str], config: object = None, **option
     if not ours:
         return None
     if saved.get("peft_type") == "SMOA" and "smoa_format" not in saved:
-        found = f"{CONFIG_NAME} has no smoa_format, so a smoa before 0.2 saved the adapter"
-        raise AdapterFileError(f"{source}: {found}; train it again")
+        raise AdapterFileError(
+            f"{source}: {CONFIG_NAME} has no smoa_format, as before smoa 0.2; train the adapter again"
+        )
     path = _located(source, SAFETENSORS_WEIGHTS_NAME, options)
     if path is None or not path.exists():
         pickle = _located(source, WEIGHTS_NAME, options)

@@ -23,7 +23,9 @@ def smoa_config(lora: LoraConfig, settings: Mapping[str, Any], place: str) -> Sm
     check_settings(settings, place)
     given = {name: getattr(lora, name) for name in [*SHARED, *RENAMED] if getattr(lora, name) is not None}
     known = {**_in_our_names(given), "bias": BIASES.get(lora.bias, lora.bias), **_in_our_names(settings)}
-    refuse(_only_lora(lora), place)
+    plain, foreign = LoraConfig(), {field.name for field in fields(LoraConfig)} - SHARED - RENAMED.keys() - NO_SETTINGS
+    # those that were changed, where an empty list or mapping counts as unset
+    refuse((name for name in foreign if (getattr(lora, name) or None) != (getattr(plain, name) or None)), place)
     return SmoaConfig(**known)
 
 
@@ -47,10 +49,3 @@ def refuse(names: Iterable[str], place: str) -> None:
     unknown = sorted(names)
     if unknown:
         raise ConfigError(f"{place}: {', '.join(unknown)}: a setting of LoRA that SMoA does not have; remove it")
-
-
-def _only_lora(lora: LoraConfig) -> Iterable[str]:
-    """Settings that were changed and that SMoA has no counterpart for; an empty list or mapping counts as unset."""
-    plain = LoraConfig()
-    names = {field.name for field in fields(LoraConfig)} - SHARED - RENAMED.keys() - NO_SETTINGS
-    return (name for name in names if (getattr(lora, name) or None) != (getattr(plain, name) or None))

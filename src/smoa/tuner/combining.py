@@ -72,17 +72,14 @@ def check_layer(name: str, layer: SmoaLayer, adapters: list[str]) -> None:
     absent = [adapter for adapter in adapters if adapter not in layer.smoa_A]
     if absent:
         raise MergeError(f"{name}: {', '.join(absent)} doesn't adapt this layer; combine adapters of the same layers")
-    first, *others = (_labels(layer, adapter) for adapter in adapters)
+    for adapter in adapters:
+        layer.decide_partition(adapter)
+    first, *others = (layer.adapters[adapter].saved()[:2] for adapter in adapters)
     if not all(torch.equal(rows, first[0]) and torch.equal(cols, first[1]) for rows, cols in others):
         raise MergeError(
             f"{name}: adapters {', '.join(adapters)} have different partitions, so their sum is not a SMoA adapter; "
             "merge them one after another, or convert them to LoRA and combine those"
         )
-
-
-def _labels(layer: SmoaLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    layer.decide_partition(adapter_name)
-    return layer.smoa_row_labels[adapter_name], layer.smoa_col_labels[adapter_name]
 
 
 @torch.no_grad()

@@ -51,7 +51,6 @@ class SmoaModel(BaseTuner):
     prefix: str = "smoa_"
     tuner_layer_cls = SmoaLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    _loads_labels = False
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's `inject_adapter`, which decomposes no weight while a saved adapter is being loaded."""
@@ -98,8 +97,7 @@ class SmoaModel(BaseTuner):
             for module in model.modules():
                 keep_unpacked(module)
         self._targets = survey_targets(model, peft_config, self._check_target_module_exists, self._loads_labels)
-        decomposes = peft_config.partition == "spectral" and not self._loads_labels
-        hidden = None if decomposes else True  # None: shown on a terminal only
+        hidden = True if self._loads_labels or peft_config.partition != "spectral" else None  # terminals only
         self._progress = tqdm(total=len(self._targets), desc="SMoA partitions", unit="layer", delay=1, disable=hidden)
 
     def _create_and_replace(
@@ -114,8 +112,8 @@ class SmoaModel(BaseTuner):
     ) -> None:
         loads, kind, backend = self._loads_labels, None, None
         if parameter_name is None:
-            found = self._targets.get(current_key) or check_target(current_key, target, peft_config, self.model)
-            kind, _, backend = found
+            found = self._targets.get(current_key)
+            kind, _, backend = found or check_target(current_key, target, peft_config, self.model)
             known = target if isinstance(target, SmoaLayer) else None
             self._progress.update()
         else:

@@ -150,7 +150,7 @@ SPOILED: list[tuple[Callable[[Path], None], str]] = [
         r"adapter_model\.safetensors: .*doesn't fit the layer.*adapter_config\.json come from another save",
     ),
     (with_a_tensor_of_the_base, r"adapter_model\.safetensors: .*has unknown 1 tensor.*down_proj"),
-    (of_a_smoa_before_0_2, r"adapter_config\.json has no smoa_format, so a smoa before 0\.2 saved the adapter"),
+    (of_a_smoa_before_0_2, r"adapter_config\.json has no smoa_format, as before smoa 0\.2"),
     (with_nan, r"adapter_model\.safetensors: .*smoa_B.*NaN or infinite"),
 ]
 
