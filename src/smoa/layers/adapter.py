@@ -21,35 +21,36 @@ from smoa.errors import PartitionError
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, onloaded, whole
 from smoa.maths.blocks import UNDECIDED, Blocks, Orders, ascend, check_labels
 from smoa.maths.kernels.autograd import is_transformed
-from smoa.maths.scale import DEFAULT_SCALE, block_scale, rank_scale
-from smoa.maths.spectrum import make_partition
+from smoa.maths.scale import DEFAULT_SCALE, ModulationKind, ScaleKind, block_scale, rank_scale
+from smoa.maths.spectrum import PartitionKind, make_partition
 from smoa.maths.stack import Side
 from smoa.scores import cached_spectral_scores
 
+Kinds = tuple[PartitionKind, ScaleKind | None, ModulationKind, int]
+"""What decides labels and scales: of an adapter's config, and the seed of a random partition."""
 
-def labels_and_scales(
-    config: SmoaConfig, num_blocks: int, weight: Tensor, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Row labels, column labels and block scales by an adapter's config, on the CPU.
+
+def labels_and_scales(num_blocks: int, weight: Tensor, kinds: Kinds) -> tuple[Tensor, Tensor, Tensor]:
+    """Row labels, column labels and block scales, on the CPU.
 
     Args:
-        config: Has the kinds of partition, modulation and scale.
         num_blocks: K.
         weight: W (m, n), for (m,), (n,) and (K,). Or W of all experts (experts, halves, m, n), for (G, m), (G, n)
             and (G, K), where G = experts·halves.
-        seed: Of a random partition.
+        kinds: By which to decide.
     """
+    partition, scale, modulation, seed = kinds
     generator = torch.Generator().manual_seed(seed)
 
     def decided(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        blocks = make_partition(matrix, num_blocks, config.partition, cached_spectral_scores, generator)
-        scale = block_scale(config.scale or DEFAULT_SCALE, None if config.modulation == "none" else matrix, blocks)
-        return blocks.row_labels.cpu(), blocks.col_labels.cpu(), scale
+        blocks = make_partition(matrix, num_blocks, partition, cached_spectral_scores, generator)
+        scales = block_scale(scale or DEFAULT_SCALE, None if modulation == "none" else matrix, blocks)
+        return blocks.row_labels.cpu(), blocks.col_labels.cpu(), scales
 
     if weight.dim() == 2:
         return decided(weight)
     matrices = [matrix for expert in weight for matrix in expert]  # views, which `flatten` may not give
-    hidden = None if config.partition == "spectral" else True  # None: shown on a terminal only
+    hidden = None if partition == "spectral" else True  # None: shown on a terminal only
     bar = tqdm(matrices, "SMoA partitions of experts", unit="matrix", delay=1, disable=hidden, leave=False)
     rows, cols, scales = zip(*map(decided, bar), strict=True)
     return torch.stack(rows), torch.stack(cols), torch.stack(scales)
@@ -159,7 +160,8 @@ class Adapter:
         alpha: float,
         halves: int = 1,
     ) -> None:
-        self.stores, self.name, self.config, self.seed = stores, name, config, seed
+        self.stores, self.name, self.config = stores, name, config
+        self.kinds: Kinds = config.partition, config.scale, config.modulation, seed  # the config may change
         self.ranks, self.halves = ranks, halves
         self.r, self.modulation = sum(ranks), config.modulation
         self.scaling = alpha / self.r
@@ -190,7 +192,7 @@ class Adapter:
         if defer:
             return
         for other in layer.adapters.values():
-            same = other.config is self.config and other.seed == self.seed and len(other.ranks) == len(self.ranks)
+            same = other.config is self.config and other.kinds == self.kinds and len(other.ranks) == len(self.ranks)
             if same and not other.pending:  # TRL's reference, to which it copies factors alone
                 self.decide(*other.saved())
                 return
@@ -211,7 +213,7 @@ class Adapter:
         with onloaded([layer.get_base_layer()]), gather_params_ctx(layer.stored_weight()):  # for DeepSpeed ZeRO-3
             weight = None if layer.stored_weight().is_meta else whole(layer.pristine_weight())  # for FSDP2
             return from_rank_zero(
-                lambda: None if weight is None else labels_and_scales(self.config, len(self.ranks), weight, self.seed)
+                lambda: None if weight is None else labels_and_scales(len(self.ranks), weight, self.kinds)
             )
 
     def is_valid(self) -> bool:
