@@ -45,7 +45,7 @@ def test_making_an_adapter_holds_few_copies_of_the_larger_of_weight_and_gram_mat
     monkeypatch.setattr(spectrum, "CLOSE_SCORES", close)
     weight = (0.02 * torch.randn(shape)).to(dtype)
     with LiveBytes(weight) as held:
-        labels_and_scales(SmoaConfig(), 4, weight)
+        labels_and_scales(4, weight, ("spectral", None, "hadamard", 0))
     assert held.peak <= (most + SMALL - 1) * 4 * weight.numel()
     assert held.peak >= 4 * min(shape) ** 2  # the Gram matrix was counted
 

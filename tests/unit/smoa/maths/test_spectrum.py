@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smoa import SmoaConfig
 from smoa.errors import ConfigError
-from smoa.layers.adapter import labels_and_scales
+from smoa.layers.adapter import Kinds, labels_and_scales
 from smoa.maths.spectrum import (
     PartitionKind,
     decomposition_device,
@@ -155,9 +154,10 @@ def test_a_full_device_is_not_taken_for_one_that_lacks_decompositions(monkeypatc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("partition", ["spectral", "contiguous"])
 def test_what_injection_computes_from_a_weight_is_that_of_the_cpu(partition: PartitionKind, dtype: torch.dtype) -> None:
-    weight, config = torch.randn(11, 13).to(dtype), SmoaConfig(partition=partition)
-    expected = labels_and_scales(config, 3, weight)
+    kinds: Kinds = (partition, None, "hadamard", 0)
+    weight = torch.randn(11, 13).to(dtype)
+    expected = labels_and_scales(3, weight, kinds)
     with limited_device() as device:
-        found = labels_and_scales(config, 3, weight.to(device))
+        found = labels_and_scales(3, weight.to(device), kinds)
     for own, theirs in zip(found, expected, strict=True):
         assert torch.equal(own, theirs)
