@@ -49,7 +49,7 @@ INTRODUCTION = (
     "lies at the edge of its search, marked with !; ^ marks a rate at the vertex of the parabola through the best "
     "that was tried and its neighbors. One seed gets no verdict. Seeds or entries that are added later make another "
     "look, which is judged at half the error of the one before: all together err in at most 10 %. ± is the standard "
-    "deviation over seeds; s a step are seconds on the machine that ran most of the runs."
+    "deviation over seeds; s a step are the least that was timed, since other work only slows a step."
 )
 WHERE = "A run's folder within the study's has its config, metrics, log and the losses of its rows."
 

@@ -117,7 +117,7 @@ class Result:
     diverged: int
     rows: int
     values: dict[str, tuple[float, float]]
-    step_seconds: float | None
+    step_seconds: float
     forgotten: float | None
     kept: str | None
     differences: dict[str, Difference]
@@ -218,9 +218,9 @@ def _of_budget(
     for name, of_entry in finals.items():
         reference = study.reference(name)
         kept = {seed: measured(run.metrics) for seed, run in of_entry.items() if run.folder.adapter.is_dir()}
-        # a resumed run knows only the time of its last steps
         trained = [run.metrics["training"] for run in of_entry.values() if _machine(run) == machine]
-        timed = [one for one in trained if not one["resumed"]]
+        # a resumed run knows only the time of its last steps; other work only slows a step
+        timed = [one["seconds"] / max(1, one["steps"]) for one in trained if not one["resumed"]]
         forgot: list[Any] = [(run.metrics["forgetting"] or {}).get("change") for run in of_entry.values()]
         compares = is_whole and reference in finals and name != reference
         result = Result(
@@ -238,7 +238,7 @@ def _of_budget(
                 title: (float(own[name].mean()), known[title].get(name, (0.0, 0))[0] ** 0.5)
                 for title, own in of_seeds.items()
             },
-            step_seconds=fmean(one["seconds"] / max(1, one["steps"]) for one in timed) if timed else None,
+            step_seconds=min(plan.entries[name].step, *timed),
             forgotten=None if None in forgot else fmean(forgot),
             kept=str(of_entry[best_of(kept)].folder.path) if kept else None,
             differences={each.title: difference(each, name, reference, level) for each in measures if compares},

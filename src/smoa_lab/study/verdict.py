@@ -61,7 +61,7 @@ def answer(budget: Budget, command: str, of_round: float) -> str:
     if len(results) < 2:
         return f"Training gained {amount(budget, gain.mean)}; there is nothing to compare {results[0].entry} with."
     limit = budget.tolerance * gain.low
-    by_cost = sorted(results, key=lambda one: (one.step_seconds is None, one.step_seconds or 0.0, one.parameters))
+    by_cost = sorted(results, key=lambda one: (one.step_seconds, one.parameters))
     for one in by_cost:
         worst = max(loss.high for (of, _), loss in budget.pairs.items() if of == one.entry)
         if worst <= limit:
@@ -89,9 +89,7 @@ def _taken(budget: Budget, one: Result, by_cost: Sequence[Result], worst: float,
         said = f"{others[0]} is no more than {amount_of} better than {one.entry}"
     else:
         said = f"None is more than {amount_of} better than {one.entry}"
-    untimed = [other.entry for other in by_cost if other.step_seconds is None]
-    cheapest = ", the cheapest" if one is by_cost[0] and one.entry not in untimed else ""
-    cheapest += " of those whose step was timed" if cheapest and untimed else ""
+    cheapest = ", the cheapest" if one is by_cost[0] else ""
     share = f"{100 * abs(worst) / gained:.0f} % of what training gained"
     place = "" if one.kept is None else f": {one.kept}"
     return f"{said} ({100 - 100 * budget.level:.4g} %), {share}: take {one.entry}{cheapest}{place}."

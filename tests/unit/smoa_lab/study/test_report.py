@@ -326,3 +326,13 @@ def test_where_no_answer_is_right_nothing_was_gained_whatever_the_loss(study: St
     made = report(compared(by(study, "exact")))
     assert made.verdict[0].startswith("small: Training gained nothing that could be shown (0.0 points, ")
     assert list(results(by(study, "exact"))["lora"].values) == ["exact %", "loss"]
+
+
+def test_other_work_beside_some_runs_makes_no_entry_dearer(study: Study, written: WrittenRuns) -> None:
+    finished(study)
+    before = {name: one.step_seconds for name, one in results(study).items()}
+    for run in study.folder.glob("lora/lr-*"):
+        metrics = json.loads((run / "metrics.json").read_text())
+        metrics["training"]["seconds"] *= 3
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    assert {name: one.step_seconds for name, one in results(study).items()} == pytest.approx(before)

@@ -96,12 +96,6 @@ def test_an_entry_at_the_edge_of_its_search_leaves_it_undecided() -> None:
     )
 
 
-def test_an_entry_whose_step_was_not_timed_comes_last() -> None:
-    unknown = replace(LORA, step_seconds=None)
-    assert "take smoa, the cheapest of those whose step was timed." in told(budget(unknown, SMOA))
-    assert "take lora: PATH." in told(budget(unknown, replace(SMOA, step_seconds=None)))
-
-
 def test_what_diverged_is_never_taken_and_loses_to_all_others() -> None:
     given = budget(SMOA, replace(LORA, diverged=2))
     ends = {("lora", "smoa"): math.inf, ("smoa", "lora"): -math.inf}
