@@ -1,11 +1,12 @@
 """The tables of the planned tests, from the summaries of the studies; results_page.py writes them.
 
-Ten are in docs/verdict.md, between `<!-- begin planned -->` and `<!-- end planned -->`; the rest of that page is
-written by hand. The other ten are in docs/results.md.
+Ten are in docs/verdict.md, between `<!-- begin planned -->` and `<!-- end planned -->`, and between such marks what
+`smoa compare` found; the rest of that page is written by hand. The other ten are in docs/results.md.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,14 +98,32 @@ OTHERS: list[Row] = [
     ("Forgot, Gemma", "retention-seeds", Forgot("equal")),
     ("Forgot, Gemma, rate too high", "retention-seeds", Forgot("next_rate")),
 ]
+BY_COMPARE = {"400 conversations, loss": "chats-2", "Sums, right answers (%)": "chain-sum", "GSM8K, loss": "gsm8k"}
+"""What `smoa compare` found under today's rules: a title and a study."""
 HEADER = ["measure", "SMoA", "LoRA", "difference", "Holm's p", "result"]
 
 
 def write(page: Path) -> None:
-    """Write the verdict's table into the page."""
-    text, shown = page.read_text(encoding="utf-8"), table(OF_THE_VERDICT)
-    text = re.sub(r"(<!-- begin planned -->\n).*?(<!-- end planned -->)", rf"\1\n{shown}\n\n\2", text, flags=re.DOTALL)
+    """Write the verdict's tables into the page."""
+    text = page.read_text(encoding="utf-8")
+    for name, shown in (("planned", table(OF_THE_VERDICT)), ("compared", compared())):
+        marked = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
+        text = re.sub(marked, rf"\1\n{shown}\n\n\2", text, flags=re.DOTALL)
     page.write_text(text, encoding="utf-8")
+
+
+def compared() -> str:
+    """What each method of `BY_COMPARE` reached more than LoRA, in Markdown."""
+    rows = []
+    for title, study in BY_COMPARE.items():
+        results = json.loads((STUDIES / study / "results.json").read_text(encoding="utf-8"))
+        entries, measure = {one["entry"]: one for one in results["entries"]}, results["budgets"]["all"]["measure"]
+        factor, digits = (1, 3) if measure == "loss" else (100, 1)
+        link, lora = f"[{title}](../studies/{study}/README.md)", factor * entries["lora"]["values"][measure][0]
+        found = [entries[name]["differences"][measure] for name in ("smoa", "dora", "hira")]
+        cells = [signed(*(factor * each[key] for key in ("mean", "low", "high")), digits) for each in found]
+        rows.append([link, f"{lora:.{digits}f}", *cells])
+    return Table(["what decides", "LoRA", "SMoA − LoRA", "DoRA − LoRA", "HiRA − LoRA"], rows).markdown()
 
 
 def table(rows: list[Row]) -> str:
@@ -115,10 +134,15 @@ def table(rows: list[Row]) -> str:
 def line(title: str, study: Path, what: Compared | Forgot) -> list[str]:
     """A row of the table; the title links to the study's report."""
     values = what.values(summary_of(study))
-    numbers = values.smoa, values.lora, values.difference, values.low, values.high
-    smoa, lora, *rest = (f"{number:.{what.form[1]}f}" for number in numbers)
-    difference, low, high = (text.replace("-", "−") if text[0] == "-" else f"+{text}" for text in rest)
+    smoa, lora = (f"{number:.{what.form[1]}f}" for number in (values.smoa, values.lora))
+    difference = signed(values.difference, values.low, values.high, what.form[1])
     winner = {"better": "SMoA is better", "worse": "LoRA is better"}.get(values.verdict)
     result = "not significant" if winner is None else winner + (", barely" if values.p > BARELY else "")
     link = f"[{title}](../studies/{study.name}/README.md)"
-    return [link, smoa, lora, f"{difference} [{low}, {high}]", f"{values.p:.2g}", result]
+    return [link, smoa, lora, difference, f"{values.p:.2g}", result]
+
+
+def signed(difference: float, low: float, high: float, digits: int) -> str:
+    """A difference with its interval, as in "+0.023 [−0.011, +0.060]"."""
+    shown = [f"{value:+.{digits}f}".replace("-", "−") for value in (difference, low, high)]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"

@@ -103,7 +103,8 @@ def test_the_pages_of_results_are_those_of_the_stored_ones(tmp_path: Path, monke
 def test_the_scores_of_a_compared_study_are_those_of_its_stored_rows(folder: Path) -> None:
     results, runs = json.loads((folder / "results.json").read_text(encoding="utf-8")), runs_of(folder)
     for entry in results["entries"]:
-        final = [run["rows"] for name, run in runs.items() if re.fullmatch(rf"{entry['entry']}/.*-seed-\d", name)]
+        names = rf"{entry['entry']}/.*-seed-({'|'.join(map(str, entry['seeds']))})"
+        final = [run["rows"] for name, run in runs.items() if re.fullmatch(names, name)]
         assert len(final) == len(entry["seeds"])
         scores = {"loss": [sum(rows["after"]) / sum(rows["tokens"]) for rows in final]}
         if "scored_after" in final[0]:
