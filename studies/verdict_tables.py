@@ -121,7 +121,7 @@ def compared() -> str:
         factor, digits = (1, 3) if measure == "loss" else (100, 1)
         link, lora = f"[{title}](../studies/{study}/README.md)", factor * entries["lora"]["values"][measure][0]
         found = [entries[name]["differences"][measure] for name in ("smoa", "dora", "hira")]
-        cells = [signed(*(factor * each[key] for key in ("mean", "low", "high")), digits) for each in found]
+        cells = [signed(factor * own["mean"], factor * own["low"], factor * own["high"], digits) for own in found]
         rows.append([link, f"{lora:.{digits}f}", *cells])
     return Table(["what decides", "LoRA", "SMoA − LoRA", "DoRA − LoRA", "HiRA − LoRA"], rows).markdown()
 
