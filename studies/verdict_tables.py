@@ -1,7 +1,7 @@
-"""The tables of the planned tests, from the summaries of the studies; results_page.py writes them.
+"""The tables of the planned tests, and of what `smoa compare` found; results_page.py writes them.
 
-Ten are in docs/verdict.md, between `<!-- begin planned -->` and `<!-- end planned -->`, and between such marks what
-`smoa compare` found; the rest of that page is written by hand. The other ten are in docs/results.md.
+Ten tests are in docs/verdict.md, between `<!-- begin planned -->` and `<!-- end planned -->`, and what was found is
+between marks of its own; the rest of that page is written by hand. The other ten tests are in docs/results.md.
 """
 
 from __future__ import annotations
@@ -106,14 +106,14 @@ HEADER = ["measure", "SMoA", "LoRA", "difference", "Holm's p", "result"]
 def write(page: Path) -> None:
     """Write the verdict's tables into the page."""
     text = page.read_text(encoding="utf-8")
-    for name, shown in (("planned", table(OF_THE_VERDICT)), ("compared", compared())):
+    for name, shown in (("planned", table(OF_THE_VERDICT)), ("compared", against_lora())):
         marked = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
         text = re.sub(marked, rf"\1\n{shown}\n\n\2", text, flags=re.DOTALL)
     page.write_text(text, encoding="utf-8")
 
 
-def compared() -> str:
-    """What each method of `BY_COMPARE` reached more than LoRA, in Markdown."""
+def against_lora() -> str:
+    """What decides in each study of `BY_COMPARE`: what LoRA reached, and the others minus LoRA, in Markdown."""
     rows = []
     for title, study in BY_COMPARE.items():
         results = json.loads((STUDIES / study / "results.json").read_text(encoding="utf-8"))

@@ -1,7 +1,9 @@
 """Writes sums as rows, such as "98 + 93 - 77 =": two or three numbers of one or two digits, no sum twice.
 
-pip install reasoning-gym    # 0.1.25
-python studies/chain-sum/sums.py chain-sum.jsonl
+    pip install reasoning-gym    # 0.1.25 made the stored study's
+    python studies/chain-sum/sums.py chain-sum.jsonl
+
+A line has the sum as prompt, the result as completion, and its part.
 """
 
 import json

@@ -27,7 +27,7 @@ from smoa.maths.stack import Side
 from smoa.scores import cached_spectral_scores
 
 Kinds = tuple[PartitionKind, ScaleKind | None, ModulationKind, int]
-"""What decides labels and scales: of an adapter's config, and the seed of a random partition."""
+"""Partition, scale and modulation of an adapter's config, and the seed of a random partition."""
 
 
 def labels_and_scales(num_blocks: int, weight: Tensor, kinds: Kinds) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,7 +37,7 @@ def labels_and_scales(num_blocks: int, weight: Tensor, kinds: Kinds) -> tuple[Te
         num_blocks: K.
         weight: W (m, n), for (m,), (n,) and (K,). Or W of all experts (experts, halves, m, n), for (G, m), (G, n)
             and (G, K), where G = experts·halves.
-        kinds: By which to decide.
+        kinds: What decides them.
     """
     partition, scale, modulation, seed = kinds
     generator = torch.Generator().manual_seed(seed)
@@ -146,8 +146,8 @@ class Derived:
 class Adapter:
     """One adapter in one layer: its settings there, its blocks and block scales.
 
-    The layer keeps row labels, column labels and block scales, in `stores`. `seed` is that of a random partition,
-    `ranks` is r_k of every block, ΔW is scaled by alpha / r, and `halves` is H in a layer with a stack of matrices.
+    The layer keeps row labels, column labels and block scales, in `stores`. `kinds` say how they are decided, `ranks`
+    is r_k of every block, ΔW is scaled by alpha / r, and `halves` is H in a layer with a stack of matrices.
     """
 
     def __init__(
