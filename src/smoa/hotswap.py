@@ -18,6 +18,7 @@ from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError
 from smoa.files.loading import door, read_adapter, tensors_of
 from smoa.files.names import PARTS, PREFIX, adapter_layers, parameter_names
+from smoa.layers.distributed import refuse_writing
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import slices
 
@@ -55,6 +56,8 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
             raise ConfigError(f"{path}: has {said} as the loaded adapter; {REMEDY}")
         state = tensors_of(*read_adapter(path))
         for name, layer in layers.items():
+            for factor in layer.factors(adapter_name):
+                refuse_writing(factor)
             saved_name = names.get(name, name)
             A, B, *partition = keys = [f"{PREFIX}{saved_name}.{part}" for part in PARTS]
             if state.keys().isdisjoint(keys):  # it does nothing

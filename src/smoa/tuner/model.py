@@ -178,8 +178,8 @@ class SmoaModel(BaseTuner):
         remapped = new_tables(model, {keys.get(key, key): tensor for key, tensor in state_dict.items()})
         check_adapter_state(model, config, adapter_name, remapped, layers)
         for layer in layers.values():
-            for parameter in (*layer.smoa_A[adapter_name].parameters(), *layer.smoa_B[adapter_name].parameters()):
-                refuse_writing(parameter)
+            for factor in layer.factors(adapter_name):
+                refuse_writing(factor)
             layer.adapters[adapter_name].pending = False
         return remapped
 
