@@ -17,6 +17,7 @@ engines with and without graphs agree on, and whose ranks are those of `--ranks`
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import tempfile
 import time
@@ -75,6 +76,12 @@ TINY_LLAMA = LlamaConfig(
 )
 
 
+def free_device() -> None:
+    """Give back what this process no longer needs of a GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without one
+
+
 class Rows:
     """The rows of `benchmarks/results/<name>.json`, measured once each and written at once.
 
@@ -100,10 +107,9 @@ class Rows:
             figures = function()
         except (RuntimeError, ValueError, ImportError) as error:
             figures = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-        self.rows.append(case | figures)
+        self.rows.append(case | figures | {"commit": self.origin["commit"][:7], "date": self.origin["date"][:10]})
         print(self.rows[-1], flush=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_device()
         if not self.tiny:
             write_results(self.name, {"rows": self.rows, "provenance": self.origin})
 
@@ -299,6 +305,7 @@ def serve_cost(rows: Rows, way: str, ranks: int) -> dict[str, Any]:
         llama(config, rows.device).save_pretrained(f"{room}/base")
         for name, own in methods.items():
             get_peft_model(llama(config, rows.device), own).save_pretrained(f"{room}/{name}")
+        free_device()  # for the engine, a process of its own
         options: dict[str, Any] = {"enforce_eager": True} if way == "eager" or rows.tiny else {}
         engine = LLM(
             f"{room}/base", dtype="float32" if rows.tiny else "bfloat16", skip_tokenizer_init=True,

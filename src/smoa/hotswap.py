@@ -56,8 +56,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
             raise ConfigError(f"{path}: has {said} as the loaded adapter; {REMEDY}")
         state = tensors_of(*read_adapter(path))
         for name, layer in layers.items():
-            for factor in layer.factors(adapter_name):
-                refuse_writing(factor)
+            refuse_writing(*layer.factors(adapter_name))
             saved_name = names.get(name, name)
             A, B, *partition = keys = [f"{PREFIX}{saved_name}.{part}" for part in PARTS]
             if state.keys().isdisjoint(keys):  # it does nothing

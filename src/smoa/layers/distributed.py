@@ -137,10 +137,11 @@ def refuse_partitioned(parameter: Tensor) -> Tensor:
     return parameter
 
 
-def refuse_writing(parameter: Tensor) -> None:
-    """Raise UnsupportedModuleError if ZeRO-3 will drop what is written to the parameter."""
-    if hasattr(parameter, "ds_id") and not getattr(parameter, GATHERED, 0):
-        raise _needs_gathering(parameter)
+def refuse_writing(*parameters: Tensor) -> None:
+    """Raise UnsupportedModuleError if ZeRO-3 will drop what is written to one of the parameters."""
+    for parameter in parameters:
+        if hasattr(parameter, "ds_id") and not getattr(parameter, GATHERED, 0):
+            raise _needs_gathering(parameter)
 
 
 def _needs_gathering(parameter: Any) -> UnsupportedModuleError:

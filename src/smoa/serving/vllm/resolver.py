@@ -20,15 +20,11 @@ PLACE = "VLLM_LORA_RESOLVER_CACHE_DIR"
 
 
 def register_resolver() -> None:
-    """Register a resolver with vLLM, if the environment names a folder, and this vLLM has resolvers."""
-    place = os.environ.get(PLACE, "")
-    if not place:
+    """Register a resolver with vLLM, if the environment names a folder."""
+    if not (place := os.environ.get(PLACE, "")):
         return
-    try:
-        resolvers: Any = importlib.import_module("vllm.lora.resolver")
-        request: Any = importlib.import_module("vllm.lora.request").LoRARequest
-    except ImportError:
-        return
+    resolvers: Any = importlib.import_module("vllm.lora.resolver")
+    request: Any = importlib.import_module("vllm.lora.request").LoRARequest
 
     class SmoaResolver(resolvers.LoRAResolver):  # type: ignore[misc]
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:

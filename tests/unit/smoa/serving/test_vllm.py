@@ -134,6 +134,26 @@ def test_a_slot_serves_the_adapter_that_was_put_there_last() -> None:
     assert not added(layer, x, rows, 12).any()
 
 
+def test_reserved_memory_stays_when_all_adapters_leave_and_new_weights_are_read() -> None:
+    """vLLM drops all adapters when it has measured memory, and when it has replaced the weights."""
+    case = problem(12, 10, (2, 1))
+    W, x, rows = case.weight.float(), torch.randn(2, 10), RowsBySlot([0, -1])
+    layer = Slots([12], None, lambda: (W, False), CPU)
+    layer.reserve([part(case)], 2)
+    (stack,) = layer.stacks.values()
+    layer.set(0, [part(case)])
+    layer.lora.add(1)
+    layer.clear()
+    W *= 2
+    assert not added(layer, x, rows, 12).any()
+    layer.set(0, [part(case)])
+    assert_close(added(layer, x, rows, 12)[:1], (2 * x.double() @ case.oracle("hadamard").T).float()[:1])
+    assert [*layer.stacks.values()] == [stack]
+    assert len(stack.factors[0][0]) == 2
+    assert not layer.is_new
+    assert layer.lora == {1}  # vLLM's own tensors keep what is in them
+
+
 # A rank's piece of a layer.
 
 
@@ -409,6 +429,7 @@ def test_memory_of_named_kinds_is_taken_when_layers_are_made_and_that_of_others_
     assert "reserved" in caplog.text
     held = factors(engine)
     assert held
+    engine.manager.remove_all_adapters()  # as when it has measured
     caplog.clear()
     for slot, name in enumerate(("anna", "ben")):
         engine.manager.activate(engine.load(folder / name, slot + 1), slot)
