@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from smoa.maths.factors import Factors
-from smoa.maths.kernels.shared import Diagonal, Gathered, add_shared, formed, gathered, shared
+from smoa.maths.kernels.shared import MOST_ON_GPU, Diagonal, Gathered, _pieces, add_shared, formed, gathered, shared
 from tests.support.tolerance import assert_close
 from tests.support.updates import CASES, Problem, problem
 
@@ -172,3 +172,13 @@ def test_many_adapters_start_no_more_operations_than_one() -> None:
     first = problem(12, 12, (2, 2, 2))
     many = [first._replace(A=torch.randn_like(first.A), B=torch.randn_like(first.B)) for _ in range(32)]
     assert operations(many, torch.arange(32)) == operations(many[:1], torch.zeros(32, dtype=torch.int64))
+
+
+def test_a_gpu_takes_a_long_prompt_in_pieces_that_its_memory_holds() -> None:
+    """A meta tensor is not on a CPU either."""
+    taken = torch.zeros(32, 2 * MOST_ON_GPU)
+    for groups, tokens in _pieces(torch.empty(*taken.shape, 8, device="meta"), rank=2):
+        taken[groups, tokens] += 1
+        assert 2 * taken[groups, tokens].numel() <= MOST_ON_GPU
+    assert torch.equal(taken, torch.ones_like(taken))
+    assert len(_pieces(torch.empty(32, 1, 8, device="meta"), rank=8)) == 1  # a token of each of 32 adapters
