@@ -12,7 +12,7 @@ from typing import Any
 import calibration
 import headroom
 import verdict_tables
-from stored import PACK, folders, runs_of, summary_of
+from stored import PACK, compared, folders, runs_of, summary_of
 
 from smoa_lab.pages.tables import Table
 
@@ -29,6 +29,7 @@ The last column counts entries against the reference of their budget (`r1` means
 rank 1) by the test loss, or by what was recalled, paired by seed and question. *Same* means that the 95 % interval
 includes 0, or that Holm's correction for all comparisons of the budget takes the difference back.
 """
+COMPARED = "Reports that `smoa compare` wrote itself, by loss or by answers:"
 PLANNED = (
     "The planned tests that [the verdict](verdict.md#planned-tests) does not show, in the same columns. *Forgot* is "
     "the rise of the first task's loss; *rate too high* is one step above each method's best rate."
@@ -59,6 +60,8 @@ def main(docs: Path = DOCS) -> None:
     planned = (
         f"## Other planned tests\n\n{textwrap.fill(PLANNED, WIDTH)}\n\n{verdict_tables.table(verdict_tables.OTHERS)}"
     )
+    reports = ", ".join(f"[{folder.name}](../studies/{folder.name}/README.md)" for folder in compared())
+    table += f"\n\n{COMPARED} {reports}."
     text = f"{INTRODUCTION}\n{table}\n\n{planned}\n\n{headroom_table()}\n{calibration_tables()}"
     (docs / "results.md").write_text(text, encoding="utf-8")
     verdict_tables.write(docs / "verdict.md")

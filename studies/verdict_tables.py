@@ -117,10 +117,12 @@ def against_lora() -> str:
     rows = []
     for title, study in BY_COMPARE.items():
         results = json.loads((STUDIES / study / "results.json").read_text(encoding="utf-8"))
-        entries, measure = {one["entry"]: one for one in results["entries"]}, results["budgets"]["all"]["measure"]
+        entries, budget = {one["entry"]: one for one in results["entries"]}, results["budgets"]["all"]
+        measure, covers = budget["measure"], 100 - 100 * budget["level"]
+        name = title if covers == 95 else f"{title}; intervals of {covers:g} %"
         factor, digits = (1, 3) if measure == "loss" else (100, 1)
-        link, lora = f"[{title}](../studies/{study}/README.md)", factor * entries["lora"]["values"][measure][0]
-        found = [entries[name]["differences"][measure] for name in ("smoa", "dora", "hira")]
+        link, lora = f"[{name}](../studies/{study}/README.md)", factor * entries["lora"]["values"][measure][0]
+        found = [entries[other]["differences"][measure] for other in ("smoa", "dora", "hira")]
         cells = [signed(factor * own["mean"], factor * own["low"], factor * own["high"], digits) for own in found]
         rows.append([link, f"{lora:.{digits}f}", *cells])
     return Table(["what decides", "LoRA", "SMoA − LoRA", "DoRA − LoRA", "HiRA − LoRA"], rows).markdown()
@@ -143,6 +145,7 @@ def line(title: str, study: Path, what: Compared | Forgot) -> list[str]:
 
 
 def signed(difference: float, low: float, high: float, digits: int) -> str:
-    """A difference with its interval, as in "+0.023 [−0.011, +0.060]"."""
-    shown = [f"{value:+.{digits}f}".replace("-", "−") for value in (difference, low, high)]
+    """A difference with its interval, as in "+0.023 [−0.011, +0.060]"; what rounds to zero has no sign."""
+    texts = [f"{value:+.{digits}f}".replace("-", "−") for value in (difference, low, high)]
+    shown = [re.sub(r"^[+−](0\.0+)$", r"\1", text) for text in texts]
     return f"{shown[0]} [{shown[1]}, {shown[2]}]"

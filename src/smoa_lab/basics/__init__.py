@@ -1,1 +1,1 @@
-"""Small helpers of the whole lab: cache folder, config sections, names of missing packages."""
+"""Small helpers of the whole lab: files and folders, plain values, config sections, what may run."""

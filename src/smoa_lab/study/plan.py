@@ -218,6 +218,8 @@ def prepare(
                 timings = {**plan.entries, **(timed(study, new, execute, left, beside)[0] if new else {})}
                 known = (*plan.seeds, *plan.study["seeds"])
                 asked = [*plan.seeds, *(seed for seed in study.seeds if seed not in known)]
+                if minutes is not None and len(seeds[: number or 0]) > (most := max(len(asked), len(plan.listed))):
+                    raise ConfigError(f"--seeds: {number}, planned with --minutes: {most}; for more, omit --minutes")
                 goes_on = number is not None and minutes is None
                 if goes_on:
                     asked += [seed for seed in seeds if seed not in asked][: max(0, len(seeds[:number]) - len(asked))]

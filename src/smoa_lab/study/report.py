@@ -42,14 +42,14 @@ CAPTIONS = {
 }
 INTRODUCTION = (
     "Every entry's learning rate is chosen by the loss on validation rows; the figures are from fresh seeds on the "
-    "test part. Differences are to the reference of the same budget, paired by seed and row, with 95 % intervals "
-    "(rows resampled, Student's t over seeds, whose variance is that of all entries together). 'Same' means that the "
-    "interval includes 0; '(Holm: same)' that Holm's correction takes the verdict back: for all comparisons of the "
-    "table by what decides, and apart from these for all by other measures; 'open' that the worse one's best rate "
-    "lies at the edge of its search, marked with !; ^ marks a rate at the vertex of the parabola through the best "
-    "that was tried and its neighbors. One seed gets no verdict. Seeds or entries that are added later make another "
-    "look, which is judged at half the error of the one before: all together err in at most 10 %. ± is the standard "
-    "deviation over seeds; s a step are the least that was timed, since other work only slows a step."
+    "test part. Differences are to the reference of the same budget, paired by seed and row, with 95 % intervals, "
+    "97.5 % at a second look (rows resampled, Student's t over seeds, whose variance is that of all entries together). "
+    "'Same' means that the interval includes 0; '(Holm: same)' that Holm's correction takes the verdict back: for all "
+    "comparisons of the table by what decides, and apart from these for all by other measures; 'open' that the worse "
+    "one's best rate lies at the edge of its search, marked with !; ^ marks a rate at the vertex of the parabola "
+    "through the best that was tried and its neighbors. One seed gets no verdict. Seeds or entries that are added "
+    "later make another look, which is judged at half the error of the one before: all together err in at most 10 %. "
+    "± is the standard deviation over seeds; s a step are the least that was timed, since other work only slows a step."
 )
 WHERE = "A run's folder within the study's has its config, metrics, log and the losses of its rows."
 

@@ -93,6 +93,15 @@ def test_a_plan_is_for_the_minutes_that_are_given_and_no_resume_changes_it(study
         compared(study, minutes=60)
 
 
+def test_with_the_minutes_of_the_plan_no_more_seeds_go_on_than_were_planned(study: Study, written: WrittenRuns) -> None:
+    plan = compared(study, minutes=3, number=4).plan
+    assert len(plan.listed) == 4
+    assert unused(compared(study, minutes=3, number=4).plan) == unused(plan)
+    with pytest.raises(ConfigError, match=r"--seeds: 5, planned with --minutes: 4; for more, omit --minutes"):
+        compared(study, minutes=3, number=5)
+    assert len(compared(study, number=5).plan.seeds) == 5
+
+
 def test_entries_and_seeds_may_be_added_and_run_at_the_plans_steps(study: Study, written: WrittenRuns) -> None:
     plan = compared(study, minutes=3).plan
     entries = {**study.entries, "dora": entry("lora")}
