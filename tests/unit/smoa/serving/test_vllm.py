@@ -154,6 +154,19 @@ def test_reserved_memory_stays_when_all_adapters_leave_and_new_weights_are_read(
     assert layer.lora == {1}  # vLLM's own tensors keep what is in them
 
 
+@pytest.mark.parametrize("kind", ["spectral", "contiguous"])
+def test_a_base_in_16_bits_is_served(kind: str) -> None:
+    case = problem(64, 48, (4, 4), kind)
+    W, x = case.weight.bfloat16(), torch.randn(3, 48).bfloat16()
+    layer = Slots([64], None, lambda: (W, True), CPU)
+    layer.set(0, [part(case)])
+    rounded = case._replace(weight=W.double()).oracle("hadamard")
+    expected = (x.double() @ rounded.T * torch.tensor([[1.0], [0.0], [1.0]])).detach()
+    found = added(layer, x, RowsBySlot([0, -1, 0]), 64)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.01 * float(expected.abs().max()))
+
+
 # A rank's piece of a layer.
 
 
