@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import warnings
 from collections import OrderedDict
 from contextlib import suppress
@@ -37,7 +38,10 @@ _memory: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
 def cached_spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:
     """`spectral_scores(weight, precise)`, from memory or disk if a weight of equal content was decomposed before."""
-    key = _content_key(weight, precise)
+    content = weight.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{VERSION} {precise} {content.dtype} {tuple(content.shape)} ".encode())
+    digest.update(content.flatten().view(torch.uint8).numpy().data)
+    key = digest.hexdigest()
     dtype = torch.float64 if precise or weight.dtype == torch.float64 else torch.float32
     scores = _memory.get(key) or _read(key, weight.shape, dtype)
     if scores is None:
@@ -55,13 +59,6 @@ def cached_spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tenso
 def clear_spectrum_cache() -> None:
     """Forget the scores kept in memory. Those on disk stay."""
     _memory.clear()
-
-
-def _content_key(weight: Tensor, precise: bool) -> str:
-    content = weight.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{VERSION} {precise} {content.dtype} {tuple(content.shape)} ".encode())
-    digest.update(content.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _path(key: str) -> Path | None:
@@ -112,9 +109,9 @@ def _write(key: str, scores: tuple[Tensor, Tensor]) -> None:
 
 
 def _delete_oldest(folder: Path) -> None:
-    """Delete the files that were used longest ago, until the others take its part of `DISK_LIMIT`."""
-    with os.scandir(folder) as entries:
-        files = [(entry.stat(), entry.path) for entry in entries]
+    """Delete the files of scores that were used longest ago, until the others take its part of `DISK_LIMIT`."""
+    with os.scandir(folder) as entries:  # a user may name a folder with other files
+        files = [(own.stat(), own.path) for own in entries if re.fullmatch(r"\.?[0-9a-f]{64}(\..*)?", own.name)]
     taken = 0
     for stat, path in sorted(files, key=lambda file: -file[0].st_mtime_ns):
         taken += max(stat.st_size, FILE_SYSTEM_BLOCK)

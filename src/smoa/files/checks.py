@@ -43,7 +43,8 @@ def check_adapter_state(
         keys_of = {name: [key_of(name, part, adapter_name) for part in PARTS] for name in layers}
         expected = {key for keys in keys_of.values() for key in keys}
         others = state_dict.keys() - own
-        lost, foreign = _compare_others(model, config, others) if others or config.bias != "none" else ([], [])
+        compared = (others or config.bias != "none") and _compare_others(model, config, adapter_name, others)
+        lost, foreign = compared or ([], [])
         differences = {"lacks": sorted(expected - own) + lost, "has unknown": sorted(own - expected) + foreign}
         problems = [f"{verb} {len(keys)} tensor(s): {first_of(keys)}" for verb, keys in differences.items() if keys]
         if problems:
@@ -64,7 +65,7 @@ def check_adapter_state(
         raise AdapterFileError(f"{file.path}: {error}; does {CONFIG_NAME} come from another save?") from None
 
 
-def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tuple[list[str], list[str]]:
+def _compare_others(model: nn.Module, config: SmoaConfig, adapter: str, keys: Set[str]) -> tuple[list[str], list[str]]:
     """Missing keys, and foreign ones, which PyTorch would write over the base or silently drop.
 
     In addition to factors and labels, PEFT saves trained biases, modules_to_save and token embeddings (in wrappers,
@@ -73,7 +74,7 @@ def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tup
     """
     state = model.state_dict()
     own = {key.removeprefix(PREFIX) for key in state}
-    trained = trained_biases(model, state, config)
+    trained = trained_biases(model, state, config, adapter)
     biases = {key.removeprefix(PREFIX) for key in trained if ".modules_to_save." not in key}
     embeddings = embeddings_of(model)
     others = tuple(
@@ -86,7 +87,7 @@ def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tup
     # that nothing reads.
     twice = (".modules_to_save.bias", ".modules_to_save.weight")
     unread = {key for key in given if key.startswith(others) and key.endswith(twice)}
-    known = {key for key in own if key.endswith(".bias") or key.startswith(others)} | unread
+    known = {key for key in own if "bias" in key or key.startswith(others)} | unread
     return sorted(biases - given), sorted(given - known)
 
 

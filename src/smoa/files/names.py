@@ -40,13 +40,14 @@ def key_of(layer: str, part: str, adapter_name: str) -> str:
     return f"{layer}.{name}.{adapter_name}{dot}{rest}"
 
 
-def trained_biases(model: nn.Module, state_dict: Mapping[str, Tensor], config: SmoaConfig) -> dict[str, Tensor]:
-    """The biases that an adapter of this config trains."""
-    if config.bias == "none":
-        return {}
-    of_layers = {f"{plain_name(name)}.base_layer.bias" for name in smoa_layers(model)}
-    biases = {key: tensor for key, tensor in state_dict.items() if key.rpartition(".")[2] == "bias"}
-    return {key: tensor for key, tensor in biases.items() if config.bias == "all" or key in of_layers}
+def trained_biases(model: nn.Module, state: Mapping[str, Tensor], config: SmoaConfig, name: str) -> dict[str, Tensor]:
+    """The biases that the adapter of this config and name trains."""
+    biases = {key: tensor for key, tensor in state.items() if key.rpartition(".")[2] == "bias"}
+    if config.bias == "all":
+        saved, own = ".modules_to_save.", f".modules_to_save.{name}."
+        return {key: tensor for key, tensor in biases.items() if saved not in key or own in key}
+    of_layers = [f"{layer}.base_layer.bias" for layer in adapter_layers(model, name)]
+    return {} if config.bias == "none" else {key: biases[key] for key in of_layers if key in biases}
 
 
 def embeddings_of(model: nn.Module) -> dict[str, Any]:

@@ -59,8 +59,7 @@ class Call:
         copies = self.copies_in(module)
         if copies not in self._rows:
             slot_of = {name: slot for slot, name in enumerate(self.of_slot)}
-            slots = [slot_of.get(name, -1) for name in self.names for _ in range(copies)]
-            self._rows[copies] = RowsBySlot(slots)
+            self._rows[copies] = RowsBySlot([slot_of.get(name, -1) for name in self.names for _ in range(copies)])
         return self._rows[copies]
 
     def names_for(self, module: nn.Module, known: Container[str]) -> list[str]:

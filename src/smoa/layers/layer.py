@@ -326,8 +326,7 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
             raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
         of_slot = {slot: name for slot in rows.of_slot if (name := call.of_slot[slot]) in self.adapters}
         if call.trains:
-            factors = {name: [self.smoa_A[name], self.smoa_B[name]] for name in of_slot.values()}
-            call.check_gradients(factors)
+            call.check_gradients({name: [self.smoa_A[name], self.smoa_B[name]] for name in of_slot.values()})
         result: Tensor = self.base_layer(x, *args, **kwargs)
         return self._add_mixed(result, x.to(result.device), call, of_slot)
 

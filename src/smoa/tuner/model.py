@@ -76,7 +76,7 @@ class SmoaModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            self._progress.close()
+            self.__dict__.pop("_progress").close()  # it holds the terminal, which can't be copied or pickled
         config: Any = self.peft_config[adapter_name]
         if config.ensure_weight_tying:
             tie_layers(self.model, adapter_name)
@@ -160,7 +160,7 @@ class SmoaModel(BaseTuner):
         for name, layer in embeddings_of(model).items():
             if isinstance(layer, SmoaLayer):  # PEFT saves its table too
                 layer.unmerge_saved(state_dict, f"{plain_name(name)}.base_layer.")
-        selected = trained_biases(model, state_dict, config)
+        selected = trained_biases(model, state_dict, config, adapter_name)
         for name, part in product(layers, PARTS):
             if (key := key_of(name, part, adapter_name)) in state_dict:
                 selected[key_of(names.get(name, name), part, adapter_name)] = state_dict[key]

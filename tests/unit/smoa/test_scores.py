@@ -123,17 +123,21 @@ def test_the_disk_is_bounded_and_what_was_used_last_stays(folder: Path, monkeypa
     monkeypatch.setattr(scores, "_path", lambda key: folder / key)
     monkeypatch.setattr(scores, "DISK_LIMIT", 3 * scores.FILE_SYSTEM_BLOCK)
     weights = [torch.randn(10, 10) for _ in range(6)]
+    names = list[str]()
     for age, weight in enumerate(weights[:3]):
         cached_spectral_scores(weight)
+        names += {file.name for file in files_in(folder)} - {*names}
         for file in files_in(folder):
             os.utime(file, ns=(age, file.stat().st_mtime_ns - 10**12))  # the first is the oldest
     clear_spectrum_cache()
-    (folder / ".left-by-a-kill").write_text("")
-    os.utime(folder / ".left-by-a-kill", ns=(0, 0))
+    left_by_a_kill = folder / f".{names[1]}.0123456789abcdef"
+    for file in (left_by_a_kill, folder / "checkpoint.bin"):  # the second is the user's own
+        file.write_bytes(bytes(2 * scores.DISK_LIMIT))
+        os.utime(file, ns=(0, 0))
     cached_spectral_scores(weights[0])  # read, and so used last
     cached_spectral_scores(weights[3])
-    kept = {scores._content_key(weights[index], False) for index in (0, 2, 3)}
-    assert {file.name for file in files_in(folder)} == kept
+    (last,) = {file.name for file in files_in(folder)} - {*names, "checkpoint.bin"}
+    assert {file.name for file in files_in(folder)} == {names[0], names[2], last, "checkpoint.bin"}
 
 
 @pytest.mark.parametrize("damage", ["short", "empty", "flipped", "other"])

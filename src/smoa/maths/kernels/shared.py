@@ -229,7 +229,7 @@ def _multiplied(values: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
     groups, tokens, rank, blocks, _ = values.shape
     if not values.dtype == entries.dtype == dtype:
         values, entries = values.to(dtype), entries.to(dtype)
-    values = values.view(-1, blocks, values.shape[-1]).transpose(0, 1)
+    values = values.reshape(-1, blocks, values.shape[-1]).transpose(0, 1)  # a view, unless x is none of memory in order
     if values.device.type == "cpu" and entries.shape[1] < min(LOW, entries.shape[2]):
         made = torch.bmm(entries, values.mT).flatten(0, 1).T.contiguous()
     else:

@@ -64,6 +64,19 @@ def test_the_base_layers_output_is_left_to_others_who_have_it(r: int, length: in
     assert_close(seen[0], nn.functional.linear(x, layer.base_weight(), layer.get_base_layer().bias))
 
 
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("settings", [{"num_blocks": 1}, {"num_blocks": 3, "partition": "contiguous"}], ids=str)
+def test_an_input_that_is_a_transposed_view_is_served(settings: dict[str, Any], trains: bool) -> None:
+    layer = adapted_layer(base_layer(13, 10), r=3, **settings)
+    add_layer_adapter(layer, "other", r=3, **settings)
+    x, names = torch.randn(2, 10, 5, dtype=torch.float64).mT, ["other", "default"]
+    expected = torch.stack([oracle_output(layer, row, name) for row, name in zip(x, names, strict=True)])
+    with torch.set_grad_enabled(trains):
+        assert_close(layer(x, adapter_names=names), expected)
+        layer.set_adapter("default")
+        assert_close(layer(x), torch.stack([oracle_output(layer, row, "default") for row in x]))
+
+
 def test_names_that_fit_no_batch_or_model_are_refused(tiny_llama: PreTrainedModel) -> None:
     model = adapted(tiny_llama)
     for names, reason in {("default",): "adapter_names", ("default", "nobody", "default"): "nobody"}.items():

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,48 @@ def test_the_biases_asked_for_are_trained(bias: Any) -> None:
         for i in (0, 1)
         for factor in "AB"
     }
+
+
+class Scored(nn.Module):
+    """Two layers, and a parameter with a bias in its name alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v, self.score = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.position_bias = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.score(self.v(self.q(x) + self.position_bias))
+        return output
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bias": "smoa_only"}, {"bias": "all"}, {"bias": "all", "modules_to_save": ["score"]}], ids=str
+)
+def test_the_biases_of_one_of_two_adapters_are_saved_and_loaded(settings: dict[str, Any], tmp_path: Path) -> None:
+    base = Scored()
+    config = SmoaConfig(r=2, num_blocks=2, target_modules=["q"], init_weights=False, **settings)
+    model = get_peft_model(copy.deepcopy(base), config)
+    others = {"target_modules": ["v" if settings["bias"] == "smoa_only" else "q"]}
+    model.add_adapter("other", SmoaConfig(r=2, num_blocks=2, modules_to_save=config.modules_to_save, **others))
+    model.set_adapter("default")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".v." not in name:
+                parameter += 0.1
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path)(x), model(x))
+
+
+def test_a_model_that_was_made_on_a_terminal_can_be_copied(
+    tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    model = adapted(tiny_llama)
+    assert_close(logits(copy.deepcopy(model)), logits(model))
 
 
 @pytest.mark.parametrize(
