@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Literal
 
 Metric = Literal["exact", "number", "contains", "choice", "score"]
-NUMBER = re.compile(r"(?:(?<!\w)[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
+NUMBER = re.compile(r"(?:(?<!\w)[-−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-−+]?\d{1,3}(?!\d))?")
 
 
 def _last_number(text: str) -> Decimal | None:

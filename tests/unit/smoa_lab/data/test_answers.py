@@ -19,6 +19,10 @@ from smoa_lab.data.answers import RULES
         ("number", "x = -3", "3", False),
         ("number", "x = \u22123", "-3", True),
         ("number", ".5", "0.50", True),
+        ("number", "6.02e23", "6.02E+23", True),
+        ("number", "6.02e23", "23", False),
+        ("number", "1.5e\u22123", "0.0015", True),
+        ("number", "1e99999999999999999999", "2", False),  # more than a Decimal has
         ("number", "none", "4", False),
         ("number", "none", "none", False),
     ],
