@@ -169,7 +169,7 @@ class WrittenRuns:
         chance = random.Random(f"{config.method} {config.training['seed']} {number}")
         tokens = 5 + number % 3
         value = None if loss is None else tokens * (loss + number / ROWS + chance.gauss(0, 0.02))
-        row: dict[str, Any] = {"digest": f"{number // 2:x}", "copy": number % 2, "part": config.scoring.part}
+        row: dict[str, Any] = {"digest": f"{number:x}", "copy": 0, "part": config.scoring.part}
         row |= {"tokens": tokens, "after": value}
         if self.kind == "choices":
             row["right_after"] = int(number % 2 == 0 and config.method == "smoa")

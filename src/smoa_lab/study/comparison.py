@@ -93,13 +93,13 @@ class Executor(AbstractContextManager["Executor"]):
 
 
 def read_chosen(study: Study) -> dict[str, Chosen]:
-    """The rates that were chosen, by entry."""
+    """The rates that were chosen, by entry, but those at the edge of a search that may go on."""
     file = study.folder / "chosen.json"
     values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return {
         name: Chosen(one["learning_rate"], {float(tried): loss for tried, loss in one["losses"].items()}, one["place"])
         for name, one in values.items()
-        if name in study.entries
+        if name in study.entries and not (one["place"] == "edge" and len(one["losses"]) < study.tuning.max_runs)
     }
 
 
@@ -196,7 +196,7 @@ class Comparison:
     def ready(self, names: Sequence[str]) -> list[Job]:
         """What can be run now: the untouched model and searches, one rate of all entries at a time; once all rates are
         chosen, final runs, one seed of all at a time."""
-        untouched = [self.untouched("untouched")] if self.study.seeds else []
+        untouched = [self.untouched("untouched")] if self.plan.seeds else []
         if all(name in self.chosen for name in names):
             jobs = [self.final(name, seed) for seed in self.plan.seeds for name in names]
         else:

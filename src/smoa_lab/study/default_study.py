@@ -36,13 +36,11 @@ TIMES_LORA = {
     "smoa": (1, OURS + "studies/rates.md"),
     "melora": (1, OURS + "studies/biographies-64, both 1e-2"),
     "dora": (1, OURS + "studies/commonsense, both 3e-3"),
-    "rslora": (1, OURS + "studies/headlines, both 3e-3"),
-    "pissa": (1, OURS + "studies/headlines, both 3e-3"),
+    **dict.fromkeys(("rslora", "pissa"), (1, OURS + "studies/headlines, both 3e-3")),
     "miss": (1, OURS + "studies/phonebook-256, both 6e-3"),
     "hira": (10, OURS + "studies/commonsense, 3e-2 to 3e-3"),
     "shira": (10, OURS + "studies/phonebook-256, 1e-1 to 6e-3"),
-    "gralora": (3, OURS + "studies/headlines, 1e-2 to 3e-3"),
-    "loha": (3, OURS + "studies/headlines, 1e-2 to 3e-3"),
+    **dict.fromkeys(("gralora", "loha"), (3, OURS + "studies/headlines, 1e-2 to 3e-3")),
     "full": (0.1, OURS + "studies/headlines, 3e-4 to 3e-3"),
     **dict.fromkeys(("adaption_prompt", "glora", "vblora"), (5, PEFTS + "5e-4")),
     **dict.fromkeys(("delora", "frod", "ia3", "road", "tinylora", "vera"), (10, PEFTS + "1e-3")),
@@ -90,11 +88,10 @@ def default_study(
                 f"({sized.note or 'its nearest size is too far'}); leave it out, or write it into a study's file"
             )
         alphas = [key for key in ALPHAS if key in fields and "r" in sized.adapter][:1]
-        times, _ = TIMES_LORA.get(name, (1, ""))
         entries[name] = {
             "method": name,
             "adapter": {**block, **sized.adapter, **dict.fromkeys(alphas, 2 * sized.adapter.get("r", 0))},
-            "learning_rate": float(f"{times * lora_rate:.1e}"),
+            "learning_rate": float(f"{TIMES_LORA.get(name, (1, ''))[0] * lora_rate:.1e}"),
             "parameters": sized.parameters,
         }
     values = {
@@ -106,10 +103,11 @@ def default_study(
         "seeds": list(range(MOST_SEEDS.get(len(entries), 3))),
         "keep": "best",
     }
-    apply_overrides(values, [change for change in changes if not change.startswith("shared.data.")])
+    others = [change for change in changes if not change.startswith("shared.data.")]
+    apply_overrides(values, others)
     if (stored := Path(str(values["folder"]), "study.yaml")).is_file():
         before = load_study(stored)
-        values["seeds"] = before.seeds  # of a version that listed others
+        apply_overrides(values, [f"seeds={before.seeds}", *others])  # of a version that listed others
         run["data"].setdefault("metric", before.shared["data"].get("metric"))
     return checked_study(ConfigText(values, "smoa compare"), Path("study.yaml"))
 

@@ -98,10 +98,8 @@ class Plan(Section):
 
     def seconds(self, stage: Stage, entry: str) -> float:
         """About how long a job of that stage takes."""
-        timing = self.entries[entry]
-        if stage.startswith("untouched"):
-            return timing.beside + (self.final if stage == "untouched" else 0.0)
-        return timing.beside + self.steps * timing.step + (self.final if stage == "final" else 0.0)
+        timing, steps = self.entries[entry], 0 if stage.startswith("untouched") else self.steps
+        return timing.beside + steps * timing.step + (self.final if stage in ("untouched", "final") else 0.0)
 
     def longest(self, max_runs: int) -> float:
         """Seconds of all searches and final runs, one after the other, each search at its longest."""
@@ -174,10 +172,10 @@ def prepare(
     scored_by = {"metric": own_metric(told).name} if execute is not None and first.data.metric == OWN else {}
     found = inputs(first, trains=execute is not None)
     found["digests"] |= scored_by
-    for part, use in {"validation": "rates", **({"test": "entries"} if study.seeds else {})}.items():
+    for part, use in {"validation": "rates", **({"test": "entries"} if study.seeds or number else {})}.items():
         if not found["rows"][part]:
             raise ConfigError(f"shared.data: leaves no {part} rows, by which {use} are compared; give more rows")
-    if study.seeds and found["rows"]["test"] < FEW_ROWS:
+    if (study.seeds or number) and found["rows"]["test"] < FEW_ROWS:
         logger.warning(few_rows(found["rows"]["test"]))
     study.folder.mkdir(parents=True, exist_ok=True)
 
@@ -188,7 +186,7 @@ def prepare(
     with FileLock(study.folder / ".lock"):  # another process may make it now
         plan = read_plan(study)
         if plan is not None:
-            changed = changes(plan.study, study)
+            changed = changes(plan.study, study, plan.seeds)
             changed += [f"{what} changed" for what in other_inputs(plan.digests, found["digests"])]
             changed += [] if minutes in (None, plan.minutes) else [f"--minutes: {plan.minutes}, now {minutes}"]
             refuse(f"{study.folder}: contains a study that was planned otherwise", changed)
@@ -196,7 +194,7 @@ def prepare(
             if plan is None:
                 raise DataError(f"{study.folder}: nothing has run yet; run smoa compare on this study first")
             return plan
-        seeds = [*study.seeds, *(seed for seed in range(number or 0) if seed not in (*study.seeds, study.tuning.seed))]
+        seeds = [*study.seeds, *sorted({*range((number or -1) + 1)} - {*study.seeds, study.tuning.seed})]
         new = {name: config for name, config in configs.items() if plan is None or name not in plan.entries}
         for config in new.values():
             if (wanted := config.peft_config()) is not None:
@@ -212,7 +210,7 @@ def prepare(
                     plan = fitted(plan, study.tuning.max_runs, left()).model_copy(update={"limit": 60 * minutes})
             else:
                 final = plan.final
-                if study.seeds and not plan.study["seeds"]:  # as of smoa tune
+                if seeds and not (plan.seeds or plan.study["seeds"]):  # as of smoa tune
                     _, final = scored(study, configs, execute, seeds)
                 beside = fmean(one.beside for one in plan.entries.values())
                 timings = {**plan.entries, **(timed(study, new, execute, left, beside)[0] if new else {})}
@@ -312,25 +310,27 @@ def check_folder(study: Study) -> None:
     check_place(file)
     if file.is_file():
         refuse(f"{file}: says otherwise", changes(as_planned(load_study(file)), study))
-    elif study.folder.is_dir() and not (study.folder / "plan.json").is_file():
-        others = [path.name for path in study.folder.iterdir() if not path.name.startswith(".")]
-        if others:
-            raise ConfigError(f"{study.folder}: contains {min(others)} and no study; choose another folder")
+    elif not (study.folder / "plan.json").is_file() and (others := [path.name for path in study.folder.glob("[!.]*")]):
+        raise ConfigError(f"{study.folder}: contains {min(others)} and no study; choose another folder")
 
 
 @contextmanager
 def study_file(study: Study, given: Path | None = None) -> Iterator[None]:
-    """Write a study into its folder, unless the file there is the one that was ``given``, and plan it in the block: an
-    interrupted start leaves the file to be edited, a study that is refused leaves none, by which the next would be
-    refused."""
+    """Write a study into its folder, unless the file there is the one that was ``given``, and plan it in the block. A
+    start that fails leaves the file that was there; an interrupted first one leaves its own to be edited, a refused
+    one none, by which the next would be refused."""
     file = study.folder / "study.yaml"
-    is_new = not file.exists()
-    if given is None or given.resolve() != file.resolve():
-        write_whole(file, to_yaml(study.model_dump(mode="json", exclude_unset=True)))
+    if given is not None and given.resolve() == file.resolve():
+        yield
+        return
+    before = file.read_bytes() if file.exists() else None
+    write_whole(file, to_yaml(study.model_dump(mode="json", exclude_unset=True)))
     try:
         yield
-    except SmoaError:
-        if is_new:
+    except BaseException as error:
+        if before is not None:
+            write_whole(file, before)
+        elif isinstance(error, SmoaError):
             file.unlink()
         raise
 
@@ -346,12 +346,14 @@ def as_planned(study: Study) -> dict[str, Any]:
     return study.model_dump(mode="json", exclude={"folder"})
 
 
-def changes(before: dict[str, Any], study: Study) -> list[str]:
+def changes(before: dict[str, Any], study: Study, planned: Sequence[int] = ()) -> list[str]:
     """What differs in a study from what was kept of it before, where an absent key is its default; entries and seeds
-    may have been added, and another metric scores the same answers."""
+    may have been added, ``planned`` seeds left out, ``max_runs`` raised, and another metric scores the same answers."""
     before, now = as_planned(Study.model_validate({"folder": study.folder, **before})), as_planned(study)
     now["entries"] = {name: entry for name, entry in now["entries"].items() if name in before["entries"]}
-    now["seeds"] = [seed for seed in now["seeds"] if seed in before["seeds"]]
+    if 0 < before["tuning"]["max_runs"] < now["tuning"]["max_runs"]:
+        now["tuning"]["max_runs"] = before["tuning"]["max_runs"]
+    now["seeds"] = [seed for seed in before["seeds"] if seed in (*now["seeds"], *planned)]
     blocks = [values["shared"].get("data", {}) for values in (before, now)]
     if all(data.get("metric") in ANSWERED for data in blocks):
         blocks[0]["metric"] = blocks[1]["metric"]

@@ -116,16 +116,16 @@ def report(comparison: Comparison) -> Report:
     told = [" ".join([f"{name}:", *own][len(budgets) == 1 :]) for name, own in sentences.items()]
     if left := comparison.progress([*study.entries]):
         told.append(left)
-    if comparison.is_over and (left or (study.seeds and not finals)) and command not in " ".join(told):
+    is_cut = comparison.is_over and left and command not in " ".join(told)
+    if comparison.plan.limit is not None and (is_cut or (study.seeds and not told)):
         seeds = max(FIRST_SEEDS, len(comparison.plan.seeds))
-        told.append(f"The {comparison.plan.minutes:g} minutes are used: `{command} --seeds {seeds}` goes on.")
+        told.append(f"No more fits into {comparison.plan.minutes:g} minutes: `{command} --seeds {seeds}` goes on.")
     methods, searches = {name: entry.method for name, entry in study.entries.items()}, comparison.searches()
-    whole = [budget for budget in budgets.values() if budget.is_whole]
     drawn = (
         charts.differences(results),
         charts.searches(searches, methods),
         charts.losses(results, finals),
-        charts.learned_and_forgotten([one for budget in whole for one in budget.results], loss),
+        charts.learned_and_forgotten([one for one in results if budgets[one.budget].is_whole], loss),
     )
     captioned = zip(CAPTIONS.items(), drawn, strict=True)
     figures = {title: Figure(chart, caption) for (title, caption), chart in captioned if chart is not None}
@@ -222,11 +222,10 @@ def run_table(comparison: Comparison, finals: Mapping[str, Mapping[int, FinalRun
 
 def answers(finals: Mapping[str, Mapping[int, FinalRun]], untouched: Metrics | None) -> list[dict[str, str]]:
     """For each sample prompt what was answered: the reference, the untouched model, and each entry."""
-    firsts = {name: next(iter(of_entry.values())).metrics["samples"] for name, of_entry in finals.items()}
     before = {sample["question"]: sample.get("before") for sample in (untouched or {}).get("samples", [])}
     shown: dict[str, dict[str, str]] = {}
-    for name, samples in firsts.items():
-        for sample in samples:
+    for name, of_entry in finals.items():
+        for sample in next(iter(of_entry.values())).metrics["samples"]:
             question = sample["question"]
             own = {"Prompt": question, "Reference": sample.get("reference"), "Untouched": before.get(question)}
             known = {title: text for title, text in own.items() if text is not None}

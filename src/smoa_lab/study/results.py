@@ -184,7 +184,8 @@ def _of_budget(
     study, plan, seeds = comparison.study, comparison.plan, comparison.seeds
     runs = [run for of_entry in finals.values() for run in of_entry.values()]
     some = runs[0].rows  # all have the same, in any order: they are of the plan's data and encoder
-    keys = list(some)
+    copies = Counter(digest for digest, _ in some)
+    keys = [(digest, copy) for digest, number in copies.items() for copy in range(number)]
     measures = [  # one that is the same everywhere compares nothing, and costs the others; what was asked for stays
         each
         for each in measures_of(some[keys[0]], comparison.metric)
@@ -192,8 +193,8 @@ def _of_budget(
         or {None} <= (found := {run.rows[key][each.field] for run in runs for key in keys})
         or len(found) > 1
     ]
-    tokens = np.array([some[key]["tokens"] for key in keys], dtype=np.float64)
-    weights = {each.title: tokens if each.per_token else np.ones(len(keys)) for each in measures}
+    tokens, rows = _values([some], keys, "tokens")[0], np.array([*copies.values()], np.float64)
+    weights = {each.title: tokens if each.per_token else rows for each in measures}
     values = {
         each.title: {
             name: _values([run.rows for run in own.values()], keys, each.field) for name, own in finals.items()
@@ -205,7 +206,7 @@ def _of_budget(
         for title, of_entries in values.items()
     }
     known = {title: rule.variances_of(own) for title, own in of_seeds.items()}
-    planned = len(seeds) * sum(study.entries[name].budget == budget for name in comparison.chosen)
+    planned = len(seeds) * sum(entry.budget == budget for entry in study.entries.values())
     is_whole = len(runs) == planned  # else what is found could decide what is run
     level = rule.SIGNIFICANT / 2 ** (comparison.look(budget, len(runs)) if is_whole and len(seeds) > 1 else 0)
 
@@ -233,7 +234,7 @@ def _of_budget(
             chosen=comparison.chosen[name],
             seeds=list(of_entry),
             diverged=sum(measured(run.metrics) is None for run in of_entry.values()),
-            rows=len(keys),
+            rows=len(copies),
             values={
                 title: (float(own[name].mean()), known[title].get(name, (0.0, 0))[0] ** 0.5)
                 for title, own in of_seeds.items()
@@ -258,7 +259,7 @@ def _of_budget(
                 pairs[one, other] = difference(decides, worse, better, level / (len(finals) - 1))
             else:
                 pairs[one, other] = Difference(lost, lost, lost, "same")
-        before = _untouched(comparison, keys, decides)
+        before = _untouched(comparison, keys, decides, weights[decides.title])
         if before is not None and alive[best]:
             error = rule.seed_error(known[decides.title], (best,), len(seeds))
             more, less = (before + 0 * own[best], own[best])[::-sign]
@@ -267,15 +268,16 @@ def _of_budget(
 
 
 def _values(runs: Sequence[Mapping[RowKey, Mapping[str, Any]]], keys: Sequence[RowKey], field: str) -> Floats:
-    """(runs, rows), infinite where a run diverged."""
-    rows = [[rows[key][field] for key in keys] for rows in runs]
-    return np.array([[np.inf if value is None else value for value in of_run] for of_run in rows], np.float64)
+    """(runs, rows), infinite where a run diverged; equal rows are one, their sum: a copy says nothing new."""
+    rows, firsts = [[rows[key][field] for key in keys] for rows in runs], [not copy for _, copy in keys]
+    values = np.array([[np.inf if value is None else value for value in of_run] for of_run in rows], np.float64)
+    return np.add.reduceat(values, np.flatnonzero(firsts), axis=1)
 
 
-def _untouched(comparison: Comparison, keys: Sequence[RowKey], measure: Measure) -> Floats | None:
+def _untouched(comparison: Comparison, keys: Sequence[RowKey], measure: Measure, weights: Floats) -> Floats | None:
     """The values of the untouched model, (1, rows); None where it was not scored."""
     if isinstance(measure.untouched, float):
-        return np.full((1, len(keys)), measure.untouched)
+        return measure.untouched * weights[None]
     run = RunFolder(comparison.study.folder / "untouched")
     rows = read_rows(run, comparison.metric, comparison.scorer) if run.finished else {}
     return _values([rows], keys, measure.untouched) if rows else None

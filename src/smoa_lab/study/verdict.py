@@ -50,7 +50,7 @@ def answer(budget: Budget, command: str, of_round: float) -> str:
     if measure is None:
         return "No verdict: every run has the same values."
     if any(one.chosen.place == "edge" for one in results):
-        return "Undecided: search further. Add an entry that starts there, or raise tuning.max_runs in a new folder."
+        return "Undecided: search further. Raise tuning.max_runs in the study's file: searches at an edge go on."
     if results[0].diverged:
         return "Every entry diverged: take none."
     if gain is None:

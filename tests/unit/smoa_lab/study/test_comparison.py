@@ -22,7 +22,7 @@ from smoa_lab.study.plan import Plan
 from smoa_lab.study.report import report
 from smoa_lab.study.study import Job, Study, Tuning, load_study
 from smoa_lab.training.run_folder import RunFolder
-from tests.support.studies import WrittenRuns, compared, fake_time
+from tests.support.studies import BEST, WrittenRuns, compared, fake_time, finished
 
 
 def folders(study: Study, pattern: str = "*/lr-*") -> list[str]:
@@ -85,6 +85,20 @@ def test_final_runs_are_at_the_vertex_and_where_all_rates_are_too_high_the_searc
         *("0.00011", "0.0002", "0.00036", "0.0011", "0.002", "0.0036"),
     ]
     assert comparison.chosen["lora"].learning_rate == 0.0002
+
+
+def test_a_search_that_ended_at_its_edge_goes_on_with_more_runs_and_is_no_edge_then(
+    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BEST, "lora", 0.05)  # it starts from 0.002
+    assert "small: Undecided: search further. Raise tuning.max_runs" in report(finished(study)).verdict[0]
+    more = study.model_copy(update={"tuning": Tuning(max_runs=9)})
+    comparison = finished(more)
+    assert (comparison.chosen["lora"].place, len(comparison.chosen["lora"].losses)) == ("vertex", 9)
+    assert "small: ours is no more than" in report(comparison).verdict[0]
+    assert len(written.ran) == len(set(written.ran)) == 2 + 3 + 9 + 5 + 9 + 3
+    with pytest.raises(ConfigError, match=r"tuning\.max_runs: 9, now 6"):
+        compared(study)
 
 
 def test_a_search_waits_for_the_untouched_model_after_its_first_rates(study: Study, written: WrittenRuns) -> None:
@@ -328,15 +342,18 @@ def test_on_a_machine_that_slows_down_nothing_starts_after_the_time_and_seeds_th
     assert len(written.ran) == len(set(written.ran))
 
 
+@pytest.mark.parametrize(("minutes", "slower", "is_over"), [(9, 4.0, True), (2.5, 1.0, False)])
 def test_time_that_ends_before_the_final_runs_is_told_with_the_command_that_goes_on(
-    many: Study, written: WrittenRuns
+    minutes: float, slower: float, is_over: bool, many: Study, written: WrittenRuns
 ) -> None:
-    comparison = compared(many, 9)
-    written.slower = 4.0
+    comparison = compared(many, minutes)
+    written.slower = slower
     comparison.run()
-    assert comparison.seeds == []
+    assert (comparison.seeds, comparison.is_over) == ([], is_over)
     *_, told = report(comparison).verdict
-    assert told == f"The 9 minutes are used: `smoa compare {many.folder / 'study.yaml'} --seeds 3` goes on."
+    assert (
+        told == f"No more fits into {minutes} minutes: `smoa compare {many.folder / 'study.yaml'} --seeds 3` goes on."
+    )
 
 
 def test_a_seed_that_another_process_bought_is_run_here_too(many: Study, written: WrittenRuns) -> None:

@@ -106,7 +106,20 @@ def test_an_interrupted_first_start_leaves_a_file_to_edit(room: Path, written: W
 def test_a_study_that_is_refused_leaves_no_file_that_refuses_the_next(room: Path, written: WrittenRuns) -> None:
     words = ["compare", "--model", "base", "--data", "chats.jsonl"]
     assert "the smallest comparison, take" in smoa(*words, "--minutes", "0.01", code=1).stderr
-    smoa(*words, "--seeds", "2")
+    first = smoa(*words, "--seeds", "2").stdout
+    more = smoa(*words, "--methods", "smoa,lora,hira", "--minutes", "60", code=1)
+    assert "--minutes: None, now 60" in more.stderr
+    assert smoa(*words).stdout == first
+
+
+def test_seeds_that_are_named_later_are_run_and_need_not_be_named_again(room: Path, written: WrittenRuns) -> None:
+    words, file = ["compare", "--model", "base", "--data", "chats.jsonl"], ["compare", "studies/chats/study.yaml"]
+    smoa(*words, "seeds=[0,1]")
+    smoa(*words, "seeds=[0,1,2]")
+    smoa(*file, "seeds=[0,1,2,3]")
+    assert {path.name[-1] for path in (room / "studies" / "chats").glob("*/lr-*-seed-?")} == set("0123")
+    assert smoa(*file).stdout == smoa(*words).stdout
+    assert "seeds: [0, 1, 2], now [0, 1]" in smoa(*words, "seeds=[0,1]", code=1).stderr
 
 
 def test_an_entry_that_is_added_to_the_file_is_run_beside_the_others(room: Path, written: WrittenRuns) -> None:
@@ -207,4 +220,7 @@ def test_a_search_goes_by_the_loss_whatever_the_runs_metric(room: Path, written:
 
 def test_a_search_that_ends_at_its_edge_says_to_go_on_from_there(room: Path, written: WrittenRuns) -> None:
     written.loss = lambda config: -float(config.training["learning_rate"])
-    assert "The best lies at the edge of what was tried" in smoa("tune", str(run_file(room))).stdout
+    told = smoa("tune", str(run_file(room))).stdout
+    assert "The best lies at the edge of what was tried: search on with a higher --max-runs." in told
+    smoa("tune", str(run_file(room)), "--max-runs", "8")
+    assert len(list((room / "runs" / "own-tuning").glob("lora/lr-*"))) == 8

@@ -123,7 +123,6 @@ def test_entries_and_seeds_may_be_added_and_run_at_the_plans_steps(study: Study,
             {"model": {"name": "other"}, "data": {"train": "chats.jsonl"}},
             'shared.model.name: "base", now "ot',
         ),
-        ("seeds", [0, 1], "seeds: [0, 1, 2], now [0, 1]"),
         ("keep", "all", 'keep: "best", now "all"'),
     ],
 )
@@ -212,6 +211,16 @@ def test_a_folder_of_something_else_or_of_another_study_is_refused(study: Study,
         pass
     with pytest.raises(ConfigError, match=r"study\.yaml: says otherwise\n  entries\.dora: .*now null\n"):
         check_folder(study)
+
+
+@pytest.mark.parametrize("error", [ConfigError, KeyboardInterrupt])
+def test_an_extension_that_fails_leaves_the_file_that_was_there(error: type[BaseException], study: Study) -> None:
+    with study_file(study):
+        pass
+    before = (study.folder / "study.yaml").read_text()
+    with pytest.raises(error), study_file(study.model_copy(update={"seeds": [0, 1, 2, 3]})):
+        raise error
+    assert (study.folder / "study.yaml").read_text() == before
 
 
 def test_a_file_that_is_the_studys_own_is_left_as_its_author_wrote_it(study: Study, written: WrittenRuns) -> None:

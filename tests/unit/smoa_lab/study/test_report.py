@@ -84,7 +84,7 @@ def test_what_is_not_run_yet_is_told(study: Study, written: WrittenRuns) -> None
     found = results(study)
     assert found["lora"].differences == {}
     assert "Not run yet: ours, full." in page(study)
-    assert "there is nothing to compare lora with." in page(study)
+    assert "3 of 6 final runs are done, and differences are shown when all are." in page(study)
     assert "3 runs of searches and 3 final runs are done; the rest takes " in page(study)
     assert not list(study.folder.glob("*.png"))
 
@@ -192,15 +192,17 @@ def test_a_study_is_shown_after_each_run_without_differences_and_a_resumed_one_s
     assert [" better than " in text for text in pages] == [False] * (len(pages) - 1) + [True]  # one of another budget
 
 
-def test_runs_are_paired_by_digest_and_copy(study: Study, written: WrittenRuns) -> None:
-    report(finished(study))
-    found = results(study)["lora"]
-    for seed in range(3):  # the same rows in another order
-        file = study.folder / f"lora/lr-2e-3-seed-{seed}" / "rows.jsonl.gz"
-        lines = gzip.decompress(file.read_bytes()).splitlines(keepends=True)
-        file.write_bytes(gzip.compress(b"".join(reversed(lines))))
-    assert results(study)["lora"] == found
-    assert found.rows == 60
+def test_runs_are_paired_by_row_and_copies_of_a_row_count_as_one(study: Study, written: WrittenRuns) -> None:
+    made, found = report(finished(study)), results(study)
+    for file in study.folder.rglob("rows.jsonl.gz"):
+        lines = gzip.decompress(file.read_bytes())
+        lines += lines.replace(b'"copy": 0', b'"copy": 1')
+        if "lora" in file.parts:  # in another order
+            lines = b"".join(reversed(lines.splitlines(keepends=True)))
+        file.write_bytes(gzip.compress(lines))
+    assert results(study) == found
+    assert found["lora"].rows == 60
+    assert report(compared(study)).summary["budgets"] == made.summary["budgets"]
 
 
 def test_a_report_names_no_place_of_this_machine(
@@ -273,6 +275,19 @@ def test_a_function_that_fails_on_a_stored_answer_leaves_the_study_as_it_was_sco
     with named(tmp_path / "own.py", failing), pytest.raises(DataError, match=told):
         report(Comparison(own, prepare(own, None)))
     assert report(Comparison(own, prepare(own, None))).summary == made.summary
+
+
+def test_a_search_goes_on_with_as_many_seeds_as_are_asked_for_and_with_a_verdict(
+    study: Study, written: WrittenRuns
+) -> None:
+    search = study.model_copy(update={"seeds": [], "tuning": Tuning(seed=0)})
+    finished(search)
+    comparison = compared(search, number=3)
+    assert (comparison.plan.seeds, comparison.plan.final > 0) == ([1, 2, 3], True)
+    comparison.run()
+    assert report(comparison).verdict[0].startswith("small: ours is no more than")
+    rmtree(study.folder / "untouched")  # as of a version that didn't score it
+    assert report(finished(search)).verdict[0].startswith("small: ours is no more than")
 
 
 def test_a_page_that_begins_with_answers_is_written(study: Study, written: WrittenRuns) -> None:

@@ -91,8 +91,8 @@ def test_where_training_gained_nothing_for_certain_none_is_taken() -> None:
 def test_an_entry_at_the_edge_of_its_search_leaves_it_undecided() -> None:
     edge = replace(SMOA, chosen=Chosen(0.03, {0.003: 2.6, 0.01: 2.5, 0.03: 2.4}, "edge"))
     assert told(budget(edge, LORA)) == (
-        "Undecided: search further. Add an entry that starts there, or raise tuning.max_runs in a new folder. smoa's "
-        "best rate, 3e-2, is the highest that was tried: it may do better beyond."
+        "Undecided: search further. Raise tuning.max_runs in the study's file: searches at an edge go on. smoa's best "
+        "rate, 3e-2, is the highest that was tried: it may do better beyond."
     )
 
 
