@@ -170,20 +170,21 @@ def resident(field: str, process: int | str = "self") -> int:
     return int(status[field].split()[0]) * 1024
 
 
+def held(device: torch.device) -> int:
+    """Bytes of a GPU, or else of the process without what it has freed and keeps."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident("VmRSS")
+
+
 def cost(step: Step, device: torch.device) -> dict[str, float]:
     """Seconds of one call, and by how many bytes it raises the peak of memory and what is held."""
-
-    def held() -> int:
-        gc.collect()
-        if device.type == "cuda":
-            return torch.cuda.memory_allocated(device)
-        ctypes.CDLL(None).malloc_trim(0)
-        return resident("VmRSS")
-
-    before = held()
+    before = held(device)
     reset_peak(device)
     taken = seconds(step, device)
-    return {"seconds": taken, "peak_bytes": peak(device) - before, "held_bytes": held() - before}
+    return {"seconds": taken, "peak_bytes": peak(device) - before, "held_bytes": held(device) - before}
 
 
 def free_memory(device: torch.device) -> int:

