@@ -292,6 +292,7 @@ def test_ctrl_c_ends_all_processes_and_the_study_goes_on_from_there(room: Path, 
     file = study_file(room, "stopped")
     study = load_study(file)
     command = [sys.executable, "-m", "smoa_lab", "compare", str(file), "--workers", "2"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
     driver = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
