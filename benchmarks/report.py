@@ -399,9 +399,9 @@ def traffic() -> str:
                 f"{config['rate']:g}",
                 TRAFFIC_SYSTEMS[config["system"]],
                 f"{one['answered'] / one['seconds']:.2f}",
-                f"{first['median']:.2f} ({first['p99']:.1f})",
+                f"{first['median']:.2f} ({first['p99']:.2f})",
                 f"{first['soon']:.0%}",
-                f"{after['median']:.2f} ({after['p99']:.2f})",
+                f"{after['median']:.3f} ({after['p99']:.3f})",
                 f"{one['adapters_read'] / one['seconds']:.2f}",
                 f"{one['peak_bytes'] / 1e9:.2f}",
             ]
