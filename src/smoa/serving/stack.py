@@ -118,40 +118,33 @@ class LayerBlocks:
     def __init__(
         self, parts: Parts, sizes: Sequence[int], own: Own | None, weight: Weight | None, device: torch.device
     ) -> None:
-        self._starts = [start for start, part in zip(accumulate(sizes, initial=0), parts, strict=False) if part]
+        starts = [start for start, part in zip(accumulate(sizes, initial=0), parts, strict=False) if part]
         of_slices = [None] * len(parts) if own is None else own()
         self.pieces = [Piece(part, mine) for part, mine in zip(parts, of_slices, strict=True) if part]
-        self.runs, orders, self._weight, row, col = list[BlockRun](), list[Orders](), weight, 0, 0
-        are_slices = all(piece.are_slices for piece in self.pieces)
-        for piece, start in zip(self.pieces, self._starts, strict=True):
-            rows, cols = (piece.rows + start).flatten(), piece.cols.flatten()
-            self.runs.append(piece.run(0, row, int(cols[0]) if are_slices else col))
-            orders.append(Orders(rows, piece.inverse + row, cols, cols))
-            row, col = row + len(rows), col + len(cols)
+        are_slices, row, col = all(piece.are_slices for piece in self.pieces), 0, 0
+        W, is_stored = (None, False) if weight is None else weight()
+        self.runs, self.entries, orders = list[BlockRun](), list[Tensor](), list[Orders]()
+        """One for each slice, and the blocks of W, (blocks, height, width); none without modulation."""
+        for piece, start in zip(self.pieces, starts, strict=True):
+            rows, cols, first_col = piece.rows + start, piece.cols, int(piece.cols[0, 0])
+            self.runs.append(piece.run(0, row, first_col if are_slices else col))
+            orders.append(Orders(rows.flatten(), piece.inverse + row, cols.flatten(), cols.flatten()))
+            row, col = row + rows.numel(), col + cols.numel()
+            if W is not None and are_slices:
+                self.entries.append(piece.run(0, start + piece.first, first_col).of_slices(W))
+            elif W is not None:
+                self.entries.append(W[rows.to(W.device)[:, :, None], cols.to(W.device)[:, None]])
+        self.nbytes = 0
+        """Of the blocks of W that are no views of it."""
+        if W is not None and not (are_slices and is_stored and (W.device.type != "cpu" or W.dtype.itemsize > 2)):
+            dtype = product_dtype(W.dtype, W.device.type)  # a CPU takes slices in 16 bits slowly
+            self.entries = [part.to(dtype).contiguous() for part in self.entries]
+            self.nbytes = sum(part.nbytes for part in self.entries)
         whole = Orders(*(torch.cat(side).to(device) for side in zip(*orders, strict=True)))
         covered = sum(piece.size for piece in self.pieces)
-        spans = [(start + piece.first, piece.size) for start, piece in zip(self._starts, self.pieces, strict=True)]
+        spans = [(start + piece.first, piece.size) for start, piece in zip(starts, self.pieces, strict=True)]
         self.spans = spans if covered < sum(sizes) else None
         self.blocks = Blocks(whole.rows, whole.cols, len(whole.rows), whole, are_slices, (covered, len(whole.cols)))
-        self.read()
-
-    def read(self) -> None:
-        """Take the blocks of W as they are now: views where they can be, but a CPU takes slices in 16 bits slowly."""
-        self.entries, self.nbytes, self.is_stale = list[Tensor](), 0, False
-        """Those of each slice, (blocks, height, width), or none without modulation; the bytes of those that are no
-        views of W; and whether W may have changed."""
-        if self._weight is None:
-            return
-        W, is_stored = self._weight()
-        for piece, start in zip(self.pieces, self._starts, strict=True):
-            if self.blocks.is_contiguous:
-                self.entries.append(piece.run(0, start + piece.first, int(piece.cols[0, 0])).of_slices(W))
-            else:
-                rows, cols = (piece.rows + start).to(W.device), piece.cols.to(W.device)
-                self.entries.append(W[rows[:, :, None], cols[:, None]])
-        if not (self.blocks.is_contiguous and is_stored and (W.device.type != "cpu" or W.dtype.itemsize > 2)):
-            self.entries = [part.to(product_dtype(W.dtype, W.device.type)).contiguous() for part in self.entries]
-            self.nbytes = sum(part.nbytes for part in self.entries)
 
 
 class LayerStack:
@@ -229,6 +222,8 @@ class Slots:
         self.stacks: dict[Hashable, LayerStack] = {}
         self._room: dict[Hashable, int] = {}
         self._blocks: WeakValueDictionary[Hashable, LayerBlocks] = WeakValueDictionary()
+        self._stale: set[Hashable] = set()
+        """Stacks whose blocks were made before vLLM may have replaced the weights, or discarded memory in its sleep."""
         self.is_new = False
         """Whether an adapter took memory that was not reserved."""
 
@@ -243,17 +238,19 @@ class Slots:
 
     def _stack(self, parts: Parts) -> LayerStack:
         key = _kind(parts)
-        if key not in self.stacks:  # an empty stack waits for its like till another comes
-            self.stacks = {known: each for known, each in self.stacks.items() if each.members or known in self._room}
+        if key not in self.stacks or key in self._stale:
             is_modulated = any(part and part.modulation != "none" for part in parts)
             place = is_modulated, *(part and part.digest for part in parts)
             if (blocks := self._blocks.get(place)) is None:
                 weight = self._weight if is_modulated else None
                 self._blocks[place] = blocks = LayerBlocks(parts, self._sizes, self._own, weight, self._device)
-            self.stacks[key] = LayerStack(blocks, parts, self._room.get(key, 0))
-            self.is_new |= key not in self._room
-        if self.stacks[key].blocks.is_stale:
-            self.stacks[key].blocks.read()
+            if key in self._stale:
+                self._stale.remove(key)
+                self.stacks[key].blocks = blocks
+            else:  # an empty stack waits for its like till another comes
+                self.stacks = {kind: each for kind, each in self.stacks.items() if each.members or kind in self._room}
+                self.stacks[key] = LayerStack(blocks, parts, self._room.get(key, 0))
+                self.is_new |= key not in self._room
         return self.stacks[key]
 
     def reset(self, slot: int) -> None:
@@ -263,10 +260,12 @@ class Slots:
             stack.members -= {slot}
 
     def clear(self) -> None:
-        """Free all slots, and read W again for the next adapter; what was reserved stays so."""
+        """Free all slots; what was reserved stays so, and for the next adapter its blocks and coordinates are new."""
         self.stacks = {key: stack for key, stack in self.stacks.items() if key in self._room}
         for stack in self.stacks.values():
-            stack.members, stack.blocks.is_stale = frozenset(), True
+            stack.members = frozenset()
+        self._stale = {*self.stacks}
+        self._blocks.clear()
 
     def add_to(self, output: Tensor, x: Tensor, rows: RowsBySlot) -> None:
         """Add to the output (tokens, out_features) what SMoA adapters make of the input x (tokens, in_features)."""

@@ -221,7 +221,7 @@ class Comparison:
         return self.ready(names)
 
     def look(self, budget: str, runs: int) -> int:
-        """How many looks there were before this one at so many final runs of a budget."""
+        """How many looks there were before this one at so many final runs of a budget, at any rates."""
 
         def seen(plan: Plan) -> dict[str, Any]:
             known = plan.looks.get(budget, [])

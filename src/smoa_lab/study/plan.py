@@ -186,7 +186,7 @@ def prepare(
     with FileLock(study.folder / ".lock"):  # another process may make it now
         plan = read_plan(study)
         if plan is not None:
-            changed = changes(plan.study, study, plan.seeds)
+            changed = changes(plan.study, study, (*plan.seeds, *plan.listed))
             changed += [f"{what} changed" for what in other_inputs(plan.digests, found["digests"])]
             changed += [] if minutes in (None, plan.minutes) else [f"--minutes: {plan.minutes}, now {minutes}"]
             refuse(f"{study.folder}: contains a study that was planned otherwise", changed)

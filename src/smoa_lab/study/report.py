@@ -111,13 +111,13 @@ def report(comparison: Comparison) -> Report:
             scores = [row["scored_before"] for row in read_rows(as_it_is, OWN, comparison.scorer).values()]
             untouched["evaluation"]["before"][OWN] = finite(fmean(scores))
         changed_plan(study, lambda plan: {"digests": {**plan.digests, "metric": scorer}})  # all is scored by it now
-    of_round = sum(comparison.seconds("final", name) for name in study.entries) / comparison.workers
+    of_round = sum(comparison.seconds("final", name) for name in comparison.plan.entries) / comparison.workers
     sentences = {name: verdict(budget, command, of_round) for name, budget in budgets.items()}
     told = [" ".join([f"{name}:", *own][len(budgets) == 1 :]) for name, own in sentences.items()]
-    if left := comparison.progress([*study.entries]):
+    if left := comparison.progress([*comparison.plan.entries]):
         told.append(left)
     is_cut = comparison.is_over and left and command not in " ".join(told)
-    if comparison.plan.limit is not None and (is_cut or (study.seeds and not told)):
+    if comparison.plan.limit is not None and (is_cut or (comparison.plan.listed and not told)):
         seeds = max(FIRST_SEEDS, len(comparison.plan.seeds))
         told.append(f"No more fits into {comparison.plan.minutes:g} minutes: `{command} --seeds {seeds}` goes on.")
     methods, searches = {name: entry.method for name, entry in study.entries.items()}, comparison.searches()

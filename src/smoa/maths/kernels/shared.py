@@ -124,7 +124,8 @@ def add_shared(total: Tensor, x: Tensor, factors: Gathered, diagonal: Diagonal, 
 
     `places` are those of each group in `factors`; None if these are in the order of the groups.
     """
-    pieces = _pieces(x, max(run.rank for run in diagonal.runs))
+    has_ranks = diagonal.entries is not None or places is not None  # else two skinny products
+    pieces = _pieces(x, max(run.rank for run in diagonal.runs) if has_ranks else 1)
     if places is None and len(pieces) == 1:
         _add_piece(total, x, factors, diagonal)
         return

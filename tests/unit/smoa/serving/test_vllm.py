@@ -144,14 +144,14 @@ def test_reserved_memory_stays_when_all_adapters_leave_and_new_weights_are_read(
     layer.set(0, [part(case)])
     layer.lora.add(1)
     layer.clear()
+    stack.blocks.blocks.orders.cols.zero_()  # vLLM's sleep may leave anything there
     W *= 2
     assert not added(layer, x, rows, 12).any()
     layer.set(0, [part(case)])
     assert_close(added(layer, x, rows, 12)[:1], (2 * x.double() @ case.oracle("hadamard").T).float()[:1])
     assert [*layer.stacks.values()] == [stack]
     assert len(stack.factors[0][0]) == 2
-    assert not layer.is_new
-    assert layer.lora == {1}  # vLLM's own tensors keep what is in them
+    assert (layer.is_new, layer.lora) == (False, {1})  # vLLM's own tensors keep what is in them
 
 
 @pytest.mark.parametrize("kind", ["spectral", "contiguous"])
