@@ -171,7 +171,7 @@ def resident(field: str, process: int | str = "self") -> int:
 
 
 def held(device: torch.device) -> int:
-    """Bytes of a GPU, or else of the process without what it has freed and keeps."""
+    """Bytes allocated on a GPU, or resident on a CPU once freed memory is given back."""
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)

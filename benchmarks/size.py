@@ -5,8 +5,8 @@
 
 Parts: `making` an adapter, in a process for each method, and for spectral blocks in a second one; `memory` of steps,
 files, merges and tokens, likewise; their `times`, in turn in one process; the same in `4bit`, on a CPU without HiRA,
-which forms every ΔW: more than half an hour. All methods train LoRA r = 8's parameters on q, k, v, up and down, in
-bfloat16 where the machine has instructions for it. The blocks of K = 4 are random but for `making`: it costs the same.
+where it takes more than half an hour. All methods train as many parameters as LoRA r = 8 on q, k, v, up and down. The
+base is in bfloat16 if the machine has instructions for it. The blocks of K = 4 are random, except in `making`.
 
 Rows go to benchmarks/results/size_<device>.json, from which benchmarks/report.py makes tables. A second call goes on
 with the rows that are missing; Ctrl-C keeps those that are done, and none starts after `--minutes`. `--tiny` runs

@@ -11,8 +11,8 @@ are no SMoA adapters, LoRA's step is measured with smoa's LoRA layers and with v
 of the CPU, so that other processes hardly change them.
 
 `ranks` measures an adapter into a slot with two ranks of tensor parallelism, of a model with random weights, and
-`memory SYSTEM` the bytes that are held by an engine of one method, or of the base, after 40 and after 1,000 adapters,
-each other than all before and asked.
+`memory SYSTEM` the bytes that an engine of one method, or of the base, holds after 40 and after 1,000 adapters, which
+all differ and answer twice each.
 """
 
 from __future__ import annotations

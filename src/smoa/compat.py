@@ -78,8 +78,7 @@ def _saving(original: Callable[..., dict[str, Tensor]]) -> Any:
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
         rest = {key: tensor for key, tensor in state_dict.items() if prefix not in key}
         if config.bias == "all":  # these versions train all with a bias in their name
-            trained = [key for key, each in model.named_parameters() if each.requires_grad and "bias" in key]
-            own |= {key: rest[key] for key in trained if key in rest and ".modules_to_save." not in key}
+            own |= {key: each for key, each in rest.items() if "bias" in key and ".modules_to_save." not in key}
         others = original(model, rest, adapter_name, save_embedding_layers=save_embedding_layers)
         return {_without_name(key, adapter_name): tensor for key, tensor in own.items()} | others
 

@@ -43,8 +43,7 @@ def check_adapter_state(
         keys_of = {name: [key_of(name, part, adapter_name) for part in PARTS] for name in layers}
         expected = {key for keys in keys_of.values() for key in keys}
         others = state_dict.keys() - own
-        compared = (others or config.bias != "none") and _compare_others(model, config, adapter_name, others)
-        lost, foreign = compared or ([], [])
+        lost, foreign = _compare_others(model, config, adapter_name, others)
         differences = {"lacks": sorted(expected - own) + lost, "has unknown": sorted(own - expected) + foreign}
         problems = [f"{verb} {len(keys)} tensor(s): {first_of(keys)}" for verb, keys in differences.items() if keys]
         if problems:
@@ -72,6 +71,8 @@ def _compare_others(model: nn.Module, config: SmoaConfig, adapter: str, keys: Se
     which check their own keys), and the embeddings of a resized vocabulary. A file may have biases that the config
     doesn't train: they are loaded, as in PEFT.
     """
+    if not keys and config.bias == "none":
+        return [], []
     state = model.state_dict()
     own = {key.removeprefix(PREFIX) for key in state}
     trained = trained_biases(model, state, config, adapter)

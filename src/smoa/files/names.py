@@ -42,12 +42,14 @@ def key_of(layer: str, part: str, adapter_name: str) -> str:
 
 def trained_biases(model: nn.Module, state: Mapping[str, Tensor], config: SmoaConfig, name: str) -> dict[str, Tensor]:
     """The biases that the adapter of this config and name trains."""
+    if config.bias == "none":
+        return {}
     biases = {key: tensor for key, tensor in state.items() if key.rpartition(".")[2] == "bias"}
     if config.bias == "all":
         saved, own = ".modules_to_save.", f".modules_to_save.{name}."
         return {key: tensor for key, tensor in biases.items() if saved not in key or own in key}
-    of_layers = [f"{layer}.base_layer.bias" for layer in adapter_layers(model, name)]
-    return {} if config.bias == "none" else {key: biases[key] for key in of_layers if key in biases}
+    of_layers = (f"{layer}.base_layer.bias" for layer in adapter_layers(model, name))
+    return {key: biases[key] for key in of_layers if key in biases}
 
 
 def embeddings_of(model: nn.Module) -> dict[str, Any]:

@@ -109,9 +109,9 @@ class Template:
             return None
         layers = dict[str, SavedLayer]()
         for path, each in self.layers.items():
-            parts = [each.A, each.B, each.block_scale]
-            own = [numbers.as_strided(part.shape, part.stride(), part.storage_offset() - span[0]) for part in parts]
-            layers[path] = replace(each, A=own[0], B=own[1], block_scale=own[2])
+            parts = each.A, each.B, each.block_scale
+            A, B, scale = [numbers.as_strided(p.shape, p.stride(), p.storage_offset() - span[0]) for p in parts]
+            layers[path] = replace(each, A=A, B=B, block_scale=scale)
             layers[path].__dict__.update(digest=each.digest, kind=each.kind)  # the blocks are the same
         return layers
 

@@ -220,38 +220,36 @@ class Slots:
         self._sizes, self._own, self._weight, self._device = sizes, own, weight, device
         self.lora: set[int] = set()
         self.stacks: dict[Hashable, LayerStack] = {}
-        self._room: dict[Hashable, int] = {}
+        self._reserved: dict[Hashable, LayerStack] = {}
         self._blocks: WeakValueDictionary[Hashable, LayerBlocks] = WeakValueDictionary()
-        self._stale: set[Hashable] = set()
-        """Stacks whose blocks were made before vLLM may have replaced the weights, or discarded memory in its sleep."""
         self.is_new = False
         """Whether an adapter took memory that was not reserved."""
 
     def reserve(self, parts: Parts, slots: int) -> None:
         """Keep room for so many adapters with the blocks, ranks and modulation of this one."""
-        self._room[_kind(parts)] = slots
-        self._stack(parts)
+        stack = LayerStack(self._blocks_of(parts), parts, slots)
+        self._reserved[_kind(parts)] = self.stacks[_kind(parts)] = stack
 
     def set(self, slot: int, parts: Parts) -> None:
         """Put an adapter's factors into a free slot."""
-        self._stack(parts).write(slot, parts)
-
-    def _stack(self, parts: Parts) -> LayerStack:
         key = _kind(parts)
-        if key not in self.stacks or key in self._stale:
-            is_modulated = any(part and part.modulation != "none" for part in parts)
-            place = is_modulated, *(part and part.digest for part in parts)
-            if (blocks := self._blocks.get(place)) is None:
-                weight = self._weight if is_modulated else None
-                self._blocks[place] = blocks = LayerBlocks(parts, self._sizes, self._own, weight, self._device)
-            if key in self._stale:
-                self._stale.remove(key)
-                self.stacks[key].blocks = blocks
-            else:  # an empty stack waits for its like till another comes
-                self.stacks = {kind: each for kind, each in self.stacks.items() if each.members or kind in self._room}
-                self.stacks[key] = LayerStack(blocks, parts, self._room.get(key, 0))
-                self.is_new |= key not in self._room
-        return self.stacks[key]
+        if key not in self.stacks:  # an empty stack waits for its like till another comes
+            self.stacks = {known: each for known, each in self.stacks.items() if each.members}
+            self.is_new |= key not in self._reserved
+            blocks = self._blocks_of(parts)
+            stack = self._reserved.get(key) or LayerStack(blocks, parts, 0)
+            stack.blocks, stack.members = blocks, frozenset()  # a reserved one has its old ones after `clear`
+            self.stacks[key] = stack
+        self.stacks[key].write(slot, parts)
+
+    def _blocks_of(self, parts: Parts) -> LayerBlocks:
+        """Those that another adapter has, or new ones."""
+        is_modulated = any(part and part.modulation != "none" for part in parts)
+        place = is_modulated, *(part and part.digest for part in parts)
+        if (blocks := self._blocks.get(place)) is None:
+            weight = self._weight if is_modulated else None
+            self._blocks[place] = blocks = LayerBlocks(parts, self._sizes, self._own, weight, self._device)
+        return blocks
 
     def reset(self, slot: int) -> None:
         """Free a slot."""
@@ -260,11 +258,8 @@ class Slots:
             stack.members -= {slot}
 
     def clear(self) -> None:
-        """Free all slots; what was reserved stays so, and for the next adapter its blocks and coordinates are new."""
-        self.stacks = {key: stack for key, stack in self.stacks.items() if key in self._room}
-        for stack in self.stacks.values():
-            stack.members = frozenset()
-        self._stale = {*self.stacks}
+        """Forget all adapters, and the blocks of W; what was reserved stays so."""
+        self.stacks.clear()
         self._blocks.clear()
 
     def add_to(self, output: Tensor, x: Tensor, rows: RowsBySlot) -> None:
@@ -275,8 +270,9 @@ class Slots:
 
     def nbytes(self, slots: int) -> int:
         """Of all that is kept, with so many slots."""
-        blocks = {id(stack.blocks): stack.blocks.nbytes for stack in self.stacks.values()}
-        return sum(blocks.values()) + sum(slots * stack.slot_bytes for stack in self.stacks.values())
+        stacks = (self._reserved | self.stacks).values()
+        blocks = {id(stack.blocks): stack.blocks.nbytes for stack in stacks}
+        return sum(blocks.values()) + sum(slots * stack.slot_bytes for stack in stacks)
 
 
 def _kind(parts: Parts) -> Hashable:

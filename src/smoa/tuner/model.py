@@ -76,7 +76,8 @@ class SmoaModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            self.__dict__.pop("_progress").close()  # it holds the terminal, which can't be copied or pickled
+            self._progress.close()
+            del self._progress  # it holds the terminal, which can't be copied or pickled
         config: Any = self.peft_config[adapter_name]
         if config.ensure_weight_tying:
             tie_layers(self.model, adapter_name)

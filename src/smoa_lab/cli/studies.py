@@ -101,13 +101,12 @@ def tune(
             comparison = Comparison(study, prepare(study, executor.result))
         comparison.run(executor=executor)
         chosen = next(iter(comparison.chosen.values()))
+        losses = {rate_text(rate): loss for rate, loss in chosen.losses.items()}
         if json:
-            losses = {rate_text(rate): loss for rate, loss in chosen.losses.items()}
             found = {"learning_rate": chosen.learning_rate, "tried": chosen.tried, "interior": chosen.place != "edge"}
             print_json({**found, "losses": losses})
             return
-        tried = chosen.losses.items()
-        rows = [[rate_text(rate), "diverged" if loss is None else number(loss, 4)] for rate, loss in tried]
+        rows = [[rate, "diverged" if loss is None else number(loss, 4)] for rate, loss in losses.items()]
         Table(["learning rate", "validation loss"], rows).print()
         if chosen.place == "edge":
             typer.echo("\nThe best lies at the edge of what was tried: search on with a higher --max-runs.")

@@ -65,5 +65,5 @@ def own_metric(known: str | None = None) -> OwnMetric:
         needed = (known or "FILE.py:NAME ").rpartition(" ")[0]
         raise ConfigError(f"data.metric: {OWN} is a function that only the command names: give --metric {needed}")
     if TRUSTED.digest is None or (TRUSTED.metric, TRUSTED.digest) not in _loaded:
-        _loaded[TRUSTED.metric, TRUSTED.digest] = OwnMetric(TRUSTED.metric)  # by which the digest is known
+        _loaded[TRUSTED.metric, TRUSTED.digest] = OwnMetric(TRUSTED.metric)  # which comes first, and sets the digest
     return _loaded[TRUSTED.metric, TRUSTED.digest]

@@ -220,8 +220,9 @@ class Comparison:
         self._change(bought)
         return self.ready(names)
 
-    def look(self, budget: str, runs: int) -> int:
-        """How many looks there were before this one at so many final runs of a budget, at any rates."""
+    def look(self, budget: str, names: Sequence[str]) -> int:
+        """How many looks there were before this one at the final runs of a budget's entries, at any rates."""
+        runs = sum(len([*self.study.folder.glob(f"{name}/lr-*-seed-{seed}")]) for name in names for seed in self.seeds)
 
         def seen(plan: Plan) -> dict[str, Any]:
             known = plan.looks.get(budget, [])

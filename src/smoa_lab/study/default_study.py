@@ -103,11 +103,11 @@ def default_study(
         "seeds": list(range(MOST_SEEDS.get(len(entries), 3))),
         "keep": "best",
     }
-    others = [change for change in changes if not change.startswith("shared.data.")]
-    apply_overrides(values, others)
+    apply_overrides(values, [change for change in changes if not change.startswith("shared.data.")])
     if (stored := Path(str(values["folder"]), "study.yaml")).is_file():
         before = load_study(stored)
-        apply_overrides(values, [f"seeds={before.seeds}", *others])  # of a version that listed others
+        if not any(change.startswith("seeds=") for change in changes):
+            values["seeds"] = before.seeds  # of a version that listed others
         run["data"].setdefault("metric", before.shared["data"].get("metric"))
     return checked_study(ConfigText(values, "smoa compare"), Path("study.yaml"))
 

@@ -172,10 +172,11 @@ def prepare(
     scored_by = {"metric": own_metric(told).name} if execute is not None and first.data.metric == OWN else {}
     found = inputs(first, trains=execute is not None)
     found["digests"] |= scored_by
-    for part, use in {"validation": "rates", **({"test": "entries"} if study.seeds or number else {})}.items():
+    seeds = [*study.seeds, *sorted({*range(number + 1 if number else 0)} - {*study.seeds, study.tuning.seed})]
+    for part, use in {"validation": "rates", **({"test": "entries"} if seeds else {})}.items():
         if not found["rows"][part]:
             raise ConfigError(f"shared.data: leaves no {part} rows, by which {use} are compared; give more rows")
-    if (study.seeds or number) and found["rows"]["test"] < FEW_ROWS:
+    if seeds and found["rows"]["test"] < FEW_ROWS:
         logger.warning(few_rows(found["rows"]["test"]))
     study.folder.mkdir(parents=True, exist_ok=True)
 
@@ -190,11 +191,14 @@ def prepare(
             changed += [f"{what} changed" for what in other_inputs(plan.digests, found["digests"])]
             changed += [] if minutes in (None, plan.minutes) else [f"--minutes: {plan.minutes}, now {minutes}"]
             refuse(f"{study.folder}: contains a study that was planned otherwise", changed)
+            known = (*plan.seeds, *plan.study["seeds"])
+            asked = [*plan.seeds, *(seed for seed in study.seeds if seed not in known)]
+            if minutes is not None and len(seeds[: number or 0]) > (most := max(len(asked), len(plan.listed))):
+                raise ConfigError(f"--seeds: {number}, planned with --minutes: {most}; for more, omit --minutes")
         if execute is None:
             if plan is None:
                 raise DataError(f"{study.folder}: nothing has run yet; run smoa compare on this study first")
             return plan
-        seeds = [*study.seeds, *sorted({*range((number or -1) + 1)} - {*study.seeds, study.tuning.seed})]
         new = {name: config for name, config in configs.items() if plan is None or name not in plan.entries}
         for config in new.values():
             if (wanted := config.peft_config()) is not None:
@@ -214,10 +218,6 @@ def prepare(
                     _, final = scored(study, configs, execute, seeds)
                 beside = fmean(one.beside for one in plan.entries.values())
                 timings = {**plan.entries, **(timed(study, new, execute, left, beside)[0] if new else {})}
-                known = (*plan.seeds, *plan.study["seeds"])
-                asked = [*plan.seeds, *(seed for seed in study.seeds if seed not in known)]
-                if minutes is not None and len(seeds[: number or 0]) > (most := max(len(asked), len(plan.listed))):
-                    raise ConfigError(f"--seeds: {number}, planned with --minutes: {most}; for more, omit --minutes")
                 goes_on = number is not None and minutes is None
                 if goes_on:
                     asked += [seed for seed in seeds if seed not in asked][: max(0, len(seeds[:number]) - len(asked))]

@@ -208,8 +208,7 @@ def _of_budget(
     known = {title: rule.variances_of(own) for title, own in of_seeds.items()}
     planned = len(seeds) * sum(entry.budget == budget for entry in study.entries.values())
     is_whole = len(runs) == planned  # else what is found could decide what is run
-    ran = sum(len([*run.folder.path.parent.glob(f"lr-*-seed-{s}")]) for of in finals.values() for s, run in of.items())
-    level = rule.SIGNIFICANT / 2 ** (comparison.look(budget, ran) if is_whole and len(seeds) > 1 else 0)
+    level = rule.SIGNIFICANT / 2 ** (comparison.look(budget, [*finals]) if is_whole and len(seeds) > 1 else 0)
 
     def difference(measure: Measure, of: str, other: str, level: float) -> Difference:
         own, title = values[measure.title], measure.title

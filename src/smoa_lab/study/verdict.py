@@ -74,8 +74,9 @@ def answer(budget: Budget, command: str, of_round: float) -> str:
             f"Undecided: more held-out rows are needed. {counted(results[0].rows, 'row')} alone leave "
             f"{amount(budget, apart)} open, however many seeds run; {amount(budget, limit)} are little."
         )
-    said = f"would tell {amount(budget, apart)} apart ({amount(budget, limit)} are little): `{command} --seeds"
-    return f"Undecided: {counted(more, 'more seed')}, about {duration(more * of_round)}, {said} {seeds + more}`."
+    told = f"about {duration(more * of_round)}, would tell {amount(budget, apart)} apart"
+    told += f" ({amount(budget, limit)} are little)"
+    return f"Undecided: {counted(more, 'more seed')}, {told}: `{command} --seeds {seeds + more}`."
 
 
 def _taken(budget: Budget, one: Result, by_cost: Sequence[Result], worst: float, gained: float) -> str:

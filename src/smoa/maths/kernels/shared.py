@@ -124,8 +124,8 @@ def add_shared(total: Tensor, x: Tensor, factors: Gathered, diagonal: Diagonal, 
 
     `places` are those of each group in `factors`; None if these are in the order of the groups.
     """
-    has_ranks = diagonal.entries is not None or places is not None  # else two skinny products
-    pieces = _pieces(x, max(run.rank for run in diagonal.runs) if has_ranks else 1)
+    takes_skinny_products = diagonal.entries is None and places is None
+    pieces = _pieces(x, 1 if takes_skinny_products else max(run.rank for run in diagonal.runs))
     if places is None and len(pieces) == 1:
         _add_piece(total, x, factors, diagonal)
         return
@@ -230,7 +230,7 @@ def _multiplied(values: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
     groups, tokens, rank, blocks, _ = values.shape
     if not values.dtype == entries.dtype == dtype:
         values, entries = values.to(dtype), entries.to(dtype)
-    values = values.reshape(-1, blocks, values.shape[-1]).transpose(0, 1)  # a view, unless x is none of memory in order
+    values = values.reshape(-1, blocks, values.shape[-1]).transpose(0, 1)  # a copy if x is a transposed view
     if values.device.type == "cpu" and entries.shape[1] < min(LOW, entries.shape[2]):
         made = torch.bmm(entries, values.mT).flatten(0, 1).T.contiguous()
     else:

