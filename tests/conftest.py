@@ -49,19 +49,20 @@ def _float32_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 def _route_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test chooses (`take_route`) holds for no other one."""
     from smoa.layers import kinds
-    from smoa.maths.kernels import fused
+    from smoa.maths.kernels import one_product
 
-    monkeypatch.setattr(fused, "MIN_TOKENS", fused.MIN_TOKENS)
-    monkeypatch.setattr(kinds, "convolves_exactly", kinds.convolves_exactly)
+    monkeypatch.setattr(one_product, "MIN_TOKENS", one_product.MIN_TOKENS)
+    monkeypatch.setattr(kinds, "may_form", kinds.may_form)
 
 
 @pytest.fixture(params=["whole", "cut"])
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of blocks as a GPU multiplies them, and cut into the smallest pieces, of 16 rows, that are copied."""
-    from smoa.maths.kernels import branch
+    from smoa.maths.kernels import branch, one_product
 
     monkeypatch.setattr(branch, "PIECE", 1 << 60 if request.param == "whole" else 1)
     monkeypatch.setattr(branch, "LARGE_BLOCK", 1 << 60 if request.param == "whole" else 0)
+    monkeypatch.setattr(one_product, "PIECE", 1 << 60 if request.param == "whole" else 1)
 
 
 @pytest.fixture(params=["llama", "gemma3", "gpt2", "bert", "t5"])

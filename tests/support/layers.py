@@ -13,20 +13,20 @@ from smoa import SmoaConfig
 from smoa.files.names import PREFIX
 from smoa.layers import kinds
 from smoa.layers.layer import SmoaLayer
-from smoa.maths.kernels import fused
+from smoa.maths.kernels import one_product
 from tests import reference
 
 # (out_features, in_features, num_blocks): square, tall, wide, K that divides neither side, K = min(m, n), K = 1.
 SHAPES = [(12, 12, 3), (17, 10, 4), (9, 16, 2), (11, 13, 5), (6, 7, 6), (8, 5, 1)]
-ROUTES = ["fused", "apart"]
+ROUTES = ["one product", "apart"]
 
 
 def take_route(route: str | None) -> None:
-    """The rest of the test forms W + ΔW wherever that is exact ("fused"), or nowhere ("apart")."""
+    """The rest of the test forms W + ΔW wherever that is allowed ("one product"), or nowhere ("apart")."""
     if route is not None:
-        fused.MIN_TOKENS = 0 if route == "fused" else 1 << 60
+        one_product.MIN_TOKENS = 0 if route == "one product" else 1 << 60
     if route == "apart":
-        kinds.convolves_exactly = lambda *_: False
+        kinds.may_form = lambda *_: False
 
 
 class Wrapper(nn.Module):

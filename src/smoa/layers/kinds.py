@@ -23,11 +23,11 @@ from smoa.config import Shape
 from smoa.layers.distributed import gather
 from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_instrumented
 from smoa.layers.linear import Linear
-from smoa.layers.merging import as_stored
 from smoa.layers.quantized import QuantizedLinear
 from smoa.maths.factors import Initialization
-from smoa.maths.kernels.autograd import checkpointed, is_transformed
-from smoa.maths.kernels.fused import computes_exactly
+from smoa.maths.kernels import convolution as kernels
+from smoa.maths.kernels.autograd import is_transformed, recomputed
+from smoa.maths.kernels.one_product import may_form
 
 
 class ReadByModels(SmoaLayer):
@@ -39,6 +39,13 @@ class ReadByModels(SmoaLayer):
         if name in type(self).read_by_models:
             return getattr(self.get_base_layer(), name)
         return super().__getattr__(name)
+
+    def _takes_one(self, x: Tensor, adapter_name: str) -> bool:
+        """Whether W + ΔW takes the place of W in the base layer's own operation, which nobody else sees."""
+        weight, dropout = self.stored_weight(), self.smoa_dropout[adapter_name]
+        dropped = isinstance(dropout, nn.Dropout) and self.training
+        plain = not (weight.requires_grad or is_instrumented(self.base_layer) or is_transformed(x, weight))
+        return may_form(x.device.type) and plain and not dropped
 
 
 class Embedding(ReadByModels):
@@ -67,14 +74,25 @@ class Embedding(ReadByModels):
         if init is True:  # variance K instead of K / 3n: LoRA's is 1 here, and a token uses n / K of the n columns
             A.mul_((3 * self.in_features) ** 0.5)
 
+    def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
+        if len(active) == 1 and self._takes_one(x, active[0]) and self.adapters[active[0]].modulation != "none":
+            return self._scaled(self._rows(x, active[0], True), x)
+        return super()._active_forward(x, active, *args, **kwargs)
+
     def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
         """`ΔW[x]` (…, embedding_dim) for int x, times `embed_scale` if the base layer has one."""
+        rows = self._rows(x, adapter_name)
+        rows = rows * self.smoa_dropout[adapter_name](rows.new_ones(rows.shape[0], 1))
+        return self._scaled(rows, x)
+
+    def _rows(self, x: Tensor, adapter_name: str, adds_weight: bool = False) -> Tensor:
         gather(self, adapter_name)
         base: Any = self.get_base_layer()
-        tokens = x.reshape(-1)
-        update, weight = self.update(adapter_name), self.pristine_weight()
-        rows = update.lookup(tokens, weight, base.padding_idx, base.scale_grad_by_freq)
-        rows = rows * self.smoa_dropout[adapter_name](rows.new_ones(tokens.shape[0], 1))
+        settings = base.padding_idx, base.scale_grad_by_freq, adds_weight
+        return self.update(adapter_name).lookup(x.reshape(-1), self.pristine_weight(), *settings)
+
+    def _scaled(self, rows: Tensor, x: Tensor) -> Tensor:
+        base: Any = self.get_base_layer()
         scale: Any = getattr(base, "embed_scale", 1.0)
         scale = scale.to(base.weight.dtype) if isinstance(scale, Tensor) else scale
         output: Tensor = rows * scale
@@ -84,8 +102,8 @@ class Embedding(ReadByModels):
 class Convolution(ReadByModels):
     """SMoA on a `torch.nn.Conv1d`, `Conv2d` or `Conv3d`, with any stride, padding, dilation and number of groups.
 
-    One active adapter is computed by one convolution with W + ΔW where that is exact: in float32 on a CPU, and in
-    float64. Otherwise `conv(x, ΔW)` is added to the base layer's output.
+    One active adapter is computed by one convolution with W + ΔW on a CPU. Otherwise `conv(x, ΔW)` is added to the base
+    layer's output.
     """
 
     read_by_models = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
@@ -97,42 +115,29 @@ class Convolution(ReadByModels):
         return conv.out_channels, conv.in_channels // conv.groups * math.prod(conv.kernel_size)
 
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
-        weight, device_type = self.stored_weight(), x.device.type
-        exact = weight.dtype == x.dtype and convolves_exactly(device_type, x.dtype)
-        dropped = self.training and any(isinstance(self.smoa_dropout[name], nn.Dropout) for name in active)
-        plain = not torch.is_autocast_enabled(device_type) and not is_instrumented(self.base_layer)
-        if len(active) == 1 and plain and exact and not dropped:
-            gather(self, active[0])
-            return self._convolved(x, as_stored(self.pristine_weight(), weight.shape, False), active[0])
+        casts = torch.is_autocast_enabled(x.device.type)
+        if len(active) == 1 and (casts or self.stored_weight().dtype == x.dtype) and self._takes_one(x, active[0]):
+            return self._convolved(in_autocast_dtype(x), active[0], True)
         return super()._active_forward(x, active, *args, **kwargs)
 
     def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
         """`conv(x, ΔW)`, without bias; in training, dropout acts on x."""
+        return self._convolved(self.smoa_dropout[adapter_name](in_autocast_dtype(x)), adapter_name)
+
+    def _convolved(self, x: Tensor, adapter_name: str, adds_weight: bool = False) -> Tensor:
+        """`conv(x, W + ΔW) + b`, or `conv(x, ΔW)`, by the base's method."""
         gather(self, adapter_name)
-        return self._convolved(self.smoa_dropout[adapter_name](in_autocast_dtype(x)), None, adapter_name)
-
-    def _convolved(self, x: Tensor, weight: Tensor | None, adapter_name: str) -> Tensor:
-        """`conv(x, W + ΔW) + b`, or `conv(x, ΔW)` without W, by the base's method. The backward forms ΔW again."""
         base: Any = self.get_base_layer()
-
-        def convolved(x: Tensor) -> Tensor:
+        shape, weight, update = self.stored_weight().shape, self.pristine_weight(), self.update(adapter_name)
+        bias = base.bias.to(x.dtype) if adds_weight and base.bias is not None else None
+        batch = x if x.dim() == len(shape) else x.unsqueeze(0)
+        route = kernels.Convolution(base._conv_forward, shape, update.modulation, adds_weight)
+        if torch.compiler.is_compiling() or weight.requires_grad or is_transformed(x, weight):
             with torch.autocast(x.device.type, enabled=False):  # it would round ΔW
-                delta = self.get_delta_weight(adapter_name)
-                kernel, bias = (delta, None) if weight is None else (weight + delta, base.bias)
-                output: Tensor = base._conv_forward(x, kernel.to(x.dtype), bias)
-            return output
-
-        keeps = torch.compiler.is_compiling() or is_transformed(x, self.stored_weight())
-        return convolved(x) if keeps else checkpointed(convolved, x)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch has no annotation here
-def convolves_exactly(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether a convolution keeps all bits of its kernel. Devices other than a CPU may round float32 to TF32.
-
-    A compiled model keeps the answer of its first call.
-    """
-    return dtype == torch.float64 or (dtype == torch.float32 and device_type == "cpu" and computes_exactly("conv"))
+                y = route.plain(update.factors, batch, weight, bias)
+        else:
+            y = recomputed(route, update.factors, batch, weight, bias)
+        return y if batch is x else y.squeeze(0)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         backend: PEFT's quantization backend, if the weight is quantized.
     """
 
-    generation_cache: Literal["blocks", "off"] = "blocks"
+    generation_cache: Literal["blocks", "merged", "off"] = "blocks"
     """What `generate` keeps: see `smoa.keep_in_generate`."""
     halves = 1
     """How many matrices W each expert has, if the layer has a stack of them."""

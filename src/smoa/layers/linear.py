@@ -1,4 +1,4 @@
-"""SMoA on a linear layer: computes its output fused, apart, or from what `generate` keeps."""
+"""SMoA on a linear layer: computes its output in one product, apart, or from what `generate` keeps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smoa.layers.kept import KeptUpdate, Snapshot, open_snapshot
 from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_plain_linear
 from smoa.layers.mixed_batch import add_mixed, shared_output
 from smoa.maths.kernels.autograd import is_transformed, only_values
-from smoa.maths.kernels.fused import computes_exactly, pays
+from smoa.maths.kernels.one_product import pays
 from smoa.maths.kernels.shared import prefers_shared
 from smoa.maths.update import Update
 
@@ -22,8 +22,8 @@ from smoa.maths.update import Update
 class Linear(SmoaLayer):
     """SMoA on a `torch.nn.Linear` or a transformers `Conv1D`.
 
-    The output of a single active adapter is that of W + ΔW, formed in chunks, where this is exact and faster. Otherwise
-    `x ΔWᵀ` is added to the base layer's.
+    The output of a single active adapter is that of W + ΔW, formed in pieces, where this pays. Otherwise `x ΔWᵀ` is
+    added to the base layer's.
     """
 
     @staticmethod
@@ -46,8 +46,8 @@ class Linear(SmoaLayer):
                 kept = self._kept_update(snapshot, name, x)
                 result = result + (self.branch_output(x, name) if kept is None else kept.apply(x)).to(result.dtype)
             return result
-        if len(active) == 1 and (update := self._fusable(x, active[0])) is not None:
-            return update.apply_with_base(x, self.base_weight(), self.bias)
+        if len(active) == 1 and self._takes_one_product(x, active[0]):
+            return self._in_one_product(x, active[0])
         return super()._active_forward(x, active, *args, **kwargs)
 
     def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
@@ -73,18 +73,25 @@ class Linear(SmoaLayer):
         """`x ΔWᵀ` of an update of this layer."""
         return update.apply(x, self.pristine_weight())
 
-    def _fusable(self, x: Tensor, adapter_name: str) -> Update | None:
-        """The update if `x(W + ΔW)ᵀ + b` can be computed in one product, and is to be."""
-        device, weight = x.device.type, self.stored_weight()
-        is_plain = self.quantization_backend is None and is_plain_linear(self.base_layer)
-        if torch.compiler.is_compiling() or not is_plain or torch.is_autocast_enabled(device):
-            return None
-        # 16-bit floats and TF32 would round a small ΔW away
-        if weight.dtype != torch.float64 and not (weight.dtype == torch.float32 and computes_exactly("matmul")):
-            return None
-        dropout = self.smoa_dropout[adapter_name]
+    def _takes_one_product(self, x: Tensor, adapter_name: str) -> bool:
+        """Whether `x(W + ΔW)ᵀ + b` can be computed in one product, and is to be."""
+        weight, dropout = self.stored_weight(), self.smoa_dropout[adapter_name]
         if self.adapters[adapter_name].modulation == "none" or (isinstance(dropout, nn.Dropout) and self.training):
-            return None
-        if weight.dtype != x.dtype or weight.requires_grad or is_transformed(x, weight):
-            return None
-        return self.update(adapter_name) if pays(self.blocks(adapter_name), device, x.shape[:-1].numel()) else None
+            return False
+        if not self._multiplies_plainly(x) or weight.requires_grad or is_transformed(x, weight):
+            return False
+        if torch.compiler.is_compiling():
+            return torch.is_grad_enabled()
+        return pays(self.blocks(adapter_name), x.device.type, x.shape[:-1].numel())
+
+    def _multiplies_plainly(self, x: Tensor) -> bool:
+        """Whether the base layer's output is a product with its weight that nobody else sees, nor has."""
+        weight, device = self.stored_weight(), x.device.type
+        casts = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+        return is_plain_linear(self.base_layer) and (casts or weight.dtype == x.dtype)
+
+    def _in_one_product(self, x: Tensor, adapter_name: str) -> Tensor:
+        base: Any = self.get_base_layer()
+        x = in_autocast_dtype(x)
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        return self.update(adapter_name).apply_with_base(x, self.base_weight(), bias, self.fan_in_fan_out)

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from smoa.errors import MergeError
 from smoa.layers.distributed import onloaded_for, placed_like, refuse_writing
 from smoa.maths.blocks import DiagonalBlocks
-
-ROW_TILE = 256
-"""Number of rows of ΔW that a merge forms at a time."""
+from smoa.maths.kernels.one_product import Effective
 
 
 class Merging:
@@ -97,17 +95,16 @@ class Merging:
     def merged_matrices(self: Any, adapter_names: list[str]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Number, pristine W and `W + Σ ΔW` of one matrix after the other, rounded once.
 
-        ΔW is formed a tile of rows at a time, so that no matrix is held but the merged one.
+        W + Σ ΔW is formed in the pieces that training multiplies with, so that no matrix is held but the merged one.
         """
         updates = [self.updates(name) for name in adapter_names]
         for number in range(self.matrix_count or 1):
             pristine = self.pristine_matrix(number)
             merged = torch.empty_like(pristine)
-            for start in range(0, len(pristine), ROW_TILE):
-                rows = slice(start, start + ROW_TILE)
-                total = sum((each[number].delta(pristine, rows) for each in updates), pristine.new_zeros(()))
-                # Keep the exact bits where nothing is added: -0 + 0 is 0, and `unmerge` restores diagonal blocks only.
-                merged[rows] = torch.where(total == 0, pristine[rows], (total + pristine[rows]).to(pristine.dtype))
+            parts = [(each[number].factors, each[number].modulation) for each in updates]
+            for rows, effective in Effective(pristine, parts, self.fan_in_fan_out).rows():
+                # -0 + 0 is 0, and `unmerge` restores diagonal blocks only
+                merged[rows] = torch.where(effective == pristine[rows], pristine[rows], effective)
             yield number, pristine, merged
 
     def _write_merged(self: Any, number: int, pristine: Tensor, merged: Tensor, names: list[str]) -> None:

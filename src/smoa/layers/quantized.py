@@ -8,6 +8,7 @@ backward too, and never kept.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.compat import find_quantization_backend
 from smoa.errors import UnsupportedModuleError
+from smoa.layers.layer import is_instrumented
 from smoa.layers.linear import Linear
 from smoa.maths.update import Update
 
@@ -80,6 +82,18 @@ def dequantized(backend: QuantizationBackend, base: nn.Module) -> Tensor:
     return backend.get_base_weight(base).detach()
 
 
+def dequantized_for_product(base: Any, dtype: torch.dtype) -> Tensor:
+    """The 4-bit weight of a layer of bitsandbytes as its own product has it: (out_features, in_features)."""
+    import bitsandbytes
+
+    state = base.weight.quant_state
+    if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):  # from 0.50 on; before, the weight was rounded to its own dtype
+        state = copy.copy(state)
+        state.dtype = dtype
+    weight: Tensor = bitsandbytes.functional.dequantize_4bit(base.weight.data, state)
+    return weight.to(dtype)
+
+
 def keep_unpacked(base: Any) -> None:
     """Keep bitsandbytes from repacking the 4-bit weight of a layer, and unpack it if it was.
 
@@ -138,6 +152,29 @@ class QuantizedLinear(Linear):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def apply_update(self, update: Update, x: Tensor) -> Tensor:
         return update.apply(x, self.pristine_weight)
+
+    def _multiplies_plainly(self, x: Tensor) -> bool:
+        """Whether the base layer multiplies with its dequantized weight, as bitsandbytes does in 4 bits: others, and 8
+        bits, quantize x too."""
+        base: Any = self.base_layer
+        if self.quantization_backend.backend_name != "bnb 4bit" or is_instrumented(base):
+            return False
+        if not base.compute_type_is_set:
+            base.set_compute_type(x)
+            base.compute_type_is_set = True
+        casts = torch.is_autocast_enabled(x.device.type)
+        return type(base).__module__.startswith("bitsandbytes.") and not (
+            casts and torch.get_autocast_dtype(x.device.type) != base.compute_dtype
+        )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as above
+    def _in_one_product(self, x: Tensor, adapter_name: str) -> Tensor:
+        base: Any = self.base_layer
+        keep_unpacked(base)
+        dtype = base.compute_dtype or x.dtype
+        bias = None if base.bias is None else base.bias.to(dtype)
+        weight = partial(dequantized_for_product, base, dtype)
+        return self.update(adapter_name).apply_with_base(x.to(dtype), weight, bias).to(x.dtype)
 
     def _write_merged(self, number: int, pristine: Tensor, merged: Tensor, names: list[str]) -> None:
         if not self._pristine_layers:

@@ -17,8 +17,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from smoa.maths.blocks import Blocks, Orders, block_sizes, slices
+from smoa.maths.scale import rank_scale
 
 Initialization = bool | Literal["zero_A"]
 
@@ -168,17 +170,42 @@ class Factors:
         """The runs of blocks of one shape, in order."""
         return runs_of(*self.blocks.shape, tuple(self.ranks))
 
-    def spread_A(self, stacked: bool = False) -> Tensor:
-        """Ã: (r, in_features) in natural column order, zero outside each block's own columns.
+    def scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A, and B times the scale, which is multiplied in float32 or wider, in `dtype`."""
+        wide = torch.promote_types(self.dtype, dtype)
+        A, B = self.A.to(wide), self.B.to(wide) * self.scale(wide)
+        if dtype == torch.float16:  # a scale of 65,504 or more would overflow: A and B share it, as a power of two
+            (_, of_A), (_, of_B) = A.abs().amax(1).frexp(), B.abs().amax(0).frexp()
+            power = ((of_B - of_A) // 2).clamp(-60, 60)
+            A, B = torch.ldexp(A, power[:, None]), torch.ldexp(B, -power)
+        return A.to(dtype), B.to(dtype)
+
+    def spread(self, dtype: torch.dtype, stacked: bool = False) -> tuple[Tensor, Tensor]:
+        """Ã (r, in_features) and B̃ (out_features, r) with the scale, in `dtype`, both in natural order.
+
+        Each row of Ã and column of B̃ is zero outside its block's own coordinates.
 
         Args:
-            stacked: Every block uses the first r_k rows instead of rows of its own: (max r_k, in_features).
+            dtype: As in `scaled`.
+            stacked: Every block uses the first r_k ranks instead of ranks of its own: (max r_k, …) and (…, max r_k).
         """
-        return self._spread(self.A, self.blocks.col_slices, self.blocks.orders.cols_inverse, stacked)
+        (A, B), blocks = self.scaled(dtype), self.blocks
+        spread_A = self._spread(A, blocks.col_slices, blocks.orders.cols_inverse, stacked)
+        spread_B = self._spread(B.T, blocks.row_slices, blocks.orders.rows_inverse, stacked)
+        return spread_A, spread_B.T.contiguous()
 
-    def spread_B(self, stacked: bool = False) -> Tensor:
-        """B̃: (out_features, r) in natural row order, without the scale; `stacked` as in `spread_A`."""
-        return self._spread(self.B.T, self.blocks.row_slices, self.blocks.orders.rows_inverse, stacked).T
+    def spread_rows(self, dtype: torch.dtype, rows: Tensor, stacked: bool = False) -> tuple[Tensor, Tensor]:
+        """Ã, and the rows of B̃ of these numbers, int (rows,): what `spread` gives, without forming B̃."""
+        (A, B), blocks = self.scaled(dtype), self.blocks
+        block = blocks.row_labels[rows].long()
+        size, larger = divmod(blocks.out_features, blocks.num_blocks)
+        place = blocks.orders.rows_inverse[rows] - block * size - block.clamp(max=larger)  # in its block
+        owner = rank_scale(torch.arange(blocks.num_blocks, device=rows.device), self.ranks)  # of each rank
+        rows_of_B = torch.where(block[:, None] == owner, F.embedding(place, B), 0)
+        if stacked:  # the others are zero
+            within = torch.tensor([rank for own in self.ranks for rank in range(own)], device=rows.device)
+            rows_of_B = B.new_zeros(len(rows), max(self.ranks)).index_add(1, within, rows_of_B)
+        return self._spread(A, blocks.col_slices, blocks.orders.cols_inverse, stacked), rows_of_B
 
     def _spread(self, factor: Tensor, places: Sequence[slice], order: Tensor, stacked: bool) -> Tensor:
         """A factor (r, largest block), whose ranks are those of blocks in these places, as (ranks, features)."""

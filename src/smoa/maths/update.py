@@ -14,13 +14,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from smoa.maths.factors import Factors
 from smoa.maths.kernels.autograd import checkpointed, is_transformed, recomputed
 from smoa.maths.kernels.branch import Branch, plain_branch
-from smoa.maths.kernels.fused import Fused
-from smoa.maths.scale import ModulationKind, rank_scale
+from smoa.maths.kernels.lookup import Lookup
+from smoa.maths.kernels.one_product import OneProduct, dense_delta, plain_product
+from smoa.maths.scale import ModulationKind
+
+Weight = Tensor | Callable[[], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +44,9 @@ class Update:
             weight: Pristine W (out_features, in_features).
             rows: Which rows to form.
         """
-        wide, weight = self.factors.wide(torch.promote_types(self.factors.dtype, weight.dtype)), weight[rows]
-        product = wide.spread_B()[rows] @ wide.spread_A()
-        if self.modulation == "none":
-            return product
-        return product * weight if is_transformed(weight) else product.mul_(weight)
+        return dense_delta(self.factors, self.modulation, weight, rows)
 
-    def apply(self, x: Tensor, weight: Tensor | Callable[[], Tensor]) -> Tensor:
+    def apply(self, x: Tensor, weight: Weight) -> Tensor:
         """`x ΔWᵀ` for x (…, in_features) in the dtype of x; differentiable in x, A and B.
 
         Nothing of W's size is kept for the backward, unless W itself trains or a `torch.func` transform is active.
@@ -71,43 +69,43 @@ class Update:
         y = recomputed(Branch(), self.factors, x.reshape(-1, x.shape[-1]), weight)
         return y.view(*x.shape[:-1], self.factors.blocks.out_features)
 
-    def apply_with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def apply_with_base(self, x: Tensor, weight: Weight, bias: Tensor | None, transposed: bool = False) -> Tensor:
         """`x(W + ΔW)ᵀ + b` in one product, for M = W; differentiable in x, A, B and bias.
 
-        For float32 and float64 only: in 16 bits `W(1 + δ)` rounds a small δ away.
+        W + ΔW has the very bits that a merge writes, and is rounded to the dtype of x for the product.
+
+        Args:
+            x: (…, in_features).
+            weight: As in `apply`, in the dtype of x, or in float32 under autocast.
+            bias: (out_features,) in the dtype of x.
+            transposed: Whether W is stored as (in_features, out_features).
         """
-        y = recomputed(Fused(), self.factors, x.reshape(-1, x.shape[-1]), weight, bias)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        if torch.compiler.is_compiling() and not callable(weight):
+            return checkpointed(plain_product, self.factors, x, weight, bias)
+        y = recomputed(OneProduct(transposed), self.factors, x.reshape(-1, x.shape[-1]), weight, bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
-    def lookup(self, tokens: Tensor, weight: Tensor, padding: int | None = None, by_freq: bool = False) -> Tensor:
-        """`ΔW[tokens]`, what an adapted embedding adds: (tokens, in_features), float32 or wider.
+    def lookup(
+        self,
+        tokens: Tensor,
+        weight: Tensor,
+        padding: int | None = None,
+        by_freq: bool = False,
+        adds_weight: bool = False,
+    ) -> Tensor:
+        """`ΔW[tokens]` or, with `adds_weight`, `(W + ΔW)[tokens]`: what an adapted embedding looks up.
 
-        A row v of block k is `ΔW[v, J_k] = s_k·(b_v A_k) ⊙ M[v, J_k]`, where b_v is its row of B_k. Touches the
-        looked-up rows of B and M only, and autograd keeps nothing larger than the result.
+        The former is float32 or wider; the latter has the dtype of W, and the bits of the merged table.
 
         Args:
             tokens: int (tokens,), the rows to look up.
             weight: Pristine W (out_features, in_features), a row for each token.
             padding: The row that gets no gradient, as `padding_idx` of an embedding.
             by_freq: Divide the gradient of a row by the number of its occurrences, as `scale_grad_by_freq` does.
+            adds_weight: Whether to add W.
         """
-        factors = self.factors
-        with torch.autocast(weight.device.type, enabled=False):  # it would round the factors
-            rows = (self._rows_of_B(tokens) * factors.scale(factors.dtype)) @ factors.spread_A().to(factors.dtype)
-            rows = rows if self.modulation == "none" else rows * F.embedding(tokens, weight)
-            if padding is not None:
-                rows = torch.where((tokens == padding)[:, None], rows.detach(), rows)
-            if by_freq and rows.requires_grad:
-                _, inverse, counts = tokens.unique(return_inverse=True, return_counts=True)
-                rows.register_hook(lambda gradient: gradient / counts[inverse][:, None])
-            return rows
-
-    def _rows_of_B(self, tokens: Tensor) -> Tensor:
-        """The rows of B̃: (tokens, r), zero at the ranks of other blocks, without the scale."""
-        factors, blocks = self.factors, self.factors.blocks
-        block = blocks.row_labels[tokens].long()
-        size, larger = divmod(blocks.out_features, blocks.num_blocks)
-        first = block * size + block.clamp(max=larger)  # of the block, in the sorted order
-        place = blocks.orders.rows_inverse[tokens] - first
-        owner = rank_scale(torch.arange(blocks.num_blocks, device=tokens.device), factors.ranks)  # of each rank
-        return F.embedding(place, factors.B).to(factors.dtype) * (block[:, None] == owner)
+        route = Lookup(self.modulation, adds_weight, padding, by_freq)
+        if torch.compiler.is_compiling() or weight.requires_grad or is_transformed(tokens, weight):
+            with torch.autocast(weight.device.type, enabled=False):  # it would round the factors
+                return route.plain(self.factors, tokens, weight)
+        return recomputed(route, self.factors, tokens, weight)

@@ -26,13 +26,14 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, UnsupportedModuleError
 from smoa.layers.calls import OPEN, opened
 from smoa.layers.distributed import why_not_plain
 from smoa.layers.kept import Snapshot, snapshot_of
 from smoa.layers.layer import smoa_layers
+from smoa.tuner.merging import merged
 
-Kept = Literal["blocks", "off"]
+Kept = Literal["blocks", "merged", "off"]
 
 
 def keeping(model: nn.Module) -> AbstractContextManager[Snapshot]:
@@ -42,6 +43,16 @@ def keeping(model: nn.Module) -> AbstractContextManager[Snapshot]:
         for layer in smoa_layers(model).values()
         if layer.generation_cache == "blocks" and why_not_plain(layer) in (None, "quantized")
     )
+
+
+def computing_merged(model: nn.Module) -> AbstractContextManager[object]:
+    """What is open while `model.generate` runs: with "merged" its active adapters are merged, unless a batch names its
+    adapters, or they are disabled or merged already."""
+    layers = smoa_layers(model).values()
+    if not any(layer.generation_cache == "merged" for layer in layers) or OPEN.get(get_ident()) is not None:
+        return nullcontext()
+    idle = any(layer.disable_adapters or layer.merged for layer in layers)
+    return nullcontext() if idle else merged(model, reports=False)
 
 
 def watch_generate(model: nn.Module) -> None:
@@ -54,7 +65,7 @@ def watch_generate(model: nn.Module) -> None:
 
     @wraps(generate)
     def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with keeping(self), samples_repeated(self, args, kwargs):
+        with computing_merged(self), keeping(self), samples_repeated(self, args, kwargs):
             return generate(self, *args, **kwargs)
 
     watched.smoa_watched = True  # type: ignore[attr-defined]
@@ -67,18 +78,27 @@ def keep_in_generate(model: nn.Module, kept: Kept) -> None:
 
     Args:
         model: A model with SMoA adapters.
-        kept: "blocks" keeps the diagonal blocks of ΔW: 1/K of the memory of the adapted weights, dequantized. "off"
-            keeps nothing: every token forms ΔW again. The default is "off" for quantized layers, else "blocks". Values
-            that change while `generate` runs count from the next call on.
+        kept: "blocks" keeps the diagonal blocks of ΔW: 1/K of the memory of the adapted weights, dequantized. "merged"
+            merges the active adapters meanwhile, as `smoa.merged` does, and gives every bit back: tokens are computed
+            with the very weights that training multiplies with. It is for one thread at a time, and takes no dropout.
+            "off" keeps nothing: every token forms ΔW again. The default is "off" for quantized layers, else "blocks".
+            Values that change while `generate` runs count from the next call on.
 
     Raises:
         ConfigError: `kept` is none of these, or the model has no SMoA adapter.
+        UnsupportedModuleError: "merged", and a layer is quantized, sharded or offloaded.
     """
     if kept not in get_args(Kept):
         raise ConfigError(f"keep_in_generate: {kept!r} must be one of {', '.join(map(repr, get_args(Kept)))}")
     layers = smoa_layers(model)
     if not layers:
         raise ConfigError("keep_in_generate: the model has no SMoA adapter; add one first")
+    for name, layer in layers.items():
+        if kept == "merged" and (why := why_not_plain(layer)):
+            raise UnsupportedModuleError(
+                f'keep_in_generate: {name}: its weight is {why}, and "merged" gives back plain weights only; choose '
+                '"blocks"'
+            )
     for layer in layers.values():
         layer.generation_cache = kept
 

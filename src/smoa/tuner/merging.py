@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -23,7 +23,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @contextmanager
-def merged(model: M, *, lossy: bool = False) -> Iterator[M]:
+def merged(model: M, *, lossy: bool = False, reports: bool = True) -> Iterator[M]:
     """Merge the active adapters into `model` while the context is open: it then computes as fast as its base.
 
     Each weight W is replaced by W + ΔW and restored bit for bit at the end, also after an exception, a failed merge
@@ -33,6 +33,7 @@ def merged(model: M, *, lossy: bool = False) -> Iterator[M]:
     Args:
         model: A model with SMoA adapters, in PEFT or not.
         lossy: Merge quantized layers too, whose W + ΔW is quantized again, and sharded and offloaded ones.
+        reports: Whether to warn of what rounding takes, which computes ΔW once more.
 
     Raises:
         MergeError: adapters are merged already, by another `merged` too, or can't be merged.
@@ -49,7 +50,7 @@ def merged(model: M, *, lossy: bool = False) -> Iterator[M]:
     check_merge_allowed(model)
     with torch.no_grad():
         try:
-            with losses_reported(model, rounded=True):
+            with losses_reported(model, rounded=True) if reports else nullcontext():
                 for layer in layers.values():
                     with onload_layer(layer):
                         layer.merge()

@@ -46,10 +46,11 @@ class Scratch(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def take(self, use: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """An uninitialized tensor with dtype and device of `like`; the next `take` for `use` reuses it."""
+    def take(self, use: str, shape: tuple[int, ...], like: Tensor, most: int = 2 * PIECE) -> Tensor:
+        """An uninitialized tensor with dtype and device of `like`; the next `take` for `use` reuses it, unless it has
+        more entries than `most`."""
         size = torch.Size(shape).numel()
-        if like.device.type != "cpu" or size > 2 * PIECE or isinstance(like, FakeTensor):
+        if like.device.type != "cpu" or size > most or isinstance(like, FakeTensor):
             return like.new_empty(shape)
         key = (use, like.dtype)
         buffer = self.buffers.get(key)
@@ -100,7 +101,7 @@ class Branch:
         sorted_x = sort_columns(blocks, x, blocks.orders.cols).to(product_dtype(x.dtype, x.device.type))
         y = sorted_x.new_empty(len(x), anchor.shape[0])
         for piece in pieces(wide, x.device):
-            delta = _delta(wide, piece, _entries(blocks, piece, anchor), y.dtype)
+            delta = _delta(wide, piece, diagonal_blocks(blocks, piece, anchor, reuses=True), y.dtype)
             torch.bmm(piece.of_inputs(sorted_x), delta.mT, out=piece.of_outputs(y))
         return sort_columns(blocks, y, blocks.orders.rows_inverse).to(x.dtype)
 
@@ -114,8 +115,13 @@ class Branch:
         grad_x = torch.empty_like(sorted_x) if needs_x else x.new_empty(0)
         for piece in pieces(wide, x.device):
             own_g, own_x = _outputs(blocks, piece, g).to(dtype), piece.of_inputs(sorted_x)
+            if dtype.itemsize == 2:  # in 16 bits strided operands take a CPU three to eight times as long
+                own_g = own_g.contiguous()
             beta = int(piece.skipped > 0)  # the first rows of a block overwrite, the others are added
-            entries, grad_delta = _entries(blocks, piece, anchor), SCRATCH.take("grad_delta", piece.shape, own_x)
+            entries, grad_delta = (
+                diagonal_blocks(blocks, piece, anchor, reuses=True),
+                SCRATCH.take("grad_delta", piece.shape, own_x),
+            )
             grad_delta = torch.bmm(own_g.mT, own_x, out=grad_delta).to(wide.dtype).mul_(entries)
             piece.of_A(grad_A).baddbmm_(piece.of_B(wide.B).mT, grad_delta, beta=beta)
             torch.bmm(grad_delta, piece.of_A(wide.A).mT, out=piece.of_B(grad_B))
@@ -135,10 +141,6 @@ def _outputs(blocks: Blocks, piece: BlockRun, g: Tensor) -> Tensor:
     rows = blocks.orders.rows.narrow(0, piece.first_row, piece.count * piece.height)
     own = take_columns(g, rows, SCRATCH.take("g", (len(g), len(rows)), g))
     return own.view(len(g), piece.count, piece.height).transpose(0, 1)
-
-
-def _entries(blocks: Blocks, piece: BlockRun, anchor: Tensor) -> Tensor:
-    return diagonal_blocks(blocks, piece, anchor, SCRATCH.take("anchor", piece.shape, anchor))
 
 
 def _delta(wide: Factors, run: BlockRun, entries: Tensor, dtype: torch.dtype) -> Tensor:
@@ -166,12 +168,12 @@ def multiply(blocks: Blocks, x: Tensor, deltas: Deltas) -> Tensor:
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def diagonal_blocks(blocks: Blocks, run: BlockRun, anchor: Tensor, out: Tensor | None = None) -> Tensor:
-    """The blocks `M[I_k, J_k]` of a run, (blocks, height, width): a view of M if they are contiguous, else a copy, in
-    `out` where that is faster."""
+def diagonal_blocks(blocks: Blocks, run: BlockRun, anchor: Tensor, reuses: bool = False) -> Tensor:
+    """The blocks `M[I_k, J_k]` of a run, (blocks, height, width): a view of M if they are contiguous, else a copy,
+    which the next call overwrites if this one `reuses` memory."""
     if blocks.is_contiguous or anchor.device.type != "cpu" or run.height * run.width <= LARGE_BLOCK:
         return run.of_matrix(anchor, blocks)
-    out = anchor.new_empty(run.shape) if out is None else out
+    out = SCRATCH.take("anchor", run.shape, anchor) if reuses else anchor.new_empty(run.shape)
     places, first = out.view(-1, run.width), run.first_row
     for piece in run.cut(rows_of_piece(anchor.shape[1])):
         rows, cols = piece.indices(blocks.orders)

@@ -232,7 +232,7 @@ def contiguous(dtype: torch.dtype = torch.float64, **config: object) -> tuple[Sm
 
 @pytest.mark.parametrize(
     ("route", "dtype", "conv1d"),
-    [("fused", torch.float64, False), ("apart", torch.float64, True), ("apart", torch.bfloat16, False)],
+    [("one product", torch.float64, False), ("apart", torch.float64, True), ("apart", torch.bfloat16, False)],
 )
 def test_a_training_step_gathers_nothing(
     monkeypatch: pytest.MonkeyPatch, route: str, dtype: torch.dtype, conv1d: bool
@@ -243,7 +243,7 @@ def test_a_training_step_gathers_nothing(
     assert not found
 
 
-@pytest.mark.parametrize(("route", "dtype"), [("fused", torch.float64), ("apart", torch.bfloat16)])
+@pytest.mark.parametrize(("route", "dtype"), [("one product", torch.float64), ("apart", torch.bfloat16)])
 def test_other_blocks_gather(monkeypatch: pytest.MonkeyPatch, route: str, dtype: torch.dtype) -> None:
     layer, x = contiguous(dtype, route=route, partition="spectral")
     with gathers(monkeypatch) as found:

@@ -12,6 +12,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from smoa import SmoaConfig, UnsupportedModuleError
 from smoa.layers.kinds import Convolution, Embedding
 from smoa.layers.layer import SmoaLayer
+from smoa.maths.kernels.branch import SCRATCH
 from tests.support.kinds import CONVS, input_of, kind_of_layer, oracle_of
 from tests.support.layers import ROUTES, Wrapper, adapted_layer, base_weight, clone_leaf, factors, oracle_delta
 from tests.support.live_bytes import LiveBytes
@@ -42,7 +43,7 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward() -> None:
     layer = adapted_layer(nn.Conv2d(64, 64, 3, padding=1), r=4, num_blocks=2)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        pointers = {layer.get_base_layer().weight.data_ptr()}
+        pointers = {parameter.data_ptr() for parameter in layer.parameters()}
         x = torch.randn(1, 64, 4, 4)
         y = layer(x)
     assert y.requires_grad
@@ -146,6 +147,7 @@ def test_tokens_of_any_shape(shape: tuple[int, ...]) -> None:
 
 def test_a_step_makes_nothing_of_the_tables_size() -> None:
     layer = adapted_layer(nn.Embedding(1000, 64), r=8, num_blocks=4)
+    SCRATCH.buffers.clear()  # of other tests
     with LiveBytes(*layer.parameters(), *layer.buffers()) as live:
         layer(TOKENS).square().sum().backward()
     assert live.peak < layer.get_base_layer().weight.nbytes / 2  # with the gradient of B, of 250 by 8

@@ -29,7 +29,9 @@ MODULATIONS = ["hadamard", "none"]
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)], ids=["1-D", "2-D", "4-D"])
-@pytest.mark.parametrize(("route", "modulation"), [("fused", "hadamard"), ("apart", "hadamard"), ("apart", "none")])
+@pytest.mark.parametrize(
+    ("route", "modulation"), [("one product", "hadamard"), ("apart", "hadamard"), ("apart", "none")]
+)
 def test_inputs_of_one_to_four_dimensions(shape: tuple[int, ...], modulation: str, route: str) -> None:
     layer = layer_13_to_11(modulation=modulation, route=route)
     x = inputs(*shape)
@@ -63,7 +65,9 @@ def test_inputs_that_are_not_contiguous(modulation: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2), (0, 1), (0, 2)], ids=str)
-@pytest.mark.parametrize(("route", "modulation"), [("fused", "hadamard"), ("apart", "hadamard"), ("apart", "none")])
+@pytest.mark.parametrize(
+    ("route", "modulation"), [("one product", "hadamard"), ("apart", "hadamard"), ("apart", "none")]
+)
 def test_whatever_is_frozen_the_others_get_their_gradients(
     frozen: tuple[int, ...], route: str, modulation: str
 ) -> None:
@@ -166,10 +170,10 @@ def test_a_compiled_layer_drops_the_same_inputs() -> None:
 
 
 @whole_runs
-@pytest.mark.parametrize(("route", "modulation"), [("fused", "hadamard"), ("apart", "none")])
+@pytest.mark.parametrize(("route", "modulation"), [("one product", "hadamard"), ("apart", "none")])
 def test_a_compiled_layer_of_changing_batch_size_is_the_oracles(route: str, modulation: str) -> None:
     torch.compiler.reset()
-    layer = layer_13_to_11(conv1d=route == "fused", modulation=modulation, route=route)
+    layer = layer_13_to_11(conv1d=route == "one product", modulation=modulation, route=route)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (5, 9):
         x = inputs(tokens)

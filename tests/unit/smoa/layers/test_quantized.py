@@ -207,6 +207,7 @@ class Rounded(nn.Module):
 @pytest.mark.filterwarnings("ignore:merged weights were quantized again:UserWarning")
 def test_a_layer_without_a_weight_of_that_name_is_unloaded_and_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = SimpleNamespace(
+        backend_name="of a test",
         supports_merge=True,
         get_base_weight=Rounded.dequantize,
         set_base_weight=lambda layer, weight: setattr(layer, "base_layer", Rounded(weight)),

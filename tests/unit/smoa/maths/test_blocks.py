@@ -158,10 +158,10 @@ def test_the_product_of_spread_factors_is_the_unmodulated_update(
 ) -> None:
     case = problem(out_features, in_features, ranks)
     scale = [1.0 + k for k in range(len(ranks))]
-    wide = case.factors(0.5, scale).wide()
+    spread_A, spread_B = case.factors(0.5, scale).spread(torch.float64)
     expected = reference.factor_shapes(out_features, in_features, len(ranks), sum(ranks))
     assert saved_shapes((out_features, in_features), ranks)[:2] == expected
-    assert_close(wide.spread_B() @ wide.spread_A(), case.oracle("none", [0.5 * s for s in scale]))
+    assert_close(spread_B @ spread_A, case.oracle("none", [0.5 * s for s in scale]))
 
 
 # initialization

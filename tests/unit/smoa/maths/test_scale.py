@@ -38,7 +38,7 @@ def test_the_scale_by_block_gives_every_anchor_unit_rms_and_loras_four_times_tha
     )
 
 
-@pytest.mark.parametrize(("kind", "route"), [("layer", "fused"), ("block", "apart"), ("lora", "fused")])
+@pytest.mark.parametrize(("kind", "route"), [("layer", "one product"), ("block", "apart"), ("lora", "one product")])
 def test_a_layer_with_such_a_scale_is_the_oracles(kind: str, route: str) -> None:
     layer = adapted_layer(base_layer(11, 13), r=6, num_blocks=3, alpha=2.0, scale=kind, route=route)
     x = torch.randn(5, 13, dtype=torch.float64)

@@ -1,0 +1,240 @@
+r"""Forms `W + ΔW`, the one place where ΔW meets W, and multiplies with it: `x(W + ΔW)ᵀ + b` in one product.
+
+    W + ΔW = W ⊙ (1 + U),   U = B̃Ã with the scale in B̃: zero off the diagonal blocks   (arXiv:2605.21147)
+
+A training step takes 2 + 1/K products. W + ΔW is formed piece by piece and never kept: by rows for the output and for a
+merge, by columns for the gradient of x, so that no sum is rounded between pieces. All have the same bits, because one
+cut, of the shape alone, serves all: a product of the factors gives an entry the same bits in every piece of at least 16
+rows. So what is trained is what a merge writes.
+
+In 16 bits the factors are rounded to W's dtype (three times as fast, and nothing measurable is lost), and `W(1 + U)` is
+computed in float32 and rounded once. This keeps more of a small ΔW than `x Wᵀ + x ΔWᵀ`, whose sum is rounded to 16 bits
+too: 0.8 to 0.9 of an update of a thousandth of y, where that keeps 0.55 (docs/experiment-log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from smoa.maths.blocks import Blocks
+from smoa.maths.factors import Factors
+from smoa.maths.kernels.autograd import Gradients, is_transformed
+from smoa.maths.kernels.branch import SCRATCH, Branch, product_dtype
+from smoa.maths.scale import ModulationKind
+
+Part = tuple[Factors, ModulationKind]
+ALL = slice(None)
+
+PIECE = 1 << 22
+"""Entries of W in a piece on a CPU (measured: docs/experiment-log.md)."""
+MIN_TOKENS = 4
+"""Tokens for each of K² from which W + ΔW pays, twice as many where the blocks are contiguous (measured:
+docs/experiment-log.md)."""
+ONE_PRODUCT_ON_GPU = False
+"""Whether W + ΔW is formed on a GPU: not before `benchmarks/gpu.py layer` has been run on one."""
+LARGEST_KEPT = 1 << 26
+"""Entries of the largest W + ΔW whose memory a thread keeps for the next layer: to page 32 MiB in anew takes a tenth of
+a step of 4096 × 4096."""
+MASK_COST = 64
+"""Cost of masking one entry, in multiplications of a matrix product (measured: docs/experiment-log.md)."""
+FEWEST_ROWS, FEWEST_COLUMNS = 16, 64
+"""Pieces have at least so many: products of fewer rows sum in another order, of fewer columns take twice the time."""
+SMALL = 4096
+"""PyTorch sums products of so few multiplications in 16 bits in another order."""
+
+
+def may_form(device_type: str) -> bool:
+    """Whether W + ΔW is formed on such a device."""
+    return device_type == "cpu" or ONE_PRODUCT_ON_GPU
+
+
+def pays(blocks: Blocks, device_type: str, tokens: int) -> bool:
+    """Whether to form W + ΔW, which takes passes over the weight, for so many tokens."""
+    fewest = MIN_TOKENS * blocks.num_blocks**2 * (2 if blocks.is_contiguous else 1)
+    return may_form(device_type) and tokens >= fewest
+
+
+def sums_by_shape() -> bool:
+    """Whether this CPU sums a product of 16 bits in an order that depends on its shape: with a piece of W it then has
+    other bits than with all of W, as is so with AMX (which also takes up to twice the time for pieces)."""
+    has_amx: Any = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)  # before PyTorch 2.5 nobody knows
+    return bool(has_amx())
+
+
+def cut(size: int, other: int, fewest: int, entries: int) -> Iterator[slice]:
+    """Pieces of `size` rows or columns of `other` entries each: multiples of 16, none shorter, of about so many entries
+    in all, or of `fewest` rows or columns."""
+    step, first = max(fewest, entries // max(other, 1) // 16 * 16), 0
+    while size - first >= step + FEWEST_ROWS:
+        yield slice(first, first + step)
+        first += step
+    yield slice(first, size)
+
+
+class Effective:
+    """`W + Σ ΔW` of one matrix, rounded once, by pieces; each is overwritten when the next is formed.
+
+    Entries off the diagonal blocks are W's, whatever the factors hold.
+
+    Args:
+        weight: Pristine W (out_features, in_features).
+        parts: Factors and modulation of those to add. More than one, or one without modulation, are formed as ΔW first,
+            in float32 or wider.
+        transposed: Whether W is stored as (in_features, out_features), as in a Conv1D.
+        waits: Whether to look for factors that aren't finite, which waits for a GPU.
+        numbers: Only these rows, int (rows,), of one update.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        parts: Sequence[Part],
+        transposed: bool = False,
+        waits: bool = True,
+        numbers: Tensor | None = None,
+    ) -> None:
+        self.weight, self.parts, self.transposed = weight, parts, transposed
+        self.entries = PIECE if weight.device.type == "cpu" else weight.numel()  # a GPU takes all at once
+        (factors, modulation), *others = parts
+        self.is_modulated = not others and modulation != "none"
+        if not self.is_modulated:
+            return
+        self.labels = factors.blocks.row_labels, factors.blocks.col_labels
+        # The product of the spread factors is zero off the diagonal blocks, at r multiplications for each entry. For
+        # large r it is cheaper to stack the blocks' ranks, at max r_k for each, and to mask the result.
+        self.masks = stacked = sum(factors.ranks) - max(factors.ranks) > MASK_COST
+        own = product_dtype(weight.dtype, weight.device.type)
+        dtype = own if weight.dtype.itemsize == 2 else torch.promote_types(own, factors.A.dtype)
+        self.entries //= 1 if dtype == weight.dtype else 2
+        if numbers is None:
+            self.A, self.B = factors.spread(dtype, stacked)
+        else:
+            self.weight, self.labels = F.embedding(numbers, weight), (self.labels[0][numbers], self.labels[1])
+            self.A, self.B = factors.spread_rows(dtype, numbers, stacked)
+        if (waits or weight.device.type == "cpu") and not self.masks:
+            sums = self.A.sum(dtype=factors.dtype) + self.B.sum(dtype=factors.dtype)
+            self.masks = not bool(sums.isfinite())
+
+    def rows(self) -> Iterator[tuple[slice, Tensor]]:
+        """Pieces (rows, in_features)."""
+        m, n = self.weight.shape
+        for rows in cut(m, n, FEWEST_ROWS, self.entries):
+            yield rows, self._piece(rows, ALL)
+
+    def factors_of_product(self, columns: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """What a product takes one after the other: pieces of rows or of columns, or the whole."""
+        if self.weight.dtype.itemsize == 2 and sums_by_shape():
+            (m, n), order = self.weight.shape, -1 if self.transposed else 1  # operands laid out as merged ones are
+            made = SCRATCH.take("whole", (m, n)[::order], self.weight, LARGEST_KEPT)
+            yield ALL, self.whole(made.T if self.transposed else made)
+        else:
+            yield from self.columns() if columns else self.rows()
+
+    def whole(self, made: Tensor | None = None) -> Tensor:
+        """All of it: (out_features, in_features)."""
+        made = torch.empty_like(self.weight) if made is None else made
+        for rows, piece in self.rows():
+            made[rows] = piece
+        return made
+
+    def columns(self) -> Iterator[tuple[slice, Tensor]]:
+        """Pieces (out_features, columns)."""
+        m, n = self.weight.shape
+        for columns in cut(n, m, FEWEST_COLUMNS, self.entries):
+            yield columns, self._piece(ALL, columns)
+
+    def _piece(self, rows: slice, columns: slice) -> Tensor:
+        weight = self.weight[rows, columns]
+        if not self.is_modulated:
+            total = sum((dense_delta(*part, self.weight, rows, columns) for part in self.parts), weight.new_zeros(()))
+            return torch.where(total == 0, weight, (total + weight).to(weight.dtype))
+        A, B = self.A[:, columns], self.B[rows]
+        update = _product(A.T, B.T).T if self.transposed else _product(B, A)
+        if self.masks:
+            of_rows, of_columns = self.labels
+            update.masked_fill_(of_rows[rows, None] != of_columns[columns], 0)
+        wide = weight.to(update.dtype)
+        return torch.addcmul(wide, wide, update, out=update).to(weight.dtype)
+
+
+def dense_delta(
+    factors: Factors,
+    modulation: ModulationKind,
+    weight: Tensor,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+) -> Tensor:
+    """ΔW of these rows and columns, in the widest of float32 and the dtypes of the weight and the factors."""
+    A, B = factors.spread(torch.promote_types(factors.dtype, weight.dtype))
+    product = B[rows] @ A[:, columns]
+    if modulation == "none":
+        return product
+    own = weight[rows, columns]
+    return product * own if is_transformed(own) else product.mul_(own)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`, of so many rows that each has the same bits in every piece."""
+    (count, r), columns = left.shape, right.shape[1]
+    rows = max(count, FEWEST_ROWS, SMALL // (r * columns) + 1)
+    left = left if rows == count else F.pad(left, (0, 0, 0, rows - count))
+    return torch.mm(left, right, out=SCRATCH.take("update", (rows, columns), left))[:count]
+
+
+@dataclass(frozen=True)
+class OneProduct:
+    """`x(W + ΔW)ᵀ + b` for x (tokens, in_features), in the dtype of x, to which W + ΔW is rounded.
+
+    Args:
+        transposed: As in `Effective`.
+    """
+
+    transposed: bool = False
+
+    def forward(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        dtype = product_dtype(x.dtype, x.device.type)
+        y, own = x.new_empty(len(x), len(weight), dtype=dtype), x.to(dtype)
+        for rows, effective in self._effective(factors, weight).factors_of_product():
+            effective = effective.to(x.dtype).to(dtype)
+            if bias is None:
+                torch.mm(own, effective.T, out=y[:, rows])
+            else:
+                torch.addmm(bias[rows].to(dtype), own, effective.T, out=y[:, rows])
+        return y.to(x.dtype)
+
+    def plain(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
+        return plain_product(factors, x, weight, None)
+
+    def backward(self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> Gradients:
+        _, grad_A, grad_B = Branch().backward(factors, g, x, weight, False)
+        if not needs_x:
+            return None, grad_A, grad_B
+        dtype = product_dtype(x.dtype, x.device.type)
+        grad_x, own = torch.empty_like(x, dtype=dtype), g.to(dtype)
+        for columns, effective in self._effective(factors, weight).factors_of_product(columns=True):
+            torch.mm(own, effective.to(x.dtype).to(dtype), out=grad_x[:, columns])
+        return grad_x.to(x.dtype), grad_A, grad_B
+
+    def _effective(self, factors: Factors, weight: Tensor) -> Effective:
+        return Effective(weight, [(factors, "hadamard")], self.transposed, waits=False)
+
+
+def plain_product(factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x(W + ΔW)ᵀ + b` by PyTorch's own operations, of which autograd keeps W + ΔW; x (…, in_features)."""
+    return F.linear(x, plain_effective(factors, "hadamard", weight).to(x.dtype), bias)
+
+
+def plain_effective(factors: Factors, modulation: ModulationKind, weight: Tensor) -> Tensor:
+    """W + ΔW in the dtype of W by PyTorch's own operations, differentiable in the factors and W."""
+    if modulation == "none":
+        return (weight + dense_delta(factors, modulation, weight)).to(weight.dtype)
+    dtype = weight.dtype if weight.dtype.itemsize == 2 else torch.promote_types(weight.dtype, factors.A.dtype)
+    A, B = factors.spread(dtype)
+    wide = weight.to(dtype)
+    return torch.addcmul(wide, wide, B @ A).to(weight.dtype)
