@@ -2,8 +2,7 @@
 
     python docs/figures/measured.py [precision] [rates]
 
-- precision: how much of ΔW bfloat16 keeps in the output, measured here. ΔW = W ⊙ δ is relative to W. If W(1 + δ) is
-  rounded to bfloat16, an entry with |δ| < 2⁻⁹ does not change. A ΔW that is rounded apart from W loses almost nothing.
+- precision: how much of an update reaches the output of a layer in bfloat16, by benchmarks/rounding.py.
 - rates: the loss by learning rate, for LoRA and SMoA's default, and the table of studies/rates.md, which has other
   scales too; validation losses of studies in quarter decades, one seed each. `--collect` adds an entry of a study's
   folder to the numbers; FACTOR is that of the scale, in units of 1 / rms of each block.
@@ -18,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
-import torch
 
-from smoa_lab.pages.charts import DASHES, MUTED, color_of, lines, save_picture, values
+from smoa_lab.pages.charts import DASHES, MUTED, color_of, lines, save_picture
 from smoa_lab.pages.tables import Table
 
 DOCS = Path(__file__).parents[1]
 IMAGES = DOCS / "images"
 RATES = IMAGES / "rates.json"
+ROUNDING = DOCS.parent / "benchmarks" / "results" / "rounding_kept.json"
 SMOA, OTHER = (color_of("smoa"), DASHES[0]), (MUTED, DASHES[1])
 """A line's color and dash."""
 RATE_LINES = {"LoRA": ("LoRA", (color_of("lora"), DASHES[1])), "SMoA, 4 / rms": ("SMoA (default)", SMOA)}
@@ -33,43 +32,22 @@ RATE_LINES = {"LoRA": ("LoRA", (color_of("lora"), DASHES[1])), "SMoA, 4 / rms": 
 TICKS = (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2)
 HIGHEST, HIGHEST_SHARE = 0.45, 0.4
 """Losses so far above the lowest of a panel, or by that share of it, are left out of the picture."""
-SIZE, TOKENS, WEIGHT_RMS = 1024, 256, 0.02
-RELATIVE_SIZES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def relative_errors(size: float) -> dict[str, float]:
-    """‖error of x ΔWᵀ‖ / ‖x ΔWᵀ‖ for entries δ of rms `size`, formed together with W and apart from it."""
-    torch.manual_seed(0)
-    weight = torch.randn(SIZE, SIZE).mul_(WEIGHT_RMS).bfloat16().double()
-    delta = weight * torch.randn(SIZE, SIZE).double() * size
-    x = torch.randn(TOKENS, SIZE).double()
-    exact = x @ delta.T
-    rounded = {
-        "together": x @ ((weight + delta).bfloat16().double() - weight).T,
-        "apart": x @ delta.bfloat16().double().T,
-    }
-    return {"size": size} | {name: float((product - exact).norm() / exact.norm()) for name, product in rounded.items()}
-
-
 def precision() -> Any:
-    points = [relative_errors(size) for size in RELATIVE_SIZES]
-    (IMAGES / "precision.json").write_text(json.dumps(points, indent=1) + "\n", encoding="utf-8")
-    names = {"together": "W + ΔW rounded to bfloat16", "apart": "ΔW rounded by itself"}
-    rows = [
-        {"name": name, "size": point["size"], "error": point[key]} for key, name in names.items() for point in points
+    rows = [row for row in read(ROUNDING)["results"] if row["weights"] == "normal"]
+    names = {"nearest": "one product, SMoA's", "lora": "two products, LoRA's"}
+    points = [
+        {"name": name, "share": row["share"], "kept": row[key]["kept"]} for key, name in names.items() for row in rows
     ]
-    across, up = (alt.Scale(type="log", nice=False) for _ in range(2))
-    ticks = alt.Axis(format="~g", values=[10.0**power for power in range(-4, 1)], labelFlush=False)
-    x = alt.X("size:Q", title="rms of the relative change of an entry of W", scale=across, axis=ticks)
-    y = alt.Y("error:Q", title="relative error of x ΔWᵀ", scale=up, axis=ticks)
-    drawn = lines(rows, dict(zip(names.values(), (OTHER, SMOA), strict=True)), x, y, width=460)
-    ulp = alt.Chart(values([{"size": 2**-9, "label": "half a unit in the last place: 1/512"}])).encode(x="size:Q")
-    label = ulp.mark_text(align="left", dx=6, dy=14).encode(y=alt.value(105), text="label:N")
-    return drawn + ulp.mark_rule(color=MUTED, strokeDash=[2, 3]) + label
+    ticks = alt.Axis(format="~g", values=[10.0**power for power in range(-4, 0)], labelFlush=False)
+    x = alt.X("share:Q", title="size of the update: Δy / y", scale=alt.Scale(type="log", nice=False), axis=ticks)
+    y = alt.Y("kept:Q", title="share of the update in the output", scale=alt.Scale(domain=[0, 1]))
+    return lines(points, dict(zip(names.values(), (SMOA, OTHER), strict=True)), x, y, width=460)
 
 
 def rates() -> Any:

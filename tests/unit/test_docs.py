@@ -32,7 +32,7 @@ GENERATED = ("studies",)
 PAGES = sorted(path for path in DOCS.rglob("*.md") if path.relative_to(DOCS).parts[0] not in GENERATED)
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs" / "README.md", *PAGES]
 NOT_IN_NAVIGATION = ("results.md", "experiment-log.md")
-MOST_WORDS = 12_500
+MOST_WORDS = 13_000
 BASE_MODELS = ("google/gemma-3-270m", "HuggingFaceTB/SmolLM2-135M-Instruct")
 # `<!-- not run: REASON -->` before a block of Python says why no test can run it. A block within a comment is run and
 # not shown.
@@ -144,7 +144,7 @@ def test_the_navigation_lists_every_page_once() -> None:
     assert [page for page in listed if not (DOCS / page).is_file()] == []
 
 
-def test_the_pages_of_the_navigation_have_at_most_12_500_words() -> None:
+def test_the_pages_of_the_navigation_have_at_most_13_000_words() -> None:
     pages = [page.read_text(encoding="utf-8") for page in PAGES if page.name not in NOT_IN_NAVIGATION]
     assert sum(len(re.findall(r"\S*\w\S*", text)) for text in pages) <= MOST_WORDS
 
