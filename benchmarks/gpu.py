@@ -45,6 +45,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from smoa import SmoaConfig
+from smoa.maths.kernels import one_product
 from smoa.maths.blocks import Blocks
 from smoa.maths.spectrum import make_partition
 from smoa.scores import clear_spectrum_cache
@@ -54,7 +55,7 @@ SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (2048, 640))
 TOKENS = (512, 4096, 1, 16384)
 NUM_BLOCKS = (2, 4, 8)
 OTHERS = ("frozen", "lora", "dora", "hira", "released")
-OURS = tuple(product(("eager", "compiled"), ("random", "contiguous")))
+OURS = tuple(product(("eager", "one product", "compiled"), ("random", "contiguous")))
 MODELS = (("lora", 0, ""), ("hira", 0, ""), *(("smoa", k, p) for k in (8, 2) for p in ("random", "contiguous")))
 LLAMA_3_8B = LlamaConfig(
     hidden_size=4096,
@@ -159,10 +160,11 @@ def layer_cost(
 ) -> dict[str, Any]:
     base = OneLayer(*shape, torch.bfloat16, rows.device)
     model = adapted(method, base, 64, num_blocks, partition or "random")
+    one_product.ONE_PRODUCT_ON_GPU = route == "one product"
     torch.compiler.reset()
     step = training_step(torch.compile(model) if route == "compiled" else model, *inputs(base, tokens))
     costs = rows.cost_of(step, 20)
-    if route == "eager" and rows.device.type == "cuda":
+    if route in ("eager", "one product") and rows.device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")  # raises where the program waits for the GPU
         try:
             step()

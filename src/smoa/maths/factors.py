@@ -189,10 +189,8 @@ class Factors:
             dtype: As in `scaled`.
             stacked: Every block uses the first r_k ranks instead of ranks of its own: (max r_k, …) and (…, max r_k).
         """
-        (A, B), blocks = self.scaled(dtype), self.blocks
-        spread_A = self._spread(A, blocks.col_slices, blocks.orders.cols_inverse, stacked)
-        spread_B = self._spread(B.T, blocks.row_slices, blocks.orders.rows_inverse, stacked)
-        return spread_A, spread_B.T.contiguous()
+        A, B = self.scaled(dtype)
+        return self._spread(A, False, stacked), self._spread(B.T, True, stacked).T.contiguous()
 
     def spread_rows(self, dtype: torch.dtype, rows: Tensor, stacked: bool = False) -> tuple[Tensor, Tensor]:
         """Ã, and the rows of B̃ of these numbers, int (rows,): what `spread` gives, without forming B̃."""
@@ -205,14 +203,25 @@ class Factors:
         if stacked:  # the others are zero
             within = torch.tensor([rank for own in self.ranks for rank in range(own)], device=rows.device)
             rows_of_B = B.new_zeros(len(rows), max(self.ranks)).index_add(1, within, rows_of_B)
-        return self._spread(A, blocks.col_slices, blocks.orders.cols_inverse, stacked), rows_of_B
+        return self._spread(A, False, stacked), rows_of_B
 
-    def _spread(self, factor: Tensor, places: Sequence[slice], order: Tensor, stacked: bool) -> Tensor:
-        """A factor (r, largest block), whose ranks are those of blocks in these places, as (ranks, features)."""
-        spread = factor.new_zeros(max(self.ranks) if stacked else sum(self.ranks), places[-1].stop)
-        for own, place in zip(slices(self.ranks), places, strict=True):
-            spread[slice(own.stop - own.start) if stacked else own, place] = factor[own, : place.stop - place.start]
-        return spread if self.blocks.is_contiguous else spread.index_select(1, order)
+    def _spread(self, factor: Tensor, of_rows: bool, stacked: bool) -> Tensor:
+        """A factor (r, largest block), of the coordinates of rows or of columns, as (ranks, features)."""
+        blocks = self.blocks
+        size = blocks.out_features if of_rows else blocks.in_features
+        spread = factor.new_zeros(max(self.ranks) if stacked else sum(self.ranks), size)
+        for run in self.runs():  # a device starts as many operations for any K
+            first, width = (run.first_row, run.height) if of_rows else (run.first_col, run.width)
+            by_block = spread.narrow(1, first, run.count * width).unflatten(1, (run.count, width))
+            ranks = run.first_rank, run.count * run.rank
+            own = factor.narrow(0, *ranks).narrow(1, 0, width).unflatten(0, (run.count, run.rank))
+            if stacked:
+                by_block.narrow(0, 0, run.rank).copy_(own.transpose(0, 1))
+            else:
+                by_block = by_block.narrow(0, *ranks).unflatten(0, (run.count, run.rank))
+                by_block.diagonal(dim1=0, dim2=2).copy_(own.permute(1, 2, 0))
+        order = blocks.orders.rows_inverse if of_rows else blocks.orders.cols_inverse
+        return spread if blocks.is_contiguous else spread.index_select(1, order)
 
 
 def init_factors(

@@ -6,13 +6,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from smoa.layers.layer import SmoaLayer
-from smoa.maths.kernels import branch
+from smoa.maths.kernels import branch, one_product
 from tests.support.gradients import assert_path
 from tests.support.launches import SORTS_OR_WAITS, count
 from tests.support.layers import adapted_layer, base_layer, factors, take_route
 
 PARTITIONS = ["spectral", "contiguous"]
 LAUNCHES_FORWARD, LAUNCHES_BACKWARD = 16, 28
+ONE_PRODUCT_FORWARD, ONE_PRODUCT_BACKWARD = 26, 50
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,25 @@ def test_a_step_starts_few_operations_whatever_the_number_of_blocks(
         forward, backward = launches_of(*adapted(dtype, num_blocks=num_blocks, partition=partition), monkeypatch)
         assert len(forward) <= LAUNCHES_FORWARD, forward
         assert len(backward) <= LAUNCHES_BACKWARD, backward
+        assert not SORTS_OR_WAITS & {*forward, *backward}
+        found.add((len(forward), len(backward)))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_a_step_by_one_product_starts_as_many_for_any_number_of_blocks(
+    partition: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_route("one product")
+    monkeypatch.setattr(one_product, "PIECE", 1 << 60)
+    monkeypatch.setattr(one_product, "is_finite", lambda *_: True)  # which waits, on a CPU alone
+    found = set()
+    for num_blocks in (2, 8, 16):
+        forward, backward = launches_of(
+            *adapted(torch.bfloat16, num_blocks=num_blocks, partition=partition), monkeypatch
+        )
+        assert len(forward) <= ONE_PRODUCT_FORWARD, forward
+        assert len(backward) <= ONE_PRODUCT_BACKWARD, backward
         assert not SORTS_OR_WAITS & {*forward, *backward}
         found.add((len(forward), len(backward)))
     assert len(found) == 1

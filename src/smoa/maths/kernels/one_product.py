@@ -14,6 +14,7 @@ too: 0.8 to 0.9 of an update of a thousandth of y, where that keeps 0.55 (docs/e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,11 @@ def sums_by_shape() -> bool:
     return bool(has_amx())
 
 
+def is_finite(*factors: Tensor) -> bool:
+    """Whether all entries, and their sums, are finite; waits for a GPU."""
+    return all(math.isfinite(factor.sum(dtype=torch.promote_types(factor.dtype, torch.float32))) for factor in factors)
+
+
 def cut(size: int, other: int, fewest: int, entries: int) -> Iterator[slice]:
     """Pieces of `size` rows or columns of `other` entries each: multiples of 16, none shorter, of about so many entries
     in all, or of `fewest` rows or columns."""
@@ -117,9 +123,7 @@ class Effective:
         else:
             self.weight, self.labels = F.embedding(numbers, weight), (self.labels[0][numbers], self.labels[1])
             self.A, self.B = factors.spread_rows(dtype, numbers, stacked)
-        if (waits or weight.device.type == "cpu") and not self.masks:
-            sums = self.A.sum(dtype=factors.dtype) + self.B.sum(dtype=factors.dtype)
-            self.masks = not bool(sums.isfinite())
+        self.masks = self.masks or ((waits or weight.device.type == "cpu") and not is_finite(self.A, self.B))
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
         """Pieces (rows, in_features)."""
