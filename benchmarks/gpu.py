@@ -45,8 +45,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from smoa import SmoaConfig
-from smoa.maths.kernels import one_product
 from smoa.maths.blocks import Blocks
+from smoa.maths.kernels import one_product
 from smoa.maths.spectrum import make_partition
 from smoa.scores import clear_spectrum_cache
 from smoa.tuner.generation import keeping
