@@ -249,3 +249,13 @@ def assert_same_logits(actual: PeftModel, expected: PeftModel) -> None:
     rows = micro_batches()[0]
     ours, theirs = (model.eval()(input_ids=rows).logits for model in (actual, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_fsdp2_takes_one_product_and_gives_the_merged_models_bits() -> None:
+    worker = "tests.integration.workers.one_product"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", worker]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment())
+    products, equal = found.stdout.split()[-2:]
+    assert int(products) == 4
+    assert equal == "True"
