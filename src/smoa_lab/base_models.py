@@ -34,6 +34,7 @@ from transformers.utils import quantization_config
 
 from smoa.atomic import write_whole
 from smoa.errors import DataError
+from smoa.layers.quantized import keep_unpacked
 from smoa_lab.basics.files import cache_folder, check_place, content_of, new_folder
 from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
@@ -146,6 +147,8 @@ def load_weights(
     if gguf_file:
         _unmark_gguf(model)
         model.name_or_path = wanted.name  # from_pretrained records the folder, not the file
+    for module in model.modules():  # else scoring repacks 4-bit weights, after which no gradient passes them
+        keep_unpacked(module)
     return model, found
 
 

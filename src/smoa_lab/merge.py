@@ -75,9 +75,10 @@ class Merged:
     def add(self, name: str, before: Tensor, after: Tensor) -> None:
         """Add one layer, given its weight before and after the merge, in float32."""
         rounded = after.to(self.dtype)
+        if not torch.isfinite(after).all():
+            raise MergeError(f"{name}: the merged weight is NaN or infinite; the adapter is broken")
         if not torch.isfinite(rounded).all():
-            found = f"the merged weight is NaN, infinite or out of the range of {self.dtype}"
-            raise MergeError(f"{name}: {found}; the adapter is broken, or needs float32 or bfloat16")
+            raise MergeError(f"{name}: the merged weight is out of the range of {self.dtype}; take float32 or bfloat16")
         update, error = (float(torch.linalg.vector_norm(part)) ** 2 for part in (after - before, rounded - after))
         self.by_layer[name] = (error / update) ** 0.5 if update else 0.0
         self.update += update

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 import smoa  # noqa: F401  (registers SMoA with PEFT)
-from smoa.errors import ConfigError, DataError, SmoaError
+from smoa.errors import ConfigError, DataError, SmoaError, first_of
 from smoa_lab.base_models import base_content, packaged_name
 from smoa_lab.config.run import ModelSection, RunConfig, load_config, native_dtype
 from smoa_lab.training.run_folder import RunFolder
@@ -153,13 +153,17 @@ def loading_adapter(place: str | Path) -> Iterator[None]:
 
 
 def check_weights(adapter: Path) -> None:
-    """Raise DataError unless the adapter has its weights in a whole safetensors file: a pickle is not read."""
+    """Raise DataError unless the adapter has its weights, all finite, in a whole safetensors file: a pickle is not
+    read."""
     file = adapter / SAFETENSORS_WEIGHTS_NAME
     try:
-        with safe_open(file, "pt"):
-            pass
+        with safe_open(file, "pt") as tensors:
+            names = tensors.keys()
+            broken = [name for name in names if not tensors.get_tensor(name).float().isfinite().all()]
     except (OSError, SafetensorError) as error:
         raise DataError(f"{file}: is not a whole safetensors file ({error}); save or fetch it again") from error
+    if broken:
+        raise DataError(f"{file}: {first_of(broken)}: holds NaN or infinite values; the adapter is broken")
 
 
 def adapter_config(adapter: Path) -> PeftConfig:

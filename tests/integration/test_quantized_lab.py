@@ -7,8 +7,12 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from smoa.errors import ConfigError
 from smoa.layers.quantized import QuantizedLinear
+from smoa_lab import base_models
 from smoa_lab.base_models import load_weights
 from smoa_lab.config.run import ModelSection, check_config, load_config
 from smoa_lab.evaluate import evaluate_run
@@ -21,12 +25,6 @@ from tests.support import lab
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
 INT8 = {"load_in_8bit": True}
-
-
-@pytest.fixture(autouse=True)
-def _one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CPUs with AVX512-BF16 bitsandbytes repacks what it evaluates, and can't where a layer is as narrow as here."""
-    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False)
 
 
 @pytest.fixture
@@ -72,3 +70,62 @@ def test_a_run_trains_on_the_quantized_model_and_is_scored_again_from_its_folder
     model = PeftModel.from_pretrained(full, str(RunFolder(run.folder).adapter))
     merged = model.merge_and_unload(safe_merge=True)  # warnings are errors here: nothing is rounded
     assert torch.isfinite(merged.lm_head.weight).all()
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose layers are wide enough to be repacked."""
+    tokenizer = lab.byte_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.1, **sizes, **ends)
+    return lab.saved(LlamaForCausalLM(config), tokenizer, tmp_path_factory.mktemp("wide"))
+
+
+REPACKS = pytest.mark.skipif(
+    not getattr(bnb.functional, "has_avx512bf16", lambda: False)(),
+    reason="bitsandbytes repacks 4-bit weights on CPUs with AVX512-BF16 only",
+)
+
+
+@REPACKS
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=["all", "qv"])
+@pytest.mark.parametrize("method", ["lora", "dora", "smoa"])
+def test_a_run_that_was_scored_before_trains_as_one_that_was_not(
+    method: str, targets: Any, wide: Path, config: dict[str, Any], tmp_path: Path
+) -> None:
+    config["model"]["name"] = str(wide)
+    config |= {"method": method, "adapter": {"r": 4, "target_modules": targets}}
+    found = {}
+    for tokens in (64, 0):
+        config["training"]["output_dir"] = str(tmp_path / f"{tokens}")
+        own = {"scoring": {"before": bool(tokens)}, "forgetting": {"tokens": tokens}}
+        found[tokens] = run_module.run(check_config({**config, **own}))
+    norms = {
+        tokens: [one["grad_norm"] for one in run["history"] if "grad_norm" in one] for tokens, run in found.items()
+    }
+    assert norms[64] == norms[0]
+    assert min(norms[0]) > 0
+    scored, unscored = (found[tokens]["evaluation"]["after"] for tokens in (64, 0))
+    assert scored == unscored
+    folder = RunFolder(tmp_path / "64")
+    again = evaluate_run(load_config(folder.config), folder.adapter)
+    assert again["scores"]["loss"] == pytest.approx(scored["loss"], abs=1e-3)
+    assert {tensor.dtype for tensor in load_file(folder.adapter / "adapter_model.safetensors").values()} <= {
+        torch.float32,
+        torch.uint8,
+    }
+
+
+@REPACKS
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+def test_a_run_stops_where_no_gradient_passes_a_repacked_weight(
+    wide: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_models, "keep_unpacked", lambda module: None)
+    config["model"]["name"] = str(wide)
+    config |= {"method": "lora", "adapter": {"r": 4, "target_modules": ["q_proj", "v_proj"]}}
+    with pytest.raises(ConfigError, match=r"no gradient passes .*o_proj, .*down_proj"):
+        run_module.run(check_config(config))
+    assert not RunFolder(Path(config["training"]["output_dir"])).finished

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ def check_adapter_state(
             f"{first}: the model is wrapped, as by FSDP, and PEFT would load nothing into it; "
             "load the adapter before the model is wrapped, or into the wrapper's .module"
         )
-    try:
+    with _placed(f"; does {CONFIG_NAME} come from another save?"):
         own = {key for key in state_dict if ".smoa_" in key}
         keys_of = {name: [key_of(name, part, adapter_name) for part in PARTS] for name in layers}
         expected = {key for keys in keys_of.values() for key in keys}
@@ -48,20 +49,30 @@ def check_adapter_state(
         problems = [f"{verb} {len(keys)} tensor(s): {first_of(keys)}" for verb, keys in differences.items() if keys]
         if problems:
             raise AdapterFileError("; ".join(f"the adapter file {problem}" for problem in problems))
-        for key in state_dict:  # in the order of all ranks, which gather FSDP2's shards together
-            if key in others and (tensor := whole(state_dict[key])).is_floating_point():
+    for key in state_dict:  # in the order of all ranks, which gather FSDP2's shards together
+        if key in others and (tensor := whole(state_dict[key])).is_floating_point():
+            with _placed():
                 _largest(key, tensor)
-        for name, layer in layers.items():
-            tensors = {key: whole(state_dict[key]) for key in keys_of[name]}
-            ranks, scaling = layer.adapters[adapter_name].ranks, layer.scaling[adapter_name]
-            stored = next(layer.smoa_A[adapter_name].parameters()).dtype
+    for name, layer in layers.items():
+        tensors = {key: whole(state_dict[key]) for key in keys_of[name]}
+        ranks, scaling = layer.adapters[adapter_name].ranks, layer.scaling[adapter_name]
+        stored = next(layer.smoa_A[adapter_name].parameters()).dtype
+        with _placed(f"; does {CONFIG_NAME} come from another save?"):
             check_layout(tensors, layer.saved_shapes(ranks), len(ranks))
+        with _placed():
             check_values(name, tensors, ranks, scaling, stored)
+
+
+@contextmanager
+def _placed(remedy: str = "") -> Iterator[None]:
+    """Name the file that is being loaded, if one is, in the errors of the block."""
+    try:
+        yield
     except AdapterFileError as error:
         file = incoming()
         if file is None:
             raise
-        raise AdapterFileError(f"{file.path}: {error}; does {CONFIG_NAME} come from another save?") from None
+        raise AdapterFileError(f"{file.path}: {error}{remedy}") from None
 
 
 def _compare_others(model: nn.Module, config: SmoaConfig, adapter: str, keys: Set[str]) -> tuple[list[str], list[str]]:

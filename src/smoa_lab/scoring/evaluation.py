@@ -133,6 +133,15 @@ class Evaluation:
             right.append(math.isfinite(sum(losses)) and losses.index(min(losses)) == row.label)
         return Measured(Losses(nll, tokens), right)
 
+    def diverge(self) -> None:
+        """Note that training diverged: nothing is measured after it, and no loss is finite."""
+        number, nothing = len(self.rows), [math.nan] * len(self.rows)
+        right = (choices[row.label or 0] for choices, row in zip(self.choices, self.rows, strict=False))
+        losses = Losses(nothing, [tokens.trained for tokens in (right if self.chooses else self.tokens)])
+        if number:
+            self.measured["after"] = Measured(losses, [False] * number * self.chooses, nothing * self.prefers)
+            self.written["after"] = [""] * len(self.prompts)
+
     def shares(self, stage: Stage) -> dict[str, Losses]:
         """The scores of rows, by what: of what is right the mean is a share."""
         found: dict[str, Sequence[float]] = {"accuracy": self.measured[stage].right}

@@ -40,7 +40,7 @@ def perform(job: Job, config: RunConfig, timed: float = TIMED_SECONDS) -> Metric
     if job.stage == "timing":
         return time_steps(config, TIMED, timed)
     try:
-        metrics = score_untouched(config) if job.is_untouched else run(config)
+        metrics = score_untouched(config) if job.is_untouched else run(config, may_diverge=True)
     except Taken:
         return None
     except ConfigError:

@@ -7,7 +7,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from smoa_lab.data.rows import row_from_json
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.run_report import losses, run_card, samples_text
 from smoa_lab.scoring.evaluation import Evaluation, Forgetting
+from smoa_lab.training.guards import Diverged
 from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.run_folder import RunFolder, is_first_process, peak_memory, provenance
 from smoa_lab.training.trainer import Stopwatch, fit, make_trainer
@@ -37,10 +38,12 @@ FORMAT = 2
 """Of ``metrics.json``."""
 
 
-def run(config: RunConfig) -> dict[str, Any]:
+def run(config: RunConfig, may_diverge: bool = False) -> dict[str, Any]:
     """Train, score, save; the run's metrics, as ``metrics.json`` has them, which has null for what is not finite.
 
-    Nothing is written before config, rows and model are known to be good, and TRL's trainer is made of them.
+    A run that diverges raises :class:`Diverged` and can be started again, at another rate too; one that
+    ``may_diverge``, a study's, is finished without an adapter and with losses that are not finite. Nothing is written
+    before config, rows and model are known to be good, and TRL's trainer is made of them.
     """
     config = with_rate(config)
     folder, text, peft_config = RunFolder(config.folder), config.to_yaml(), config.peft_config()
@@ -53,7 +56,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     if config.data.metric in ANSWERED and trainer.args.world_size > 1:
         raise ConfigError(f"data.metric: {config.data.metric} needs answers, which one process writes; leave it out")
     with folder.claimed(text, loaded.inputs() if is_first_process() else {}) as checkpoint:
-        return _train(loaded, trainer, forgetting, folder, checkpoint)
+        return _train(loaded, trainer, forgetting, folder, checkpoint, may_diverge)
 
 
 def score_untouched(config: RunConfig) -> dict[str, Any]:
@@ -80,7 +83,8 @@ def time_steps(config: RunConfig, most: int, seconds: float) -> dict[str, Any]:
     trainer = make_trainer(load_run(config), config.peft_config())
     loaded, watch = time.perf_counter(), Stopwatch(most, seconds)
     trainer.add_callback(watch)
-    fit(trainer, None)
+    with suppress(Diverged):
+        fit(trainer, None)
     return {
         "parameters": {"trainable": _trainable(trainer.model)},
         "loading": loaded - started,
@@ -90,7 +94,12 @@ def time_steps(config: RunConfig, most: int, seconds: float) -> dict[str, Any]:
 
 
 def _train(
-    loaded: LoadedRun, trainer: Trainer, forgetting: Forgetting, folder: RunFolder, checkpoint: str | None
+    loaded: LoadedRun,
+    trainer: Trainer,
+    forgetting: Forgetting,
+    folder: RunFolder,
+    checkpoint: str | None,
+    may_diverge: bool,
 ) -> dict[str, Any]:
     arguments: Any = trainer.args
     if arguments.process_index > 0:
@@ -104,15 +113,25 @@ def _train(
         forgetting.measure(trainer.model, "before")
     logger.info("Training on %s by %s", loaded.config.data.title, type(trainer).__name__)
     started = time.perf_counter()
-    fit(trainer, checkpoint)
-    seconds = time.perf_counter() - started
     model: Any = trainer.model
-    failed: DataError | None = None
+    failed: DataError | Diverged | None = None
     try:
-        evaluation.measure(model, "after")
-    except DataError as error:  # of the user's metric: the run is kept with its answers, which another can score
+        fit(trainer, checkpoint)
+    except Diverged as error:
+        folder.remove_checkpoints()  # a resumed run would come to the same steps
+        if not may_diverge:
+            raise
         failed = error
-    forgetting.measure(model, "after")
+    seconds = time.perf_counter() - started
+    if failed is None:
+        try:
+            evaluation.measure(model, "after")
+        except DataError as error:  # of the user's metric: the run is kept with its answers, which another can score
+            failed = error
+        forgetting.measure(model, "after")
+    else:
+        logger.warning("%s", failed)
+        evaluation.diverge()
     history = trainer.state.log_history
     tokens = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
     is_whole = tokens and not checkpoint  # TRL counts a resumed run's tokens from 0 again
@@ -128,6 +147,9 @@ def _train(
         "resumed": bool(checkpoint),
     }
     metrics["history"] = history
+    if isinstance(failed, Diverged):
+        metrics["parameters"]["adapter_bytes"] = 0
+        return from_rank_zero(partial(_finish, folder, metrics, evaluation))
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded else None  # all ranks gather it
     metrics = from_rank_zero(partial(_save, loaded, folder, model, state, metrics, evaluation))

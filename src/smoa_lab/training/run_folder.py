@@ -151,6 +151,9 @@ class RunFolder:
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, which marks the run finished, and remove its checkpoints."""
         write_whole(self.metrics, json_text(metrics) + "\n")
+        self.remove_checkpoints()
+
+    def remove_checkpoints(self) -> None:
         for path in self.path.glob("checkpoint-*"):
             if path.is_dir() and path.name.partition("-")[2].isdecimal():  # as the Trainer names its own
                 shutil.rmtree(path)

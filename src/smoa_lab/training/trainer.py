@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from peft import PeftConfig, TrainableTokensConfig
@@ -21,6 +21,7 @@ from transformers.trainer_utils import SchedulerType
 from smoa.errors import ConfigError
 from smoa.layers.distributed import is_distributed
 from smoa_lab.data.rows import Part
+from smoa_lab.training.guards import Guard, guarded
 from smoa_lab.training.loaded_run import LoadedRun
 
 logger = logging.getLogger(__name__)
@@ -54,9 +55,10 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
     settings: Any = run.base.config.get_text_config()
     routers = getattr(settings, "output_router_logits", None)
     patience, validates = config.early_stopping, str(config.training.get("eval_strategy", "no")) != "no"
-    callbacks = [ProgressReport(), *([] if patience is None else [EarlyStoppingCallback(patience)])]
+    guard = Guard()
+    callbacks = [guard, ProgressReport(), *([] if patience is None else [EarlyStoppingCallback(patience)])]
     try:
-        trainer: Trainer = chosen(
+        trainer: Any = guarded(chosen)(
             model=run.base,
             args=arguments,
             train_dataset=_dataset(run, "train"),
@@ -65,6 +67,9 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
             callbacks=callbacks,
             peft_config=peft_config,
         )
+        if getattr(run.base, "is_quantized", False):  # TRL makes these factors bfloat16, and they are loaded as float32
+            for each in (each for each in trainer.model.parameters() if each.requires_grad):
+                each.data = each.data.float()
         if arguments.world_size == 1:  # what it says of optimizer and scheduler comes before the scoring, too
             trainer.create_optimizer_and_scheduler(1)
             trainer.optimizer = trainer.lr_scheduler = None
@@ -72,10 +77,11 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
         raise ConfigError(f"training: TRL, transformers or PEFT refuses: {error}") from error
     if routers is not None:  # TRL asks mixtures for them in each step; with a cache of keys and values that fails
         settings.output_router_logits = routers
+    trainer.guard = guard
     vars(trainer)["create_model_card"] = lambda **_: None  # the adapter gets a card of ours
     for callback in (PrinterCallback, ProgressCallback):  # which ProgressReport replaces
         trainer.remove_callback(callback)
-    return trainer
+    return cast(Trainer, trainer)
 
 
 def fit(trainer: Trainer, checkpoint: str | None) -> None:

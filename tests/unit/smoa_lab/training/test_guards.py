@@ -1,0 +1,357 @@
+"""A run tries whether gradients reach what it trains, and stops where they can't."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
+from transformers.models.llama.modeling_llama import LlamaMLP
+from typer.testing import CliRunner
+
+from smoa.errors import ConfigError, SmoaError
+from smoa_lab.cli.main import app
+from smoa_lab.config.run import check_config
+from smoa_lab.config.yaml_text import to_yaml
+from smoa_lab.merge import merge_run
+from smoa_lab.study.comparison import measured, perform, read_metrics
+from smoa_lab.study.study import Job
+from smoa_lab.training import guards
+from smoa_lab.training import trainer as trainer_module
+from smoa_lab.training.guards import Diverged, Guard
+from smoa_lab.training.run import run, time_steps
+from smoa_lab.training.run_folder import RunFolder
+from smoa_lab.verify import verify
+from tests.support import lab
+from tests.support.own_rows import pairs, write_rows
+
+IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def opt(vocabulary: int) -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=vocabulary, word_embed_proj_dim=32, max_position_embeddings=512, init_std=0.2, **sizes, **IDS
+        )
+    )
+
+
+def falcon(vocabulary: int) -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
+    return FalconForCausalLM(
+        FalconConfig(vocab_size=vocabulary, parallel_attn=True, initializer_range=0.2, **sizes, **IDS)
+    )
+
+
+def gptj(vocabulary: int) -> PreTrainedModel:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 4}
+    return GPTJForCausalLM(GPTJConfig(vocab_size=vocabulary, initializer_range=0.2, **sizes, **IDS))
+
+
+FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
+    "llama": lambda vocabulary: lab.tiny_llama(vocabulary, 512),
+    "falcon": falcon,
+    "gptj": gptj,
+    "opt": opt,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    training = lab.steps(4, learning_rate=0.01, seed=3)
+    return lab.tiny_run(tmp_path, monkeypatch, train=20, test=2, training=training, forgetting={"tokens": 0})
+
+
+def of_family(config: dict[str, Any], family: str, folder: Path) -> dict[str, Any]:
+    tokenizer = lab.byte_tokenizer()
+    torch.manual_seed(0)
+    lab.saved(FAMILIES[family](len(tokenizer)), tokenizer, folder)
+    return {**config, "model": {"name": str(folder), "dtype": "float32"}}
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether a trial was made: one entry for each."""
+    made: list[bool] = []
+    original = guards.try_gradients
+
+    def noted(trainer: Any, step: Any, trains: bool) -> None:
+        made.append(trains)
+        original(trainer, step, trains)
+
+    monkeypatch.setattr(guards, "try_gradients", noted)
+    return made
+
+
+@pytest.mark.parametrize("method", ["smoa", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_that_train_pass_the_trial(
+    family: str, method: str, config: dict[str, Any], tmp_path: Path, tried: list[bool]
+) -> None:
+    config = of_family(config, family, tmp_path / family)
+    targets = {"adapter": {"r": 4, "target_modules": "all-linear"}}
+    metrics = run(check_config({**config, "method": method, **targets}))
+    assert tried == [True]
+    assert metrics["training"]["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("adapter", "training"),
+    [
+        ({"dropout": 0.5}, {}),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, {}),
+        ({}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+        ({}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}),
+        ({"modules_to_save": ["lm_head"]}, {}),
+        ({}, {"neftune_noise_alpha": 5.0}),
+    ],
+    ids=["dropout", "embeddings", "reentrant", "checkpointing", "copies", "neftune"],
+)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("method", ["smoa", "lora"])
+def test_a_trial_passes_and_changes_nothing(
+    method: str,
+    adapter: dict[str, Any],
+    training: dict[str, Any],
+    config: dict[str, Any],
+    tried: list[bool],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = {f"{method}_{key}" if key == "dropout" else key: value for key, value in adapter.items()}
+    config["adapter"] = {"r": 4, "target_modules": ["q_proj", "down_proj"], **own}
+    config |= {"method": method, "training": {**config["training"], **training}}
+    first = run(check_config(config))
+    assert tried == [True]
+    monkeypatch.setattr(guards.Guard, "look", lambda *_: None)
+    config["training"]["output_dir"] = str(tmp_path / "untried")
+    second = run(check_config(config))
+    assert first["evaluation"] == second["evaluation"]
+    same = ("loss", "grad_norm", "num_tokens")
+    histories = [[{key: one.get(key) for key in same} for one in each["history"]] for each in (first, second)]
+    assert histories[0] == histories[1]
+
+
+def test_preferences_are_tried_too(config: dict[str, Any], tmp_path: Path, tried: list[bool]) -> None:
+    config["data"] = {"train": str(write_rows(tmp_path / "pairs.jsonl", pairs(12))), "test_examples": 2}
+    assert run(check_config({**config, "trainer": "dpo"}))["training"]["steps"] == 4
+    assert tried == [True]
+
+
+def cut_off(module: Any, x: Tensor) -> Tensor:
+    """A layer's product without its backward."""
+    with torch.no_grad():
+        return nn.functional.linear(x, module.weight)
+
+
+def zeroed(module: Any, x: Tensor) -> Tensor:
+    """A layer's product with a backward of zeros."""
+    return nn.functional.linear(x, module.weight).detach() + 0 * nn.functional.linear(x, module.weight)
+
+
+@pytest.mark.parametrize("forward", [cut_off, zeroed])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_layer_that_gradients_do_not_pass_stops_a_run(
+    method: str, forward: Callable[..., Tensor], config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = trainer_module._check_output_layer
+
+    def break_layers(base: Any, wanted: Any) -> None:
+        original(base, wanted)
+        for layer in base.model.layers:
+            layer.mlp.down_proj.forward = forward.__get__(layer.mlp.down_proj)
+            layer.self_attn.o_proj.forward = forward.__get__(layer.self_attn.o_proj)
+
+    monkeypatch.setattr(trainer_module, "_check_output_layer", break_layers)
+    config |= {"method": method, "adapter": {"r": 4, "target_modules": ["q_proj", "v_proj"]}}
+    with pytest.raises(ConfigError, match=r"no gradient passes .*layers.0.self_attn.o_proj, .*down_proj"):
+        run(check_config(config))
+    folder = RunFolder(Path(config["training"]["output_dir"]))
+    assert not folder.finished
+    assert not folder.adapter.exists()
+
+
+def test_a_model_that_gives_no_gradient_to_anything_stops_a_run(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = LlamaForCausalLM.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        output.logits = output.logits.detach() + 0 * output.logits
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    with pytest.raises(ConfigError, match="no gradient reaches any trained tensor"):
+        run(check_config(config))
+
+
+def test_a_frozen_layer_of_zeros_is_no_fault(config: dict[str, Any], tmp_path: Path) -> None:
+    model = lab.tiny_llama(len(lab.byte_tokenizer()), 512)
+    nn.init.zeros_(model.model.layers[0].mlp.down_proj.weight)
+    config["model"]["name"] = str(lab.saved(model, lab.byte_tokenizer(), tmp_path / "zeros"))
+    config |= {"method": "lora", "adapter": {"r": 4, "target_modules": ["up_proj", "v_proj"]}}
+    assert run(check_config(config))["training"]["steps"] == 4
+
+
+def test_tensors_without_a_gradient_are_named(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    original = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: original(self, x).detach())
+    config["adapter"] = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "up_proj"]}
+    config["training"]["max_steps"] = 11
+    with pytest.warns(UserWarning, match="training left ΔW"), caplog.at_level("WARNING", "smoa_lab"):
+        run(check_config(config))
+    assert "4 trained tensors had no gradient in 10 steps: " in caplog.text
+    assert "up_proj" in caplog.text
+
+
+def test_a_batch_that_trains_nothing_is_not_tried() -> None:
+    guard, tries = guards.Guard(), list[int]()
+    trainer: Any = type("T", (), {"state": type("S", (), {"global_step": 0})})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guards, "_untried", lambda trainer: tries.append(1) or "noted")
+        for labels in ([[5, -100, -100]], [[-100, -100, 7]], [[5, 6, 7]]):
+            guard.look(trainer, {"labels": torch.tensor(labels)}, lambda: None)
+    assert guard.without == 1
+    assert tries == [1]
+
+
+# gradients that are not finite
+
+
+def test_a_run_that_diverges_stops_and_can_be_started_again_at_another_rate(config: dict[str, Any]) -> None:
+    config["training"] |= {"learning_rate": 1e20, "max_steps": 12, "save_steps": 1}
+    rule = r"3 steps in a row are not finite, up to step \d of 12.*lower training.learning_rate \(1e\+20\)"
+    with pytest.raises(Diverged, match=rule):
+        run(check_config(config))
+    folder = RunFolder(Path(config["training"]["output_dir"]))
+    assert not folder.finished
+    assert not folder.adapter.exists()
+    assert not list(folder.path.glob("checkpoint-*"))
+    config["training"]["learning_rate"] = 1e-3
+    metrics = run(check_config(config))
+    assert metrics["training"]["steps"] == 12
+    assert math.isfinite(metrics["evaluation"]["after"]["loss"])
+
+
+def test_the_command_ends_with_exit_code_1(config: dict[str, Any], tmp_path: Path) -> None:
+    config["training"] |= {"learning_rate": 1e20, "max_steps": 12}
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    result = CliRunner().invoke(app, ["train", str(file)])
+    assert result.exit_code == 1
+    assert "the run diverged, and no adapter is saved" in result.stderr
+
+
+@pytest.mark.parametrize("prefers", [False, True])
+def test_a_search_takes_the_rate_as_diverged(prefers: bool, config: dict[str, Any], tmp_path: Path) -> None:
+    if prefers:
+        config["data"] = {"train": str(write_rows(tmp_path / "pairs.jsonl", pairs(20))), "test_examples": 2}
+        config["trainer"] = "dpo"
+        config["training"]["beta"] = 1e38  # a large rate alone saturates the loss of preferences
+    config["training"] |= {"learning_rate": 1e20, "max_steps": 12}
+    metrics = perform(Job("search", "smoa", 1e20, 100), check_config(config))
+    assert metrics is not None
+    assert measured(metrics) is None
+    folder = RunFolder(Path(config["training"]["output_dir"]))
+    assert read_metrics(folder)["training"]["steps"] < 6
+    assert folder.rows.is_file()
+    assert not folder.adapter.exists()
+    assert time_steps(
+        check_config({**config, "training": {**config["training"], "output_dir": str(tmp_path / "t")}}), 9, 9
+    )
+
+
+def stepped(guard: Guard, gradients: list[float], optimizer: Any = None) -> list[Any]:
+    """What is left of the gradients of a model, one step for each."""
+    model, left = nn.Linear(1, 1, bias=False), []
+    state = SimpleNamespace(global_step=4, max_steps=9)
+    for gradient in gradients:
+        model.weight.grad = torch.tensor([[gradient]])
+        arguments = SimpleNamespace(learning_rate=0.5)
+        guard.on_pre_optimizer_step(arguments, state, None, model=model, optimizer=optimizer)
+        left.append(None if model.weight.grad is None else float(model.weight.grad))
+    return left
+
+
+def test_the_optimizer_gets_no_gradient_that_is_not_finite() -> None:
+    assert stepped(Guard(), [1.0, math.nan, math.inf, 2.0, -math.inf, math.nan, 3.0]) == [
+        1,
+        None,
+        None,
+        2,
+        None,
+        None,
+        3,
+    ]
+    with pytest.raises(Diverged, match="step 5 of 9"):
+        stepped(Guard(), [1.0, math.nan, math.inf, math.nan])
+
+
+def test_a_batch_without_trained_tokens_does_not_count() -> None:
+    guard = Guard()
+    for _ in range(5):
+        guard.look(SimpleNamespace(state=SimpleNamespace(global_step=1)), {"labels": torch.tensor([[4, -100]])}, stop)
+        assert stepped(guard, [math.nan]) == [None]
+    assert guard.without == 5
+    assert stepped(guard, [math.nan, math.nan]) == [None, None]
+
+
+def stop() -> None:
+    raise AssertionError
+
+
+def test_the_scaler_of_fp16_settles_first() -> None:
+    scale = [2.0**16]
+
+    def halve(steps: int) -> None:
+        for _ in range(steps):
+            assert math.isnan(stepped(guard, [math.nan], optimizer)[0])  # the scaler skips the step
+            scale[0] /= 2
+
+    guard, optimizer = Guard(), SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: scale[0]))
+    halve(16 + 2)
+    with pytest.raises(Diverged):
+        halve(1)
+    guard, scale = Guard(), [2.0**16]
+    halve(5)
+    assert stepped(guard, [1.0], optimizer) == [1]
+    halve(2)
+    with pytest.raises(Diverged):
+        halve(1)
+
+
+@pytest.mark.parametrize("method", ["smoa", "lora"])
+def test_a_broken_adapter_is_said_to_be_broken_and_nothing_else(
+    method: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    run(check_config({**config, "method": method, "adapter": {"r": 4, "target_modules": ["q_proj"]}}))
+    folder = RunFolder(Path(config["training"]["output_dir"]))
+    file = folder.adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(tensor for name, tensor in tensors.items() if "B" in name)[0] = math.nan
+    save_file(tensors, file)
+    for use in (lambda: merge_run(folder.path, tmp_path / "merged"), lambda: verify(folder.path, ["merged"])):
+        with pytest.raises(SmoaError, match=r"holds NaN or infinite values; the adapter is broken$"):
+            use()
+    if method == "smoa":
+        with pytest.raises(SmoaError, match=r"holds NaN or infinite values; the adapter is broken$"):
+            PeftModel.from_pretrained(lab.tiny_llama(len(lab.byte_tokenizer()), 512), str(folder.adapter))
