@@ -6,6 +6,7 @@ computes it. Each layer is converted by itself, so that a rank beyond its smalle
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smoa.errors import ConfigError, UnsupportedModuleError, UnsupportedVersionError, first_of
+from smoa.errors import ConfigError, SmoaError, UnsupportedModuleError, UnsupportedVersionError, first_of
 from smoa.files.names import PREFIX, adapter_layers
 from smoa_lab.base_models import described_base, load_weights
 from smoa_lab.basics.files import check_place, new_folder
+from smoa_lab.merge import store_share
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, open_run, with_saved_adapter
 from smoa_lab.scoring.evaluation import Evaluation
 from smoa_lab.scoring.losses import Losses
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder
+from smoa_lab.verify import verify
 
 
 def convert_run(
@@ -59,6 +62,10 @@ def convert_run(
         del run
     with new_folder(Path(output)) as written:
         report = {"folder": str(output), "loss": None, **_save_lora(source, rank, written, base)}
+        share = 1 - report["error"] ** 2  # of ‖ΔW‖²: a truncated decomposition is a projection
+        with suppress(SmoaError, IndexError):  # of what is no language model, or has no tokenizer of its own
+            share = verify(source, [str(written)], base=base)[-1].share or 0.0
+        store_share(written, share)
         if config is not None and held_out is not None and held_out.rows:
             lora = held_out.measure_once(with_saved_adapter(load_weights(config.model)[0], written)).losses
             report["loss"] = _loss(held_out.measured["before"].losses, held_out.measured["after"].losses, lora)

@@ -7,6 +7,7 @@ float32, and the share of ΔW that rounding to the saved dtype loses is measured
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 import warnings
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ DEQUANTIZED_BY_TRANSFORMERS = ("fp8", "mxfp4", "compressed-tensors")
 """Formats of checkpoints that transformers dequantizes while it loads them, if their config has `dequantize`."""
 GGUF_NOTE = "The base is a GGUF file: the adapter is merged into its dequantized weights, on which it was trained."
 DEQUANTIZED = "The base is quantized. The adapter is merged into its dequantized weights, on which it was used."
+SHARE = "smoa_share.json"
+"""The file of :func:`store_share`."""
 NOTEWORTHY = 0.01
 """Share of ΔW lost to rounding from which on the summary recommends float32."""
 
@@ -53,7 +56,8 @@ NOTEWORTHY = 0.01
 @dataclass
 class Merged:
     """What `merge_run` did: ``notes`` are sentences for the users of the merged model, ``by_layer`` is ‖error of ΔW‖ /
-    ‖ΔW‖ after rounding to the dtype; ``update`` and ``error`` are ‖ΔW‖² and ‖error of ΔW‖² over all layers."""
+    ‖ΔW‖ after rounding to the dtype; over all layers ``update`` and ``error`` are ‖ΔW‖² and ‖error of ΔW‖², and
+    ``kept`` is ⟨what the rounded weights changed, ΔW⟩."""
 
     folder: Path
     base: str
@@ -62,6 +66,7 @@ class Merged:
     by_layer: dict[str, float] = field(default_factory=dict)
     update: float = 0.0
     error: float = 0.0
+    kept: float = 0.0
 
     @property
     def lost(self) -> float:
@@ -80,6 +85,7 @@ class Merged:
         if not torch.isfinite(rounded).all():
             raise MergeError(f"{name}: the merged weight is out of the range of {self.dtype}; take float32 or bfloat16")
         update, error = (float(torch.linalg.vector_norm(part)) ** 2 for part in (after - before, rounded - after))
+        self.kept += float(((rounded - before) * (after - before)).sum())
         self.by_layer[name] = (error / update) ** 0.5 if update else 0.0
         self.update += update
         self.error += error
@@ -132,7 +138,19 @@ def merge_run(adapter: str | Path, output: str | Path, dtype: Dtype = "auto", ba
         _save_other_files(section, source, folder)
         card = model_card(base_models.described_base(section.name), folder, config, result)
         (folder / "README.md").write_text(card, encoding="utf-8")
+        store_share(folder, result.kept / result.update if result.update else 1.0)
     return result
+
+
+def store_share(folder: Path, share: float) -> None:
+    """Keep beside weights what share of ΔW they have, ⟨what they change, ΔW⟩ / ‖ΔW‖², by which `smoa verify` goes."""
+    (folder / SHARE).write_text(json.dumps({"share": share}) + "\n", encoding="utf-8")
+
+
+def stored_share(folder: Path) -> float | None:
+    """What :func:`store_share` kept; None where nothing is."""
+    file = folder / SHARE
+    return float(json.loads(file.read_text(encoding="utf-8"))["share"]) if file.is_file() else None
 
 
 def _load(

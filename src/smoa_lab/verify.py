@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -20,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
-from smoa.errors import ConfigError, DataError
+from smoa.errors import ConfigError, DataError, MergeError
 from smoa_lab.base_models import load_tokenizer, load_weights
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
-from smoa_lab.merge import Merged, class_of, merge_in_memory, resize_as_saved, with_plain_weights
+from smoa_lab.merge import Merged, class_of, merge_in_memory, resize_as_saved, stored_share, with_plain_weights
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, run_name, with_saved_adapter
 from smoa_lab.scoring.evaluation import GREEDY
 from smoa_lab.scoring.losses import logits_at
@@ -41,28 +42,65 @@ TIMEOUT = 120
 """Seconds that a server may take for one prompt."""
 
 
+Outcome = Literal["agrees", "differs", "can't tell"]
+EXIT_CODES: dict[Outcome, int] = {"differs": 1, "can't tell": 3, "agrees": 0}
+"""Of the command; of several outcomes the first counts."""
+SHARE_TOLERANCE = 0.1
+"""By how much the share of the adapter's change that a target has may be another than expected."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """``difference``: the largest between two logits of adapter and target, relative to the largest logit; for a
     server, the largest gap between the two best logits where it chose another token. ``allowed``: what rounding may
-    change. ``note``: what else there is to say."""
+    change.
+
+    ``share``: how much of what the adapter changes is there, ⟨target − base', adapter − base⟩ / ‖adapter − base‖² over
+    all logits, base' rounded as the target is; of a server's answers those that are the adapter's. ``expected``: the
+    share that a conversion or a merge measured, else 1. ``noise``: ‖what else the target changes‖ / ‖adapter − base‖.
+    ``note``: what else there is to say.
+    """
 
     target: str
     difference: float
     allowed: float
     note: str = ""
+    share: float | None = None
+    expected: float = 1.0
+    noise: float = 0.0
+
+    @property
+    def outcome(self) -> Outcome:
+        """Differs beyond what rounding or, of a conversion, what it left out explains; can't tell where the noise is
+        larger than the adapter's change, or as good as nothing of it was to be there."""
+        if not self.difference <= self.allowed:
+            return "differs"
+        if self.noise > 1 or self.expected <= SHARE_TOLERANCE:
+            return "can't tell"
+        if self.share is None or abs(self.share - self.expected) <= SHARE_TOLERANCE:
+            return "agrees"
+        return "differs" if self.expected > 2 * SHARE_TOLERANCE else "can't tell"
 
     @property
     def agrees(self) -> bool:
-        return self.difference <= self.allowed
+        return self.outcome == "agrees"
 
     def line(self) -> str:
-        sign = "agrees" if self.agrees else "DIFFERS"
-        note = f"; {self.note}" if self.note else ""
-        return f"{sign}  {self.target}: largest difference {self.difference:.1e}, allowed {self.allowed:.0e}{note}"
+        sign = "DIFFERS" if self.outcome == "differs" else self.outcome
+        expected = "" if self.expected == 1 else f", {self.expected:.1%} expected"
+        shares = [] if self.share is None else [f"{self.share:.1%} of what the adapter changes is there{expected}"]
+        more = "; ".join([*shares, *([self.note] if self.note else [])])
+        said = f"largest difference {self.difference:.1e}, allowed {self.allowed:.0e}"
+        return f"{sign}  {self.target}: {said}{'; ' * bool(more)}{more}"
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"agrees": self.agrees}
+        return asdict(self) | {"agrees": self.agrees, "outcome": self.outcome}
+
+
+def exit_code(verdicts: Sequence[Verdict]) -> int:
+    """The command's: 1 where one differs, or else 3 where one can't be told, or else 0."""
+    outcomes = {verdict.outcome for verdict in verdicts}
+    return next(code for outcome, code in EXIT_CODES.items() if outcome in outcomes)
 
 
 def verify(
@@ -82,9 +120,14 @@ def verify(
     kinds = {target: _kind(target) for target in targets}
     section = base_section(source, base)
 
-    def untouched(is_plain: bool = False) -> PreTrainedModel:
+    def untouched() -> PreTrainedModel:
+        """The base with plain weights; quantized ones where nothing can be merged and they can't be dequantized."""
         loaded, _ = load_weights(section)
-        loaded = with_plain_weights(loaded) if is_plain else loaded
+        try:
+            loaded = with_plain_weights(loaded)
+        except MergeError:
+            if {"merged", "model"} & set(kinds.values()):
+                raise
         resize_as_saved(loaded, source)
         return loaded
 
@@ -98,8 +141,7 @@ def verify(
     answers = [_greedy(model, each, tokens)[0] for each in ids] if asks else []
     adapted = with_saved_adapter(model, source).eval()
     own = _logits(adapted, ids)
-    quantized = getattr(model, "hf_quantizer", None) is not None
-    computed = "bfloat16" if quantized else section.dtype  # as its kernels do
+    computed = "float32" if getattr(model, "hf_quantizer", None) is None else "bfloat16"  # as its kernels do
     largest = float(own.abs().max())
     changed = float((own - before).abs().max()) / largest
     verdicts = [Verdict("base", 0.0, 0.0, f"the adapter changes logits by up to {changed:.1e}")]
@@ -107,27 +149,39 @@ def verify(
         verdicts = [Verdict("base", 1.0, 0.0, "the adapter changes nothing: untrained, or not applied")]
     name = served_name or run_name(source)
 
-    def compared(target: str, other: Tensor, *dtypes: str) -> Verdict:
-        difference = float((other - own).abs().max()) / largest
-        share = f"{difference / changed:.1%} of what the adapter changes" if changed else "the adapter changes nothing"
-        return Verdict(target, difference, max(TOLERANCE[dtype] for dtype in (computed, *dtypes)), share)
+    rounded = {"float32": before}
+    """The logits of the base, by the dtype that its weights were rounded to."""
+
+    def compared(target: str, other: Tensor, dtype: str) -> Verdict:
+        difference, allowed = float((other - own).abs().max()) / largest, max(TOLERANCE[computed], TOLERANCE[dtype])
+        if not changed:
+            return Verdict(target, difference, allowed, "the adapter changes nothing")
+        if dtype not in rounded:
+            model = untouched()
+            for weight in model.parameters():
+                weight.data = weight.data.to(getattr(torch, dtype)).float()
+            rounded[dtype] = _logits(model, ids)
+        change, found = (own - before).double(), (other - rounded[dtype]).double()
+        size, expected = float(change.square().sum()), stored_share(Path(target))
+        share = float((change * found).sum()) / size
+        noise = float((found - share * change).norm()) / size**0.5
+        if kinds[target] == "adapter" and expected is not None:  # it differs by what a conversion left out
+            allowed = max(allowed, changed * (1 + SHARE_TOLERANCE))
+        return Verdict(target, difference, allowed, "", share, 1.0 if expected is None else expected, noise)
 
     found: dict[str, Verdict] = {}
     for target in (target for target, kind in kinds.items() if kind == "server"):
         found[target] = _served(adapted, tokenizer, target, name, prompts, ids, answers, tokens)
     del model, adapted
-    for target in (target for target, kind in kinds.items() if kind == "adapter"):
-        found[target] = compared(target, _logits(with_saved_adapter(untouched(), Path(target)), ids))
-    if quantized and {"merged", "model"} & set(kinds.values()):  # kernels may round inputs to 8 bits; a merge doesn't
-        own, computed = _logits(with_saved_adapter(untouched(is_plain=True), source), ids), "float32"
     for target in (target for target in targets if target not in found):
-        if kinds[target] == "merged":
-            result = Merged(Path(target), section.name)
-            merged, dtype = merge_in_memory(untouched(is_plain=True), source, result), "float32"
+        if kinds[target] == "adapter":
+            other, dtype = with_saved_adapter(untouched(), Path(target)), "float32"
+        elif kinds[target] == "merged":
+            other, dtype = merge_in_memory(untouched(), source, Merged(Path(target), section.name)), "float32"
         else:
-            merged, dtype = load_weights(ModelSection(name=target, dtype="float32"))[0], _dtype_of(target)
-        found[target] = compared(target, _logits(merged, ids), dtype)
-        del merged
+            other, dtype = load_weights(ModelSection(name=target, dtype="float32"))[0], _dtype_of(target)
+        found[target] = compared(target, _logits(other, ids), dtype)
+        del other
     return verdicts + [found[target] for target in targets]
 
 
@@ -202,11 +256,14 @@ def _served(
     of_base: Sequence[list[int]],
     tokens: int,
 ) -> Verdict:
-    """A server's greedy continuations beside the adapter's own and the base's."""
-    worst, same, as_base = 0.0, 0, 0
+    """A server's greedy continuations beside the adapter's own and the base's. It can't be told where in none of them
+    the adapter chooses another token than the base by more than a server may round."""
+    worst, same, as_base, telling = 0.0, 0, 0, 0
     for prompt, each, untouched in zip(prompts, ids, of_base, strict=True):
         text = _asked(address, name, prompt, tokens)
         own, gaps = _greedy(model, each, tokens)
+        parts = next((place for place, pair in enumerate(zip(own, untouched, strict=False)) if len({*pair}) > 1), None)
+        telling += parts is not None and gaps[parts] > SERVED
         matching = _matching(tokenizer, own, text)
         same += matching == len(own)
         as_base += matching < len(own) and _matching(tokenizer, untouched, text) == len(untouched)
@@ -214,7 +271,9 @@ def _served(
     note = f"{same} of {len(prompts)} answers are the same"
     if as_base > 1 and same + as_base == len(prompts):
         worst, note = 1.0, f"{note}, the others are the base model's: the server seems to ignore the adapter"
-    return Verdict(f"{address} ({name})", worst, SERVED, note)
+    elif not telling:
+        note = f"{note}, and in none of them the adapter changes more than a server may round"
+    return Verdict(f"{address} ({name})", worst, SERVED, note, same / len(prompts), noise=0.0 if telling else math.inf)
 
 
 def _matching(tokenizer: Any, tokens: Sequence[int], text: str) -> int:

@@ -1,6 +1,8 @@
 """`smoa verify`: what was made of an adapter, or serves it, says what the adapter says."""
 
 import json
+import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,14 +17,15 @@ import psutil
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from smoa import SmoaConfig
 from smoa.errors import MergeError
 from smoa_lab.cli.main import app
-from smoa_lab.merge import merge_run
-from smoa_lab.verify import verify
+from smoa_lab.merge import SHARE, merge_run
+from smoa_lab.verify import Verdict, exit_code, verify
 from tests.support import lab
 
 Answer = Callable[[str], str]
@@ -93,8 +96,14 @@ def test_another_adapter_is_compared_on_the_base_without_the_trained_biases_of_t
 
 
 def test_a_lora_that_lost_much_and_an_adapter_that_changes_nothing_are_told(adapter: Path, tmp_path: Path) -> None:
-    arguments = ["convert", str(adapter), str(tmp_path / "lora"), "--rank", "1"]
+    arguments = ["convert", str(adapter), str(tmp_path / "lora"), "--rank", "4"]
     CliRunner().invoke(app, arguments, catch_exceptions=False)
+    result = invoke(adapter, "--against", tmp_path / "lora")
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"agrees .*lora: .*; 5\d\.\d% of what the adapter changes is there, 5\d\.\d% expected", result.output
+    )
+    (tmp_path / "lora" / SHARE).unlink()  # as one that nobody measured
     result = invoke(adapter, "--against", tmp_path / "lora")
     assert result.exit_code == 1
     assert "DIFFERS" in result.output
@@ -139,7 +148,7 @@ def test_a_merge_that_went_wrong_is_kept_and_told(
     done = merge(adapter, tmp_path / "merged")
     assert done.exit_code == 1
     assert "DIFFERS" in done.stdout
-    assert "100.0% of what the adapter changes" in done.stdout
+    assert "0.0% of what the adapter changes is there, 100.0% expected" in done.stdout
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
@@ -150,6 +159,64 @@ def test_what_is_no_language_model_is_merged_without_a_comparison(tmp_path: Path
     get_peft_model(model, config).save_pretrained(tmp_path / "classes")
     done = merge(tmp_path / "classes", tmp_path / "merged")
     assert (done.exit_code, "only language models" in done.stdout) == (0, True)
+
+
+def scaled(adapter: Path, factor: float, place: Path) -> Path:
+    """The adapter with so many times its update."""
+    shutil.copytree(adapter, place)
+    tensors = load_file(place / "adapter_model.safetensors")
+    save_file({n: t * factor if "smoa_B" in n else t for n, t in tensors.items()}, place / "adapter_model.safetensors")
+    return place
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_copy_of_the_base_differs_however_little_the_adapter_changes(
+    dtype: str, adapter: Path, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(adapter.parent / "base", dtype=getattr(torch, dtype))
+    base.save_pretrained(tmp_path / "copy")
+    for factor in (1.0, 0.01):  # as trained from zero, and by a thousandth of the weights
+        small = scaled(adapter, factor, tmp_path / f"{factor}")
+        _, found = verify(small, [str(tmp_path / "copy")])
+        assert (found.outcome, found.share) == ("differs", 0.0)
+        result = invoke(small, "--against", tmp_path / "copy")
+        assert result.exit_code == 1
+        assert "0.0% of what the adapter changes is there" in result.stdout
+
+
+def test_a_merge_in_16_bits_is_held_to_what_rounding_left(adapter: Path, tmp_path: Path) -> None:
+    codes, shares = [], []
+    for factor in (0.01, 0.002, 0.0001):
+        small = scaled(adapter, factor, tmp_path / f"{factor}")
+        merged = tmp_path / f"merged-{factor}"
+        done = merge(small, merged, "--dtype", "bfloat16", "--json")
+        assert done.exit_code == 0, done.output
+        shares.append(json.loads(done.stdout)["verified"])
+        codes.append(invoke(small, "--against", merged).exit_code)
+        assert ("Little of the adapter is in the merged model" in done.stderr) == (codes[-1] == 3)
+    assert codes == [0, 0, 3]
+    assert [one["outcome"] for one in shares] == ["agrees", "agrees", "can't tell"]
+    assert all(abs(one["share"] - one["expected"]) < 0.1 for one in shares)
+    assert 0.2 < shares[1]["expected"] < 0.9
+
+
+def test_what_has_half_or_twice_the_change_differs(adapter: Path, tmp_path: Path) -> None:
+    small = scaled(adapter, 0.01, tmp_path / "small")
+    targets = [str(scaled(small, factor, tmp_path / f"{factor}")) for factor in (0.5, 0.95, 1.05, 2.0)]
+    verdicts = verify(small, targets)[1:]
+    assert [verdict.share for verdict in verdicts] == pytest.approx([0.5, 0.95, 1.05, 2], rel=0.02)
+    assert {verdict.outcome for verdict in verdicts} == {"differs"}  # 1e-4 is all that float32 explains
+
+
+def test_of_several_targets_one_that_differs_counts_before_one_that_cannot_be_told() -> None:
+    agrees, noisy, differs = (
+        Verdict("x", 0.0, 1.0, share=share, noise=noise) for share, noise in ((1, 0), (1, 9), (0, 0))
+    )
+    assert [each.outcome for each in (agrees, noisy, differs)] == ["agrees", "can't tell", "differs"]
+    assert exit_code([agrees]) == 0
+    assert exit_code([agrees, noisy]) == 3
+    assert exit_code([noisy, differs, agrees]) == 1
+    assert Verdict("x", float("nan"), 1.0, share=1.0).outcome == "differs"
 
 
 @contextmanager
@@ -183,9 +250,10 @@ def serving(answer: Answer) -> Iterator[str]:
 
 
 def writer(adapter: Path, adapted: bool) -> Answer:
-    model: Any = AutoModelForCausalLM.from_pretrained(adapter.parent / "base")
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
     model = PeftModel.from_pretrained(model, str(adapter)).eval() if adapted else model.eval()
-    tokenizer: Any = AutoTokenizer.from_pretrained(adapter.parent / "base")
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
 
     def answer(prompt: str) -> str:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -196,7 +264,7 @@ def writer(adapter: Path, adapted: bool) -> Answer:
 
 
 def test_a_server_is_asked_and_one_that_ignores_the_adapter_is_told(
-    adapter: Path, monkeypatch: pytest.MonkeyPatch
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     with serving(writer(adapter, adapted=True)) as address:
@@ -210,6 +278,12 @@ def test_a_server_is_asked_and_one_that_ignores_the_adapter_is_told(
         result = invoke(adapter, "--against", address, "--tokens", 8)
         assert result.exit_code == 1
         assert "ignore the adapter" in result.output
+    small = scaled(adapter, 1e-5, tmp_path / "anna")
+    with serving(writer(small, adapted=True)) as address:
+        result = invoke(small, "--against", address, "--tokens", 8)
+        assert result.exit_code == 3, result.output
+        assert "can't tell" in result.output
+        assert invoke(small, "--against", address, "--against", "merged", "--tokens", 8).exit_code == 3
 
 
 def test_what_is_nothing_to_compare_with_is_refused_before_a_model_is_loaded(adapter: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import runpy
 import sys
 from contextlib import suppress
@@ -43,7 +44,9 @@ def merge(
             print_json(merged.to_dict() | {"verified": verdict and verdict.to_dict()})
         else:
             typer.echo(verdict.line() if verdict else f"Not compared with the adapter: {found}.")
-        if verdict and not verdict.agrees:
+        if verdict and verdict.outcome == "can't tell":
+            logging.getLogger("smoa_lab").warning("Little of the adapter is in the merged model; merge into float32")
+        if verdict and verdict.outcome == "differs":
             raise typer.Exit(1)
 
 
@@ -96,8 +99,12 @@ def verify(
     trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
-    """Check on ten prompts that a merged model, a LoRA or a server answers as the adapter does."""
+    """Check on ten prompts that a merged model, a LoRA or a server answers as the adapter does.
+
+    Exit code 0: all agree. 1: one differs. 3: none differs, and of one it can't be told.
+    """
     with reporting():
+        from smoa_lab.verify import exit_code
         from smoa_lab.verify import verify as compared
 
         verdicts = compared(adapter, against or ["merged"], served_name, tokens, base)
@@ -105,8 +112,8 @@ def verify(
             print_json([verdict.to_dict() for verdict in verdicts])
         else:
             typer.echo("\n".join(verdict.line() for verdict in verdicts))
-        if not all(verdict.agrees for verdict in verdicts):
-            raise typer.Exit(1)
+        if code := exit_code(verdicts):
+            raise typer.Exit(code)
 
 
 def inspect(

@@ -156,7 +156,7 @@ def demo(
         from smoa_lab.config.run import load_config
         from smoa_lab.training.run import run
         from smoa_lab.training.run_folder import RunFolder, in_free_folder
-        from smoa_lab.verify import verify
+        from smoa_lab.verify import exit_code, verify
 
         checked = in_free_folder(load_config(config, overrides))
         if checked.method == "full":
@@ -171,8 +171,8 @@ def demo(
         typer.echo("\n".join(verdict.line() for verdict in verdicts))
         typer.echo(f"\nAdapter:    {folder.adapter}\nLoss curve: {folder.picture}\nMetrics:    {folder.metrics}")
         typer.echo(f"To train your own: copy {config}, edit the copy, and pass it to `smoa train`.")
-        if not all(verdict.agrees for verdict in verdicts):
-            raise typer.Exit(1)
+        if code := exit_code(verdicts):
+            raise typer.Exit(code)
 
 
 @data_app.command(epilog="Example: smoa data check chats.jsonl --model smollm2-135m --examples 10")
