@@ -206,9 +206,9 @@ def _kept_content(file: Path) -> str:
 
 
 def base_config(wanted: ModelSection) -> Any:
-    """The config as the model is loaded with it: plain options may change its values."""
+    """The config as the model is loaded with it: options may change its values."""
     source, gguf_file = locate(wanted.name)
-    options = {key: value for key, value in wanted.options.items() if isinstance(value, str | int | float)}
+    options = {key: value for key, value in wanted.options.items() if key != "quantization_config"}
     with _explained(wanted):
         return AutoConfig.from_pretrained(source, **_shared(gguf_file), **options)
 

@@ -10,6 +10,7 @@ import importlib
 import json
 import shutil
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,12 @@ from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from smoa.errors import MergeError, first_of
+from smoa.errors import DataError, MergeError, first_of
 from smoa.files.names import PREFIX, embeddings_of
 from smoa_lab import base_models
 from smoa_lab.basics.files import check_place, new_folder
 from smoa_lab.config.run import ModelSection
+from smoa_lab.data.chat_templates import saved_chat_template, stop_at_turns_end
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, with_saved_adapter
 from smoa_lab.pages.card import NamedBase, card_text, method_name
 
@@ -134,6 +136,7 @@ def merge_run(adapter: str | Path, output: str | Path, dtype: Dtype = "auto", ba
         model, notes = _load(section, source, config, wanted)
         result = Merged(target, section.name, model.dtype, (GGUF_NOTE, *notes) if of_gguf else notes)
         model = merge_in_memory(model, source, result)
+        _stop_as_trained(model, section, source)
         model.save_pretrained(folder)
         _save_other_files(section, source, folder)
         card = model_card(base_models.described_base(section.name), folder, config, result)
@@ -294,6 +297,16 @@ def untie(model: Any, layer: Any) -> None:
     if len({id(module) for module in users} - {id(layer)}) > 1:
         base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
         model.config.tie_word_embeddings = False
+
+
+def _stop_as_trained(model: Any, section: ModelSection, adapter: Path) -> None:
+    """Let the model stop where the adapter's chat template ends a turn, as in `smoa chat`."""
+    if getattr(model, "generation_config", None) is not None:
+        with suppress(DataError):  # without a tokenizer there are no turns
+            tokenizer = base_models.load_tokenizer(section)
+            if template := saved_chat_template(adapter) or tokenizer.chat_template:
+                tokenizer.chat_template = template
+                stop_at_turns_end(model, tokenizer)
 
 
 def _save_other_files(section: ModelSection, adapter: Path, folder: Path) -> None:

@@ -20,7 +20,7 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.errors import ConfigError, DataError, SmoaError, first_of
 from smoa_lab.base_models import base_content, packaged_name
-from smoa_lab.config.run import ModelSection, RunConfig, load_config, native_dtype
+from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, load_config, native_dtype
 from smoa_lab.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -117,8 +117,8 @@ def base_name(adapter: Path, base: str | None = None) -> str:
 
 
 def base_section(adapter: Path, base: str | None = None) -> ModelSection:
-    """How to load the adapter's base: ``base``, or the recorded one in the recorded revision, in float32; the base of a
-    run that quantized it while loading as that run did."""
+    """How to load the adapter's base: ``base``, or the recorded one in the recorded revision, in float32, with the
+    options of the run that it lies in; the base of a run that quantized it while loading as that run did."""
     name = base_name(adapter, base)
     config = adapter_config(adapter)
     of_base = name == config.base_model_name_or_path  # the revision says nothing of another base
@@ -126,10 +126,12 @@ def base_section(adapter: Path, base: str | None = None) -> ModelSection:
     section, run = ModelSection(name=name, dtype="float32", options=options), RunFolder(adapter.parent)
     if adapter.name == run.adapter.name:
         check_base(run, section, base is not None)
-        is_its_own = base is None and run.config.is_file()
-        if is_its_own and "quantization_config" in run.config.read_text(encoding="utf-8", errors="replace"):
-            model = load_config(run.config).model
-            return model if "quantization_config" in model.options else section
+        if run.is_one:
+            model = ModelSection.model_validate(ConfigText.read(run.config).values["model"])
+            if base is None and "quantization_config" in model.options:
+                return model
+            own = {key: value for key, value in model.options.items() if key not in ("quantization_config", "revision")}
+            return section.model_copy(update={"options": {**own, **options}})
     return section
 
 

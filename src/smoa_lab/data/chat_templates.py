@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from smoa.errors import ConfigError, DataError, nearest
 
@@ -67,12 +71,17 @@ def stop_at_turns_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def saved_chat_template(folder: Path) -> str | None:
-    """The chat template that lies beside an adapter, which was trained with it; None if there is none."""
-    try:
-        template = AutoTokenizer.from_pretrained(folder).chat_template
-    except (OSError, ValueError):
-        return None
-    return template if isinstance(template, str) else None
+    """The chat template that lies beside an adapter, which was trained with it; None if there is none. It is read and
+    not loaded with its tokenizer, which may want to run code."""
+    for name in (CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE):
+        with suppress(OSError, ValueError):
+            text = (folder / name).read_text(encoding="utf-8")
+            found = text if name == CHAT_TEMPLATE_FILE else json.loads(text).get("chat_template")
+            if isinstance(found, list):  # several, by name
+                found = next((each["template"] for each in found if each["name"] == "default"), None)
+            if isinstance(found, str):
+                return found
+    return None
 
 
 def chat_template(tokenizer: Any, own: Any, adapter: Path | None, name: str | None = None) -> str:

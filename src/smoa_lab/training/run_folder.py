@@ -65,6 +65,11 @@ class RunFolder:
     def finished(self) -> bool:
         return self.metrics.is_file()
 
+    @property
+    def is_one(self) -> bool:
+        """Whether a run was begun in it: a config alone may be the user's."""
+        return self.config.is_file() and (self.finished or self.inputs.is_file() or self.lock.is_file())
+
     def not_trained_on(self, rows: Sequence[Row]) -> tuple[list[Row], int | None]:
         """The rows that the run was not trained on, and how many it was; all and None where that isn't known."""
         if not self.trained.is_file():
@@ -87,8 +92,9 @@ class RunFolder:
 
     def _check(self, config_yaml: str) -> None:
         is_run = False
-        with suppress(OSError, ValueError):  # no file, neither UTF-8 nor YAML
-            is_run = {"method", "training"} <= parse_yaml(self.config.read_text(encoding="utf-8"), self.config).keys()
+        with suppress(OSError, ValueError):  # neither UTF-8 nor YAML
+            known = self.is_one and parse_yaml(self.config.read_text(encoding="utf-8"), self.config).keys()
+            is_run = bool(known) and {"method", "training"} <= known
         if not is_run and is_first_process() and self.path.is_dir():  # what a run removes would be among the files
             foreign = [path for path in self.path.iterdir() if path != self.lock and not path.name.startswith(".")]
             if foreign:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import SchedulerType
 
 from smoa.errors import ConfigError
 from smoa.layers.distributed import is_distributed
+from smoa_lab.base_models import load_weights
 from smoa_lab.data.rows import Part
 from smoa_lab.training.guards import Guard, guarded
 from smoa_lab.training.loaded_run import LoadedRun
@@ -48,6 +49,8 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
     if peft_config is not None and (revision := config.model.options.get("revision")) is not None:
         peft_config.revision = revision  # whoever loads the adapter gets the same base
     chosen: Any = trl.DPOTrainer if config.trainer == "dpo" else trl.SFTTrainer
+    # Of a whole model TRL would load the reference by its name, without revision and options.
+    reference = {"ref_model": load_weights(config.model)[0]} if config.trainer == "dpo" and peft_config is None else {}
     if chosen is trl.SFTTrainer and arguments.device.type != "cuda":
         from smoa_lab.training.sparse_trainer import SparseSFTTrainer  # here, since it imports TRL
 
@@ -66,6 +69,7 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
             processing_class=run.tokenizer,
             callbacks=callbacks,
             peft_config=peft_config,
+            **reference,
         )
         if getattr(run.base, "is_quantized", False):  # TRL makes these factors bfloat16, and they are loaded as float32
             for each in (each for each in trainer.model.parameters() if each.requires_grad):
