@@ -9,8 +9,8 @@ from typing import Any
 
 from smoa.errors import DataError
 from smoa_lab.base_models import empty_model, load_tokenizer, positions_of
-from smoa_lab.budget import ALL_LINEAR, budget_choice, shapes_of
-from smoa_lab.config.methods import find_method
+from smoa_lab.budget import ALL_LINEAR, budget_choice, budget_parameters, shapes_of, size_method
+from smoa_lab.config.methods import OTHER_LAYERS, find_method
 from smoa_lab.config.run import ConfigText, Dtype, ModelSection, RunConfig, adapter_rate, check_config, native_dtype
 from smoa_lab.config.yaml_text import apply_overrides, to_yaml
 from smoa_lab.data.prepared import require_good_rows
@@ -59,23 +59,30 @@ def first_values(
     model: str, data: str, parameters: str = "lora:8", dtype: Dtype | None = None, changes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The config for a model and data: a named set, a file, a folder, or a data set of the Hub. Of the model no weights
-    are read; rows are all read, as the ``data.key=value`` of ``changes`` say. With ``method=lora`` among them, or a
-    preset of it, the adapter is LoRA's of the same size."""
+    are read; rows are all read, as the ``data.key=value`` of ``changes`` say. The adapter is of the ``method=name``
+    among them."""
     section = ModelSection(name=model)
     empty = empty_model(section)
     size = empty.num_parameters()
-    choice = budget_choice(shapes_of(empty, (ALL_LINEAR,), model), size, parameters)
+    shapes = shapes_of(empty, (ALL_LINEAR,), model)
+    choice = budget_choice(shapes, size, parameters)
     method: dict[str, Any] = {"method": "smoa"}
     apply_overrides(method, [change for change in changes if change.startswith("method=")])
-    adapter = {"num_blocks": choice.num_blocks, "r": choice.r, "alpha": 2 * choice.r}
-    if find_method(str(method["method"])).peft_type == "lora":
-        adapter = {"r": choice.lora_r, "lora_alpha": 2 * choice.lora_r}
+    name = str(method["method"]).lower()
+    kind = find_method(name).peft_type
+    adapter: dict[str, Any] = {} if kind is None or name in OTHER_LAYERS else {"target_modules": ALL_LINEAR}
+    if kind == "smoa":
+        adapter |= {"num_blocks": choice.num_blocks, "r": choice.r, "alpha": 2 * choice.r}
+    elif kind == "lora":
+        adapter |= {"r": choice.lora_r, "lora_alpha": 2 * choice.lora_r}
+    elif adapter:
+        adapter |= size_method(empty, name, adapter, budget_parameters(parameters, size, shapes)).adapter
     block, rows = look_at_rows(data, section, positions_of(empty.config), changes)
     logging = EPOCHS * math.ceil(rows / (BATCH * ACCUMULATION)) // 10
     return {
         "model": {"name": model, "dtype": dtype or native_dtype()},
         **method,
-        "adapter": {"target_modules": ALL_LINEAR, **adapter},
+        **({"adapter": adapter} if adapter else {}),
         "trainer": "dpo" if block["format"] == "preference" else "sft",
         "data": block,
         "training": {
@@ -119,6 +126,8 @@ def default_run(model: str, data: str, changes: Sequence[str] = ()) -> RunConfig
     values = first_values(model, data, changes=changes)
     values["training"]["output_dir"] = str(in_free_folder(check_config(values)).folder)
     apply_overrides(values, list(changes))
+    if not any(change.startswith("model.dtype=") for change in changes):
+        del values["model"]["dtype"]  # which the method decides
     return ConfigText(values, "smoa train").checked()
 
 

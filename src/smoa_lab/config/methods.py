@@ -113,6 +113,14 @@ def moves_base(config: PeftConfig | None) -> bool:
     return str(getattr(config, "init_lora_weights", None)).lower().startswith(MOVED)
 
 
+def trains_own_dtype(values: dict[str, Any]) -> bool:
+    """Whether a run's values train tensors in the dtype of the base: PEFT makes factors float32, but no copies."""
+    given = values.get("adapter")
+    adapter = given if isinstance(given, dict) else {}
+    copies = bool(adapter.get("modules_to_save")) or adapter.get("bias", "none") != "none"
+    return copies or str(values.get("method")).lower() in ("full", "ln_tuning", "adaption_prompt")
+
+
 def base_lost(config: PeftConfig | None) -> str | None:
     """Why a trained adapter that is switched off doesn't leave the untouched base; None where it does."""
     if moves_base(config):

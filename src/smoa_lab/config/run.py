@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.section import Section
-from smoa_lab.config.methods import MethodName, find_method
+from smoa_lab.config.methods import MethodName, find_method, trains_own_dtype
 from smoa_lab.config.validation import Problem, block_problems, method_problems, training_problems
 from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
 from smoa_lab.data.answers import OWN, Metric
@@ -81,7 +81,8 @@ def cpu_multiplies_bfloat16() -> bool:
 class ModelSection(Section):
     """Which base model to load. ``name``: Hub id, folder, ``.gguf`` file, ``gemma3-270m`` or ``smollm2-135m``.
 
-    ``dtype`` is by default what the machine multiplies fastest, see :func:`native_dtype`.
+    ``dtype`` is by default what the machine multiplies fastest, see :func:`native_dtype`; where weights of the base or
+    copies of them are trained float32, with ``training.bf16`` where that is bfloat16.
     ``options`` pass through to ``AutoModelForCausalLM.from_pretrained`` (``device_map``, ``quantization_config``, …).
     The latter may be a plain dictionary: ``{"load_in_4bit": True}``.
     """
@@ -242,6 +243,11 @@ class ConfigText:
         defaults = {**TRAINING_DEFAULTS, "output_dir": f"runs/{Path(self.place).stem}"}
         if values.get("early_stopping") is not None:
             defaults |= self._stopping(training)
+        model, is_fast = values.get("model"), native_dtype() == "bfloat16"
+        if isinstance(model, dict) and "dtype" not in model and is_fast and trains_own_dtype(values):
+            # in 16 bits most steps would round away
+            values = {**values, "model": {**model, "dtype": "float32"}}
+            defaults |= {"bf16": True} | ({} if torch.accelerator.is_available() else {"use_cpu": True})
         if given is None or isinstance(given, dict):
             values = {**values, "training": {**defaults, **training}}
         decided = [(("training", key), f"is not for rows: {DECIDED[key]}") for key in DECIDED.keys() & training.keys()]

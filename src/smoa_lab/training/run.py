@@ -123,6 +123,8 @@ def _train(
             raise
         failed = error
     seconds = time.perf_counter() - started
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # scored as it is loaded: without autocast
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if failed is None:
         try:
             evaluation.measure(model, "after")
