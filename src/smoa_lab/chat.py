@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,8 @@ class Chat:
         through = chat_template(self.tokenizer, self.own_template, folder, self.template)
         taken, inner = {BASE, *self.adapters}, f"chat{len(self.adapters)}"
         name = free_name(open_run.run_name(folder), taken.__contains__)
+        if not self.adapters:
+            open_run.resize_as_saved(self.base_model, folder)
         try:
             with open_run.loading_adapter(place):
                 if isinstance(self.model, PeftModel):
@@ -251,5 +254,4 @@ class Chat:
 
 def _canonical(base: str) -> str:
     """One name for a packaged model and its folder, and one for a folder with ``~`` and without."""
-    place = str(Path(base).expanduser())
-    return packaged_name(place) or place
+    return packaged_name(base) or os.path.normpath(Path(base).expanduser().absolute())

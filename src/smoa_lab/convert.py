@@ -19,7 +19,7 @@ from torch import Tensor
 
 from smoa.errors import ConfigError, SmoaError, UnsupportedModuleError, UnsupportedVersionError, first_of
 from smoa.files.names import PREFIX, adapter_layers
-from smoa_lab.base_models import described_base, load_weights
+from smoa_lab.base_models import load_weights, packaged_name
 from smoa_lab.basics.files import check_place, new_folder
 from smoa_lab.merge import store_share
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, open_run, with_saved_adapter
@@ -123,8 +123,7 @@ def _save_lora(source: Path, rank: int | float, folder: Path, base: str | None) 
         trainable_token_indices=config.trainable_token_indices,
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
         task_type=config.task_type,
-        # a packaged base is in the cache folder, which no other machine has
-        base_model_name_or_path=described_base(name).hub_id or name,
+        base_model_name_or_path=packaged_name(name) or name,  # and not the cache folder, which no other machine has
         revision=config.revision if name == config.base_model_name_or_path else None,
         inference_mode=True,
     )

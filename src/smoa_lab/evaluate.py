@@ -40,7 +40,7 @@ def evaluate_run(
         "format": FORMAT,
         "adapter": str(adapter) if adapter else None,
         "config": config.model_dump(mode="json"),
-        "provenance": provenance(int(config.training.get("seed", 0)), next(model.parameters()).device),
+        "provenance": provenance(config.arguments().seed, next(model.parameters()).device),
         "digests": run.digests,
         "data": run.data.account,
         "trained_on": trained_on,

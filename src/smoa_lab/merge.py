@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smoa.errors import DataError, MergeError, first_of
-from smoa.files.names import PREFIX, embeddings_of
+from smoa.files.names import PREFIX
 from smoa_lab import base_models
 from smoa_lab.basics.files import check_place, new_folder
 from smoa_lab.config.run import ModelSection
@@ -190,7 +190,6 @@ def _load(
     is_quantized = getattr(model, "hf_quantizer", None) is not None
     own_dtype = torch.float32 if is_quantized else model.dtype
     model = with_plain_weights(model, own_dtype if dtype == "auto" else getattr(torch, dtype))
-    resize_as_saved(model, adapter)
     left_out = [f"Left out, since {name} doesn't load it: {first_of(left)} of the base."] if left else []
     return model, (*([DEQUANTIZED] if is_quantized or format_of_base else []), *left_out)
 
@@ -220,16 +219,6 @@ def _labels(section: ModelSection, chosen: Any, saved: dict[str, Tensor]) -> int
             if base_models.empty_model(other, chosen).state_dict()[name].shape == head.shape:
                 return labels
     return None
-
-
-def resize_as_saved(model: PreTrainedModel, adapter: Path) -> None:
-    """Give the model as many tokens as the embeddings that an adapter saves have, if it saves any."""
-    saved = load_peft_weights(str(adapter), device="cpu")
-    for name, module in embeddings_of(model).items():
-        own = saved.get(f"{PREFIX}{name}.weight")
-        if own is not None and len(own) != len(module.weight):
-            model.resize_token_embeddings(len(own), mean_resizing=False)
-            break  # it resizes both
 
 
 def with_plain_weights(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -6,19 +6,21 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.errors import ConfigError, DataError, SmoaError, first_of
+from smoa.files.names import PREFIX, embeddings_of
 from smoa_lab.base_models import base_content, packaged_name
 from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, load_config, native_dtype
 from smoa_lab.training.run_folder import RunFolder
@@ -126,8 +128,8 @@ def base_section(adapter: Path, base: str | None = None) -> ModelSection:
     section, run = ModelSection(name=name, dtype="float32", options=options), RunFolder(adapter.parent)
     if adapter.name == run.adapter.name:
         check_base(run, section, base is not None)
-        if run.is_one:
-            model = ModelSection.model_validate(ConfigText.read(run.config).values["model"])
+        with suppress(ConfigError, ValidationError):  # no config, or not one of a run
+            model = ModelSection.model_validate(ConfigText.read(run.config).values.get("model"))
             if base is None and "quantization_config" in model.options:
                 return model
             own = {key: value for key, value in model.options.items() if key not in ("quantization_config", "revision")}
@@ -139,8 +141,19 @@ def with_saved_adapter(base: PreTrainedModel, adapter: Path) -> Any:
     """The base with the saved adapter of any method. It isn't the untouched base any more, switched off or unloaded
     either: some adapters train its biases, or take a part of its weights."""
     check_weights(adapter)
+    resize_as_saved(base, adapter)
     with loading_adapter(adapter):
         return PeftModel.from_pretrained(base, str(adapter))
+
+
+def resize_as_saved(model: PreTrainedModel, adapter: Path) -> None:
+    """Give the model as many tokens as the embeddings that an adapter saves have, if it saves any."""
+    saved = load_peft_weights(str(adapter), device="cpu")
+    for name, module in embeddings_of(model).items():
+        own = saved.get(f"{PREFIX}{name}.weight")
+        if own is not None and len(own) != len(module.weight):
+            model.resize_token_embeddings(len(own), mean_resizing=False)
+            break  # it resizes both
 
 
 @contextmanager

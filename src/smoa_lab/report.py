@@ -33,7 +33,7 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
     if not folder.config.is_file():
         raise ConfigError(f"{place}: is not the folder of a run: contains no config.yaml")
     file = output or folder.report
-    check_place(file)
+    check_place(file, is_new=output is not None)
     config = parse_yaml(folder.config.read_text(encoding="utf-8"), folder.config)
     method = str(config.get("method", "smoa"))
     metrics: dict[str, Any] = {"history": [], "evaluation": {}, "gain": None, "forgetting": None, "samples": []}

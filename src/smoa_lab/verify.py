@@ -25,8 +25,16 @@ from smoa.errors import ConfigError, DataError, MergeError
 from smoa_lab.base_models import load_tokenizer, load_weights
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
-from smoa_lab.merge import Merged, class_of, merge_in_memory, resize_as_saved, stored_share, with_plain_weights
-from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, run_name, with_saved_adapter
+from smoa_lab.merge import Merged, class_of, merge_in_memory, stored_share, with_plain_weights
+from smoa_lab.open_run import (
+    adapter_config,
+    adapter_of_run,
+    base_section,
+    check_weights,
+    resize_as_saved,
+    run_name,
+    with_saved_adapter,
+)
 from smoa_lab.scoring.evaluation import GREEDY
 from smoa_lab.scoring.losses import logits_at
 
@@ -128,7 +136,7 @@ def verify(
         except MergeError:
             if {"merged", "model"} & set(kinds.values()):
                 raise
-        resize_as_saved(loaded, source)
+        resize_as_saved(loaded, source)  # the base too gives as many logits
         return loaded
 
     logger.info("Loading %s and its base", source)

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from smoa_lab.cli.console import Adapter, AsJson, Base, BaseDtype, Trusted, failed, print_json, reporting
+from smoa_lab.cli.console import Adapter, AsJson, Base, BaseDtype, Settings, Trusted, failed, print_json, reporting
 
 MergedDtype = Literal["auto", "float32", "bfloat16", "float16"]
 """The choices of smoa_lab.merge, whose import would make ``--help`` wait for torch."""
@@ -130,7 +130,7 @@ def inspect(
         from smoa_lab.inspect import LayerReport, inspect_layers, layer_table
 
         if html is not None:
-            check_place(html)
+            check_place(html, is_new=True)
         reports = {place: inspect_layers(place, base) for place in adapters}
         if html is not None:
             from smoa_lab.basics.files import free_name
@@ -222,6 +222,7 @@ def budget(
     amount: Annotated[str, typer.Argument(help="Share of the model, such as 0.1%, number of parameters, or lora:8.")],
     target_modules: Annotated[str, typer.Option(help="Layers to adapt, by commas, or all-linear.")] = "all-linear",
     method: Annotated[list[str] | None, typer.Option(help="Size this method instead, or all; may be repeated.")] = None,
+    settings: Settings = None,
     trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
@@ -229,13 +230,18 @@ def budget(
     with reporting():
         from rich.filesize import decimal
 
-        from smoa_lab.budget import budget_choices, size_methods
+        from smoa.errors import ConfigError
+        from smoa_lab.budget import budget_choices, method_settings, size_methods
         from smoa_lab.config.methods import method_names
         from smoa_lab.pages.tables import Table
 
         names = tuple(name.strip() for name in target_modules.split(","))
+        wanted = method_names() if method == ["all"] else [name.lower() for name in method or ()]
+        own = method_settings(settings or [])
+        if other := [name for name in own if name not in wanted]:
+            raise ConfigError(f"--set {other[0]}: name the method too, --method {other[0]}")
         if method:
-            sized = size_methods(model, amount, names, method_names() if method == ["all"] else method)
+            sized = size_methods(model, amount, names, wanted, own)
             if json:
                 print_json([asdict(one) for one in sized])
                 return

@@ -37,6 +37,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 Dtype = Literal["float32", "bfloat16", "float16"]
 """The choices of ``model.dtype``, whose import would make ``--help`` wait for torch."""
 BaseDtype = Annotated[Dtype | None, typer.Option(help="Dtype of the base; else a run's, or what suits the machine.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="METHOD.KEY=VALUE", help="Further key of a method; may be repeated."),
+]
 Adapter = Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")]
 Model = Annotated[str | None, typer.Option(help="Without a file: a Hub id, a folder, or gemma3-270m, smollm2-135m.")]
 Data = Annotated[str | None, typer.Option(help="Without a file: rows, as a file, a folder or a data set's name.")]

@@ -15,6 +15,7 @@ from smoa_lab.pages.tables import outcome, score_table, time_text
 
 CONFIG = Path(__file__).with_name("demo.yaml")
 """In a clone ``configs/demo.yaml`` is a link to it."""
+DEFAULT = "smollm2-135m"
 data_app = typer.Typer(help="Look at your own rows before a run.", no_args_is_help=True)
 
 
@@ -178,7 +179,9 @@ def demo(
 @data_app.command(epilog="Example: smoa data check chats.jsonl --model smollm2-135m --examples 10")
 def check(
     place: Annotated[str, typer.Argument(help="Rows: a file, a folder or a data set's name; or a run's YAML file.")],
-    model: Annotated[str, typer.Option(help="Model whose tokenizer and template to use.")] = "smollm2-135m",
+    model: Annotated[
+        str | None, typer.Option(help="Model, or folder of a tokenizer; by default smollm2-135m, if it is here.")
+    ] = None,
     format: Annotated[str | None, typer.Option(help="data.format, if the columns do not show it.")] = None,
     max_length: Annotated[int, typer.Option(min=8, help="data.max_length: tokens at which a row is cut.")] = 1024,
     template: Annotated[str | None, typer.Option(help="data.template instead of the model's own, e.g. alpaca.")] = None,
@@ -191,15 +194,18 @@ def check(
     Exit code 1: there are bad rows, which aren't to be skipped, or none to train on.
     """
     with reporting():
-        from smoa_lab.base_models import load_tokenizer
+        from smoa.errors import ConfigError
+        from smoa_lab.base_models import is_here, load_tokenizer
         from smoa_lab.config.run import check_config, load_config
         from smoa_lab.training.loaded_run import check_trainer, read_rows_of
 
         if place.endswith((".yaml", ".yml")):
             config = load_config(place)
         else:
+            if model is None and not is_here(DEFAULT):
+                raise ConfigError("give --model, a model or a tokenizer's folder: nothing is downloaded unasked")
             data = {"train": place, "format": format, "template": template, "max_length": max_length}
-            config = check_config({"model": {"name": model}, "data": data, "training": {}}, place)
+            config = check_config({"model": {"name": model or DEFAULT}, "data": data, "training": {}}, place)
         tokenizer = load_tokenizer(config.model)
         _, rows = read_rows_of(config, tokenizer)
         account, trained = rows.account, rows.account["parts"].get("train", 0)
@@ -213,6 +219,22 @@ def check(
             check_trainer(config, account["format"])
         if not trained or (account["bad"] and not config.data.skip_bad_rows):
             raise typer.Exit(1)
+
+
+@data_app.command(epilog="Example: smoa data clear")
+def clear(json: AsJson = False) -> None:
+    """Remove the tokens of rows that runs keep in the cache folder; the next run on the same rows reads them again."""
+    with reporting():
+        import shutil
+
+        from rich.filesize import decimal
+
+        from smoa_lab.basics.files import cache_folder
+
+        folder = cache_folder() / "rows"
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        shutil.rmtree(folder, ignore_errors=True)
+        print_json({"removed": size}) if json else typer.echo(f"{folder}: {decimal(size)} removed")
 
 
 def _print_account(place: str, model: str, account: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.cli.console import AsJson, Data, Metric, Model, Overrides, Trusted, print_json, reporting
+from smoa_lab.cli.console import AsJson, Data, Metric, Model, Overrides, Settings, Trusted, print_json, reporting
 
 
 def compare(
@@ -21,6 +21,7 @@ def compare(
     data: Data = None,
     methods: Annotated[str, typer.Option(help="Without a file: what is compared, by commas.")] = "smoa,lora",
     parameters: Annotated[str, typer.Option(help="Without a file: how many each trains, as for smoa init.")] = "lora:8",
+    settings: Settings = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Final runs of each; more than before go on.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0, help="End by then, with fewer seeds and steps.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Run only this entry or budget; may be repeated.")] = None,
@@ -37,6 +38,7 @@ def compare(
     """
     with reporting("smoa_lab.study"):
         from smoa.errors import ConfigError
+        from smoa_lab.budget import method_settings
         from smoa_lab.study.comparison import Comparison, Executor
         from smoa_lab.study.default_study import default_study
         from smoa_lab.study.plan import check_folder, prepare, study_file
@@ -45,14 +47,14 @@ def compare(
         from smoa_lab.study.study import load_study
 
         began, overrides = time.monotonic(), [*(overrides or []), *([f"shared.{metric}"] if metric else [])]
-        if model is None and data is None and study is not None:
+        if model is None and data is None and study is not None and not settings:
             checked, given = load_study(study, overrides), Path(study)
         elif model is None or data is None or (study is not None and "=" not in study):
-            raise ConfigError("give the YAML file of a study, or both --model and --data")
+            raise ConfigError("give the YAML file of a study, or both --model and --data, with which --set goes")
         else:
             words = [*([] if study is None else [study]), *overrides]
             names = [name.strip().lower() for name in methods.split(",")]
-            checked, given = default_study(model, data, names, parameters, words), None
+            checked, given = default_study(model, data, names, parameters, words, method_settings(settings or [])), None
         checked.chosen(only or [])
         check_folder(checked)
         with redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout, which is kept free for results

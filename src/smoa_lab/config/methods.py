@@ -86,6 +86,8 @@ REFUSED = {
 """Methods of PEFT that no run can train, and why."""
 MOVED = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """``init_lora_weights`` with which a part of the base's weights goes into the adapter (PEFT's tuners/lora/layer.py)."""
+FROM_DATA = ("eva", "corda", "lora_ga")
+"""``init_lora_weights`` that need what PEFT collects on data beforehand; without it PEFT trains eva's as plain LoRA."""
 PROMPTS = "trains virtual tokens before the text: losses here are read at the text's own places, and it can't be merged"
 
 

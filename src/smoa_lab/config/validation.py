@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Iterable
 from functools import cache
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from transformers import TrainingArguments
 
 from smoa.errors import ConfigError, nearest
-from smoa_lab.config.methods import dpo_refusal, find_method
+from smoa_lab.config.methods import FROM_DATA, dpo_refusal, find_method
 
 UNWANTED = {
     "resume_from_checkpoint": "smoa resumes an interrupted run by itself: leave it out, and run the same command again",
@@ -25,6 +26,10 @@ LEAST = dict.fromkeys(
     ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1
 ) | {"dataloader_num_workers": 0, "seed": 0}
 """Numbers below which the Trainer would fail in the middle of a run, or take whole epochs."""
+MOST = {"seed": 2**32 - 1}
+"""Numbers above which it would."""
+INITS = re.compile(r"pissa_niter_\d+")
+"""Values of ``init_lora_weights`` that PEFT takes and its types don't list."""
 CHECKED = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False, protected_namespaces=())
 
 
@@ -51,6 +56,10 @@ def method_problems(values: dict[str, Any]) -> Iterable[Problem]:
             yield ("adapter",), f"method {name} trains all weights and takes no adapter keys"
     elif isinstance(adapter, dict):
         problems = list(_dataclass_problems("adapter", config_class, adapter))
+        init = str(adapter.get("init_lora_weights")).lower()
+        if init in FROM_DATA:
+            found = f"{init} starts from the model's activations or gradients on data, which runs here don't collect"
+            problems = [(("adapter", "init_lora_weights"), f"{found}; leave it out, or take pissa or olora")]
         decided = method.preset.keys() & adapter.keys()
         problems += [(("adapter", key), f"is decided by method {name}; leave it out") for key in decided]
         yield from problems
@@ -74,6 +83,9 @@ def training_problems(training: Any, training_class: type[TrainingArguments]) ->
         value = training.get(key)
         if isinstance(value, int) and value < least and (key, value) != ("max_steps", -1):  # which is its default
             problems.append((("training", key), f"should be at least {least}; got {value}"))
+    for key, most in MOST.items():
+        if isinstance(value := training.get(key), int) and value > most:
+            problems.append((("training", key), f"should be at most {most}; got {value}"))
     if not training.get("output_dir", "runs"):
         problems.append((("training", "output_dir"), "is empty; name a folder"))
     yield from problems
@@ -98,7 +110,7 @@ def _dataclass_problems(block: str, target: type[Any], values: dict[str, Any]) -
             wrong = str(error.errors()[0]["msg"]).removeprefix("Input ")
         if key not in fields:
             yield path, f"{target.__name__} has no such key{nearest(str(key), fields)}"
-        elif wrong:
+        elif wrong and not (key == "init_lora_weights" and INITS.fullmatch(str(value))):
             yield path, f"{wrong}; got {value!r}"
         elif value not in (None, fields[key].default) and choices and str(value) not in choices:
             yield path, f"there is no {value!r}{nearest(str(value), choices)}"

@@ -140,8 +140,9 @@ class Encoder:
             is_same = together[: len(before)] == before and len(together) > len(before)
             answer = together[len(before) :] if is_same else self._of_template(choice)
             excess = max(0, len(before) + len(answer) - self.max_length) if self.max_length else 0
-            kept = before[excess:]  # else choices would be cut to the same
-            answer = answer[: self.max_length]
+            first = before[:1] if before[:1] == [self.tokenizer.bos_token_id] else []  # which training keeps
+            kept = first + before[len(first) + excess :]  # else choices would be cut to the same
+            answer = answer[: self.max_length - len(first)] if self.max_length else answer
             found.append(Tokens(kept + answer, [IGNORED] * len(kept) + answer, cut=excess))
         return found
 

@@ -76,7 +76,7 @@ def _rows(file: Path) -> Iterator[Placed]:
             yield f"{file}, row {number}", row
     except DataError:
         raise
-    except (ValueError, OSError, EOFError, zlib.error, csv.Error) as error:
+    except (ValueError, RecursionError, OSError, EOFError, zlib.error, csv.Error) as error:
         raise DataError(
             f"{file}: cannot be read after row {number}: {' '.join(str(error).split())}; a file has to be whole, in "
             "UTF-8 and of the kind that its name says, .jsonl for one object in each line"
@@ -92,7 +92,7 @@ def _json_lines(file: Path) -> Numbered:
                 continue
             try:
                 yield number, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 text = shown(line.decode(errors="replace"))
                 yield number, BadRow(None, f"is not JSON ({error}): {text}; expected one whole object in each line")
 
@@ -109,7 +109,10 @@ def _json_list(file: Path) -> Numbered:
 def _csv_rows(file: Path) -> Numbered:
     csv.field_size_limit(2**31 - 1)  # from 128 KiB: the text of a cell may be long
     with _open(file, "rt", encoding="utf-8-sig", newline="") as stream:
-        table = csv.DictReader(stream, strict=True)  # a quote that is never closed swallows rows otherwise
+        first = stream.readline()
+        stream.seek(0)
+        mark = max(",;\t", key=first.count)
+        table = csv.DictReader(stream, strict=True, delimiter=mark)  # else a quote that is never closed swallows rows
         names = list(filter(None, table.fieldnames or []))
         if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
             raise DataError(f"{file}: has two columns {twice[0]!r}, of which one would be lost; rename or remove one")

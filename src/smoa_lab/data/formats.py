@@ -215,7 +215,7 @@ def _has_roles(value: object) -> bool:
 def _parsed(text: str) -> object:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

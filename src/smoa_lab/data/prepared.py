@@ -7,6 +7,7 @@ A row's content decides its part, so a repeated row never lies in two parts, and
 from __future__ import annotations
 
 import json
+import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +29,9 @@ from smoa_lab.data.files import RowSource
 from smoa_lab.data.formats import BadRow, Format, recognize, shape
 from smoa_lab.data.rows import KEPT, PARTS, Part, Row, row_from_json
 
-VERSION = 7
+logger = logging.getLogger(__name__)
+
+VERSION = 8
 """Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
 FIRST = 16
 """Tokens: the bound of the shortest rows in a histogram."""
@@ -83,7 +86,8 @@ def split(keys: NDArray[np.uint64], named: Sequence[str], sizes: Sizes) -> tuple
 
     Of test and validation, the one that no row names gets a fifth, or a tenth, of the other contents, those with the
     lowest digests, at most as many as ``sizes`` says. No content lies in two parts: test comes first, then validation.
-    Where there are more rows than wanted, the first ones are taken if rows name that part, else the lowest digests.
+    Where there are more rows than wanted, those with the lowest digests are taken; of rows that are named for training
+    the first ones.
     """
     parts = np.array(named, "U10")
     free = np.unique(keys[(parts == "") & ~np.isin(keys, keys[(parts == "test") | (parts == "validation")])])
@@ -102,7 +106,7 @@ def split(keys: NDArray[np.uint64], named: Sequence[str], sizes: Sizes) -> tuple
         numbers = np.flatnonzero((parts == part) & ~is_taken)
         taken = np.union1d(taken, keys[numbers])
         most = getattr(sizes, part)
-        if part not in named and most is not None:
+        if most is not None and not (part == "train" and part in named):
             numbers = np.sort(numbers[np.argsort(keys[numbers], kind="stable")[:most]])
         chosen[part] = numbers[:most]
     return chosen, left_out
@@ -161,7 +165,13 @@ class Reading:
                     with new_folder(folder) as temporary:
                         account = self._read_all(temporary)
                         write_whole(temporary / "account.json", json.dumps(account, ensure_ascii=False))
-        return PreparedRows(folder, json.loads((folder / "account.json").read_text(encoding="utf-8")))
+        account = json.loads((folder / "account.json").read_text(encoding="utf-8"))
+        for part, number in account["unused"].items():
+            every = account["parts"][part] + number
+            logger.warning(
+                "%d of %d %s rows are not used; data.%s_examples: %d takes all", number, every, part, part, every
+            )
+        return PreparedRows(folder, account)
 
     def _read_all(self, folder: Path) -> dict[str, Any]:
         """Read all sources, split the rows and write the tokens of each part into ``folder``; the account of them."""
@@ -170,6 +180,7 @@ class Reading:
 
         text = datasets.Value("string")
         self.keys, self.named, self.faults, self.bad = array("Q"), list[str](), list[str](), 0
+        self.is_text: bool | None = None
         read = folder / "read.arrow"
         with ArrowWriter(path=str(read), features=datasets.Features(dict.fromkeys(KEPT, text))) as writer:
             for part, sources in (("test", self.test), ("", self.train)):
@@ -185,6 +196,8 @@ class Reading:
         tokens = {"input_ids": integers, "labels": integers}
         columns = datasets.Features(tokens | dict.fromkeys(("row", *KEPT), text))
         parts = dict[str, int]()
+        given = {part: self.named.count(part) for part in ("test", "validation")}
+        unused = {part: number - len(chosen[part]) for part, number in given.items() if number > len(chosen[part]) > 0}
         for part in PARTS:
             with ArrowWriter(path=str(folder / f"{part}.arrow"), features=columns) as writer:
                 bar = tqdm(chosen[part], desc=f"tokens, {part}", unit=" rows", leave=False, disable=None)
@@ -202,6 +215,7 @@ class Reading:
             **self.counts,
             "repeated": len(keys) - len(np.unique(keys)),
             "also_held_out": left_out,
+            "unused": unused,
             "bad": self.bad,
             "faults": self.faults,
         }
@@ -214,6 +228,10 @@ class Reading:
                     raise values
                 self.format = self.format or recognize(values)
                 row = shape(values, self.format)
+                self.is_text = row.is_text if self.is_text is None else self.is_text
+                if self.format == "preference" and row.is_text != self.is_text:
+                    kinds = ("a conversation", "text") if self.is_text else ("text", "a conversation")
+                    raise BadRow(None, f"is {kinds[0]}, where the rows before are {kinds[1]}; give each its own file")
             except DataError as error:
                 self._note(where, error)
                 continue

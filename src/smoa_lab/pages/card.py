@@ -47,6 +47,17 @@ ON_A_BASE = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "PATH")"""
+PACKAGED = """from peft import PeftModel
+
+from smoa_lab.base_models import load_weights
+from smoa_lab.config.run import ModelSection
+
+base, _ = load_weights(ModelSection(name="{name}"))  # another base than {hub_id} on the Hub
+model = PeftModel.from_pretrained(base, "PATH")"""
+UNPACKED = """The base was unpacked from 4-bit weights, {file}: they differ from those of `{hub_id}` on the Hub,
+on which the adapter says something else.
+
+"""
 LOCAL = """The base was loaded from a local place. If `adapter_config.json` does not lead to it, load it yourself and
 call `PeftModel.from_pretrained(base, "PATH")`.
 
@@ -63,7 +74,8 @@ def adapter_card(title: str, config: PeftConfig, base: NamedBase, sections: str)
         intro = f"A SMoA adapter ({paper}) of `{base.text}`: r = {config.r}, {config.num_blocks} blocks{by_layer}."
     tags = [method_name(config).lower(), *([f"base_model:adapter:{base.hub_id}"] if base.hub_id else [])]
     front_matter = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": tags}
-    sections = ("" if base.hub_id else LOCAL) + sections
+    note = UNPACKED.format(file=base.file, hub_id=base.hub_id) if base.packaged else "" if base.hub_id else LOCAL
+    sections = note + sections
     return card_text(title, base, config, front_matter, intro, loading_code(config, base), sections)
 
 
@@ -95,10 +107,13 @@ def card_text(
 
 @dataclass(frozen=True)
 class NamedBase:
-    """A base model in words, and its id on the Hub, to which a card's front matter links, or None."""
+    """A base model in words, and its id on the Hub, to which a card's front matter links, or None; of one of the lab's
+    packages the name by which the lab loads it, and the file that it was unpacked from."""
 
     text: str
     hub_id: str | None
+    packaged: str | None = None
+    file: str = ""
 
 
 def named_base(source: str | None) -> NamedBase:
@@ -119,6 +134,8 @@ def loading_code(config: PeftConfig, base: NamedBase) -> str:
     """Python that loads the adapter from "PATH". PEFT finds the base in the config, unless that names another place
     than the Hub's."""
     registers = "import smoa  # registers SMoA with PEFT\n" if isinstance(config, SmoaConfig) else ""
+    if base.packaged:
+        return registers + PACKAGED.format(name=base.packaged, hub_id=base.hub_id)
     if base.hub_id in (None, config.base_model_name_or_path):
         return registers + BY_NAME
     return registers + ON_A_BASE.format(base=base.hub_id)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,20 @@ BETA = 0.1
 """TRL's default of DPO's β."""
 BATCH_TOKENS = 4096
 """Padded tokens of a batch of choices."""
+
+
+def _softplus(x: float) -> float:
+    """log(1 + eˣ), without overflow."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+DPO_LOSSES: dict[str, Callable[[float, float, float], float]] = {
+    "sigmoid": lambda beta, margin, _: _softplus(-beta * margin),  # arXiv:2305.18290, equation 7
+    "sigmoid_norm": lambda beta, _, by_token: _softplus(-beta * by_token),
+    "hinge": lambda beta, margin, _: max(0.0, 1 - beta * margin),
+    "ipo": lambda beta, _, by_token: (by_token - 1 / (2 * beta)) ** 2,  # arXiv:2310.12036, equation 17
+}
+"""TRL's losses of preferences by ``loss_type``: of β, the margin, and the margin of log-likelihoods per token."""
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 """Without what a model's generation config may have for sampling alone."""
 
@@ -60,8 +74,10 @@ class Evaluation:
         part: str = "test",
         beta: float = BETA,
         metric: Metric | None = None,
+        loss_type: Any = "sigmoid",
     ) -> None:
         self.encoder, self.rows, self.part, self.beta = encoder, rows, part, beta
+        self.dpo_loss = DPO_LOSSES.get("".join(loss_type))  # of a list of one, that
         self.prefers = bool(rows) and rows[0].rejected is not None
         self.chooses = bool(rows) and bool(rows[0].choices)
         self.choices = [encoder.choices(row) for row in rows] if self.chooses else []
@@ -160,11 +176,12 @@ class Evaluation:
                 scores |= {name: share.mean, f"{name}_stderr": share.stderr}
             if found.right:
                 scores["majority"] = max(Counter(row.label for row in self.rows).values()) / len(self.rows)
-            if self.prefers and stage == "before":
-                scores["dpo_loss"] = math.log(2)  # no margin yet
+            if self.dpo_loss and self.prefers and stage == "before":
+                scores["dpo_loss"] = self.dpo_loss(self.beta, 0.0, 0.0)
             every[stage] = scores
         if margins := self.margins:
-            every["after"]["dpo_loss"] = sum(map(self._dpo_loss, margins)) / len(margins)
+            if preferences := self._dpo_losses():
+                every["after"]["dpo_loss"] = sum(preferences) / len(preferences)
             every["after"]["margin"] = sum(margins) / len(margins)
             every["after"]["won"] = sum(margin > 0 for margin in margins) / len(margins)
         return every
@@ -173,18 +190,23 @@ class Evaluation:
     def margins(self) -> list[float]:
         """Of preferences, by how much the odds of the better completion against the other rose, as logarithms: DPO's
         margin divided by β; none before both stages are scored."""
+        return self._margins([(1, 1)] * len(self.rows))
+
+    def _margins(self, sizes: Sequence[tuple[int, int]]) -> list[float]:
+        """The margins, each completion's part divided by its size."""
         if not self.prefers or len(self.measured) < 2:
             return []
         before, after = (
-            [bad - good for good, bad in zip(stage.losses.nll, stage.rejected, strict=True)]
+            [bad / n - good / m for good, bad, (m, n) in zip(stage.losses.nll, stage.rejected, sizes, strict=True)]
             for stage in (self.measured["before"], self.measured["after"])
         )
         return [late - early for early, late in zip(before, after, strict=True)]
 
-    def _dpo_loss(self, margin: float) -> float:
-        """−log σ(β · margin) (arXiv:2305.18290, equation 7), without overflow."""
-        scaled = -self.beta * margin
-        return max(scaled, 0.0) + math.log1p(math.exp(-abs(scaled)))
+    def _dpo_losses(self) -> list[float]:
+        """The trainer's loss of each row; none where it isn't known here."""
+        sizes = [(good.trained, bad.trained) for good, bad in zip(self.tokens, self.rejected, strict=False)]
+        pairs = zip(self.margins, self._margins(sizes), strict=True)
+        return [] if self.dpo_loss is None else [self.dpo_loss(self.beta, *pair) for pair in pairs]
 
     @property
     def gain(self) -> dict[str, float] | None:
@@ -205,6 +227,7 @@ class Evaluation:
         copies: Counter[str] = Counter()
         lines = []
         tokens = next(iter(self.measured.values())).losses.tokens if self.measured else []
+        preferences = self._dpo_losses()
         for number, (row, count) in enumerate(zip(self.rows, tokens, strict=False)):
             digest = row.digest
             line: dict[str, Any] = {"digest": digest, "copy": copies[digest], "part": self.part, "tokens": count}
@@ -220,7 +243,8 @@ class Evaluation:
                     line |= {f"scored_{stage}": self.scored[stage][number], "scored_by": own_metric().name}
             if self.margins:
                 margin = self.margins[number]
-                line |= {"margin": margin, "won": int(margin > 0), "dpo_loss": self._dpo_loss(margin)}
+                line |= {"margin": margin, "won": int(margin > 0)}
+                line |= {"dpo_loss": preferences[number]} if preferences else {}
             lines.append(line)
         return lines
 

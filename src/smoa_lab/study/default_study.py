@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,21 @@ OWN = (
 
 
 def default_study(
-    model: str, data: str, methods: Sequence[str] = METHODS, parameters: str = "lora:8", changes: Sequence[str] = ()
+    model: str,
+    data: str,
+    methods: Sequence[str] = METHODS,
+    parameters: str = "lora:8",
+    changes: Sequence[str] = (),
+    settings: Mapping[str, dict[str, Any]] | None = None,
 ) -> Study:
-    """A study of ``methods`` at ``parameters`` on a model and data, as `smoa train` would take these."""
+    """A study of ``methods`` at ``parameters`` on a model and data, as `smoa train` would take these, with further
+    ``settings`` of theirs."""
+    for name, block in (settings or {}).items():
+        if name not in methods:
+            raise ConfigError(f"--set {name}: is not one of --methods {','.join(methods)}; name it there too")
+        places = {f"entries.{name}.adapter.{key}" for key in block}
+        if twice := sorted(places & {change.partition("=")[0] for change in changes}):
+            raise ConfigError(f"--set {name}: {twice[0]} says it too; leave one out")
     if twice := [name for name in methods if list(methods).count(name) > 1]:
         raise ConfigError(f"--methods: {twice[0]} is named twice; name each once")
     of_data = [change.removeprefix("shared.") for change in changes if change.startswith("shared.data.")]
@@ -81,6 +93,7 @@ def default_study(
         block: dict[str, Any] = {} if name in OTHER_LAYERS else {"target_modules": ALL_LINEAR}
         block |= {"num_blocks": FIRST_BLOCKS} if "num_blocks" in fields else {}
         block |= {"total_step": steps} if "total_step" in fields else {}
+        block |= (settings or {}).get(name, {})
         sized = size_method(empty, name, block, budget)
         if not budget * SMALLEST <= (sized.parameters or 0) <= budget * MOST:
             raise ConfigError(

@@ -142,6 +142,9 @@ class Study(Section):
                     yield (*place, *path), f"{reason}; leave it out"
                 if place != ("shared",) and path[-1] in SHARED:
                     yield (*place, *path), f"{SHARED[path[-1]]}; set it under shared"
+        loss_type = (self.shared.get("training") or {}).get("loss_type", "sigmoid")
+        if self.shared.get("trainer") == "dpo" and loss_type not in ("sigmoid", ["sigmoid"]):
+            yield ("shared", "training", "loss_type"), "entries are compared by the loss sigmoid; leave it out"
         for name in (name for name, entry in self.entries.items() if "name" in entry.model):
             yield ("entries", name, "model", "name"), "all entries adapt the same base; make another study for it"
 

@@ -52,7 +52,9 @@ class LoadedRun:
         if folder is not None:
             rows, trained_on = folder.not_trained_on(rows)
         beta = float(self.config.training.get("beta", BETA))
-        return Evaluation(self.encoder, rows, section.samples * answers, part, beta, section.metric), trained_on
+        loss_type = self.config.training.get("loss_type", "sigmoid")
+        samples = section.samples * answers
+        return Evaluation(self.encoder, rows, samples, part, beta, section.metric, loss_type), trained_on
 
 
 def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:

@@ -219,6 +219,9 @@ def _save(
         loaded.tokenizer.save_pretrained(temporary)
         if method != "full":
             saved, base = PeftConfig.from_pretrained(str(temporary)), described_base(loaded.config.model.name)
+            if base.packaged:  # and not a folder of this machine's, nor the Hub's base
+                saved.base_model_name_or_path = base.packaged
+                saved.save_pretrained(str(temporary))
             card = run_card(folder.path.resolve().name, saved, base, metrics)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     metrics["parameters"]["adapter_bytes"] = sum(file.stat().st_size for file in folder.adapter.glob("*.safetensors"))

@@ -68,7 +68,10 @@ class RunFolder:
     @property
     def is_one(self) -> bool:
         """Whether a run was begun in it: a config alone may be the user's."""
-        return self.config.is_file() and (self.finished or self.inputs.is_file() or self.lock.is_file())
+        marks = (self.metrics, self.inputs, self.lock)
+        return self.config.is_file() and (
+            any(mark.is_file() for mark in marks) or bool(get_last_checkpoint(str(self.path)))
+        )
 
     def not_trained_on(self, rows: Sequence[Row]) -> tuple[list[Row], int | None]:
         """The rows that the run was not trained on, and how many it was; all and None where that isn't known."""
@@ -100,6 +103,8 @@ class RunFolder:
             if foreign:
                 what = f"is not empty and contains no run of smoa's ({min(foreign).name})"
                 raise ConfigError(f"{self.path}: {what}; choose another training.output_dir")
+        if self.adapter.is_symlink() or self.adapter.is_file():
+            raise ConfigError(f"{self.adapter}: is a link or file and not replaced; choose another training.output_dir")
         if self.finished:
             raise ConfigError(f"{self.path}: contains a finished run; choose another training.output_dir or move it")
         if is_run and get_last_checkpoint(str(self.path)) is not None and not self._was_started_by(config_yaml):
@@ -111,6 +116,8 @@ class RunFolder:
 
         ``inputs`` names what the run starts from by what changes with its content.
         """
+        if self.path.is_dir():
+            self.lock.touch()  # the mark of a run, which is there in a claimed folder
         self._check(config_yaml)
         checkpoint = self._last_whole_checkpoint() if self.path.is_dir() else None
         if checkpoint and self.inputs.is_file():

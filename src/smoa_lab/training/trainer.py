@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SchedulerType
 
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, nearest
 from smoa.layers.distributed import is_distributed
 from smoa_lab.base_models import load_weights
 from smoa_lab.data.rows import Part
@@ -58,6 +59,12 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
     settings: Any = run.base.config.get_text_config()
     routers = getattr(settings, "output_router_logits", None)
     patience, validates = config.early_stopping, str(config.training.get("eval_strategy", "no")) != "no"
+    if getattr(arguments, "activation_offloading", False) and arguments.device.type == "cpu":
+        raise ConfigError(
+            "training.activation_offloading: moves activations from a GPU, and there is none; leave it out"
+        )
+    if arguments.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise ConfigError("training.use_liger_kernel: the package liger-kernel is missing; install it, or leave it out")
     guard = Guard()
     callbacks = [guard, ProgressReport(), *([] if patience is None else [EarlyStoppingCallback(patience)])]
     try:
@@ -79,6 +86,7 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
             trainer.optimizer = trainer.lr_scheduler = None
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"training: TRL, transformers or PEFT refuses: {error}") from error
+    _check_arguments(trainer, config.trainer)
     if routers is not None:  # TRL asks mixtures for them in each step; with a cache of keys and values that fails
         settings.output_router_logits = routers
     trainer.guard = guard
@@ -96,6 +104,22 @@ def fit(trainer: Trainer, checkpoint: str | None) -> None:
         arguments.lr_scheduler_type = SchedulerType.CONSTANT  # others divide by the steps
         arguments.lr_scheduler_kwargs = None
     trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _check_arguments(trainer: Any, kind: str) -> None:
+    """Raise ConfigError for what the Trainer refuses in the middle of a run, or ends at once for."""
+    arguments, parts = trainer.args, ("chosen", "rejected")
+    rows, batch = len(trainer.train_dataset), arguments.train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and rows < batch:
+        found = f"drops the only batch, of {rows} rows, which is smaller than {batch}"
+        raise ConfigError(f"training.dataloader_drop_last: {found}; leave it out, or lower the batch size")
+    known = ["loss"] if kind == "sft" else ["loss", "rewards/accuracies", "rewards/margins"]
+    known += [f"{what}/{part}" for what in ("rewards", "logps", "logits") for part in parts if kind == "dpo"]
+    if kind == "dpo" or type(trainer).__name__ == "SFTTrainer":
+        known += ["entropy", "mean_token_accuracy"]
+    best = str(arguments.metric_for_best_model or "loss").removeprefix("eval_")
+    if best not in known:
+        raise ConfigError(f"training.metric_for_best_model: the trainer measures no {best!r}{nearest(best, known)}")
 
 
 def _check_output_layer(base: PreTrainedModel, wanted: PeftConfig | None) -> None:

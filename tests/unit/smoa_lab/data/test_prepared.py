@@ -69,7 +69,7 @@ def test_a_row_that_names_its_part_is_there_and_of_equal_ones_the_test_part_has_
     assert left_out == 2
     rows = ["test"] * 4 + [""] * 40
     parts, _ = parts_of([9, 8, 7, 6, *range(100, 140)], rows, Sizes(test=2))
-    assert parts["test"] == [0, 1]  # the first ones, and no other row is drawn
+    assert parts["test"] == [2, 3]  # those with the lowest digests, and no other row is drawn
     assert (len(parts["validation"]), len(parts["train"])) == (4, 36)
 
 
