@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import CHAT_TEMPLATE_FILE
+from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
 from smoa.errors import ConfigError, DataError, nearest
 

@@ -196,8 +196,8 @@ class Reading:
         tokens = {"input_ids": integers, "labels": integers}
         columns = datasets.Features(tokens | dict.fromkeys(("row", *KEPT), text))
         parts = dict[str, int]()
-        given = {part: self.named.count(part) for part in ("test", "validation")}
-        unused = {part: number - len(chosen[part]) for part, number in given.items() if number > len(chosen[part]) > 0}
+        held_out = ((part, self.named.count(part) - len(chosen[part])) for part in PARTS if part != "train")
+        unused = {part: number for part, number in held_out if number > 0 and len(chosen[part])}
         for part in PARTS:
             with ArrowWriter(path=str(folder / f"{part}.arrow"), features=columns) as writer:
                 bar = tqdm(chosen[part], desc=f"tokens, {part}", unit=" rows", leave=False, disable=None)

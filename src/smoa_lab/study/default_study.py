@@ -68,10 +68,10 @@ def default_study(
 ) -> Study:
     """A study of ``methods`` at ``parameters`` on a model and data, as `smoa train` would take these, with further
     ``settings`` of theirs."""
-    for name, block in (settings or {}).items():
+    for name, own in (settings or {}).items():
         if name not in methods:
             raise ConfigError(f"--set {name}: is not one of --methods {','.join(methods)}; name it there too")
-        places = {f"entries.{name}.adapter.{key}" for key in block}
+        places = {f"entries.{name}.adapter.{key}" for key in own}
         if twice := sorted(places & {change.partition("=")[0] for change in changes}):
             raise ConfigError(f"--set {name}: {twice[0]} says it too; leave one out")
     if twice := [name for name in methods if list(methods).count(name) > 1]:

@@ -65,14 +65,6 @@ class RunFolder:
     def finished(self) -> bool:
         return self.metrics.is_file()
 
-    @property
-    def is_one(self) -> bool:
-        """Whether a run was begun in it: a config alone may be the user's."""
-        marks = (self.metrics, self.inputs, self.lock)
-        return self.config.is_file() and (
-            any(mark.is_file() for mark in marks) or bool(get_last_checkpoint(str(self.path)))
-        )
-
     def not_trained_on(self, rows: Sequence[Row]) -> tuple[list[Row], int | None]:
         """The rows that the run was not trained on, and how many it was; all and None where that isn't known."""
         if not self.trained.is_file():
@@ -93,11 +85,13 @@ class RunFolder:
                 pass
         self._check(config_yaml)
 
-    def _check(self, config_yaml: str) -> None:
+    def _check(self, config_yaml: str, is_claimed: bool = False) -> None:
         is_run = False
-        with suppress(OSError, ValueError):  # neither UTF-8 nor YAML
-            known = self.is_one and parse_yaml(self.config.read_text(encoding="utf-8"), self.config).keys()
-            is_run = bool(known) and {"method", "training"} <= known
+        marks = (self.metrics, self.inputs, self.lock)  # without which a config is the user's own
+        if is_claimed or any(mark.is_file() for mark in marks):
+            with suppress(OSError, ValueError):  # no file, neither UTF-8 nor YAML
+                text = self.config.read_text(encoding="utf-8")
+                is_run = {"method", "training"} <= parse_yaml(text, self.config).keys()
         if not is_run and is_first_process() and self.path.is_dir():  # what a run removes would be among the files
             foreign = [path for path in self.path.iterdir() if path != self.lock and not path.name.startswith(".")]
             if foreign:
@@ -116,9 +110,7 @@ class RunFolder:
 
         ``inputs`` names what the run starts from by what changes with its content.
         """
-        if self.path.is_dir():
-            self.lock.touch()  # the mark of a run, which is there in a claimed folder
-        self._check(config_yaml)
+        self._check(config_yaml, is_claimed=True)
         checkpoint = self._last_whole_checkpoint() if self.path.is_dir() else None
         if checkpoint and self.inputs.is_file():
             began_with = json.loads(self.inputs.read_text(encoding="utf-8"))
