@@ -11,6 +11,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from pydantic import ValidationError
@@ -152,7 +153,9 @@ def resize_as_saved(model: PreTrainedModel, adapter: Path) -> None:
     for name, module in embeddings_of(model).items():
         own = saved.get(f"{PREFIX}{name}.weight")
         if own is not None and len(own) != len(module.weight):
-            model.resize_token_embeddings(len(own), mean_resizing=False)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # the rows of new tokens, which the adapter has, are the same in each base
+                model.resize_token_embeddings(len(own), mean_resizing=False)
             break  # it resizes both
 
 

@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, GenerationConfig
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from smoa import SmoaConfig
 from smoa_lab.base_models import load_weights
+from smoa_lab.chat import Chat
 from smoa_lab.config.run import ModelSection, check_config
+from smoa_lab.convert import convert_run
 from smoa_lab.data.chat_templates import saved_chat_template
+from smoa_lab.inspect import inspect_layers
 from smoa_lab.merge import merge_run
 from smoa_lab.open_run import adapter_of_run, base_section
 from smoa_lab.training.loaded_run import load_run
@@ -132,3 +137,20 @@ def test_no_code_of_an_adapters_folder_runs_whatever_a_pipe_says(
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert not ran.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_an_adapter_with_new_tokens_is_opened_by_every_command(tmp_path: Path) -> None:
+    base = lab.tiny_base(tmp_path / "base")
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(model.config.vocab_size + 5)
+    config = SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert len(inspect_layers(tmp_path / "adapter")) == 2
+    convert_run(tmp_path / "adapter", tmp_path / "lora", 2)
+    merge_run(tmp_path / "adapter", tmp_path / "merged")
+    targets = ["merged", *(str(tmp_path / name) for name in ("lora", "merged"))]
+    assert all(verdict.agrees for verdict in verify(tmp_path / "adapter", targets))
+    chat = Chat(str(tmp_path / "adapter"), {}, "alpaca", max_new_tokens=2)
+    chat.ask("hello")
+    assert len(chat.turns) == 2
