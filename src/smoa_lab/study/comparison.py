@@ -25,6 +25,7 @@ from smoa_lab.pages.tables import counted
 from smoa_lab.study.plan import MARGIN, TIMED, TIMED_SECONDS, Metrics, Plan, changed_plan, duration, other_inputs
 from smoa_lab.study.search import STARTS, Chosen, best_of, index_of, next_indices, rate
 from smoa_lab.study.study import Job, Stage, Study
+from smoa_lab.training.guards import Diverged
 from smoa_lab.training.run import run, score_untouched, time_steps
 from smoa_lab.training.run_folder import RunFolder, Taken
 
@@ -40,7 +41,11 @@ def perform(job: Job, config: RunConfig, timed: float = TIMED_SECONDS) -> Metric
     if job.stage == "timing":
         return time_steps(config, TIMED, timed)
     try:
-        metrics = score_untouched(config) if job.is_untouched else run(config, may_diverge=True)
+        metrics = score_untouched(config) if job.is_untouched else run(config)
+    except Diverged as error:
+        logger.warning("%s: %s", job.name, error)
+        with folder.alone():
+            metrics = error.finish()
     except Taken:
         return None
     except ConfigError:

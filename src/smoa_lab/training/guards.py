@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -30,7 +30,10 @@ COUNTED = ("_metrics", "_total_train_tokens")
 
 
 class Diverged(ConfigError):  # noqa: N818 - says what the run did
-    """A run's gradients are not finite any more."""
+    """A run's gradients are not finite any more. Its folder has neither adapter nor metrics; ``finish`` writes these,
+    with losses that are not finite, and gives them."""
+
+    finish: Callable[[], dict[str, Any]]
 
 
 def guarded(trainer: Any) -> Any:
@@ -81,7 +84,7 @@ class Guard(TrainerCallback):
         parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         scaler, trains = getattr(optimizer, "scaler", None), self.trains
         self.steps, self.trains = self.steps + 1, True
-        if _are_finite([each.grad for each in parameters.values() if each.grad is not None]):
+        if _are_finite((each.grad for each in parameters.values() if each.grad is not None), args.device):
             self.bad, self.was_finite = 0, True
             self._name_unreached(parameters)
             return
@@ -91,12 +94,11 @@ class Guard(TrainerCallback):
         has_settled = scaler is None or self.was_finite or scaler.get_scale() <= 1
         self.bad += trains and has_settled
         if self.bad >= MOST_BAD:
-            found = f"the gradients of {MOST_BAD} steps in a row are not finite, up to step {state.global_step + 1}"
-            rate = "training.learning_rate" if self.was_finite else "training.learning_rate, if the base is whole"
-            remedy = f"lower {rate} ({args.learning_rate:g}), or take float32 as model.dtype"
-            raise Diverged(
-                f"training: {found} of {state.max_steps}: the run diverged, and no adapter is saved; {remedy}"
+            found = (
+                f"the gradients of {MOST_BAD} steps in a row, up to step {state.global_step + 1} of {state.max_steps}"
             )
+            remedy = f"lower training.learning_rate ({args.learning_rate:g}), or take float32 as model.dtype"
+            raise Diverged(f"training: {found}, are not finite: the run diverged, and no adapter is saved; {remedy}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.without:
@@ -120,21 +122,15 @@ def _trains(inputs: dict[str, Any]) -> bool:
     return mask is None or bool(mask.any())
 
 
-def _are_finite(gradients: list[Tensor]) -> bool:
-    """Whether all are, on all processes."""
-    largest = torch._foreach_norm([_local(each) for each in gradients], torch.inf) if gradients else []
-    found = torch.tensor(True) if not largest else torch.stack([each.float().to(largest[0].device) for each in largest])
-    bad = (~found.isfinite()).any().float()
+def _are_finite(gradients: Iterable[Any], device: torch.device) -> bool:
+    """Whether all are, on all processes, of which each has a part of those that are sharded."""
+    parts = (each.to_local() if hasattr(each, "to_local") else each for each in gradients)
+    values = [part for each in parts if (part := each._values() if each.is_sparse else each).numel()]
+    largest = [each.float().to(device) for each in torch._foreach_norm(values, torch.inf)] if values else []
+    bad = (~torch.stack([torch.zeros((), device=device), *largest]).isfinite()).any().float()
     if is_distributed():
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     return not bad
-
-
-def _local(gradient: Tensor) -> Tensor:
-    """This process's part of a gradient that is sharded, and the values of a sparse one."""
-    part: Any = gradient
-    part = part.to_local() if hasattr(part, "to_local") else part
-    return part._values() if part.is_sparse else part  # type: ignore[no-any-return]
 
 
 def _untried(trainer: Any) -> str | None:

@@ -38,11 +38,10 @@ FORMAT = 2
 """Of ``metrics.json``."""
 
 
-def run(config: RunConfig, may_diverge: bool = False) -> dict[str, Any]:
+def run(config: RunConfig) -> dict[str, Any]:
     """Train, score, save; the run's metrics, as ``metrics.json`` has them, which has null for what is not finite.
 
-    A run that diverges raises :class:`Diverged` and can be started again, at another rate too; one that
-    ``may_diverge``, a study's, is finished without an adapter and with losses that are not finite. Nothing is written
+    A run that diverges raises :class:`Diverged` and can be started again, at another rate too. Nothing is written
     before config, rows and model are known to be good, and TRL's trainer is made of them.
     """
     config = with_rate(config)
@@ -56,7 +55,7 @@ def run(config: RunConfig, may_diverge: bool = False) -> dict[str, Any]:
     if config.data.metric in ANSWERED and trainer.args.world_size > 1:
         raise ConfigError(f"data.metric: {config.data.metric} needs answers, which one process writes; leave it out")
     with folder.claimed(text, loaded.inputs() if is_first_process() else {}) as checkpoint:
-        return _train(loaded, trainer, forgetting, folder, checkpoint, may_diverge)
+        return _train(loaded, trainer, forgetting, folder, checkpoint)
 
 
 def score_untouched(config: RunConfig) -> dict[str, Any]:
@@ -94,12 +93,7 @@ def time_steps(config: RunConfig, most: int, seconds: float) -> dict[str, Any]:
 
 
 def _train(
-    loaded: LoadedRun,
-    trainer: Trainer,
-    forgetting: Forgetting,
-    folder: RunFolder,
-    checkpoint: str | None,
-    may_diverge: bool,
+    loaded: LoadedRun, trainer: Trainer, forgetting: Forgetting, folder: RunFolder, checkpoint: str | None
 ) -> dict[str, Any]:
     arguments: Any = trainer.args
     if arguments.process_index > 0:
@@ -119,8 +113,6 @@ def _train(
         fit(trainer, checkpoint)
     except Diverged as error:
         folder.remove_checkpoints()  # a resumed run would come to the same steps
-        if not may_diverge:
-            raise
         failed = error
     seconds = time.perf_counter() - started
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # scored as it is loaded: without autocast
@@ -132,7 +124,6 @@ def _train(
             failed = error
         forgetting.measure(model, "after")
     else:
-        logger.warning("%s", failed)
         evaluation.diverge()
     history = trainer.state.log_history
     tokens = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
@@ -151,7 +142,8 @@ def _train(
     metrics["history"] = history
     if isinstance(failed, Diverged):
         metrics["parameters"]["adapter_bytes"] = 0
-        return from_rank_zero(partial(_finish, folder, metrics, evaluation))
+        failed.finish = partial(_finish, folder, metrics, evaluation)
+        raise failed
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded else None  # all ranks gather it
     metrics = from_rank_zero(partial(_save, loaded, folder, model, state, metrics, evaluation))

@@ -19,6 +19,7 @@ from smoa_lab.data.answers import RULES
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.open_run import base_section, open_run
 from smoa_lab.training import run as run_module
+from smoa_lab.training.guards import Diverged
 from smoa_lab.training.loaded_run import inputs, load_run
 from smoa_lab.training.run import run, score_untouched
 from smoa_lab.training.run_folder import RunFolder
@@ -345,7 +346,9 @@ def test_a_run_is_not_resumed_on_other_rows_or_another_base(
 
 def test_a_diverged_run_has_null_in_what_it_returns_and_writes(values: dict[str, Any]) -> None:
     config = changed(values, training={"learning_rate": 1e30, "max_steps": 4, "logging_steps": 1})
-    metrics = run(config, may_diverge=True)
+    with pytest.raises(Diverged) as raised:
+        run(config)
+    metrics = raised.value.finish()
     assert metrics["evaluation"]["after"]["loss"] is None
     assert metrics["history"][-1]["grad_norm"] is None
     assert json.loads(RunFolder(config.folder).metrics.read_text()) == metrics
