@@ -24,7 +24,6 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from smoa.errors import ConfigError, DataError, MergeError
 from smoa_lab.base_models import load_tokenizer, load_weights
 from smoa_lab.config.run import ModelSection
-from smoa_lab.data.general_text import STORY, passages
 from smoa_lab.merge import Merged, class_of, merge_in_memory, stored_share, with_plain_weights
 from smoa_lab.open_run import (
     adapter_config,
@@ -36,12 +35,10 @@ from smoa_lab.open_run import (
     with_saved_adapter,
 )
 from smoa_lab.scoring.evaluation import GREEDY
-from smoa_lab.scoring.losses import logits_at
+from smoa_lab.scoring.shares import logits_after, prompt_texts, share_and_noise
 
 logger = logging.getLogger(__name__)
 
-PROMPTS, WORDS = 10, 24
-"""How many prompts there are, and how long each is."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """What rounding may change of a logit, relative to the largest one."""
 SERVED = 1e-2
@@ -141,14 +138,14 @@ def verify(
 
     logger.info("Loading %s and its base", source)
     model, tokenizer = untouched(), load_tokenizer(section)
-    prompts = [" ".join(text.split()[:WORDS]) for text in passages(STORY)[:PROMPTS]]
+    prompts = prompt_texts()
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
     logger.info("Comparing the logits after %d prompts", len(ids))
-    before = _logits(model, ids)
+    before = logits_after(model, ids)
     asks = "server" in kinds.values()
     answers = [_greedy(model, each, tokens)[0] for each in ids] if asks else []
     adapted = with_saved_adapter(model, source).eval()
-    own = _logits(adapted, ids)
+    own = logits_after(adapted, ids)
     computed = "float32" if getattr(model, "hf_quantizer", None) is None else "bfloat16"  # as its kernels do
     largest = float(own.abs().max())
     changed = float((own - before).abs().max()) / largest
@@ -168,11 +165,9 @@ def verify(
             model = untouched()
             for weight in model.parameters():
                 weight.data = weight.data.to(getattr(torch, dtype)).float()
-            rounded[dtype] = _logits(model, ids)
-        change, found = (own - before).double(), (other - rounded[dtype]).double()
-        size, expected = float(change.square().sum()), stored_share(Path(target))
-        share = float((change * found).sum()) / size
-        noise = float((found - share * change).norm()) / size**0.5
+            rounded[dtype] = logits_after(model, ids)
+        expected = stored_share(Path(target))
+        share, noise = share_and_noise(own - before, other - rounded[dtype])
         if kinds[target] == "adapter" and expected is not None:  # it differs by what a conversion left out
             allowed = max(allowed, changed * (1 + SHARE_TOLERANCE))
         return Verdict(target, difference, allowed, "", share, 1.0 if expected is None else expected, noise)
@@ -188,7 +183,7 @@ def verify(
             other, dtype = merge_in_memory(untouched(), source, Merged(Path(target), section.name)), "float32"
         else:
             other, dtype = load_weights(ModelSection(name=target, dtype="float32"))[0], _dtype_of(target)
-        found[target] = compared(target, _logits(other, ids), dtype)
+        found[target] = compared(target, logits_after(other, ids), dtype)
         del other
     return verdicts + [found[target] for target in targets]
 
@@ -225,17 +220,6 @@ def _dtype_of(folder: str) -> str:
     config = json.loads(Path(folder, MODEL_CONFIG_NAME).read_text(encoding="utf-8"))
     found = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     return found if found in TOLERANCE else "bfloat16"
-
-
-@torch.no_grad()
-def _logits(model: Any, ids: Sequence[Tensor]) -> Tensor:
-    """Those after each prompt, in float32: (prompts, vocabulary)."""
-    model.eval()
-    found = []
-    for each in ids:
-        with logits_at(model, torch.arange(each.shape[1])[None] == each.shape[1] - 1):
-            found.append(model(input_ids=each.to(model.device)).logits[:, -1].float().cpu())
-    return torch.cat(found)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -112,8 +112,8 @@ class NamedBase:
 
     text: str
     hub_id: str | None
-    packaged: str | None = None
-    file: str = ""
+    packaged: str | None = field(default=None, compare=False)
+    file: str = field(default="", compare=False)
 
 
 def named_base(source: str | None) -> NamedBase:

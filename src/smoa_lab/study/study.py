@@ -14,6 +14,7 @@ from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.methods import MethodName
 from smoa_lab.config.run import ConfigText, RunConfig, check_config
 from smoa_lab.config.validation import Problem, block_problems
+from smoa_lab.scoring.evaluation import DPO_LOSSES
 from smoa_lab.study.search import rate_text
 
 Stage = Literal["timing", "untouched", "untouched-validation", "search", "final"]
@@ -143,8 +144,11 @@ class Study(Section):
                 if place != ("shared",) and path[-1] in SHARED:
                     yield (*place, *path), f"{SHARED[path[-1]]}; set it under shared"
         loss_type = (self.shared.get("training") or {}).get("loss_type", "sigmoid")
-        if self.shared.get("trainer") == "dpo" and loss_type not in ("sigmoid", ["sigmoid"]):
-            yield ("shared", "training", "loss_type"), "entries are compared by the loss sigmoid; leave it out"
+        if self.shared.get("trainer") == "dpo" and "".join(loss_type) not in DPO_LOSSES:
+            yield (
+                ("shared", "training", "loss_type"),
+                f"entries are compared by {', '.join(DPO_LOSSES)}; take one of them",
+            )
         for name in (name for name, entry in self.entries.items() if "name" in entry.model):
             yield ("entries", name, "model", "name"), "all entries adapt the same base; make another study for it"
 
