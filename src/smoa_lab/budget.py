@@ -84,8 +84,9 @@ class Sized:
 def method_settings(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Further keys of methods, of texts such as ``ia3.feedforward_modules=[down_proj]``; ConfigError for a method or a
     key that no run could have."""
-    settings: dict[str, Any] = {}
-    apply_overrides(settings, list(words))
+    given: dict[str, Any] = {}
+    apply_overrides(given, list(words))
+    settings = {name.lower(): block for name, block in given.items()}
     for name, block in settings.items():
         if not isinstance(block, dict):
             raise ConfigError(f"--set {name}: write METHOD.KEY=VALUE, e.g. ia3.feedforward_modules=[down_proj]")

@@ -236,9 +236,9 @@ def budget(
         from smoa_lab.pages.tables import Table
 
         names = tuple(name.strip() for name in target_modules.split(","))
-        wanted = method_names() if method == ["all"] else [name.lower() for name in method or ()]
+        wanted = method_names() if method == ["all"] else method or []
         own = method_settings(settings or [])
-        if other := [name for name in own if name not in wanted]:
+        if other := [name for name in own if name not in map(str.lower, wanted)]:
             raise ConfigError(f"--set {other[0]}: name the method too, --method {other[0]}")
         if method:
             sized = size_methods(model, amount, names, wanted, own)
