@@ -131,17 +131,18 @@ class Effective:
         for rows in cut(m, n, FEWEST_ROWS, self.entries):
             yield rows, self._piece(rows, ALL)
 
-    def factors_of_product(self, columns: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        """What a product takes one after the other: pieces of rows or of columns, or the whole."""
-        if self.weight.dtype.itemsize == 2 and sums_by_shape():
-            (m, n), order = self.weight.shape, -1 if self.transposed else 1  # operands laid out as merged ones are
-            made = SCRATCH.take("whole", (m, n)[::order], self.weight, LARGEST_KEPT)
-            yield ALL, self.whole(made.T if self.transposed else made)
+    def operands(self, dtype: torch.dtype, columns: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """What products in `dtype` take one after the other: pieces of rows or of columns, or the whole."""
+        if dtype.itemsize == 2 and self.weight.device.type == "cpu" and sums_by_shape():
+            (m, n), like = self.weight.shape, self.weight.new_empty(0, dtype=dtype)
+            made = SCRATCH.take("whole", (n, m) if self.transposed else (m, n), like, LARGEST_KEPT)
+            yield ALL, self.whole(made.T if self.transposed else made)  # laid out as a merged one
         else:
-            yield from self.columns() if columns else self.rows()
+            for places, piece in self.columns() if columns else self.rows():
+                yield places, piece.to(dtype)
 
     def whole(self, made: Tensor | None = None) -> Tensor:
-        """All of it: (out_features, in_features)."""
+        """All of it, (out_features, in_features), in `made` and its dtype if that is given."""
         made = torch.empty_like(self.weight) if made is None else made
         for rows, piece in self.rows():
             made[rows] = piece
@@ -204,8 +205,8 @@ class OneProduct:
     def forward(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         dtype = product_dtype(x.dtype, x.device.type)
         y, own = x.new_empty(len(x), len(weight), dtype=dtype), x.to(dtype)
-        for rows, effective in self._effective(factors, weight).factors_of_product():
-            effective = effective.to(x.dtype).to(dtype)
+        for rows, effective in self._effective(factors, weight).operands(x.dtype):
+            effective = effective.to(dtype)
             if bias is None:
                 torch.mm(own, effective.T, out=y[:, rows])
             else:
@@ -221,8 +222,8 @@ class OneProduct:
             return None, grad_A, grad_B
         dtype = product_dtype(x.dtype, x.device.type)
         grad_x, own = torch.empty_like(x, dtype=dtype), g.to(dtype)
-        for columns, effective in self._effective(factors, weight).factors_of_product(columns=True):
-            torch.mm(own, effective.to(x.dtype).to(dtype), out=grad_x[:, columns])
+        for columns, effective in self._effective(factors, weight).operands(x.dtype, columns=True):
+            torch.mm(own, effective.to(dtype), out=grad_x[:, columns])
         return grad_x.to(x.dtype), grad_A, grad_B
 
     def _effective(self, factors: Factors, weight: Tensor) -> Effective:

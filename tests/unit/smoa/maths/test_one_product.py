@@ -131,7 +131,7 @@ def test_the_gradient_of_x_errs_no_more_than_the_whole_product() -> None:
     x, g = torch.randn(32, 4096).bfloat16(), torch.randn(32, 14336).bfloat16()
     own = OneProduct()._effective(factors, weight)
     grad_x = torch.empty(32, 4096, dtype=torch.bfloat16)
-    for columns, effective in own.factors_of_product(columns=True):
+    for columns, effective in own.operands(torch.bfloat16, columns=True):
         torch.mm(g, effective, out=grad_x[:, columns])
     whole = Effective(weight, [(factors, "hadamard")]).whole()
     exact = g.float() @ whole.float()
