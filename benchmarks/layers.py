@@ -1,6 +1,7 @@
 """Times single adapted layers.
 
-    python benchmarks/layers.py layer_step [--shape 4096x4096] [--dtype float32] [--compile]
+    python benchmarks/layers.py layer_step [--shape 4096x4096] [--dtype float32] [--partition contiguous] [--compile]
+    python benchmarks/layers.py small_step
     python benchmarks/layers.py layer_kinds_step
     python benchmarks/layers.py sweep
 
@@ -18,6 +19,7 @@ import torch
 from _common import interleaved, lower_quartile, run, saved_bytes, trainable
 from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoa import SmoaConfig
 from smoa.maths.blocks import Blocks
@@ -132,10 +134,9 @@ def training_step(model: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], Non
     return step
 
 
-def floor(dtype: torch.dtype, num_blocks: int) -> float:
+def floor(num_blocks: int) -> float:
     """Lower bound of a step's cost, in steps of the frozen layer: matrix products only, no passes over the weight."""
-    products = 1 if dtype in (torch.float32, torch.float64) else 3
-    return (2 + products / num_blocks) / 2
+    return (2 + 1 / num_blocks) / 2
 
 
 def layer_step(
@@ -147,17 +148,18 @@ def layer_step(
     r: int = 32,
     repeats: int = 8,
     methods: tuple[str, ...] = METHODS,
+    partition: str = "random",
     compile: bool = False,
 ) -> dict[str, Any]:
-    """A step of one linear layer with each method, as a ratio to the frozen layer's time and to the floor.
+    """A step of one linear layer with each method, as a ratio to the frozen layer's time and to the floor, (2 + 1/K)/2.
 
-    The floor is (2 + 1/K)/2 in float32, (2 + 3/K)/2 in bfloat16. All methods train as many parameters as SMoA.
+    All methods train as many parameters as SMoA, whose blocks are spread ("random") or contiguous.
     """
     base = OneLayer(*map(int, shape.split("x")), getattr(torch, dtype), device)
     x, grad = inputs(base, tokens)
     results = []
     for blocks in num_blocks:
-        models = {name: adapted(name, base, r, blocks) for name in methods}
+        models = {name: adapted(name, base, r, blocks, partition) for name in methods}
         parameters = {name: trainable(model) for name, model in models.items()}
         if compile:
             models = {name: torch.compile(model, fullgraph=name != "released") for name, model in models.items()}
@@ -168,7 +170,7 @@ def layer_step(
         results.append(
             {
                 "num_blocks": blocks,
-                "floor": floor(base.linear.weight.dtype, blocks),
+                "floor": floor(blocks),
                 "trainable": parameters,
                 "seconds": times,
                 "ratio": {name: lower_quartile(times[name]) / lower_quartile(frozen) for name in times},
@@ -176,8 +178,49 @@ def layer_step(
             }
         )
         print(f"K={blocks}", {name: round(ratio, 3) for name, ratio in results[-1]["ratio"].items()}, flush=True)
-    name = f"layer_step_{shape}_{dtype}{'' if tokens == 1024 else f'_{tokens}'}{'_compiled' if compile else ''}"
+    marks = ["" if tokens == 1024 else f"_{tokens}", "" if partition == "random" else f"_{partition}"]
+    name = f"layer_step_{shape}_{dtype}{''.join(marks)}{'_compiled' if compile else ''}"
     return {"name": name, "results": results}
+
+
+def small_step(
+    device: torch.device, hidden: int = 1024, tokens: int = 1024, num_blocks: tuple[int, ...] = (4, 8), repeats: int = 9
+) -> dict[str, Any]:
+    """A step of a Llama of two layers in bfloat16: SMoA, r = 32, and LoRA of as many parameters with factors in float32
+    and in bfloat16, ÷ the frozen model's."""
+    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 256}
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 2, **heads}
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    ids, results = torch.randint(3, 1900, (tokens // 256, 256)), []
+
+    def model(config: PeftConfig | None, factors_in_float32: bool = True) -> nn.Module:
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(LlamaConfig(vocab_size=2000, **sizes)).bfloat16().requires_grad_(False)
+        return base if config is None else get_peft_model(base, config, autocast_adapter_dtype=factors_in_float32)
+
+    for blocks in num_blocks:
+        chosen: dict[str, Any] = {"target_modules": targets, "task_type": "CAUSAL_LM"}
+        lora = {"r": 32 // blocks, "lora_alpha": 64 // blocks, **chosen}
+        smoa = {"r": 32, "num_blocks": blocks, "alpha": 64, **chosen}
+        models = {
+            "frozen": model(None),
+            "lora, float32 factors": model(LoraConfig(**lora)),
+            "lora, 16-bit factors": model(LoraConfig(**lora), False),
+            "smoa, spread": model(SmoaConfig(partition="random", **smoa)),
+            "smoa, contiguous": model(SmoaConfig(partition="contiguous", **smoa)),
+        }
+
+        def step(model: nn.Module) -> None:
+            embeddings = model.get_input_embeddings()(ids).detach().requires_grad_(True)  # type: ignore[operator]
+            model.train()(inputs_embeds=embeddings, labels=ids).loss.backward()
+
+        steps = {name: (lambda one=one: step(one)) for name, one in models.items()}
+        interleaved(steps, 1, device)
+        times = interleaved(steps, repeats, device)
+        ratio = {name: lower_quartile(own) / lower_quartile(times["frozen"]) for name, own in times.items()}
+        results.append({"num_blocks": blocks, "seconds": times, "ratio": ratio})
+        print(f"K={blocks}", {name: round(value, 3) for name, value in ratio.items()}, flush=True)
+    return {"results": results}
 
 
 def layer_kinds_step(device: torch.device, r: int = 32, num_blocks: int = 4, repeats: int = 9) -> dict[str, Any]:
@@ -225,7 +268,7 @@ def sweep(device: torch.device, dtype: str = "float32") -> dict[str, Any]:
         once = sum(times[0] for times in interleaved(steps, 1, device).values())
         times = interleaved(steps, max(3, min(15, int(SECONDS_A_POINT / once))), device)
         ratio = lower_quartile(times["smoa"]) / lower_quartile(times["frozen"])
-        least = floor(base.linear.weight.dtype, point["num_blocks"])
+        least = floor(point["num_blocks"])
         kept = saved_bytes(models["smoa"], lambda model=models["smoa"], x=x: model(x.detach().requires_grad_(True)))
         costs = {"seconds": times, "ratio": ratio, "floor": least, "over_floor": ratio / least, "kept_bytes": kept}
         sizes = {"input_bytes": x.nbytes, "weight_bytes": base.linear.weight.nbytes}
@@ -235,4 +278,4 @@ def sweep(device: torch.device, dtype: str = "float32") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(__doc__, layer_step=layer_step, layer_kinds_step=layer_kinds_step, sweep=sweep)
+    run(__doc__, layer_step=layer_step, small_step=small_step, layer_kinds_step=layer_kinds_step, sweep=sweep)

@@ -85,7 +85,7 @@ def layer_step() -> str:
     results = {name: one for name, one in load("layer_step_*").items() if not name.endswith("_compiled")}
     rows = []
     for name, content in results.items():
-        case = "_".join(name.removeprefix("layer_step_").split("_")[:2])
+        case = "_".join(part for part in name.removeprefix("layer_step_").split("_") if not part.isdecimal())
         for result in content["results"]:
             ratio, floor = result["ratio"], result["floor"]
             slower = [ratio[method] for method in ("hira", "released") if method in ratio]
