@@ -44,8 +44,9 @@ class ReadByModels(SmoaLayer):
         """Whether W + ΔW takes the place of W in the base layer's own operation, which nobody else sees."""
         weight, dropout = self.stored_weight(), self.smoa_dropout[adapter_name]
         dropped = isinstance(dropout, nn.Dropout) and self.training
-        plain = not (weight.requires_grad or is_instrumented(self.base_layer) or is_transformed(x, weight))
-        return may_form(x.device.type) and plain and not dropped
+        plain = self.base_layer is self.get_base_layer() and not is_instrumented(self.base_layer)  # no trained tokens
+        unfit = dropped or weight.requires_grad or is_transformed(x, weight)
+        return may_form(x.device.type) and plain and not unfit
 
 
 class Embedding(ReadByModels):
