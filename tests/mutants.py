@@ -85,7 +85,8 @@ MUTANTS = [
     ),
     Mutant(
         "hotswap-forgets-alpha", "loading", "hotswap.py",
-        "ratio = config.alpha_of(name, sum(ranks), shape) / sum(ranks) / layer.adapters[adapter].scaling", "ratio = 1.0",
+        "ratio = config.alpha_of(name, sum(ranks), shape) / sum(ranks) / layer.adapters[adapter].scaling",
+        "ratio = 1.0",
     ),
     Mutant(
         "broken-file-loads", "loading", "files/checks.py",
@@ -152,9 +153,9 @@ def main(arguments: list[str]) -> None:
         if given.only and mutant.name not in given.only:
             continue
         if given.command:
-            print(f"{mutant.name}: {run(mutant, given.command, given.limit)}", flush=True)
+            print(f"{mutant.name}: {run(mutant, given.command, given.limit)}", flush=True)  # noqa: T201
         else:
-            print(f"{mutant.place:8} {mutant.name:24} {run(mutant, ['true'], 60).split()[0]}")
+            print(f"{mutant.place:8} {mutant.name:24} {run(mutant, ['true'], 60).split()[0]}")  # noqa: T201
 
 
 if __name__ == "__main__":
