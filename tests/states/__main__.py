@@ -1,0 +1,64 @@
+"""Runs the machine from a new seed: `make states`, or `python -m tests.states --minutes 15 --mask L2 --mask L13`."""
+
+import argparse
+import random
+import sys
+import time
+import traceback
+
+import torch
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis.internal.conjecture import engine
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.states import machine
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--mask", action="append", default=[], help="a known fault that is not looked for")
+    parser.add_argument("--shrink", type=int, default=60, help="seconds for a shorter sequence")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    machine.MASKED.update(given.mask)
+    number = random.randrange(1 << 30) if given.seed is None else given.seed
+    print(f"seed {number}, masked {sorted(machine.MASKED)}", flush=True)  # noqa: T201
+    engine.MAX_SHRINKING_SECONDS = given.shrink
+    started, examples = time.monotonic(), 0
+    try:
+        while time.monotonic() - started < given.minutes * 60:
+            one = settings(
+                max_examples=40,
+                stateful_step_count=given.steps,
+                deadline=None,
+                database=None,
+                report_multiple_bugs=False,
+                phases=[Phase.generate, Phase.shrink],
+                suppress_health_check=list(HealthCheck),
+            )
+            run_state_machine_as_test(seed(number + examples)(machine.Machine), settings=one)
+            examples += 40
+    except Exception as error:
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {error}")  # noqa: T201
+        print(f"found after {machine.FIRST[0] - started:.0f} s (shrunk {time.monotonic() - started:.0f} s)")  # noqa: T201
+        return 1
+    finally:
+        report(examples, time.monotonic() - started)
+    return 0
+
+
+def report(examples: int, seconds: float) -> None:
+    counts = machine.COUNTS
+    print(f"{examples} examples, {sum(counts.values())} rules in {seconds:.0f} s: {dict(sorted(counts.items()))}")  # noqa: T201
+    names = sorted(counts)
+    pairs = {(a, b): machine.PAIRS[a, b] for i, a in enumerate(names) for b in names[i + 1 :]}
+    rare = {f"{a}+{b}": count for (a, b), count in pairs.items() if count < 20} if seconds > 600 else {}
+    print(f"{len(pairs)} pairs, {len(rare)} of them in fewer than 20 examples: {rare}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
