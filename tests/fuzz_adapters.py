@@ -73,7 +73,9 @@ def write_corpus(room: Path) -> dict[str, Path]:
     """One saved adapter of each kind, the same ones every time."""
     torch.manual_seed(2)
     for name, (config, width) in CORPUS.items():
-        model = get_peft_model(base(width), config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "r is smaller than num_blocks")
+            model = get_peft_model(base(width), config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:

@@ -43,11 +43,11 @@ MUTANTS = [
     ),
     Mutant(
         "unmerge-restores-one", "merging", "layers/merging.py",
-        "for kept in self._pristine_blocks.values():", "for kept in [*self._pristine_blocks.values()][:1]:",
+        "for kept in own.blocks.values():", "for kept in [*own.blocks.values()][:1]:",
     ),
     Mutant(
         "shared-weight-in-place", "merging", "layers/merging.py",
-        "if self.shares_weight and not self._shared_weight:", "if False:",
+        "if self.shares_weight and own.replaced is None:", "if False:",
     ),
     Mutant(
         "safe-merge-half-way", "merging", "tuner/model.py",
@@ -68,7 +68,7 @@ MUTANTS = [
     ),
     Mutant(
         "table-never-loaded", "loading", "files/names.py",
-        "    return torch.equal(weight, table.to(weight.device))", "    return True",
+        "    return torch.equal(own.to(narrow), saved.to(own.device, narrow))", "    return True",
     ),
     Mutant(
         "refused-load-stays", "loading", "files/loading.py",

@@ -6,6 +6,7 @@ versions go by the names alone. `install_state_dict_hooks` makes them ask too.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -24,22 +25,26 @@ if TYPE_CHECKING:
 
 BASE_PREFIX = "base_model.model."
 HAS_STATE_DICT_HOOKS = hasattr(BaseTuner, "_get_adapter_state_dict")  # from 0.21 on
+FILTER = "_filter_state_dict_for_adapter_name"  # there from 0.21 on
 HAS_QUANTIZATION_BACKENDS = hasattr(BaseTunerLayer, "set_base_weight")  # from 0.20 on
 
+_OWNER = re.compile(
+    r"\.(?:smoa_A|smoa_B|smoa_row_labels|smoa_col_labels|smoa_block_scale|modules_to_save|trainable_tokens_\w+)\.([^.]+)"
+)
+"""The adapter that a tensor belongs to: the name after the first of these parts."""
 _LOADING: ContextVar[Any] = ContextVar("smoa_loading", default=None)
 """(model class, model, config) while `set_peft_model_state_dict` loads an adapter whose class has hooks."""
 
 
 def install_state_dict_hooks() -> None:
-    """Make PEFT ≤ 0.20 call a model class's state dict hooks. A second call replaces the wrappers."""
-    if HAS_STATE_DICT_HOOKS:
-        return
-    wrappers = {
+    """Make PEFT ≤ 0.20 call a model class's state dict hooks, and later ones give them all tensors. A second call
+    replaces the wrappers."""
+    wrappers: dict[str, Callable[[Any], Any]] = {
         "get_peft_model_state_dict": _saving,
         "set_peft_model_state_dict": _loading,
         "_insert_adapter_name_into_state_dict": _naming,
     }
-    for name, wrapped in wrappers.items():
+    for name, wrapped in (wrappers if not HAS_STATE_DICT_HOOKS else {FILTER: _filtering}).items():
         function = getattr(save_and_load, name)
         original = getattr(function, "__smoa_original__", function)
         wrapper = wrapped(original)
@@ -55,9 +60,22 @@ def _hooked(config: Any) -> Any:
     return tuner if hasattr(tuner, "_get_adapter_state_dict") else None
 
 
-def _without_name(key: str, adapter_name: str) -> str:
-    head, dot, last = key.rpartition(".")
-    return head if last == adapter_name else head.removesuffix(f".{adapter_name}") + dot + last
+def _filtering(original: Callable[..., dict[str, Tensor]]) -> Any:
+    @wraps(original)
+    def _filter_state_dict_for_adapter_name(state_dict: dict[str, Tensor], unwanted_adapter_names: Any) -> Any:
+        """PEFT's, which drops what holds another adapter's name anywhere, and what is no other adapter's: one may be
+        called "0" or "mlp", like a part of a module's path."""
+        kept = original(state_dict, unwanted_adapter_names)
+        methods = tuple(f".{prefix}" for prefix in {*PEFT_TYPE_TO_PREFIX_MAPPING.values()} - {"smoa_"})
+
+        def may_be_wanted(key: str) -> bool:
+            owner = _OWNER.search(key)
+            another = owner is not None and owner[1] in unwanted_adapter_names
+            return not another and not any(method in key for method in methods)
+
+        return {key: tensor for key, tensor in state_dict.items() if key in kept or may_be_wanted(key)}
+
+    return _filter_state_dict_for_adapter_name
 
 
 def _saving(original: Callable[..., dict[str, Tensor]]) -> Any:
@@ -75,12 +93,11 @@ def _saving(original: Callable[..., dict[str, Tensor]]) -> Any:
             return original(model, state_dict, adapter_name, save_embedding_layers=save_embedding_layers)
         state_dict = dict(model.state_dict() if state_dict is None else state_dict)
         own = tuner._get_adapter_state_dict(model, config, adapter_name, state_dict, [])
-        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
-        rest = {key: tensor for key, tensor in state_dict.items() if prefix not in key}
+        rest = {key: tensor for key, tensor in state_dict.items() if not tuner.is_own(key)}
         if config.bias == "all":  # these versions train all with a bias in their name
             own |= {key: each for key, each in rest.items() if "bias" in key and ".modules_to_save." not in key}
         others = original(model, rest, adapter_name, save_embedding_layers=save_embedding_layers)
-        return {_without_name(key, adapter_name): tensor for key, tensor in own.items()} | others
+        return {tuner._remove_adapter_name_from_key(key, adapter_name): each for key, each in own.items()} | others
 
     return get_peft_model_state_dict
 

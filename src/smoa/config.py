@@ -17,7 +17,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, UnknownSettingError, nearest
 from smoa.maths.blocks import MAX_BLOCKS
 from smoa.maths.factors import Initialization, split_rank
 from smoa.maths.scale import DEFAULT_SCALE, ModulationKind, ScaleKind
@@ -68,8 +68,9 @@ class SmoaConfig(PeftConfig):
         alpha_pattern: alpha by module name or regular expression.
         fan_in_fan_out: Weights are stored as (in_features, out_features), as in GPT-2's Conv1D. Set automatically.
         trainable_token_indices: Token embeddings to train, as in LoRA.
-        ensure_weight_tying: As in LoRA: if a target shares its weight with other layers, as a head with the embedding
-            it is tied to, all of them get one adapter, and a merge leaves them tied.
+        ensure_weight_tying: In adapters of older versions: all layers of one weight have the same factors. They load,
+            for inference; new ones are refused.
+        other_base: Load the adapter on a base of other weights than it was trained on. Saved only if set.
         lora_alpha: LoRA's name for alpha.
         lora_dropout: LoRA's name for smoa_dropout.
 
@@ -99,11 +100,22 @@ class SmoaConfig(PeftConfig):
     fan_in_fan_out: bool = False
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
+    other_base: bool = False
 
     lora_alpha: InitVar[float | None] = None
     lora_dropout: InitVar[float | None] = None
     # In files:
     smoa_format: InitVar[int] = 0
+
+    def __new__(cls, *args: Any, **given: Any) -> SmoaConfig:
+        """Refuse settings that there are not, such as LoRA's own, with the nearest one there is."""
+        known = cls.__dataclass_fields__
+        if unknown := [name for name in given if name not in known]:
+            raise UnknownSettingError(
+                f"SmoaConfig got an unexpected keyword argument {unknown[0]!r}{nearest(unknown[0], known)}; leave out "
+                f"what SMoA has no counterpart of: {', '.join(unknown)}"
+            )
+        return super().__new__(cls)
 
     def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None, smoa_format: int) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
@@ -155,7 +167,8 @@ class SmoaConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The settings and, as in a saved config, `smoa_format`."""
-        return {**super().to_dict(), "smoa_format": FORMAT}
+        known = {name: value for name, value in super().to_dict().items() if name != "other_base" or value}
+        return {**known, "smoa_format": FORMAT}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`.

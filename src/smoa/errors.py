@@ -14,6 +14,10 @@ class ConfigError(SmoaError, ValueError):
     """A setting, option or argument is invalid."""
 
 
+class UnknownSettingError(ConfigError, TypeError):
+    """A setting that there is not. PEFT leaves those of newer versions out, which it knows by Python's TypeError."""
+
+
 class PartitionError(SmoaError, ValueError):
     """A weight can't be partitioned as asked, or labels are not a valid partition of the layer."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError
 from smoa.files.loading import door, read_adapter, tensors_of
-from smoa.files.names import PARTS, PREFIX, adapter_layers, parameter_names
+from smoa.files.names import PARTS, PREFIX, adapter_layers, embeddings_of, is_own, saved_names
 from smoa.layers.distributed import refuse_writing
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import slices
@@ -44,7 +44,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
     if not isinstance(slot, PeftModel) or not isinstance(old, SmoaConfig):
         raise ConfigError(f"hotswap_adapter: the model has no SMoA adapter named {adapter_name!r}")
     base: Any = slot.base_model.model
-    names, layers = parameter_names(base), adapter_layers(base, adapter_name)
+    names, layers = saved_names(base), adapter_layers(base, adapter_name)
     if merged := [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]:
         raise MergeError(f"{merged[0]}: {adapter_name!r} is merged; call unmerge_adapter first")
     with door(path):
@@ -65,8 +65,10 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
                 state |= zip(partition, (*labels, layer.derived(adapter_name).block_scale), strict=True)
             elif A in state and B in state:
                 state[A], state[B] = _padded(f"{path}: {saved_name}", layer, adapter_name, state[A], state[B], new)
-        loaded = get_peft_model_state_dict(slot, adapter_name=adapter_name)
-        ours, theirs = ({f"{key} {tuple(t.shape)}" for key, t in each.items()} for each in (loaded, state))
+        loaded = get_peft_model_state_dict(slot, adapter_name=adapter_name, save_embedding_layers=False)
+        tables = () if new.modules_to_save else tuple(f"{PREFIX}{name}." for name in embeddings_of(base))
+        swapped = {key: t for key, t in state.items() if key in loaded or is_own(key) or not key.startswith(tables)}
+        ours, theirs = ({f"{key} {tuple(t.shape)}" for key, t in each.items()} for each in (loaded, swapped))
         if ours != theirs:  # what is missing would stay the old adapter's
             more, lacking = (sorted(names)[:3] or "nothing" for names in (theirs - ours, ours - theirs))
             raise AdapterFileError(f"{path}: has {more}, but not {lacking}, unlike {adapter_name!r}; {REMEDY}")

@@ -180,8 +180,10 @@ class Machine(RuleBasedStateMachine):
     def can(self, name: str) -> bool:
         return name in self.swarm
 
-    def fold(self) -> str:
-        return f"{{d}}/{len(self.saved)}-{len(self.lines)}"
+    @property
+    def trains(self) -> bool:
+        """Tied adapters are for inference, and a step would train PEFT's LoRA too."""
+        return self.kind != "golden" and not self.traits.get("lora")
 
     # The state.
 
@@ -371,13 +373,20 @@ class Machine(RuleBasedStateMachine):
             self.is_training = train
             self.check()
 
-    @precondition(lambda self: self.can("train") and not self.merged_now and self.kind != "golden")
+    @precondition(lambda self: self.can("train") and not self.merged_now and self.trains)
     @rule(write=st.booleans())
     def train(self, write: bool) -> None:
         with self.counted("train"):
             self.step("m(ids)", [self.active] * len(self.ids), write=write and self.can("write_between"))
 
-    @precondition(lambda self: self.can("by_names") and not self.merged_now and self.kind not in ("mixture", "golden"))
+    @precondition(
+        lambda self: (
+            self.can("by_names")
+            and not self.merged_now
+            and self.kind not in ("mixture", "golden")
+            and not self.traits.get("lora")
+        )
+    )
     @rule(data=st.data())
     def by_names(self, data: Any) -> None:
         with self.counted("by_names"):

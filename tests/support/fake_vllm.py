@@ -157,6 +157,10 @@ class Manager:
             layer.set_lora(slot, parts if len(own) > 1 else parts[0], None)
         return True
 
+    def remove_adapter(self, adapter_id: int) -> bool:
+        self.lora_index_to_id = [None if known == adapter_id else known for known in self.lora_index_to_id]
+        return self.adapters.pop(adapter_id, None) is not None
+
     def map_tokens(self, adapters: Sequence[int]) -> None:
         mapping = SimpleNamespace(index_mapping=tuple(adapters))
         self.wrapper.update_metadata(mapping, self.lora_index_to_id, len(self.lora_index_to_id) + 1, 64)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, PartitionError, first_of
 from smoa.files.loading import incoming
-from smoa.files.names import PARTS, PREFIX, embeddings_of, key_of, trained_biases
+from smoa.files.names import PARTS, PREFIX, embeddings_of, is_own, key_of, trained_biases
 from smoa.layers.distributed import LABELS, SCALE, is_distributed, plain_name, whole
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import check_labels
@@ -30,17 +30,27 @@ def check_adapter_state(
     config: SmoaConfig,
     adapter_name: str,
     state_dict: dict[str, Tensor],
+    tables: Sequence[tuple[SmoaLayer | nn.Module, Tensor]],
     layers: Mapping[str, SmoaLayer],
 ) -> None:
-    """Check the tensors about to be loaded, keyed as in the model, against the layers that have the adapter."""
+    """Check the tensors about to be loaded, keyed as in the model, and tables of embeddings, against the layers that
+    have the adapter."""
     first = next((name for name, _ in model.named_parameters()), "")
     if not first.startswith(PREFIX) and plain_name(first).startswith(PREFIX):
         raise AdapterFileError(  # PEFT loads nothing into such a model, silently
             f"{first}: the model is wrapped, as by FSDP, and PEFT would load nothing into it; "
             "load the adapter before the model is wrapped, or into the wrapper's .module"
         )
-    with _placed(f"; does {CONFIG_NAME} come from another save?"):
-        own = {key for key in state_dict if ".smoa_" in key}
+    labels = [
+        (state_dict.get(key_of(name, part, adapter_name)), shape)
+        for name, layer in layers.items()
+        for part, shape in zip(LABELS, layer.saved_shapes((1,))[2:4], strict=True)
+    ]
+    is_other = any(tensor is not None and tensor.shape[-1:] != shape[-1:] for tensor, shape in labels)
+    base = f"the adapter was trained on another base, {config.base_model_name_or_path or 'of other sizes'}"
+    remedy = f"; {base if is_other else f'does {CONFIG_NAME} come from another save?'}"
+    with _placed(remedy):
+        own = {key for key in state_dict if is_own(key)}
         keys_of = {name: [key_of(name, part, adapter_name) for part in PARTS] for name in layers}
         expected = {key for keys in keys_of.values() for key in keys}
         others = state_dict.keys() - own
@@ -53,11 +63,16 @@ def check_adapter_state(
         if key in others and (tensor := whole(state_dict[key])).is_floating_point():
             with _placed():
                 _largest(key, tensor)
+    for module, table in tables:
+        with _placed():
+            _largest(f"the table of {type(module).__name__}", table)
+            if isinstance(module, SmoaLayer) and module.merged:
+                raise AdapterFileError("the file has new rows of a merged embedding; call unmerge_adapter first")
     for name, layer in layers.items():
         tensors = {key: whole(state_dict[key]) for key in keys_of[name]}
         ranks, scaling = layer.adapters[adapter_name].ranks, layer.scaling[adapter_name]
         stored = next(layer.smoa_A[adapter_name].parameters()).dtype
-        with _placed(f"; does {CONFIG_NAME} come from another save?"):
+        with _placed(remedy):
             check_layout(tensors, layer.saved_shapes(ranks), len(ranks))
         with _placed():
             check_values(name, tensors, ranks, scaling, stored)
@@ -149,10 +164,18 @@ def _largest(key: str, tensor: Tensor) -> float:
     return largest
 
 
-def check_gathered(state_dict: dict[str, Tensor]) -> None:
-    """Refuse to save tensors that ZeRO-3 has left empty. Only rank 0 saves, so others are not checked."""
+def check_gathered(state_dict: dict[str, Tensor], missing: Sequence[str]) -> None:
+    """Refuse to save less than the whole adapter, or tensors that ZeRO-3 has left empty. Only rank 0 saves, so others
+    are not checked."""
     empty = sorted(key for key, tensor in state_dict.items() if tensor.numel() == 0)
-    if empty and not (is_distributed() and dist.get_rank() > 0):
+    if is_distributed() and dist.get_rank() > 0:
+        return
+    if missing:
+        raise AdapterFileError(
+            f"the state dict to save lacks {len(missing)} tensor(s) of the adapter: {first_of(missing)}; give "
+            "save_pretrained the whole state dict of the model, or none"
+        )
+    if empty:
         raise AdapterFileError(
             f"{first_of(empty, 1)}: empty, because DeepSpeed ZeRO-3 has partitioned these weights; "
             "gather them on every rank: save_pretrained(folder, state_dict=accelerator.get_state_dict(engine))"
@@ -165,7 +188,7 @@ def report_untrained(
     """Warn of layers whose ΔW is zero after training: the loss does not depend on them.
 
     That there was training is seen from other layers or `modules_to_save`. Layers whose names differ only in numbers
-    count as one, because some batches skip a layer or use few experts. `names` are from `parameter_names`.
+    count as one, because some batches skip a layer or use few experts. `names` are from `saved_names`.
     """
     here = {key: tensor for key, tensor in state_dict.items() if type(tensor) is Tensor and not tensor.is_meta}
     trained: dict[str, bool] = {}

@@ -34,6 +34,13 @@ from smoa.errors import AdapterFileError, ConfigError
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "repo_type")
 
 
+MEANING = (
+    *("r", "num_blocks", "use_rslora", "alpha", "modulation", "bias", "ensure_weight_tying", "modules_to_save"),
+    *("rank_pattern", "alpha_pattern", "num_blocks_pattern", "trainable_token_indices"),
+)
+"""Settings by which tensors are read."""
+
+
 class AdapterFile(NamedTuple):
     """The weights of a saved SMoA adapter: the file and, if they were read too, all tensors on the CPU."""
 
@@ -192,6 +199,25 @@ def _replace(owner: type, name: str, source: str) -> None:
     setattr(owner, name, classmethod(guarded) if isinstance(function, classmethod) else guarded)
 
 
+def _check_alike(old: SmoaConfig, source: Any, name: Any, options: dict[str, Any]) -> None:
+    """Raise ConfigError if a saved adapter would be loaded under a name whose settings give its tensors another
+    meaning: PEFT keeps those of the name."""
+    if find_weights(source, None, **options) is None:  # weights may come without a config
+        return
+    new = SmoaConfig.from_pretrained(source, **options)
+    if different := [field for field in MEANING if _meant(new, field) != _meant(old, field)]:
+        said = "; ".join(f"{field}={_meant(new, field)!r}, not {_meant(old, field)!r}" for field in different)
+        raise ConfigError(
+            f"{source}: has {said} as the loaded {name!r}, whose settings stay; call delete_adapter({name!r}) first, "
+            "or load it under another name"
+        )
+
+
+def _meant(config: SmoaConfig, field: str) -> Any:
+    value = getattr(config, field)
+    return config.alpha_of("", config.r) if field == "alpha" else sorted(value) if isinstance(value, set) else value
+
+
 def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
     signature = inspect.signature(original)
     checks_nothing = "adapter_state_dict" in signature.parameters  # transformers; it accepts tensors
@@ -209,7 +235,10 @@ def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
         # The config that was passed, or that of the loaded adapter which gets the weights
         loaded = {} if isinstance(args[0], type) else getattr(args[0], "peft_config", {})
         config = given.get("config") or given.get("peft_config") or loaded.get(given.get("adapter_name"))
+        old = loaded.get(given.get("adapter_name"))
         with door(place, config, checks_nothing, **options) as file:
+            if isinstance(old, SmoaConfig) and place is not None and not checks_nothing:
+                _check_alike(old, place, given.get("adapter_name"), options)
             if checks_nothing and file is not None:
                 given["adapter_state_dict"] = file.tensors
             known = {*loaded}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -19,6 +20,9 @@ from smoa.layers.layer import SmoaLayer, smoa_layers
 
 PREFIX = BASE_PREFIX
 """Prefix of every name in a saved adapter, and of the base model's names inside a PeftModel."""
+COMPILED = "._orig_mod."
+"""What `torch.compile` adds to the names of what is in a module."""
+_OWN = re.compile(r"\.smoa_(A|B|row_labels|col_labels|block_scale)(\.|$)")
 PARTS = ("smoa_A.weight", "smoa_B.weight", *PARTITION)
 """The tensors of every saved layer: A, B, row labels, column labels and block scales."""
 
@@ -28,10 +32,28 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, SmoaLayer]:
     return {plain_name(name): layer for name, layer in smoa_layers(model).items() if adapter_name in layer.smoa_A}
 
 
-def parameter_names(model: nn.Module) -> dict[str, str]:
-    """Names of the adapted parameters by those of their wrappers, which depend on how these are nested."""
-    wrappers = {plain_name(name): each for name, each in model.named_modules() if isinstance(each, ParamWrapper)}
-    return {name: f"{name.replace('.base_layer', '')}.{each.parameter_name}" for name, each in wrappers.items()}
+def saved_names(model: nn.Module) -> dict[str, str]:
+    """Names of the adapted layers in a file by those in state dicts, where these differ: wrappers of parameters, whose
+    names depend on how they are nested, and layers in a region that `torch.compile` wraps."""
+    names = dict[str, str]()
+    for name, layer in smoa_layers(model).items():
+        name = plain_name(name)
+        if isinstance(layer, ParamWrapper):
+            names[name] = f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
+        if COMPILED in name:
+            names[name] = names.get(name, name).replace(COMPILED, ".")
+    return names
+
+
+def is_own(key: str) -> bool:
+    """Whether a key is that of a factor, label or scale, and not of a copy in an adapter whose name is like one."""
+    return _OWN.search(key) is not None and ".modules_to_save." not in key
+
+
+def without_adapter(key: str, adapter_name: str) -> str:
+    """The key of a model's tensor as it is saved: without the adapter's name, and what `torch.compile` adds."""
+    own = rf"(\.smoa_\w+)\.{re.escape(adapter_name)}(?=\.|$)"
+    return re.sub(own, r"\1", key, count=1).replace(COMPILED, ".")
 
 
 def key_of(layer: str, part: str, adapter_name: str) -> str:
@@ -58,41 +80,62 @@ def embeddings_of(model: nn.Module) -> dict[str, Any]:
     for getter in (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")):
         with suppress(NotImplementedError):
             embeddings += [getter()] if getter is not None else []
+    embeddings = [getattr(each, "_orig_mod", each) for each in embeddings]
     return {name: module for name, module in model.named_modules() if any(module is each for each in embeddings)}
 
 
-def new_tables(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The saved tensors without tables of embeddings that the model has already, and with its names of the others.
+def split_tables(
+    model: nn.Module, state_dict: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[tuple[Any, Tensor]]]:
+    """The saved tensors by the model's names, without those tables of embeddings that its own can be compared with; and
+    of these the new ones, each with the module of its embedding.
 
-    The names in a file depend on whether an adapter was on the embedding, perhaps another one. A table that is not new
-    would overwrite a merged one or, where PEFT assigns it, part it from the layers tied to it.
+    The names in a file depend on whether an adapter was on the embedding, perhaps another one. PEFT might assign a
+    table, and so part it from the layers tied to it, or write it over a merged one.
     """
-    if all(".smoa_" in key for key in state_dict):
-        return dict(state_dict)
+    if all(map(is_own, state_dict)):
+        return dict(state_dict), []
     embeddings = {
         plain_name(name).removeprefix(PREFIX): module
         for name, module in embeddings_of(model).items()
         if not isinstance(module, AuxiliaryTrainingWrapper)
     }
-    result = {}
+    known = {key.replace(COMPILED, "."): key for key in model.state_dict() if COMPILED in key}
+    result, tables = dict[str, Tensor](), list[tuple[Any, Tensor]]()
     for key, tensor in state_dict.items():
-        bare = key.removeprefix(PREFIX)
-        name = next((name for name in embeddings if bare.startswith(f"{name}.")), None)
-        if name is not None and ".smoa_" not in bare:
-            module, tail = embeddings[name], bare.removeprefix(f"{name}.").removeprefix("base_layer.")
-            if tail == "weight" and _has_table(module, tensor):
+        bare = key.removeprefix(PREFIX).replace(COMPILED, ".")
+        name = next((name for name in embeddings if bare.startswith(f"{name.replace(COMPILED, '.')}.")), None)
+        if name is not None and not is_own(bare):
+            tail = bare.removeprefix(f"{name.replace(COMPILED, '.')}.").removeprefix("base_layer.")
+            module = embeddings[name]
+            own = _table(module) if tail == "weight" else None
+            if own is not None and own.shape == tensor.shape:
+                tables += [] if _are_equal(own, tensor) else [(module, tensor)]
                 continue
             base = "base_layer." if isinstance(module, BaseTunerLayer) else ""
-            key = f"{key.removesuffix(bare)}{name}.{base}{tail}"
-        result[key] = tensor
-    return result
+            key = f"{PREFIX if key.startswith(PREFIX) else ''}{name}.{base}{tail}"
+        result[known.get(key, known.get(PREFIX + key, key))] = tensor
+    return result, tables
 
 
-def _has_table(module: Any, table: Tensor) -> bool:
-    """Whether this is the weight of an embedding before any merge."""
+def _table(module: Any) -> Tensor | None:
+    """The weight of an embedding before any merge, if it is there."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     weight = getattr(base, "weight", None)
-    if type(weight) is not nn.Parameter or weight.is_meta or (weight.shape, weight.dtype) != (table.shape, table.dtype):
-        return False
-    weight = module.unmerged(weight) if isinstance(module, SmoaLayer) else weight
-    return torch.equal(weight, table.to(weight.device))
+    if type(weight) is not nn.Parameter or weight.is_meta:
+        return None
+    return module.unmerged(weight) if isinstance(module, SmoaLayer) else weight
+
+
+def _are_equal(own: Tensor, saved: Tensor) -> bool:
+    """Whether two tables are the same after both are rounded to the narrower of their dtypes."""
+    narrow = min(own.dtype, saved.dtype, key=lambda dtype: (torch.finfo(dtype).bits, -torch.finfo(dtype).eps))
+    return torch.equal(own.to(narrow), saved.to(own.device, narrow))
+
+
+@torch.no_grad()
+def write_tables(tables: list[tuple[Any, Tensor]]) -> None:
+    """Write tables of embeddings in place and in the base's dtype, so that tied layers stay tied."""
+    for module, table in tables:
+        base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        base.weight.copy_(table)

@@ -71,8 +71,7 @@ class Call:
         if not (torch.is_grad_enabled() or self.is_bound):
             raise ValueError(
                 "adapter_names: a layer is called without gradients in a training step, as by a reentrant checkpoint "
-                "that would compute again without the names; call model.gradient_checkpointing_enable(), or give your "
-                "checkpoint use_reentrant=False"
+                "that would compute again without the names; call model.gradient_checkpointing_enable()"
             )
         for name, own in factors.items():
             if not all(parameter.requires_grad for factor in own for parameter in factor.parameters()):

@@ -41,7 +41,7 @@ class ParamWrapper(SmoaLayer):
         key: str,
         defer_partition: bool = False,
     ) -> None:
-        self.parameter_name = parameter_name
+        self.parameter_name = self.weight_name = parameter_name
         self._in_call: dict[int, dict[str, Stack]] = {}
         super().__init__(base_layer, adapter_name, config, key, defer_partition=defer_partition)
         self.rows_unknown = f"{parameter_name} has adapted experts, which see the tokens of all samples at once"
@@ -73,7 +73,7 @@ class ParamWrapper(SmoaLayer):
 
     def pristine_weight(self) -> Tensor:
         """W of all matrices before any merge, (experts, halves, out_features, in_features); see `pristine_matrix`."""
-        if not self._pristine_blocks:
+        if self.pristine is None:
             return self.matrices()
         matrices = [self.pristine_matrix(number) for number in range(self.layout.count)]
         return torch.stack(matrices).view_as(self.matrices())
@@ -171,7 +171,10 @@ class ParamWrapper(SmoaLayer):
         `ends` are where the rows of each expert end, int32 (experts,), or the one expert of all rows. With
         `backwards` it is `x ΔW`, for x (rows, out_features).
         """
-        matrices, stacks = self.matrices(), self._in_call[threading.get_ident()]
+        matrices, stacks = self.matrices(), self._in_call.get(threading.get_ident())
+        if stacks is None:  # the call of another thread put the stand-in there
+            _, halves, m, n = matrices.shape
+            return x.new_zeros(len(x), n if backwards else halves * m)
         if backwards:
             matrices, stacks = matrices.mT, {name: stack.transposed() for name, stack in stacks.items()}
         if isinstance(ends, int):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape, SmoaConfig
+from smoa.errors import UnsupportedModuleError
 from smoa.layers.adapter import Adapter, AdapterBuffers, Derived
 from smoa.layers.calls import OPEN, Call, call_of
 from smoa.layers.distributed import (
@@ -26,7 +27,7 @@ from smoa.layers.distributed import (
     whole,
 )
 from smoa.layers.merging import Merging, as_matrix, as_stored
-from smoa.maths.blocks import Blocks, DiagonalBlocks, check_num_blocks
+from smoa.maths.blocks import Blocks, check_num_blocks
 from smoa.maths.factors import Factors, Initialization, init_factors, saved_shapes
 from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.update import Update
@@ -63,8 +64,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
     """What `generate` keeps: see `smoa.keep_in_generate`."""
     halves = 1
     """How many matrices W each expert has, if the layer has a stack of them."""
-    tied = False
-    """Whether another layer has the same weight and the same adapters (`ensure_weight_tying`)."""
     rows_unknown: str | None = None
     """Why it can't be told of which sample the rows are that the layer is given, if so."""
     matrix_count: int | None = None
@@ -104,7 +103,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
-        self._pristine_blocks: dict[str, dict[int, DiagonalBlocks]] = {}
         self.out_features, self.in_features = self._weight_shape()
         self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
@@ -151,7 +149,8 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         alpha = config.alpha_of(module, sum(ranks), shape)
         self.adapters[adapter_name] = own = Adapter(stores, adapter_name, config, seed, ranks, alpha, self.halves)
         self.scaling[adapter_name] = own.scaling
-        self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
+        dropout = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
+        self.smoa_dropout[adapter_name] = dropout.train(self.training)  # a layer that evaluates may get an adapter
         (of_A, of_B), r = self.saved_shapes(ranks)[:2], own.r
         A, B = nn.Linear(of_A[1], of_A[0], bias=False), nn.Linear(of_B[1], of_B[0], bias=False)
         with torch.no_grad():
@@ -162,6 +161,8 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         if config.init_weights is False and not own.pending:
             with torch.no_grad():  # a random ΔW has the same size for every scale
                 self.smoa_B[adapter_name].weight.div_(own.derived().rank_scale.flatten())  # type: ignore[operator]
+        if (weight := self.stored_weight()).is_floating_point():
+            A.to(weight.dtype), B.to(weight.dtype)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -170,7 +171,8 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         init_factors(A, B, sizes, self.adapters[adapter_name].ranks, init, relative_size)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move an adapter to the device of the base layer, and its factors to the dtype (PEFT's contract)."""
+        """Move an adapter to the device of the base layer (PEFT's contract). A new one's factors have its dtype; those
+        that are loaded keep theirs."""
         if adapter_name not in self.adapters:
             return
         weight = self.stored_weight()
@@ -178,10 +180,11 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         device = torch.device(device or getattr(hook, "execution_device", None) or weight.device)
         for factor in (self.smoa_A[adapter_name], self.smoa_B[adapter_name]):
             if not any(parameter.is_meta for parameter in factor.parameters()):
-                factor.to(device, weight.dtype if weight.is_floating_point() else None)
+                factor.to(device)
         if device.type != "meta":  # where accelerate offloads the weight
             for store in self.adapters[adapter_name].stores:
                 store[adapter_name] = store[adapter_name].to(device)
+            self._derive()  # what follows from them moves along
 
     # Blocks and block scales: decided at injection, at first use, or by a loaded file.
 
@@ -209,6 +212,12 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         self._derive()
         return self
 
+    def _replicate_for_data_parallel(self) -> Self:
+        raise UnsupportedModuleError(
+            "torch.nn.DataParallel copies a model to other GPUs without what SMoA derives from labels; start one "
+            "process for each GPU, with torchrun or accelerate launch, or make one GPU visible"
+        )
+
     def blocks(self, adapter_name: str, number: int = 0) -> Blocks:
         """The adapter's blocks of one matrix."""
         return cast(Blocks, self.derived(adapter_name).blocks)
@@ -233,10 +242,10 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
 
     def unmerged(self, weight: Tensor, number: int = 0) -> Tensor:
         """A matrix (out_features, in_features) as it was before any merge; a copy only while adapters are merged."""
-        if not self._pristine_blocks:
+        if self.pristine is None:
             return weight
         weight = weight.clone()
-        for kept in self._pristine_blocks.values():
+        for kept in self.pristine.blocks.values():
             if number in kept:
                 kept[number].write_to(weight)
         return weight

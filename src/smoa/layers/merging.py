@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -16,19 +17,42 @@ from smoa.maths.blocks import DiagonalBlocks
 from smoa.maths.kernels.one_product import Effective
 
 
-class Merging:
-    """The part of `SmoaLayer` that writes to the base weight.
+class Loss(NamedTuple):
+    """What a merge has made of ΔW in a matrix: ‖E − ΔW‖, ‖ΔW‖ and ⟨E, ΔW⟩, where E is what it added to W."""
 
-    `_pristine_blocks` holds the diagonal blocks of W on the CPU, by merged adapter and matrix, and `_shared_weight` a
-    weight that other modules use too, in a tuple, so that it is not saved with the layer.
+    error: float
+    size: float
+    kept: float
+
+
+@dataclass
+class Pristine:
+    """What a weight was before adapters were merged into it: the one place where that is kept.
+
+    Layers of one memory hold the same one. Each restores from it the weight that it has then.
+
+    Args:
+        blocks: The diagonal blocks of W on the CPU, by merged adapter and matrix.
+        replaced: The base layer's own weight, or a quantized base layer, while another one stands in its place.
     """
 
-    _shared_weight: tuple[nn.Parameter, ...] = ()
+    blocks: dict[str, dict[int, DiagonalBlocks]] = field(default_factory=dict)
+    replaced: nn.Parameter | nn.Module | None = None
 
-    losses: list[tuple[float, float]] | None = None
-    """Where a merge appends (‖error‖, ‖ΔW‖) of each matrix while `smoa.tuner.merging.losses_reported` is open."""
+
+class Merging:
+    """The part of `SmoaLayer` that writes to the base weight."""
+
+    pristine: Pristine | None = None
+    """Set while adapters are merged."""
+    losses: list[Loss] | None = None
+    """Where a merge appends what was lost of each matrix while `smoa.tuner.merging.losses_reported` is open."""
     shares_weight = False
     """Whether another module uses the base layer's weight. A merge then gives the base layer a weight of its own."""
+    twins: tuple[Merging, ...] = ()
+    """Adapted layers of the same weight, which have equal adapters."""
+    weight_name = "weight"
+    """Name of the weight in the base layer."""
 
     def check_merge(self: Any, adapter_names: list[str] | None = None) -> None:
         """Raise MergeError if merging these adapters gives NaN or infinite weights; changes nothing."""
@@ -68,13 +92,18 @@ class Merging:
                 self.check_merge(names)
             try:
                 chosen = [*self.merged_adapters, *names]
+                if (twin := self._merged_twin(chosen)) is not None:
+                    self.pristine, self.merged_adapters[:] = twin.pristine, chosen
+                    return
                 for number, pristine, merged in self.merged_matrices(chosen):
                     if self.losses is not None:
                         delta = sum(self.updates(name)[number].delta(pristine) for name in chosen)
-                        exact = pristine + delta  # the write may change W
+                        before = pristine.to(delta.dtype, copy=True)  # the write may change W
                     self._write_merged(number, pristine, merged, names)
                     if self.losses is not None:
-                        self.losses.append((float((self.base_weight(number) - exact).norm()), float(delta.norm())))
+                        written = self.base_weight(number) - before
+                        kept = float((written * delta).sum())
+                        self.losses.append(Loss(float((written - delta).norm()), float(delta.norm()), kept))
             except BaseException:
                 self._restore_pristine()
                 self.merged_adapters.clear()
@@ -109,33 +138,45 @@ class Merging:
 
     def _write_merged(self: Any, number: int, pristine: Tensor, merged: Tensor, names: list[str]) -> None:
         """Write a matrix. If other modules use it, the base layer gets one of its own until `unmerge`."""
+        self.pristine = own = self.pristine or Pristine()
         for name in names:
-            kept = self._pristine_blocks.setdefault(name, {})
-            if number not in kept:  # where a layer of the same weight has kept them
-                kept[number] = DiagonalBlocks.read_from(pristine, self.blocks(name, number))
-        if self.shares_weight and not self._shared_weight:
+            own.blocks.setdefault(name, {})[number] = DiagonalBlocks.read_from(pristine, self.blocks(name, number))
+        if self.shares_weight and own.replaced is None:
             base = self.get_base_layer()
-            self._shared_weight = (cast(nn.Parameter, base.weight),)
-            base.weight = nn.Parameter(self.stored_weight().clone(), requires_grad=False)
+            own.replaced = cast(nn.Parameter, base._parameters[self.weight_name])
+            setattr(base, self.weight_name, nn.Parameter(self.stored_weight().clone(), requires_grad=False))
         self._write_matrix(merged, number)
 
     def _restore_pristine(self: Any) -> None:
-        if self._shared_weight:
-            self.get_base_layer().weight, self._shared_weight = self._shared_weight[0], ()
-        elif self._pristine_blocks:
-            for number in range(self.matrix_count or 1):
-                matrix = self.base_weight(number)
-                for kept in self._pristine_blocks.values():
-                    if number in kept:  # a merge may have failed
-                        kept[number].write_to(matrix)
-                self._write_matrix(matrix, number)
-        self._pristine_blocks.clear()
+        own, self.pristine = self.pristine, None
+        if own is None:  # a merge failed before it wrote
+            return
+        if own.replaced is not None:
+            setattr(self.get_base_layer(), self.weight_name, own.replaced)
+            return
+        for number in range(self.matrix_count or 1):
+            matrix = self.base_weight(number)
+            for kept in own.blocks.values():
+                if number in kept:  # a merge may have failed
+                    kept[number].write_to(matrix)
+            self._write_matrix(matrix, number)
+
+    def _merged_twin(self: Any, adapter_names: list[str]) -> Any:
+        """A layer of the same weight, in one memory with this one's, that has these adapters merged."""
+        own = weight_id(self.stored_weight())
+        merged = (twin for twin in self.twins if twin.pristine is not None and twin.merged_adapters == adapter_names)
+        return next((twin for twin in merged if weight_id(twin.stored_weight()) == own), None)
 
     def _write_matrix(self: Any, matrix: Tensor, number: int) -> None:
         """Overwrite one of the layer's weights by `matrix` (out_features, in_features), unless that is a view of it."""
         stored = self.stored_weight()
         if matrix.data_ptr() != stored.data_ptr():
             stored.copy_(placed_like(stored, as_stored(matrix, stored.shape, self.fan_in_fan_out)))
+
+
+def weight_id(weight: Tensor) -> int:
+    """The same for weights in one memory, which need not be one parameter: see `load_state_dict(assign=True)`."""
+    return weight.data_ptr() or id(weight)  # 0 on the meta device
 
 
 def as_matrix(stored: Tensor, fan_in_fan_out: bool) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from smoa.compat import find_quantization_backend
 from smoa.errors import UnsupportedModuleError
 from smoa.layers.layer import is_instrumented
 from smoa.layers.linear import Linear
+from smoa.layers.merging import Pristine
 from smoa.maths.update import Update
 
 if TYPE_CHECKING:
@@ -122,7 +123,6 @@ class QuantizedLinear(Linear):
 
     quantization_backend: QuantizationBackend
     generation_cache = "off"
-    _pristine_layers: tuple[nn.Module, ...] = ()  # a module in a tuple is not saved with the model
 
     def stored_weight(self) -> Tensor:
         base: Any = self.get_base_layer()
@@ -139,14 +139,15 @@ class QuantizedLinear(Linear):
 
     def pristine_matrix(self, number: int) -> Tensor:
         """The weight before any merge, dequantized: (out_features, in_features)."""
-        if self._pristine_layers:
-            return dequantized(self.quantization_backend, self._pristine_layers[0])
-        return self.base_weight()
+        return dequantized(self.quantization_backend, self._pristine_layer())
 
     def unmerge_saved(self, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Write the quantized weight before any merge, and its scales, over the current ones in a state dict."""
-        if self._pristine_layers and f"{prefix}weight" in state_dict:
-            self._pristine_layers[0].state_dict(destination=state_dict, prefix=prefix)
+        if self.pristine is not None and f"{prefix}weight" in state_dict:
+            self._pristine_layer().state_dict(destination=state_dict, prefix=prefix)
+
+    def _pristine_layer(self) -> nn.Module:
+        return self.get_base_layer() if self.pristine is None else cast(nn.Module, self.pristine.replaced)
 
     # Break the graph, so that a compiler can't decide to keep the dequantized weight.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -177,8 +178,8 @@ class QuantizedLinear(Linear):
         return self.update(adapter_name).apply_with_base(x.to(dtype), weight, bias).to(x.dtype)
 
     def _write_merged(self, number: int, pristine: Tensor, merged: Tensor, names: list[str]) -> None:
-        if not self._pristine_layers:
-            self._pristine_layers = (self.base_layer,)
+        if self.pristine is None:
+            self.pristine = Pristine(replaced=self.base_layer)
             if not hasattr(self.base_layer, "W_q"):  # HQQ's layer is replaced by a new one
                 self.base_layer = copy.deepcopy(self.base_layer)
                 copied: Any = getattr(self.base_layer, "weight", None)
@@ -186,12 +187,12 @@ class QuantizedLinear(Linear):
                     copied.module = self.base_layer
         self.quantization_backend.set_base_weight(self, merged)
         base: Any = self.get_base_layer()
-        base.bias = self._pristine_layers[0].bias  # the same parameter; PEFT drops it with HQQ
+        base.bias = self._pristine_layer().bias  # the same parameter; PEFT drops it with HQQ
 
     def _restore_pristine(self) -> None:
-        if not self._pristine_layers:  # a merge failed before it wrote
+        if self.pristine is None:  # a merge failed before it wrote
             return
         device = self.stored_weight().device
-        self.base_layer, self._pristine_layers = self._pristine_layers[0].train(self.training), ()
+        self.base_layer, self.pristine = self._pristine_layer().train(self.training), None
         if self.stored_weight().device != device:  # the model was moved while merged
             self.base_layer.to(device)

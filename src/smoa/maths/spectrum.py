@@ -11,9 +11,10 @@ stable) and cutting each order into K runs gives the K aligned blocks. `smoa.mat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -52,10 +53,33 @@ def spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tens
     peak = finite_peak(weight)
     if not SAFE_PEAK[0] < peak < SAFE_PEAK[1]:  # squares would leave the dtype's range
         weight = weight / peak.clamp_min(torch.finfo(weight.dtype).tiny)
-    if weight.shape[0] >= weight.shape[1]:
-        return _tall_scores(weight, precise)
-    col_scores, row_scores = _tall_scores(weight.T, precise)
-    return row_scores, col_scores
+    with _highest_precision():
+        if weight.shape[0] >= weight.shape[1]:
+            return _tall_scores(weight, precise)
+        col_scores, row_scores = _tall_scores(weight.T, precise)
+        return row_scores, col_scores
+
+
+@contextmanager
+def _highest_precision() -> Iterator[None]:
+    """Keep TF32, and bfloat16 on a CPU, out of products of float32, whatever is set for the model's own."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before PyTorch 2.9
+        known = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(known)
+        return
+    backends: Any = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def finite_peak(weight: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ ALIGNED = 8
 """Blocks are padded to a multiple of it, because `grouped_mm` wants widths of 16 bytes."""
 LARGE, PARTS = 1 << 20, 16
 """On a CPU, a stack whose blocks have more entries is computed in parts (measured: docs/experiment-log.md)."""
+MOST_GROUPS = 1023
+"""What `grouped_mm` takes in a call with 16 bits on an H100 or newer."""
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 grouped_mm = getattr(F, "grouped_mm", None)  # since PyTorch 2.10
 
@@ -161,7 +163,7 @@ class _Grouped:
         for part in self._parts(stack, x, matrices):
             A, B, _ = part.own(factors)
             delta = part.delta(part.entries(), A, B)
-            y = _product(part.sort(x[part.rows], stack.cols), delta.mT, part.ends)
+            y = _product(part.sort(x[part.rows], stack.cols), delta.mT, part.ends, part.count)
             del delta
             output[part.rows] = part.unsort(y, stack.rows).to(x.dtype)
         return output
@@ -179,7 +181,7 @@ class _Grouped:
             entries, (A, B, scale) = part.entries(), part.own((*(factor.detach() for factor in by_block), of_ranks))
             sorted_x = part.sort(x[part.rows], stack.cols)
             sorted_g = part.sort(g[part.rows].transpose(0, 1), stack.rows)
-            grad_delta = _outer(sorted_g, sorted_x, part.ends).to(A.dtype)
+            grad_delta = _outer(sorted_g, sorted_x, part.ends, part.count).to(A.dtype)
             del sorted_x
             if entries is not None:
                 grad_delta.mul_(entries)
@@ -187,7 +189,7 @@ class _Grouped:
                 total[:, :, part.experts] = own.view(*total.shape[:2], -1, *total.shape[3:])
             del grad_delta
             if grad_x is not None:
-                y = _product(sorted_g, part.delta(entries, A, B), part.ends)
+                y = _product(sorted_g, part.delta(entries, A, B), part.ends, part.count)
                 grad_x[part.rows] = part.unsort(y, stack.cols).sum(1)
         of_A, of_B = torch.autograd.grad(by_block, leaves, (grad_A, grad_B))
         return grad_x, of_A, of_B
@@ -223,6 +225,11 @@ class _Part:
     ends_of_rows: Tensor
     dtype: torch.dtype
 
+    @property
+    def count(self) -> int:
+        """C."""
+        return len(self.ends_of_rows)
+
     @cached_property
     def expert_of_rows(self) -> Tensor:
         """The expert of each row, int64 (rows,)."""
@@ -252,7 +259,7 @@ class _Part:
         else:
             index = side.order.permute(1, 2, 0, 3).index_select(2, self.expert_of_rows).long()
             own = x.unsqueeze(-3).expand(H, K, -1, -1).gather(3, index)
-        return own.flatten(0, 2).to(self.dtype)
+        return own.flatten(0, 2).to(self.dtype).contiguous()  # grouped_mm refuses the views of a single block
 
     def unsort(self, y: Tensor, side: Side) -> Tensor:
         """y (H·K·rows, p) in natural order: (rows, H, size)."""
@@ -284,24 +291,37 @@ class _Part:
         return (product if entries is None else product.mul_(entries)).to(self.dtype)
 
 
-def _product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+def _product(a: Tensor, b: Tensor, ends: Tensor, experts: int) -> Tensor:
     """The rows of each group (rows, p) times its matrix (groups, p, q): (rows, q)."""
     if _has_grouped_mm(a):
-        return grouped_mm(a, b, offs=ends)  # type: ignore[no-any-return, misc]  # it is there
+        calls = _calls(a, ends, experts)
+        return torch.cat([grouped_mm(a[rows], b[groups], offs=offs) for rows, groups, offs in calls])  # type: ignore[misc]
     output = a.new_empty(len(a), b.shape[2])
     for groups, rows, valid in _buckets(ends):
         output[rows] = torch.bmm(_rows_of_groups(a, rows, valid), b[groups])[valid]
     return output
 
 
-def _outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+def _outer(a: Tensor, b: Tensor, ends: Tensor, experts: int) -> Tensor:
     """The sum of `aᵀ b` over the rows of each group: (groups, p, q), zero without rows."""
     if _has_grouped_mm(a):
-        return grouped_mm(a.mT, b, offs=ends)  # type: ignore[no-any-return, misc]  # it is there
+        calls = _calls(a, ends, experts)
+        sums = torch.cat([grouped_mm(a[rows].mT, b[rows], offs=offs) for rows, _, offs in calls])  # type: ignore[misc]
+        is_empty = ends.diff(prepend=ends.new_zeros(1)) == 0  # some GPUs leave anything there (pytorch 172439, 174314)
+        return sums if a.device.type == "cpu" else sums.masked_fill_(is_empty[:, None, None], 0)
     output = a.new_zeros(len(ends), a.shape[1], b.shape[1])
     for groups, rows, valid in _buckets(ends):
         output[groups] = torch.bmm(_rows_of_groups(a, rows, valid).mT, _rows_of_groups(b, rows, valid))
     return output
+
+
+def _calls(a: Tensor, ends: Tensor, experts: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Rows, groups and ends of each call of `grouped_mm`: so many blocks of all experts as it takes groups."""
+    blocks, step = len(ends) // experts, max(1, MOST_GROUPS // experts)
+    count = len(a) // blocks
+    for first in range(0, blocks, step):
+        rows, groups = (slice(first * size, min(first + step, blocks) * size) for size in (count, experts))
+        yield rows, groups, ends[groups] - rows.start
 
 
 def _has_grouped_mm(a: Tensor) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -115,6 +116,9 @@ class LayerBlocks:
         device: Where the coordinates are needed.
     """
 
+    place: Hashable = None
+    """Equal for equal partitions, with or without the blocks of W."""
+
     def __init__(
         self, parts: Parts, sizes: Sequence[int], own: Own | None, weight: Weight | None, device: torch.device
     ) -> None:
@@ -217,7 +221,9 @@ class Slots:
     """
 
     def __init__(self, sizes: Sequence[int], own: Own | None, weight: Weight, device: torch.device) -> None:
-        self._sizes, self._own, self._weight, self._device = sizes, own, weight, device
+        self._sizes, self._own, self.weight, self._device = sizes, own, weight, device
+        self.scales: dict[str, dict[Any, Tensor]] = {}
+        """Block scales of W, of each slice by its name, which adapters are compared with."""
         self.lora: set[int] = set()
         self.stacks: dict[Hashable, LayerStack] = {}
         self._reserved: dict[Hashable, LayerStack] = {}
@@ -238,7 +244,9 @@ class Slots:
             self.is_new |= key not in self._reserved
             blocks = self._blocks_of(parts)
             stack = self._reserved.get(key) or LayerStack(blocks, parts, 0)
-            stack.blocks, stack.members = blocks, frozenset()  # a reserved one has its old ones after `clear`
+            stack.members = frozenset()
+            for each in (stack, *self._reserved.values()):  # reserved ones have their old ones after `clear`
+                each.blocks = blocks if each.blocks.place == blocks.place else each.blocks
             self.stacks[key] = stack
         self.stacks[key].write(slot, parts)
 
@@ -247,8 +255,9 @@ class Slots:
         is_modulated = any(part and part.modulation != "none" for part in parts)
         place = is_modulated, *(part and part.digest for part in parts)
         if (blocks := self._blocks.get(place)) is None:
-            weight = self._weight if is_modulated else None
+            weight = self.weight if is_modulated else None
             self._blocks[place] = blocks = LayerBlocks(parts, self._sizes, self._own, weight, self._device)
+            blocks.place = place
         return blocks
 
     def reset(self, slot: int) -> None:
@@ -261,6 +270,7 @@ class Slots:
         """Forget all adapters, and the blocks of W; what was reserved stays so."""
         self.stacks.clear()
         self._blocks.clear()
+        self.scales.clear()
 
     def add_to(self, output: Tensor, x: Tensor, rows: RowsBySlot) -> None:
         """Add to the output (tokens, out_features) what SMoA adapters make of the input x (tokens, in_features)."""

@@ -15,10 +15,12 @@ from torch import nn
 
 from smoa.errors import MergeError, UnsupportedModuleError
 from smoa.layers.distributed import why_not_plain
-from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import smoa_layers
-from smoa.tuner.tying import refuse_shared, weight_id
+from smoa.layers.merging import Loss, weight_id
+from smoa.tuner.tying import refuse_shared
 
+LOST = 0.1
+"""From this share of ΔW on a merge into 16 bits warns."""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -28,7 +30,8 @@ def merged(model: M, *, lossy: bool = False, reports: bool = True) -> Iterator[M
 
     Each weight W is replaced by W + ΔW and restored bit for bit at the end, also after an exception, a failed merge
     included. The diagonal blocks of W are kept on the CPU meanwhile. In 16 bits, one warning says how much of ΔW is
-    rounded away. Adapters can't be trained meanwhile: no gradients are recorded, and a change has no effect.
+    rounded away, from a tenth on. Adapters can't be trained meanwhile: no gradients are recorded, and a change has no
+    effect.
 
     Args:
         model: A model with SMoA adapters, in PEFT or not.
@@ -50,7 +53,7 @@ def merged(model: M, *, lossy: bool = False, reports: bool = True) -> Iterator[M
     check_merge_allowed(model)
     with torch.no_grad():
         try:
-            with losses_reported(model, rounded=True) if reports else nullcontext():
+            with losses_reported(model) if reports else nullcontext():
                 for layer in layers.values():
                     with onload_layer(layer):
                         layer.merge()
@@ -76,7 +79,7 @@ def check_all_finite(model: nn.Module, adapter_names: list[str] | None) -> None:
 def check_merge_allowed(model: nn.Module) -> None:
     """Raise MergeError if a merge would be wrong for a layer, and note which layers need a weight of their own."""
     layers = {name: layer for name, layer in smoa_layers(model).items() if layer.adapters}  # not of deleted ones
-    refuse_shared((name, layer.stored_weight(), dict(layer.smoa_A.items())) for name, layer in layers.items())
+    refuse_shared(layers)
     for name, layer in layers.items():
         if isinstance(layer.base_layer, AuxiliaryTrainingWrapper):
             raise MergeError(
@@ -87,31 +90,39 @@ def check_merge_allowed(model: nn.Module) -> None:
     users = Counter(map(weight_id, used))  # several modules use that of tied embeddings
     adapted = Counter(weight_id(layer.stored_weight()) for layer in layers.values())
     for layer in layers.values():
-        if not isinstance(layer, ParamWrapper):
-            weight = weight_id(layer.stored_weight())
-            layer.shares_weight = users[weight] > adapted[weight]
+        weight = weight_id(layer.stored_weight())
+        layer.shares_weight = users[weight] > adapted[weight]
+        layer.twins = tuple(
+            each for each in layers.values() if each is not layer and weight_id(each.stored_weight()) == weight
+        )
 
 
 @contextmanager
-def losses_reported(model: nn.Module, rounded: bool = False) -> Iterator[None]:
-    """Warn how much of ΔW was lost in quantized layers, and `rounded` ones of 16 bits, merged in the context."""
-    measured = [
-        layer
-        for layer in smoa_layers(model).values()
-        if layer.quantization_backend or (rounded and layer.stored_weight().itemsize == 2)
-    ]
-    losses: list[tuple[float, float]] = []
-    for layer in measured:
-        layer.losses = losses
+def losses_reported(model: nn.Module) -> Iterator[None]:
+    """Warn, once, how much of ΔW was lost in quantized layers, and in those of 16 bits, that are merged in the context.
+
+    Rounding to 16 bits leaves an error that means little where it is as often up as down. So what counts there is the
+    share that is gone, `1 − ⟨E, ΔW⟩ / ‖ΔW‖²`, where E is what the merge added to W.
+    """
+    quantized, rounded = list[Loss](), list[Loss]()
+    layers = list(smoa_layers(model).values())
+    for layer in layers:
+        is_rounded = layer.stored_weight().itemsize == 2
+        layer.losses = quantized if layer.quantization_backend else rounded if is_rounded else None
     try:
         yield
     finally:
-        for layer in measured:
+        for layer in layers:
             layer.losses = None
-    if size := sum(size**2 for _, size in losses):
-        error = (sum(error**2 for error, _ in losses) / size) ** 0.5
+    found = []
+    if size := sum(loss.size**2 for loss in quantized):
+        error = (sum(loss.error**2 for loss in quantized) / size) ** 0.5
+        found.append(f"quantized again: the relative error of ΔW is {error:.3g} in {len(quantized)} weights")
+    size = sum(loss.size**2 for loss in rounded)
+    if size and (lost := 1 - sum(loss.kept for loss in rounded) / size) > LOST:
+        found.append(f"rounded to 16 bits: {lost:.0%} of ΔW is lost in {len(rounded)} weights")
+    if found:
         warnings.warn(
-            "merged weights were quantized again, or rounded to 16 bits: the relative error of ΔW is "
-            f"{error:.3g} in {len(losses)} weights. Keep the adapter unmerged, or load it on the model in float32",
+            f"merged weights were {', and '.join(found)}. Keep the adapter unmerged, or load it on a float32 model",
             stacklevel=4,
         )

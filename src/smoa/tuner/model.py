@@ -9,22 +9,28 @@ from typing import Any
 
 from peft import set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import CONFIG_NAME, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from smoa.errors import PartitionError
+from smoa.config import SmoaConfig
+from smoa.errors import AdapterFileError, PartitionError
+from smoa.files.base import check_base, held_layers
 from smoa.files.checks import check_adapter_state, check_gathered, report_untrained
-from smoa.files.loading import incoming
+from smoa.files.loading import incoming, saved_config
 from smoa.files.names import (
+    COMPILED,
     PARTS,
     PREFIX,
     adapter_layers,
     embeddings_of,
+    is_own,
     key_of,
-    new_tables,
-    parameter_names,
+    saved_names,
+    split_tables,
     trained_biases,
+    without_adapter,
+    write_tables,
 )
 from smoa.layers.distributed import plain_name, refuse_writing
 from smoa.layers.experts import ParamWrapper
@@ -35,7 +41,6 @@ from smoa.tuner.combining import Combination, check_combination, check_layer, co
 from smoa.tuner.generation import watch_generate
 from smoa.tuner.merging import check_all_finite, check_merge_allowed, losses_reported
 from smoa.tuner.targets import check_target, existing_wrapper, survey_targets
-from smoa.tuner.tying import tie_layers
 
 
 class SmoaModel(BaseTuner):
@@ -78,9 +83,6 @@ class SmoaModel(BaseTuner):
         finally:
             self._progress.close()
             del self._progress  # it holds the terminal, which can't be copied or pickled
-        config: Any = self.peft_config[adapter_name]
-        if config.ensure_weight_tying:
-            tie_layers(self.model, adapter_name)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         """PEFT's warning of tied layers, unless they are tied by `ensure_weight_tying`."""
@@ -134,6 +136,8 @@ class SmoaModel(BaseTuner):
             raise PartitionError(f"{current_key}: {error}") from None
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
+        if not self.training:  # nor does a new layer's dropout act in a model that evaluates
+            layer.eval()
         self._replace_module(parent, target_name, layer, target if kind is not None else layer)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -150,7 +154,7 @@ class SmoaModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        layers, names = adapter_layers(model, adapter_name), parameter_names(model)
+        layers, names = adapter_layers(model, adapter_name), saved_names(model)
         for name, layer in layers.items():
             layer.decide_partition(adapter_name)  # in place: the tensors in `state_dict` see it
             if not layer.adapters[adapter_name].is_valid():
@@ -162,25 +166,37 @@ class SmoaModel(BaseTuner):
             if isinstance(layer, SmoaLayer):  # PEFT saves its table too
                 layer.unmerge_saved(state_dict, f"{plain_name(name)}.base_layer.")
         selected = trained_biases(model, state_dict, config, adapter_name)
+        missing = []
         for name, part in product(layers, PARTS):
             if (key := key_of(name, part, adapter_name)) in state_dict:
                 selected[key_of(names.get(name, name), part, adapter_name)] = state_dict[key]
-        check_gathered(selected)
+            else:
+                missing.append(key)
+        check_gathered(selected, missing)
         report_untrained(adapter_name, state_dict, layers, names)
         return selected
+
+    is_own = staticmethod(is_own)
+    _remove_adapter_name_from_key = staticmethod(without_adapter)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        layers, names = adapter_layers(model, adapter_name), parameter_names(model)
+        layers, names = adapter_layers(model, adapter_name), saved_names(model)
         keys = {f"{names.get(n, n)}.{part}": key_of(n, part, adapter_name) for n, part in product(layers, PARTS)}
         keys |= {PREFIX + saved.removeprefix(PREFIX): key for saved, key in keys.items()}  # a file may lack or have it
-        remapped = new_tables(model, {keys.get(key, key): tensor for key, tensor in state_dict.items()})
-        check_adapter_state(model, config, adapter_name, remapped, layers)
-        for layer in layers.values():
+        named = {keys.get(key.replace(COMPILED, "."), key): tensor for key, tensor in state_dict.items()}
+        remapped, tables = split_tables(model, named)
+        check_adapter_state(model, config, adapter_name, remapped, tables, layers)
+        _check_base(model, config, adapter_name, remapped, tables, layers)
+        for name, layer in layers.items():
             refuse_writing(*layer.factors(adapter_name))
             layer.adapters[adapter_name].pending = False
+            for part, factor in zip(PARTS, (layer.smoa_A, layer.smoa_B), strict=False):
+                key, dtype = key_of(name, part, adapter_name), next(factor[adapter_name].parameters()).dtype
+                remapped[key] = remapped[key].to(dtype)  # with low_cpu_mem_usage PEFT assigns them
+        write_tables(tables)
         return remapped
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -227,3 +243,19 @@ class SmoaModel(BaseTuner):
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         return call_by_names(self, kwargs)
+
+
+def _check_base(
+    model: nn.Module, config: Any, adapter: str, tensors: dict[str, Tensor], tables: Any, layers: dict[str, SmoaLayer]
+) -> None:
+    """`check_base`, by the config of the file that is being loaded, if there is one: its scale is the tensors' own."""
+    file, name = incoming(), getattr(getattr(model, "config", None), "_name_or_path", None)
+    saved = {} if file is None else saved_config(file.path.with_name(CONFIG_NAME))
+    if saved.get("peft_type") == "SMOA":
+        known = {each: saved[each] for each in ("scale", "modulation", "base_model_name_or_path") if each in saved}
+        config = SmoaConfig(**known, other_base=bool(saved.get("other_base")) or config.other_base)
+    held = held_layers(layers, lambda layer: tuple(tensors[key_of(layer, part, adapter)] for part in PARTS), tables)
+    try:
+        check_base(held, config, name)
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{file.path}: {error}" if file else str(error)) from None

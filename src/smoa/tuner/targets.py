@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +27,7 @@ from smoa.layers.quantized import find_backend
 from smoa.maths.blocks import check_num_blocks
 from smoa.maths.experts import Layout
 from smoa.maths.spectrum import finite_peak
-from smoa.tuner.tying import check_alike, tie_targets
+from smoa.tuner.tying import refuse_training
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
@@ -51,14 +52,16 @@ def survey_targets(
     config: Any = _maybe_include_all_linear_layers(peft_config, model)
     if every_linear:
         _leave_out(config, model)
-    groups = tie_targets(model, config, is_target)
+    refuse_training(model, config, is_target)
     problems: list[SmoaError] = []
     targets: dict[str, Target] = {}
     of_parameters: dict[str, Shape] = {}
     parameters: list[TargetParameter] = []
+    uses = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     for name, module in _around_adapters(model):
         if name and is_target(config, name):
             with _collected(problems):
+                refuse_other_uses(name, module, model, uses[id(module)])
                 targets[name] = check_target(name, module, config, model)
                 if not loads_labels and targets[name].backend is None:
                     weight: Any = base_of(module).weight
@@ -69,6 +72,8 @@ def survey_targets(
         with _collected(problems):
             if parameter.module_name in targets:
                 raise ConfigError(f"{parameter.key}: target_modules names its module too; name it in one of the two")
+            module = model.get_submodule(parameter.module_name)
+            refuse_other_uses(parameter.module_name, module, model, uses[id(module)])
             of_parameters[parameter.key] = check_parameter(parameter, config)
             if not loads_labels:
                 known = existing_wrapper(model, parameter.module_name, parameter.name)
@@ -76,7 +81,6 @@ def survey_targets(
     if problems:
         raise type(problems[0])("; ".join(map(str, problems)))
     shapes = {name: target.shape for name, target in targets.items()}
-    check_alike(groups, shapes, config)
     if not loads_labels:
         _report_narrow(shapes | of_parameters, config)
     return targets
@@ -131,6 +135,21 @@ def check_target(name: str, module: nn.Module, config: SmoaConfig, model: nn.Mod
     shape = kind.layer_class.shape_of(base)
     check_fit(name, shape, config)
     return Target(kind, shape, backend)
+
+
+def refuse_other_uses(name: str, module: nn.Module, model: nn.Module, uses: int) -> None:
+    """Raise UnsupportedModuleError if another method has adapted a module, or the model has it at several places."""
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, SmoaLayer):
+        raise UnsupportedModuleError(
+            f"{name}: a {type(module).__module__}.{type(module).__name__} adapts it, and unmerging one adapter would "
+            "take the other's part of the weight along; merge that one into the base first (merge_and_unload)"
+        )
+    if uses > 1:
+        places = [path for path, each in model.named_modules(remove_duplicate=False) if each is module]
+        raise UnsupportedModuleError(
+            f"{name}: is one module at {first_of(places)}, of which PEFT adapts one, and a merge would change all; "
+            "save and load the model, which makes modules of their own, or leave it out"
+        )
 
 
 def _refusal(name: str, base: nn.Module, kind: Kind | None, model: nn.Module) -> UnsupportedModuleError | None:
@@ -242,13 +261,13 @@ def existing_wrapper(model: nn.Module, module_name: str, name: str) -> ParamWrap
 def parameters_of(model: nn.Module) -> Iterator[TargetParameter]:
     """All parameters of the base model, with the names that they had before any adapter."""
     inside = tuple(
-        f"{name}.{part}"
+        f"{name}.{part}."
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
         for part in (*module.adapter_layer_names, *module.other_param_names)
     )
     for module_name, module in model.named_modules():
-        if not module_name.startswith(inside):
+        if not f"{module_name}.".startswith(inside):
             plain = module_name.replace(".base_layer", "")
             yield from (TargetParameter(module, plain, name) for name, _ in module.named_parameters(recurse=False))
 
@@ -326,6 +345,13 @@ def _report_experts(model: nn.Module, config: SmoaConfig) -> None:
 
 def _report_narrow(shapes: Mapping[str, Shape], config: SmoaConfig) -> None:
     """Name the targets that take fewer blocks than `num_blocks`, in one warning, given the shapes of their weights."""
+    bare = [name for name, shape in shapes.items() if 0 in config.ranks_of(name, shape=shape)]
+    if bare:
+        warnings.warn(
+            f"r is smaller than num_blocks in {first_of(bare)}: blocks of rank 0 get no adapter, and their part of the "
+            "weight can't change; raise r to at least num_blocks, or lower num_blocks",
+            stacklevel=2,
+        )
     narrow = [name for name, shape in shapes.items() if config.num_blocks_of(name, shape) < config.num_blocks_of(name)]
     if narrow:
         named = first_of([f"{name} takes {min(shapes[name])}" for name in narrow])

@@ -34,6 +34,7 @@ def saved(folder: Path, seed: int = 2, family: str = "llama", **config: Any) -> 
     return model
 
 
+@pytest.mark.filterwarnings("ignore:r is smaller than num_blocks:UserWarning")
 @pytest.mark.parametrize(
     "other",
     [

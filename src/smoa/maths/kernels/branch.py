@@ -86,7 +86,8 @@ def plain_branch(factors: Factors, x: Tensor, anchor: Tensor | None) -> Tensor:
     wide = factors.wide(factors.B.dtype if anchor is None else None)
     for run in factors.runs():
         inputs, A, B = run.of_inputs(sorted_x), run.of_A(wide.A), run.of_B(wide.B)
-        delta = None if anchor is None else (B @ A * run.of_matrix(anchor, blocks)).to(x.dtype)
+        with without_autocast(x.device.type):  # it would round B A
+            delta = None if anchor is None else (B @ A * run.of_matrix(anchor, blocks)).to(x.dtype)
         y = inputs @ A.mT @ B.mT if delta is None else inputs @ delta.mT
         outputs.append(y.transpose(0, 1).reshape(flat.shape[0], run.count * run.height))
     return blocks.unsort_outputs(torch.cat(outputs, dim=-1)).view(*x.shape[:-1], blocks.out_features)

@@ -106,13 +106,15 @@ def shared(x: Tensor, factors: Callable[[], Gathered], diagonal: Diagonal | Call
     Args:
         x: (groups, tokens, in_features).
         factors: Gathers those of each group.
-        diagonal: The blocks of M, or what gives them: the backward then calls both functions again, so that nothing of
-            M's size is kept.
+        diagonal: The blocks of M, or what gives them: the backward then calls this again, so that nothing of M's
+            size is kept.
     """
+
+    chosen = factors()  # the backward takes those of the forward, whatever is written to the factors meanwhile
 
     def products(x: Tensor) -> Tensor:
         own = diagonal() if callable(diagonal) else diagonal
-        found = _products(own, own.blocks.sort_inputs(x), factors())
+        found = _products(own, own.blocks.sort_inputs(x), chosen)
         outputs = [z if B is None else (B * z).sum(2).flatten(2) for _, B, z in found]
         return own.blocks.unsort_outputs(torch.cat(outputs, dim=-1).to(x.dtype))
 

@@ -7,12 +7,15 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial, wraps
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smoa.errors import ConfigError
+from smoa.config import SmoaConfig
+from smoa.errors import AdapterFileError, ConfigError
+from smoa.files.base import Held, check_base
 from smoa.files.names import PREFIX
 from smoa.layers.rows import RowsBySlot
 from smoa.serving.saved import SavedLayer, is_smoa, read_layers
@@ -55,6 +58,9 @@ EXAMPLES = "smoa_examples"
 """In vLLM's `additional_config`: folders of adapters for whose like memory is reserved."""
 IDENTITY_ROWS = 512
 """So many unit vectors at once give rows of a packed or quantized weight."""
+
+NONLINEAR = 0.01
+"""By so much may products with vectors of three sizes differ, which rounding makes."""
 
 log = logging.getLogger("vllm.smoa")
 
@@ -126,6 +132,7 @@ def _creates(original: Callable[..., Any]) -> Callable[..., Any]:
         if manager.smoa_refusal is None:
             more["smoa"] = True  # the key of vLLM's cache has it: a model compiled without the operator serves the base
             _give_slots(manager, config)
+            manager.smoa_base = getattr(config.model_config, "model", None)
             manager.smoa_places, manager.smoa_renamed = dict(_places(manager)), _renaming(manager.model)
         for folder in more.get(EXAMPLES, []):
             _reserve(manager, folder)
@@ -146,6 +153,8 @@ def _refusal(manager: Any, config: Any) -> str | None:
             compilation.mode == mode and OPERATOR not in compilation.splitting_ops,
         "pipeline parallelism (give --pipeline-parallel-size 1)": config.parallel_config.pipeline_parallel_size > 1,
         "fully sharded LoRAs (leave --fully-sharded-loras out)": config.lora_config.fully_sharded_loras,
+        "compiled or captured encoders (unset compile_mm_encoder and cudagraph_mm_encoder)":
+            any(getattr(compilation, each, False) for each in ("compile_mm_encoder", "cudagraph_mm_encoder")),
         "a second stream for LoRA (unset VLLM_LORA_ENABLE_DUAL_STREAM)":
             any(getattr(layer, "_enable_aux_cuda_stream", False) for layer in layers),
     }  # fmt: skip
@@ -162,9 +171,11 @@ def _give_slots(manager: Any, config: Any) -> None:
         sizes = layer.output_slices if count > 1 else [sum(layer.output_slices)]
         own = partial(_own, layer) if layer.tp_size > 1 else None
         layer.smoa = Slots(sizes, own, partial(_weight, layer, config.model_config.dtype), layer.device)
-        layer.smoa_name = f"{layer.base_layer.prefix}.smoa"
+        layer.smoa_name = f"{name}.smoa"  # vLLM's prefix of a layer may be empty
         layer.__class__ = with_smoa[type(layer)]
-        config.compilation_config.static_forward_context[layer.smoa_name] = layer
+        context = config.compilation_config.static_forward_context
+        if context.setdefault(layer.smoa_name, layer) is not layer:
+            raise ConfigError(f"{name}: vLLM has another layer of this name already; serve one model in a process")
     for wrapper in {id(layer.punica_wrapper): layer.punica_wrapper for layer in layers.values()}.values():
         _follow(wrapper, manager.smoa_adapters)
     remove_all_adapters, activate_adapter = manager.remove_all_adapters, manager.activate_adapter
@@ -176,7 +187,15 @@ def _give_slots(manager: Any, config: Any) -> None:
 
     @torch.inference_mode()  # vLLM calls it within and without
     def activate(lora_id: int) -> bool:
-        found: bool = activate_adapter(lora_id)
+        try:
+            found: bool = activate_adapter(lora_id)
+        except BaseException:  # vLLM has marked it as active before it filled the slots
+            for slot, known in enumerate(manager.lora_index_to_id):
+                if known == lora_id:
+                    for layer in layers.values():
+                        layer.reset_lora(slot)
+            manager.remove_adapter(lora_id)
+            raise
         if any(layer.smoa.is_new for layer in layers.values()):
             log.warning("smoa: %s names none like adapter %d: %s", EXAMPLES, lora_id, _taken(manager))
         return found
@@ -286,17 +305,34 @@ def _own(layer: Any) -> list[tuple[Tensor, Tensor]]:
 def _weight(layer: Any, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """This rank's W (out_features, in_features) of a LoRA layer's base, and whether it is stored so.
 
-    vLLM packs it on CPUs, and quantizes it: then products with unit vectors give it.
+    vLLM packs it on CPUs, and quantizes it: then products with unit vectors give it, of the size that the layer's own
+    quantization of inputs takes exactly, if its scale is fixed.
+
+    Raises:
+        ConfigError: the products don't grow with the vectors, as where these are cut at a calibrated maximum.
     """
     base, shape = layer.base_layer, (sum(layer.output_slices), layer.input_size)
     stored = getattr(base, "weight", None)
     if type(base.quant_method).__name__ == "UnquantizedLinearMethod" and stored is not None and stored.shape == shape:
         return stored.detach(), True
+    fixed = getattr(base, "input_scale", None)
+    unit = float(fixed.max()) if isinstance(fixed, Tensor) and fixed.numel() else 1.0
+
+    def read(vectors: Tensor, size: float) -> Tensor:
+        return base.quant_method.apply(base, vectors * size, None).T.float() / size  # type: ignore[no-any-return]
+
+    some = torch.eye(min(IDENTITY_ROWS, shape[1]), shape[1], dtype=dtype, device=layer.device)
+    once, *others = (read(some, unit * times) for times in (1.0, 3.0, 1 / 3))
+    if all((once - other).norm() > NONLINEAR * once.norm() for other in others):
+        raise ConfigError(
+            f"{layer.smoa_name.removesuffix('.smoa')}: its weight can't be read, because its inputs are quantized by a "
+            "scale that was fixed by calibration; serve a checkpoint with dynamic activation scales, or a merged model"
+        )
     W = torch.empty(shape, dtype=dtype, device=layer.device)
     for first in range(0, shape[1], IDENTITY_ROWS):
         vectors = torch.zeros(min(IDENTITY_ROWS, shape[1] - first), shape[1], dtype=dtype, device=layer.device)
         vectors[:, first : first + IDENTITY_ROWS].fill_diagonal_(1)
-        W[:, first : first + IDENTITY_ROWS] = base.quant_method.apply(base, vectors, None).T
+        W[:, first : first + IDENTITY_ROWS] = read(vectors, unit)
     return W, False
 
 
@@ -306,7 +342,27 @@ def _read(manager: Any, folder: str) -> dict[str, SavedLayer]:
         raise ConfigError(f"{folder}: SMoA adapters can't be served with {manager.smoa_refusal}")
     places, renamed, known = manager.smoa_places, manager.smoa_renamed, manager.smoa_templates
     layers = read_layers(folder, lambda path: places.get(renamed(path), "no LoRA layer of this engine"), known)
-    return {renamed(path): factors for path, factors in layers.items()}
+    found = {renamed(path): factors for path, factors in layers.items()}
+    try:
+        check_base(_held(manager, found), SmoaConfig.from_pretrained(folder), getattr(manager, "smoa_base", None))
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{folder}: {error}") from None
+    return found
+
+
+def _held(manager: Any, layers: dict[str, SavedLayer]) -> Iterator[Held]:
+    """The layers of an adapter and their weights. A rank of tensor parallelism has parts of blocks: none."""
+    for name, layer in manager.modules.items():
+        if not hasattr(layer, "smoa") or layer.tp_size > 1:
+            continue
+        names = manager.packed_modules.get(name, [name])
+        stops = list(accumulate(layer.output_slices if len(names) > 1 else [sum(layer.output_slices)]))
+        for own, start, stop in zip(names, [0, *stops], stops, strict=False):
+            if own in layers:
+                part = layers[own]
+                read = partial(lambda slots, rows: slots.weight()[0][rows], layer.smoa, slice(start, stop))
+                known = layer.smoa.scales.setdefault(own, {})
+                yield Held(own, (part.row_labels, part.col_labels), part.block_scale, read, known)
 
 
 def _loads(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -330,6 +386,9 @@ def _places(manager: Any) -> Iterator[tuple[str, tuple[int, int] | str]]:
     """By vLLM's name of each layer, before layers are fused, its (out_features, in_features) or why there is none."""
     for name, layer in manager.modules.items():
         names = manager.packed_modules.get(name, [name])
+        if name.split(".")[-1] == "kv_b_proj":  # of MLA: vLLM reads its weight at load, and decodes without calling it
+            yield from ((own, "a projection whose weight vLLM uses without calling the layer") for own in names)
+            continue
         sizes, size = _totals(layer) if hasattr(layer, "smoa") else ([], 0)
         for place, own in enumerate(names):
             if not sizes:

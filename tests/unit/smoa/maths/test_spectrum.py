@@ -1,5 +1,7 @@
 """Scores are those of a full decomposition, on every device, and partitions are cut from them."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -161,3 +163,27 @@ def test_what_injection_computes_from_a_weight_is_that_of_the_cpu(partition: Par
         found = labels_and_scales(3, weight.to(device), kinds)
     for own, theirs in zip(found, expected, strict=True):
         assert torch.equal(own, theirs)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_scores_are_computed_at_the_highest_precision_whatever_the_model_has(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E6: with TF32 some labels differ, and they are cached by the weight alone."""
+    seen = []
+    original = torch.linalg.eigh
+
+    def eigh(*args: Any, **kwargs: Any) -> Any:
+        seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
+        return original(*args, **kwargs)
+
+    known = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        before = torch.backends.cuda.matmul.fp32_precision
+        spectral_scores(torch.randn(12, 9))
+        assert seen == [("ieee", "ieee")]
+        assert torch.backends.cuda.matmul.fp32_precision == before
+    finally:
+        torch.set_float32_matmul_precision(known)

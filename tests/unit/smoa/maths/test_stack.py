@@ -179,3 +179,50 @@ def test_each_layout_is_found_and_its_matrices_give_the_models_outputs(
     if layout.interleaved:  # gate and up by turns
         assert torch.equal(matrices[1, 0], parameter[1, :, 0::2].T)
         assert torch.equal(matrices[1, 1], parameter[1, :, 1::2].T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("K", [1, 2])
+def test_one_block_of_experts_decodes_and_trains(K: int, dtype: torch.dtype) -> None:
+    """E9: grouped_mm refuses the view of a single block."""
+    W = torch.randn(4, 1, 16, 16, dtype=dtype)
+    rows = cols = Side.of(torch.arange(K, dtype=torch.uint8).repeat_interleave(16 // K).expand(4, 1, 16), K)
+    A, B = torch.randn(4 * 2 * K, 16 // K, requires_grad=True), torch.randn(16 // K, 4 * 2 * K, requires_grad=True)
+    own = Stack(A, B, (2,) * K, 1.0, torch.ones(4, 2 * K), rows, cols)
+    for ends in ([0, 1, 1, 1], [0, 0, 0, 2], [3, 3, 3, 3], [1, 2, 3, 4]):
+        x = torch.randn(ends[-1], 16, dtype=dtype)
+        y = own.apply(x, W, torch.tensor(ends).int())
+        expected = [
+            x[start:stop].double() @ own.update(e).delta(W[e, 0]).double().T
+            for e, (start, stop) in enumerate(pairwise([0, *ends]))
+        ]
+        assert_close(y[:, 0], torch.cat(expected), dtype)
+        y.sum().backward()
+
+
+@pytest.mark.skipif(stacks.grouped_mm is None, reason="before PyTorch 2.10")
+def test_a_call_of_grouped_mm_has_less_than_1024_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E10: more are refused in 16 bits on an H100."""
+    seen = list[int]()
+    original: Any = stacks.grouped_mm
+
+    def counted(*args: Any, offs: Tensor, **kwargs: Any) -> Tensor:
+        seen.append(len(offs))
+        return original(*args, offs=offs, **kwargs)
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        own, _, matrices = make_stack((24, 24), torch.float32)
+        x = torch.randn(9, 24, requires_grad=True)
+        y = own.apply(x, matrices, torch.tensor([4, 4, 9]).int())
+        return [y, *torch.autograd.grad(y.square().sum(), [x, own.A, own.B])]
+
+    monkeypatch.setattr(stacks, "grouped_mm", counted)
+    expected = run()
+    assert max(seen) == EXPERTS * HALVES * len(RANKS)
+    seen.clear()
+    monkeypatch.setattr(stacks, "MOST_GROUPS", 7)
+    for found, own in zip(run(), expected, strict=True):
+        assert_close(found, own)
+    assert max(seen) <= 7
+    assert stacks.MOST_GROUPS < 1024

@@ -1,0 +1,590 @@
+"""Faults that were found by reading the code of a9f43f17 (L1 to L24), each through public calls and saved tensors. They
+fail there. tests/states looks for the next."""
+
+import copy
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+import smoa
+from smoa import AdapterFileError, ConfigError, SmoaConfig, SmoaError, UnsupportedModuleError
+from smoa.hotswap import hotswap_adapter
+from tests.support import golden
+from tests.support.layers import smoa_layers
+from tests.support.tiny_mixtures import build_mixture, tokens
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file in a/base:UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning"),
+]
+TIED = Path(__file__).parents[2] / "golden" / "adapters" / "tied"
+X = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(5))
+
+
+def llama(tie: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tie)).to(dtype).eval()
+
+
+def config(**settings: Any) -> SmoaConfig:
+    given = {"r": 4, "num_blocks": 2, "init_weights": False, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    return SmoaConfig(**{**given, **settings})
+
+
+def out(model: nn.Module, x: Tensor = X, **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        found: Any = model(x, **kwargs)
+    return found.logits.clone() if hasattr(found, "logits") else found.clone()
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# Weights that merging touches.
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_unmerging_restores_both_ends_of_a_tied_adapter_also_where_they_share_no_memory(assign: bool) -> None:  # L1
+    model = PeftModel.from_pretrained(golden.base("gemma3"), TIED).eval()
+    if assign:
+        model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    before, state = out(model), bits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(out(model), before, rtol=1e-3, atol=1e-3)
+    model.unmerge_adapter()
+    assert torch.equal(out(model), before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_failed_merge_of_one_end_leaves_each_end_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:  # L1
+    model = PeftModel.from_pretrained(golden.base("gemma3"), TIED).eval()
+    before, layers = out(model), list(smoa_layers(model).values())
+    copy_, calls = torch.Tensor.copy_, []
+
+    def fails(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.data_ptr() == layers[-1].stored_weight().data_ptr() and not calls:
+            calls.append(1)
+            raise MemoryError("none left")
+        return copy_(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", fails)
+    with pytest.raises(MemoryError):
+        model.merge_adapter()
+    monkeypatch.undo()
+    torch.testing.assert_close(out(model), before, rtol=1e-4, atol=1e-4)
+    if any(layer.merged for layer in layers):
+        model.unmerge_adapter()
+    assert torch.equal(out(model), before)
+
+
+def test_a_merge_into_a_parameter_of_a_tied_head_leaves_the_embedding_alone() -> None:  # L4
+    model = get_peft_model(llama(tie=True), config(target_modules=[], target_parameters=["lm_head.weight"])).eval()
+    before = out(model)
+    model.merge_adapter()
+    torch.testing.assert_close(out(model), before, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(out(model), before)
+
+
+@pytest.mark.parametrize("targets", [{}, {"target_modules": [], "target_parameters": ["q_proj.weight"]}])
+def test_a_layer_that_another_method_adapts_is_refused(targets: dict[str, Any]) -> None:  # L5
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = inject_adapter_in_model(lora, llama(), "lora").eval()
+    before = bits(model)
+    with pytest.raises(SmoaError, match=r"q_proj: a peft\.tuners\.lora.* adapts it.*merge_and_unload"):
+        get_peft_model(model, config(**targets))
+    assert before.keys() == model.state_dict().keys()
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.b = nn.Linear(6, 6)
+        self.c = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(torch.tanh(self.a(x))))
+
+
+def test_a_module_at_two_places_is_refused_before_anything_is_adapted() -> None:  # L6
+    for targets in ({"target_modules": ["a"]}, {"target_modules": ["c"], "target_parameters": ["a.weight"]}):
+        base = Twice()
+        with pytest.raises(UnsupportedModuleError, match=r"a: is one module at a, b"):
+            get_peft_model(base, config(**targets))
+        assert type(base.a) is type(base.c) is nn.Linear
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 20, "num_layers": 1, "num_heads": 4}
+    t5 = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    t5.resize_token_embeddings(70, mean_resizing=False)
+    with pytest.raises(UnsupportedModuleError, match=r"shared: is one module at"):
+        get_peft_model(t5, config(target_modules=["shared"]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_factor_that_is_no_number_leaves_no_trace_in_the_base(value: float) -> None:  # L24
+    model = get_peft_model(llama(), config()).eval()
+    state = bits(model.base_model.model)
+    layer = next(iter(smoa_layers(model).values()))
+    weight = layer.smoa_B["default"].weight
+    known = weight.detach().clone()
+    weight.data[0, 0] = value
+    with smoa.merged(model):
+        pass
+    model.merge_adapter()
+    model.unmerge_adapter()
+    weight.data.copy_(known)
+    after = model.base_model.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload", "merged"])
+def test_a_merge_into_16_bits_warns_once_of_what_is_lost(call: str) -> None:  # L10
+    model = get_peft_model(llama(dtype=torch.bfloat16), config()).eval()
+    for layer in smoa_layers(model).values():
+        layer.smoa_B["default"].weight.data *= 1e-3
+    opened = smoa.merged(model)
+    merge = opened.__enter__ if call == "merged" else getattr(model, call)
+    with pytest.warns(UserWarning, match=r"rounded to 16 bits: \d+% of ΔW is lost") as seen:
+        merge()
+    assert len(seen) == 1
+
+
+def test_a_merge_that_loses_nothing_says_nothing() -> None:
+    model = get_peft_model(llama(dtype=torch.bfloat16), config()).eval()
+    for layer in smoa_layers(model).values():
+        layer.smoa_B["default"].weight.data *= 5
+    model.merge_adapter()
+
+
+# Loading.
+
+
+@pytest.mark.parametrize("other", [{"alpha": 64.0}, {"modulation": "none"}, {"num_blocks": 4}, {"use_rslora": True}])
+def test_a_load_over_a_name_compares_settings(tmp_path: Path, other: dict[str, Any]) -> None:  # L2
+    get_peft_model(llama(), config(**other)).save_pretrained(tmp_path)
+    model = get_peft_model(llama(), config()).eval()
+    before = bits(model)
+    with pytest.raises(ConfigError, match=rf"has {next(iter(other))}=.* as the loaded 'default'"):
+        model.load_adapter(tmp_path, "default")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_load_over_a_name_of_the_same_settings_replaces_it(tmp_path: Path) -> None:
+    other = get_peft_model(llama(), config(alpha=4.0)).eval()  # alpha = r, which None means
+    other.save_pretrained(tmp_path)
+    torch.manual_seed(3)
+    model = get_peft_model(llama(), config()).eval()
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(out(model), out(other))
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_base_in_another_dtype_keeps_its_table(tmp_path: Path, low: bool, tie: bool) -> None:  # L8
+    narrow = get_peft_model(llama(tie, torch.bfloat16), config(target_modules=["embed_tokens"]))
+    narrow.save_pretrained(tmp_path)
+    base = llama(tie)
+    before = out(base)
+    model = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low).eval()
+    with model.disable_adapter():
+        assert torch.equal(out(model), before)
+    embedding = model.get_input_embeddings().get_base_layer()
+    assert embedding.weight.dtype == torch.float32
+    assert (embedding.weight is model.get_output_embeddings().weight) is tie
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("tie", [False, True])
+def test_new_rows_of_a_table_come_from_the_file_in_place(tmp_path: Path, low: bool, tie: bool) -> None:  # L9
+    def resized(seed: int) -> Any:
+        base = llama(tie)
+        torch.manual_seed(seed)
+        base.resize_token_embeddings(70, mean_resizing=False)
+        return base
+
+    model = get_peft_model(resized(1), config(target_modules=["embed_tokens"])).eval()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(resized(2), tmp_path, low_cpu_mem_usage=low).eval()
+    ours, theirs = (each.get_input_embeddings().get_base_layer().weight for each in (loaded, model))
+    assert torch.equal(ours, theirs)
+    assert (ours is loaded.get_output_embeddings().weight) is tie
+    if tie:
+        assert torch.equal(out(loaded, X + 6), out(model, X + 6))
+
+
+def test_a_table_that_was_trained_at_its_old_shape_comes_from_the_file(tmp_path: Path) -> None:  # L8
+    base = llama()
+    base.get_input_embeddings().weight.data.add_(0.01)
+    model = get_peft_model(base, config(target_modules=["embed_tokens"])).eval()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(out(PeftModel.from_pretrained(llama(), tmp_path).eval()), out(model))
+
+
+def test_low_cpu_mem_usage_keeps_the_factors_bits(tmp_path: Path) -> None:  # L9
+    get_peft_model(llama(), config()).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    model = PeftModel.from_pretrained(llama(dtype=torch.bfloat16), tmp_path, low_cpu_mem_usage=True)
+    for key, tensor in model.state_dict().items():
+        if ".smoa_A." in key:
+            assert torch.equal(tensor, saved[key.replace(".default.", ".")])
+
+
+# The base.
+
+
+def test_another_base_is_refused_and_can_be_loaded_all_the_same(tmp_path: Path) -> None:  # L12
+    get_peft_model(llama(), config()).save_pretrained(tmp_path)
+    base = llama(seed=1)
+    with pytest.raises(AdapterFileError, match=r"trained on another base.*is off by up to \d+%.*other_base=True"):
+        PeftModel.from_pretrained(base, tmp_path)
+    with pytest.raises(AdapterFileError, match="trained on another base"):
+        llama(seed=1).load_adapter(str(tmp_path))
+    model = get_peft_model(llama(seed=1), config())
+    with pytest.raises(AdapterFileError, match="trained on another base"):
+        hotswap_adapter(model, tmp_path)
+    with pytest.raises(AdapterFileError, match="trained on another base"):
+        model.load_adapter(tmp_path, "other")
+    assert [*model.peft_config] == ["default"]
+    told = SmoaConfig.from_pretrained(tmp_path)
+    told.other_base = True
+    PeftModel.from_pretrained(llama(seed=1), tmp_path, config=told).save_pretrained(tmp_path / "again")
+    PeftModel.from_pretrained(llama(seed=1), tmp_path / "again")
+    assert "other_base" not in (tmp_path / "adapter_config.json").read_text()
+    assert '"other_base": true' in (tmp_path / "again" / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("place", ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"])
+@pytest.mark.parametrize("scale", ["lora", "block", "layer"])
+def test_one_changed_kind_of_layer_is_seen(tmp_path: Path, place: str, scale: str) -> None:  # L12
+    get_peft_model(llama(), config(scale=scale)).save_pretrained(tmp_path)
+    base = llama()
+    base.get_submodule(place).weight.data *= 0.5
+    with pytest.raises(AdapterFileError, match="trained on another base"):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_a_base_that_is_a_little_other_warns_by_names(tmp_path: Path) -> None:  # L12
+    base = llama()
+    base.config._name_or_path = base.name_or_path = "a/base"
+    get_peft_model(base, config()).save_pretrained(tmp_path)
+    for name, factor, warns in (("a/base", 1.004, False), ("a/tuned", 1.004, True), ("a/base", 1.02, True)):
+        tuned = llama()
+        tuned.config._name_or_path = tuned.name_or_path = name
+        for layer in tuned.model.layers:
+            layer.mlp.down_proj.weight.data *= factor
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            PeftModel.from_pretrained(tuned, tmp_path)
+        found = [str(warning.message) for warning in seen if "not quite the same" in str(warning.message)]
+        assert bool(found) is warns, (name, factor, found)
+
+
+def test_the_same_base_in_other_dtypes_and_without_a_scale_says_nothing(tmp_path: Path) -> None:  # L12
+    get_peft_model(llama(), config()).save_pretrained(tmp_path / "lora")
+    PeftModel.from_pretrained(llama(dtype=torch.bfloat16), tmp_path / "lora")
+    get_peft_model(llama(), config(modulation="none")).save_pretrained(tmp_path / "none")
+    PeftModel.from_pretrained(llama(seed=1), tmp_path / "none")
+    get_peft_model(llama(), config(scale="paper")).save_pretrained(tmp_path / "paper")
+    PeftModel.from_pretrained(llama(seed=1), tmp_path / "paper")
+
+
+def test_another_base_of_experts_is_seen(tmp_path: Path) -> None:  # L12
+    targets = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    get_peft_model(build_mixture("qwen3_moe"), config(**targets)).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(build_mixture("qwen3_moe"), tmp_path)
+    base = build_mixture("qwen3_moe")
+    base.model.layers[0].mlp.experts.down_proj.data *= 2
+    with pytest.raises(AdapterFileError, match="trained on another base"):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_a_base_of_other_shapes_is_named_as_such(tmp_path: Path) -> None:  # L21
+    get_peft_model(llama(), config()).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
+    other = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    with pytest.raises(AdapterFileError, match="trained on another base"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("0", "1"),
+        ("mlp", "weight"),
+        ("self_attn", "q_proj"),
+        ("model", "layers"),
+        ("weight", "smoa_c"),
+        ("smoa_A", "weight"),
+    ],
+)
+def test_adapters_named_like_parts_of_paths_are_saved_whole(tmp_path: Path, names: tuple[str, str]) -> None:  # L13
+    model = get_peft_model(llama(), config(), adapter_name=names[0])
+    model.add_adapter(names[1], config())
+    model.eval().save_pretrained(tmp_path)
+    for name in names:
+        model.set_adapter(name)
+        loaded = PeftModel.from_pretrained(llama(), tmp_path / name, adapter_name=names[1]).eval()
+        assert torch.equal(out(loaded), out(model))
+
+
+def test_copies_and_biases_of_such_names_are_saved_whole(tmp_path: Path) -> None:  # L13
+    base = nn.ModuleDict({"layer": nn.Linear(6, 6), "head": nn.Linear(6, 2)})
+    base.forward = lambda x: base["head"](base["layer"](x))  # type: ignore[method-assign]
+    settings = {"target_modules": ["layer"], "modules_to_save": ["head"], "bias": "smoa_only"}
+    model = get_peft_model(copy.deepcopy(base), config(**settings), adapter_name="layer")
+    model.add_adapter("base_layer", config(target_modules=["layer"], modules_to_save=["head"]))
+    model.save_pretrained(tmp_path)
+    for name in ("layer", "base_layer"):
+        saved = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert "base_model.model.head.weight" in saved
+        assert ("base_model.model.layer.base_layer.bias" in saved) is (name == "layer")
+
+
+def test_a_state_dict_that_lacks_tensors_is_not_saved(tmp_path: Path) -> None:  # L13
+    model = get_peft_model(llama(), config())
+    state = {name: tensor for name, tensor in model.state_dict().items() if "layers.1" not in name}
+    with pytest.raises(AdapterFileError, match=r"lacks 15 tensor\(s\) of the adapter"):
+        model.save_pretrained(tmp_path, state_dict=state)
+
+
+def test_a_compiled_region_is_saved_and_loaded_by_plain_names(tmp_path: Path) -> None:  # L14
+    model = get_peft_model(llama(), config(bias="none")).eval()
+    layers = model.base_model.model.model.layers
+    for number in range(2):
+        layers[number] = torch.compile(layers[number])
+    model.save_pretrained(tmp_path)
+    assert not any("_orig_mod" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    with torch.compiler.set_stance("force_eager"):
+        expected = out(model)
+        assert torch.equal(out(PeftModel.from_pretrained(llama(), tmp_path).eval()), expected)
+        model.load_adapter(tmp_path, "again")
+        model.set_adapter("again")
+        assert torch.equal(out(model), expected)
+        hotswap_adapter(model, tmp_path, "again")
+        base = llama()
+        for number in range(2):
+            base.model.layers[number] = torch.compile(base.model.layers[number])
+        assert torch.equal(out(PeftModel.from_pretrained(base, tmp_path).eval()), expected)
+
+
+def test_a_model_of_regions_that_accelerate_compiles_is_saved(tmp_path: Path) -> None:  # L14
+    utils = pytest.importorskip("accelerate.utils")
+    model = get_peft_model(llama(), config(target_modules=["q_proj", "embed_tokens", "lm_head"])).eval()
+    with torch.compiler.set_stance("force_eager"):
+        expected = out(model)
+        utils.compile_regions(model).save_pretrained(tmp_path)
+        assert torch.equal(out(PeftModel.from_pretrained(llama(), tmp_path).eval()), expected)
+
+
+@pytest.mark.parametrize("name", ["smoa_c", "smoa_A", "smoa_block_scale"])
+def test_an_adapter_named_like_a_part_of_the_method_keeps_its_copies(tmp_path: Path, name: str) -> None:  # L15
+    model = get_peft_model(llama(), config(modules_to_save=["lm_head"]), adapter_name=name).eval()
+    model.base_model.model.lm_head.modules_to_save[name].weight.data.add_(1.0)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / name, adapter_name=name).eval()
+    assert torch.equal(out(loaded), out(model))
+
+
+# Calls.
+
+
+class Convolved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.line = nn.Embedding(64, 6), nn.Conv1d(6, 8, 3, padding=1)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.line(self.table(x).mT)
+
+
+@pytest.mark.parametrize("target", ["table", "line"])
+def test_dropout_does_not_act_in_evaluation(target: str) -> None:  # L3
+    torch.manual_seed(0)
+    model = get_peft_model(Convolved().eval(), config(target_modules=[target], smoa_dropout=0.5))
+    model.add_adapter("b", config(target_modules=[target], smoa_dropout=0.5))
+    model.eval()
+    model.base_model.set_adapter(["default", "b"])
+    assert torch.equal(out(model), out(model))
+    names = {"adapter_names": ["default", "b"]}
+    assert torch.equal(out(model, **names), out(model, **names))
+    fresh = get_peft_model(Convolved(), config(target_modules=["line"], smoa_dropout=0.5)).eval()
+    fresh.add_adapter("b", config(target_modules=[target], smoa_dropout=0.5))  # whose dropout is new
+    fresh.base_model.set_adapter(["default", "b"])
+    assert torch.equal(out(fresh), out(fresh))
+
+
+@pytest.mark.parametrize("by_names", [False, True])
+def test_gradients_are_those_of_the_forwards_factors_or_an_error(by_names: bool) -> None:  # L7
+    torch.manual_seed(0)
+    model = get_peft_model(Convolved(), config(target_modules=["line"])).train()
+    linear = get_peft_model(llama(), config()).train()
+    for each in (model, linear) if by_names else (model,):
+        kwargs: Any = {"adapter_names": ["default", "default"]} if by_names else {}
+        trained = [p for p in each.parameters() if p.requires_grad]
+
+        def loss(each: Any = each, kwargs: Any = kwargs) -> Tensor:
+            found = each(X, **kwargs)
+            return getattr(found, "logits", found).square().mean()  # type: ignore[no-any-return]
+
+        expected = torch.autograd.grad(loss(), trained)
+        value = loss()
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.add_(1.0)
+        try:
+            found = torch.autograd.grad(value, trained)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)  # noqa: PT017  # it may also be right
+        else:
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_threads_with_and_without_experts_do_not_meet() -> None:  # L16
+    model = get_peft_model(
+        build_mixture("qwen3_moe"),
+        config(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+        adapter_name="experts",
+    ).eval()
+    model.add_adapter("plain", config(target_modules=["q_proj"]))
+    x = tokens(4)
+    expected = out(model, x), out(model, x, adapter_names=["plain", "__base__"])
+    failed: list[Any] = []
+
+    def run(which: int) -> None:
+        try:
+            for _ in range(340):
+                names = {"adapter_names": ["plain", "__base__"]} if which else {}
+                if not torch.equal(out(model, x, **names), expected[which]):
+                    failed.append(which)
+        except Exception as error:
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=run, args=(which,)) for which in (0, 1, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failed == []
+
+
+def test_a_replica_of_data_parallel_is_refused_by_name() -> None:  # L19
+    layer = next(iter(smoa_layers(get_peft_model(llama(), config())).values()))
+    with pytest.raises(UnsupportedModuleError, match=r"DataParallel.*torchrun"):
+        layer._replicate_for_data_parallel()
+
+
+def test_hotswap_takes_an_adapter_that_was_saved_without_tables(tmp_path: Path) -> None:  # L17
+    targets = {"target_modules": ["embed_tokens", "q_proj"]}
+    other = get_peft_model(llama(), config(**targets)).eval()
+    for tables in (False, True):
+        other.save_pretrained(tmp_path / str(tables), save_embedding_layers=tables)
+        torch.manual_seed(4)
+        model = get_peft_model(llama(), config(**targets)).eval()
+        hotswap_adapter(model, tmp_path / str(tables))
+        assert torch.equal(out(model), out(other))
+
+
+# Settings and messages.
+
+
+def test_a_rank_below_the_number_of_blocks_warns() -> None:  # L11
+    with pytest.warns(UserWarning, match=r"r is smaller than num_blocks in .*q_proj"):
+        get_peft_model(llama(), config(r=2, num_blocks=4))
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"num_block": 2}])
+def test_a_setting_that_there_is_not_is_named(settings: dict[str, Any]) -> None:  # L23
+    with pytest.raises(ConfigError, match=rf"SmoaConfig got an unexpected keyword argument '{next(iter(settings))}'"):
+        SmoaConfig(**settings)
+
+
+def test_a_new_adapter_for_tied_layers_is_refused(tmp_path: Path) -> None:
+    for given in (config(target_modules=["lm_head"], ensure_weight_tying=True), SmoaConfig.from_pretrained(TIED)):
+        base = golden.base("gemma3")
+        with pytest.raises(ConfigError, match=r"ensure_weight_tying: .*share one weight.*name one of them"):
+            get_peft_model(base, given)
+        assert not smoa_layers(base)
+    with pytest.raises(ConfigError, match="ensure_weight_tying: .*is_trainable=False"):
+        PeftModel.from_pretrained(golden.base("gemma3"), TIED, is_trainable=True)
+    PeftModel.from_pretrained(golden.base("gemma3"), TIED).save_pretrained(tmp_path)
+    assert (
+        load_file(tmp_path / "adapter_model.safetensors").keys() == load_file(TIED / "adapter_model.safetensors").keys()
+    )
+
+
+def test_checkpointing_without_the_names_gets_advice_that_works() -> None:  # L20
+    model = get_peft_model(llama(), config()).train()
+    model.add_adapter("b", config())
+    model.set_requires_grad(["default", "b"])
+
+    def reentrant(function: Any, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=True)
+
+    block = model.base_model.model.model.layers[0].mlp
+    forward = block.forward
+    block.forward = lambda x: reentrant(forward, x)
+    with pytest.raises(ValueError, match="gradient_checkpointing_enable") as error:
+        model(X, adapter_names=["default", "b"]).logits.sum().backward()
+    assert "use_reentrant=False" not in str(error.value)
+
+
+def test_autocast_does_not_round_the_product_of_the_factors_where_the_weight_trains() -> None:  # E7
+    errors = []
+    for trains in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(nn.ModuleDict({"layer": nn.Linear(96, 96)}), config(target_modules=["layer"]))
+        (layer,) = smoa_layers(model).values()
+        layer.get_base_layer().weight.requires_grad_(trains)
+        x, weight = torch.randn(64, 96), layer.get_base_layer().weight.detach()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        g = torch.randn_like(y.float())
+        (y.float() * g).sum().backward()
+        A = layer.smoa_A["default"].weight
+        found = A.grad.double()
+        A.grad = None
+        ((x @ (weight + layer.update("default").delta(weight)).T) * g).sum().backward()
+        errors.append(float((found - A.grad.double()).norm() / A.grad.double().norm()))
+    assert errors[1] <= 1.3 * errors[0]
+
+
+@pytest.mark.parametrize("adapter", ["lora", None])
+def test_a_leftover_block_leaves_axolotls_adapter_as_it_is(
+    adapter: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.support.stubs import import_with_stubs  # L22
+
+    base = {"BasePlugin": type("BasePlugin", (), {}), "AdapterCapabilities": dict}
+    stubs = {"axolotl.integrations.base": base, "axolotl.loaders.adapter": {"load_lora": None}}
+    module: Any = import_with_stubs(monkeypatch, "smoa.integrations.axolotl", stubs)
+    cfg: dict[str, Any] = {"adapter": adapter, "smoa": {"num_blocks": 4}, "load_in_4bit": True}
+    module.SmoaPlugin().register(cfg)
+    module.SmoaPlugin().pre_lora_load(cfg, None)
+    assert cfg["adapter"] == adapter
