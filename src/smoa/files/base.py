@@ -33,7 +33,7 @@ NOISE = 0.02
 """Divided by √(entries of a block): from here on bases of two names differ by more than rounding."""
 
 log = logging.getLogger("smoa")
-_SCALES: MutableMapping[Tensor, dict[int, dict[Any, Tensor]]] = WeakIdKeyDictionary()
+_SCALES: MutableMapping[Tensor, tuple[int, dict[Any, Tensor]]] = WeakIdKeyDictionary()
 """The block scales of weights by their labels, so that another adapter of the same kind costs K comparisons."""
 
 
@@ -129,11 +129,13 @@ def held_layers(
         is_cut = hasattr(layer.get_base_layer(), "_hf_tp_plan")
         if stored.is_meta or isinstance(stored, DTensor) or hasattr(stored, "ds_id") or is_cut:
             left_out.append(name)
-        elif A.any() or B.any():  # hot-swapping makes zeros
+        elif A.any() and B.any():  # or ΔW is zero on any base
             table = tables_of.get(weight_id(stored))
             read = partial(layer.pristine_matrix, 0) if table is None else partial(torch.Tensor.detach, table)
             version = 0 if stored.is_inference() else stored._version
-            known = _SCALES.setdefault(stored, {}).setdefault(version, {}) if table is None else {}
+            if stored not in _SCALES or _SCALES[stored][0] != version:
+                _SCALES[stored] = version, {}
+            known = _SCALES[stored][1] if table is None else {}
             is_quantized = layer.quantization_backend is not None
             found.append(Held(name, (rows, cols), scale, read, known, is_quantized))
     if left_out:

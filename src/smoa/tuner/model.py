@@ -233,7 +233,11 @@ class SmoaModel(BaseTuner):
             check_layer(name, layer, adapters)
         self.peft_config[adapter_name] = config
         self._loads_labels = True  # they come from the parts
-        self._inject(self.model, adapter_name)
+        try:
+            self._inject(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
         for layer in layers.values():
             fill_combined(layer, adapters, weights, adapter_name, combination_type)
 

@@ -531,7 +531,7 @@ def test_a_new_adapter_for_tied_layers_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"ensure_weight_tying: .*share one weight.*name one of them"):
             get_peft_model(base, given)
         assert not smoa_layers(base)
-    with pytest.raises(ConfigError, match="ensure_weight_tying: .*is_trainable=False"):
+    with pytest.raises(ConfigError, match=r"ensure_weight_tying: .*is_trainable=False"):
         PeftModel.from_pretrained(golden.base("gemma3"), TIED, is_trainable=True)
     PeftModel.from_pretrained(golden.base("gemma3"), TIED).save_pretrained(tmp_path)
     assert (

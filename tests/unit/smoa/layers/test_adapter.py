@@ -73,6 +73,7 @@ def test_loading_decomposes_nothing_and_applies_the_formula_to_the_base_it_is_on
     tmp_path: Path, base: str, modulation: str
 ) -> None:
     model = trained_llama(modulation=modulation)
+    model.peft_config["default"].other_base = base == "a base with other weights"
     folder, other = saved(model, tmp_path), BASES[base]()
     clear_spectrum_cache()  # or a decomposition might go unseen
     with NoDecomposition():

@@ -8,6 +8,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from smoa import UnsupportedModuleError
 from tests import reference
 from tests.support.gradients import assert_path, inputs, layer_13_to_11, oracle_gradients, own_gradients
 from tests.support.layers import (
@@ -180,17 +181,10 @@ def test_a_compiled_layer_of_changing_batch_size_is_the_oracles(route: str, modu
         assert_path(layer, compiled(x), x)
 
 
-def test_an_adapter_on_an_already_wrapped_layer_is_anchored_on_the_innermost_weight() -> None:
-    base = base_layer(8, 6)
-    called: list[int] = []
-    base.register_forward_hook(lambda *_: called.append(1))
-    lora = inject_adapter_in_model(LoraConfig(r=2, target_modules=["layer"]), Wrapper(base)).layer
-    layer = adapted_layer(lora, r=4, num_blocks=2)
-    x = torch.randn(4, 6, dtype=torch.float64)
-    assert layer.get_base_layer() is base
-    # LoRA's B is zero, so that its layer gives the base layer's output
-    assert_close(layer(x), oracle_output(layer, x))
-    assert called
+def test_a_layer_that_another_method_wraps_is_refused() -> None:
+    lora = inject_adapter_in_model(LoraConfig(r=2, target_modules=["layer"]), Wrapper(base_layer(8, 6))).layer
+    with pytest.raises(UnsupportedModuleError, match="adapts it"):
+        adapted_layer(lora, r=4, num_blocks=2)
 
 
 @whole_runs

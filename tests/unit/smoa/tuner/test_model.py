@@ -166,7 +166,6 @@ def test_factors_are_in_float32_unless_asked_otherwise(dtype: torch.dtype, autoc
         ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
         ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
         ("gemma3", {"target_modules": ["embed_tokens"]}),
-        ("gemma3", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
     ],
 )
 def test_an_adapter_saved_while_several_are_merged_is_the_one_saved_unmerged(
@@ -355,7 +354,8 @@ def copy_as_trl_does(model: Any) -> None:
 def test_the_reference_equals_a_start_trained_on_other_weights(
     partition: Any, tiny_llama: PreTrainedModel, tmp_path: Any
 ) -> None:
-    config = SmoaConfig(r=8, num_blocks=4, target_modules=QVD, init_weights=False, partition=partition)
+    settings: dict[str, Any] = {"target_modules": QVD, "init_weights": False, "partition": partition}
+    config = SmoaConfig(r=8, num_blocks=4, other_base=True, **settings)
     get_peft_model(tiny_llama, config).save_pretrained(tmp_path)
     other = tiny_models.build("llama")
     with torch.no_grad():
