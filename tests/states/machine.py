@@ -336,7 +336,9 @@ class Machine(RuleBasedStateMachine):
                 self.merged_now = []  # as PEFT: an adapter that is added unmerges
             self.check()
 
-    @precondition(lambda self: self.swarm.isdisjoint({"disable", "set_adapter", "mode", "deepcopy", "unmerge", "train"}))
+    @precondition(
+        lambda self: self.swarm.isdisjoint({"disable", "set_adapter", "mode", "deepcopy", "unmerge", "train"})
+    )
     @rule()
     def call(self) -> None:
         with self.counted("call"):

@@ -42,6 +42,7 @@ WRONG: dict[str, list[Any]] = {
     "init_weights": [None, "gaussian", 2],
     "num_blocks_pattern": [None, 1, [1], {"(": 2}, {"a": "b"}, {"a": 256}],
     "ensure_weight_tying": [None, "yes", 1],
+    "other_base": [None, "yes", 1],
 }
 
 

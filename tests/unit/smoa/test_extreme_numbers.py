@@ -71,6 +71,7 @@ def test_a_zero_weight_is_cut_in_natural_order_and_modulates_to_nothing(dtype: t
     assert all((factor.grad == 0).all() == (modulation == "hadamard") for factor in factors(layer))
 
 
+@pytest.mark.filterwarnings("ignore:r is smaller than num_blocks:UserWarning")
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_layer_is_the_oracles_whatever_its_sizes_blocks_ranks_and_dtype(data: st.DataObject) -> None:

@@ -54,7 +54,7 @@ def heads(**config: Any) -> PeftModel:
     base = Heads()
     with pytest.warns(UserWarning, match=NARROW) as found:
         model = get_peft_model(base, SmoaConfig(target_modules=list(SIDES), **config))
-    assert len(found) == 1
+    assert sum("is larger than a side" in str(each.message) for each in found) == 1
     for layer in smoa_layers(model).values():
         randomise(layer)
     return model.eval()
@@ -89,6 +89,7 @@ def test_a_pattern_sets_the_blocks_of_the_layers_it_names() -> None:
         assert_close(layer.delta("default").double(), oracle_delta(layer), dtype=torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:r is smaller than num_blocks:UserWarning")
 @pytest.mark.parametrize(("r", "num_blocks", "alpha"), RANKS)
 def test_a_narrow_layer_has_the_first_of_the_blocks_and_the_oracles_update(
     r: int, num_blocks: int, alpha: float | None

@@ -114,6 +114,7 @@ def test_an_adapter_moves_to_a_full_precision_base_and_back(
 ) -> None:
     trained = adapted_model(quantized_model(tmp_path / "base", **options)).eval()
     expected = trained(**tiny_models.batch("llama")).logits
+    trained.peft_config["default"].other_base = not options  # 4 bits change so small a block by up to 28 %
     trained.save_pretrained(tmp_path / "adapter")
 
     def decompose(weight: Tensor) -> None:
