@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import InitVar, dataclass, field, fields
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -106,16 +106,6 @@ class SmoaConfig(PeftConfig):
     lora_dropout: InitVar[float | None] = None
     # In files:
     smoa_format: InitVar[int] = 0
-
-    def __new__(cls, *args: Any, **given: Any) -> SmoaConfig:
-        """Refuse settings that there are not, such as LoRA's own, with the nearest one there is."""
-        known = cls.__dataclass_fields__
-        if unknown := [name for name in given if name not in known]:
-            raise UnknownSettingError(
-                f"SmoaConfig got an unexpected keyword argument {unknown[0]!r}{nearest(unknown[0], known)}; leave out "
-                f"what SMoA has no counterpart of: {', '.join(unknown)}"
-            )
-        return super().__new__(cls)
 
     def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None, smoa_format: int) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
@@ -216,6 +206,24 @@ class SmoaConfig(PeftConfig):
         if alpha is None:
             return float(r)
         return alpha * (self.rank_of(module, shape) / self.rank_of(module))
+
+
+_init = SmoaConfig.__init__
+
+
+@wraps(_init)
+def _init_with_known(self: SmoaConfig, *args: Any, **given: Any) -> None:
+    """Refuse settings that there are not, such as LoRA's own, by name."""
+    known = SmoaConfig.__dataclass_fields__
+    if unknown := [name for name in given if name not in known]:
+        raise UnknownSettingError(
+            f"SmoaConfig.__init__() got an unexpected keyword argument '{unknown[0]}'{nearest(unknown[0], known)}; "
+            f"leave out what SMoA has no counterpart of: {', '.join(unknown)}"
+        )
+    _init(self, *args, **given)
+
+
+SmoaConfig.__init__ = _init_with_known  # type: ignore[method-assign]
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

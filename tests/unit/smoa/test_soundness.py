@@ -521,7 +521,7 @@ def test_a_rank_below_the_number_of_blocks_warns() -> None:  # L11
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"num_block": 2}])
 def test_a_setting_that_there_is_not_is_named(settings: dict[str, Any]) -> None:  # L23
-    with pytest.raises(ConfigError, match=rf"SmoaConfig got an unexpected keyword argument '{next(iter(settings))}'"):
+    with pytest.raises(ConfigError, match=f"got an unexpected keyword argument '{next(iter(settings))}'"):
         SmoaConfig(**settings)
 
 
