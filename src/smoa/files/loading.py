@@ -215,7 +215,13 @@ def _check_alike(old: SmoaConfig, source: Any, name: Any, options: dict[str, Any
 
 def _meant(config: SmoaConfig, field: str) -> Any:
     value = getattr(config, field)
-    return config.alpha_of("", config.r) if field == "alpha" else sorted(value) if isinstance(value, set) else value
+    return (
+        config.alpha_of("", config.r)
+        if field == "alpha"
+        else sorted({*value}, key=str)
+        if isinstance(value, set | list)
+        else value
+    )
 
 
 def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
@@ -235,7 +241,8 @@ def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
         # The config that was passed, or that of the loaded adapter which gets the weights
         loaded = {} if isinstance(args[0], type) else getattr(args[0], "peft_config", {})
         config = given.get("config") or given.get("peft_config") or loaded.get(given.get("adapter_name"))
-        old = loaded.get(given.get("adapter_name"))
+        # `from_pretrained` calls `load_adapter` too, for an adapter that it has made, perhaps by a config it was given
+        old = None if _INCOMING.get() is not None else loaded.get(given.get("adapter_name"))
         with door(place, config, checks_nothing, **options) as file:
             if isinstance(old, SmoaConfig) and place is not None and not checks_nothing:
                 _check_alike(old, place, given.get("adapter_name"), options)
