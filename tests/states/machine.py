@@ -231,6 +231,7 @@ class Machine(RuleBasedStateMachine):
                     raise AssertionError("refused") from error
                 note("# refused: start again with what is taken")
                 self.traits = {}
+                self.ids = self.space["ids"] = self.ids.clamp(max=WORDS - 1)
                 self.begin_model()
                 config = {"r": 4, "init_weights": False, "target_modules": ["down", "q_proj"]}
                 self.run(f"m = get_peft_model(b, {shown(config)}, adapter_name={name!r})")
