@@ -58,6 +58,8 @@ class Merging:
         """Raise MergeError if merging these adapters gives NaN or infinite weights; changes nothing."""
         chosen = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in self._present(chosen) if name not in self.merged_adapters]
+        if not names:
+            return
         with torch.no_grad():
             for _, _, merged in self.merged_matrices([*self.merged_adapters, *names]):
                 if not torch.isfinite(merged).all():
