@@ -173,6 +173,7 @@ def test_a_merge_that_loses_nothing_says_nothing() -> None:
     model.merge_adapter()
 
 
+@pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning")
 def test_a_safe_merge_of_an_adapter_of_some_layers_passes_the_others_over() -> None:  # found by tests/states
     model = get_peft_model(llama(), config(target_modules=["q_proj"])).eval()
     model.add_adapter("other", config(target_modules=["v_proj"]))
