@@ -366,7 +366,7 @@ def test_dropout_acts_in_training_mode(spy: Spy) -> None:
 
 
 def test_a_setting_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'all' must be one of 'blocks', 'off'"):
+    with pytest.raises(ConfigError, match=r"'all' must be one of 'blocks', 'merged', 'off'"):
         keep_in_generate(model_of(), "all")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no SMoA adapter"):
         keep_in_generate(tiny_models.build("llama"), "off")
