@@ -95,7 +95,7 @@ def read_rows_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
     assistant, completion = (config.training.get(key) for key in ("assistant_only_loss", "completion_only_loss"))
     encoder = Encoder(tokenizer, section.max_length, assistant is not False, completion is not False)
     train, test = section.sources()
-    return encoder, Reading(train, test, section.format, section.sizes, encoder).prepare()
+    return encoder, Reading(train, test, section.format, section.sizes, encoder, section.group).prepare()
 
 
 def trainable_rows_of(

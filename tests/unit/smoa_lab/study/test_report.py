@@ -13,14 +13,14 @@ import pytest
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.plan import prepare
+from smoa_lab.study.planning import prepare
 from smoa_lab.study.report import report
 from smoa_lab.study.results import Result, budgets_of, final_runs
 from smoa_lab.study.study import Study, Tuning
 from tests.support.metrics import named
 from tests.support.studies import WrittenRuns, compared, finished, page
 
-pytestmark = pytest.mark.usefixtures("few_resamples", "quick_pictures")
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 
 
 def results(study: Study) -> dict[str, Result]:

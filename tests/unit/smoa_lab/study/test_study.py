@@ -36,7 +36,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"entries": {"ours": {"method": "smoa", "learning_rate": 0.01, "adapter": {"num_block": 2}}}},
         r"entries\.ours(.|\n)*num_block(.|\n)*did you mean 'num_blocks'",
     ),
-    ({"references": ["nobody"]}, "nobody is not an entry; entries: ours, lora"),
     ({"tuning": {"max_runs": 1}}, r"tuning\.max_runs"),
     ({"shared": {"data": {"train": "x"}}}, r"shared\.model: is missing"),
     ({"seeds": [1, 100]}, "seeds: 100 is the seed of the search"),
