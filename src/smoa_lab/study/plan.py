@@ -105,6 +105,12 @@ class Plan(Section):
             return self.extensions[-1:]
         return list(range(2, self.rounds + 1)) if self.format == FORMAT else [self.rounds]
 
+    def scored_again(self) -> dict[str, Any]:
+        """The changes for one more look at the rounds that there are, by another metric."""
+        number = min((take.round for take in self.takes.values()), default=len(self.seeds))
+        more = {"seeds": self.seeds[:number], "extensions": [*self.extensions, number]}
+        return {"planned": self.rounds, "takes": {}, **more}
+
     def level(self, entries: int) -> float:
         """Of a look at so many entries."""
         return level_of(entries, self.rounds, len(self.extensions))

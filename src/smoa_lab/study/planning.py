@@ -83,8 +83,8 @@ def prepare(
             raise DataError(f"{study.folder}: nothing has run yet; run smoa compare on this study first")
         refuse(f"{study.folder}: contains a study that was planned otherwise", changes(plan.study, study, plan.known))
         if other_metric(plan, study) and is_looked_at(plan, study):
-            again: dict[str, Any] = {"study": {**plan.study, "shared": as_planned(study)["shared"]}, "takes": {}}
-            again |= {"planned": plan.rounds, "extensions": [*plan.extensions, len(plan.seeds)]}
+            again: dict[str, Any] = {"study": {**plan.study, "shared": as_planned(study)["shared"]}}
+            again |= plan.scored_again()
             plan = write_plan(study, plan.model_copy(update=again))
         return plan
     told = plan.digests.get("metric") if plan else None
@@ -168,6 +168,8 @@ def _continued(
     more: dict[str, Any] = {"study": as_planned(study), "seeds": asked, "entries": timings, "final": final}
     if plan.rounds == 0:
         more |= {"planned": len(asked), "listed": asked}
+    elif other_metric(plan, study) and goes_on and asked == plan.seeds and not (new or back):
+        more |= plan.scored_again()
     elif goes_on and (len(asked), bool(new or back)) not in {(each, False) for each in plan.extensions[-1:]}:
         more |= {"planned": plan.rounds, "extensions": [*plan.extensions, len(asked)], "takes": {}}
     if minutes is not None and minutes != plan.minutes:

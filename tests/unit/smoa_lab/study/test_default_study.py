@@ -18,7 +18,6 @@ from tests.support.own_rows import chats, rows_base, write_rows
 from tests.support.studies import WrittenRuns
 
 
-
 @pytest.fixture
 def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: WrittenRuns) -> Path:
     """A working folder with a tiny model and chats."""

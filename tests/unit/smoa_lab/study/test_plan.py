@@ -28,7 +28,9 @@ def unused(plan: Plan) -> Plan:
 
 def test_a_plan_lasts_as_long_as_its_longest_searches_and_its_runs() -> None:
     assert planned(100).longest(6) == 6 * (20 + 30) + 3 * (30 + 40)
-    assert planned(100).longest(6, workers=8) == 4 * 30 + 40, "the longest chain: the slower one's runs after each other"
+    assert planned(100).longest(6, workers=8) == 4 * 30 + 40, (
+        "the longest chain: the slower one's runs after each other"
+    )
 
 
 def test_three_seeds_come_before_more_than_thirty_steps_and_fewer_steps_never() -> None:
@@ -54,7 +56,9 @@ def test_the_untouched_model_is_scored_first_and_counts_and_a_few_steps_of_each_
     assert [path.rpartition("/")[2] for path in written.timed] == list(study.entries)
     assert not (study.folder / "timing").exists()
     assert (plan.format, plan.steps, plan.seeds, plan.rows["test"]) == (3, 100, [0, 1, 2], 60)
-    assert plan.entries["lora"] == Timing(parameters=1000, step=plan.entries["lora"].step, beside=2.0, machine=socket.gethostname())
+    assert plan.entries["lora"] == Timing(
+        parameters=1000, step=plan.entries["lora"].step, beside=2.0, machine=socket.gethostname()
+    )
     assert plan.entries["lora"].step == pytest.approx(0.1)
     assert plan.final == pytest.approx(4 - 1 + 2 * 2048 / 360)  # the validation part's seconds a token
     assert unused(plan) == unused(compared(study).plan)
