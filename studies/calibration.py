@@ -2,6 +2,7 @@
 
     python studies/calibration.py            # studies/calibration.json, of which results_page.py makes tables
     python studies/calibration.py levels     # src/smoa_lab/scoring/calibrated.py: levels of looks, --plan's noise
+    python studies/calibration.py noise      # the latter alone
 
 The draws are simulated; searches are simulated on stored curves, and noise is that of stored studies.
 """
@@ -24,7 +25,8 @@ from stored import PACK, STUDIES, compared, folders, runs_of, summary_of
 
 from smoa.atomic import write_whole
 from smoa_lab.basics.plain import json_text
-from smoa_lab.scoring.bounds import Estimate, Floats, contrast, level_of
+from smoa_lab.scoring.bounds import Estimate, Floats, contrast, level_of, spread_of
+from smoa_lab.scoring.calibrated import LEVELS
 from smoa_lab.study.search import Chosen, best_of, next_indices, rate
 
 FILE = STUDIES / "calibration.json"
@@ -259,14 +261,15 @@ def of_searches() -> dict[str, dict[str, float]]:
 
 def noise() -> dict[str, tuple[float, float]]:
     """For each kind of measure, of the stored studies of `smoa compare`: the standard deviation of one seed's mean, and
-    that of a row's difference between two entries, in those of the untouched model's rows; medians over pairs."""
+    that of a row's difference between two entries; medians over pairs. Of losses in nats per token, of right answers in
+    standard deviations of the untouched model's, by its first 20 rows."""
     found: dict[str, list[tuple[float, float]]] = {}
     for folder in (each for each in compared() if (each / PACK).is_file()):
         runs = runs_of(folder)
-        kind = "scored" if "scored_after" in runs["untouched"]["rows"] else "loss"
-        field, before = ("scored_after", "scored_before") if kind == "scored" else ("after", "before")
+        kind = "scored" if "scored_before" in runs["untouched"]["rows"] else "loss"
+        field = "scored_after" if kind == "scored" else "after"
         tokens = np.array(runs["untouched"]["rows"]["tokens"], float) if kind == "loss" else 1.0
-        as_it_was = (np.array(runs["untouched"]["rows"][before], float) / tokens).std()
+        scale = 1.0 if kind == "loss" else spread_of(runs["untouched"]["rows"]["scored_before"][:20])
         chosen = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["seeds"]
         rates = {n: c["learning_rate"] for n, c in json.loads((folder / "chosen.json").read_text("utf-8")).items()}
         own = {}
@@ -280,7 +283,6 @@ def noise() -> dict[str, tuple[float, float]]:
                 if run["config"]["training"]["seed"] in chosen
             ]
             own[name] = np.array(rows)
-        scale = as_it_was or 0.5
         for one, other in ((a, b) for a in own for b in own if a < b):
             gaps = (own[one] - own[other]).mean(axis=0)
             spread = np.mean([own[name].mean(axis=1).var(ddof=1) for name in (one, other)]) ** 0.5
@@ -296,9 +298,9 @@ def _is_final(run: Mapping[str, Any], learning_rate: float) -> bool:
     return bool(config["scoring"]["part"] == "test" and config["training"]["learning_rate"] == learning_rate)
 
 
-def write_calibrated() -> None:
+def write_calibrated(is_whole: bool) -> None:
     """What the lab takes from here."""
-    known = levels()
+    known = levels() if is_whole else LEVELS
     lines = "\n".join(f"    {entries}: ({', '.join(map(str, own))})," for entries, own in known.items())
     noises = "\n".join(f'    "{kind}": ({seeds}, {rows}),' for kind, (seeds, rows) in noise().items())
     write_whole(
@@ -312,8 +314,8 @@ LEVELS: dict[int, tuple[float, ...]] = {{
 NOISE: dict[str, tuple[float, float]] = {{
 {noises}
 }}
-"""Standard deviations of a seed's mean, and of a row's difference between two entries, in those of the untouched
-model's rows: by loss, and by a score of answers."""
+"""Standard deviations of a seed's mean, and of a row's difference between two entries: of losses in nats per token, of
+right answers in those of the untouched model's."""
 ''',
     )
 
@@ -331,4 +333,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    write_calibrated() if sys.argv[1:] == ["levels"] else main()
+    write_calibrated(sys.argv[1:] == ["levels"]) if sys.argv[1:] else main()

@@ -38,16 +38,28 @@ FIRST_EXTENSION = 0.005
 """The level of the first look beyond the planned rounds; each further one has half of it."""
 
 
+def spread_of(right: Sequence[float]) -> float:
+    """The standard deviation of right answers by a few, by Laplace's rule of succession: none of them is no 0."""
+    share = (sum(right) + 1) / (len(right) + 2)
+    return math.sqrt(share * (1 - share))
+
+
+def expected_width(entries: int, rounds: int, groups: int, noise: tuple[float, float]) -> float:
+    """About which difference such a study tells in its last round, by the ``noise`` of a seed's mean and of a row."""
+    of_rows, of_seeds = np.asarray(noise[1] ** 2 / groups), np.asarray(2 * noise[0] ** 2 / rounds)
+    level = level_of(entries, rounds) / max(1, entries - 1)
+    found = Estimate(np.zeros(()), of_rows, max(1, groups - 1), of_seeds, np.asarray(entries * (rounds - 1.0)))
+    return float(found.upper(level))
+
+
 def level_of(entries: int, planned: int, extensions: int = 0) -> float:
     """What a look errs at most, over all pairs of one entry. Looks at the ``planned`` rounds, from the second on, have
     a constant level, by which all of them together err in 4 %; that of an extension is its own."""
     if extensions:
-        return FIRST_EXTENSION / 2 ** (extensions - 1)
-    number = min(entries, max(LEVELS))
-    of_rounds = LEVELS[max(each for each in LEVELS if each <= number)]
+        return FIRST_EXTENSION / 2.0 ** (extensions - 1)
+    of_rounds = LEVELS[min(entries, max(LEVELS))]
     last = len(of_rounds) + 1
-    level = of_rounds[min(max(planned, 2), last) - 2] * min(1.0, last / max(planned, 1))
-    return float(level)
+    return of_rounds[min(max(planned, 2), last) - 2] * min(1.0, last / max(planned, 1))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ LEVELS: dict[int, tuple[float, ...]] = {
 }
 """The level of a look, by the number of entries, for 2, 3, 4 and more planned rounds."""
 NOISE: dict[str, tuple[float, float]] = {
-    "loss": (0.0061, 0.07),
+    "scored": (0.033, 0.78),
+    "loss": (0.0053, 0.034),
 }
-"""Standard deviations of a seed's mean, and of a row's difference between two entries, in those of the untouched
-model's rows: by loss, and by a score of answers."""
+"""Standard deviations of a seed's mean, and of a row's difference between two entries: of losses in nats per token, of
+right answers in those of the untouched model's."""

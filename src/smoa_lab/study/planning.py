@@ -22,9 +22,12 @@ from smoa_lab.basics.files import check_place
 from smoa_lab.config.methods import check_adapter
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import to_yaml
-from smoa_lab.data.answers import OWN
+from smoa_lab.data.answers import OWN, RULES
 from smoa_lab.data.own_metric import own_metric
+from smoa_lab.data.rows import PARTS
 from smoa_lab.pages.tables import counted
+from smoa_lab.scoring.bounds import expected_width, spread_of
+from smoa_lab.scoring.calibrated import NOISE
 from smoa_lab.study.executor import TIMED, TIMED_SECONDS
 from smoa_lab.study.plan import (
     FEW_ROWS,
@@ -137,6 +140,48 @@ def prepare(
         now = time.time()
         used = plan.used + min(time.monotonic() - began, now - plan.counted)
         return write_plan(study, plan.model_copy(update={"used": used, "counted": now}))
+
+
+def outlook(
+    study: Study, execute: Execute, minutes: float | None, workers: int, number: int | None, began: float
+) -> tuple[Plan, str]:
+    """The plan that a study would get, by a few timed steps, and about which difference it will tell. Nothing is
+    scored, but for right answers 20 rows of the untouched model, and nothing is kept."""
+    configs, had = {name: study.config(name) for name in study.entries}, study.folder.exists()
+    (name, first), found = next(iter(configs.items())), inputs(next(iter(configs.values())))
+
+    def left() -> float:
+        return math.inf if minutes is None else 60 * minutes - (time.monotonic() - began)
+
+    try:
+        timings, steps = timed(study, configs, execute, left, 0.0, workers)
+        batch = 3 * int(first.training.get("per_device_train_batch_size", 8))  # a step takes three times a scoring
+        of_rows = {part: found["rows"][part] / batch * max(one.step for one in timings.values()) for part in PARTS}
+        timings = {
+            n: one.model_copy(update={"beside": one.beside + of_rows["validation"]}) for n, one in timings.items()
+        }
+        noise = NOISE["loss"]
+        if (metric := first.data.metric) in RULES:
+            few = first.data.model_copy(update={"test_examples": 20})
+            training = {**first.training, "output_dir": str(study.folder / "timing" / "untouched")}
+            job = Job("untouched", name, study.entries[name].learning_rate, 0)
+            scores = execute(job, first.model_copy(update={"data": few, "training": training}))["evaluation"]["before"]
+            scale = spread_of([scores[str(metric)]] * 20)
+            noise = NOISE["scored"][0] * scale, NOISE["scored"][1] * scale
+    finally:
+        shutil.rmtree(study.folder / "timing", ignore_errors=True)
+        if not had:
+            shutil.rmtree(study.folder, ignore_errors=True)
+    facts: dict[str, Any] = {"study": as_planned(study), "minutes": minutes, "entries": timings, **found}
+    seeds = study.seeds[:number]
+    plan = Plan(format=3, steps=steps, seeds=seeds, listed=seeds, planned=len(seeds), final=of_rows["test"], **facts)
+    if minutes is not None:
+        plan = fitted(plan, study.tuning.max_runs, left(), workers).model_copy(update={"limit": 60 * minutes})
+    if len(plan.seeds) < 2 or metric not in (None, *RULES):
+        return plan, "Which difference it will tell is not known beforehand."
+    width = expected_width(len(configs), len(plan.seeds), found["rows"]["test"], noise)
+    told = f"{100 * width:.1f} points" if metric in RULES else f"{width:.3f} nats per token"
+    return plan, f"By {counted(len(plan.seeds), 'round')} it will tell differences of about {told}."
 
 
 def _continued(

@@ -52,7 +52,8 @@ class LoadedRun:
         if folder is not None:
             rows, trained_on = folder.not_trained_on(rows)
         beta = float(self.config.training.get("beta", BETA))
-        return Evaluation(self.encoder, rows, section.samples * answers, part, beta, section.metric), trained_on
+        told = section.metric, section.answer_tokens
+        return Evaluation(self.encoder, rows, section.samples * answers, part, beta, *told), trained_on
 
 
 def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
@@ -106,7 +107,7 @@ def trainable_rows_of(
     account = rows.account
     require_good_rows(account, config.data.skip_bad_rows)
     if trains and (metric := config.data.metric):
-        Evaluation(encoder, rows.rows(config.scoring.part), metric=metric)  # refuses rows that can't be scored
+        Evaluation(encoder, rows.rows(config.scoring.part), metric=metric, answer_tokens=config.data.answer_tokens)
     if trains:
         check_trainer(config, account["format"])
     if trains and not account["parts"].get("train"):
