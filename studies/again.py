@@ -51,11 +51,8 @@ def unpacked(folder: Path) -> Iterator[Study]:
             rows = [dict(zip(run["rows"], row, strict=True)) for row in zip(*run["rows"].values(), strict=True)]
             with gzip.open(target / name / "rows.jsonl.gz", "wt", encoding="utf-8") as lines:
                 lines.writelines(json.dumps(row) + "\n" for row in rows)
-            metrics = {
-                **{key: run.get(key) for key in run if key not in ("rows", "name")},
-                "samples": [],
-                "history": [],
-            }
+            metrics: dict[str, Any] = {key: run[key] for key in run if key not in ("rows", "name")}
+            metrics |= {"samples": [], "history": []}
             (target / name / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
         os.chdir(place)
         try:

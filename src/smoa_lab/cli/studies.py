@@ -65,18 +65,21 @@ def compare(
             with RayExecutor(checked, workers, ray_address) if on_ray else Executor() as executor:
                 if plan:
                     planned, told = outlook(checked, executor.result, minutes, workers, seeds, began)
-                    table = planned.table(checked, workers)
-                    table.print()
-                    typer.echo(f"{table.caption} {told}")
-                    return
-                with nullcontext() if report_only else study_file(checked, given):
-                    planned = prepare(checked, None if report_only else executor.result, minutes, workers, seeds, began)
-                comparison = Comparison(checked, planned)
-                if not report_only:
-                    table = planned.table(checked, workers)
-                    table.print()
-                    typer.echo(table.caption)
-                    comparison.run(only or [], executor, report)
+                else:
+                    with nullcontext() if report_only else study_file(checked, given):
+                        execute = None if report_only else executor.result
+                        planned = prepare(checked, execute, minutes, workers, seeds, began)
+                    comparison = Comparison(checked, planned)
+                    if not report_only:
+                        table = planned.table(checked, workers)
+                        table.print()
+                        typer.echo(table.caption)
+                        comparison.run(only or [], executor, report)
+        if plan:
+            table = planned.table(checked, workers)
+            table.print()
+            typer.echo(f"{table.caption} {told}")
+            return
         made = report(comparison)
         if json:
             print_json(made.summary)

@@ -33,7 +33,7 @@ from smoa_lab.study.plan import (
     other_config,
     other_inputs,
 )
-from smoa_lab.study.results import Budget, FinalRun, budgets_of, measured, read_metrics, read_rows
+from smoa_lab.study.results import Budget, FinalRun, budgets_of, kept_by, measured, read_metrics, read_rows
 from smoa_lab.study.search import STARTS, Chosen, best_of, index_of, next_indices, rate
 from smoa_lab.study.study import Job, Stage, Study, read_stored
 from smoa_lab.training.run_folder import RunFolder
@@ -375,6 +375,9 @@ class Comparison:
             return
         kind = job.stage, job.entry
         alike = {other: loss for other, loss in self.losses.items() if (other.stage, other.entry) == kind}
+        if job.stage == "final" and self.metric is not None and keep == "best":
+            known = self.finals()[job.entry]
+            alike = {self.final(job.entry, seed): kept_by(run, self.metric) for seed, run in known.items()}
         for other in alike:
             if keep == "none" or other != best_of(alike):
                 shutil.rmtree(RunFolder(self.study.folder / other.name).adapter, ignore_errors=True)

@@ -319,7 +319,7 @@ def _of_budget(
         is_last=bool(looked) and number >= looked[-1],
     )
     shown = plan.entries[made.against].parameters
-    results = [_result(study, plan, chosen[name], name, own, made, shown) for name, own in finals.items()]
+    results = [_result(study, plan, chosen[name], name, own, made, shown, metric) for name, own in finals.items()]
     first = families[decides.title] if decides else None
     results.sort(key=lambda one: first.mean(one.entry) if first else 0.0)
     return replace(made, results=results)
@@ -333,8 +333,9 @@ def _result(
     runs: Mapping[int, FinalRun],
     budget: Budget,
     shown: int,
+    metric: Metric | None,
 ) -> Result:
-    kept = {seed: _best(run, budget.measure) for seed, run in runs.items() if run.folder.adapter.is_dir()}
+    kept = {seed: kept_by(run, metric) for seed, run in runs.items() if run.folder.adapter.is_dir()}
     forgot: list[Any] = [(run.metrics["forgetting"] or {}).get("change") for run in runs.values()]
     first = next(iter(runs.values()))
     memories = [run.metrics["training"].get("peak_memory_bytes") for run in runs.values()]
@@ -367,9 +368,11 @@ def _result(
     )
 
 
-def _best(run: FinalRun, measure: Measure | None) -> float | None:
-    """What says which of an entry's adapters is kept: the mean of what decides, lower is better."""
-    if measure is None or measured(run.metrics) is None:
+def kept_by(run: FinalRun, metric: Metric | None) -> float | None:
+    """What says which of an entry's adapters is kept: the mean of what decides, lower is better; None if it
+    diverged."""
+    measure = measures_of(next(iter(run.rows.values())), metric)[0]
+    if measure.per_token or measured(run.metrics) is None:
         return measured(run.metrics)
     return fmean(-measure.sign * row[measure.field] for row in run.rows.values())
 

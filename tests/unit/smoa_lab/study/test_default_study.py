@@ -117,7 +117,7 @@ def test_a_plan_alone_times_steps_says_what_it_will_tell_and_keeps_nothing(room:
     assert re.search(r"By 5 rounds it will tell differences of about 0\.\d{3} nats per token\.", told)
     assert (written.ran, len(written.timed)) == ([], 2)
     assert not (room / "studies").exists() or not list((room / "studies").iterdir())
-    assert "2 seeds in" in smoa(*words, "--minutes", "3").stdout
+    assert "By 3 rounds it will tell" in smoa(*words, "--minutes", "3").stdout
 
 
 def test_the_folder_of_a_study_names_it(room: Path, written: WrittenRuns) -> None:

@@ -402,3 +402,19 @@ def test_other_work_beside_some_runs_makes_no_entry_dearer(study: Study, written
         metrics["training"]["seconds"] *= 3
         (run / "metrics.json").write_text(json.dumps(metrics))
     assert {name: one.step_seconds for name, one in results(study).items()} == pytest.approx(before)
+
+
+def test_by_a_metric_the_adapter_that_answers_best_is_kept(study: Study, written: WrittenRuns) -> None:
+    usual, row = written.usual_loss, written._row
+
+    def loss(config: RunConfig) -> float | None:
+        return (usual(config) or 0.0) + 0.1 * int(config.training["seed"] == 1)
+
+    def answered(number: int, value: float | None, config: RunConfig) -> dict[str, Any]:
+        told = row(number, value, config)
+        is_best = config.training["seed"] == 1 and "answer_after" in told
+        return told | ({"answer_after": "4"} if is_best else {})
+
+    written.loss, written._row = loss, answered  # type: ignore[method-assign]
+    report(finished(by(study, "exact")))
+    assert [path.parent.name for path in study.folder.glob("ours/*/adapter")] == ["lr-1e-2-seed-1"]
