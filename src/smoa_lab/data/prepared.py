@@ -275,6 +275,8 @@ class Reading:
                     raise values
                 self.format = self.format or recognize(values)
                 row = shape(values, self.format)
+                if str(values.get("split")).lower() in PARTS and row.part is None:
+                    _warn_once("the column split is not read: call it part, and rows are in the parts that it names")
                 group = row.asked if self.group is None else row.key
                 if isinstance(self.group, str):
                     if values.get(self.group) is None:

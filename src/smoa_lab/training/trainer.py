@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -129,6 +130,10 @@ class ProgressReport(TrainerCallback):
             self.bar.set_postfix_str(shown[0])
             with self.bar.external_write_mode(sys.stderr):
                 logger.info("step %d/%d: %s", state.global_step, state.max_steps, ", ".join(shown))
+
+        if logs and not math.isfinite(float(logs.get("loss", 0.0))):
+            logger.warning("step %d: the loss is no number, and the run ends here", state.global_step)
+            control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
