@@ -74,13 +74,17 @@ def missed(found: Estimate) -> dict[str, float]:
 
 
 def of_rows(groups: int, skewed: bool) -> dict[str, float]:
-    """The worst of all sizes of groups, variances, numbers of seeds and entries."""
-    random, worst = np.random.default_rng(groups), {"two": 0.0, "one": 0.0}
+    """The worst of all sizes of groups, variances, numbers of seeds and entries; ``few``, on both sides, of two seeds
+    of two entries."""
+    random, worst, few = np.random.default_rng(groups), {"two": 0.0, "one": 0.0}, 0.0
     for size, ratio, seeds, entries in product(SIZES, RATIOS, SEEDS, ENTRIES):
         values, weights = studies(random, entries, seeds, groups, size, ratio, skewed)
         found = missed(contrast(values, np.zeros((1, groups)), weights, 0, 1, 1.0))
-        worst = {side: max(share, found[side]) for side, share in worst.items()}
-    return worst
+        if (seeds, entries) == (2, 2):
+            few = max(few, found["two"])
+        else:
+            worst = {side: max(share, found[side]) for side, share in worst.items()}
+    return worst | {"few": few}
 
 
 def of_answers(groups: int) -> dict[str, float]:

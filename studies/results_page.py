@@ -44,7 +44,8 @@ BOUNDS = (
     "([figures](../studies/{file}), `python studies/calibration.py`): the worst of groups of 1, 5 and 10 rows with "
     "an intraclass correlation of 0.5, of rows with 0 to 1 times the variance of a seed, of two, three and five "
     "seeds and of two and four entries; right answers of shares from 0.05 to 0.98. *Skewed* rows have a gamma "
-    "distribution of skew 1; *one side* is the worse one."
+    "distribution of skew 1; *one side* is the worse one. *Two seeds of two* entries, on both sides, stand apart: "
+    "where these two agree by chance, t falls; the levels of whole studies count it in."
 )
 WHOLE = (
     "Whole studies at the levels of their looks: how many take an entry that keeps just too little (*wrong*), such "
@@ -64,7 +65,7 @@ SEARCHES = (
 )
 WIDTH = 120
 HEADER = ["study", "model", "tasks", "entries", "better, same or worse"]
-SIDES = {"two": "both sides", "one": "one side"}
+SIDES = {"two": "both sides", "one": "one side", "few": "two seeds of two"}
 VERDICTS = ("better", "same", "worse", "one seed")
 RECALLED = {"random pairs", "phone book"}
 
@@ -111,14 +112,11 @@ def headroom_table() -> str:
 def calibration_tables() -> str:
     """How often bounds miss, what studies would have taken, and what searches cost."""
     found = json.loads(calibration.FILE.read_text(encoding="utf-8"))
-    rows = [
-        [
-            str(row["groups"]),
-            *(f"{100 * row[kind][side]:.1f}" for kind in ("even", "skewed", "right") for side in SIDES),
-        ]
-        for row in found["rows"]
+    columns = [
+        (kind, side) for kind in ("even", "skewed", "right") for side in SIDES if (kind, side) != ("right", "few")
     ]
-    header = ["groups", *(f"{kind}, {side}" for kind in ("even", "skewed", "right answers") for side in SIDES.values())]
+    rows = [[str(row["groups"]), *(f"{100 * row[kind][side]:.1f}" for kind, side in columns)] for row in found["rows"]]
+    header = ["groups", *(f"{kind}, {SIDES[side]}" for kind, side in columns)]
     whole = []
     for entries in map(str, calibration.ENTRIES):
         own = {key.partition(", ")[2]: each for key, each in found["whole"].items() if key.startswith(f"{entries},")}
