@@ -48,10 +48,10 @@ INTRODUCTION = (
     "entries keep enough of what each other gained over the untouched model; the first of them in order of cost is "
     "taken, and the study ends. Bounds are one-sided, over seeds and groups of rows that belong together, at a "
     "level by which all planned looks together take a wrong entry in 4 % of studies at most, and all others in "
-    "another 1 %. 'Worse by at most' is an entry's bound against the best of the others; below 0 it is better than "
-    "all. ! marks a best rate at the edge of its search, over which nobody is taken; ^ one at the vertex of the "
-    "parabola through the best that was tried and its neighbors. ± is the standard deviation over seeds; s a step "
-    "is what was timed for the plan; memory is a run's at its peak."
+    "another 1 %. 'Worse by' is an entry's bound against the others; below 0 it is better than all. ! marks a best "
+    "rate at the edge of its search, over which nobody is taken; ^ one at the vertex of the parabola through the "
+    "best that was tried and its neighbors. ± is the standard deviation over seeds; s a step is what was timed for "
+    "the plan."
 )
 OLDER = (
     "It was planned by an older smoa: each row counts by itself, and seeds did not reach what some methods draw and "
@@ -75,7 +75,7 @@ class Report:
         """The tables that a terminal shows, without the columns that it has no room for."""
         tables = {title: table for title, table in self.sections.items() if isinstance(table, Table)}
         own = {title: table for title, table in tables.items() if title.startswith(BUDGET)}
-        for column in ("lr", "runs", "memory", "adapter"):
+        for column in ("lr", "GB", "MB"):
             own = {title: table.without(column) for title, table in own.items()}
         return own
 
@@ -179,23 +179,22 @@ def result_table(budget: Budget) -> Table:
     """The entries of a budget, what decides best first."""
     results = budget.results
     measures = [MEASURES[title] for title in results[0].values]
-    header = ["entry", "trained", "lr", "runs", "seeds", *(each.title for each in measures)]
-    bounded = [each for each in measures if each.title in results[0].worst]
-    header += [f"{each.title}: worse by at most" if len(bounded) > 1 else "worse by at most" for each in bounded]
+    header = ["entry", "trained", "lr", "seeds"]
+    for each in measures:
+        header += [each.title, *(["worse by ≤"] if each.title in results[0].worst else [])]
     lines = []
     for one in results:
         rate = rate_text(one.chosen.learning_rate) + MARKS.get(one.chosen.place, "")
         links = {str(seed): charts.final_run(one, seed) for seed in one.seeds}
         share = "" if abs(one.share - 1) <= EQUAL else f" ({one.share:.0%})"
-        line: list[Any] = [one.entry, Cell(f"{one.parameters:,}{share}", one.parameters)]
-        line += [rate, len(one.chosen.losses), Cell(str(len(one.seeds)), links=links)]
+        line: list[Any] = [one.entry, Cell(f"{one.parameters:,}{share}", one.parameters), rate]
+        line.append(Cell(str(len(one.seeds)), links=links))
         for each in measures:
             mean, *spread = (f"{each.scale * value:.{each.digits}f}" for value in one.values[each.title])
             text = " ± ".join([mean, *spread][: len(one.seeds)])
             line.append(Cell("diverged" if one.diverged else text, one.values[each.title][0]))
-        for each in bounded:
-            most = one.worst[each.title]
-            line.append(Cell(f"{each.scale * most:+.{each.digits}f}" if math.isfinite(most) else "–", most))
+            if (most := one.worst.get(each.title)) is not None:
+                line.append(Cell(f"{each.scale * most:+.{each.digits}f}" if math.isfinite(most) else "–", most))
         forgot = "–" if one.forgotten is None else f"{one.forgotten:+.4f}"
         sizes = [number(one.memory and one.memory / 1e9, 1), number(one.size and one.size / 1e6, 1)]
         lines.append([*line, forgot, number(one.step_seconds, 3), *sizes])
@@ -203,10 +202,10 @@ def result_table(budget: Budget) -> Table:
     of_groups = "" if groups == results[0].rows else f" of {counted(groups, 'group')}"
     caption = (
         f"On {rows}{of_groups}, best first, after round {budget.round} of {max(budget.planned, budget.round)}, at a "
-        f"level of {100 * budget.level:.2g} %; forgot is the change of the loss on general text, memory in GB, the "
-        "adapter in MB."
+        f"level of {100 * budget.level:.2g} %; forgot is the change of the loss on general text, GB a run's memory at "
+        "its peak, MB the adapter's size."
     )
-    return Table([*header, "forgot", "s a step", "memory", "adapter"], lines, caption)
+    return Table([*header, "forgot", "s a step", "GB", "MB"], lines, caption)
 
 
 def unequal(comparison: Comparison) -> list[str]:

@@ -17,6 +17,7 @@ import pytest
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
+from smoa_lab.scoring.bounds import level_of
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.plan import Plan
 from smoa_lab.study.report import report
@@ -404,6 +405,40 @@ def test_a_half_done_study_of_format_1_keeps_its_rates_steps_and_seeds_and_searc
     assert (comparison.plan.format, comparison.plan.steps, comparison.plan.limit) == (1, stored["steps"], None)
     assert written.timed == []
     assert len(written.ran) == len(set(written.ran))
+
+
+@pytest.mark.skipif(not hasattr(peft, "HiraConfig"), reason="this PEFT has no HiRA")
+def test_a_folder_of_format_2_goes_on_as_it_was_planned(tmp_path: Path, written: WrittenRuns) -> None:
+    stored = CHATS.with_name("chats-2")
+    study = load_study(stored / "study.yaml", [f"folder={tmp_path / 'chats-2'}"])
+    before = json.loads((stored / "plan.json").read_text())
+    written.digests, written.rows = before["digests"], before["rows"]
+    study.folder.mkdir()
+    for name in ("plan.json", "chosen.json"):
+        shutil.copy(stored / name, study.folder)
+    comparison = compared(study)
+    written.step_seconds |= {"dora": 0.1, "hira": 0.1}
+    written.loss = lambda config: 2.0
+    for tried, name in ((tried, name) for name, one in comparison.chosen.items() for tried in one.losses):
+        written.write(comparison.config(Job("search", name, tried, 100)))
+    comparison.run()
+    plan = comparison.plan
+    assert (plan.format, plan.rounds, plan.looked_at(), plan.level(4)) == (2, 4, [4], level_of(4, 4))
+    assert ran_seeds(study) == [set("0123")] * 4, "it ends when all is done"
+    known = json.loads(next(study.folder.glob("smoa/lr-*-seed-3/metrics.json")).read_text())["config"]["data"]
+    assert (known["group"], known["answer_tokens"]) == (False, 128)
+
+
+def test_two_processes_use_a_minute_up_once(
+    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_time(monkeypatch, written)
+    first, second = compared(study, 60), compared(study, 60)
+    used = first.plan.used
+    written.now += 30
+    for each in (first, second):
+        each._change(lambda plan: {})
+    assert second.plan.used == pytest.approx(used + 30)
 
 
 def test_rows_that_change_while_a_study_runs_end_it_with_the_first_job(study: Study, written: WrittenRuns) -> None:
