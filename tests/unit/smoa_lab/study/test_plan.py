@@ -79,6 +79,17 @@ def test_a_start_that_was_interrupted_scores_the_untouched_model_no_second_time(
     assert len(written.ran) == len(set(written.ran))
 
 
+def test_a_file_may_be_edited_after_a_start_that_was_interrupted(
+    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("smoa_lab.study.executor.time_steps", lambda *_: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            compared(study)
+    data = {"train": "chats.jsonl", "max_length": 64}
+    compared(study.model_copy(update={"shared": {**study.shared, "data": data}})).run(["lora"])
+
+
 def test_what_cannot_end_in_time_is_refused_by_the_quickest_step_so_far_and_leaves_nothing(
     study: Study, written: WrittenRuns
 ) -> None:
