@@ -274,7 +274,7 @@ def timed(
     as the least comparison can't end in time at the quickest step so far, or where an entry trains another number of
     parameters than it declares."""
     logger.info("%d steps of each entry are timed, and thrown away", TIMED)
-    folder, timings, quickest = study.folder / "timing", dict[str, Timing](), list[float]()
+    folder, timings, quickest, steps = study.folder / "timing", dict[str, Timing](), list[float](), list[int]()
     seconds = min(TIMED_SECONDS, left() / 20 / len(configs))
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
     try:
@@ -291,6 +291,7 @@ def timed(
             known = {"beside": metrics["loading"] + beside, "machine": metrics.get("machine", "")}
             timings[name] = Timing(parameters=trained, step=fmean(took[1:] or took), **known)
             quickest.append(min(took))
+            steps.append(metrics["steps"])  # other batches make other numbers of an epoch; all take the fewest
             runs, fewest = LEAST_SEARCH * bool(study.tuning.max_runs) + LEAST_SEEDS, min(FEWEST, metrics["steps"])
             work = sum(quickest) + (len(configs) - len(quickest)) * min(quickest)
             least = fewest * max(runs * work / workers, 2 * max(quickest))
@@ -302,7 +303,7 @@ def timed(
                 )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return timings, metrics["steps"]
+    return timings, min(steps)
 
 
 def fitted(plan: Plan, max_runs: int, seconds: float, workers: int = 1) -> Plan:

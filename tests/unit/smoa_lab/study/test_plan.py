@@ -248,3 +248,13 @@ def test_a_studys_own_file_stays_as_its_author_wrote_it_also_where_an_extension_
     with pytest.raises(KeyboardInterrupt), study_file(study.model_copy(update={"seeds": [0, 1, 2, 3]})):
         raise KeyboardInterrupt
     assert file.read_text() == text
+
+
+def test_where_batches_make_other_numbers_of_steps_all_entries_take_the_fewest(
+    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(config: RunConfig, most: int, seconds: float) -> dict[str, Any]:
+        return written.time_steps(config, most, seconds) | {"steps": {"smoa": 100, "lora": 40}.get(config.method, 90)}
+
+    monkeypatch.setattr("smoa_lab.study.executor.time_steps", timed)
+    assert compared(study).plan.steps == 40
