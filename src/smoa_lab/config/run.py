@@ -101,7 +101,8 @@ class DataSection(Section):
     are used, ``samples`` counts the held-out prompts that the model answers, and ``metric`` scores its answers to all.
     Rows of one value of the column ``group``, by default those of one prompt, stay in one part and are no independent
     ones; ``false`` takes each row by itself. An answer has at most ``answer_tokens``, by default a quarter more than
-    the longest references but one in a hundred.
+    the longest references but one in a hundred. With ``recall`` all rows are in each part: what is measured is what was
+    learned by heart.
     """
 
     train: str | list[str] | None = None
@@ -118,11 +119,14 @@ class DataSection(Section):
     metric: Metric | None = None
     group: Group = None
     answer_tokens: int | None = Field(default=None, gt=0)
+    recall: bool = False
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
         if bool(self.train) == (self.hub is not None):
             raise ValueError("give either train, a file, a folder or a name, or hub, a data set of the Hub")
+        if self.recall and (self.test or (self.hub and self.hub.test_split)):
+            raise ValueError("recall scores the rows that are trained on; leave test out")
         return self
 
     @property

@@ -176,6 +176,7 @@ class Reading:
     sizes: Sizes
     encoder: Encoder
     group: Group = False
+    recall: bool = False
 
     def prepare(self) -> PreparedRows:
         """Read, check and tokenize the rows, unless the cache folder has them; bad ones are counted and left out."""
@@ -186,6 +187,7 @@ class Reading:
             "sizes": asdict(self.sizes),
             "encoder": self.encoder.state(),
             **({} if self.group is False else {"group": self.group}),
+            **({"recall": True} if self.recall else {}),
         }
         name = sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()[:16]
         folder = cache_folder() / "rows" / name
@@ -252,6 +254,8 @@ class Reading:
 
     def _split(self, keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], dict[Part, NDArray[np.int64]], int, str]:
         """By what each row is split, and into which part, how many are left out, and why prompts make no groups."""
+        if self.recall:
+            return keys, dict.fromkeys(PARTS, np.arange(len(keys))), 0, ""
         groups = np.array(self.groups, np.uint64)
         whole = units_of(keys, groups)
         units = whole if self.group is not None else units_of(keys, groups, LARGEST_GROUP)

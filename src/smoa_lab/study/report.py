@@ -151,6 +151,8 @@ def report(comparison: Comparison) -> Report:
     notes = [*untouched_sentence(untouched), INTRODUCTION, *([OLDER] if plan.format < FORMAT else [])]
     if comparison.metric == OWN:
         notes.insert(-1, f"The score is the mean of {place} over rows; SHA-256 of the file: {digest[:16]}.")
+    if next(iter(comparison.configs.values())).data.recall:
+        notes.append("All rows are in each part (data.recall): what is measured is what was learned by heart.")
     notes += [f"Not run yet: {', '.join(missing)}."] if missing else []
     made = Report(
         title=f"{study.folder.resolve().name}: {study.shared['model']['name']}",

@@ -49,7 +49,7 @@ class LoadedRun:
         section, part = self.config.data, self.config.scoring.part
         rows = self.data.rows(part)
         trained_on: int | None = 0
-        if folder is not None:
+        if folder is not None and not section.recall:
             rows, trained_on = folder.not_trained_on(rows)
         beta = float(self.config.training.get("beta", BETA))
         told = section.metric, section.answer_tokens
@@ -96,7 +96,8 @@ def read_rows_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
     assistant, completion = (config.training.get(key) for key in ("assistant_only_loss", "completion_only_loss"))
     encoder = Encoder(tokenizer, section.max_length, assistant is not False, completion is not False)
     train, test = section.sources()
-    return encoder, Reading(train, test, section.format, section.sizes, encoder, section.group).prepare()
+    how = section.group, section.recall
+    return encoder, Reading(train, test, section.format, section.sizes, encoder, *how).prepare()
 
 
 def trainable_rows_of(

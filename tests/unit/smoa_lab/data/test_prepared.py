@@ -345,3 +345,13 @@ def test_rows_of_a_prompt_that_the_test_data_have_are_not_trained_on() -> None:
     found = grouped([*held_out, *[{**row, "completion": "Another."} for row in asked(100, 1)]])
     assert not prompts(found, "train") & prompts(found, "test")
     assert found.account["also_held_out"] == 20
+
+
+def test_to_measure_recall_all_rows_are_in_each_part() -> None:
+    read = Reading(
+        [Listed(asked(30, 1))], [], None, Sizes(None, 3, 5), Encoder(tokenizer_with(MARKED), None), None, True
+    )
+    found = read.prepare()
+    assert found.account["parts"] == {"train": 30, "validation": 30, "test": 30}
+    assert prompts(found, "train") == prompts(found, "validation") == prompts(found, "test")
+    assert found.account["also_held_out"] == 0
