@@ -1,142 +1,179 @@
-"""Measures on the stored studies how often intervals miss, and what searches of a rate cost: python
-studies/calibration.py.
+"""Measures how often the bounds of `smoa compare` miss, and what searches of a rate cost:
 
-It writes studies/calibration.json, of which results_page.py makes a table. *before* is the rule of `smoa compare` up to
-commit d0353ac6, *now* the one of today; their figures are of the same draws.
+    python studies/calibration.py            # studies/calibration.json, of which results_page.py makes tables
+    python studies/calibration.py levels     # src/smoa_lab/scoring/calibrated.py: levels of looks, --plan's noise
+    python studies/calibration.py noise      # the latter alone
+
+The draws are simulated; searches are simulated on stored curves, and noise is that of stored studies.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 from ruamel.yaml import YAML
-from stored import STUDIES, folders, runs_of, summary_of
+from scipy.special import ndtri, stdtr, stdtrit
+from stored import PACK, STUDIES, compared, folders, runs_of, summary_of
 
 from smoa.atomic import write_whole
 from smoa_lab.basics.plain import json_text
-from smoa_lab.scoring import differences
-from smoa_lab.scoring.differences import Floats, SeedError, row_errors, seed_error, students_t, variances_of
+from smoa_lab.scoring.bounds import Estimate, Floats, contrast, level_of, spread_of
+from smoa_lab.scoring.calibrated import LEVELS
 from smoa_lab.study.search import Chosen, best_of, next_indices, rate
 
 FILE = STUDIES / "calibration.json"
-SEEDS = (2, 3, 4)
-LEFT_OUT = 3
-"""The truth is the mean of at least so many other seeds."""
-TABLE = 4
-"""Entries of a table, fewer where a set has fewer."""
+CALIBRATED = Path(__file__).parents[1] / "src" / "smoa_lab" / "scoring" / "calibrated.py"
+DRAWS, SEARCHED = 4000, 200
+"""Simulated studies of a cell; searches of a curve."""
+RATIOS = (0.0, 0.02, 0.05, 0.1, 0.3, 1.0)
+"""The variance that the choice of rows gives a mean, in those of one seed."""
+GROUPS, SIZES, SEEDS, ENTRIES = (5, 10, 20, 50, 200), (1, 5, 10), (2, 3, 5), (2, 4)
+INTRACLASS = 0.5
+"""The correlation of rows of a group."""
+RIGHT = (0.05, 0.5, 0.9, 0.98)
 WILD = 5.0
-"""How many times the seeds' standard deviation of the other entries a simulated one has."""
-DRAWS, ROW_DRAWS, SIMULATED, SEARCHED = 2000, 300, 8000, 200
-"""Tables of a set drawn for seeds, for rows; simulated ones; searches of a curve."""
-RESAMPLES = 1000
+"""How many times the seeds' standard deviation of the other entries a wild one has."""
+TOLERANCE = 0.1
+SPENT, MOST_ROUNDS, LEVEL_ENTRIES = 0.04, 8, (1, 2, 3, 4, 5, 6)
 MAX_RUNS = 6
 RULES = ("before", "now")
 
 
-@dataclass(frozen=True)
-class Set:
-    """Entries of one study with the same seeds: the loss of each row (entries, seeds, rows), and its tokens."""
+def studies(
+    random: np.random.Generator, entries: int, seeds: int, groups: int, size: int, ratio: float, skewed: bool
+) -> tuple[Floats, Floats]:
+    """Values (draws, entries, seeds, groups) and weights of equal entries, whose seeds have the variance 1. The rows of
+    the first differ from those of others, by a gamma distribution of skew 1 if ``skewed``, and in each seed anew."""
+    shape = (DRAWS, 1, 1, groups)
 
-    name: str
-    losses: Floats
-    weights: Floats
+    def effect(*shape: int) -> Floats:
+        return (random.gamma(4.0, size=shape) - 4) / 2 if skewed else random.normal(size=shape)
 
-    @property
-    def means(self) -> Floats:
-        """(entries, seeds)."""
-        return np.asarray(self.losses.sum(axis=2) / self.weights.sum())
-
-
-def sets() -> Iterator[Set]:
-    """Of all studies, where enough seeds ran at one rate."""
-    for folder in folders():
-        runs: dict[str, dict[int, Any]] = {}
-        for name, run in runs_of(folder).items():
-            if name.startswith("final/") and None not in run["questions"]["nll"]:
-                entry, _, seed = name.rpartition("-seed-")
-                runs.setdefault(entry, {})[int(seed)] = run["questions"]
-        for seeds in sorted({tuple(own) for own in runs.values()}):
-            alike = [own for own in runs.values() if tuple(own) == seeds]
-            if len(seeds) >= min(SEEDS) + LEFT_OUT and len(alike) > 1:
-                losses = np.array([[own[seed]["nll"] for seed in seeds] for own in alike], np.float64)
-                weights = np.array(alike[0][seeds[0]]["tokens"], np.float64)
-                yield Set(f"{folder.name}, {len(alike)} entries, {len(seeds)} seeds", losses, weights)
+    of_group = INTRACLASS**0.5 * effect(*shape)
+    of_rows = (1 - INTRACLASS) ** 0.5 * effect(*shape, size).mean(axis=-1)
+    scale = (2 * ratio * groups / (INTRACLASS + (1 - INTRACLASS) / size)) ** 0.5
+    values = random.normal(size=(DRAWS, entries, seeds, 1)) + np.zeros(groups)
+    values[:, :1] += scale * (of_group + of_rows)
+    values += (ratio * groups) ** 0.5 / 2 * random.normal(size=values.shape)
+    return values * size, np.full(groups, float(size))
 
 
-def errors(means: Floats, pair: tuple[int, int]) -> dict[str, SeedError]:
-    """What each rule makes of the seeds of a table, (entries, seeds): the standard error and its degrees of freedom."""
-    seeds = means.shape[1]
-    own = float((means[pair[0]] - means[pair[1]]).std(ddof=1) / seeds**0.5)
-    known = variances_of({str(entry): of_entry for entry, of_entry in enumerate(means)})
-    return {"before": (own, seeds - 1), "now": seed_error(known, [str(entry) for entry in pair], seeds)}
+def missed(found: Estimate) -> dict[str, float]:
+    """How often the bounds of a true 0 miss it, of a nominal 5 %: on two sides, and on the worse of both alone."""
+    low, high = (found.upper(0.05) < 0).mean(), (found.lower(0.05) > 0).mean()
+    two = (found.upper(0.025) < 0) | (found.lower(0.025) > 0)
+    return {"two": float(two.mean()), "one": float(max(low, high))}
 
 
-def half_width(error: SeedError) -> float:
-    """Of the interval that seeds alone give."""
-    return error[0] * float(np.quantile(students_t(error[1], 4000), 0.975))
+def of_rows(groups: int, skewed: bool) -> dict[str, float]:
+    """The worst of all sizes of groups, variances, numbers of seeds and entries; ``few``, on both sides, of two seeds
+    of two entries."""
+    random, worst, few = np.random.default_rng(groups), {"two": 0.0, "one": 0.0}, 0.0
+    for size, ratio, seeds, entries in product(SIZES, RATIOS, SEEDS, ENTRIES):
+        values, weights = studies(random, entries, seeds, groups, size, ratio, skewed)
+        found = missed(contrast(values, np.zeros((1, groups)), weights, 0, 1, 1.0))
+        if (seeds, entries) == (2, 2):
+            few = max(few, found["two"])
+        else:
+            worst = {side: max(share, found[side]) for side, share in worst.items()}
+    return worst | {"few": few}
 
 
-def drawn(own: Set, seeds: int, entries: int, draws: int) -> Iterator[tuple[Any, Any, Any]]:
-    """Tables of random entries, the seeds that were run and those that are left out."""
+def of_answers(groups: int) -> dict[str, float]:
+    """The worst of all sizes of groups and shares of right answers, three seeds: a row is as hard for each entry in all
+    seeds, by chance harder for one."""
+    random, worst = np.random.default_rng(groups), {"two": 0.0, "one": 0.0}
+    for size, share in product(SIZES, RIGHT):
+        hard = [random.normal(size=(DRAWS, *own, groups, 1)) for own in ((1, 1), (2, 1))]
+        rows = [random.normal(size=(DRAWS, *own, groups, size)) for own in ((1, 1), (2, 1), (2, 3))]
+        both = INTRACLASS**0.5 * sum(hard) / 2**0.5 + (1 - INTRACLASS) ** 0.5 * sum(rows) / 3**0.5
+        wrong = (both > ndtri(share)).sum(axis=-1).astype(float)
+        found = missed(contrast(wrong, np.zeros((1, groups)), np.full(groups, float(size)), 0, 1, 1.0, True))
+        worst = {side: max(most, found[side]) for side, most in worst.items()}
+    return worst
+
+
+def of_a_wild_entry(seeds: int, entries: int) -> dict[str, float]:
+    """Of the pair with an entry that differs WILD times as much between seeds as the others."""
     random = np.random.default_rng(seeds)
-    for _ in range(draws):
-        order = random.permutation(own.losses.shape[1])
-        yield random.choice(len(own.losses), entries, replace=False), order[:seeds], order[seeds:]
+    values, weights = studies(random, entries, seeds, 2, 1, 0.0, False)
+    values[:, 0] *= WILD
+    return missed(contrast(values, np.zeros((1, 2)), weights, 0, 1, 1.0))
 
 
-def of_seeds(own: Set, seeds: int, entries: int) -> dict[str, float]:
-    """How often seeds alone miss the mean of the seeds that were left out, on the same rows."""
-    missed, tests, means = dict.fromkeys(RULES, 0), 0, own.means
-    for table, ran, left in drawn(own, seeds, entries, DRAWS):
-        wider = (1 + seeds / len(left)) ** 0.5
-        for a, b in combinations(range(entries), 2):
-            gaps = means[table[a]] - means[table[b]]
-            off = abs(gaps[ran].mean() - gaps[left].mean())
-            for rule, error in errors(means[np.ix_(table, ran)], (a, b)).items():
-                missed[rule] += off > wider * half_width(error)
-            tests += 1
-    return {rule: missed[rule] / tests for rule in RULES}
+def taken(random: np.random.Generator, entries: int, rounds: int, ratio: float, gain: float, wild: float) -> Floats:
+    """The share of whole studies that take each entry, in order of cost: the last gains ``gain`` seeds' standard
+    deviations, the others by the tolerance less."""
+    values, weights = studies(random, entries, rounds, 50, 1, ratio, False)
+    values[:, 0] *= wild
+    values -= gain * (1 - TOLERANCE * (np.arange(entries) < entries - 1))[:, None, None]
+    level, untouched = level_of(entries, rounds) / max(1, entries - 1), np.zeros((1, 50))
+    takes = np.full(DRAWS, -1)
+    for seeds in range(2, rounds + 1):
+        for of in range(entries):
+            bounds = [
+                contrast(values[:, :, :seeds], untouched, weights, of, other, 1 - TOLERANCE).upper(level)
+                for other in [*range(of), *range(of + 1, entries), None]
+            ]
+            passes = (np.array(bounds) < 0).all(axis=0)
+            is_open = takes < 0
+            takes[is_open & passes & ~np.isin(takes, range(entries))] = of
+    return np.asarray([(takes == of).mean() for of in range(entries)])
 
 
-def of_rows(own: Set, seeds: int, entries: int) -> dict[str, dict[str, float]]:
-    """How often the ``whole`` interval, of half the rows, misses what the seeds that were left out reach on the other
-    half; and ``half`` the width of intervals of all rows."""
-    random, missed, widths = np.random.default_rng(0), dict.fromkeys(RULES, 0), dict.fromkeys(RULES, 0.0)
-    for table, ran, left in drawn(own, seeds, entries, ROW_DRAWS):
-        order, gaps = random.permutation(len(own.weights)), own.losses[table[0]] - own.losses[table[1]]
-        others = order[1::2]
-        truth = gaps[np.ix_(left, others)].sum() / len(left) / own.weights[others].sum()
-        for rows, scales in ((order[::2], (2**0.5, (1 + seeds / len(left)) ** 0.5)), (order, (1.0, 1.0))):
-            weights, seen = own.weights[rows], gaps[np.ix_(ran, rows)]
-            means = own.losses[np.ix_(table, ran, rows)].sum(axis=2) / weights.sum()
-            for rule, (stderr, freedom) in errors(means, (0, 1)).items():
-                kept = seen if rule == "now" else seen.mean(axis=0, keepdims=True)  # of one seed nothing is taken out
-                of_seeds = stderr * random.permutation(students_t(freedom, RESAMPLES))
-                samples = scales[0] * row_errors(kept, weights, random) + scales[1] * of_seeds
-                low, high = np.quantile(samples, [0.025, 0.975])
-                if rows is order:
-                    widths[rule] += float(high - low) / 2
-                else:
-                    missed[rule] += not low <= truth - seen.sum() / seeds / weights.sum() <= high
-    shares = {rule: missed[rule] / ROW_DRAWS for rule in RULES}
-    return {"whole": shares, "half": {rule: widths[rule] / ROW_DRAWS for rule in RULES}}
+def of_studies(entries: int, rounds: int) -> dict[str, float]:
+    """How often the whole takes an entry that keeps just too little, one of these wild too, or one of those that all
+    leave the model as it was: the worst of all variances of rows."""
+    random, worst = np.random.default_rng(rounds), dict[str, float]()
+    for ratio in RATIOS:
+        for name, gain, wild in (("wrong", 40.0, 1.0), ("wild", 40.0, WILD), ("harmful", -1.0, 1.0)):
+            found = taken(random, entries, rounds, ratio, gain, wild)
+            share = float(found.sum() if name == "harmful" else found[:-1].sum())
+            worst[name] = max(worst.get(name, 0.0), share)
+    return worst
 
 
-def of_a_wild_entry(seeds: int) -> dict[str, float]:
-    """How often seeds alone miss 0 in tables of four equal entries, of which the first differs WILD times as much
-    between seeds as the others: of the pairs with it."""
-    random, missed = np.random.default_rng(seeds), dict.fromkeys(RULES, 0)
-    for _ in range(SIMULATED):
-        means = random.normal(size=(TABLE, seeds)) * np.array([WILD] + [1.0] * (TABLE - 1))[:, None]
-        for rule, error in errors(means, (0, 1)).items():
-            missed[rule] += abs(means[0].mean() - means[1].mean()) > half_width(error)
-    return {rule: missed[rule] / SIMULATED for rule in RULES}
+def width(entries: int, seeds: int) -> float:
+    """A bound at 5 % in the half intervals of the rule before, for all pairs by Bonferroni, where seeds alone err."""
+    freedom, level = entries * (seeds - 1), 0.05 / (entries - 1)
+    return float(stdtrit(freedom, 1 - level) / stdtrit(freedom, 1 - level / 2))
+
+
+def smallest(random: np.random.Generator, entries: int, ratio: float) -> Floats:
+    """(draws, looks): the least level of a pair at which one of the others passes against the last, which is as good,
+    at this look or before."""
+    groups = 50
+    values = random.normal(size=(DRAWS, entries, MOST_ROUNDS, 1))
+    values = values + random.normal(size=(DRAWS, entries, 1, groups)) * (ratio * groups) ** 0.5
+    least, found = np.ones(DRAWS), list[Floats]()
+    for seeds in range(2, MOST_ROUNDS + 1):
+        for of in range(max(1, entries - 1)):
+            other = entries - 1 if entries > 1 else None
+            pair = contrast(values[:, :, :seeds], np.zeros((1, groups)), np.ones(groups), of, other, 1.0)
+            errs = np.sqrt(pair.of_rows + pair.of_seeds)
+            least = np.minimum(least, stdtr(np.minimum(pair.freedom, 1e9), pair.mean / errs))
+        found.append(least)
+    return np.array(found)
+
+
+def levels() -> dict[int, list[float]]:
+    """By the number of entries, the constant level of a look that spends SPENT over so many planned rounds, at the
+    worst of all variances of rows; between few and many of them t falls where seeds agree by chance."""
+    found = {}
+    for entries in LEVEL_ENTRIES:
+        random = np.random.default_rng(entries)
+        draws = [np.concatenate([smallest(random, entries, ratio) for _ in range(5)], axis=1) for ratio in RATIOS]
+        least = np.min([np.quantile(each, SPENT, axis=1) for each in draws], axis=0)
+        found[entries] = [float(f"{value * max(1, entries - 1):.3g}") for value in least]
+    return found
 
 
 @dataclass(frozen=True)
@@ -226,19 +263,78 @@ def of_searches() -> dict[str, dict[str, float]]:
     return {rule: dict(zip(names, map(float, np.mean(each, axis=0)), strict=True)) for rule, each in found.items()}
 
 
+def noise() -> dict[str, tuple[float, float]]:
+    """For each kind of measure, of the stored studies of `smoa compare`: the standard deviation of one seed's mean, and
+    that of a row's difference between two entries; medians over pairs. Of losses in nats per token, of right answers in
+    standard deviations of the untouched model's, by its first 20 rows."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for folder in (each for each in compared() if (each / PACK).is_file()):
+        runs = runs_of(folder)
+        kind = "scored" if "scored_before" in runs["untouched"]["rows"] else "loss"
+        field = "scored_after" if kind == "scored" else "after"
+        tokens = np.array(runs["untouched"]["rows"]["tokens"], float) if kind == "loss" else 1.0
+        scale = 1.0 if kind == "loss" else spread_of(runs["untouched"]["rows"]["scored_before"][:20])
+        chosen = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["seeds"]
+        rates = {n: c["learning_rate"] for n, c in json.loads((folder / "chosen.json").read_text("utf-8")).items()}
+        own = {}
+        for name, learning_rate in rates.items():
+            of_entry = [
+                run for key, run in runs.items() if key.startswith(f"{name}/") and _is_final(run, learning_rate)
+            ]
+            rows = [
+                np.array(run["rows"][field], float) / tokens
+                for run in of_entry
+                if run["config"]["training"]["seed"] in chosen
+            ]
+            own[name] = np.array(rows)
+        for one, other in ((a, b) for a in own for b in own if a < b):
+            gaps = (own[one] - own[other]).mean(axis=0)
+            spread = np.mean([own[name].mean(axis=1).var(ddof=1) for name in (one, other)]) ** 0.5
+            found.setdefault(kind, []).append((float(spread / scale), float(gaps.std() / scale)))
+    return {
+        kind: (float(f"{median(one for one, _ in own):.2g}"), float(f"{median(one for _, one in own):.2g}"))
+        for kind, own in found.items()
+    }
+
+
+def _is_final(run: Mapping[str, Any], learning_rate: float) -> bool:
+    config = run["config"]
+    return bool(config["scoring"]["part"] == "test" and config["training"]["learning_rate"] == learning_rate)
+
+
+def write_calibrated(is_whole: bool) -> None:
+    """What the lab takes from here."""
+    known = levels() if is_whole else LEVELS
+    lines = "\n".join(f"    {entries}: ({', '.join(map(str, own))})," for entries, own in known.items())
+    noises = "\n".join(f'    "{kind}": ({seeds}, {rows}),' for kind, (seeds, rows) in noise().items())
+    write_whole(
+        CALIBRATED,
+        f'''"""What `python studies/calibration.py levels` found."""
+
+LEVELS: dict[int, tuple[float, ...]] = {{
+{lines}
+}}
+"""The level of a look, by the number of entries, for 2, 3, 4 and more planned rounds."""
+NOISE: dict[str, tuple[float, float]] = {{
+{noises}
+}}
+"""Standard deviations of a seed's mean, and of a row's difference between two entries: of losses in nats per token, of
+right answers in those of the untouched model's."""
+''',
+    )
+
+
 def main() -> None:
-    differences.RESAMPLES = RESAMPLES
-    known, tables = list(sets()), []
-    for entries, seeds in product((TABLE, 2), SEEDS):
-        own = [each for each in known if len(each.losses) >= entries and each.losses.shape[1] >= seeds + LEFT_OUT]
-        measured = [
-            {"set": each.name, "seeds": of_seeds(each, seeds, entries), **of_rows(each, seeds, entries)} for each in own
-        ]
-        tables.append({"entries": entries, "seeds": seeds, "sets": measured})
-    wild = {str(seeds): of_a_wild_entry(seeds) for seeds in SEEDS}
-    found = {"tables": tables, "wild": wild, "curves": len(list(curves())), "searches": of_searches()}
-    write_whole(FILE, json_text(found) + "\n")
+    rows = [
+        {"groups": groups, "even": of_rows(groups, False), "skewed": of_rows(groups, True), "right": of_answers(groups)}
+        for groups in GROUPS
+    ]
+    wild = {str(seeds): {str(entries): of_a_wild_entry(seeds, entries) for entries in ENTRIES} for seeds in SEEDS}
+    whole = {f"{entries}, {rounds}": of_studies(entries, rounds) for entries, rounds in product(ENTRIES, (3, 4))}
+    widths = {f"{entries}, {seeds}": width(entries, seeds) for entries, seeds in product(ENTRIES, (2, 3, 4))}
+    found = {"rows": rows, "wild": wild, "whole": whole, "widths": widths}
+    write_whole(FILE, json_text(found | {"curves": len(list(curves())), "searches": of_searches()}) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    write_calibrated(sys.argv[1:] == ["levels"]) if sys.argv[1:] else main()

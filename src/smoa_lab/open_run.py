@@ -48,7 +48,8 @@ def open_run(
     folder = RunFolder(path)
     if not folder.finished:
         raise ConfigError(f"{path}: is neither a config file nor the folder of a finished run (with metrics.json)")
-    config = load_config(folder.config, overrides)
+    is_older = "\n  group:" not in folder.config.read_text(encoding="utf-8")  # when each row stood for itself
+    config = load_config(folder.config, [*(["data.group=false"] if is_older else []), *overrides])
     if config.method == "full" and not untouched:
         model = config.model.model_copy(update={"name": str(folder.adapter)})
         return config.model_copy(update={"model": model}), None

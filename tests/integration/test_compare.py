@@ -11,11 +11,12 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from smoa_lab.cli.main import app
-from smoa_lab.study import comparison
+from smoa_lab.study import executor
 from tests.support.own_rows import chats, pairs, rows_base, write_rows
 
 pytestmark = [
@@ -80,14 +81,16 @@ def test_a_study_is_run_reported_and_never_run_twice(
 ) -> None:
     entries = {one["entry"]: one for one in summary["entries"]}
     assert entries["ours"]["parameters"] == entries["lora"]["parameters"] == 448
-    assert entries["lora"]["differences"]["loss"]["verdict"] in ("better", "same", "worse", "open")
+    assert set(entries["lora"]["worst"]) == {"loss"}
+    seeds = entries["lora"]["seeds"]
+    assert seeds == [0, 1, 2][: summary["budgets"]["all"]["round"]]
     assert entries["lora"]["forgotten"] is not None
     folder = room / "study"
-    assert len(list(folder.glob("*/lr-*-seed-[012]/adapter/adapter_model.safetensors"))) == 6
+    assert len(list(folder.glob("*/lr-*-seed-[012]/adapter/adapter_model.safetensors"))) == 2 * len(seeds)
     assert [set(answers) for answers in summary["answers"]] == [
         {"Prompt", "Reference", "Untouched", "ours", "lora"}
     ] * 2
-    monkeypatch.setattr(comparison, "run", lambda config: pytest.fail("a finished run is run again"))
+    monkeypatch.setattr(executor, "run", lambda config: pytest.fail("a finished run is run again"))
     assert compare(values_in(room, folder)) == summary
 
 
@@ -109,23 +112,27 @@ def plain_losses(run: Path, base: Path, rows: Path) -> tuple[list[float], list[i
     return losses, tokens
 
 
-def test_difference_and_interval_are_those_of_the_saved_adapters(room: Path, summary: dict[str, Any]) -> None:
-    reported = next(one["differences"]["loss"] for one in summary["entries"] if one["entry"] == "lora")
+def test_difference_and_bound_are_those_of_the_saved_adapters(room: Path, summary: dict[str, Any]) -> None:
+    budget = summary["budgets"]["all"]
+    mean, upper = next(each[2:] for each in budget["pairs"] if each[:2] == ["lora", "ours"])
     gaps, means = [], []
-    for seed in range(3):
+    for seed in range(budget["round"]):
         folders = (next((room / "study" / name).glob(f"lr-*-seed-{seed}")) for name in ("lora", "ours"))
         (lora, tokens), (ours, _) = (plain_losses(run, room / "base", room / "held-out.jsonl") for run in folders)
         gaps.append(np.subtract(lora, ours))
         means.append((sum(lora) / sum(tokens), sum(ours) / sum(tokens)))
-    count, chance = len(tokens), np.random.default_rng(7)
-    drawn = chance.integers(0, count, (20000, count))
-    of_rows = np.mean(gaps, axis=0)[drawn].sum(axis=1) / np.array(tokens)[drawn].sum(axis=1)
-    of_seeds = np.sum(gaps, axis=1) / sum(tokens)
+    count, seeds, total = len(tokens), len(gaps), sum(tokens)
+    of_seeds = np.sum(gaps, axis=1) / total
     alone = np.subtract(gaps, np.outer(of_seeds, tokens))  # what a row does in one seed is in the seeds' spread
-    of_rows_in_seeds = alone.var(axis=0, ddof=1).sum() / 3 / sum(tokens) ** 2
-    of_rows = of_rows.mean() + max(0.0, 1 - of_rows_in_seeds / of_rows.var()) ** 0.5 * (of_rows - of_rows.mean())
-    samples = of_rows + chance.standard_t(4, 20000) * (2 * np.var(means, axis=0, ddof=1).mean() / 3) ** 0.5
-    low, high = np.percentile(samples, [2.5, 97.5])
-    assert reported["mean"] == pytest.approx(of_seeds.mean(), abs=1e-5)
-    assert reported["low"] == pytest.approx(low, abs=0.1 * (high - low))
-    assert reported["high"] == pytest.approx(high, abs=0.1 * (high - low))
+    around = np.mean(gaps, axis=0) - of_seeds.mean() * np.array(tokens)
+    of_rows = count / (count - 1) * (around**2).sum() - alone.var(axis=0, ddof=1).sum() / seeds
+    of_rows = max(0.0, of_rows) / total**2
+    spread = np.sort(np.var(means, axis=0, ddof=1))
+    freedom = 2 * (seeds - 1)
+    if spread[1] > stats.f.ppf(0.95, seeds - 1, seeds - 1) * spread[0]:  # one of the two is wild
+        freedom = (seeds - 1) * spread.sum() ** 2 / (spread**2).sum()
+    of_choice = 2 * spread.mean() / seeds
+    both = (of_rows + of_choice) ** 2 / (of_rows**2 / (count - 1) + of_choice**2 / freedom)
+    width = stats.t.ppf(1 - budget["level"], both) * (of_rows + of_choice) ** 0.5
+    assert mean == pytest.approx(of_seeds.mean(), abs=1e-5)
+    assert upper - mean == pytest.approx(width, rel=0.02)

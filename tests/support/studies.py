@@ -17,10 +17,10 @@ from smoa.errors import ConfigError
 from smoa_lab.basics.plain import portable
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import ANSWERED
-from smoa_lab.scoring.differences import Difference
-from smoa_lab.study import comparison, plan
-from smoa_lab.study.comparison import Comparison, Executor
-from smoa_lab.study.plan import prepare
+from smoa_lab.study import comparison, executor, planning
+from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.executor import Executor
+from smoa_lab.study.planning import prepare
 from smoa_lab.study.results import Result
 from smoa_lab.study.search import Chosen
 from smoa_lab.study.study import Entry, Study
@@ -189,20 +189,20 @@ class WrittenRuns:
 def write_runs(patch: pytest.MonkeyPatch) -> WrittenRuns:
     """Runs are written from now on."""
     runs = WrittenRuns()
-    patch.setattr(comparison, "run", runs.run)
-    patch.setattr(comparison, "score_untouched", runs.untouched)
-    patch.setattr(comparison, "time_steps", runs.time_steps)
+    patch.setattr(executor, "run", runs.run)
+    patch.setattr(executor, "score_untouched", runs.untouched)
+    patch.setattr(executor, "time_steps", runs.time_steps)
     patch.setattr(comparison, "POLL_SECONDS", 0.005)
-    patch.setattr(plan, "inputs", runs.inputs)
-    patch.setattr(plan, "empty_model", lambda model: None)
-    patch.setattr(plan, "check_adapter", lambda model, wanted: None)
+    patch.setattr(planning, "inputs", runs.inputs)
+    patch.setattr(planning, "empty_model", lambda model: None)
+    patch.setattr(planning, "check_adapter", lambda model, wanted: None)
     return runs
 
 
 def fake_time(patch: pytest.MonkeyPatch, runs: WrittenRuns) -> None:
     """Time passes by runs alone, as long as they would take."""
-    clock = SimpleNamespace(monotonic=lambda: runs.now, perf_counter=lambda: runs.now, sleep=time.sleep)
-    for module in (comparison, plan):
+    clock = SimpleNamespace(sleep=time.sleep, **dict.fromkeys(("monotonic", "perf_counter", "time"), lambda: runs.now))
+    for module in (comparison, executor, planning):
         patch.setattr(module, "time", clock)
 
 
@@ -222,22 +222,24 @@ def page(study: Study) -> str:
 
 
 def result(entry: str = "lora", **values: Any) -> Result:
-    """A line of a study's table; its reference is not there."""
+    """A line of a study's table; the others are not there."""
     known: dict[str, Any] = {
         "entry": entry,
         "method": "lora",
         "budget": "all",
-        "reference": "ours",
         "parameters": 1000,
         "share": 1.0,
         "chosen": Chosen(0.01, {0.003: 2.6, 0.01: 2.5, 0.03: 2.7}, "interior"),
         "seeds": [3, 4, 5],
         "diverged": 0,
         "rows": 200,
+        "groups": 200,
         "values": {"loss": (2.5, 0.1)},
+        "worst": {"loss": 0.75},
         "step_seconds": 1.0,
+        "memory": 2_000_000_000,
+        "size": 9_000_000,
         "forgotten": 0.01,
         "kept": None,
-        "differences": {"loss": Difference(0.5, 0.25, 0.75, "worse")},
     }
     return Result(**known | values)

@@ -27,6 +27,7 @@ def compare(
     only: Annotated[list[str] | None, typer.Option(help="Run only this entry or budget; may be repeated.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time, here unless --ray-address is given.")] = 1,
     ray_address: Annotated[str | None, typer.Option(help="Run on the Ray cluster at this HOST:PORT, or auto.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only time a few steps; say what it takes and tells.")] = False,
     report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report the finished runs.")] = False,
     metric: Metric = None,
     trust_remote_code: Trusted = False,
@@ -39,16 +40,18 @@ def compare(
     with reporting("smoa_lab.study"):
         from smoa.errors import ConfigError
         from smoa_lab.budget import method_settings
-        from smoa_lab.study.comparison import Comparison, Executor
+        from smoa_lab.study.comparison import Comparison
         from smoa_lab.study.default_study import default_study
-        from smoa_lab.study.plan import check_folder, prepare, study_file
+        from smoa_lab.study.executor import Executor
+        from smoa_lab.study.planning import check_folder, outlook, prepare, study_file
         from smoa_lab.study.ray_executor import RayExecutor
         from smoa_lab.study.report import report
         from smoa_lab.study.study import load_study
 
         began, overrides = time.monotonic(), [*(overrides or []), *([f"shared.{metric}"] if metric else [])]
         if model is None and data is None and study is not None and not settings:
-            checked, given = load_study(study, overrides), Path(study)
+            given = Path(study, "study.yaml") if Path(study).is_dir() else Path(study)
+            checked = load_study(given, overrides)
         elif model is None or data is None or (study is not None and "=" not in study):
             raise ConfigError("give the YAML file of a study, or both --model and --data, with which --set goes")
         else:
@@ -57,17 +60,28 @@ def compare(
             checked, given = default_study(model, data, names, parameters, words, method_settings(settings or [])), None
         checked.chosen(only or [])
         check_folder(checked)
+        if checked.references:
+            typer.echo("references: is ignored; each entry is compared with every other", err=True)
         with redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout, which is kept free for results
             on_ray = workers > 1 or ray_address is not None
             with RayExecutor(checked, workers, ray_address) if on_ray else Executor() as executor:
-                with nullcontext() if report_only else study_file(checked, given):
-                    plan = prepare(checked, None if report_only else executor.result, minutes, workers, seeds, began)
-                comparison = Comparison(checked, plan)
-                if not report_only:
-                    table = plan.table(checked, workers)
-                    table.print()
-                    typer.echo(table.caption)
-                    comparison.run(only or [], executor, report)
+                if plan:
+                    planned, told = outlook(checked, executor.result, minutes, workers, seeds, began)
+                else:
+                    with nullcontext() if report_only else study_file(checked, given):
+                        execute = None if report_only else executor.result
+                        planned = prepare(checked, execute, minutes, workers, seeds, began)
+                    comparison = Comparison(checked, planned)
+                    if not report_only:
+                        table = planned.table(checked, workers)
+                        table.print()
+                        typer.echo(table.caption)
+                        comparison.run(only or [], executor, report)
+        if plan:
+            table = planned.table(checked, workers)
+            table.print()
+            typer.echo(f"{table.caption} {told}")
+            return
         made = report(comparison)
         if json:
             print_json(made.summary)
@@ -92,9 +106,10 @@ def tune(
     with reporting("smoa_lab.study"):
         from smoa_lab.config.run import load_config
         from smoa_lab.pages.tables import Table, number
-        from smoa_lab.study.comparison import Comparison, Executor
+        from smoa_lab.study.comparison import Comparison
         from smoa_lab.study.default_study import tuning_study
-        from smoa_lab.study.plan import check_folder, prepare, study_file
+        from smoa_lab.study.executor import Executor
+        from smoa_lab.study.planning import check_folder, prepare, study_file
         from smoa_lab.study.search import rate_text
 
         study, executor = tuning_study(load_config(config, overrides), max_runs), Executor()

@@ -27,7 +27,7 @@ from smoa_lab.data.answers import OWN, Metric
 from smoa_lab.data.files import HubRows, HubSource, RowSource, find_sources
 from smoa_lab.data.formats import Format
 from smoa_lab.data.general_text import STORY
-from smoa_lab.data.prepared import Sizes
+from smoa_lab.data.prepared import Group, Sizes
 
 TRUST = ("trust_remote_code", "allow_all_kernels")
 """Keys of ``from_pretrained`` that let a repository run its own code."""
@@ -100,6 +100,10 @@ class DataSection(Section):
     don't name their ``part``, a fifth of them is. ``template`` replaces the model's chat template: ``alpaca``, a name
     that TRL has, or a ``.jinja`` file. Rows are cut at ``max_length`` tokens. The numbers of examples are the most that
     are used, ``samples`` counts the held-out prompts that the model answers, and ``metric`` scores its answers to all.
+    Rows of one value of the column ``group``, by default those of one prompt, stay in one part and are no independent
+    ones; ``false`` takes each row by itself. An answer has at most ``answer_tokens``, by default a quarter more than
+    the longest references but one in a hundred. With ``recall`` all rows are in each part: what is measured is what was
+    learned by heart.
     """
 
     train: str | list[str] | None = None
@@ -114,11 +118,16 @@ class DataSection(Section):
     test_examples: int = Field(default=Sizes.test, ge=0)
     samples: int = Field(default=10, ge=0)
     metric: Metric | None = None
+    group: Group = None
+    answer_tokens: int | None = Field(default=None, gt=0)
+    recall: bool = False
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
         if bool(self.train) == (self.hub is not None):
             raise ValueError("give either train, a file, a folder or a name, or hub, a data set of the Hub")
+        if self.recall and (self.test or (self.hub and self.hub.test_split)):
+            raise ValueError("recall scores the rows that are trained on; leave test out")
         return self
 
     @property

@@ -3,23 +3,64 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable
-from decimal import Decimal
+from fractions import Fraction
 from typing import Literal
 
 Metric = Literal["exact", "number", "contains", "choice", "score"]
-NUMBER = re.compile(r"(?:(?<!\w)[-−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-−+]?\d{1,3}(?!\d))?")
+MARK = "####"
+"""What stands before the number that counts, as in GSM8K."""
+NUMBER = re.compile(
+    r"""
+    (?P<other> (?<!\w) (?: \d+ (?::\d+)+ | \d{1,4} ([-./]) \d{1,2} \2 \d{1,4} ) (?!\w) )      # a time, a date
+    | (?P<sign> (?<!\w) [-−–] )? (?<!\w)
+      (?P<whole> [1-9]\d{0,2} (?: ,\d{3} )+ (?!\d) | [1-9]\d{0,2} (?: [ '’\u00a0\u202f]\d{3} )+ (?!\d) | \d+ )?
+      (?P<part> (?(whole) [.,] | \. ) \d+ )?
+      (?(whole) | (?(part) | (?!) ) )
+      (?P<power> [eE] [-−+]? \d{1,3} (?!\d) )?
+      (?: \s? / \s? (?P<under> \d+ ) )?
+    """,
+    re.VERBOSE,
+)
+"""A number with its sign, fraction and grouping: 1,234.5 and 1 234,5, 3,5 and 3/4, -2 and 6e23; not the 2 of m2. A time
+or a date is no number, and is taken as it is written."""
+BEFORE = r"(?<![\w\-−–])(?<!\d[.,:/])" + "".join(rf"(?<!\b{word} )" for word in ("not", "no", "never")) + "(?<!n't )"
+"""What may stand before words that an answer contains: no part of a longer word, and no word that denies them."""
 
 
-def _last_number(text: str) -> Decimal | None:
-    found = NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
+def numbers(text: str) -> list[Fraction | str]:
+    """Those of a text, behind its last ``####`` if it has one; what is written like a time or a date as text."""
+    found: list[Fraction | str] = []
+    for match in NUMBER.finditer(unicodedata.normalize("NFC", text).rpartition(MARK)[2]):
+        if match["other"]:
+            found.append(match["other"])
+            continue
+        whole = re.sub(r"\D", "", match["whole"] or "0")
+        value = Fraction(f"{whole}{(match['part'] or '').replace(',', '.')}{(match['power'] or '').replace('−', '-')}")
+        value = value / Fraction(match["under"]) if int(match["under"] or 0) else value
+        found.append(-value if match["sign"] else value)
+    return found
+
+
+def is_one_number(text: str) -> bool:
+    """Whether it is plain which number of a completion counts."""
+    found = numbers(text)
+    return bool(found) and not isinstance(found[-1], str) and (len(found) == 1 or MARK in text)
+
+
+def _words(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _contains(answer: str, right: str) -> bool:
+    return re.search(rf"{BEFORE}{re.escape(_words(right))}(?!\w|[.,:/]\d)", _words(answer)) is not None
 
 
 RULES: dict[str, Callable[[str, str], bool]] = {
-    "exact": lambda answer, right: answer.split() == right.split(),
-    "number": lambda answer, right: _last_number(right) is not None and _last_number(answer) == _last_number(right),
-    "contains": lambda answer, right: " ".join(right.split()) in " ".join(answer.split()),
+    "exact": lambda answer, right: _words(answer) == _words(right),
+    "number": lambda answer, right: numbers(right)[-1:] != [] and numbers(answer)[-1:] == numbers(right)[-1:],
+    "contains": _contains,
 }
 """Whether an answer is right, by the completion: for the metrics that need answers. White space makes no difference."""
 OWN: Metric = "score"

@@ -154,6 +154,8 @@ def _choices(row: dict[str, Any]) -> Row:
             raise BadRow(asked[-1][0], f"found a turn of the {asked[-1][1].role}, expected one of the user to answer")
     else:
         asked = [("prompt", Message("user", check_text(prompt, "prompt").strip()))]
+    if len({*texts}) < 2:
+        raise BadRow("choices", f"found {shown(row['choices'])}, expected two texts or more that differ")
     label = _label(row["label"], texts)
     answer = [("choices", Message("assistant", texts[label]))]
     return Row(_said(asked), _answered(asked, answer, "choices"), choices=tuple(texts), label=label)

@@ -2,6 +2,7 @@
 memory.
 
 A row's content decides its part, so a repeated row never lies in two parts, and the split is the same in every run.
+Nor do rows that belong together: those of one value of ``data.group``, or else of one prompt.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock
@@ -31,7 +33,7 @@ from smoa_lab.data.rows import KEPT, PARTS, Part, Row, row_from_json
 
 logger = logging.getLogger(__name__)
 
-VERSION = 8
+VERSION = 9
 """Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
 FIRST = 16
 """Tokens: the bound of the shortest rows in a histogram."""
@@ -41,6 +43,11 @@ SHOWN = 10
 """Bad rows that are listed; the rest are counted."""
 HELD_OUT = {"test": 5, "validation": 10}
 """Of so many different rows one is held out."""
+FEWEST_GROUPS, LARGEST_GROUP = 10, 0.1
+"""A part with fewer prompts than these counts its rows, and so does a prompt with a larger share of all rows: a
+prompt that is the same everywhere makes no group."""
+Group = str | Literal[False] | None
+"""The column that says which rows belong together; None: those of one prompt do; False: each stands for itself."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,11 @@ class Sizes:
     train: int | None = None
     validation: int = 200
     test: int = 400
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def length_summary(lengths: array[int]) -> dict[str, Any]:
@@ -80,35 +92,52 @@ def require_good_rows(account: dict[str, Any], skip: bool) -> None:
     )
 
 
-def split(keys: NDArray[np.uint64], named: Sequence[str], sizes: Sizes) -> tuple[dict[Part, NDArray[np.int64]], int]:
-    """The numbers of the rows of each part, and how many rows are left out because an earlier part has their content.
-    ``named`` has the part that each row names, or ``""``.
+def units_of(keys: NDArray[np.uint64], groups: NDArray[np.uint64], largest: float = 1.0) -> NDArray[np.uint64]:
+    """By what each row is split: the number of its group if that has several contents, and at most such a share of
+    all, else its own key."""
+    known, counts = np.unique(np.unique(np.stack([groups, keys]), axis=1)[0], return_counts=True)
+    several = known[(counts > 1) & (counts <= largest * counts.sum())]
+    return np.where(np.isin(groups, several), groups, keys)
 
-    Of test and validation, the one that no row names gets a fifth, or a tenth, of the other contents, those with the
-    lowest digests, at most as many as ``sizes`` says. No content lies in two parts: test comes first, then validation.
-    Where there are more rows than wanted, those with the lowest digests are taken; of rows that are named for training
-    the first ones.
+
+def split(
+    keys: NDArray[np.uint64], named: Sequence[str], sizes: Sizes, units: NDArray[np.uint64] | None = None
+) -> tuple[dict[Part, NDArray[np.int64]], int]:
+    """The numbers of the rows of each part, and how many rows are left out because an earlier part has their content,
+    or rows of their unit. ``named`` has the part that each row names, or ``""``; ``units`` are :func:`units_of`.
+
+    Of test and validation, the one that no row names gets a fifth, or a tenth, of the other contents, those of the
+    units with the lowest numbers, at most as many as ``sizes`` says. No unit lies in two parts: test comes first, then
+    validation. Where there are more rows than wanted, those of the lowest numbers are taken, but of rows that are named
+    for training the first ones; a unit of several contents is taken whole or not at all.
     """
-    parts = np.array(named, "U10")
-    free = np.unique(keys[(parts == "") & ~np.isin(keys, keys[(parts == "test") | (parts == "validation")])])
-    contents = len(free)
+    units, parts = keys if units is None else units, np.array(named, "U10")
+    is_held_out = (parts == "test") | (parts == "validation")
+    is_free = (parts == "") & ~np.isin(units, units[is_held_out]) & ~np.isin(keys, keys[is_held_out])
+    free, counts = np.unique(np.unique(np.stack([units, keys])[:, is_free], axis=1)[0], return_counts=True)
+    contents = counts.sum()
     for name, divisor in HELD_OUT.items():
         if name not in named:
-            number = min(contents // divisor, getattr(sizes, name))
-            parts[(parts == "") & np.isin(keys, free[:number])] = name
-            free = free[number:]
+            wanted = min(contents // divisor, getattr(sizes, name))
+            number = int(np.searchsorted(counts.cumsum(), wanted, side="right"))
+            parts[(parts == "") & np.isin(units, free[:number])] = name
+            free, counts = free[number:], counts[number:]
     parts[parts == ""] = "train"
     chosen: dict[Part, NDArray[np.int64]] = {}
-    left_out, taken = 0, np.empty(0, np.uint64)
+    left_out, taken = 0, np.zeros(len(keys), bool)
     for part in reversed(PARTS):
-        is_taken = np.isin(keys, taken)
+        is_taken = np.isin(keys, keys[taken]) | np.isin(units, units[taken])
         left_out += int(((parts == part) & is_taken).sum())
         numbers = np.flatnonzero((parts == part) & ~is_taken)
-        taken = np.union1d(taken, keys[numbers])
+        taken[numbers] = True
         most = getattr(sizes, part)
-        if most is not None and not (part == "train" and part in named):
-            numbers = np.sort(numbers[np.argsort(keys[numbers], kind="stable")[:most]])
-        chosen[part] = numbers[:most]
+        if most is not None and len(numbers) > most:
+            first = part == "train" and part in named
+            order = numbers if first else numbers[np.argsort(units[numbers], kind="stable")]
+            numbers, lost = order[:most], order[most:]
+            cut = units[numbers[-1:]][units[numbers[-1:]] != keys[numbers[-1:]]]  # the unit of the last row, if several
+            numbers = numbers[~np.isin(units[numbers], np.intersect1d(cut, units[lost]))]
+        chosen[part] = np.sort(numbers)
     return chosen, left_out
 
 
@@ -127,7 +156,9 @@ class PreparedRows:
         return Dataset.from_file(str(self.folder / f"{part}.arrow"))
 
     def rows(self, part: Part) -> list[Row]:
-        return [row_from_json(kept.pop("row"), **kept) for kept in self.part(part).select_columns(["row", *KEPT])]
+        stored = self.part(part)
+        columns = [name for name in ("row", *KEPT, "group") if name in stored.column_names]
+        return [row_from_json(kept.pop("row"), **kept) for kept in stored.select_columns(columns)]
 
 
 @dataclass
@@ -145,6 +176,8 @@ class Reading:
     format: Format | None
     sizes: Sizes
     encoder: Encoder
+    group: Group = False
+    recall: bool = False
 
     def prepare(self) -> PreparedRows:
         """Read, check and tokenize the rows, unless the cache folder has them; bad ones are counted and left out."""
@@ -154,6 +187,8 @@ class Reading:
             "format": self.format,
             "sizes": asdict(self.sizes),
             "encoder": self.encoder.state(),
+            **({} if self.group is False else {"group": self.group}),
+            **({"recall": True} if self.recall else {}),
         }
         name = sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()[:16]
         folder = cache_folder() / "rows" / name
@@ -171,6 +206,8 @@ class Reading:
             logger.warning(
                 "%d of %d %s rows are not used; data.%s_examples: %d takes all", number, every, part, part, every
             )
+        if told := account.get("ungrouped"):
+            _warn_once(told)
         return PreparedRows(folder, account)
 
     def _read_all(self, folder: Path) -> dict[str, Any]:
@@ -179,7 +216,7 @@ class Reading:
         from datasets.arrow_writer import ArrowWriter
 
         text = datasets.Value("string")
-        self.keys, self.named, self.faults, self.bad = array("Q"), list[str](), list[str](), 0
+        self.keys, self.groups, self.named, self.faults, self.bad = array("Q"), array("Q"), list[str](), list[str](), 0
         self.is_text: bool | None = None
         read = folder / "read.arrow"
         with ArrowWriter(path=str(read), features=datasets.Features(dict.fromkeys(KEPT, text))) as writer:
@@ -188,20 +225,24 @@ class Reading:
                     self._read(source, part, writer)
             writer.finalize()
         keys = np.array(self.keys, np.uint64)
-        chosen, left_out = split(keys, self.named, self.sizes)
+        units, chosen, left_out, ungrouped = self._split(keys)
         rows = datasets.Dataset.from_file(str(read))
         self.lengths, self.total, self.contents = array("I"), 0, sha256()
         self.counts = dict.fromkeys(("trained_tokens", "cut", "dropped"), 0)
         integers = datasets.List(datasets.Value("int32"))
         tokens = {"input_ids": integers, "labels": integers}
-        columns = datasets.Features(tokens | dict.fromkeys(("row", *KEPT), text))
+        grouped = () if self.group is False else ("group",)
+        columns = datasets.Features(tokens | dict.fromkeys(("row", *KEPT, *grouped), text))
         parts = dict[str, int]()
         held_out = ((part, self.named.count(part) - len(chosen[part])) for part in PARTS if part != "train")
         unused = {part: number for part, number in held_out if number > 0 and len(chosen[part])}
         for part in PARTS:
             with ArrowWriter(path=str(folder / f"{part}.arrow"), features=columns) as writer:
                 bar = tqdm(chosen[part], desc=f"tokens, {part}", unit=" rows", leave=False, disable=None)
-                written = sum(self._encode(rows[int(number)], part, writer) for number in bar)
+                written = sum(
+                    self._encode(rows[int(number)], part, writer, dict.fromkeys(grouped, f"{units[number]:016x}"))
+                    for number in bar
+                )
                 parts |= {part: written} if written else {}
                 writer.finalize()
         del rows
@@ -218,7 +259,27 @@ class Reading:
             "unused": unused,
             "bad": self.bad,
             "faults": self.faults,
+            **({"ungrouped": ungrouped} if ungrouped else {}),
         }
+
+    def _split(self, keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], dict[Part, NDArray[np.int64]], int, str]:
+        """By what each row is split, and into which part, how many are left out, and why prompts make no groups."""
+        if self.recall:
+            return keys, dict.fromkeys(PARTS, np.arange(len(keys))), 0, ""
+        groups = np.array(self.groups, np.uint64)
+        whole = units_of(keys, groups)
+        units = whole if self.group is not None else units_of(keys, groups, LARGEST_GROUP)
+        told = "" if (units == whole).all() else f"a prompt has more than {LARGEST_GROUP:.0%} of all rows"
+        chosen, left_out = split(keys, self.named, self.sizes, units)
+        held_out: tuple[Part, ...] = ("test", "validation")
+        for part in held_out if self.group is None else ():
+            own = units[chosen[part]]
+            if len(np.unique(own)) < FEWEST_GROUPS and (own != keys[chosen[part]]).any():
+                told, units = f"the {part} part has fewer than {FEWEST_GROUPS} prompts", keys
+                chosen, left_out = split(keys, self.named, self.sizes, units)
+                break
+        told = told and f"{told}: its rows count by themselves; where rows belong together, name a column: data.group"
+        return units, chosen, left_out, told
 
     def _read(self, source: RowSource, part: str, writer: Any) -> None:
         """Read a source; the first row that has a format decides it for all."""
@@ -232,15 +293,24 @@ class Reading:
                 if self.format == "preference" and row.is_text != self.is_text:
                     kinds = ("a conversation", "text") if self.is_text else ("text", "a conversation")
                     raise BadRow(None, f"is {kinds[0]}, where the rows before are {kinds[1]}; give each its own file")
+                if str(values.get("split")).lower() in PARTS and row.part is None:
+                    _warn_once("the column split is not read: call it part, and rows are in the parts that it names")
+                group = row.asked if self.group is None else row.key
+                if isinstance(self.group, str):
+                    if values.get(self.group) is None:
+                        raise DataError(f"has no {self.group}, by which data.group says what belongs together")
+                    named = json.dumps(values[self.group], sort_keys=True, default=str)
+                    group = int(sha256(named.encode()).hexdigest()[:16], 16)
             except DataError as error:
                 self._note(where, error)
                 continue
             self.keys.append(row.key)
+            self.groups.append(group)
             self.named.append(part or row.part or "")
             writer.write({"own": json.dumps(values, default=str), "where": where})
 
-    def _encode(self, read: dict[str, str], part: Part, writer: Any) -> bool:
-        """Write a row's tokens; whether there is something to train in them."""
+    def _encode(self, read: dict[str, str], part: Part, writer: Any, group: dict[str, str]) -> bool:
+        """Write a row's tokens and its group; whether there is something to train in them."""
         assert self.format is not None
         row = shape(json.loads(read["own"]), self.format)
         try:
@@ -258,7 +328,7 @@ class Reading:
         self.counts["trained_tokens"] += sum(trained)
         self.counts["dropped"] += not all(trained)
         if all(trained):
-            writer.write({**texts[0].columns, **written})
+            writer.write({**texts[0].columns, **written, **group})
         return all(trained)
 
     def _note(self, where: str, error: DataError) -> None:

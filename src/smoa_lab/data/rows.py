@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from typing import Literal
 
 Part = Literal["train", "validation", "test"]
@@ -32,7 +33,7 @@ class Row:
     A text without a prompt is trained in full. A conversation without one is trained where the assistant speaks. A
     preference has a ``rejected`` completion too. A row with ``choices`` is a conversation whose completion is the turn
     ``choices[label]``. ``part`` is where the row says that it belongs. A held-out row that was read keeps ``own``, all
-    its fields as JSON, and ``where`` it is.
+    its fields as JSON, ``where`` it is, and the ``group`` of rows that it belongs to.
     """
 
     prompt: Said
@@ -43,6 +44,7 @@ class Row:
     part: Part | None = None
     own: str = field(default="", compare=False)
     where: str = field(default="", compare=False)
+    group: str = field(default="", compare=False)
 
     @property
     def is_text(self) -> bool:
@@ -61,8 +63,17 @@ class Row:
         known again."""
         return int(_hash([*_texts(self.prompt), *_texts(self.completion)])[:16], 16)
 
+    @property
+    def asked(self) -> int:
+        """A number that is equal where the prompt is, or what is said before the first answer; a text without a prompt
+        has its own."""
+        turns = () if isinstance(self.completion, str) else self.completion
+        before = takewhile(lambda turn: turn.role != "assistant", turns)
+        said = _texts(self.prompt) or _texts(tuple(before))
+        return int(_hash(said)[:16], 16) if said else self.key
+
     def to_json(self) -> str:
-        return json.dumps({key: value for key, value in asdict(self).items() if key not in KEPT})
+        return json.dumps({key: value for key, value in asdict(self).items() if key not in (*KEPT, "group")})
 
 
 def row_from_json(text: str, **kept: str) -> Row:

@@ -33,6 +33,11 @@ def code(text: str) -> Markup:
     return Markup('<pre class="wide" tabindex="0">{}</pre>').format(text)
 
 
+def commands(text: str) -> Markup:
+    """Text with what stands in backticks as code."""
+    return Markup(re.sub("`(.+?)`", r"<code>\1</code>", escape(text)))
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
@@ -43,7 +48,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["commands"] = lambda text: Markup(re.sub("`(.+?)`", r"<code>\1</code>", escape(text)))
+    environment.filters["commands"] = commands
     return environment
 
 

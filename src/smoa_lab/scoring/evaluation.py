@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from smoa.errors import DataError
 from smoa_lab.base_models import positions_of
-from smoa_lab.data.answers import ANSWERED, OWN, RULES, Metric
+from smoa_lab.data.answers import ANSWERED, OWN, RULES, Metric, is_one_number
 from smoa_lab.data.encoding import Encoder, Tokens, pad_token, text_ids
 from smoa_lab.data.formats import shown
 from smoa_lab.data.general_text import STORY, TITLE, passages
@@ -26,9 +27,10 @@ from smoa_lab.scoring.losses import Losses, left_padded, progress, row_losses, s
 logger = logging.getLogger(__name__)
 
 Stage = Literal["before", "after"]
-NEW_TOKENS = 128
+NEW_TOKENS, CHOICE_TOKENS = 128, 24
 """The most tokens of a sample answer, and of one to a row with choices."""
-CHOICE_TOKENS = 24
+LEAST_TOKENS, ROOM = 32, 1.25
+"""The least that a scored answer has, and what it has of the references' 99th percentile."""
 BETA = 0.1
 """TRL's default of DPO's β."""
 BATCH_TOKENS = 4096
@@ -62,9 +64,15 @@ class Measured:
     rejected: Sequence[float] = ()
 
 
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
+
+
 class Evaluation:
     """Measures a model on held-out ``rows`` of a ``part`` before and after training, and lets it answer the first
-    ``samples``, or all for a ``metric`` of answers. Each row is tokenized once. ``beta`` is DPO's."""
+    ``samples``, or all for a ``metric`` of answers, each in at most ``answer_tokens``. Each row is tokenized once.
+    ``beta`` is DPO's."""
 
     def __init__(
         self,
@@ -75,6 +83,7 @@ class Evaluation:
         beta: float = BETA,
         metric: Metric | None = None,
         loss_type: Any = "sigmoid",
+        answer_tokens: int | None = None,
     ) -> None:
         self.encoder, self.rows, self.part, self.beta = encoder, rows, part, beta
         self.dpo_loss = DPO_LOSSES.get("".join(loss_type))  # of a list of one, that
@@ -88,12 +97,12 @@ class Evaluation:
         self.prompts = [prompt for prompt in prompts if prompt is not None]
         self.new_tokens = CHOICE_TOKENS if self.chooses else NEW_TOKENS
         if metric is not None and rows:
-            self._answers(metric)
+            self._answers(metric, answer_tokens)
         self.measured: dict[Stage, Measured] = {}
         self.written: dict[Stage, list[str]] = {}
         self.scored: dict[Stage, list[float]] = {}
 
-    def _answers(self, metric: Metric) -> None:
+    def _answers(self, metric: Metric, most: int | None) -> None:
         """Have all rows answered, if the metric takes answers; raises DataError where rows lack what it scores, or a
         completion isn't right by it, or the user's own can't score it."""
         has_prompts = bool(self.rows[0].prompt) or not self.rows[0].is_text
@@ -102,15 +111,27 @@ class Evaluation:
             raise DataError(f"data.metric: {metric} scores {needs}, and these rows have none; leave it out")
         if self.metric is None:
             return
-        found = (self.encoder.prompt(row, self.encoder.max_length) or self.encoder.prompt(row) for row in self.rows)
+        found = map(self.encoder.prompt, self.rows)
         self.prompts = [prompt for prompt in found if prompt is not None]  # all: of one that is too long the end
         right = self._scored([prompt.reference for prompt in self.prompts])
         for number, prompt in enumerate(self.prompts, start=1):
             if metric != OWN and not right[number - 1]:
                 text = f"the completion of held-out row {number}, {shown(prompt.reference)}, has no number"
                 raise DataError(f"data.metric: {metric}: {text}; mend the row, or take exact or contains")
-        longest = max(len(text_ids(self.encoder.tokenizer, prompt.reference)) for prompt in self.prompts)
-        self.new_tokens = min(NEW_TOKENS, longest + 1)  # with what ends it
+        unclear = sum(not is_one_number(prompt.reference) for prompt in self.prompts) if metric == "number" else 0
+        if unclear:
+            told = "have several numbers without ####, or none that is one; the last one is compared as it is written"
+            _warn_once(f"data.metric: number: {unclear} of {len(self.prompts)} completions {told}")
+        lengths = [
+            len(text_ids(self.encoder.tokenizer, prompt.reference)) + 1 for prompt in self.prompts
+        ]  # and its end
+        usual = max(LEAST_TOKENS, math.ceil(ROOM * sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]))
+        self.new_tokens = usual if most is None else min(most, max(lengths))
+        if cut := sum(length > self.new_tokens for length in lengths):
+            told = (
+                f"have more than {self.new_tokens} tokens, and no answer as long is written; raise data.answer_tokens"
+            )
+            _warn_once(f"data.metric: {cut} of {len(lengths)} completions {told}")
 
     def _scored(self, answers: Sequence[str]) -> list[float]:
         """What the metric makes of an answer to each row."""
@@ -131,6 +152,9 @@ class Evaluation:
         prompts = [prompt.ids for prompt in self.prompts]
         self.written[stage] = continue_prompts(model, self.encoder.tokenizer, prompts, self.new_tokens)
         if self.metric:
+            ids = (text_ids(self.encoder.tokenizer, text) for text in self.written[stage])
+            if cut := sum(len(each) >= self.new_tokens for each in ids):
+                logger.info("%d of %d answers were cut at %d tokens", cut, len(prompts), self.new_tokens)
             self.scored[stage] = self._scored(self.written[stage])
 
     def measure_once(self, model: Any) -> Measured:
@@ -231,6 +255,7 @@ class Evaluation:
         for number, (row, count) in enumerate(zip(self.rows, tokens, strict=False)):
             digest = row.digest
             line: dict[str, Any] = {"digest": digest, "copy": copies[digest], "part": self.part, "tokens": count}
+            line |= {"group": row.group} if row.group else {}
             copies[digest] += 1
             for stage, found in self.measured.items():
                 line[stage] = found.losses.nll[number]

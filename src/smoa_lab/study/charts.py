@@ -1,4 +1,4 @@
-"""The charts of a study: differences to the reference, searches, loss against time, learned against forgotten."""
+"""The charts of a study: differences with bounds, searches, loss against time, learned against forgotten."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import altair as alt
 
 from smoa_lab.pages.charts import DASHES, MUTED, color_of, colors, forest, lines, name_of, shapes, tooltip, values
-from smoa_lab.study.results import MEASURES, FinalRun, Result
+from smoa_lab.study.results import Budget, FinalRun, Result
 from smoa_lab.study.search import Chosen
 from smoa_lab.study.study import Job
 
@@ -23,36 +23,42 @@ def final_run(result: Result, seed: int) -> str:
     return f"#{Job('final', result.entry, result.chosen.learning_rate, seed).name}"
 
 
-def differences(results: Sequence[Result]) -> Any | None:
-    """A forest plot for each budget: what decides minus the reference's, with interval and verdict; None before
-    there are differences."""
-    compared: dict[str, list[dict[str, Any]]] = {}
-    for one in results:
-        title, known = next(iter(one.differences.items()), ("", None))
-        name = name_of(one.method)
-        if known is not None and math.isfinite(known.mean):
-            measure = MEASURES[title]
-            side, ends = "left" if measure.sign < 0 else "right", {"low": known.low, "high": known.high}
-            compared.setdefault(one.budget, []).append(
-                {
-                    "entry": name if one.entry == name.lower() else f"{name}: {one.entry}",
-                    "method": one.method,
-                    "mean": measure.scale * known.mean,
-                    **{end: measure.scale * value for end, value in ends.items() if math.isfinite(value)},
-                    "difference": known.signed(measure.scale, measure.digits),
-                    "verdict": known.label,
-                    "clear": known.final in ("better", "worse"),
-                    "run": final_run(one, one.seeds[0]),
-                    "title": f"{title} on held-out rows minus that of {one.reference}; {side} is better",
-                }
-            )
-    if not compared:
-        return None
-    plots = [
-        forest(own, own[0]["title"]).properties(title=f"Budget: {budget}" if len(compared) > 1 else "")
-        for budget, own in compared.items()
-    ]
-    return alt.vconcat(*plots).resolve_scale(color="independent")
+def differences(budgets: Mapping[str, Budget]) -> Any | None:
+    """A forest plot for each budget: what decides minus that of the entry to take, or of the first in order of cost,
+    with both one-sided bounds; None before there are any."""
+    plots = []
+    for title, budget in budgets.items():
+        family, measure, against = budget.family, budget.measure, budget.against
+        rows: list[dict[str, Any]] = []
+        if family is None or measure is None:
+            continue
+        for one in (one for one in budget.results if one.entry != against):
+            mean = family.mean(one.entry) - family.mean(against)
+            ends = -family.upper(against, one.entry), family.upper(one.entry, against)
+            if math.isfinite(mean):
+                low, high = sorted(-measure.sign * measure.scale * end for end in ends)
+                known = {"low": low, "high": high}
+                name = name_of(one.method)
+                word = "better" if ends[1] < 0 else "worse" if ends[0] > 0 else "not told apart"
+                digits, shown = measure.digits, -measure.sign * measure.scale * mean
+                told = f" [{low:+.{digits}f}, {high:+.{digits}f}]" if math.isfinite(low) else ""
+                rows.append(
+                    {
+                        "entry": name if one.entry == name.lower() else f"{name}: {one.entry}",
+                        "method": one.method,
+                        "mean": shown,
+                        **{end: value for end, value in known.items() if math.isfinite(value)},
+                        "difference": f"{shown:+.{digits}f}{told}",
+                        "verdict": word,
+                        "clear": word != "not told apart",
+                        "run": final_run(one, one.seeds[0]),
+                    }
+                )
+        if rows:
+            side = "left" if measure.sign < 0 else "right"
+            axis = f"{measure.title} on held-out rows minus that of {against}; {side} is better"
+            plots.append(forest(rows, axis).properties(title=f"Budget: {title}" if len(budgets) > 1 else ""))
+    return alt.vconcat(*plots).resolve_scale(color="independent") if plots else None
 
 
 def searches(searched: Mapping[str, Chosen], methods: Mapping[str, str]) -> Any | None:

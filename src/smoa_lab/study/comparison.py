@@ -2,116 +2,70 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
 from filelock import FileLock
 
 from smoa.atomic import write_whole
-from smoa.errors import ConfigError
-from smoa_lab.basics.plain import json_text, portable
+from smoa.errors import ConfigError, DataError, SmoaError
+from smoa_lab.basics.plain import json_text
 from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import OWN
 from smoa_lab.data.own_metric import own_metric
 from smoa_lab.pages.tables import counted
-from smoa_lab.study.plan import MARGIN, TIMED, TIMED_SECONDS, Metrics, Plan, changed_plan, duration, other_inputs
+from smoa_lab.study.executor import Executor
+from smoa_lab.study.plan import (
+    LEAST_SEEDS,
+    MARGIN,
+    Metrics,
+    Plan,
+    Take,
+    changed_plan,
+    duration,
+    other_config,
+    other_inputs,
+)
+from smoa_lab.study.results import Budget, FinalRun, budgets_of, kept_by, measured, read_metrics, read_rows
 from smoa_lab.study.search import STARTS, Chosen, best_of, index_of, next_indices, rate
-from smoa_lab.study.study import Job, Stage, Study
-from smoa_lab.training.guards import Diverged
-from smoa_lab.training.run import run, score_untouched, time_steps
-from smoa_lab.training.run_folder import RunFolder, Taken
+from smoa_lab.study.study import Job, Stage, Study, read_stored
+from smoa_lab.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 """How long a process that finds no free job waits before it looks again."""
 
 
-def perform(job: Job, config: RunConfig, timed: float = TIMED_SECONDS) -> Metrics | None:
-    """Run a job in this process; a step that is ``timed`` is no longer followed by others. Its metrics get
-    ``wall_seconds``; None where another process runs it."""
-    folder, started = RunFolder(config.folder), time.perf_counter()
-    if job.stage == "timing":
-        return time_steps(config, TIMED, timed)
-    try:
-        metrics = score_untouched(config) if job.is_untouched else run(config)
-    except Diverged as error:
-        logger.warning("%s: %s", job.name, error)
-        with folder.alone():
-            metrics = error.finish()
-    except Taken:
-        return None
-    except ConfigError:
-        if not folder.finished:  # else another process finished it a moment ago
-            raise
-        metrics = read_metrics(folder)
-    return {**metrics, "wall_seconds": time.perf_counter() - started}
-
-
-def read_metrics(folder: RunFolder) -> Metrics:
-    """The metrics of a finished run."""
-    metrics: Metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
-    return metrics
-
-
-def measured(metrics: Metrics) -> float | None:
-    """What a search goes by: the loss, for preferences DPO's; None for a run that diverged."""
-    scores = metrics["evaluation"].get("after") or metrics["evaluation"]["before"]
-    loss: float | None = scores.get("dpo_loss", scores["loss"])
-    return loss
-
-
-class Executor(AbstractContextManager["Executor"]):
-    """Runs one job at a time, when its result is asked for."""
-
-    workers = 1
-
-    def __init__(self) -> None:
-        self.running: dict[Job, Any] = {}
-        """The jobs that were started and are not given back yet."""
-
-    def __exit__(self, *error: object) -> None:
-        """End what still runs."""
-
-    def start(self, job: Job, *arguments: Any) -> None:
-        """Begin what :func:`perform` does with the job and the other arguments."""
-        self.running[job] = arguments
-
-    def next_finished(self) -> tuple[Job, Metrics | None]:
-        """Wait for one of the running jobs; raises what that job raised."""
-        job, arguments = self.running.popitem()
-        return job, perform(job, *arguments)
-
-    def result(self, job: Job, *arguments: Any) -> Metrics:
-        """Of a job that nothing runs beside."""
-        self.start(job, *arguments)
-        _, metrics = self.next_finished()
-        assert metrics is not None
-        return metrics
-
-
 def read_chosen(study: Study) -> dict[str, Chosen]:
     """The rates that were chosen, by entry, but those at the edge of a search that may go on."""
     file = study.folder / "chosen.json"
-    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {
-        name: Chosen(one["learning_rate"], {float(tried): loss for tried, loss in one["losses"].items()}, one["place"])
-        for name, one in values.items()
-        if name in study.entries and not (one["place"] == "edge" and len(one["losses"]) < study.tuning.max_runs)
-    }
+    values = read_stored(file) if file.is_file() else {}
+    try:
+        return {
+            name: Chosen(one["learning_rate"], {float(at): loss for at, loss in one["losses"].items()}, one["place"])
+            for name, one in values.items()
+            if name in study.entries and not (one["place"] == "edge" and len(one["losses"]) < study.tuning.max_runs)
+        }
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise DataError(f"{file}: is damaged ({error!r}); remove it, and rates are chosen again by the runs") from error
+
+
+def _taken(budget: str, take: Take, plan: Plan) -> dict[str, Any]:
+    return {"takes": {**plan.takes, budget: take}}
 
 
 class Comparison:
     """Runs what is missing of a planned study; every finished run counts, and a killed one is run again or resumed.
 
-    Results choose jobs, and the order in which they come does not: many workers run the very jobs that one runs.
+    Final runs come in rounds, a seed of all entries each. After a round it is asked whether a budget has its answer:
+    its entries run no further. Results choose jobs, and the order in which they come does not.
     """
 
     def __init__(self, study: Study, plan: Plan) -> None:
@@ -128,7 +82,8 @@ class Comparison:
         self.took: dict[tuple[Stage, str], float] = {}
         """Seconds of the latest job of each kind that this process ran."""
         self.workers = 1
-        self._counted = time.monotonic()
+        self._rows: dict[Job, FinalRun] = {}
+        self._counted = time.time()
 
     def run(
         self,
@@ -145,24 +100,31 @@ class Comparison:
         names, taken, told, is_new = self.study.chosen(only), set[Job](), set[Job](), False
         executor = executor or Executor()
         self.workers = executor.workers
+        self._change(lambda plan: {"failed": {}} if plan.failed else {})  # what failed is tried again
         self.catch_up(names)
         if any(not job.is_untouched for job in self.losses):
             logger.info("%s", self.progress(names) or "All runs are done")
         estimate = self.plan.used + self.at_most_left(names)
         if self.study.tuning.max_runs == 0:
             self._choose({n: Chosen(self.study.entries[n].learning_rate, {}, "named") for n in names})
-        while jobs := self.ready(names) or self.further(names):
+        if not only:
+            self.decide()
+        while (jobs := self.ready(names) or self.further(names)) or executor.running:
             if is_new:  # a seed that was bought is known by now
                 show(self)
                 is_new = False
             waiting = [job for job in jobs if job not in executor.running and job not in taken]
             if waiting and (metrics := self.stored(waiting[0])) is not None:
                 self.finish(waiting[0], metrics)
+                self.decide() if not only else None
+            elif waiting and waiting[0].stage == "search" and self.must_choose(waiting[0]):
+                logger.info("Searches end here: what is left of the time is for two seeds")
+                self._choose({name: self._cut(name) for name in names if name not in self.chosen})
             elif waiting and len(executor.running) < executor.workers and not self.is_over:
                 executor.start(waiting[0], self.config(waiting[0]))
             elif executor.running:
-                job, metrics = executor.next_finished()
-                if metrics is None:
+                job, found = executor.next_finished()
+                if found is None:
                     taken.add(job)
                     if job not in told:
                         logger.info("%s: another process runs it", job.name)
@@ -170,13 +132,18 @@ class Comparison:
                     continue
                 taken.clear()
                 is_new = True
-                self.finish(job, self._checked(job, metrics))
-                self.took[job.stage, job.entry] = metrics["wall_seconds"]
+                if isinstance(found, Exception):
+                    self._fail(job, found)
+                    continue
+                self.finish(job, self._checked(job, found))
+                self.took[job.stage, job.entry] = found["wall_seconds"]
                 self._change(lambda plan: {})
-                loss, took = self.losses[job], duration(metrics["wall_seconds"])
+                loss, took = self.losses[job], duration(found["wall_seconds"])
                 left = min(self.at_most_left(names), max(0.0, (self.plan.limit or float("inf")) - self.plan.used))
                 reached = "diverged" if loss is None else f"loss {loss:.4f}"
                 logger.info("%s: %s (%s); at most %s left", job.name, reached, took, duration(left))
+                if not only:
+                    self.decide()
                 now = self.plan.used + left
                 if abs(now - estimate) > estimate / 10 and duration(now) != duration(estimate):
                     logger.info("At most %s in all, not %s", duration(now), duration(estimate))
@@ -188,9 +155,64 @@ class Comparison:
                 time.sleep(POLL_SECONDS)
                 taken.clear()
 
+    def _fail(self, job: Job, error: Exception) -> None:
+        """Note an entry that failed; raises the error where no entry could do without the job."""
+        if job.is_untouched:
+            raise error
+        told = f"{type(error).__name__}: {error}" if not isinstance(error, SmoaError) else str(error)
+        logger.error("%s: %s", job.name, told)
+        self._change(lambda plan: {"failed": {**plan.failed, job.entry: told}})
+        if self.plan.failed.keys() >= self.study.entries.keys():
+            raise error
+
+    def decide(self) -> None:
+        """Ask, round by round, for the answer of each budget that has none, and write it into the plan."""
+        if len(self.plan.seeds) < 2 or not any(job.stage == "final" for job in self.losses):
+            return
+        for name in {entry.budget for entry in self.study.entries.values()} - self.plan.takes.keys():
+            for number in self.plan.looked_at():
+                budget = self.budgets(number).get(name)
+                if budget is None or budget.round < number:
+                    break
+                if (take := budget.decision()) is not None:
+                    found = Take(entry=take.entry, round=number, level=budget.level, tolerance=self.study.tolerance)
+                    self._change(partial(_taken, name, found))
+                    break
+
+    def budgets(self, most: int | None = None) -> dict[str, Budget]:
+        """The results of each budget, up to so many rounds, by default to that of its answer or the last whole one."""
+        return budgets_of(self.study, self.plan, self.chosen, self.finals(), self.metric, self.scorer, most)
+
+    def finals(self) -> dict[str, dict[int, FinalRun]]:
+        """The finished final runs by entry and seed."""
+        found: dict[str, dict[int, FinalRun]] = {}
+        for name in (each for each in self.study.entries if each in self.chosen and each in self.plan.entries):
+            for seed in self.plan.seeds:
+                job = self.final(name, seed)
+                if job not in self._rows and (metrics := self.stored(job)) is not None:
+                    folder = RunFolder(self.study.folder / job.name)
+                    self._rows[job] = FinalRun(folder, metrics, read_rows(folder, self.metric, self.scorer))
+                if job in self._rows:
+                    found.setdefault(name, {})[seed] = self._rows[job]
+        return found
+
+    def must_choose(self, job: Job) -> bool:
+        """Whether a search's job would take the time of two seeds of all entries."""
+        if self.plan.limit is None or not self.plan.seeds:
+            return False
+        rounds = LEAST_SEEDS * sum(self.seconds("final", name) for name in self.study.entries) / self.workers
+        now = self.plan.used + time.time() - self._counted
+        return now + self.seconds("search", job.entry) + MARGIN * rounds > self.plan.limit
+
+    def _cut(self, name: str) -> Chosen:
+        """What an entry takes whose search ends before its time."""
+        start, losses = self.study.entries[name].learning_rate, self._searched(name)
+        found = Chosen.of(start, losses) if losses else Chosen(start, {}, "cut")
+        return replace(found, place="cut") if found.place == "edge" else found
+
     def catch_up(self, names: Sequence[str]) -> None:
         """Note what has run."""
-        for name, one in self.chosen.items():  # the searches must still be those of this study
+        for name, one in self.chosen.items():  # whose searches must still be those of this study
             for tried in one.losses:
                 self.stored(Job("search", name, tried, self.study.tuning.seed))
         for name in names:
@@ -200,20 +222,27 @@ class Comparison:
 
     def ready(self, names: Sequence[str]) -> list[Job]:
         """What can be run now: the untouched model and searches, one rate of all entries at a time; once all rates are
-        chosen, final runs, one seed of all at a time."""
+        chosen, final runs, one seed of all at a time, of the budgets without an answer."""
         untouched = [self.untouched("untouched")] if self.plan.seeds else []
-        if all(name in self.chosen for name in names):
-            jobs = [self.final(name, seed) for seed in self.plan.seeds for name in names]
+        alive = [name for name in names if name not in self.plan.failed]
+        if all(name in self.chosen for name in alive):
+            open_ = [name for name in alive if self.study.entries[name].budget not in self.plan.takes]
+            jobs = [self.final(name, seed) for seed in self.plan.seeds for name in open_]
         else:
-            wanted = {name: enumerate(self.search(name), start=len(self._searched(name))) for name in names}
+            wanted = {name: enumerate(self.search(name), start=len(self._searched(name))) for name in alive}
             turns = sorted((turn for of_entry in wanted.values() for turn in of_entry), key=itemgetter(0))
             jobs = [self.untouched("untouched-validation"), *(job for _, job in turns)]
         return [job for job in [*untouched, *jobs] if job not in self.losses]
 
     def further(self, names: Sequence[str]) -> list[Job]:
-        """The next seed of all entries, if there is time for it by what runs took, whatever came out at them."""
-        entries, known = list(self.study.entries), self.plan.seeds
-        if self.plan.limit is None or self.ready(entries):
+        """The next seed of all entries without an answer, if there is time for it by what runs took, whatever came out
+        at them."""
+        known = self.plan.seeds
+        budgets = {entry.budget for entry in self.study.entries.values()} - self.plan.takes.keys()
+        entries = [
+            n for n, entry in self.study.entries.items() if entry.budget in budgets and n not in self.plan.failed
+        ]
+        if self.plan.limit is None or self.ready([*self.study.entries]) or not entries:
             return []
         seconds = MARGIN * sum(self.seconds("final", name) for name in entries) / self.workers
 
@@ -225,45 +254,28 @@ class Comparison:
         self._change(bought)
         return self.ready(names)
 
-    def look(self, budget: str, names: Sequence[str]) -> int:
-        """How many looks there were before this one at the final runs of a budget's entries, at any rates."""
-        runs = sum(len([*self.study.folder.glob(f"{name}/lr-*-seed-{seed}")]) for name in names for seed in self.seeds)
-
-        def seen(plan: Plan) -> dict[str, Any]:
-            known = plan.looks.get(budget, [])
-            return {} if runs in known else {"looks": {**plan.looks, budget: [*known, runs]}}
-
-        self._change(seen)
-        return self.plan.looks[budget].index(runs)
-
     def _change(self, change: Callable[[Plan], dict[str, Any]]) -> None:
         """Change the plan in its file, where other processes may have changed it, and add the time that was used."""
-        now = time.monotonic()
-        used, self._counted = now - self._counted, now
-        self.plan = changed_plan(self.study, lambda plan: {"used": plan.used + used, **change(plan)})
+        since, self._counted = self._counted, time.time()
+
+        def changed(plan: Plan) -> dict[str, Any]:  # seconds that another process counted are not counted again
+            used = plan.used + max(0.0, self._counted - max(since, plan.counted))
+            return {"used": used, "counted": max(self._counted, plan.counted), **change(plan)}
+
+        self.plan = changed_plan(self.study, changed)
 
     @property
     def is_over(self) -> bool:
         """Whether the plan's time is used."""
         limit = self.plan.limit
-        return limit is not None and self.plan.used + time.monotonic() - self._counted >= limit
-
-    @property
-    def seeds(self) -> list[int]:
-        """Those of the plan; once its time is used, those that all entries have run."""
-        begun = {job.entry for job in self.losses if job.stage == "final"}
-        return [
-            seed
-            for seed in self.plan.seeds
-            if not self.is_over or (begun and all(self.final(name, seed) in self.losses for name in begun))
-        ]
+        return limit is not None and self.plan.used + time.time() - self._counted >= limit
 
     def final(self, name: str, seed: int) -> Job:
         return Job("final", name, self.chosen[name].learning_rate, seed)
 
     def untouched(self, stage: Stage) -> Job:
-        """The model as it is, in the first entry's config."""
-        first = next(iter(self.plan.entries))
+        """The model as it is, in any entry's config."""
+        first = next(iter(self.study.entries))
         return Job(stage, first, self.study.entries[first].learning_rate, 0)
 
     def seconds(self, stage: Stage, entry: str) -> float:
@@ -275,9 +287,11 @@ class Comparison:
     def at_most_left(self, names: Sequence[str]) -> float:
         """Seconds of the jobs that are not finished, each search at its longest."""
         seconds = 0.0
-        for name in names:
+        for name in (each for each in names if each not in self.plan.failed and each in self.plan.entries):
             searches = 0 if name in self.chosen else self.study.tuning.max_runs - len(self._searched(name))
             finals = sum(job.stage == "final" and job.entry == name for job in self.losses)
+            if self.study.entries[name].budget in self.plan.takes:
+                finals = len(self.plan.seeds)
             seconds += searches * self.seconds("search", name)
             seconds += (len(self.plan.seeds) - finals) * self.seconds("final", name)
         return seconds / self.workers
@@ -326,13 +340,8 @@ class Comparison:
 
     def _checked(self, job: Job, metrics: Metrics) -> Metrics:
         """The metrics of a job, if it is the one that was planned; else raises ConfigError."""
-        known = RunConfig.model_validate(metrics["config"])  # an absent key is its default
-        old, new = (portable(config.model_dump(mode="json")) for config in (known, self.config(job)))
-        other = {"output_dir": None} | ({"max_steps": None} if job.is_untouched else {})
-        for values in (old, new):
-            values["training"] |= other
-            values["data"]["metric"] = None  # any one scores the same answers
-        changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        config = self.config(job)
+        changed = other_config(metrics["config"], config, job.is_untouched)
         changed += other_inputs(self.plan.digests, metrics["digests"])
         if changed:
             found = f"was run with other values of {', '.join(sorted(changed))}"
@@ -366,6 +375,9 @@ class Comparison:
             return
         kind = job.stage, job.entry
         alike = {other: loss for other, loss in self.losses.items() if (other.stage, other.entry) == kind}
+        if job.stage == "final" and self.metric is not None and keep == "best":
+            known = self.finals()[job.entry]
+            alike = {self.final(job.entry, seed): kept_by(run, self.metric) for seed, run in known.items()}
         for other in alike:
             if keep == "none" or other != best_of(alike):
                 shutil.rmtree(RunFolder(self.study.folder / other.name).adapter, ignore_errors=True)

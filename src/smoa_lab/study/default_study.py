@@ -111,7 +111,6 @@ def default_study(
         "folder": f"studies/{file_for(data).stem}",
         "shared": {**{key: run[key] for key in ("model", "trainer", "data")}, "training": {**kept, **training}},
         "entries": entries,
-        "references": [name for name in entries if name == "lora"],
         "tuning": Tuning().model_dump(),
         "seeds": list(range(MOST_SEEDS.get(len(entries), 3))),
         "keep": "best",

@@ -18,7 +18,7 @@ import smoa
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.trust import TRUSTED, Trust
 from smoa_lab.data.own_metric import own_metric
-from smoa_lab.study.comparison import Executor, perform
+from smoa_lab.study.executor import Executor, perform
 from smoa_lab.study.plan import Metrics
 from smoa_lab.study.study import Job, Study
 
@@ -91,9 +91,8 @@ class RayExecutor(Executor):
         task = self._ray.remote(work).options(name=job.name, max_retries=RETRIES, **share)
         self.running[job] = task.remote(self.place, self.cores, job, *arguments)
 
-    def next_finished(self) -> tuple[Job, Metrics | None]:
-        """Wait for one of the running jobs; raises what that job raised, or DataError if its workers died again and
-        again."""
+    def next_finished(self) -> tuple[Job, Metrics | Exception | None]:
+        """Wait for one of the running jobs: its metrics or its error, also if its workers died again and again."""
         ray = self._ray
         done = ray.wait(list(self.running.values()))[0][0]
         job = next(job for job, task in self.running.items() if task == done)
@@ -101,12 +100,12 @@ class RayExecutor(Executor):
         try:
             return job, ray.get(done)
         except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
+            return job, error.cause
         except ray.exceptions.RayError as error:
-            raise DataError(
+            return job, DataError(
                 f"{job.name}: its worker died {RETRIES + 1} times ({str(error).splitlines()[0]}); where memory ran "
                 "out, give fewer --workers. Ray's logs are in /tmp/ray/session_latest/logs"
-            ) from error
+            )
 
     def __exit__(self, *error: object) -> None:
         """End what still runs; a run that had saved a checkpoint goes on from there next time."""

@@ -6,6 +6,7 @@ A table or chart is made once. ``smoa compare`` prints it, README.md has it as M
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -18,38 +19,43 @@ from smoa_lab.basics.plain import finite
 from smoa_lab.data.answers import OWN, SCORES, shown_as
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.tables import Cell, Table, counted, number
-from smoa_lab.pages.templates import Figure, page
+from smoa_lab.pages.templates import Figure, commands, page
 from smoa_lab.study import charts
-from smoa_lab.study.comparison import Comparison, measured, read_metrics
+from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.plan import FIRST_SEEDS, Metrics, changed_plan
-from smoa_lab.study.results import MEASURES, FinalRun, Result, budgets_of, final_runs, read_rows
+from smoa_lab.study.results import EQUAL, MEASURES, Budget, FinalRun, measured, read_metrics, read_rows
 from smoa_lab.study.search import Chosen, rate_text
-from smoa_lab.study.verdict import EQUAL, verdict
+from smoa_lab.study.study import FORMAT
+from smoa_lab.study.verdict import verdict
 from smoa_lab.training.run_folder import RunFolder
 
 BUDGET = "Budget: "
-MARKS = {"edge": " !", "vertex": " ^"}
+MARKS = {"edge": " !", "cut": " !", "vertex": " ^"}
 """Behind a rate, where it lies in its search."""
 DIFFERENCES, MEASURED = "Differences", "How it was measured"
 PICTURE = "differences.png"
 LARGE = "font-size: 1.4rem; line-height: 1.35; max-width: 52rem; overflow-wrap: anywhere"
 ANSWERS = "Greedy answers to the first held-out prompts, each entry's of its first seed."
 CAPTIONS = {
-    DIFFERENCES: "What decides minus the reference's; filled points differ after Holm's correction too.",
+    DIFFERENCES: "What decides, with what it is at least and at most; filled points are better or worse for certain.",
     "Searches": "Validation loss at each learning rate that was tried; an upright line is at a chosen vertex.",
     "Loss and time": "Training loss of each entry's first seed, against the seconds of its training.",
     "Learned and forgotten": "Loss on held-out rows against the change of the loss on general text.",
 }
 INTRODUCTION = (
     "Every entry's learning rate is chosen by the loss on validation rows; the figures are from fresh seeds on the "
-    "test part. Differences are to the reference of the same budget, paired by seed and row, with 95 % intervals, "
-    "97.5 % at a second look (rows resampled, Student's t over seeds, whose variance is that of all entries together). "
-    "'Same' means that the interval includes 0; '(Holm: same)' that Holm's correction takes the verdict back: for all "
-    "comparisons of the table by what decides, and apart from these for all by other measures; 'open' that the worse "
-    "one's best rate lies at the edge of its search, marked with !; ^ marks a rate at the vertex of the parabola "
-    "through the best that was tried and its neighbors. One seed gets no verdict. Seeds or entries that are added "
-    "later make another look, which is judged at half the error of the one before: all together err in at most 10 %. "
-    "± is the standard deviation over seeds; s a step are the least that was timed, since other work only slows a step."
+    "test part, in rounds of one seed of each entry. After each planned round from the second on it is asked which "
+    "entries keep enough of what each other gained over the untouched model; the first of them in order of cost is "
+    "taken, and the study ends. Bounds are one-sided, over seeds and groups of rows that belong together, at a "
+    "level by which all planned looks together take a wrong entry in 4 % of studies at most, and all others in "
+    "another 1 %. 'Worse by' is an entry's bound against the others; below 0 it is better than all. ! marks a best "
+    "rate at the edge of its search, over which nobody is taken; ^ one at the vertex of the parabola through the "
+    "best that was tried and its neighbors. ± is the standard deviation over seeds; s a step is what was timed for "
+    "the plan."
+)
+OLDER = (
+    "It was planned by an older smoa: each row counts by itself, and seeds did not reach what some methods draw and "
+    "don't train."
 )
 WHERE = "A run's folder within the study's has its config, metrics, log and the losses of its rows."
 
@@ -69,7 +75,9 @@ class Report:
         """The tables that a terminal shows, without the columns that it has no room for."""
         tables = {title: table for title, table in self.sections.items() if isinstance(table, Table)}
         own = {title: table for title, table in tables.items() if title.startswith(BUDGET)}
-        return {title: table.without("lr").without("runs") for title, table in own.items()}
+        for column in ("lr", "GB", "MB"):
+            own = {title: table.without(column) for title, table in own.items()}
+        return own
 
     def page(self) -> str:
         sections: list[tuple[str, Sequence[Any]]] = [(title, [content]) for title, content in self.sections.items()]
@@ -77,7 +85,7 @@ class Report:
         answers = [{name: text.strip() or "(nothing)" for name, text in each.items()} for each in told]
         if answers:
             sections.insert(-1, ("Answers", [ANSWERS, *answers]))
-        told = [Markup('<p style="{}">{}</p>').format(LARGE, sentence) for sentence in self.verdict]
+        told = [Markup('<p style="{}">{}</p>').format(LARGE, commands(sentence)) for sentence in self.verdict]
         shown = [contents[0] for title, contents in sections[:1] if title == DIFFERENCES]
         return page(self.title, [*sections[len(shown) :], (MEASURED, self.notes)], [*told, *shown])
 
@@ -97,8 +105,7 @@ def report(comparison: Comparison) -> Report:
     """Write ``README.md``, ``index.html``, ``summary.json`` and the picture of what has run into the study's folder."""
     study = comparison.study
     comparison.catch_up([*study.entries])
-    finals = final_runs(comparison)
-    budgets = budgets_of(comparison, finals)
+    finals, budgets = comparison.finals(), comparison.budgets()
     results = [one for budget in budgets.values() for one in budget.results]
     as_it_is = RunFolder(study.folder / "untouched")
     untouched = read_metrics(as_it_is) if as_it_is.finished else None
@@ -111,10 +118,16 @@ def report(comparison: Comparison) -> Report:
             scores = [row["scored_before"] for row in read_rows(as_it_is, OWN, comparison.scorer).values()]
             untouched["evaluation"]["before"][OWN] = finite(fmean(scores))
         changed_plan(study, lambda plan: {"digests": {**plan.digests, "metric": scorer}})  # all is scored by it now
-    of_round = sum(comparison.seconds("final", name) for name in comparison.plan.entries) / comparison.workers
-    sentences = {name: verdict(budget, command, of_round) for name, budget in budgets.items()}
+    plan = comparison.plan
+    of_round = sum(comparison.seconds("final", name) for name in study.entries if name in plan.entries)
+    sentences = {
+        name: verdict(budget, plan, command, of_round / comparison.workers) for name, budget in budgets.items()
+    }
     told = [" ".join([f"{name}:", *own][len(budgets) == 1 :]) for name, own in sentences.items()]
-    if left := comparison.progress([*comparison.plan.entries]):
+    remedy = "the same command tries again; or take it out of the study's file"
+    told += [f"{name} failed: {error.rstrip('.')}; {remedy}." for name, error in plan.failed.items()]
+    told += unequal(comparison)
+    if left := comparison.progress([*study.entries]):
         told.append(left)
     is_cut = comparison.is_over and left and command not in " ".join(told)
     if comparison.plan.limit is not None and (is_cut or (comparison.plan.listed and not told)):
@@ -122,27 +135,29 @@ def report(comparison: Comparison) -> Report:
         told.append(f"No more fits into {comparison.plan.minutes:g} minutes: `{command} --seeds {seeds}` goes on.")
     methods, searches = {name: entry.method for name, entry in study.entries.items()}, comparison.searches()
     drawn = (
-        charts.differences(results),
+        charts.differences(budgets),
         charts.searches(searches, methods),
         charts.losses(results, finals),
-        charts.learned_and_forgotten([one for one in results if budgets[one.budget].is_whole], loss),
+        charts.learned_and_forgotten([one for one in results if budgets[one.budget].round > 1], loss),
     )
     captioned = zip(CAPTIONS.items(), drawn, strict=True)
     figures = {title: Figure(chart, caption) for (title, caption), chart in captioned if chart is not None}
     sections: dict[str, Table | Figure] = {title: each for title, each in figures.items() if title == DIFFERENCES}
-    sections |= {f"{BUDGET}{name}": result_table(budget.results) for name, budget in budgets.items() if budget.is_whole}
+    sections |= {f"{BUDGET}{name}": result_table(budget) for name, budget in budgets.items() if budget.round > 1}
     sections |= figures
     sections |= {"Learning rates": rate_table(searches)} if searches else {}
     sections |= {"Runs": run_table(comparison, finals)} if finals else {}
     missing = [name for name in study.entries if name not in finals]
-    notes = [*untouched_sentence(untouched), INTRODUCTION]
+    notes = [*untouched_sentence(untouched), INTRODUCTION, *([OLDER] if plan.format < FORMAT else [])]
     if comparison.metric == OWN:
         notes.insert(-1, f"The score is the mean of {place} over rows; SHA-256 of the file: {digest[:16]}.")
+    if next(iter(comparison.configs.values())).data.recall:
+        notes.append("All rows are in each part (data.recall): what is measured is what was learned by heart.")
     notes += [f"Not run yet: {', '.join(missing)}."] if missing else []
     made = Report(
         title=f"{study.folder.resolve().name}: {study.shared['model']['name']}",
         summary={
-            "format": 3,
+            "format": 4,
             "verdict": sentences,
             "entries": [one.as_json() for one in results],
             "budgets": {name: budget.as_json() for name, budget in budgets.items()},
@@ -162,35 +177,48 @@ def report(comparison: Comparison) -> Report:
     return made
 
 
-def result_table(results: Sequence[Result]) -> Table:
+def result_table(budget: Budget) -> Table:
     """The entries of a budget, what decides best first."""
-    reference = results[0].reference
+    results = budget.results
     measures = [MEASURES[title] for title in results[0].values]
-    header = ["entry", "trained", "lr", "runs", "seeds", *(each.title for each in measures)]
+    header = ["entry", "trained", "lr", "seeds"]
     for each in measures:
-        header += [f"{each.title} − {reference}", ""]
+        header += [each.title, *(["worse by ≤"] if each.title in results[0].worst else [])]
     lines = []
     for one in results:
         rate = rate_text(one.chosen.learning_rate) + MARKS.get(one.chosen.place, "")
         links = {str(seed): charts.final_run(one, seed) for seed in one.seeds}
         share = "" if abs(one.share - 1) <= EQUAL else f" ({one.share:.0%})"
-        line: list[Any] = [one.entry, Cell(f"{one.parameters:,}{share}", one.parameters)]
-        line += [rate, len(one.chosen.losses), Cell(str(len(one.seeds)), links=links)]
+        line: list[Any] = [one.entry, Cell(f"{one.parameters:,}{share}", one.parameters), rate]
+        line.append(Cell(str(len(one.seeds)), links=links))
         for each in measures:
             mean, *spread = (f"{each.scale * value:.{each.digits}f}" for value in one.values[each.title])
             text = " ± ".join([mean, *spread][: len(one.seeds)])
             line.append(Cell("diverged" if one.diverged else text, one.values[each.title][0]))
-        for each in measures:
-            difference = one.differences.get(each.title)
-            if difference is None:  # of the reference, and before a seed of it is finished
-                line += ["", "reference" if one.entry == reference else ""]
-            else:
-                line += [Cell(difference.signed(each.scale, each.digits), difference.mean), difference.label]
+            if (most := one.worst.get(each.title)) is not None:
+                line.append(Cell(f"{each.scale * most:+.{each.digits}f}" if math.isfinite(most) else "–", most))
         forgot = "–" if one.forgotten is None else f"{one.forgotten:+.4f}"
-        lines.append([*line, forgot, number(one.step_seconds, 3)])
-    rows = counted(results[0].rows, "held-out row")
-    caption = f"On {rows}, best first; forgot is the change of the loss on general text."
-    return Table([*header, "forgot", "s a step"], lines, caption)
+        sizes = [number(one.memory and one.memory / 1e9, 1), number(one.size and one.size / 1e6, 1)]
+        lines.append([*line, forgot, number(one.step_seconds, 3), *sizes])
+    rows, groups = counted(results[0].rows, "held-out row"), results[0].groups
+    of_groups = "" if groups == results[0].rows else f" of {counted(groups, 'group')}"
+    caption = (
+        f"On {rows}{of_groups}, best first, after round {budget.round} of {max(budget.planned, budget.round)}, at a "
+        f"level of {100 * budget.level:.2g} %; forgot is the change of the loss on general text, GB a run's memory at "
+        "its peak, MB the adapter's size."
+    )
+    return Table([*header, "forgot", "s a step", "GB", "MB"], lines, caption)
+
+
+def unequal(comparison: Comparison) -> list[str]:
+    """That entries see unequal numbers of rows in their steps, if they do."""
+    rows = {
+        int(own.get("per_device_train_batch_size", 8)) * int(own.get("gradient_accumulation_steps", 1))
+        for own in (config.training for config in comparison.configs.values())
+    }
+    if len(rows) == 1:
+        return []
+    return [f"Entries see unequal numbers of rows: {min(rows)} to {max(rows)} in each of the same number of steps."]
 
 
 def rate_table(searches: Mapping[str, Chosen]) -> Table:

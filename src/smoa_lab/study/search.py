@@ -59,11 +59,12 @@ def best_of(losses: Mapping[Key, float | None]) -> Key:
 class Chosen:
     """The rate that an entry's final runs take, the losses of its search by rate, and where among them it lies: at a
     ``vertex`` between two that were tried, at one ``interior`` to them, or at the ``edge``, beyond which it may do
-    better; ``named`` is a rate that was taken without a search, ``open`` the best so far."""
+    better; ``named`` is a rate that was taken without a search, ``open`` the best so far, ``cut`` the same where the
+    time ended the search."""
 
     learning_rate: float
     losses: dict[float, float | None]
-    place: Literal["vertex", "interior", "edge", "named", "open"]
+    place: Literal["vertex", "interior", "edge", "named", "open", "cut"]
 
     @classmethod
     def of(cls, start: float, losses: Mapping[int, float | None]) -> Chosen:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +11,20 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.section import Section, Seed
-from smoa_lab.config.methods import MethodName
+from smoa_lab.config.methods import MethodName, find_method
 from smoa_lab.config.run import ConfigText, RunConfig, check_config
 from smoa_lab.config.validation import Problem, block_problems
 from smoa_lab.scoring.evaluation import DPO_LOSSES
 from smoa_lab.study.search import rate_text
 
+FORMAT = 3
+"""Of plan.json. A study goes on by the rules of the format that it was planned in."""
+OLDER_DATA = {"group": False, "answer_tokens": 128}
+"""What stood for keys of ``data`` before format 3: each row for itself, and answers of at most so many tokens."""
+SEEDS = ("random_seed", "random_loc_seed", "projection_prng_key", "projection_seed", "proj_seed", "generator_seed")
+"""Keys of PEFT's methods by which they draw what is not trained; without one, all seeds of a run draw the same."""
 Stage = Literal["timing", "untouched", "untouched-validation", "search", "final"]
 DECIDED = {
     "method": "is what an entry has",
@@ -89,10 +97,9 @@ class Job:
 class Study(Section):
     """A whole study. ``shared`` is a run's config but for method, adapter, learning rate and seed.
 
-    ``references`` are the entries to which the others of their budget are compared, by default the first one of each
-    budget. ``keep`` says whose adapters stay: those of each entry's best seed, of all final runs, or none. The verdict
-    takes the cheapest that loses at most ``tolerance`` of what training gained. Without ``seeds`` rates are searched
-    and there are no final runs.
+    ``keep`` says whose adapters stay: those of each entry's best seed, of all final runs, or none. The first in order
+    of cost is taken that keeps 1 − ``tolerance`` of what each other gained by training. Without ``seeds`` rates are
+    searched and there are no final runs. ``references``, of older files, is ignored.
     """
 
     folder: Path
@@ -118,9 +125,6 @@ class Study(Section):
         for name in entries:
             if name in ("", ".", "..", *get_args(Stage)) or "/" in name or "\\" in name:
                 raise ValueError(f"entries: {name!r} can't name a folder of runs; choose another name, without slashes")
-        unknown = [name for name in self.references if name not in entries]
-        if unknown:
-            raise ValueError(f"references: {', '.join(unknown)} is not an entry; entries: {', '.join(entries)}")
         both = sorted({entry.budget for entry in entries.values()} & entries.keys())
         if both:
             raise ValueError(f"entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one")
@@ -161,18 +165,20 @@ class Study(Section):
             raise ConfigError(f"--only: {', '.join(unknown)} is neither {known}")
         return [name for name, entry in self.entries.items() if not only or name in only or entry.budget in only]
 
-    def reference(self, name: str) -> str:
-        """The entry to which that of this name is compared: a reference of its budget, or the budget's first."""
-        budget = self.entries[name].budget
-        names = [other for other, entry in self.entries.items() if entry.budget == budget]
-        return next((other for other in self.references if other in names), names[0])
+    @property
+    def format(self) -> int:
+        """The format in which it was planned, or now would be."""
+        file = self.folder / "plan.json"
+        return int(read_stored(file).get("format", 1)) if file.is_file() else FORMAT
 
     def config(self, name: str, place: str = "study") -> RunConfig:
         """The run of an entry at its own rate, scored on the test part; raises ConfigError with all problems of it."""
         entry, shared = self.entries[name], self.shared
         own = {"learning_rate": entry.learning_rate, "seed": 0, "output_dir": str(self.folder / name)}
+        older = OLDER_DATA if self.format < FORMAT else {}
         values = {
             **shared,
+            **({"data": {**older, **shared["data"]}} if isinstance(shared.get("data"), dict) else {}),
             "method": entry.method,
             "adapter": entry.adapter,
             "model": {**shared["model"], **entry.model},
@@ -186,11 +192,24 @@ class Study(Section):
         neither sample answers nor a measure of what is forgotten."""
         own = {"learning_rate": job.learning_rate, "seed": job.seed, "output_dir": str(self.folder / job.name)}
         training = {**config.training, **own, **({} if steps is None else {"max_steps": steps})}
+        if self.format == FORMAT and (chosen := find_method(config.method).config_class) is not None:
+            fields = {field.name for field in dataclasses.fields(chosen)} - config.adapter.keys()
+            drawn = {key: job.seed for key in SEEDS if key in fields}
+            config = config.model_copy(update={"adapter": {**config.adapter, **drawn}})
         if job.stage not in ("search", "timing", "untouched-validation"):
             return config.model_copy(update={"training": training})
         quiet = {"data": {"samples": 0, "metric": None}, "forgetting": {"tokens": 0}, "scoring": {"part": "validation"}}
         sections = {key: getattr(config, key).model_copy(update=values) for key, values in quiet.items()}
         return config.model_copy(update={"training": training, **sections})
+
+
+def read_stored(file: Path) -> Any:
+    """What a JSON file of the study's folder has; raises DataError with its name if it is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        what = "this run's folder, and it is run again" if file.name == "metrics.json" else "it"
+        raise DataError(f"{file}: is damaged ({error}); put back a copy, or remove {what}") from error
 
 
 def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:

@@ -49,12 +49,12 @@ class LoadedRun:
         section, part = self.config.data, self.config.scoring.part
         rows = self.data.rows(part)
         trained_on: int | None = 0
-        if folder is not None:
+        if folder is not None and not section.recall:
             rows, trained_on = folder.not_trained_on(rows)
         beta = float(self.config.training.get("beta", BETA))
         loss_type = self.config.training.get("loss_type", "sigmoid")
-        samples = section.samples * answers
-        return Evaluation(self.encoder, rows, samples, part, beta, section.metric, loss_type), trained_on
+        told = section.metric, loss_type, section.answer_tokens
+        return Evaluation(self.encoder, rows, section.samples * answers, part, beta, *told), trained_on
 
 
 def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
@@ -97,7 +97,8 @@ def read_rows_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
     assistant, completion = (config.training.get(key) for key in ("assistant_only_loss", "completion_only_loss"))
     encoder = Encoder(tokenizer, section.max_length, assistant is not False, completion is not False)
     train, test = section.sources()
-    return encoder, Reading(train, test, section.format, section.sizes, encoder).prepare()
+    how = section.group, section.recall
+    return encoder, Reading(train, test, section.format, section.sizes, encoder, *how).prepare()
 
 
 def trainable_rows_of(
@@ -108,7 +109,7 @@ def trainable_rows_of(
     account = rows.account
     require_good_rows(account, config.data.skip_bad_rows)
     if trains and (metric := config.data.metric):
-        Evaluation(encoder, rows.rows(config.scoring.part), metric=metric)  # refuses rows that can't be scored
+        Evaluation(encoder, rows.rows(config.scoring.part), metric=metric, answer_tokens=config.data.answer_tokens)
     if trains:
         check_trainer(config, account["format"])
     if trains and not account["parts"].get("train"):

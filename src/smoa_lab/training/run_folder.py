@@ -129,6 +129,7 @@ class RunFolder:
         other releases write the same config in other words."""
         before, now = (parse_yaml(text, self.config) for text in (self.config.read_text(encoding="utf-8"), config_yaml))
         for config in (before, now):
+            config.setdefault("data", {}).setdefault("group", False)  # of an older release
             for section, key in (("training", "output_dir"), ("data", "metric")):
                 if isinstance(config.get(section), dict):
                     config[section].pop(key, None)

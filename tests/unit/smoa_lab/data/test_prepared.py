@@ -279,3 +279,79 @@ def test_bad_rows_are_counted_and_the_first_are_listed_unless_they_may_be_skippe
     assert len(lines) == 12
     require_good_rows(rows.account, skip=True)
     require_good_rows(prepare(Listed(texts(2))).account, skip=False)
+
+
+def asked(groups: int, size: int, **more: Any) -> list[dict[str, Any]]:
+    """Rows of so many prompts, with several answers to each."""
+    return [
+        {"prompt": f"Question {group}?", "completion": f"Answer {number}.", **more}
+        for group in range(groups)
+        for number in range(size)
+    ]
+
+
+def grouped(rows: list[dict[str, Any]], group: Any = None, sizes: Sizes = USUAL) -> PreparedRows:
+    return Reading([Listed(rows)], [], None, sizes, Encoder(tokenizer_with(MARKED), None), group).prepare()
+
+
+def prompts(prepared: PreparedRows, part: Any) -> set[str]:
+    return {str(row.prompt) for row in prepared.rows(part)}
+
+
+def test_rows_of_one_prompt_are_in_one_part_and_say_so_and_sizes_count_rows() -> None:
+    """Up to a9f43f17 for 100 of 100 test rows the prompt was trained on."""
+    found = grouped(asked(100, 5))
+    parts = [prompts(found, part) for part in PARTS]
+    assert not any(one & other for one in parts for other in parts if one is not other)
+    assert found.account["parts"] == {"train": 350, "validation": 50, "test": 100}
+    assert len({row.group for row in found.rows("test")}) == 20
+    few = grouped(asked(100, 5), sizes=Sizes(None, 58, 53))
+    assert few.account["parts"] == {"train": 400, "validation": 50, "test": 50}, "the last group is cut whole"
+    by_row = grouped(asked(100, 5), False)
+    assert prompts(by_row, "train") & prompts(by_row, "test")
+    assert {row.group for row in by_row.rows("test")} == {""}
+
+
+def test_a_column_may_say_what_belongs_together() -> None:
+    rows = [{**row, "family": number // 10} for number, row in enumerate(asked(200, 1))]
+    found = grouped(rows, "family")
+    families = [{json.loads(row.own)["family"] for row in found.rows(part)} for part in ("validation", "test")]
+    assert [len(each) for each in families] == [2, 4]
+    assert not families[0] & families[1]
+    assert grouped(asked(3, 1), "family").account["bad"] == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (asked(1, 200), "a prompt has more than 10% of all rows"),
+        (asked(30, 5), "the test part has fewer than 10 prompts"),
+    ],
+)
+def test_where_prompts_are_few_rows_count_by_themselves_with_a_warning(rows: list[dict[str, Any]], told: str) -> None:
+    found = grouped(rows)
+    assert found.account["ungrouped"].startswith(told)
+    assert len({row.group for row in found.rows("test")}) == len(found.rows("test"))
+
+
+def test_rows_of_different_prompts_are_split_as_ever() -> None:
+    by_prompt, by_row = grouped(asked(100, 1)), grouped(asked(100, 1), False)
+    assert by_prompt.account == by_row.account
+    assert [by_prompt.rows(part) for part in PARTS] == [by_row.rows(part) for part in PARTS]
+
+
+def test_rows_of_a_prompt_that_the_test_data_have_are_not_trained_on() -> None:
+    held_out = [{**row, "part": "test"} for row in asked(20, 1)]
+    found = grouped([*held_out, *[{**row, "completion": "Another."} for row in asked(100, 1)]])
+    assert not prompts(found, "train") & prompts(found, "test")
+    assert found.account["also_held_out"] == 20
+
+
+def test_to_measure_recall_all_rows_are_in_each_part() -> None:
+    read = Reading(
+        [Listed(asked(30, 1))], [], None, Sizes(None, 3, 5), Encoder(tokenizer_with(MARKED), None), None, True
+    )
+    found = read.prepare()
+    assert found.account["parts"] == {"train": 30, "validation": 30, "test": 30}
+    assert prompts(found, "train") == prompts(found, "validation") == prompts(found, "test")
+    assert found.account["also_held_out"] == 0

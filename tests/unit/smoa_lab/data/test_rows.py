@@ -33,3 +33,13 @@ def test_the_digest_looks_past_format_white_space_and_case_and_at_nothing_else()
 def test_the_digests_that_split_rows_stay_as_they_are() -> None:
     rows = Row("", "One two."), Row(ASKED, ANSWERED), Row("a", "b", "c"), QUESTION
     assert [row.digest[:12] for row in rows] == ["28840c942d20", "36e241bb2a6f", "d5e2dbcac1fb", "81f08d251301"]
+
+
+def test_rows_of_one_prompt_or_of_equal_turns_before_the_first_answer_belong_together() -> None:
+    def talk(*said: str) -> Row:
+        roles = ("user", "assistant") * 2
+        return Row((), tuple(Message(role, text) for role, text in zip(roles, said, strict=False)))
+
+    assert Row("Why?", "So.").asked == Row(" why? ", "Because.").asked != Row("Who?", "So.").asked
+    assert talk("Why?", "So.").asked == talk("Why?", "Thus.", "And?", "No.").asked != talk("Who?", "So.").asked
+    assert Row("", "A story.").asked == Row("", "A story.").key

@@ -313,10 +313,35 @@ def test_a_metric_sees_the_answer_alone_and_not_the_prompt() -> None:
     assert [line["answer_after"] for line in evaluation.lines()] == ["Say seven."] * 2
     assert [line["reference"] for line in evaluation.lines()] == ["six", "yes"]
     assert [sample["question"] for sample in evaluation.samples] == ["Is it six or seven?"]
-    longest = max(len(evaluation.encoder.tokenizer(word)["input_ids"]) for word in ("six", "yes"))
-    assert set(writer.asked) == {longest + 1}
+    assert set(writer.asked) == {32}
     again, _ = answered([talk("Is it six?", "seven"), rows[1]], "seven", "contains")
     assert (again.scores()["after"]["contains"], again.gain and again.gain["contains"]) == (0.5, 0.0)
+
+
+def test_answers_have_room_for_all_references_but_the_longest_and_what_is_cut_is_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = [talk(f"Say {number}.", "word " * (200 if number else 400)) for number in range(150)]
+    evaluation = Evaluation(of_turns(max_length=None), rows, metric="exact")
+    usual = len(evaluation.encoder.tokenizer("word " * 200)["input_ids"]) + 1
+    assert usual > 128
+    assert evaluation.new_tokens == math.ceil(1.25 * usual)
+    assert f"1 of 150 completions have more than {evaluation.new_tokens} tokens" in caplog.text
+    older = Evaluation(of_turns(max_length=None), rows, metric="exact", answer_tokens=128)
+    assert older.new_tokens == 128, "as a study goes on that was planned before"
+
+
+def test_a_number_that_is_not_the_only_one_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    Evaluation(
+        of_turns(), [talk("When?", "12:30"), talk("2 + 2?", "2 and 2 are 4"), talk("3?", "#### 3")], metric="number"
+    )
+    assert "2 of 3 completions have several numbers without ####, or none that is one" in caplog.text
+
+
+def test_the_answer_to_the_last_turn_is_scored_also_where_its_prompt_is_longer_than_rows_may_be() -> None:
+    turns = ("user", "One?"), ("assistant", "first"), ("user", "word " * 60), ("assistant", "second")
+    row = Row((), tuple(Message(*turn) for turn in turns))
+    assert Evaluation(of_turns(max_length=40), [row], metric="exact").prompts[0].reference == "second"
 
 
 def test_a_users_metric_sees_the_answer_alone_and_the_rows_own_fields(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.study import Study
 from tests.support import studies
 from tests.support.studies import WrittenRuns, write_runs
@@ -17,3 +18,9 @@ def written(monkeypatch: pytest.MonkeyPatch) -> WrittenRuns:
 def study(tmp_path: Path) -> Study:
     """Two entries of one budget and a third of another; nothing is run yet."""
     return studies.tiny_study(tmp_path / "study")
+
+
+@pytest.fixture
+def no_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Studies run all their rounds: for tests of what is run, and not of what ends it."""
+    monkeypatch.setattr(Comparison, "decide", lambda self: None)

@@ -1,5 +1,6 @@
 """The studies that commands write."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ from smoa_lab.study.default_study import TIMES_LORA, default_study, tuning_study
 from smoa_lab.study.study import Study, load_study
 from tests.support.own_rows import chats, rows_base, write_rows
 from tests.support.studies import WrittenRuns
-
-pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def test_a_first_study_has_entries_of_equal_size_and_all_that_it_decides(room: P
         assert 0.85 <= (other.parameters or 0) / lora.parameters <= 1.02
     rate = adapter_rate(1000)
     assert [entry.learning_rate for entry in (ours, lora, hira)] == [rate, rate, 10 * rate]
-    assert (study.references, study.seeds, study.keep) == (["lora"], [0, 1, 2, 3], "best")
+    assert (study.seeds, study.keep) == ([0, 1, 2, 3], "best")
     written.rows["train"] = 4000
     assert default_study("base", "chats.jsonl").shared["training"]["max_steps"] == 300
 
@@ -74,8 +73,8 @@ def test_every_start_rate_has_its_source_and_is_of_a_method_that_there_is() -> N
 def test_the_command_writes_a_study_runs_it_and_goes_on_with_it(room: Path, written: WrittenRuns) -> None:
     words = ["compare", "--model", "base", "--data", "chats.jsonl"]
     ran = smoa(*words)
-    assert "smoa is no more than 0." in ran.stdout
-    assert "take lora, the cheapest: studies/chats/lora/lr-" in ran.stdout
+    assert "smoa gained at least 5 % more than lora, after round 2 of 5: take smoa, the first in order" in ran.stdout
+    assert "of cost: studies/chats/smoa/lr-" in ran.stdout
     assert ran.stdout.splitlines()[-1] == "Page, table and runs: studies/chats"
     assert "a final run" in ran.stderr
     assert "150 steps a run on 400 rows" in ran.stderr
@@ -107,8 +106,24 @@ def test_a_study_that_is_refused_leaves_no_file_that_refuses_the_next(room: Path
     words = ["compare", "--model", "base", "--data", "chats.jsonl"]
     assert "the smallest comparison, take" in smoa(*words, "--minutes", "0.01", code=1).stderr
     first = smoa(*words, "--seeds", "2").stdout
-    assert "--minutes: None, now 60" in smoa(*words, "--methods", "smoa,lora,hira", "--minutes", "60", code=1).stderr
+    assert "tuning.seed: 100, now 7" in smoa(*words, "--methods", "smoa,dora", "tuning.seed=7", code=1).stderr
     assert smoa(*words).stdout == first
+
+
+def test_a_plan_alone_times_steps_says_what_it_will_tell_and_keeps_nothing(room: Path, written: WrittenRuns) -> None:
+    words = ["compare", "--model", "base", "--data", "chats.jsonl", "--plan"]
+    told = smoa(*words).stdout
+    assert "150 steps a run on 400 rows" in told
+    assert re.search(r"By 5 rounds it will tell differences of about 0\.\d{3} nats per token\.", told)
+    assert (written.ran, len(written.timed)) == ([], 2)
+    assert not (room / "studies").exists() or not list((room / "studies").iterdir())
+    assert "By 3 rounds it will tell" in smoa(*words, "--minutes", "3").stdout
+
+
+def test_the_folder_of_a_study_names_it(room: Path, written: WrittenRuns) -> None:
+    first = smoa("compare", "--model", "base", "--data", "chats.jsonl", "--seeds", "2").stdout
+    (room / "chats.jsonl").unlink()  # a report needs no rows
+    assert first.endswith(smoa("compare", "studies/chats", "--report-only").stdout)
 
 
 def test_seeds_that_are_named_later_are_run_and_need_not_be_named_again(room: Path, written: WrittenRuns) -> None:
@@ -172,7 +187,7 @@ def test_a_study_by_a_users_metric_is_reported_without_it_and_goes_on_with_it(ro
     (room / "own.py").write_text("def score(answer, row): return float(answer == '4')")
     words = ["compare", "--model", "base", "--data", "chats.jsonl", "seeds=[0,1]"]
     first = smoa(*words, "--metric", "own.py:score").stdout
-    assert "points of score" in first
+    assert "smoa gained at least 45 % more than lora" in first
     number = len(written.ran)
     for place in (words, ["compare", "studies/chats/study.yaml"]):
         refused = smoa(*place, code=1).stderr

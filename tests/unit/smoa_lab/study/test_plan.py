@@ -1,14 +1,16 @@
 """The plan of a study: what it takes, what no resume changes, what a folder may have."""
 
+import socket
 from typing import Any
 
 import pytest
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
-from smoa_lab.study import plan as planning
-from smoa_lab.study.plan import FEWEST, Plan, Timing, check_folder, fitted, prepare, study_file
-from smoa_lab.study.study import Study, load_study
+from smoa_lab.study import planning
+from smoa_lab.study.plan import Plan, Timing
+from smoa_lab.study.planning import FEWEST, check_folder, fitted, prepare, study_file
+from smoa_lab.study.study import Study, Tuning, load_study
 from tests.support.studies import WrittenRuns, compared, entry
 
 
@@ -21,11 +23,14 @@ def planned(steps: int = 300, seeds: int = 3) -> Plan:
 
 def unused(plan: Plan) -> Plan:
     """A plan without the time that was used."""
-    return plan.model_copy(update={"used": 0.0})
+    return plan.model_copy(update={"used": 0.0, "counted": 0.0})
 
 
 def test_a_plan_lasts_as_long_as_its_longest_searches_and_its_runs() -> None:
     assert planned(100).longest(6) == 6 * (20 + 30) + 3 * (30 + 40)
+    assert planned(100).longest(6, workers=8) == 4 * 30 + 40, (
+        "the longest chain: the slower one's runs after each other"
+    )
 
 
 def test_three_seeds_come_before_more_than_thirty_steps_and_fewer_steps_never() -> None:
@@ -39,8 +44,7 @@ def test_three_seeds_come_before_more_than_thirty_steps_and_fewer_steps_never() 
         assert 1.1 * found.model_copy(update={"steps": found.steps + 1}).longest(6) > seconds
     least = [1.1 * planned(FEWEST, seeds).longest(6) for seeds in range(4)]
     found = [fitted(whole, 6, seconds + 1) for seconds in [*least, 10]]
-    assert [(plan.steps, len(plan.seeds)) for plan in found[:3]] == [(30, 0), (30, 1), (30, 2)]
-    assert (found[4].steps, found[4].seeds) == (30, [])
+    assert [(plan.steps, len(plan.seeds)) for plan in found] == [(30, 2), (30, 2), (30, 2), (30, 3), (30, 2)]
     assert fitted(planned(20), 6, 5000).steps == 20
 
 
@@ -51,8 +55,10 @@ def test_the_untouched_model_is_scored_first_and_counts_and_a_few_steps_of_each_
     assert [path.rpartition("/")[2] for path in written.ran] == ["untouched", "untouched-validation"]
     assert [path.rpartition("/")[2] for path in written.timed] == list(study.entries)
     assert not (study.folder / "timing").exists()
-    assert (plan.format, plan.steps, plan.seeds, plan.rows["test"]) == (2, 100, [0, 1, 2], 60)
-    assert plan.entries["lora"] == Timing(parameters=1000, step=plan.entries["lora"].step, beside=2.0)
+    assert (plan.format, plan.steps, plan.seeds, plan.rows["test"]) == (3, 100, [0, 1, 2], 60)
+    assert plan.entries["lora"] == Timing(
+        parameters=1000, step=plan.entries["lora"].step, beside=2.0, machine=socket.gethostname()
+    )
     assert plan.entries["lora"].step == pytest.approx(0.1)
     assert plan.final == pytest.approx(4 - 1 + 2 * 2048 / 360)  # the validation part's seconds a token
     assert unused(plan) == unused(compared(study).plan)
@@ -66,11 +72,22 @@ def test_a_start_that_was_interrupted_scores_the_untouched_model_no_second_time(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("smoa_lab.study.comparison.time_steps", interrupted)
+        patch.setattr("smoa_lab.study.executor.time_steps", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compared(study)
     compared(study).run()
     assert len(written.ran) == len(set(written.ran))
+
+
+def test_a_file_may_be_edited_after_a_start_that_was_interrupted(
+    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("smoa_lab.study.executor.time_steps", lambda *_: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            compared(study)
+    data = {"train": "chats.jsonl", "max_length": 64}
+    compared(study.model_copy(update={"shared": {**study.shared, "data": data}})).run(["lora"])
 
 
 def test_what_cannot_end_in_time_is_refused_by_the_quickest_step_so_far_and_leaves_nothing(
@@ -89,17 +106,23 @@ def test_a_plan_is_for_the_minutes_that_are_given_and_no_resume_changes_it(study
     assert plan.steps < 100
     assert plan.minutes == 3
     assert unused(compared(study).plan) == unused(compared(study, minutes=3).plan) == unused(plan)
-    with pytest.raises(ConfigError, match=r"planned otherwise\n  --minutes: 3\.0, now 60"):
-        compared(study, minutes=60)
 
 
-def test_with_the_minutes_of_the_plan_no_more_seeds_go_on_than_were_planned(study: Study, written: WrittenRuns) -> None:
+@pytest.mark.parametrize("minutes", [60, 2])
+def test_other_minutes_are_for_what_is_left(minutes: float, study: Study, written: WrittenRuns) -> None:
+    plan, again = compared(study, minutes=3).plan, compared(study, minutes=minutes).plan
+    assert (again.steps, again.minutes) == (plan.steps, minutes)
+    assert again.limit == pytest.approx(plan.used + 60 * minutes, abs=2)
+
+
+def test_seeds_beyond_the_planned_rounds_are_one_more_look(study: Study, written: WrittenRuns) -> None:
     plan = compared(study, minutes=3, number=4).plan
-    assert len(plan.listed) == 4
+    assert (len(plan.listed), plan.rounds, plan.looked_at()) == (4, 4, [2, 3, 4])
     assert unused(compared(study, minutes=3, number=4).plan) == unused(plan)
-    with pytest.raises(ConfigError, match=r"--seeds: 5, planned with --minutes: 4; for more, omit --minutes"):
-        compared(study, minutes=3, number=5)
-    assert len(compared(study, number=5).plan.seeds) == 5
+    for number, extensions, level in ((5, [5], 0.005), (5, [5], 0.005), (7, [5, 7], 0.0025)):
+        more = compared(study, number=number).plan
+        assert (len(more.seeds), more.rounds, more.extensions) == (number, 4, extensions)
+        assert (more.looked_at(), more.level(2)) == ([number], level)
 
 
 def test_entries_and_seeds_may_be_added_and_run_at_the_plans_steps(study: Study, written: WrittenRuns) -> None:
@@ -111,8 +134,9 @@ def test_entries_and_seeds_may_be_added_and_run_at_the_plans_steps(study: Study,
     assert list(added.entries) == ["ours", "lora", "full", "dora"]
     assert (plan.limit, added.limit) == (180, None)
     assert unused(compared(more).plan) == unused(added)
-    with pytest.raises(ConfigError, match=r"entries\.dora: .*, now null"):
-        compared(study)
+    dropped = compared(study.model_copy(update={"seeds": [0, 1, 2, 7]})).plan
+    assert (list(dropped.entries), dropped.dropped) == (["ours", "lora", "full", "dora"], {"dora": "all"})
+    assert compared(more).plan.dropped == {}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +147,7 @@ def test_entries_and_seeds_may_be_added_and_run_at_the_plans_steps(study: Study,
             {"model": {"name": "other"}, "data": {"train": "chats.jsonl"}},
             'shared.model.name: "base", now "ot',
         ),
-        ("keep", "all", 'keep: "best", now "all"'),
+        ("tuning", Tuning(seed=7), "tuning.seed: 100, now 7"),
     ],
 )
 def test_any_other_change_of_the_file_is_refused_with_what_differs(
@@ -152,8 +176,7 @@ def test_other_rows_or_another_base_are_refused_also_where_all_has_run(
     written.digests[key] = "another"
     with pytest.raises(ConfigError, match=told):
         compared(study)
-    with pytest.raises(ConfigError, match=told):
-        prepare(study, None)
+    assert prepare(study, None).digests[key] != "another", "a report reads no rows, which may be gone"
 
 
 def test_what_is_missing_is_said_before_anything_runs(
@@ -178,7 +201,7 @@ def test_bad_rows_and_an_entry_that_cannot_be_made_are_told_before_the_first_run
     with pytest.raises(ConfigError, match="no layer q_pro"):
         compared(study)
 
-    def bad(config: RunConfig, trains: bool) -> dict[str, Any]:
+    def bad(config: RunConfig) -> dict[str, Any]:
         raise DataError("chats.jsonl, line 3: no content")
 
     monkeypatch.setattr(planning, "inputs", bad)
@@ -209,8 +232,8 @@ def test_a_folder_of_something_else_or_of_another_study_is_refused(study: Study,
     assert stored == study
     with study_file(study.model_copy(update={"entries": {**study.entries, "dora": entry()}})):
         pass
-    with pytest.raises(ConfigError, match=r"study\.yaml: says otherwise\n  entries\.dora: .*now null\n"):
-        check_folder(study)
+    with pytest.raises(ConfigError, match=r"study\.yaml: says otherwise\n  tuning\.seed: 100, now 7\n"):
+        check_folder(study.model_copy(update={"tuning": Tuning(seed=7)}))
 
 
 def test_a_studys_own_file_stays_as_its_author_wrote_it_also_where_an_extension_is_interrupted(study: Study) -> None:
@@ -225,3 +248,13 @@ def test_a_studys_own_file_stays_as_its_author_wrote_it_also_where_an_extension_
     with pytest.raises(KeyboardInterrupt), study_file(study.model_copy(update={"seeds": [0, 1, 2, 3]})):
         raise KeyboardInterrupt
     assert file.read_text() == text
+
+
+def test_where_batches_make_other_numbers_of_steps_all_entries_take_the_fewest(
+    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(config: RunConfig, most: int, seconds: float) -> dict[str, Any]:
+        return written.time_steps(config, most, seconds) | {"steps": {"smoa": 100, "lora": 40}.get(config.method, 90)}
+
+    monkeypatch.setattr("smoa_lab.study.executor.time_steps", timed)
+    assert compared(study).plan.steps == 40

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import re
 from hashlib import sha256
 from pathlib import Path
@@ -12,23 +13,23 @@ import pytest
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
+from smoa_lab.scoring.bounds import level_of
 from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.plan import prepare
+from smoa_lab.study.planning import prepare
 from smoa_lab.study.report import report
-from smoa_lab.study.results import Result, budgets_of, final_runs
+from smoa_lab.study.results import Result
 from smoa_lab.study.study import Study, Tuning
 from tests.support.metrics import named
 from tests.support.studies import WrittenRuns, compared, finished, page
 
-pytestmark = pytest.mark.usefixtures("few_resamples", "quick_pictures")
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 
 
 def results(study: Study) -> dict[str, Result]:
     """The results that a study's report has, by entry."""
     comparison = compared(study)
     report(comparison)
-    budgets = budgets_of(comparison, final_runs(comparison))
-    return {one.entry: one for budget in budgets.values() for one in budget.results}
+    return {one.entry: one for budget in comparison.budgets().values() for one in budget.results}
 
 
 def rewritten(study: Study, run: str, change: Any) -> None:
@@ -45,8 +46,7 @@ def test_a_study_is_reported_in_words_in_a_table_for_programs_and_on_a_page_with
 ) -> None:
     made = report(finished(study))
     assert made.verdict[0].startswith(
-        "small: ours is no more than 0.110 nats per token better than lora (95 %), 5 % of what training gained: take "
-        "lora, the cheapest: "
+        "small: ours gained at least 5 % more than lora, after round 2 of 3: take ours, the first in order of cost: "
     )
     text, html = page(study), (study.folder / "index.html").read_text()
     for told in (made.verdict[0], "The untouched model: loss 4.0000.", "On 60 held-out rows, best first"):
@@ -55,9 +55,10 @@ def test_a_study_is_reported_in_words_in_a_table_for_programs_and_on_a_page_with
     for heading in ("How it was measured", "Searches", "Loss and time", "Learned and forgotten", "Answers", "Runs"):
         assert f"<h2>{heading}</h2>" in html
     summary = json.loads((study.folder / "summary.json").read_text(), parse_constant=pytest.fail)
-    assert summary["format"] == 3
+    assert summary["format"] == 4
     assert [one["entry"] for one in summary["entries"]] == ["ours", "lora", "full"]
-    assert summary["entries"][1]["differences"]["loss"]["verdict"] == "worse"
+    assert summary["entries"][1]["worst"]["loss"] > summary["entries"][0]["worst"]["loss"]
+    assert (summary["budgets"]["small"]["take"], summary["budgets"]["small"]["round"]) == ("ours", 2)
     files = {file.name for file in study.folder.iterdir() if file.is_file() and not file.name.startswith(".")}
     assert files == {"plan.json", "chosen.json", "README.md", "index.html", "summary.json", "differences.png"}
     assert summary["answers"][1] == {
@@ -70,7 +71,7 @@ def test_a_study_is_reported_in_words_in_a_table_for_programs_and_on_a_page_with
     }
     assert "<dt>ours</dt><dd>smoa 1</dd><dt>lora</dt><dd>lora 1</dd>" in html
     lines = dict(re.findall(r'<tr><td><span id="([^"]+)">[^<]+</span></td>(.*?)</tr>', html))
-    assert len(lines) == 9
+    assert len(lines) == 6
     assert all((study.folder / name / "metrics.json").is_file() for name in lines)
     assert set(re.findall(r'"(?:run":")?#([^"/]+/lr-[^"]+)"', html)) == set(lines)
     values = re.findall(r"<td>([^<]*)</td>", lines["ours/lr-1e-2-seed-0"])
@@ -82,9 +83,9 @@ def test_what_is_not_run_yet_is_told(study: Study, written: WrittenRuns) -> None
     assert report(comparison).verdict == ["0 runs of searches and 0 final runs are done; the rest takes 9 min at most."]
     comparison.run(["lora"])
     found = results(study)
-    assert found["lora"].differences == {}
+    assert found["lora"].worst == {}
     assert "Not run yet: ours, full." in page(study)
-    assert "3 of 6 final runs are done, and differences are shown when all are." in page(study)
+    assert "3 of 6 final runs are done, and bounds are shown from the second round on." in page(study)
     assert "3 runs of searches and 3 final runs are done; the rest takes " in page(study)
     assert not list(study.folder.glob("*.png"))
 
@@ -107,10 +108,11 @@ def test_a_final_run_that_diverged_is_worse_than_any(study: Study, written: Writ
     written.loss = loss
     report(finished(study))
     found = results(study)["lora"]
-    assert (found.differences["loss"].verdict, found.diverged) == ("worse", 1)
+    assert (found.worst["loss"], found.diverged) == (math.inf, 1)
     summary = json.loads((study.folder / "summary.json").read_text(), parse_constant=pytest.fail)
     assert [one["values"]["loss"] for one in summary["entries"] if one["entry"] == "lora"] == [[None, 0.0]]
-    assert "ours is better than lora, which diverged: take ours. lora diverged in 1 of 3 runs." in page(study)
+    assert "ours is better than lora, which diverged, after round 2 of 3: take ours" in page(study)
+    assert "lora diverged in 1 of 2 runs." in page(study)
     assert "| diverged |" in page(study)
 
 
@@ -119,13 +121,11 @@ def test_choices_are_compared_by_accuracy_too_and_a_constant_one_is_no_compariso
 ) -> None:
     written.kind = "choices"
     report(finished(study))
-    found = results(study)["lora"].differences
-    assert list(found) == ["loss", "accuracy %"]
-    assert found["loss"].holm_p == found["loss"].p  # accuracy is another family
+    assert list(results(study)["lora"].worst) == ["loss", "accuracy %"]
     assert "accuracy 25.0 %; the commonest label is right in 60.0 %." in page(study)
     for run in study.folder.glob("*/lr-*"):
         rewritten(study, str(run.relative_to(study.folder)), lambda row: {**row, "right_after": 0})
-    assert list(results(study)["lora"].differences) == ["loss"]
+    assert list(results(study)["lora"].worst) == ["loss"]
 
 
 def test_where_the_loss_is_the_same_everywhere_accuracy_decides_and_higher_is_better(
@@ -136,10 +136,8 @@ def test_where_the_loss_is_the_same_everywhere_accuracy_decides_and_higher_is_be
     for run in study.folder.glob("*/lr-*"):
         rewritten(study, str(run.relative_to(study.folder)), lambda row: {**row, "after": 1.0})
     small = report(comparison).summary["budgets"]["small"]
-    assert (small["measure"], small["gain"][0]) == ("accuracy %", 0.25)
+    assert small["measure"] == "accuracy %"
     assert [one[:3] for one in small["pairs"]] == [["ours", "lora", -0.5], ["lora", "ours", 0.5]]
-    assert "ours is better than lora by " in page(study)
-    assert " points or more (95 %)" in page(study)
 
 
 def test_preferences_are_compared_by_dpos_loss_margin_and_share_won(study: Study, written: WrittenRuns) -> None:
@@ -147,30 +145,89 @@ def test_preferences_are_compared_by_dpos_loss_margin_and_share_won(study: Study
     written.loss = lambda config: (usual(config) or 0.0) - 2.6
     made = report(finished(study))
     assert list(results(study)["lora"].values) == ["DPO loss", "margin", "won %"]
-    assert re.match(r"small: ours is better than lora by 0\.\d+ nats or more \(95 %\)", made.verdict[0])
+    assert re.match(r"small: ours gained at least \d+ % more than lora", made.verdict[0])
 
 
-def test_no_difference_is_shown_before_all_planned_seeds_are_in_and_later_looks_are_judged_more_strictly(
+def test_bounds_are_those_of_whole_rounds_and_seeds_beyond_the_plan_are_looked_at_once(
     study: Study, written: WrittenRuns
 ) -> None:
     study = study.model_copy(update={"entries": {name: study.entries[name] for name in ("ours", "lora")}})
-    report(finished(study))
-    first = results(study)["lora"].differences["loss"]
-    more = compared(study.model_copy(update={"seeds": [0, 1, 2, 3]}))
+    first = finished(study)
+    assert first.plan.takes["small"].model_dump() == {
+        "entry": "ours",
+        "round": 2,
+        "level": level_of(2, 3),
+        "tolerance": 0.1,
+    }
+    assert len(list(study.folder.glob("*/lr-*-seed-[0-9]"))) == 4, "it ended as soon as it knew"
+    more = compared(study, number=5)
+    assert (more.plan.extensions, more.plan.takes) == ([5], {})
     more.run(["lora"])
-    made = report(more)
-    assert made.verdict[0] == "7 of 8 final runs are done, and differences are shown when all are."
-    assert "Differences" not in made.sections
-    assert not any(title.startswith("Budget") for title in made.sections)
+    told = "7 of 10 final runs are done, and bounds are shown from the second round on. This look was not planned"
+    assert report(more).verdict[0].startswith(told)
     more.run()
-    assert more.plan.looks == {"small": [6]}
     made = report(more)
-    assert more.plan.looks == {"small": [6, 8]}
-    assert made.summary["budgets"]["small"]["level"] == 0.025
-    assert "This is not the first look" in made.verdict[0]
-    assert report(compared(study.model_copy(update={"seeds": [0, 1, 2, 3]}))).verdict == made.verdict
-    again = made.summary["entries"][1]["differences"]["loss"]
-    assert again["high"] - again["low"] > first.high - first.low
+    assert more.plan.takes["small"].level == made.summary["budgets"]["small"]["level"] == 0.005
+    assert "after round 5 of 5: take ours" in made.verdict[0]
+    assert "This look was not planned at first: it errs in 0.5 %, and all looks in at most 5 %." in made.verdict[0]
+    assert report(compared(study, number=5)).verdict == made.verdict
+
+
+def test_an_undecided_study_says_what_would_tell_and_runs_all_its_rounds(study: Study, written: WrittenRuns) -> None:
+    usual = written.loss
+    written.loss = lambda config: (usual(config) or 0.0) + 0.3 * (hash((config.method, config.training["seed"])) % 3)
+    study = study.model_copy(update={"tuning": Tuning(max_runs=0), "tolerance": 0.001})
+    made = report(finished(study))
+    assert "small: Undecided after round 3 of 3: " in made.verdict[0]
+    assert len(list(study.folder.glob("lora/lr-*-seed-[0-9]"))) == 3
+
+
+def test_an_entry_that_fails_is_named_and_the_others_get_their_verdict(study: Study, written: WrittenRuns) -> None:
+    def loss(config: RunConfig) -> float | None:
+        if config.method == "lora":
+            raise RuntimeError("CUDA out of memory")
+        return written.usual_loss(config)
+
+    written.loss = loss
+    made = report(finished(study))
+    assert any(told.startswith("lora failed: RuntimeError: CUDA out of memory; the same") for told in made.verdict)
+    assert made.verdict[0].startswith("small: ours gained ")
+    assert made.summary["budgets"]["small"]["level"] == level_of(2, 3), "it counts as one of two"
+    kept = study.model_copy(update={"entries": {n: e for n, e in study.entries.items() if n != "lora"}})
+    dropped = report(finished(kept))
+    assert not any("failed" in told for told in dropped.verdict)
+    written.loss = written.usual_loss
+    assert report(finished(study)).summary["budgets"]["small"]["pairs"], "it may come back"
+
+
+def test_a_changed_tolerance_asks_again_without_another_look(study: Study, written: WrittenRuns) -> None:
+    finished(study)
+    strict = compared(study.model_copy(update={"tolerance": 0.05, "keep": "all"}))
+    assert (strict.plan.takes, strict.plan.extensions) == ({}, [])
+
+
+def test_training_that_hurts_is_told_as_such(study: Study, written: WrittenRuns) -> None:
+    written.untouched_loss = 1.0
+    made = report(finished(study))
+    assert "Training hurt: every entry is worse than the untouched model, by 0.9" in made.verdict[0]
+    assert "take none." in made.verdict[0]
+
+
+def test_unequal_batches_are_told(study: Study, written: WrittenRuns) -> None:
+    large = study.entries["lora"].model_copy(update={"training": {"gradient_accumulation_steps": 4}})
+    made = report(finished(study.model_copy(update={"entries": {**study.entries, "lora": large}})))
+    assert "Entries see unequal numbers of rows: 8 to 32 in each of the same number of steps." in made.verdict
+
+
+def test_a_damaged_file_is_named(study: Study, written: WrittenRuns) -> None:
+    finished(study)
+    for name in ("chosen.json", "lora/lr-2e-3-seed-0/metrics.json", "plan.json"):
+        file = study.folder / name
+        whole = file.read_text()
+        file.write_text(whole[: len(whole) // 2])
+        with pytest.raises(DataError, match=rf"{name}: is damaged"):
+            report(compared(study))
+        file.write_text(whole)
 
 
 def test_a_study_is_shown_after_each_run_without_differences_and_a_resumed_one_says_first_what_is_done(
@@ -188,8 +245,7 @@ def test_a_study_is_shown_after_each_run_without_differences_and_a_resumed_one_s
     assert "3 runs of searches and 3 final runs are done; the rest takes" in caplog.text
     assert len(pages) == len(written.ran) - 8 - 1  # the last run's is made by who runs it
     assert [text.count("| ours | ") for text in pages[:2]] == [1, 1]  # its search
-    assert all(" final runs are done" in text for text in pages)
-    assert [" better than " in text for text in pages] == [False] * (len(pages) - 1) + [True]  # one of another budget
+    assert [" more than lora, after round 2" in text for text in pages][-1]
 
 
 def test_runs_are_paired_by_row_and_copies_of_a_row_count_as_one(study: Study, written: WrittenRuns) -> None:
@@ -224,13 +280,13 @@ def test_a_metric_decides_and_another_scores_the_stored_answers_again_without_a_
 ) -> None:
     made = report(finished(by(study, "contains")))
     small = made.summary["budgets"]["small"]
-    assert (small["measure"], small["gain"][0]) == ("contains %", 1.0)
+    assert (small["measure"], small["take"]) == ("contains %", "ours")
     assert small["pairs"][0][:3] == ["ours", "lora", -0.25]
-    assert "ours is better than lora by " in page(study)
     assert list(results(by(study, "contains"))["lora"].values) == ["contains %", "loss"]
     ran = len(written.ran)
     again = report(compared(by(study, "exact"))).summary["budgets"]["small"]
-    assert (again["measure"], again["gain"][0], again["pairs"][0][2]) == ("exact %", 0.5, -0.25)
+    assert (again["measure"], again["pairs"][0][2]) == ("exact %", -0.25)
+    assert again["level"] == 0.005, "another metric is another look"
     assert len(written.ran) == ran
     for other in ("choice", None):
         with pytest.raises(ConfigError, match=r'shared\.data\.metric: "exact", now (null|"choice")'):
@@ -248,8 +304,7 @@ def test_a_users_metric_decides_and_a_mended_one_scores_the_stored_answers_again
     with named(tmp_path / "own.py", RIGHT):
         made = report(finished(own))
         small, ran = made.summary["budgets"]["small"], len(written.ran)
-        assert (small["measure"], small["gain"][0], small["pairs"][0][:3]) == ("score", 2.25, ["ours", "lora", -0.75])
-        assert "points of score" in made.verdict[0]
+        assert (small["measure"], small["pairs"][0][:3]) == ("score", ["ours", "lora", -0.75])
         assert list(results(own)["lora"].values) == ["score", "loss"]
     stored = report(Comparison(own, prepare(own, None)))
     assert stored.summary == made.summary
@@ -259,7 +314,6 @@ def test_a_users_metric_decides_and_a_mended_one_scores_the_stored_answers_again
     with named(tmp_path / "own.py", LEVELS):
         mended = report(Comparison(own, prepare(own, None)))
         assert mended.summary["untouched"]["score"] == 1.0
-        assert mended.summary["budgets"]["small"]["gain"][0] == 0.0
     assert report(Comparison(own, prepare(own, None))).summary == mended.summary
     assert len(written.ran) == ran
 
@@ -282,9 +336,9 @@ def test_a_search_goes_on_with_the_seeds_asked_for_and_has_a_verdict(study: Stud
     comparison = compared(search, number=3)
     assert (comparison.plan.seeds, comparison.plan.final > 0) == ([1, 2, 3], True)
     comparison.run()
-    assert report(comparison).verdict[0].startswith("small: ours is no more than")
+    assert report(comparison).verdict[0].startswith("small: ours gained at least")
     rmtree(study.folder / "untouched")  # as of a version that didn't score it
-    assert report(finished(search)).verdict[0].startswith("small: ours is no more than")
+    assert report(finished(search)).verdict[0].startswith("small: ours gained at least")
 
 
 def test_a_page_that_begins_with_answers_is_written(study: Study, written: WrittenRuns) -> None:
@@ -298,8 +352,7 @@ def test_an_entry_whose_runs_come_before_those_of_another_is_no_look(study: Stud
     finished(study)
     for run in study.folder.glob("lora/lr-*-seed-[012]"):
         rmtree(run)
-    assert report(compared(study)).verdict[0].startswith("small: 3 of 6 final runs are done, and differences are shown")
-    assert "small" not in compared(study).plan.looks
+    assert report(compared(study)).verdict[0].startswith("small: 2 of 6 final runs are done, and bounds are shown")
 
 
 def test_a_study_that_goes_on_without_the_users_metric_says_what_to_give(
@@ -319,7 +372,7 @@ def test_a_run_that_diverged_loses_by_a_metric_too(study: Study, written: Writte
     usual = written.loss
     written.loss = lambda config: None if config.training["seed"] == 1 and config.method == "smoa" else usual(config)
     report(finished(by(study, "contains")))
-    assert "lora is better than ours, which diverged: take lora." in page(study)
+    assert "lora is better than ours, which diverged, after round 2 of 3: take lora" in page(study)
     assert [one["values"]["contains %"] for one in json.loads((study.folder / "summary.json").read_text())["entries"]][
         1
     ] == [None, 0.0]
@@ -331,12 +384,13 @@ def test_by_choice_the_accuracy_decides(study: Study, written: WrittenRuns) -> N
     assert list(results(by(study, "choice"))["lora"].values) == ["accuracy %", "loss"]
 
 
+@pytest.mark.usefixtures("no_looks")
 def test_where_no_answer_is_right_nothing_was_gained_whatever_the_loss(study: Study, written: WrittenRuns) -> None:
     finished(by(study, "exact"))
     for run in study.folder.glob("*/lr-*"):
         rewritten(study, str(run.relative_to(study.folder)), lambda row: {**row, "answer_after": "5"})
     made = report(compared(by(study, "exact")))
-    assert made.verdict[0].startswith("small: Training gained nothing that could be shown (0.0 points, ")
+    assert made.verdict[0].startswith("small: Training gained nothing that could be shown, after round 3 of 3: take")
     assert list(results(by(study, "exact"))["lora"].values) == ["exact %", "loss"]
 
 
@@ -348,3 +402,19 @@ def test_other_work_beside_some_runs_makes_no_entry_dearer(study: Study, written
         metrics["training"]["seconds"] *= 3
         (run / "metrics.json").write_text(json.dumps(metrics))
     assert {name: one.step_seconds for name, one in results(study).items()} == pytest.approx(before)
+
+
+def test_by_a_metric_the_adapter_that_answers_best_is_kept(study: Study, written: WrittenRuns) -> None:
+    usual, row = written.usual_loss, written._row
+
+    def loss(config: RunConfig) -> float | None:
+        return (usual(config) or 0.0) + 0.1 * int(config.training["seed"] == 1)
+
+    def answered(number: int, value: float | None, config: RunConfig) -> dict[str, Any]:
+        told = row(number, value, config)
+        is_best = config.training["seed"] == 1 and "answer_after" in told
+        return told | ({"answer_after": "4"} if is_best else {})
+
+    written.loss, written._row = loss, answered  # type: ignore[method-assign]
+    report(finished(by(study, "exact")))
+    assert [path.parent.name for path in study.folder.glob("ours/*/adapter")] == ["lr-1e-2-seed-1"]

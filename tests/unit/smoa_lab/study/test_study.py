@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import yaml
 
 from smoa.errors import ConfigError
+from smoa_lab.config.methods import find_method
 from smoa_lab.study.study import Job, Study, load_study
 from tests.support.studies import tiny_study
 
@@ -36,7 +38,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"entries": {"ours": {"method": "smoa", "learning_rate": 0.01, "adapter": {"num_block": 2}}}},
         r"entries\.ours(.|\n)*num_block(.|\n)*did you mean 'num_blocks'",
     ),
-    ({"references": ["nobody"]}, "nobody is not an entry; entries: ours, lora"),
     ({"tuning": {"max_runs": 1}}, r"tuning\.max_runs"),
     ({"shared": {"data": {"train": "x"}}}, r"shared\.model: is missing"),
     ({"seeds": [1, 100]}, "seeds: 100 is the seed of the search"),
@@ -131,3 +132,31 @@ def test_a_search_scores_validation_alone_and_a_final_run_the_test_part(tmp_path
     assert search.folder == final.folder == tmp_path / "lora" / "lr-6.3e-4-seed-7"
     own = {key: final.training[key] for key in ("learning_rate", "seed", "max_steps", "use_cpu")}
     assert own == {"learning_rate": 6.3e-4, "seed": 7, "max_steps": 30, "use_cpu": True}
+
+
+DRAWS = {
+    "shira": "random_seed",
+    "vera": "projection_prng_key",
+    "waveft": "random_loc_seed",
+    "randlora": "projection_prng_key",
+}
+
+
+@pytest.mark.parametrize("method", [name for name in DRAWS if hasattr(peft, find_method(name).config_class.__name__)])
+def test_what_a_method_draws_follows_the_runs_seed_unless_the_user_names_it_or_the_study_is_older(
+    method: str, tmp_path: Path
+) -> None:
+    """Up to a9f43f17 all seeds of these drew the same."""
+    key, entry = DRAWS[method], {"method": method, "learning_rate": 0.01, "adapter": {"target_modules": ["q_proj"]}}
+    study = load(tmp_path, entries={"own": entry}).model_copy(update={"folder": tmp_path})
+
+    def drawn(of: Study) -> list[Any]:
+        jobs = (Job("final", "own", 0.01, seed) for seed in (0, 7))
+        return [of.job_config(of.config("own"), job).adapter.get(key) for job in jobs]
+
+    assert drawn(study) == [0, 7]
+    named = {**entry, "adapter": {**entry["adapter"], key: 3}}  # type: ignore[dict-item]
+    assert drawn(load(tmp_path, entries={"own": named})) == [3, 3]
+    (tmp_path / "plan.json").write_text('{"format": 2}')
+    assert drawn(study) == [None, None]
+    assert (study.config("own").data.group, study.config("own").data.answer_tokens) == (False, 128)

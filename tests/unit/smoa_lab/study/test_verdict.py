@@ -1,139 +1,168 @@
-"""The verdict in words, from numbers that are given."""
+"""The verdict in words, from values that are made up."""
 
-import math
-from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import pytest
+
 from smoa_lab.pages.charts import color_of
-from smoa_lab.scoring.differences import Difference
+from smoa_lab.scoring.bounds import Family
 from smoa_lab.study.charts import differences, learned_and_forgotten, searches
-from smoa_lab.study.results import LOSS, OF_CHOICES, OF_PREFERENCES, Budget, Measure, Result
+from smoa_lab.study.plan import Plan, Timing
+from smoa_lab.study.results import LOSS, OF_CHOICES, Budget, Measure, by_cost
 from smoa_lab.study.search import Chosen
 from smoa_lab.study.verdict import verdict
 from tests.support.studies import result
 
-LORA = result("lora", reference="lora", step_seconds=1.0, kept="PATH")
-SMOA = result("smoa", reference="lora", step_seconds=1.08)
-HIRA = result("hira", reference="lora", step_seconds=2.0)
-ERROR = (0.01, 4.0)
-"""The standard error that three seeds give a difference: half an interval of 0.028 at 95 %."""
-GAIN = Difference(0.85, 0.8, 0.9, "better")
+GROUPS = 200
 
 
-def lost(mean: float, half: float = 0.03, error: tuple[float, float] = ERROR) -> Difference:
-    return Difference(mean, mean - half, mean + half, "same", error=error)
+def plan(planned: int = 4, seeds: int = 4, extensions: tuple[int, ...] = ()) -> Plan:
+    facts: dict[str, Any] = {"study": {"seeds": []}, "digests": {}, "rows": {}, "minutes": None, "steps": 30}
+    facts |= {key: list(range(seeds)) for key in ("seeds", "listed")}
+    return Plan(format=3, final=0, planned=planned, extensions=list(extensions), **facts)
 
 
 def budget(
-    *results: Result, half: float = 0.03, gain: Difference | None = GAIN, measure: Measure = LOSS, **losses: float
+    gained: dict[str, float],
+    seeds: float = 0.01,
+    rows: float = 0.05,
+    rounds: int = 2,
+    groups: int = GROUPS,
+    measure: Measure = LOSS,
+    places: dict[str, str] | None = None,
+    untouched: bool = True,
+    shares: dict[str, float] | None = None,
 ) -> Budget:
-    """Entries whose losses are above the lowest by so much."""
-    pairs = {
-        (one.entry, other.entry): lost(losses.get(one.entry, 0.0) - losses.get(other.entry, 0.0), half)
-        for one in results
-        for other in results
-        if one is not other
-    }
-    planned = sum(len(one.seeds) for one in results)
-    return Budget(list(results), planned, measure, pairs, gain, level=0.05, tolerance=0.1)
-
-
-def told(given: Budget) -> str:
-    return " ".join(verdict(given, "smoa compare studies/x/study.yaml", of_round=800))
-
-
-def test_the_cheapest_that_loses_little_against_each_other_is_taken() -> None:
-    assert told(budget(HIRA, LORA, SMOA, lora=0.01, smoa=0.005)) == (
-        "None is more than 0.040 nats per token better than lora (95 %), 5 % of what training gained: take lora, the "
-        "cheapest: PATH."
-    )
-    assert told(budget(SMOA, LORA, lora=0.01)).startswith("smoa is no more than 0.040 nats per token better than lora")
-
-
-def test_one_that_costs_more_is_taken_where_those_that_cost_less_lose_more_than_a_tenth_of_what_training_gained() -> (
-    None
-):
-    assert told(budget(HIRA, SMOA, LORA, lora=0.2, smoa=0.04)) == (
-        "None is more than 0.070 nats per token better than smoa (95 %), 8 % of what training gained: take smoa."
-    )
-    assert told(budget(HIRA, SMOA, LORA, lora=0.2, smoa=0.1)) == (
-        "hira is better than lora and smoa by 0.070 nats per token or more (95 %), 8 % of what training gained: take "
-        "hira."
-    )
-
-
-def test_the_sentence_is_in_the_unit_of_what_decides() -> None:
-    points = Difference(0.3, 0.25, 0.35, "better")
-    assert "no more than 2.0 points better" in told(budget(SMOA, LORA, half=0.02, gain=points, measure=OF_CHOICES))
-    assert "no more than 0.030 nats better" in told(budget(SMOA, LORA, measure=OF_PREFERENCES[0]))
-
-
-def test_where_seeds_tell_too_little_it_says_how_many_more_would_and_how_to_run_them() -> None:
-    assert told(budget(SMOA, LORA, half=0.09)) == (
-        "Undecided: more held-out rows are needed. 200 rows alone leave 0.086 nats per token open, however many seeds "
-        "run; 0.080 nats per token are little."
-    )
-    wide = budget(SMOA, LORA)
-    pairs = {pair: lost(0.0, 0.14, (0.05, 4.0)) for pair in wide.pairs}
-    assert told(replace(wide, pairs=pairs)) == (
-        "Undecided: 5 more seeds, about 67 min, would tell 0.111 nats per token apart (0.080 nats per token are "
-        "little): `smoa compare studies/x/study.yaml --seeds 8`."
+    """Entries in order of cost that gained so much; seeds and rows with these standard deviations, exactly."""
+    names, weights = list(gained), np.ones(groups)
+    pattern = np.where(np.arange(groups) % 2, 1.0, -1.0) * rows
+    of_seeds = np.linspace(-1, 1, rounds) if rounds > 1 else np.zeros(1)
+    of_seeds = seeds * of_seeds / (of_seeds.std(ddof=1) if rounds > 1 else 1)
+    values = np.array([5 - by + of_seeds[:, None] + (1 + place) * pattern for place, by in enumerate(gained.values())])
+    level = plan().level(len(names))
+    base = 5 * weights[None] if untouched else None
+    family = Family(names, values, base, weights, measure.is_share, level, len(names))
+    chosen = {name: Chosen(0.01, {0.003: 2.6, 0.01: 2.5}, (places or {}).get(name, "interior")) for name in names}
+    results = [
+        result(
+            name,
+            chosen=chosen[name],
+            seeds=list(range(rounds)),
+            rows=groups,
+            groups=groups,
+            share=(shares or {}).get(name, 1.0),
+            kept="PATH" if name == "lora" else None,
+            diverged=0 if np.isfinite(by) else 2,
+        )
+        for name, by in gained.items()
+    ]
+    return Budget(
+        results=results,
+        families={measure.title: family},
+        measure=measure,
+        order=names,
+        at_edge=[name for name in names if chosen[name].place in ("edge", "cut")],
+        round=rounds if rounds > 1 else 0,
+        planned=4,
+        done=rounds * len(names),
+        wanted=4 * len(names),
+        level=level,
+        tolerance=0.1,
+        is_last=rounds == 4,
     )
 
 
-def test_where_training_gained_nothing_for_certain_none_is_taken() -> None:
-    nothing = Difference(0.01, -0.02, 0.04, "same")
-    assert told(budget(SMOA, LORA, gain=nothing)).startswith("Training gained nothing that could be shown (0.010 nats")
-    assert told(budget(SMOA, LORA, gain=nothing)).endswith("take none.")
-    assert told(budget(SMOA, LORA, gain=None)).startswith("No verdict: what training gained isn't known")
+def told(given: Budget, of: Plan | None = None) -> str:
+    return " ".join(verdict(given, of or plan(), "smoa compare studies/x/study.yaml", of_round=800))
 
 
-def test_an_entry_at_the_edge_of_its_search_leaves_it_undecided() -> None:
-    edge = replace(SMOA, chosen=Chosen(0.03, {0.003: 2.6, 0.01: 2.5, 0.03: 2.4}, "edge"))
-    assert told(budget(edge, LORA)) == (
+def test_the_first_in_order_of_cost_that_keeps_enough_of_what_each_other_gained_is_taken() -> None:
+    assert told(budget({"lora": 1.0, "smoa": 1.01})) == (
+        "lora keeps at least 93 % of what smoa gained, after round 2 of 4: take lora, the first in order of cost: PATH."
+    )
+    three = told(budget({"lora": 0.7, "smoa": 1.0, "hira": 1.01}))
+    assert three == "smoa keeps at least 94 % of what each other gained, after round 2 of 4: take smoa."
+    assert told(budget({"lora": 1.0})).startswith("lora gained 0.")
+    assert "there is nothing to compare it with, after round 2 of 4: take lora" in told(
+        budget({"lora": 1.0}, seeds=1e-4)
+    )
+
+
+def test_one_that_gained_more_than_all_others_is_said_to() -> None:
+    assert told(budget({"lora": 0.7, "smoa": 1.0})).startswith("smoa gained at least ")
+    assert " % more than lora, after round 2 of 4: take smoa." in told(budget({"lora": 0.7, "smoa": 1.0}))
+
+
+def test_where_seeds_tell_too_little_it_says_how_many_more_rounds_would_and_how_to_run_them() -> None:
+    found = told(budget({"lora": 1.0, "smoa": 1.0}, seeds=0.04))
+    assert found.startswith("Undecided after round 2 of 4: about ")
+    assert "would tell: `smoa compare studies/x/study.yaml --seeds " in found
+    rows = told(budget({"lora": 1.0, "smoa": 1.0}, rows=2.0))
+    assert rows == (
+        "Undecided after round 2 of 4: more held-out rows are needed. 200 rows alone leave too much open, whatever "
+        "runs."
+    )
+
+
+def test_where_training_gained_nothing_for_certain_none_is_taken_after_the_last_round() -> None:
+    nothing = {"lora": 0.001, "smoa": 0.0}
+    assert told(budget(nothing, rounds=4, seeds=0.1)) == (
+        "Training gained nothing that could be shown, after round 4 of 4: take none."
+    )
+    assert told(budget(nothing, rounds=2, seeds=0.1)).startswith("Undecided")
+    assert told(budget({"lora": -1.0, "smoa": -0.9})).startswith(
+        "Training hurt: every entry is worse than the untouched model, by 0."
+    )
+    assert told(budget(nothing, untouched=False)).startswith("No verdict: what training gained isn't known")
+
+
+@pytest.mark.parametrize(("place", "where"), [("edge", "that was tried"), ("cut", "of those that there was time for")])
+def test_nobody_is_taken_over_an_entry_at_the_edge_of_its_search(place: str, where: str) -> None:
+    found = told(budget({"lora": 1.0, "smoa": 0.7}, places={"smoa": place}))
+    assert found == (
         "Undecided: search further. Raise tuning.max_runs in the study's file: searches at an edge go on. smoa's best "
-        "rate, 3e-2, is the highest that was tried: it may do better beyond."
+        f"rate, 1e-2, is the highest {where}: it may do better beyond."
     )
+    assert "take lora" in told(budget({"lora": 1.0, "smoa": 0.7}, places={"lora": place})), "the best may be taken"
 
 
 def test_what_diverged_is_never_taken_and_loses_to_all_others() -> None:
-    given = budget(SMOA, replace(LORA, diverged=2))
-    ends = {("lora", "smoa"): math.inf, ("smoa", "lora"): -math.inf}
-    pairs = {pair: Difference(end, end, end, "same") for pair, end in ends.items()}
-    assert told(replace(given, pairs=pairs)) == (
-        "smoa is better than lora, which diverged: take smoa. lora diverged in 2 of 3 runs."
+    found = told(budget({"lora": -np.inf, "smoa": 1.0}))
+    assert found == (
+        "smoa is better than lora, which diverged, after round 2 of 4: take smoa. lora diverged in 2 of 2 runs."
     )
+    assert told(budget({"lora": -np.inf, "smoa": -np.inf})).startswith("Every entry diverged: take none.")
 
 
 def test_one_seed_gets_no_verdict_but_the_command_that_goes_on() -> None:
-    ones = [replace(one, seeds=[0]) for one in (SMOA, LORA)]
-    assert told(budget(*ones)) == (
+    ones = budget({"lora": 1.0, "smoa": 1.0}, rounds=1)
+    assert told(ones, plan(1, 1)) == (
         "No verdict: one seed of each says nothing of how seeds differ; `smoa compare studies/x/study.yaml --seeds 3` "
         "goes on, for about 27 min."
     )
-
-
-def test_before_all_planned_runs_are_in_nothing_is_told() -> None:
-    assert told(replace(budget(SMOA, LORA), planned=8)) == (
-        "6 of 8 final runs are done, and differences are shown when all are."
-    )
+    assert told(ones) == "2 of 8 final runs are done, and bounds are shown from the second round on."
 
 
 def test_what_limits_a_verdict_is_part_of_it() -> None:
-    few = replace(SMOA, rows=1, share=0.94)
-    sentences = verdict(replace(budget(few, LORA), level=0.025), "smoa compare", 1.0)
-    assert "(97.5 %)" in sentences[0]
-    assert sentences[1:] == [
-        "smoa has 94 % of lora's parameters.",
-        "This is not the first look: it errs in 2.5 %, all looks in at most 10 %.",
-        "Only 1 row is held out, which shows large differences only; 50 or more are better.",
-    ]
-    assert told(budget(LORA)) == "Training gained 0.850 nats per token; there is nothing to compare lora with."
+    few = budget({"lora": 1.0, "smoa": 1.0}, groups=6, shares={"smoa": 0.94}, measure=OF_CHOICES)
+    sentences = verdict(few, plan(4, 4, (5,)), "smoa compare", 1.0)
+    assert sentences[1] == "smoa has 94 % of lora's parameters."
+    assert sentences[2].startswith("This look was not planned at first: it errs in ")
+    assert sentences[3] == "Only 6 rows are held out, which show large differences only; 50 or more are better."
+
+
+def test_the_order_of_cost_goes_by_time_and_among_the_quick_by_parameters() -> None:
+    def timing(step: float, parameters: int, machine: str = "a") -> Timing:
+        return Timing(parameters=parameters, step=step, beside=1, machine=machine)
+
+    entries = {"slow": timing(2.0, 10), "large": timing(1.0, 100), "small": timing(1.09, 50), "even": timing(1.1, 51)}
+    assert by_cost(entries) == ["small", "even", "large", "slow"]
+    entries["slow"] = timing(2.0, 10, "b")
+    assert by_cost(entries) == ["slow", "small", "even", "large"], "steps of two machines can't be compared"
 
 
 # charts
-
-NAN = float("nan")
 
 
 def data(chart: Any, key: str) -> list[dict[str, Any]]:
@@ -143,21 +172,24 @@ def data(chart: Any, key: str) -> list[dict[str, Any]]:
     return list(found[0])
 
 
-def test_a_difference_is_drawn_with_its_interval_its_words_and_its_run_a_forest_for_each_budget() -> None:
-    (drawn,) = data(differences([result(), result("ours", method="smoa", differences={})]), "entry")
-    assert (drawn["low"], drawn["mean"], drawn["high"], drawn["clear"]) == (0.25, 0.5, 0.75, True)
-    assert (drawn["difference"], drawn["verdict"]) == ("+0.5000 [+0.2500, +0.7500]", "worse")
-    assert (drawn["entry"], drawn["run"]) == ("LoRA", "#lora/lr-1e-2-seed-3")
-    assert color_of("lora") in str(differences([result()]).to_dict())
-    two = differences([result(), result("other", budget="large", reference="full")]).to_dict()
+def test_a_difference_is_drawn_with_both_bounds_its_words_and_its_run_a_forest_for_each_budget() -> None:
+    found = budget({"lora": 1.0, "smoa": 0.7})
+    drawn_chart = differences({"all": found})
+    (drawn,) = data(drawn_chart, "entry")
+    assert drawn["low"] < drawn["mean"] < drawn["high"]
+    assert (drawn["mean"], drawn["clear"], drawn["verdict"]) == (pytest.approx(0.3), True, "worse")
+    assert (drawn["entry"], drawn["run"]) == ("LoRA: smoa", "#smoa/lr-1e-2-seed-0")
+    assert color_of("lora") in str(drawn_chart.to_dict())
+    (upward,) = data(differences({"all": budget({"lora": 1.0, "smoa": 0.7}, measure=OF_CHOICES)}), "entry")
+    assert (upward["mean"], upward["verdict"]) == (pytest.approx(-30), "worse")
+    two = differences({"all": found, "large": found}).to_dict()
     assert [one["title"] for one in two["vconcat"]] == ["Budget: all", "Budget: large"]
 
 
 def test_what_diverged_or_was_not_measured_yet_is_left_out() -> None:
-    diverged = result(differences={"loss": Difference(NAN, NAN, NAN, "worse")}, forgotten=None)
-    assert differences([diverged]) is None
-    assert differences([result(differences={})]) is None
-    assert learned_and_forgotten([diverged], 4.0) is None
+    assert differences({"all": budget({"lora": 1.0, "smoa": -np.inf})}) is None
+    assert differences({"all": budget({"lora": 1.0, "smoa": 1.0}, rounds=1)}) is None
+    assert learned_and_forgotten([result(forgotten=None)], 4.0) is None
     assert searches({}, {}) is None
 
 

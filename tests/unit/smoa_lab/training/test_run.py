@@ -145,7 +145,7 @@ def test_the_untouched_model_is_scored_as_before_a_run_and_nothing_is_trained(va
     assert found["evaluation"] == {"before": expected["evaluation"]["before"]}
     assert found["parameters"]["trainable"] == 0
     assert found["digests"] == expected["digests"]
-    kept = ("digest", "copy", "part", "tokens", "before", "right_before")
+    kept = ("digest", "copy", "part", "tokens", "group", "before", "right_before")
     assert rows_of(untouched) == [{key: row[key] for key in kept} for row in rows_of(trained)]
     assert not RunFolder(untouched.folder).adapter.exists()
     with pytest.raises(ConfigError, match="contains a finished run"):
@@ -166,7 +166,8 @@ def test_a_run_that_is_told_so_scores_validation_once_and_nothing_else(
     metrics = run(config)
     assert list(metrics["evaluation"]) == ["after"]
     assert (metrics["gain"], metrics["forgetting"], metrics["samples"]) == (None, None, [])
-    assert [set(row) for row in rows_of(config)] == [{"digest", "copy", "part", "tokens", "after", "right_after"}] * 2
+    known = {"digest", "copy", "part", "tokens", "group", "after", "right_after"}
+    assert [set(row) for row in rows_of(config)] == [known] * 2
     assert {row["part"] for row in rows_of(config)} == {"validation"}
     assert [entry["step"] for entry in metrics["history"] if "eval_loss" in entry] == [1, 2]
     log = RunFolder(config.folder).log.read_text()
