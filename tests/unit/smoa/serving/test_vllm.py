@@ -648,7 +648,7 @@ def test_a_weight_whose_inputs_have_a_fixed_scale_is_read_as_it_is_or_refused(la
         layer.base_layer.quant_method = StaticMethod(largest, names_scale)
         if names_scale:
             layer.base_layer.input_scale = torch.tensor(largest / 448)
-        read: Any = importlib.import_module("smoa.serving.vllm.names")._weight
+        read: Any = importlib.import_module("smoa.serving.vllm.weights").weight_of
         if names_scale:
             assert_close(read(layer, torch.float32)[0], expected)
             continue
