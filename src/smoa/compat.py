@@ -66,7 +66,8 @@ def _filtering(original: Callable[..., dict[str, Tensor]]) -> Any:
         """PEFT's, which drops what holds another adapter's name anywhere, and what is no other adapter's: one may be
         called "0" or "mlp", like a part of a module's path."""
         kept = original(state_dict, unwanted_adapter_names)
-        methods = tuple(f".{prefix}" for prefix in {*PEFT_TYPE_TO_PREFIX_MAPPING.values()} - {"smoa_"})
+        others = {*PEFT_TYPE_TO_PREFIX_MAPPING.values()} - {"smoa_", "trainable_tokens_"}
+        methods = tuple(f".{prefix}" for prefix in others)
 
         def may_be_wanted(key: str) -> bool:
             owner = _OWNER.search(key)

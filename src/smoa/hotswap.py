@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError
+from smoa.files.base import taking_over
 from smoa.files.loading import door, read_adapter, tensors_of
 from smoa.files.names import PARTS, PREFIX, adapter_layers, embeddings_of, is_own, saved_names
 from smoa.layers.distributed import refuse_writing
@@ -72,7 +73,8 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
         if ours != theirs:  # what is missing would stay the old adapter's
             more, lacking = (sorted(names)[:3] or "nothing" for names in (theirs - ours, ours - theirs))
             raise AdapterFileError(f"{path}: has {more}, but not {lacking}, unlike {adapter_name!r}; {REMEDY}")
-        set_peft_model_state_dict(slot, state, adapter_name=adapter_name)
+        with taking_over(old, new):
+            set_peft_model_state_dict(slot, state, adapter_name=adapter_name)
 
 
 def _padded(place: str, layer: SmoaLayer, adapter: str, A: Tensor, B: Tensor, config: SmoaConfig) -> list[Tensor]:

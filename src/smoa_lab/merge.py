@@ -268,7 +268,7 @@ def layers_to_merge(adapted: Any) -> list[tuple[str, Any]]:
     layers: dict[int, tuple[str, Any]] = {}
     for name, module in tuner.model.named_modules():
         if isinstance(module, tuner.tuner_layer_cls) and isinstance(_weight(module), Tensor):
-            layers.setdefault(id(_weight(module)) if getattr(module, "tied", False) else id(module), (name, module))
+            layers.setdefault(id(_weight(module)) if getattr(module, "twins", ()) else id(module), (name, module))
     return list(layers.values())
 
 
@@ -280,7 +280,7 @@ def _weight(layer: Any) -> Any:
 def untie(model: Any, layer: Any) -> None:
     """Give the layer a weight of its own if another module shares it, because the adapter changes only this layer."""
     base: nn.Module = layer.get_base_layer()
-    if getattr(layer, "tied", False) or _weight(layer) is not getattr(base, "weight", None):
+    if getattr(layer, "twins", ()) or _weight(layer) is not getattr(base, "weight", None):
         return
     users = [module for module in model.modules() if getattr(module, "weight", None) is base.weight]
     if len({id(module) for module in users} - {id(layer)}) > 1:

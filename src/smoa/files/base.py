@@ -11,7 +11,8 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,8 +25,8 @@ from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, first_of
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.merging import weight_id
-from smoa.maths.blocks import Blocks, Orders
-from smoa.maths.scale import DEFAULT_SCALE, ScaleKind, block_scale
+from smoa.maths.blocks import Blocks, Orders, ascend
+from smoa.maths.scale import DEFAULT_SCALE, FACTOR, ScaleKind, block_scale
 
 SURE, WRONG, WRONG_QUANTIZED = 0.01, 0.05, 0.25
 """By how much an rms is off where a warning comes always, and where loading is refused; quantizing changes it too."""
@@ -33,7 +34,7 @@ NOISE = 0.02
 """Divided by √(entries of a block): from here on bases of two names differ by more than rounding."""
 
 log = logging.getLogger("smoa")
-_SCALES: MutableMapping[Tensor, tuple[int, dict[Any, Tensor]]] = WeakIdKeyDictionary()
+_SCALES: MutableMapping[Tensor, tuple[tuple[int, int], dict[Any, Tensor]]] = WeakIdKeyDictionary()
 """The block scales of weights by their labels, so that another adapter of the same kind costs K comparisons."""
 
 
@@ -62,16 +63,35 @@ class Held(NamedTuple):
         if key not in self.known:
             W, K = self.weight(), len(self.scale)
             rows, cols = (side.to(W.device) for side in self.labels)
-            self.known[key] = block_scale(
-                kind, W, Blocks(rows, cols, K, Orders.of(rows, cols), False, (W.shape[0], W.shape[1]))
-            )
-        return float((self.scale.cpu().float() / self.known[key] - 1).abs().max())
+            blocks = Blocks(rows, cols, K, Orders.of(rows, cols), ascend(rows, cols), (W.shape[0], W.shape[1]))
+            scale = block_scale(kind, W, blocks)
+            smallest = torch.finfo(W.dtype).smallest_normal  # below it a dtype rounds an rms away
+            self.known[key] = scale.masked_fill((scale == 1) | (FACTOR / scale < smallest), math.nan)
+        known = self.known[key]
+        off = (self.scale.cpu().float() / known - 1).abs()[~known.isnan()]
+        return float(off.max()) if len(off) else 0.0
 
     @property
     def noise(self) -> float:
         """What rounding makes of an rms, at most."""
         m, n = map(len, self.labels)
         return NOISE * len(self.scale) / math.sqrt(m * n)
+
+
+@contextmanager
+def taking_over(old: SmoaConfig, new: SmoaConfig) -> Iterator[None]:
+    """Let the config of a loaded adapter say of its base and scales what that of the file says which replaces its
+    tensors in the context; an error takes it back."""
+    names = "scale", "other_base", "base_model_name_or_path"
+    before = {name: getattr(old, name) for name in names}
+    try:
+        for name in names:
+            setattr(old, name, getattr(new, name))
+        yield
+    except BaseException:
+        for name, value in before.items():
+            setattr(old, name, value)
+        raise
 
 
 def check_base(layers: Iterable[Held], config: SmoaConfig, base_name: str | None) -> None:
@@ -132,9 +152,9 @@ def held_layers(
         elif A.any() and B.any():  # or ΔW is zero on any base
             table = tables_of.get(weight_id(stored))
             read = partial(layer.pristine_matrix, 0) if table is None else partial(torch.Tensor.detach, table)
-            version = 0 if stored.is_inference() else stored._version
-            if stored not in _SCALES or _SCALES[stored][0] != version:
-                _SCALES[stored] = version, {}
+            state = weight_id(stored), 0 if stored.is_inference() else stored._version
+            if stored not in _SCALES or _SCALES[stored][0] != state:
+                _SCALES[stored] = state, {}
             known = _SCALES[stored][1] if table is None else {}
             is_quantized = layer.quantization_backend is not None
             found.append(Held(name, (rows, cols), scale, read, known, is_quantized))

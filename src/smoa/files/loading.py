@@ -12,7 +12,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache, partial, wraps
 from pathlib import Path
@@ -30,6 +30,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError
+from smoa.files.base import taking_over
 
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "repo_type")
 
@@ -199,11 +200,11 @@ def _replace(owner: type, name: str, source: str) -> None:
     setattr(owner, name, classmethod(guarded) if isinstance(function, classmethod) else guarded)
 
 
-def _check_alike(old: SmoaConfig, source: Any, name: Any, options: dict[str, Any]) -> None:
-    """Raise ConfigError if a saved adapter would be loaded under a name whose settings give its tensors another
-    meaning: PEFT keeps those of the name."""
+def _alike(old: SmoaConfig, source: Any, name: Any, options: dict[str, Any]) -> SmoaConfig:
+    """The config of a saved adapter that is loaded under a known name, whose own is `old`; ConfigError if the settings
+    of that, which PEFT keeps, would give the tensors another meaning."""
     if find_weights(source, None, **options) is None:  # weights may come without a config
-        return
+        return old
     new = SmoaConfig.from_pretrained(source, **options)
     if different := [field for field in MEANING if _meant(new, field) != _meant(old, field)]:
         said = "; ".join(f"{field}={_meant(new, field)!r}, not {_meant(old, field)!r}" for field in different)
@@ -211,6 +212,7 @@ def _check_alike(old: SmoaConfig, source: Any, name: Any, options: dict[str, Any
             f"{source}: has {said} as the loaded {name!r}, whose settings stay; call delete_adapter({name!r}) first, "
             "or load it under another name"
         )
+    return new
 
 
 def _meant(config: SmoaConfig, field: str) -> Any:
@@ -244,13 +246,15 @@ def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
         # `from_pretrained` calls `load_adapter` too, for an adapter that it has made, perhaps by a config it was given
         old = None if _INCOMING.get() is not None else loaded.get(given.get("adapter_name"))
         with door(place, config, checks_nothing, **options) as file:
+            over: AbstractContextManager[None] = nullcontext()
             if isinstance(old, SmoaConfig) and place is not None and not checks_nothing:
-                _check_alike(old, place, given.get("adapter_name"), options)
+                over = taking_over(old, _alike(old, place, given.get("adapter_name"), options))
             if checks_nothing and file is not None:
                 given["adapter_state_dict"] = file.tensors
             known = {*loaded}
             try:
-                return original(*call.args, **call.kwargs)
+                with over:
+                    return original(*call.args, **call.kwargs)
             except AdapterFileError:
                 if isinstance(args[0], PeftModel) and (new := {*loaded} - known):
                     args[0].delete_adapter(new.pop())  # its tensors were refused

@@ -47,7 +47,8 @@ def saved_names(model: nn.Module) -> dict[str, str]:
 
 def is_own(key: str) -> bool:
     """Whether a key is that of a factor, label or scale, and not of a copy in an adapter whose name is like one."""
-    return _OWN.search(key) is not None and ".modules_to_save." not in key
+    own = _OWN.search(key)
+    return own is not None and ".modules_to_save." not in key[: own.start() + 1]
 
 
 def without_adapter(key: str, adapter_name: str) -> str:

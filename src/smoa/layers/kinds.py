@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape
 from smoa.layers.distributed import gather
-from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_instrumented
+from smoa.layers.layer import SmoaLayer, casts_alike, in_autocast_dtype, is_instrumented
 from smoa.layers.linear import Linear
 from smoa.layers.quantized import QuantizedLinear
 from smoa.maths.factors import Initialization
@@ -116,8 +116,7 @@ class Convolution(ReadByModels):
         return conv.out_channels, conv.in_channels // conv.groups * math.prod(conv.kernel_size)
 
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
-        casts = torch.is_autocast_enabled(x.device.type)
-        if len(active) == 1 and (casts or self.stored_weight().dtype == x.dtype) and self._takes_one(x, active[0]):
+        if len(active) == 1 and casts_alike(x, self.stored_weight()) and self._takes_one(x, active[0]):
             return self._convolved(in_autocast_dtype(x), active[0], True)
         return super()._active_forward(x, active, *args, **kwargs)
 

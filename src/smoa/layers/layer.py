@@ -368,8 +368,15 @@ def add_rows(result: Tensor, rows: Any, output: Tensor, is_own: bool) -> Tensor:
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
-    """x as autocast would have it, if it is on for the device of x."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+    """x as autocast would have it, if it is on for the device of x; it never touches float64."""
+    casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(x.device.type)) if casts else x
+
+
+def casts_alike(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product takes x and the weight in one dtype, by autocast or as they are."""
+    casts = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    return casts or x.dtype == weight.dtype
 
 
 def is_instrumented(module: nn.Module) -> bool:

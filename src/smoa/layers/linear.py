@@ -11,10 +11,10 @@ from transformers.pytorch_utils import Conv1D
 from smoa.config import Shape
 from smoa.layers.distributed import gather
 from smoa.layers.kept import KeptUpdate, Snapshot, open_snapshot
-from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_plain_linear
+from smoa.layers.layer import SmoaLayer, casts_alike, in_autocast_dtype, is_plain_linear
 from smoa.layers.mixed_batch import add_mixed, shared_output
 from smoa.maths.kernels.autograd import is_transformed, only_values
-from smoa.maths.kernels.one_product import pays
+from smoa.maths.kernels.one_product import may_form, pays
 from smoa.maths.kernels.shared import prefers_shared
 from smoa.maths.update import Update
 
@@ -81,14 +81,12 @@ class Linear(SmoaLayer):
         if not self._multiplies_plainly(x) or weight.requires_grad or is_transformed(x, weight):
             return False
         if torch.compiler.is_compiling():
-            return torch.is_grad_enabled()
+            return torch.is_grad_enabled() and may_form(x.device.type)
         return pays(self.blocks(adapter_name), x.device.type, x.shape[:-1].numel())
 
     def _multiplies_plainly(self, x: Tensor) -> bool:
         """Whether the base layer's output is a product with its weight that nobody else sees, nor has."""
-        weight, device = self.stored_weight(), x.device.type
-        casts = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
-        return is_plain_linear(self.base_layer) and (casts or weight.dtype == x.dtype)
+        return is_plain_linear(self.base_layer) and casts_alike(x, self.stored_weight())
 
     def _in_one_product(self, x: Tensor, adapter_name: str) -> Tensor:
         base: Any = self.get_base_layer()

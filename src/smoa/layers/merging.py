@@ -16,6 +16,9 @@ from smoa.layers.distributed import onloaded_for, placed_like, refuse_writing
 from smoa.maths.blocks import DiagonalBlocks
 from smoa.maths.kernels.one_product import Effective
 
+LOSS_ROWS = 256
+"""Rows of ΔW that are formed at a time to see what a merge loses."""
+
 
 class Loss(NamedTuple):
     """What a merge has made of ΔW in a matrix: ‖E − ΔW‖, ‖ΔW‖ and ⟨E, ΔW⟩, where E is what it added to W."""
@@ -98,14 +101,11 @@ class Merging:
                     self.pristine, self.merged_adapters[:] = twin.pristine, chosen
                     return
                 for number, pristine, merged in self.merged_matrices(chosen):
-                    if self.losses is not None:
-                        delta = sum(self.updates(name)[number].delta(pristine) for name in chosen)
-                        before = pristine.to(delta.dtype, copy=True)  # the write may change W
+                    if self.losses is not None and self.quantization_backend is None:
+                        self.losses.append(self._loss(number, pristine, merged, chosen))
                     self._write_merged(number, pristine, merged, names)
-                    if self.losses is not None:
-                        written = self.base_weight(number) - before
-                        kept = float((written * delta).sum())
-                        self.losses.append(Loss(float((written - delta).norm()), float(delta.norm()), kept))
+                    if self.losses is not None and self.quantization_backend is not None:  # quantized again
+                        self.losses.append(self._loss(number, pristine, self.base_weight(number), chosen))
             except BaseException:
                 self._restore_pristine()
                 self.merged_adapters.clear()
@@ -134,9 +134,21 @@ class Merging:
             merged = torch.empty_like(pristine)
             parts = [(each[number].factors, each[number].modulation) for each in updates]
             for rows, effective in Effective(pristine, parts, self.fan_in_fan_out).rows():
-                # -0 + 0 is 0, and `unmerge` restores diagonal blocks only
-                merged[rows] = torch.where(effective == pristine[rows], pristine[rows], effective)
+                # -0 + 0 is 0, inf + 0·inf is no number, and `unmerge` restores diagonal blocks only
+                own = pristine[rows]
+                merged[rows] = torch.where((effective == own) | own.isinf(), own, effective)
             yield number, pristine, merged
+
+    def _loss(self: Any, number: int, pristine: Tensor, written: Tensor, names: list[str]) -> Loss:
+        """What a merge of these adapters made of ΔW in a matrix, a few rows at a time."""
+        updates, (error, size, kept) = [self.updates(name)[number] for name in names], (0.0, 0.0, 0.0)
+        for start in range(0, len(pristine), LOSS_ROWS):
+            rows = slice(start, start + LOSS_ROWS)
+            delta = sum(update.delta(pristine, rows) for update in updates)
+            added = written[rows].to(delta.dtype) - pristine[rows]
+            error, size = error + float((added - delta).square().sum()), size + float(delta.square().sum())
+            kept += float((added * delta).sum())
+        return Loss(error**0.5, size**0.5, kept)
 
     def _write_merged(self: Any, number: int, pristine: Tensor, merged: Tensor, names: list[str]) -> None:
         """Write a matrix. If other modules use it, the base layer gets one of its own until `unmerge`."""

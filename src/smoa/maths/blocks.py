@@ -13,7 +13,7 @@ make every block a run of neighbors: then the diagonal blocks are slices, and no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -120,12 +120,17 @@ class Blocks:
         """Input coordinates of `block`, ascending, int64."""
         return self.orders.cols[self.col_slices[block]]
 
+    def each_of(self, matrix: Tensor) -> Iterator[Tensor]:
+        """Copies of the K diagonal blocks `matrix[I_k, J_k]`, one after the other, differentiable."""
+        for rows, cols in zip(self.row_slices, self.col_slices, strict=True):
+            if self.is_contiguous:
+                yield matrix[rows, cols].clone(memory_format=torch.contiguous_format)
+            else:
+                yield reordered(matrix[self.orders.rows[rows]], self.orders.cols[cols])
+
     def of(self, matrix: Tensor) -> list[Tensor]:
         """Copies of the K diagonal blocks `matrix[I_k, J_k]`, differentiable."""
-        places = list(zip(self.row_slices, self.col_slices, strict=True))
-        if self.is_contiguous:
-            return [matrix[rows, cols].clone(memory_format=torch.contiguous_format) for rows, cols in places]
-        return [reordered(matrix[self.orders.rows[rows]], self.orders.cols[cols]) for rows, cols in places]
+        return list(self.each_of(matrix))
 
     def write(self, matrix: Tensor, blocks: Sequence[Tensor]) -> None:
         """Overwrite the diagonal blocks of `matrix` in place, in its dtype and on its device."""

@@ -175,9 +175,9 @@ class Factors:
         wide = torch.promote_types(self.dtype, dtype)
         A, B = self.A.to(wide), self.B.to(wide) * self.scale(wide)
         if dtype == torch.float16:  # a scale of 65,504 or more would overflow: A and B share it, as a power of two
-            (_, of_A), (_, of_B) = A.abs().amax(1).frexp(), B.abs().amax(0).frexp()
-            power = ((of_B - of_A) // 2).clamp(-60, 60)
-            A, B = torch.ldexp(A, power[:, None]), torch.ldexp(B, -power)
+            (_, of_A), (_, of_B) = A.detach().abs().amax(1).frexp(), B.detach().abs().amax(0).frexp()
+            power, one = ((of_B - of_A) // 2).clamp(-60, 60), torch.ones(len(of_A), dtype=wide, device=A.device)
+            A, B = A * torch.ldexp(one, power)[:, None], B * torch.ldexp(one, -power)  # ldexp's own gradient is wrong
         return A.to(dtype), B.to(dtype)
 
     def spread(self, dtype: torch.dtype, stacked: bool = False) -> tuple[Tensor, Tensor]:

@@ -51,8 +51,8 @@ LARGEST = torch.finfo(torch.float32).max
 _SIZES: dict[ScaleKind, Callable[[Tensor, Blocks], list[float]]] = {
     "paper": lambda anchor, blocks: [1.0] * blocks.num_blocks,
     "layer": lambda anchor, blocks: [rms_of(anchor)] * blocks.num_blocks,
-    "block": lambda anchor, blocks: [rms_of(entries) for entries in blocks.of(anchor)],
-    "lora": lambda anchor, blocks: [rms_of(entries) / FACTOR for entries in blocks.of(anchor)],
+    "block": lambda anchor, blocks: [rms_of(entries) for entries in blocks.each_of(anchor)],
+    "lora": lambda anchor, blocks: [rms_of(entries) / FACTOR for entries in blocks.each_of(anchor)],
 }
 
 

@@ -165,6 +165,9 @@ class SmoaModel(BaseTuner):
         for name, layer in embeddings_of(model).items():
             if isinstance(layer, SmoaLayer):  # PEFT saves its table too
                 layer.unmerge_saved(state_dict, f"{plain_name(name)}.base_layer.")
+        keys = [key_of(name, part, adapter_name) for name, part in product(layers, PARTS)]
+        bare = {key.replace(COMPILED, "."): key for key in keys}  # as torch.distributed.checkpoint names them
+        state_dict = state_dict | {bare[key]: tensor for key, tensor in state_dict.items() if key in bare}
         selected = trained_biases(model, state_dict, config, adapter_name)
         missing = []
         for name, part in product(layers, PARTS):

@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from smoa import SmoaConfig, clear_spectrum_cache
+from smoa.layers import merging
 from smoa.layers.adapter import labels_and_scales
 from smoa.maths import spectrum
 from smoa.maths.kernels import one_product
@@ -23,6 +24,7 @@ def _tiles_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many tiles of rows as a large weight has."""
     monkeypatch.setattr(spectrum, "ROW_TILE", 32)
     monkeypatch.setattr(one_product, "PIECE", 1)
+    monkeypatch.setattr(merging, "LOSS_ROWS", 16)
     clear_spectrum_cache()
 
 
@@ -82,4 +84,5 @@ def test_loading_takes_the_file_and_the_adapter_and_nothing_of_the_weight_s_size
     with LiveBytes(*base.parameters()) as held:
         PeftModel.from_pretrained(base, tmp_path)
     assert held.live <= 1.3 * file  # with the labels in order
-    assert held.peak <= 2.3 * file <= 0.5 * base.first.weight.nbytes
+    of_a_block = base.first.weight.nbytes / 4**2  # in float32, of which the size is compared with the file's
+    assert held.peak <= 2.3 * file + 2 * of_a_block <= 0.6 * base.first.weight.nbytes

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors
-from smoa.maths.kernels.autograd import Gradients, is_transformed
+from smoa.maths.kernels.autograd import Gradients, is_transformed, without_autocast
 from smoa.maths.kernels.branch import SCRATCH, Branch, product_dtype
 from smoa.maths.scale import ModulationKind
 
@@ -232,7 +232,8 @@ class OneProduct:
 
 def plain_product(factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x(W + ΔW)ᵀ + b` by PyTorch's own operations, of which autograd keeps W + ΔW; x (…, in_features)."""
-    return F.linear(x, plain_effective(factors, "hadamard", weight).to(x.dtype), bias)
+    with without_autocast(weight.device.type):  # it would round the factors
+        return F.linear(x, plain_effective(factors, "hadamard", weight).to(x.dtype), bias)
 
 
 def plain_effective(factors: Factors, modulation: ModulationKind, weight: Tensor) -> Tensor:

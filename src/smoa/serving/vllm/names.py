@@ -304,7 +304,9 @@ def _held(manager: Any, layers: dict[str, SavedLayer]) -> Iterator[Held]:
                 part = layers[own]
                 read = partial(lambda slots, rows: slots.weight()[0][rows], layer.smoa, slice(start, stop))
                 known = layer.smoa.scales.setdefault(own, {})
-                yield Held(own, (part.row_labels, part.col_labels), part.block_scale, read, known)
+                method = type(getattr(layer.base_layer, "quant_method", None)).__name__
+                is_quantized = method not in ("NoneType", "UnquantizedLinearMethod")
+                yield Held(own, (part.row_labels, part.col_labels), part.block_scale, read, known, is_quantized)
 
 
 def _loads(original: Callable[..., Any]) -> Callable[..., Any]:

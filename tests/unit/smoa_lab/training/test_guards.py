@@ -29,7 +29,8 @@ from smoa_lab.cli.main import app
 from smoa_lab.config.run import check_config
 from smoa_lab.config.yaml_text import to_yaml
 from smoa_lab.merge import merge_run
-from smoa_lab.study.comparison import measured, perform, read_metrics
+from smoa_lab.study.executor import perform
+from smoa_lab.study.results import measured, read_metrics
 from smoa_lab.study.study import Job
 from smoa_lab.training import guards
 from smoa_lab.training import trainer as trainer_module
