@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from smoa.errors import DataError, MergeError, first_of
 from smoa.files.names import PREFIX
+from smoa.tuner.merging import note_users
 from smoa_lab import base_models
 from smoa_lab.basics.files import check_place, new_folder
 from smoa_lab.config.run import ModelSection
@@ -240,6 +241,7 @@ def merge_in_memory(model: PreTrainedModel, adapter: Path, result: Merged) -> Pr
     if not hasattr(adapted.base_model, "merge_and_unload"):
         kind = adapted.active_peft_config.peft_type.value
         raise MergeError(f"{adapter}: PEFT can't merge {kind}, which is more than a change of weights; load it instead")
+    note_users(adapted)
     for name, layer in layers_to_merge(adapted):
         untie(model, layer)
         layer.merge = partial(_merge_layer, name, layer, layer.merge, result)

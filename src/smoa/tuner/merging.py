@@ -86,6 +86,12 @@ def check_merge_allowed(model: nn.Module) -> None:
                 f"{name}: trainable_token_indices replaces rows of its weight, and a merge would lose what the "
                 "adapter adds to them; keep the adapter unmerged, or train again without one of the two"
             )
+    note_users(model)
+
+
+def note_users(model: nn.Module) -> None:
+    """Note which adapted layers share their weight with each other, and which with other modules."""
+    layers = {name: layer for name, layer in smoa_layers(model).items() if layer.adapters}
     used = (own for module in model.modules() for own in module._parameters.values() if own is not None)
     users = Counter(map(weight_id, used))  # several modules use that of tied embeddings
     adapted = Counter(weight_id(layer.stored_weight()) for layer in layers.values())
