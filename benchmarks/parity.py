@@ -79,7 +79,13 @@ def difference(a: Tensor, b: Tensor) -> dict[str, float]:
 
 
 def parity(
-    device: torch.device, steps: int = 50, rate: float = 1e-3, rows: int = 40, tokens: int = 56, group: int = 8
+    device: torch.device,
+    methods: tuple[str, ...] = ("base", "lora", "hira", "smoa"),
+    steps: int = 50,
+    rate: float = 1e-3,
+    rows: int = 40,
+    tokens: int = 56,
+    group: int = 8,
 ) -> dict[str, Any]:
     """SmolLM2-135M-Instruct after so many steps of GRPO with each method, 2,240 sampled tokens."""
     folder = prepare_packaged_model("smollm2-135m")
@@ -89,7 +95,7 @@ def parity(
     shortest = min(map(len, ids))
     prompts = torch.tensor([row[-shortest:] for row in ids])
     results = {}
-    for method in ("base", "lora", "hira", "smoa"):
+    for method in methods:
         torch.manual_seed(0)
         model = adapted(method, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
         if method != "base":
