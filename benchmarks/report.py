@@ -107,6 +107,31 @@ def layer_step() -> str:
     return section([*header, "target", "÷ quicker of HiRA, released"], rows, results)
 
 
+PARITY_WAYS = {
+    "merged, whole sequences": "the merged model, whole sequences",
+    "merged, generate": "the merged model, decoding with a cache",
+    "generate": '`generate` as it is (SMoA: with "merged")',
+    "moved by the adapter": "what the adapter changes",
+}
+
+
+def parity() -> str:
+    """Differences of log-probabilities to the trainer's, one row per rollout."""
+    results = load("parity")
+    found = results["parity"]["results"]
+    methods = {"base": "the base model", "lora": "LoRA, r = 8", "hira": "HiRA, r = 8", "smoa": "SMoA, r = 32, K = 4"}
+    shown = [method for method in methods if method in found]
+
+    def cell(method: str, way: str) -> str:
+        one = found[method].get(way)
+        return "–" if one is None else f"{one['mean']:.3g}, {one['largest']:.2g}"
+
+    rows = [[name, *(cell(method, way) for method in shown)] for way, name in PARITY_WAYS.items()]
+    tokens, steps = results["parity"]["tokens"], results["parity"]["config"]["steps"]
+    note = f"{tokens:,} sampled tokens of SmolLM2-135M-Instruct after {steps} steps of GRPO."
+    return section(["rollout", *(methods[method] for method in shown)], rows, results, note)
+
+
 def model_step() -> str:
     results = load("model_step")
     content = results["model_step"]
@@ -461,6 +486,7 @@ def main() -> None:
         DOCS / "performance.md": tables,
         DOCS / "how-to" / "serve.md": {"vllm-serving": vllm_serving()},
         DOCS / "how-to" / "several-adapters.md": {"loading": loading()},
+        DOCS / "how-to" / "reinforcement.md": {"parity": parity()},
         FOLDER / "tables.md": {
             "layer-step": layer_step(),
             "model-step": model_step(),
