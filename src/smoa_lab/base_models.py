@@ -35,7 +35,7 @@ from transformers.utils import quantization_config
 from smoa.atomic import write_whole
 from smoa.errors import DataError
 from smoa.layers.quantized import keep_unpacked
-from smoa_lab.basics.files import cache_folder, check_place, content_of, new_folder
+from smoa_lab.basics.folders import cache_folder, check_place, content_of, new_folder
 from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
 from smoa_lab.pages.card import NamedBase, named_base

@@ -18,7 +18,7 @@ from smoa.atomic import write_whole
 from smoa.errors import DataError, SmoaError, nearest
 from smoa_lab import open_run
 from smoa_lab.base_models import load_tokenizer, load_weights, packaged_name, positions_of, to_device
-from smoa_lab.basics.files import check_place, free_name
+from smoa_lab.basics.folders import check_place, free_name
 from smoa_lab.config.methods import base_lost
 from smoa_lab.data.chat_templates import chat_template, stop_at_turns_end
 from smoa_lab.scoring.evaluation import GREEDY, ends_of

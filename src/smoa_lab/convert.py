@@ -20,7 +20,7 @@ from torch import Tensor
 from smoa.errors import ConfigError, SmoaError, UnsupportedModuleError, UnsupportedVersionError, first_of
 from smoa.files.names import PREFIX, adapter_layers
 from smoa_lab.base_models import load_tokenizer, load_weights, packaged_name
-from smoa_lab.basics.files import check_place, new_folder
+from smoa_lab.basics.folders import check_place, new_folder
 from smoa_lab.merge import store_share
 from smoa_lab.open_run import (
     adapter_config,

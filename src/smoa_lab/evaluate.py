@@ -10,8 +10,8 @@ from smoa_lab.base_models import load_weights, to_device
 from smoa_lab.config.run import RunConfig
 from smoa_lab.open_run import open_run, with_saved_adapter
 from smoa_lab.training.loaded_run import load_run
-from smoa_lab.training.run import FORMAT
 from smoa_lab.training.run_folder import RunFolder, provenance
+from smoa_lab.training.train import FORMAT
 
 
 def evaluate_run(

@@ -28,7 +28,7 @@ from smoa.errors import DataError, MergeError, first_of
 from smoa.files.names import PREFIX
 from smoa.tuner.merging import note_users
 from smoa_lab import base_models
-from smoa_lab.basics.files import check_place, new_folder
+from smoa_lab.basics.folders import check_place, new_folder
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.chat_templates import saved_chat_template, stop_at_turns_end
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, with_saved_adapter

@@ -66,7 +66,7 @@ def test_the_demo_needs_no_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         started.append(config)
         raise DataError("far enough")
 
-    monkeypatch.setattr("smoa_lab.training.run.run", prepare)
+    monkeypatch.setattr("smoa_lab.training.train.run", prepare)
     monkeypatch.chdir(tmp_path)
     assert "far enough" in CliRunner().invoke(app, ["demo"]).output
     assert started == [load_config(DEMO)]

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from smoa_lab.config.run import check_config
-from smoa_lab.training.run import run
+from smoa_lab.training.train import run
 from tests.integration.workers.strategies import (
     adapted,
     labels,

@@ -15,7 +15,7 @@ from smoa_lab.config.run import check_config
 from smoa_lab.data.chat_templates import set_chat_template
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.formats import recognize, shape
-from smoa_lab.training.run import run
+from smoa_lab.training.train import run
 from tests.support import golden
 from tests.support.own_rows import MARKED, PLAIN, tokenizer_with, write_rows
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from trl import SFTTrainer
 
 from smoa_lab.config.run import RunConfig, check_config
-from smoa_lab.training.run import run as train
 from smoa_lab.training.run_folder import RunFolder
+from smoa_lab.training.train import run as train
 from tests.support import lab
 from tests.support.kills import killed_at
 

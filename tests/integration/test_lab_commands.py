@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from smoa import atomic
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import check_config
-from smoa_lab.training.run import run as train
+from smoa_lab.training.train import run as train
 from tests.support import lab
 
 # Not ours: a deprecation between transformers and peft.

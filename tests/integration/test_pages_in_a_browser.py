@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from smoa import SmoaConfig
 from smoa_lab.inspect import inspect_layers
 from smoa_lab.inspect_page import inspection_page
-from smoa_lab.report import report_run
+from smoa_lab.run_page import report_run
 from smoa_lab.study.report import report
 from tests.support import lab
 from tests.support.runs import stored_run

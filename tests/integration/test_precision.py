@@ -12,8 +12,8 @@ from smoa_lab.config.run import check_config, load_config
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.init import default_run
 from smoa_lab.open_run import open_run
-from smoa_lab.training.run import run
 from smoa_lab.training.run_folder import RunFolder
+from smoa_lab.training.train import run
 from tests.support import lab
 
 

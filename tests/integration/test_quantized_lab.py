@@ -17,7 +17,7 @@ from smoa_lab.base_models import load_weights
 from smoa_lab.config.run import ModelSection, check_config, load_config
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.merge import merge_run
-from smoa_lab.training import run as run_module
+from smoa_lab.training import train as run_module
 from smoa_lab.training.loaded_run import LoadedRun
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.verify import TOLERANCE, verify_merged

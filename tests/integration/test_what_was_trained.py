@@ -22,7 +22,7 @@ from smoa_lab.inspect import inspect_layers
 from smoa_lab.merge import merge_run
 from smoa_lab.open_run import adapter_of_run, base_section
 from smoa_lab.training.loaded_run import load_run
-from smoa_lab.training.run import run
+from smoa_lab.training.train import run
 from smoa_lab.verify import verify
 from tests.support import lab
 from tests.support.own_rows import chats, pairs, write_rows

@@ -49,7 +49,7 @@ ASK = """
 import runpy, sys, smoa
 from smoa_lab.cli.runs import CONFIG
 from smoa_lab.config.run import load_config
-from smoa_lab.data.files import read_rows
+from smoa_lab.data.sources import read_rows
 from smoa_lab.data.general_text import passages
 from smoa_lab.data.named import DEMO_FILE
 from smoa_lab.pages.templates import page

@@ -126,14 +126,14 @@ def inspect(
     """Show size, norm, ranks and spectral coverage of the update of every adapted layer."""
     with reporting():
         from smoa.atomic import write_whole
-        from smoa_lab.basics.files import check_place
+        from smoa_lab.basics.folders import check_place
         from smoa_lab.inspect import LayerReport, inspect_layers, layer_table
 
         if html is not None:
             check_place(html, is_new=True)
         reports = {place: inspect_layers(place, base) for place in adapters}
         if html is not None:
-            from smoa_lab.basics.files import free_name
+            from smoa_lab.basics.folders import free_name
             from smoa_lab.inspect_page import inspection_page
             from smoa_lab.open_run import run_name
 
@@ -162,7 +162,7 @@ def report(
 ) -> None:
     """Write a run's page: scores, loss, answers before and after, what was forgotten, config, how to load it."""
     with reporting():
-        from smoa_lab.report import report_run
+        from smoa_lab.run_page import report_run
 
         page = report_run(run, output)
         if json:

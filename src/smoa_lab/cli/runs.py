@@ -34,7 +34,7 @@ def init(
         from smoa.atomic import write_whole
         from smoa.errors import ConfigError
         from smoa_lab import init
-        from smoa_lab.basics.files import check_place
+        from smoa_lab.basics.folders import check_place
 
         file = config or init.file_for(data)
         if file.suffix not in (".yaml", ".yml"):
@@ -65,8 +65,8 @@ def train(
     with reporting():
         from smoa.errors import ConfigError
         from smoa_lab.config.run import load_config
-        from smoa_lab.training.run import run
         from smoa_lab.training.run_folder import is_first_process
+        from smoa_lab.training.train import run
 
         if model is None and data is None and config is not None:
             checked = load_config(config, [*(overrides or []), *([metric] if metric else [])])
@@ -122,7 +122,7 @@ def evaluate(
     """Score a run's adapter, or an untouched model, on held-out rows."""
     with reporting():
         from smoa.atomic import write_whole
-        from smoa_lab.basics.files import check_place
+        from smoa_lab.basics.folders import check_place
         from smoa_lab.basics.plain import json_text
         from smoa_lab.evaluate import evaluate_run
         from smoa_lab.open_run import open_run
@@ -155,8 +155,8 @@ def demo(
         from smoa.errors import ConfigError
         from smoa_lab.base_models import PACKAGED_MODELS
         from smoa_lab.config.run import load_config
-        from smoa_lab.training.run import run
         from smoa_lab.training.run_folder import RunFolder, in_free_folder
+        from smoa_lab.training.train import run
         from smoa_lab.verify import exit_code, verify
 
         checked = in_free_folder(load_config(config, overrides))
@@ -229,7 +229,7 @@ def clear(json: AsJson = False) -> None:
 
         from rich.filesize import decimal
 
-        from smoa_lab.basics.files import cache_folder
+        from smoa_lab.basics.folders import cache_folder
 
         folder = cache_folder() / "rows"
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

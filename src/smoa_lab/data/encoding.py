@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.data.chat_templates import training_template
-from smoa_lab.data.rows import Message, Row
+from smoa_lab.data.row import Message, Row
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 SHOWN = 64

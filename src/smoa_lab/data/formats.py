@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from smoa.errors import DataError
-from smoa_lab.data.rows import PARTS, Message, Part, Row
+from smoa_lab.data.row import PARTS, Message, Part, Row
 
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxstring = 1, 40

@@ -24,12 +24,12 @@ from tqdm.auto import tqdm
 
 from smoa.atomic import write_whole
 from smoa.errors import DataError
-from smoa_lab.basics.files import cache_folder, check_place, new_folder
+from smoa_lab.basics.folders import cache_folder, check_place, new_folder
 from smoa_lab.basics.plain import portable
 from smoa_lab.data.encoding import Encoder
-from smoa_lab.data.files import RowSource
 from smoa_lab.data.formats import BadRow, Format, recognize, shape
-from smoa_lab.data.rows import KEPT, PARTS, Part, Row, row_from_json
+from smoa_lab.data.row import KEPT, PARTS, Part, Row, row_from_json
+from smoa_lab.data.sources import RowSource
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from smoa_lab.data.encoding import Encoder, Tokens, pad_token, text_ids
 from smoa_lab.data.formats import shown
 from smoa_lab.data.general_text import STORY, TITLE, passages
 from smoa_lab.data.own_metric import own_metric
-from smoa_lab.data.rows import Row
+from smoa_lab.data.row import Row
 from smoa_lab.scoring.losses import Losses, left_padded, progress, row_losses, score, scoring
 
 logger = logging.getLogger(__name__)

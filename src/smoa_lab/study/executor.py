@@ -14,8 +14,8 @@ from smoa_lab.study.plan import Metrics
 from smoa_lab.study.results import read_metrics
 from smoa_lab.study.study import Job
 from smoa_lab.training.guards import Diverged
-from smoa_lab.training.run import run, score_untouched, time_steps
 from smoa_lab.training.run_folder import RunFolder, Taken
+from smoa_lab.training.train import run, score_untouched, time_steps
 
 logger = logging.getLogger(__name__)
 TIMED, TIMED_SECONDS = 5, 30.0

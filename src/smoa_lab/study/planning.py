@@ -18,13 +18,13 @@ from filelock import FileLock, Timeout
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.base_models import empty_model
-from smoa_lab.basics.files import check_place
+from smoa_lab.basics.folders import check_place
 from smoa_lab.config.methods import check_adapter
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import to_yaml
 from smoa_lab.data.answers import OWN, RULES
 from smoa_lab.data.own_metric import own_metric
-from smoa_lab.data.rows import PARTS
+from smoa_lab.data.row import PARTS
 from smoa_lab.pages.tables import counted
 from smoa_lab.scoring.bounds import expected_width, spread_of
 from smoa_lab.scoring.calibrated import NOISE

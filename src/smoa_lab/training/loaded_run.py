@@ -17,7 +17,7 @@ from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end
 from smoa_lab.data.encoding import Encoder, ends_texts
 from smoa_lab.data.general_text import STORY, passages
 from smoa_lab.data.prepared import PreparedRows, Reading, require_good_rows
-from smoa_lab.data.rows import PARTS, Row, row_from_json
+from smoa_lab.data.row import PARTS, Row, row_from_json
 from smoa_lab.scoring.evaluation import BETA, Evaluation
 from smoa_lab.training.run_folder import RunFolder
 

@@ -29,11 +29,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.atomic import new_file, write_whole
 from smoa.errors import ConfigError
-from smoa_lab.basics.files import check_place, free_name
+from smoa_lab.basics.folders import check_place, free_name
 from smoa_lab.basics.plain import finite, json_text
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
-from smoa_lab.data.rows import Row
+from smoa_lab.data.row import Row
 
 logger = logging.getLogger(__name__)
 

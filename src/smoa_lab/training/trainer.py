@@ -22,7 +22,7 @@ from transformers.trainer_utils import SchedulerType
 from smoa.errors import ConfigError, nearest
 from smoa.layers.distributed import is_distributed
 from smoa_lab.base_models import load_weights
-from smoa_lab.data.rows import Part
+from smoa_lab.data.row import Part
 from smoa_lab.training.guards import Guard, guarded
 from smoa_lab.training.loaded_run import LoadedRun
 

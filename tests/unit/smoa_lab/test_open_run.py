@@ -20,8 +20,8 @@ from smoa_lab.open_run import (
     with_saved_adapter,
 )
 from smoa_lab.training.loaded_run import load_run
-from smoa_lab.training.run import run as train
 from smoa_lab.training.run_folder import RunFolder
+from smoa_lab.training.train import run as train
 from tests.support import lab, tiny_models
 
 

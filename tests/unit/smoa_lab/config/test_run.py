@@ -13,8 +13,8 @@ from smoa import ConfigError, SmoaConfig
 from smoa_lab.config.methods import find_method, method_names
 from smoa_lab.config.run import ModelSection, adapter_rate, check_config, load_config, native_dtype
 from smoa_lab.config.yaml_text import apply_overrides
-from smoa_lab.data.files import FileSource, HubRows, HubSource
 from smoa_lab.data.prepared import Sizes
+from smoa_lab.data.sources import FileSource, HubRows, HubSource
 
 CONFIGS = Path(__file__).parents[4] / "configs"
 SIZES = {"gemma3-270m": 268_098_176, "smollm2-135m": 134_515_008}

@@ -11,7 +11,7 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.data.chat_templates import alpaca
 from smoa_lab.data.encoding import Encoder, Tokens, text_ids, trained_pieces
 from smoa_lab.data.formats import recognize, shape
-from smoa_lab.data.rows import Row
+from smoa_lab.data.row import Row
 from tests.support.lab import byte_tokenizer
 from tests.support.own_rows import MARKED, PLAIN, STRICT, TRIMMED, chat, tiny_chat_model, tokenizer_with, trl_template
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from smoa_lab.data.files import read_rows
 from smoa_lab.data.formats import BadRow, Format, read_turns, recognize, shape
-from smoa_lab.data.rows import Message, Row
+from smoa_lab.data.row import Message, Row
+from smoa_lab.data.sources import read_rows
 
 EXAMPLES = Path(__file__).parents[4] / "examples" / "data"
 SYSTEM = {"role": "system", "content": "Be kind."}

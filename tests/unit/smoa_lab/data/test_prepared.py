@@ -14,9 +14,9 @@ import pytest
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.data.encoding import Encoder, Tokens
-from smoa_lab.data.files import FileSource
 from smoa_lab.data.prepared import PreparedRows, Reading, Sizes, require_good_rows, split
-from smoa_lab.data.rows import PARTS
+from smoa_lab.data.row import PARTS
+from smoa_lab.data.sources import FileSource
 from tests.support.own_rows import MARKED, STRICT, chat, chats, tokenizer_with, write_rows
 
 

@@ -9,8 +9,8 @@ import pytest
 from smoa.errors import DataError
 from smoa_lab.config.run import check_config
 from smoa_lab.data.encoding import Encoder
-from smoa_lab.data.files import read_rows
 from smoa_lab.data.formats import BadRow, shape
+from smoa_lab.data.sources import read_rows
 from smoa_lab.training.loaded_run import inputs, load_run
 from tests.support import lab
 from tests.support.own_rows import tokenizer_with, write_rows

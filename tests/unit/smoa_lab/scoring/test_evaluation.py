@@ -26,7 +26,7 @@ from smoa_lab.data.chat_templates import set_chat_template
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.formats import shape
 from smoa_lab.data.own_metric import own_metric
-from smoa_lab.data.rows import Message, Row
+from smoa_lab.data.row import Message, Row
 from smoa_lab.scoring import evaluation as evaluation_module
 from smoa_lab.scoring.evaluation import Evaluation, Forgetting, Measured, Stage, continue_prompts, ends_of
 from smoa_lab.scoring.losses import Losses, row_losses

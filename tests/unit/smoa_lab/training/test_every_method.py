@@ -16,7 +16,7 @@ from smoa_lab.config.methods import base_lost, check_adapter, method_names
 from smoa_lab.config.run import check_config
 from smoa_lab.merge import Merged, merge_in_memory
 from smoa_lab.training.loaded_run import LoadedRun, load_run
-from smoa_lab.training.run import _untouched
+from smoa_lab.training.train import _untouched
 from smoa_lab.training.trainer import fit, make_trainer
 from tests.support import lab
 

@@ -35,8 +35,8 @@ from smoa_lab.study.study import Job
 from smoa_lab.training import guards
 from smoa_lab.training import trainer as trainer_module
 from smoa_lab.training.guards import Diverged, Guard
-from smoa_lab.training.run import run, time_steps
 from smoa_lab.training.run_folder import RunFolder
+from smoa_lab.training.train import run, time_steps
 from smoa_lab.verify import verify
 from tests.support import lab
 from tests.support.own_rows import pairs, write_rows

@@ -12,10 +12,10 @@ from smoa_lab.config.run import check_config
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.init import default_run
 from smoa_lab.open_run import open_run
-from smoa_lab.training import run as run_module
+from smoa_lab.training import train as run_module
 from smoa_lab.training.loaded_run import load_run
-from smoa_lab.training.run import run
 from smoa_lab.training.run_folder import RunFolder
+from smoa_lab.training.train import run
 from tests.support import lab
 from tests.support.own_rows import pairs, write_rows
 

@@ -24,7 +24,7 @@ from smoa_lab.data.encoding import Tokens
 from smoa_lab.scoring.losses import row_losses
 from smoa_lab.training import trainer as trainer_module
 from smoa_lab.training.loaded_run import load_run
-from smoa_lab.training.run import run as train
+from smoa_lab.training.train import run as train
 from smoa_lab.training.trainer import ProgressReport, make_trainer
 from tests.support.kills import killed_after_saving
 from tests.support.lab import byte_tokenizer, steps, tiny_gpt2, tiny_run

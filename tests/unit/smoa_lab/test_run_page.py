@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from smoa import SmoaConfig
 from smoa.errors import ConfigError
-from smoa_lab.report import report_run
+from smoa_lab.run_page import report_run
 from tests.support.runs import stored_metrics, stored_run
 
 ALL = ["Learned and forgotten", "Held-out scores", "Loss", "Answers before and after", "Config", "Load it"]

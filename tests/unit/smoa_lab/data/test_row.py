@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from smoa_lab.data.formats import shape
-from smoa_lab.data.rows import Message, Row, row_from_json
+from smoa_lab.data.row import Message, Row, row_from_json
 from tests.support import lab
 
 ASKED, ANSWERED = (Message("user", "é\n"),), (Message("assistant", "b"),)

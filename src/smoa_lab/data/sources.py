@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smoa.errors import DataError, nearest
-from smoa_lab.basics.files import content_of
+from smoa_lab.basics.folders import content_of
 from smoa_lab.basics.section import Section
 from smoa_lab.data.formats import BadRow, shown
 from smoa_lab.data.named import DEMO, DEMO_FILE, SETS

@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError
 from smoa_lab.base_models import described_base
-from smoa_lab.basics.files import check_place
+from smoa_lab.basics.folders import check_place
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.open_run import adapter_config
 from smoa_lab.pages.card import loading_code

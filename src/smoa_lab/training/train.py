@@ -19,12 +19,12 @@ from smoa.atomic import new_file, write_whole
 from smoa.errors import ConfigError, DataError
 from smoa.layers.distributed import from_rank_zero
 from smoa_lab.base_models import described_base, empty_model, to_device, with_rate
-from smoa_lab.basics.files import new_folder
+from smoa_lab.basics.folders import new_folder
 from smoa_lab.basics.plain import finite, portable
 from smoa_lab.config.methods import check_adapter, moves_base
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import ANSWERED
-from smoa_lab.data.rows import row_from_json
+from smoa_lab.data.row import row_from_json
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.run_report import losses, run_card, samples_text
 from smoa_lab.scoring.evaluation import Evaluation, Forgetting

@@ -17,9 +17,9 @@ from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 from smoa.errors import DataError
 from smoa_lab.data import general_text
-from smoa_lab.data.files import FileSource, HubRows, HubSource, find_sources, read_rows
 from smoa_lab.data.formats import BadRow
 from smoa_lab.data.general_text import passages
+from smoa_lab.data.sources import FileSource, HubRows, HubSource, find_sources, read_rows
 from tests.support.own_rows import write_rows
 
 
