@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,7 @@ from smoa.layers.quantized import keep_unpacked
 from smoa_lab.basics.folders import cache_folder, check_place, content_of, new_folder
 from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
+from smoa_lab.data.chat_templates import saved_chat_template, set_chat_template, stop_at_turns_end
 from smoa_lab.pages.card import NamedBase, named_base
 
 logger = logging.getLogger(__name__)
@@ -162,6 +164,47 @@ def load_weights(
     for module in model.modules():  # else scoring repacks 4-bit weights, after which no gradient passes them
         keep_unpacked(module)
     return model, found
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """What defines the model of a run or of a saved adapter; all that loads it takes this whole.
+
+    ``section`` has base, revision, options and quantization. ``template`` names the chat template; without it, it is
+    the one saved with the ``adapter``, or the tokenizer's own. The model stops where the template ends a turn.
+    """
+
+    section: ModelSection
+    template: str | None = None
+    adapter: Path | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> RunModel:
+        """The base that the run trains on."""
+        return cls(config.model, config.data.template)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's, with the chat template."""
+        tokenizer = load_tokenizer(self.section)
+        if self.template is not None:
+            set_chat_template(tokenizer, self.template)
+        elif self.adapter is not None and (text := saved_chat_template(self.adapter)) is not None:
+            tokenizer.chat_template = text
+        return tokenizer
+
+    def load(self) -> PreTrainedModel:
+        """The base."""
+        return self.stopping(load_weights(self.section)[0])
+
+    def stopping(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A model that was loaded, which then stops at a turn's end; as it is where it can't generate, or has no
+        tokenizer."""
+        if getattr(model, "generation_config", None) is not None:
+            with suppress(DataError):
+                if self.tokenizer.chat_template:
+                    stop_at_turns_end(model, self.tokenizer)
+        return model
 
 
 def to_device(model: Any, device: torch.device | None = None) -> None:

@@ -1,49 +1,39 @@
-"""Talks to an adapted model: what ``smoa chat`` opens, who answers, the conversation and its commands."""
+"""Talks to an adapted model: who answers, the conversation and its commands."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import typer
 from jinja2 import TemplateError
-from peft import PeftModel
 from transformers import TextStreamer
 
-from smoa.atomic import write_whole
-from smoa.errors import DataError, SmoaError, nearest
-from smoa_lab import open_run
-from smoa_lab.base_models import load_tokenizer, load_weights, packaged_name, positions_of, to_device
-from smoa_lab.basics.folders import check_place, free_name
+from smoa.errors import DataError, nearest
+from smoa_lab.base_models import positions_of, to_device
+from smoa_lab.basics.folders import free_name
 from smoa_lab.config.methods import base_lost
-from smoa_lab.data.chat_templates import chat_template, stop_at_turns_end
+from smoa_lab.open_run import find_model, run_name, with_saved_adapter
 from smoa_lab.scoring.evaluation import GREEDY, ends_of
 from smoa_lab.scoring.losses import scoring
-from smoa_lab.training.run_folder import RunFolder
 
 BASE = "base"
 
 COMMANDS = {
     "base": ("", "turn the adapter off, or on again"),
     "both": ("", "answer the last message twice, by the base model and by the adapter"),
-    "load": ("OTHER", "load the adapter of another run or folder, and use it"),
-    "use": ("[NAME]", "use a loaded adapter; without a name, list them"),
     "system": ("[TEXT]", "set the system prompt; without a text, remove it"),
     "reset": ("", "forget the conversation, but not the system prompt"),
-    "save": ("FILE", 'write the conversation to a new file, as a line of JSON: {"messages": […]}'),
     "help": ("", "list the commands"),
     "quit": ("", "end the chat, as Ctrl-D does"),
 }
-"""What follows the name of a command, in brackets if it can be left out, and what it does."""
+"""What may follow the name of a command, and what it does."""
 
 
 class Chat:
     """A conversation with the model of a run, an adapter or a model, and a method for each command. An adapter is
-    talked to through the template that it was trained with, or all through ``template``. Temperature 0 is greedy. In a
+    talked to through the template that it was trained with, or through ``template``. Temperature 0 is greedy. In a
     pipe only answers go to stdout, each with an empty line after it, and notes to stderr. Whatever cannot be loaded or
     done raises SmoaError.
     """
@@ -57,32 +47,23 @@ class Chat:
         temperature: float = 0.0,
         is_terminal: bool = False,
     ) -> None:
-        section, adapter = open_run.find_model(place, changes)
-        self.section = section
-        self.tokenizer: Any = load_tokenizer(section)
-        self.own_template = self.tokenizer.chat_template
-        # Fails before the weights are read.
-        through = chat_template(self.tokenizer, self.own_template, adapter, template)
-        self.base_model, _ = load_weights(section)
+        found = find_model(place, changes, template)
+        self.place, self.tokenizer, adapter = found.section.name, found.tokenizer, found.adapter
+        if not self.tokenizer.chat_template:  # before the weights are read
+            raise DataError(f"{self.place}: its tokenizer has no chat template; use --template alpaca")
+        self.base_model = found.load()
         to_device(self.base_model)
-        self.own_ends: Any = self.base_model.generation_config.eos_token_id
-        self.model: Any = self.base_model  # with its adapters, once there are any
-        recorded = None if adapter is None else open_run.adapter_config(adapter).base_model_name_or_path
-        self.bases = {_canonical(name) for name in (section.name, recorded or section.name)}
-        self.template, self.is_terminal = template, is_terminal
-        self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.adapters: dict[str, tuple[str, str]] = {}
-        """PEFT's name of each (ours can be words that PEFT refuses), and its chat template."""
-        self.name = BASE
-        """Who answers; ``adapter`` is the last adapter that did."""
-        self.adapter = ""
+        self.model: Any = self.base_model if adapter is None else with_saved_adapter(self.base_model, adapter)
+        self.adapter = "" if adapter is None else free_name(run_name(adapter), BASE.__eq__)
+        self.name = self.adapter or BASE
+        """Who answers."""
+        self.is_terminal, self.max_new_tokens, self.temperature = is_terminal, max_new_tokens, temperature
         self.prompt: list[dict[str, str]] = []
         self.turns: list[dict[str, str]] = []
         self.pieces: list[str] = []  # of the answer that is being written
         self.first = 0  # the oldest turn that the model still sees
-        self._talk_through(through)
-        if adapter is not None:
-            self.load(place, section.name)
+        if self.adapter:
+            self.say(f"{self.name} answers.")
 
     def show(self, piece: str) -> None:
         self.pieces.append(piece)
@@ -100,12 +81,10 @@ class Chat:
                 self.ask(line.strip())
         elif name not in COMMANDS:
             raise DataError(f"there is no command /{name}{nearest(name, COMMANDS)}")
-        elif COMMANDS[name][0][:1].isupper() and not argument.strip():
-            raise DataError(f"/{name} {': '.join(COMMANDS[name])}")
         elif name in ("base", "both") and not self.adapter:
-            raise DataError("no adapter is loaded; /load one")
-        elif name in ("base", "both") and (lost := [*filter(None, map(base_lost, self.model.peft_config.values()))]):
-            raise DataError(f"an adapter here {lost[0]}; talk to the base by itself: smoa chat {self.section.name}")
+            raise DataError("this is a model without an adapter; start again with the folder of an adapter or a run")
+        elif name in ("base", "both") and (lost := base_lost(self.model.active_peft_config)) is not None:
+            raise DataError(f"the adapter {lost}; talk to the base by itself: smoa chat {self.place}")
         else:
             getattr(self, name)(*([argument.strip()] if COMMANDS[name][0] else []))
 
@@ -147,7 +126,7 @@ class Chat:
         return seen
 
     def write(self, messages: list[dict[str, str]], name: str) -> None:
-        """Write and show the next message, by the base or by the adapter in use."""
+        """Write and show the next message, by the base or by the adapter."""
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         vars(streamer)["on_finalized_text"] = lambda text, stream_end=False: (
             self.show(text) if text or stream_end else None
@@ -179,52 +158,6 @@ class Chat:
             self.say(f"{name}:")
             self.write(seen, name)
 
-    def load(self, place: str, base: str | None = None) -> None:
-        """Load the adapter of a folder or of a run, and use it; ``base`` if it is known to be one of this model. The
-        model is as before where that fails, or the chat ends: SystemExit, if half of the layers are changed."""
-        path = Path(place).expanduser()
-        folder = open_run.adapter_of_run(path)
-        own = open_run.base_name(folder, base)
-        if _canonical(own) not in self.bases:
-            found = f"is an adapter of {own}, this model is {', '.join(sorted(self.bases))}"
-            raise DataError(f"{place}: {found}; if they are the same, start again with --base")
-        if own == self.section.name and base is None:
-            open_run.check_base(RunFolder(folder.parent), self.section, False)
-        open_run.check_weights(folder)
-        through = chat_template(self.tokenizer, self.own_template, folder, self.template)
-        taken, inner = {BASE, *self.adapters}, f"chat{len(self.adapters)}"
-        name = free_name(open_run.run_name(folder), taken.__contains__)
-        if not self.adapters:
-            open_run.resize_as_saved(self.base_model, folder)
-        try:
-            with open_run.loading_adapter(place):
-                if isinstance(self.model, PeftModel):
-                    self.model.load_adapter(str(folder), inner)
-                else:
-                    self.model = PeftModel.from_pretrained(self.model, str(folder), inner)
-        except SmoaError as error:
-            if any(f".{inner}" in parameter for parameter, _ in self.base_model.named_parameters()):
-                raise SystemExit(f"error: {error}") from error
-            raise
-        self.adapters[name] = inner, through
-        self.use(name)
-
-    def use(self, name: str) -> None:
-        if name and name not in self.adapters:
-            raise DataError(f"no adapter {name!r} is loaded{nearest(name, self.adapters)}")
-        if name:
-            inner, template = self.adapters[name]
-            self.model.set_adapter(inner)
-            self._talk_through(template)
-            self.name = self.adapter = name
-        self.say(f"Loaded: {', '.join(self.adapters) or 'no adapter'}. {self.name} answers.")
-
-    def _talk_through(self, template: str) -> None:
-        """Put messages through this chat template from now on, and stop where it ends a turn."""
-        self.tokenizer.chat_template = template
-        self.base_model.generation_config.eos_token_id = self.own_ends
-        stop_at_turns_end(self.base_model, self.tokenizer)
-
     def system(self, text: str) -> None:
         prompt = [{"role": "system", "content": text}] if text else []
         self.tokens([*prompt, {"role": "user", "content": "?"}])
@@ -235,14 +168,6 @@ class Chat:
         self.turns, self.first = [], 0
         self.say("The conversation starts anew.")
 
-    def save(self, place: str) -> None:
-        if not self.turns:
-            raise DataError("nothing to save yet")
-        file = Path(place).expanduser()
-        check_place(file, is_new=True)
-        write_whole(file, json.dumps({"messages": [*self.prompt, *self.turns]}, ensure_ascii=False) + "\n")
-        self.say(f"{place}: saved, {len(self.turns)} messages")
-
     def help(self) -> None:
         lines = [f"{f'/{name} {usage}':14}  {text}" for name, (usage, text) in COMMANDS.items()]
         last = "Ctrl-C stops an answer. A message that begins with a slash needs a space before it."
@@ -250,8 +175,3 @@ class Chat:
 
     def quit(self) -> None:
         raise EOFError
-
-
-def _canonical(base: str) -> str:
-    """One name for a packaged model and its folder, and one for a folder with ``~`` and without."""
-    return packaged_name(base) or os.path.normpath(Path(base).expanduser().absolute())

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from smoa.errors import ConfigError, SmoaError, UnsupportedModuleError, UnsupportedVersionError, first_of
 from smoa.files.names import PREFIX, adapter_layers
-from smoa_lab.base_models import load_tokenizer, load_weights, packaged_name
+from smoa_lab.base_models import RunModel, packaged_name
 from smoa_lab.basics.folders import check_place, new_folder
 from smoa_lab.merge import store_share
 from smoa_lab.open_run import (
     adapter_config,
     adapter_of_run,
-    base_section,
+    model_of,
     open_run,
     resize_as_saved,
     with_saved_adapter,
@@ -73,22 +73,22 @@ def convert_run(
         with suppress(SmoaError, IndexError):  # of what is no language model, or has no tokenizer of its own
             store_share(written, _share(source, written, base))
         if config is not None and held_out is not None and held_out.rows:
-            lora = held_out.measure_once(with_saved_adapter(load_weights(config.model)[0], written)).losses
+            lora = held_out.measure_once(with_saved_adapter(RunModel.of(config).load(), written)).losses
             report["loss"] = _loss(held_out.measured["before"].losses, held_out.measured["after"].losses, lora)
     return report
 
 
 def _share(source: Path, lora: Path, base: str | None) -> float:
     """How much of what the adapter changes of logits the LoRA changes."""
-    section = base_section(source, base)
-    tokenizer: Any = load_tokenizer(section)
+    wanted = model_of(source, base)
+    tokenizer: Any = wanted.tokenizer
     ids = [tokenizer(text, return_tensors="pt").input_ids for text in prompt_texts()]
-    model = load_weights(section)[0]
+    model = wanted.load()
     resize_as_saved(model, source)
     before = logits_after(model, ids)
     own = logits_after(with_saved_adapter(model, source), ids)
     del model
-    found = logits_after(with_saved_adapter(load_weights(section)[0], lora), ids)
+    found = logits_after(with_saved_adapter(wanted.load(), lora), ids)
     return share_and_noise(own - before, found - before)[0] if (own != before).any() else 1.0
 
 
@@ -110,7 +110,7 @@ def _loss(before: Losses, adapter: Losses, lora: Losses) -> dict[str, Any]:
 def _save_lora(source: Path, rank: int | float, folder: Path, base: str | None) -> dict[str, Any]:
     """Write the LoRA's files, from ΔW in the weights that :func:`verify` compares too; its largest rank, both numbers
     of parameters, and the error of ΔW, by layer and in all."""
-    model = with_saved_adapter(load_weights(base_section(source, base))[0], source)
+    model = with_saved_adapter(model_of(source, base).load(), source)
     own = sum(parameter.numel() for name, parameter in model.named_parameters() if ".smoa_" in name)
     layers = adapter_layers(model.base_model.model, "default")
     others = [name for name, layer in layers.items() if not layer.supports_lora_conversion("default")]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smoa.errors import DataError
-from smoa_lab.base_models import load_weights, to_device
+from smoa_lab.base_models import RunModel, to_device
 from smoa_lab.config.run import RunConfig
 from smoa_lab.open_run import open_run, with_saved_adapter
 from smoa_lab.training.loaded_run import load_run
@@ -27,7 +27,7 @@ def evaluate_run(
     untouched, compares = run.base, folder is not None and (evaluation.prefers or evaluation.metric is not None)
     if compares and folder is not None and adapter is None:  # a whole model was trained
         name = open_run(folder.path, base=base, untouched=True)[0].model.name
-        untouched, _ = load_weights(config.model.model_copy(update={"name": name}))
+        untouched = RunModel(config.model.model_copy(update={"name": name}), config.data.template).load()
     if not config.training.get("use_cpu"):
         to_device(run.base)
         to_device(untouched)

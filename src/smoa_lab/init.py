@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smoa.errors import DataError
-from smoa_lab.base_models import empty_model, load_tokenizer, positions_of
+from smoa_lab.base_models import RunModel, empty_model, load_tokenizer, positions_of
 from smoa_lab.budget import ALL_LINEAR, budget_choice, budget_parameters, shapes_of, size_method
 from smoa_lab.config.methods import OTHER_LAYERS, find_method
 from smoa_lab.config.run import ConfigText, Dtype, ModelSection, RunConfig, adapter_rate, check_config, native_dtype
@@ -102,13 +102,12 @@ def look_at_rows(
     place: str, section: ModelSection, context: int | None, changes: Sequence[str] = ()
 ) -> tuple[dict[str, Any], int]:
     """The ``data`` block, and how many rows there are to train on."""
-    tokenizer = load_tokenizer(section)
-    lent = {} if tokenizer.chat_template else {"template": "alpaca"}
+    lent = {} if load_tokenizer(section).chat_template else {"template": "alpaca"}
     data = {"train": place, **lent, "max_length": context}
     values: dict[str, Any] = {"model": {"name": section.name}, "data": data, "training": {}}
     apply_overrides(values, [change for change in changes if change.startswith("data.")])
     config = check_config(values, place)
-    _, rows = read_rows_of(config, tokenizer)
+    _, rows = read_rows_of(config, RunModel.of(config).tokenizer)
     account = rows.account
     require_good_rows(account, config.data.skip_bad_rows)
     if not (number := account["parts"].get("train", 0)):

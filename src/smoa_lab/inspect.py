@@ -24,8 +24,7 @@ from smoa.errors import MergeError
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import Blocks
 from smoa.maths.spectrum import decomposition_device, spectral_scores
-from smoa_lab.base_models import load_weights
-from smoa_lab.open_run import adapter_of_run, base_section, with_saved_adapter
+from smoa_lab.open_run import adapter_of_run, model_of, with_saved_adapter
 from smoa_lab.pages.tables import Cell, Table
 
 TOO_FAR = {"relative_update": 0.06, "relative_spectral_norm": 0.2}
@@ -132,8 +131,7 @@ class LayerReport(UpdateSpectrum):
 def inspect_layers(adapter: str | Path, base: str | None = None) -> list[LayerReport]:
     """A report on every adapted layer, in the model's order."""
     source = adapter_of_run(adapter)
-    model, _ = load_weights(base_section(source, base))
-    adapted = with_saved_adapter(model, source)
+    adapted = with_saved_adapter(model_of(source, base).load(), source)
     method = adapted.active_peft_config.peft_type.value.lower()
     layers = list(adapted_layers(adapted.base_model.model))
     if not layers:

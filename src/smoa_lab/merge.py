@@ -10,7 +10,6 @@ import importlib
 import json
 import shutil
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,14 +23,13 @@ from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from smoa.errors import DataError, MergeError, first_of
+from smoa.errors import MergeError, first_of
 from smoa.files.names import PREFIX
 from smoa.tuner.merging import note_users
 from smoa_lab import base_models
 from smoa_lab.basics.folders import check_place, new_folder
 from smoa_lab.config.run import ModelSection
-from smoa_lab.data.chat_templates import saved_chat_template, stop_at_turns_end
-from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, with_saved_adapter
+from smoa_lab.open_run import adapter_config, adapter_of_run, check_weights, model_of, with_saved_adapter
 from smoa_lab.pages.card import NamedBase, card_text, method_name
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -130,15 +128,15 @@ def merge_run(adapter: str | Path, output: str | Path, dtype: Dtype = "auto", ba
     source, target = adapter_of_run(adapter), Path(output)
     check_place(target, is_new=True)
     check_weights(source)
-    config, section = adapter_config(source), base_section(source, base)
+    config, own = adapter_config(source), model_of(source, base)
+    section = own.section
     of_gguf = bool(section.name.endswith(".gguf") or base_models.packaged_name(section.name))
     wanted: Dtype = "float32" if dtype == "auto" and of_gguf else dtype
     with new_folder(target) as folder, torch.no_grad():
         model, notes = _load(section, source, config, wanted)
         result = Merged(target, section.name, model.dtype, (GGUF_NOTE, *notes) if of_gguf else notes)
         model = merge_in_memory(model, source, result)
-        _stop_as_trained(model, section, source)
-        model.save_pretrained(folder)
+        own.stopping(model).save_pretrained(folder)
         _save_other_files(section, source, folder)
         card = model_card(base_models.described_base(section.name), folder, config, result)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -288,16 +286,6 @@ def untie(model: Any, layer: Any) -> None:
     if len({id(module) for module in users} - {id(layer)}) > 1:
         base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
         model.config.tie_word_embeddings = False
-
-
-def _stop_as_trained(model: Any, section: ModelSection, adapter: Path) -> None:
-    """Let the model stop where the adapter's chat template ends a turn, as in `smoa chat`."""
-    if getattr(model, "generation_config", None) is not None:
-        with suppress(DataError):  # without a tokenizer there are no turns
-            tokenizer = base_models.load_tokenizer(section)
-            if template := saved_chat_template(adapter) or tokenizer.chat_template:
-                tokenizer.chat_template = template
-                stop_at_turns_end(model, tokenizer)
 
 
 def _save_other_files(section: ModelSection, adapter: Path, folder: Path) -> None:

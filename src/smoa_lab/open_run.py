@@ -22,7 +22,7 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.errors import ConfigError, DataError, SmoaError, first_of
 from smoa.files.names import PREFIX, embeddings_of
-from smoa_lab.base_models import base_content, packaged_name
+from smoa_lab.base_models import RunModel, base_content, packaged_name
 from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, load_config, native_dtype
 from smoa_lab.training.run_folder import RunFolder
 
@@ -95,21 +95,21 @@ def run_name(place: str | Path) -> str:
     return folder.parent.name if folder == RunFolder(folder.parent).adapter else folder.name
 
 
-def find_model(place: str, changes: dict[str, Any]) -> tuple[ModelSection, Path | None]:
-    """The model of ``place`` and its adapter. ``changes`` are laid over the model's section: ``name``, ``dtype``.
-    Nothing is loaded yet."""
+def find_model(place: str, changes: dict[str, Any], template: str | None = None) -> RunModel:
+    """The model of ``place``, a run, an adapter or a model, with its adapter if it has one. ``changes`` are laid over
+    the model's section: ``name``, ``dtype``. Nothing is loaded yet."""
     path = Path(place).expanduser()
     if RunFolder(path).finished:
         config, adapter = open_run(path, base=changes.get("name"))
-        return config.model.model_copy(update=changes), adapter
+        return RunModel(config.model.model_copy(update=changes), template, adapter)
     try:
         adapter = adapter_of_run(path)
     except ConfigError as error:
         if path.is_dir() and not (path / MODEL_CONFIG_NAME).is_file():
             raise ConfigError(f"{error}, nor a model ({MODEL_CONFIG_NAME}), nor is it a finished run") from error
-        return ModelSection(name=place).model_copy(update=changes), None
-    model = base_section(adapter, changes.get("name"))
-    return model.model_copy(update={"dtype": native_dtype(), **changes}), adapter
+        return RunModel(ModelSection(name=place).model_copy(update=changes), template)
+    section = model_of(adapter, changes.get("name")).section
+    return RunModel(section.model_copy(update={"dtype": native_dtype(), **changes}), template, adapter)
 
 
 def base_name(adapter: Path, base: str | None = None) -> str:
@@ -120,8 +120,8 @@ def base_name(adapter: Path, base: str | None = None) -> str:
     return name
 
 
-def base_section(adapter: Path, base: str | None = None) -> ModelSection:
-    """How to load the adapter's base: ``base``, or the recorded one in the recorded revision, in float32, with the
+def model_of(adapter: Path, base: str | None = None) -> RunModel:
+    """The model of a saved adapter: ``base``, or the recorded one in the recorded revision, in float32, with the
     options of the run that it lies in; the base of a run that quantized it while loading as that run did."""
     name = base_name(adapter, base)
     config = adapter_config(adapter)
@@ -133,10 +133,10 @@ def base_section(adapter: Path, base: str | None = None) -> ModelSection:
         with suppress(ConfigError, ValidationError):  # no config, or not one of a run
             model = ModelSection.model_validate(ConfigText.read(run.config).values.get("model"))
             if base is None and "quantization_config" in model.options:
-                return model
+                return RunModel(model, adapter=adapter)
             own = {key: value for key, value in model.options.items() if key not in ("quantization_config", "revision")}
-            return section.model_copy(update={"options": {**own, **options}})
-    return section
+            section = section.model_copy(update={"options": {**own, **options}})
+    return RunModel(section, adapter=adapter)
 
 
 def with_saved_adapter(base: PreTrainedModel, adapter: Path) -> Any:

@@ -22,14 +22,14 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from smoa.errors import ConfigError, DataError, MergeError
-from smoa_lab.base_models import load_tokenizer, load_weights
+from smoa_lab.base_models import load_weights
 from smoa_lab.config.run import ModelSection
 from smoa_lab.merge import Merged, class_of, merge_in_memory, stored_share, with_plain_weights
 from smoa_lab.open_run import (
     adapter_config,
     adapter_of_run,
-    base_section,
     check_weights,
+    model_of,
     resize_as_saved,
     run_name,
     with_saved_adapter,
@@ -123,11 +123,11 @@ def verify(
     source = adapter_of_run(place)
     check_weights(source)
     kinds = {target: _kind(target) for target in targets}
-    section = base_section(source, base)
+    wanted = model_of(source, base)
 
     def untouched() -> PreTrainedModel:
         """The base with plain weights; quantized ones where nothing can be merged and they can't be dequantized."""
-        loaded, _ = load_weights(section)
+        loaded = wanted.load()
         try:
             loaded = with_plain_weights(loaded)
         except MergeError:
@@ -137,7 +137,7 @@ def verify(
         return loaded
 
     logger.info("Loading %s and its base", source)
-    model, tokenizer = untouched(), load_tokenizer(section)
+    model, tokenizer = untouched(), wanted.tokenizer
     prompts = prompt_texts()
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
     logger.info("Comparing the logits after %d prompts", len(ids))
@@ -180,7 +180,7 @@ def verify(
         if kinds[target] == "adapter":
             other, dtype = with_saved_adapter(untouched(), Path(target)), "float32"
         elif kinds[target] == "merged":
-            other, dtype = merge_in_memory(untouched(), source, Merged(Path(target), section.name)), "float32"
+            other, dtype = merge_in_memory(untouched(), source, Merged(Path(target), wanted.section.name)), "float32"
         else:
             other, dtype = load_weights(ModelSection(name=target, dtype="float32"))[0], _dtype_of(target)
         found[target] = compared(target, logits_after(other, ids), dtype)

@@ -20,7 +20,7 @@ from smoa_lab.convert import convert_run
 from smoa_lab.data.chat_templates import saved_chat_template
 from smoa_lab.inspect import inspect_layers
 from smoa_lab.merge import merge_run
-from smoa_lab.open_run import adapter_of_run, base_section
+from smoa_lab.open_run import adapter_of_run, model_of
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.train import run
 from smoa_lab.verify import verify
@@ -40,10 +40,10 @@ def test_options_of_the_model_are_merged_and_verified_too(config: dict[str, Any]
     config["model"]["options"] = ROPE
     checked = check_config(config)
     metrics = run(checked)
-    section = base_section(adapter_of_run(checked.folder))
+    section = model_of(adapter_of_run(checked.folder)).section
     assert section.options == ROPE
     assert section.dtype == "float32"
-    elsewhere = base_section(adapter_of_run(checked.folder), str(tmp_path / "base"))
+    elsewhere = model_of(adapter_of_run(checked.folder), str(tmp_path / "base")).section
     assert elsewhere.options == ROPE
     merge_run(checked.folder, tmp_path / "merged")
     assert AutoConfig.from_pretrained(tmp_path / "merged").rope_parameters["factor"] == 4

@@ -195,7 +195,7 @@ def check(
     """
     with reporting():
         from smoa.errors import ConfigError
-        from smoa_lab.base_models import is_here, load_tokenizer
+        from smoa_lab.base_models import RunModel, is_here
         from smoa_lab.config.run import check_config, load_config
         from smoa_lab.training.loaded_run import check_trainer, read_rows_of
 
@@ -206,7 +206,7 @@ def check(
                 raise ConfigError("give --model, a model or a tokenizer's folder: nothing is downloaded unasked")
             data = {"train": place, "format": format, "template": template, "max_length": max_length}
             config = check_config({"model": {"name": model or DEFAULT}, "data": data, "training": {}}, place)
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = RunModel.of(config).tokenizer
         _, rows = read_rows_of(config, tokenizer)
         account, trained = rows.account, rows.account["parts"].get("train", 0)
         if json:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
-from smoa.errors import ConfigError, DataError, nearest
+from smoa.errors import ConfigError, nearest
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -27,10 +27,8 @@ SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 GREETING = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
 
 
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Give the tokenizer the template of that name, ``alpaca``, one of TRL's, or a ``.jinja`` file."""
-    if name is None:
-        return
     template = _template(name, tokenizer)
     unknown = sorted(set(SPECIAL.findall(template)) - tokenizer.get_vocab().keys())
     if unknown:
@@ -82,17 +80,6 @@ def saved_chat_template(folder: Path) -> str | None:
             if isinstance(found, str):
                 return found
     return None
-
-
-def chat_template(tokenizer: Any, own: Any, adapter: Path | None, name: str | None = None) -> str:
-    """The chat template to talk through: that of a ``name``, or of an adapter or, where none is saved with it, its
-    base's ``own``; raises DataError if neither has one."""
-    if name is not None:
-        return _template(name, tokenizer)
-    text = (None if adapter is None else saved_chat_template(adapter)) or own
-    if not text:
-        raise DataError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; use --template alpaca")
-    return str(text)
 
 
 def alpaca(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,9 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.base_models import base_content, load_tokenizer, load_weights, positions_of
+from smoa_lab.base_models import RunModel, base_content, positions_of
 from smoa_lab.config.run import RunConfig
-from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end
 from smoa_lab.data.encoding import Encoder, ends_texts
 from smoa_lab.data.general_text import STORY, passages
 from smoa_lab.data.prepared import PreparedRows, Reading, require_good_rows
@@ -27,10 +26,14 @@ class LoadedRun:
     """Model, rows, and the encoder that turns rows into tokens."""
 
     config: RunConfig
+    model: RunModel
     base: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
     data: PreparedRows
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.encoder.tokenizer
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -59,24 +62,21 @@ class LoadedRun:
 
 def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
     """Load rows and model; what cannot be loaded or, if it ``trains``, be trained fails here, before any work."""
-    tokenizer = load_tokenizer(config.model)
-    encoder, data = trainable_rows_of(config, tokenizer, trains)
-    base, _ = load_weights(config.model)
-    account = data.account
-    if account["format"] != "text" and tokenizer.chat_template:
-        stop_at_turns_end(base, tokenizer)
+    model = RunModel.of(config)
+    encoder, data = trainable_rows_of(config, model.tokenizer, trains)
+    base, account = model.load(), data.account
     positions, longest = positions_of(base.config), account["tokens"].get("longest", 0)
     cut_at = account["max_length"] or longest
     longest = cut_at if config.training.get("packing") else min(longest, cut_at)
     if positions is not None and longest > positions:
         found = f"rows of up to {longest:,} tokens would be given to this model, which has {positions:,} positions"
         raise ConfigError(f"data.max_length: {found}; set it to {positions}")
-    return LoadedRun(config, base, tokenizer, encoder, data)
+    return LoadedRun(config, model, base, encoder, data)
 
 
 def inputs(config: RunConfig, trains: bool = True) -> dict[str, Any]:
     """What a run would start from, without its weights: ``digests`` and, of each part, how many ``rows`` there are."""
-    encoder, rows = trainable_rows_of(config, load_tokenizer(config.model), trains)
+    encoder, rows = trainable_rows_of(config, RunModel.of(config).tokenizer, trains)
     parts = rows.account["parts"]
     return {"digests": digests_of(config, encoder, rows), "rows": {part: parts.get(part, 0) for part in PARTS}}
 
@@ -91,9 +91,8 @@ def digests_of(config: RunConfig, encoder: Encoder, rows: PreparedRows) -> dict[
 
 
 def read_rows_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Encoder, PreparedRows]:
-    """The rows of a run as tokens; bad ones are counted. The tokenizer gets the chat template that the config names."""
+    """The rows of a run as tokens of :attr:`RunModel.tokenizer`; bad ones are counted."""
     section = config.data
-    set_chat_template(tokenizer, section.template)
     assistant, completion = (config.training.get(key) for key in ("assistant_only_loss", "completion_only_loss"))
     encoder = Encoder(tokenizer, section.max_length, assistant is not False, completion is not False)
     train, test = section.sources()

@@ -21,7 +21,6 @@ from transformers.trainer_utils import SchedulerType
 
 from smoa.errors import ConfigError, nearest
 from smoa.layers.distributed import is_distributed
-from smoa_lab.base_models import load_weights
 from smoa_lab.data.row import Part
 from smoa_lab.training.guards import Guard, guarded
 from smoa_lab.training.loaded_run import LoadedRun
@@ -51,7 +50,7 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
         peft_config.revision = revision  # whoever loads the adapter gets the same base
     chosen: Any = trl.DPOTrainer if config.trainer == "dpo" else trl.SFTTrainer
     # Of a whole model TRL would load the reference by its name, without revision and options.
-    reference = {"ref_model": load_weights(config.model)[0]} if config.trainer == "dpo" and peft_config is None else {}
+    reference = {"ref_model": run.model.load()} if config.trainer == "dpo" and peft_config is None else {}
     if chosen is trl.SFTTrainer and arguments.device.type != "cuda":
         from smoa_lab.training.sparse_trainer import SparseSFTTrainer  # here, since it imports TRL
 

@@ -1,6 +1,5 @@
 """What `smoa chat` does apart from the terminal: what it opens, who answers, conversations and their commands."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smoa.errors import ConfigError, DataError, SmoaError
+from smoa_lab.base_models import RunModel
 from smoa_lab.chat import COMMANDS
 from smoa_lab.config.run import ModelSection, check_config
 from smoa_lab.data.chat_templates import alpaca
@@ -39,12 +39,6 @@ def mine(room: Path, base: Path) -> Path:
     return saved_adapter(room / "mine", base, seed=1)
 
 
-@pytest.fixture(scope="module")
-def other(room: Path, base: Path) -> Path:
-    """On other layers than the first."""
-    return saved_adapter(room / "other", base, seed=2, target_modules=["o_proj", "up_proj"])
-
-
 def finished_run(room: Path, base: Path, method: str = "smoa", name: str = "run") -> RunFolder:
     """A run's folder without its weights."""
     folder = RunFolder(room / name)
@@ -69,17 +63,17 @@ def test_what_is_opened_is_a_run_an_adapter_or_a_model_with_its_dtype_and_base_u
 ) -> None:
     run = finished_run(tmp_path, base)
     shutil.copytree(mine, run.adapter, dirs_exist_ok=True)
-    assert find_model(str(run.path), {}) == (ModelSection(name=str(base), dtype="bfloat16"), run.adapter)
+    assert find_model(str(run.path), {}) == RunModel(ModelSection(name=str(base), dtype="bfloat16"), None, run.adapter)
     moved = ModelSection(name="moved", dtype="float16")
-    assert find_model(str(run.path), {"name": "moved", "dtype": "float16"}) == (moved, run.adapter)
+    assert find_model(str(run.path), {"name": "moved", "dtype": "float16"}) == RunModel(moved, None, run.adapter)
     full = finished_run(tmp_path, base, method="full", name="full")
     whole = ModelSection(name=str(full.adapter), dtype="bfloat16")
-    assert find_model(str(full.path), {}) == (whole, None)
-    assert find_model(str(mine), {}) == (ModelSection(name=str(base)), mine)
-    assert find_model(str(mine), {"name": "moved"})[0].name == "moved"
+    assert find_model(str(full.path), {}) == RunModel(whole)
+    assert find_model(str(mine), {}) == RunModel(ModelSection(name=str(base)), None, mine)
+    assert find_model(str(mine), {"name": "moved"}).section.name == "moved"
     (tmp_path / "model.gguf").touch()
     for place in ("smollm2-135m", "google/gemma-3-270m", str(base), str(tmp_path / "model.gguf")):
-        assert find_model(place, {}) == (ModelSection(name=place), None)
+        assert find_model(place, {}) == RunModel(ModelSection(name=place))
 
 
 def test_an_adapter_that_records_no_base_needs_one(tmp_path: Path, base: Path, mine: Path) -> None:
@@ -117,11 +111,6 @@ def test_each_adapter_is_talked_to_through_the_template_saved_with_it_unless_ano
     tokenizer.save_pretrained(second.adapter)
     own = [KeptChat(run.path).tokens(asked)["input_ids"].tolist() for run in (first, second)]
     assert own[0] != own[1]
-    model = KeptChat(first.path)
-    model.load(str(second.path))
-    assert model.tokens(asked)["input_ids"].tolist() == own[1]
-    model.use("first")
-    assert model.tokens(asked)["input_ids"].tolist() == own[0]
     assert KeptChat(first.path, "alpaca").tokens(asked)["input_ids"].tolist() == own[1]
     with pytest.raises(ConfigError, match="there is no template 'alpacca'; did you mean 'alpaca'"):
         KeptChat(first.path, "alpacca")
@@ -142,25 +131,17 @@ def by_generate(base: Path, adapter: Path | None = None) -> str:
     return written(model, base, HELLO)
 
 
-def test_an_adapter_a_base_and_another_adapter_each_write_their_own_text(
-    tmp_path: Path, base: Path, mine: Path, other: Path
-) -> None:
+def test_an_adapter_and_its_base_each_write_their_own_text(tmp_path: Path, base: Path, mine: Path) -> None:
     plain_model = KeptChat(base)
-    texts = {"base": said(plain_model), "mine": by_generate(base, mine), "other": by_generate(base, other)}
+    texts = {"base": said(plain_model), "mine": by_generate(base, mine)}
     assert len(plain_model.pieces) > 1
-    assert len(set(texts.values())) == 3
+    assert texts["base"] != texts["mine"]
     assert texts["base"] == by_generate(base)
     model = KeptChat(mine)
     assert (model.name, said(model)) == ("mine", texts["mine"])
     model.base()
     assert (model.name, said(model)) == ("base", texts["base"])
     assert said(model, "mine") == texts["mine"]
-    model.load(str(other))
-    assert (model.name, said(model)) == ("other", texts["other"])
-    assert said(model, "base") == texts["base"]
-    model.use("mine")
-    assert said(model) == texts["mine"]
-    model.base()
     model.base()
     assert said(model) == texts["mine"]
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -175,80 +156,38 @@ def damage(adapter: Path) -> None:
     save_file({name: torch.cat([one, one], -1) if "smoa_B" in name else one for name, one in tensors.items()}, file)
 
 
-def test_a_damaged_file_is_refused_before_the_model_is_touched(
-    tmp_path: Path, base: Path, mine: Path, other: Path
-) -> None:
-    other = Path(shutil.copytree(other, tmp_path / "other"))
-    file = other / "adapter_model.safetensors"
+def test_an_adapter_that_cannot_work_is_an_error_of_ours(tmp_path: Path, base: Path, mine: Path) -> None:
+    cut, unfit, lora = (Path(shutil.copytree(mine, tmp_path / name)) for name in ("cut", "unfit", "lora"))
+    file = cut / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    model = KeptChat(base)
-    for expected in (by_generate(base), by_generate(base, mine)):
-        with pytest.raises(DataError, match="is not a whole safetensors file"):
-            model.load(str(other))
-        assert said(model) == expected
-        model.load(str(mine))
-        assert said(model) == by_generate(base, mine)
-
-
-def test_a_load_that_leaves_the_model_half_changed_ends_the_chat(
-    tmp_path: Path, base: Path, mine: Path, other: Path
-) -> None:
-    other = Path(shutil.copytree(other, tmp_path / "other"))
-    damage(other)
-    with pytest.raises(SystemExit, match=r"error: .*doesn't fit the layer"):
-        KeptChat(base).load(str(other))
-    model = KeptChat(mine)
-    with pytest.raises(SmoaError, match="doesn't fit the layer"):
-        model.load(str(other))  # smoa takes back what it began
-    assert said(model) == by_generate(base, mine)
-
-
-def test_a_load_that_cannot_work_is_an_error_of_ours(tmp_path: Path, base: Path, mine: Path) -> None:
+    damage(unfit)
     config = LoraConfig(r=2, target_modules=["nothing"], base_model_name_or_path=str(base))
-    config.save_pretrained(tmp_path / "lora")
-    save_file({}, tmp_path / "lora" / "adapter_model.safetensors")
-    other = saved_adapter(tmp_path / "other", chat_base(tmp_path / "another-base"))
-    model = KeptChat(mine)
-    for place, error, told in (
-        (tmp_path / "lora", DataError, "lora: cannot be loaded"),
-        (tmp_path, ConfigError, "contains no adapter"),
-        (other, DataError, r"is an adapter of .*another-base, this model is .*base; .*--base"),
+    config.save_pretrained(lora)
+    for place, told in (
+        (cut, "is not a whole safetensors file"),
+        (unfit, "doesn't fit the layer"),
+        (lora, "lora: cannot be loaded"),
     ):
-        with pytest.raises(error, match=told):
-            model.load(str(place))
-    assert said(model) == by_generate(base, mine)
+        with pytest.raises(SmoaError, match=told):
+            KeptChat(place)
 
 
-def test_adapters_are_named_after_their_runs_and_numbered_if_those_have_one_name(
-    tmp_path: Path, base: Path, mine: Path
-) -> None:
-    """Also after runs whose names PyTorch refuses for a module: with a dot, or of a method."""
-    model = KeptChat(base)
-    for name in ("lr-0.1", "a/train", "b/train", "demo-2", "demo", "a/demo", "b/demo-2"):
-        shutil.copytree(mine, tmp_path / name / "adapter")
-        model.load(str(tmp_path / name))
-    assert list(model.adapters) == ["lr-0.1", "train", "train-2", "demo-2", "demo", "demo-3", "demo-2-2"]
-    with pytest.raises(DataError, match=r"no adapter 'trian' is loaded; did you mean 'train'\?"):
-        model.use("trian")
+def test_an_adapter_in_a_folder_called_base_has_another_name(tmp_path: Path, mine: Path) -> None:
+    talk = KeptChat(Path(shutil.copytree(mine, tmp_path / "base")))
+    assert talk.name == "base-2"
+    talk.base()
+    assert talk.name == "base"
 
 
-def test_the_template_saved_with_one_adapter_and_its_end_of_turn_are_not_another_ones(
-    tmp_path: Path, mine: Path, other: Path
-) -> None:
+def test_an_answer_stops_where_the_template_saved_with_the_adapter_ends_a_turn(tmp_path: Path, mine: Path) -> None:
     mine = Path(shutil.copytree(mine, tmp_path / "mine"))
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
     tokenizer.save_pretrained(mine)
-    model = KeptChat(other)
-    before = [model.tokens(HELLO)["input_ids"].tolist(), model.base_model.generation_config.eos_token_id]
-    model.load(str(mine))
+    model = KeptChat(mine)
     assert model.tokenizer.chat_template == tokenizer.chat_template
-    assert tokenizer.pad_token_id in model.base_model.generation_config.eos_token_id
-    model.use("other")
-    assert [model.tokens(HELLO)["input_ids"].tolist(), model.base_model.generation_config.eos_token_id] == before
-    again = KeptChat(mine)
-    again.load(str(other))
-    assert [again.tokens(HELLO)["input_ids"].tolist(), again.base_model.generation_config.eos_token_id] == before
+    ends: Any = model.base_model.generation_config
+    assert tokenizer.pad_token_id in ends.eos_token_id
 
 
 def test_the_model_sees_the_system_prompt_and_all_turns(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +215,7 @@ def test_the_model_sees_the_system_prompt_and_all_turns(base: Path, monkeypatch:
 def test_both_answer_the_last_message_and_the_conversation_stays(base: Path, mine: Path) -> None:
     alone, talk = KeptChat(base), KeptChat(mine)
     alone.ask("hello")
-    with pytest.raises(DataError, match="no adapter is loaded"):
+    with pytest.raises(DataError, match="this is a model without an adapter"):
         alone.respond("/both")
     with pytest.raises(DataError, match="no message to answer yet"):
         talk.respond("/both")
@@ -342,39 +281,12 @@ def test_the_oldest_turns_are_dropped_where_the_model_can_read_no_more(base: Pat
     assert (talk.first, len(talk.turns)) == (seen, 12)
 
 
-def test_a_conversation_is_saved_in_the_format_of_training_data_and_over_no_other_file(
-    tmp_path: Path, base: Path
-) -> None:
-    talk, file = KeptChat(base), tmp_path / "talk.jsonl"
-    talk.system("sei nett")
-    with pytest.raises(DataError, match="nothing to save"):
-        talk.save(str(file))
-    talk.ask("schön?")
-    talk.save(str(file))
-    assert talk.notes[-1] == f"{file}: saved, 2 messages"
-    (row,) = map(json.loads, file.read_text("utf-8").splitlines())
-    answer = {"role": "assistant", "content": talk.answers[0].strip()}
-    assert row == {
-        "messages": [{"role": "system", "content": "sei nett"}, {"role": "user", "content": "schön?"}, answer]
-    }
-    before = file.read_text()
-    for place, message in ((file, "exists and is not overwritten"), (file / "below", "cannot be written")):
-        with pytest.raises(ConfigError, match=message):
-            talk.save(str(place))
-    assert file.read_text() == before
-
-
-def test_help_lists_the_commands_and_they_say_what_they_did(tmp_path: Path, mine: Path, other: Path) -> None:
-    file = tmp_path / "talk.jsonl"
+def test_help_lists_the_commands_and_they_say_what_they_did(mine: Path) -> None:
     talk = KeptChat(mine)
     talk.ask("hello")
     lines = {
         "/base": "base answers.",
-        f"/load {other}": "Loaded: mine, other. other answers.",
-        "/use mine": "Loaded: mine, other. mine answers.",
-        "/use": "Loaded: mine, other. mine answers.",
         "/system be kind": "The system prompt is set.",
-        f"/save {file}": f"{file}: saved, 2 messages",
         "/both": "mine:",
         "/reset": "The conversation starts anew.",
         "/system": "There is no system prompt now.",
@@ -386,13 +298,9 @@ def test_help_lists_the_commands_and_they_say_what_they_did(tmp_path: Path, mine
     for line, said in lines.items():
         talk.respond(line)
         assert talk.notes[-1] == said
-    assert file.is_file()
     assert (talk.turns, talk.prompt) == ([], [])
 
     with pytest.raises(EOFError):
         talk.respond("/quit")
     with pytest.raises(DataError, match=r"no command /rest; did you mean 'reset'\?"):
         talk.respond("/rest")
-    for name in ("load", "save"):
-        with pytest.raises(DataError, match=f"/{name} {COMMANDS[name][0]}: {COMMANDS[name][1][:20]}"):
-            talk.respond(f"/{name} ")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from smoa import SmoaConfig
 from smoa.errors import ConfigError, UnsupportedModuleError, UnsupportedVersionError
-from smoa_lab import convert as convert_module
+from smoa_lab import base_models
 from smoa_lab.config.run import check_config
 from smoa_lab.convert import convert_run
 from smoa_lab.training.loaded_run import load_run
@@ -179,7 +179,7 @@ def test_an_adapter_of_another_method_is_refused_by_its_type(
 ) -> None:
     base = LlamaForCausalLM.from_pretrained(values["model"]["name"])
     get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
-    monkeypatch.setattr(convert_module, "load_weights", pytest.fail)
+    monkeypatch.setattr(base_models, "load_weights", pytest.fail)
     with pytest.raises(ConfigError, match="adapter: is an adapter of the type LORA; only SMoA's are converted"):
         convert_run(tmp_path / "adapter", tmp_path / "lora", 2)
     assert not (tmp_path / "lora").exists()

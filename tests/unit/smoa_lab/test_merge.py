@@ -30,7 +30,7 @@ from smoa_lab import merge as merging
 from smoa_lab.base_models import prepare_packaged_model
 from smoa_lab.config.run import check_config
 from smoa_lab.merge import GGUF_NOTE, Merged, merge_run, model_card
-from smoa_lab.open_run import base_section
+from smoa_lab.open_run import model_of
 from smoa_lab.pages.card import named_base
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import gguf_base, golden, lab, tiny_models
@@ -247,7 +247,7 @@ def test_the_recorded_revision_is_that_of_the_recorded_base_only_and_of_a_hub_id
 
     monkeypatch.setattr(merging, "snapshot_download", download)
     for given in (None, "org/other"):
-        merging._save_other_files(base_section(tmp_path, given), tmp_path, tmp_path)
+        merging._save_other_files(model_of(tmp_path, given).section, tmp_path, tmp_path)
     assert asked == [("org/own", "v2"), ("org/other", None)]
 
 

@@ -13,8 +13,8 @@ from smoa_lab.config.run import ModelSection, check_config
 from smoa_lab.open_run import (
     adapter_of_run,
     base_name,
-    base_section,
     find_model,
+    model_of,
     open_run,
     run_name,
     with_saved_adapter,
@@ -58,8 +58,8 @@ def test_an_adapter_is_called_by_its_run_wherever_the_command_is_given(
 def test_the_recorded_base_is_loaded_in_the_recorded_revision_and_another_is_not(adapter: Path) -> None:
     assert (base_name(adapter), base_name(adapter, "another/base")) == ("its/base", "another/base")
     recorded = ModelSection(name="its/base", options={"revision": "v2"})
-    assert base_section(adapter) == base_section(adapter, "its/base") == recorded
-    assert base_section(adapter, "another/base") == ModelSection(name="another/base")
+    assert model_of(adapter).section == model_of(adapter, "its/base").section == recorded
+    assert model_of(adapter, "another/base").section == ModelSection(name="another/base")
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # PEFT looks where the base was
@@ -72,9 +72,9 @@ def test_another_model_of_the_bases_name_is_refused_unless_the_user_names_it(
     train(check_config(values))
     run = (tmp_path / "run").rename(tmp_path / "renamed")
     openings: list[Callable[[str | None], Any]] = [
-        lambda base: base_section(run / "adapter", base).name,
+        lambda base: model_of(run / "adapter", base).section.name,
         lambda base: open_run(run, base=base)[0].model.name,
-        lambda base: find_model(str(run), {} if base is None else {"name": base})[0].name,
+        lambda base: find_model(str(run), {} if base is None else {"name": base}).section.name,
     ]
     for opened in openings:
         assert opened(None) == "base"

@@ -11,9 +11,9 @@ import yaml
 from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
+from smoa_lab import base_models
 from smoa_lab.basics.trust import TRUSTED, Trust
 from smoa_lab.cli.main import app
-from smoa_lab.training import loaded_run
 from tests.support.lab import questions
 from tests.support.metrics import ALIKE
 from tests.support.own_rows import MARKED, chats, rows_values, tiny_chat_model, tokenizer_with, write_rows
@@ -31,8 +31,8 @@ def model() -> PreTrainedModel:
 def room(tmp_path: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a test, whose runs load a tiny model."""
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(loaded_run, "load_weights", lambda wanted: (copy.deepcopy(model), {}))
-    monkeypatch.setattr(loaded_run, "load_tokenizer", lambda wanted: tokenizer_with(MARKED))
+    monkeypatch.setattr(base_models, "load_weights", lambda wanted: (copy.deepcopy(model), {}))
+    monkeypatch.setattr(base_models, "load_tokenizer", lambda wanted: tokenizer_with(MARKED))
     model.config.save_pretrained(tmp_path / "base")  # its size decides the learning rate
     monkeypatch.chdir(tmp_path)
     model.config.save_pretrained(tmp_path / "base")
@@ -68,7 +68,7 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_model_is_loaded(
 ) -> None:
     rows = write_rows(room / "rows.jsonl", chats(20))
     monkeypatch.setenv("SMOA_CACHE", str(rows))
-    monkeypatch.setattr(loaded_run, "load_weights", pytest.fail)
+    monkeypatch.setattr(base_models, "load_weights", pytest.fail)
     assert_refused(command(room, rows), room, "cannot be written (Not a directory); choose another place")
 
 

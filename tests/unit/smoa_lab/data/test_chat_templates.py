@@ -27,7 +27,6 @@ from tests.support.own_rows import (
 
 def test_a_template_may_lie_in_a_file_and_without_a_name_the_models_own_stays(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(PLAIN)
-    set_chat_template(tokenizer, None)
     assert tokenizer.chat_template == PLAIN
     file = tmp_path / "own.jinja"
     file.write_text(TRIMMED)

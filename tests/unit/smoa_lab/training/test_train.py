@@ -17,7 +17,7 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import ModelSection, RunConfig, check_config
 from smoa_lab.data.answers import RULES
 from smoa_lab.evaluate import evaluate_run
-from smoa_lab.open_run import base_section, open_run
+from smoa_lab.open_run import model_of, open_run
 from smoa_lab.training import train as run_module
 from smoa_lab.training.guards import Diverged
 from smoa_lab.training.loaded_run import inputs, load_run
@@ -214,7 +214,7 @@ def test_without_held_out_rows_a_run_is_trained_and_a_line_says_that_it_is_not_s
     assert "No rows are held out, so none are scored" in folder.log.read_text()
     assert not folder.samples.exists()
     assert rows_of(config) == []
-    assert base_section(folder.adapter) == ModelSection(name=model.name, options={"revision": "v2"})
+    assert model_of(folder.adapter).section == ModelSection(name=model.name, options={"revision": "v2"})
 
 
 def test_a_mixture_gives_router_logits_only_while_it_is_trained(values: dict[str, Any], tmp_path: Path) -> None:
