@@ -15,7 +15,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import accumulate
@@ -23,7 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import HiraConfig, LoraConfig, PeftConfig
 from torch import Tensor, nn
+
+from smoa import SmoaConfig
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -265,6 +268,20 @@ def write_results(name: str, content: Mapping[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def drawn(
+    method: str, rank: int, num_blocks: int, partition: str = "random", targets: Sequence[str] = GEMMA_TARGETS
+) -> PeftConfig:
+    """The config of a method with the parameters of LoRA of this rank, whose factors are all random. No weight is
+    decomposed, which would not change what a step costs."""
+    chosen: dict[str, Any] = {"target_modules": list(targets)}
+    if method == "smoa":
+        blocks = {"r": rank * num_blocks, "num_blocks": num_blocks, "partition": partition}
+        return SmoaConfig(init_weights=False, **blocks, **chosen)
+    if method == "hira":
+        return HiraConfig(r=rank, init_weights=False, **chosen)
+    return LoraConfig(r=rank, **({"use_dora": True} if method == "dora" else {"init_lora_weights": False}), **chosen)
 
 
 def gemma_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 from _common import (
-    GEMMA_TARGETS,
     RESULTS,
+    drawn,
     interleaved,
     lower_quartile,
     peak,
@@ -40,11 +40,10 @@ from _common import (
     write_results,
 )
 from layers import OneLayer, adapted, inputs, training_step
-from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import get_peft_model, prepare_model_for_kbit_training
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from smoa import SmoaConfig
 from smoa.maths.blocks import Blocks
 from smoa.maths.kernels import one_product
 from smoa.maths.spectrum import make_partition
@@ -196,14 +195,7 @@ def _checkpoint(config: str, device: torch.device) -> tempfile.TemporaryDirector
 
 def adapted_llama(model: Any, method: str, num_blocks: int, partition: str) -> Any:
     """The model with a method that trains the parameters of LoRA r = 8."""
-    chosen: dict[str, Any] = {"target_modules": list(GEMMA_TARGETS)}
-    blocks = {"r": 8 * num_blocks, "num_blocks": num_blocks, "partition": partition}
-    configs: dict[str, Callable[[], PeftConfig]] = {
-        "lora": lambda: LoraConfig(r=8, init_lora_weights=False, **chosen),
-        "hira": lambda: HiraConfig(r=8, init_weights=False, **chosen),
-        "smoa": lambda: SmoaConfig(init_weights=False, **blocks, **chosen),
-    }
-    return get_peft_model(model, configs[method]())
+    return get_peft_model(model, drawn(method, 8, num_blocks, partition))
 
 
 def model(rows: Rows, quantized: bool = False) -> None:
@@ -263,13 +255,12 @@ def fleet(rows: Rows) -> None:
 
 def fleet_cost(rows: Rows, tokens: int, way: str, adapters: int) -> dict[str, Any]:
     config, names = TINY_LLAMA if rows.tiny else LLAMA_3_8B, [f"adapter{number}" for number in range(adapters)]
-    made, chosen = llama(config, rows.device), {"target_modules": list(GEMMA_TARGETS)}
-    lora = LoraConfig(r=8, init_lora_weights=False, **chosen)
-    ours = SmoaConfig(r=8, num_blocks=8, partition="random", init_weights=False, **chosen)
+    made = llama(config, rows.device)
     if way != "base":
-        made = get_peft_model(made, lora if way == "lora" else ours, adapter_name=names[0])
+        own = drawn("lora", 8, 0) if way == "lora" else drawn("smoa", 1, 8)
+        made = get_peft_model(made, own, adapter_name=names[0])
         for name in names[1:]:
-            made.add_adapter(name, lora if way == "lora" else ours)
+            made.add_adapter(name, own)
     ids = torch.randint(0, config.vocab_size, (32, tokens), device=rows.device)
     options = {} if way == "base" else {"adapter_names": [names[row % adapters] for row in range(32)]}
     made.eval()
@@ -299,9 +290,8 @@ def serve_cost(rows: Rows, way: str, ranks: int) -> dict[str, Any]:
         **TINY_LLAMA.to_dict() | {"num_attention_heads": 2, "head_dim": 32}
     )  # as vLLM wants on CPUs
     config, count = (wide_heads, 4) if rows.tiny else (LLAMA_3_8B, 32)
-    K, length, chosen = min(count, 32), 4 if rows.tiny else 64, {"target_modules": list(GEMMA_TARGETS)}
-    ours = SmoaConfig(r=K, num_blocks=K, partition="contiguous", init_weights=False, **chosen)
-    methods = {"lora 1": LoraConfig(r=1, init_lora_weights=False, **chosen), f"smoa {K}": ours}
+    K, length = min(count, 32), 4 if rows.tiny else 64
+    methods = {"lora 1": drawn("lora", 1, 0), f"smoa {K}": drawn("smoa", 1, K, "contiguous")}
     figures: dict[str, Any] = {"tokens": {}}
     with tempfile.TemporaryDirectory() as room:
         llama(config, rows.device).save_pretrained(f"{room}/base")

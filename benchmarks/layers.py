@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _common import interleaved, lower_quartile, run, saved_bytes, trainable
+from _common import drawn, interleaved, lower_quartile, run, saved_bytes, trainable
 from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -102,16 +102,9 @@ def adapted(method: str, base: OneLayer, r: int, num_blocks: int, partition: str
         return layer
     if method == "released":
         return ReleasedLinear(layer.linear, r, make_partition(weight, num_blocks, partition))
-    rank, chosen = max(1, r // num_blocks), {"target_modules": ["linear"]}
-    configs: dict[str, Callable[[], PeftConfig]] = {
-        "smoa": lambda: SmoaConfig(r=r, num_blocks=num_blocks, partition=partition, init_weights=False, **chosen),
-        "hira": lambda: HiraConfig(r=rank, init_weights=False, **chosen),
-        "lora": lambda: LoraConfig(r=rank, init_lora_weights=False, **chosen),
-        "dora": lambda: LoraConfig(r=rank, use_dora=True, **chosen),
-    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_peft_model(layer, configs[method]())
+        return get_peft_model(layer, drawn(method, max(1, r // num_blocks), num_blocks, partition, ["linear"]))
 
 
 def inputs(base: OneLayer, tokens: int) -> tuple[Tensor, Tensor]:

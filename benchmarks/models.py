@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from _common import (
-    GEMMA_TARGETS,
+    drawn,
     in_own_process,
     interleaved,
     lower_quartile,
@@ -33,10 +33,9 @@ from _common import (
     step_memory,
     trainable,
 )
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor, nn
 
-from smoa import SmoaConfig
 from smoa.layers.quantized import QuantizedLinear
 from smoa.tuner.generation import keeping
 from smoa_lab.base_models import load_weights
@@ -54,11 +53,6 @@ RELATIVE_SIZES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """rms of ΔW / W on SMoA's blocks."""
 
 
-def smoa_config(r: int, num_blocks: int) -> SmoaConfig:
-    targets = list(GEMMA_TARGETS)
-    return SmoaConfig(r=r, num_blocks=num_blocks, target_modules=targets, partition="random", init_weights=False)
-
-
 def gemma(method: str, r: int, num_blocks: int, device: torch.device, base: str = "float32") -> Any:
     """The base model in "float32" or one of QUANTIZATIONS: as it is for "base", else with "smoa" or "lora", which start
     non-zero."""
@@ -68,11 +62,9 @@ def gemma(method: str, r: int, num_blocks: int, device: torch.device, base: str 
     model.to(device)
     if method == "base":
         return model.requires_grad_(False)
-    lora = LoraConfig(r=r // num_blocks, target_modules=list(GEMMA_TARGETS), init_lora_weights=False)
-    config: PeftConfig = smoa_config(r, num_blocks) if method == "smoa" else lora
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_peft_model(model, config)
+        return get_peft_model(model, drawn(method, r // num_blocks, num_blocks))
 
 
 def training_step(model: Any, batch: int, tokens: int, answer: int, device: torch.device) -> Callable[[], None]:
@@ -217,7 +209,7 @@ def mixed_batch(
     """
     model: Any = gemma("smoa", r, num_blocks, device).eval()
     for number in range(1, adapters):
-        model.add_adapter(f"adapter {number}", smoa_config(r, num_blocks))
+        model.add_adapter(f"adapter {number}", drawn("smoa", r // num_blocks, num_blocks))
     model.eval()
     names = [*model.peft_config, "__base__"]
 

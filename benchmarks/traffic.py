@@ -21,7 +21,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import socket
 import sys
 import time
@@ -36,21 +35,10 @@ import numpy as np
 import psutil
 import torch
 from _common import RESULTS, provenance, resident, run, write_results
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from _vllm import BASE, ENVIRONMENT, ROOM, SYSTEMS, save_adapters
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm_serving import BASE, ENVIRONMENT, TARGETS
 
-from smoa import SmoaConfig
-
-SYSTEMS: dict[str, Any] = {
-    "base": None,
-    "smoa 32": SmoaConfig(r=32, num_blocks=32, partition="contiguous", target_modules=TARGETS, init_weights=False),
-    "lora 1": LoraConfig(r=1, target_modules=TARGETS, init_lora_weights=False),
-    "lora 8": LoraConfig(r=8, target_modules=TARGETS, init_lora_weights=False),
-}
-STRENGTH = {"smoa 32": 2.5, "lora 1": 1.0, "lora 8": 1.0}
-"""The size of random factors, as a multiple of that which each method draws."""
 SLOTS, KEPT = 32, 128
 """Adapters that vLLM has in slots and in memory: of 32 in both, one that waits is read again when its turn comes."""
 TOKENS = 8, 128
@@ -59,7 +47,6 @@ SOON = 6.0
 TIE = 1e-3
 READ = "Adding lora."
 """What vLLM logs when it has read an adapter."""
-ROOM = Path("/tmp/smoa-traffic")
 
 
 def traffic(
@@ -107,26 +94,6 @@ def stored(into: str) -> list[dict[str, Any]]:
     path = RESULTS / f"{into}.json"
     runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.is_file() else []
     return runs
-
-
-def save_adapters(system: str, count: int) -> None:
-    """A folder for each adapter that has none; they differ in their factors only."""
-    folder = ROOM / system
-    missing = [own for own in (folder / f"a{number}" for number in range(count)) if not own.is_dir()]
-    if SYSTEMS[system] is None or not missing:
-        return
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), SYSTEMS[system])
-    model.save_pretrained(folder / "first")
-    tensors = load_file(folder / "first" / "adapter_model.safetensors")
-    sizes = {key: tensor.std() * STRENGTH[system] for key, tensor in tensors.items() if "_A" in key or "_B" in key}
-    for own in missing:
-        torch.manual_seed(int(own.name[1:]))
-        drawn = {key: torch.randn_like(tensors[key]) * size for key, size in sizes.items()}
-        part = folder / "part"
-        part.mkdir(exist_ok=True)
-        shutil.copy(folder / "first" / "adapter_config.json", part)
-        save_file(tensors | drawn, part / "adapter_model.safetensors", {"format": "pt"})
-        part.rename(own)
 
 
 @contextmanager

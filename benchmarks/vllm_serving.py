@@ -28,28 +28,15 @@ from typing import Any
 
 import torch
 from _common import held, interleaved, lower_quartile, run
-from peft import LoraConfig, get_peft_model
+from _vllm import BASE, ENVIRONMENT, ROOM, SYSTEMS, save_adapters
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from smoa import SmoaConfig
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-BASE = Path(os.environ.get("SMOA_CACHE", "~/.cache/smoa")).expanduser() / "models" / "smollm2-135m"
 ADAPTERS = 32
 BATCHES = 1, 8, ADAPTERS
 PROMPT = 16
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-
-def configs(targets: list[str] = TARGETS) -> dict[str, Any]:
-    smoa = SmoaConfig(r=32, num_blocks=32, partition="contiguous", target_modules=targets, init_weights=False)
-    return {"lora 1": LoraConfig(r=1, target_modules=targets, init_lora_weights=False), "smoa 32": smoa}
+METHODS = {name: SYSTEMS[name] for name in ("lora 1", "smoa 32")}
+"""As many parameters each."""
 
 
 def vllm_serving(device: torch.device, dtype: str = "float32", tokens: int = 16, repeats: int = 5) -> dict[str, Any]:
@@ -109,7 +96,7 @@ def made(base: Path, room: Path, **settings: Any) -> Any:
     since vLLM and smoa know no better."""
     from vllm import LLM
 
-    for name, config in configs().items():
+    for name, config in METHODS.items():
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         get_peft_model(model, config).save_pretrained(room / name)
     return LLM(
@@ -139,7 +126,7 @@ def takes_classes(worker: Any, of_vllm: bool) -> None:
 def activations(engine: Any, repeats: int) -> dict[str, float]:
     """Seconds to put an adapter of each method into a slot, in the slowest rank."""
     of_ranks = engine.collective_rpc(activation, args=(repeats,))
-    return {name: max(own[name] for own in of_ranks) for name in configs()}
+    return {name: max(own[name] for own in of_ranks) for name in METHODS}
 
 
 def activation(worker: Any, repeats: int) -> dict[str, float]:
@@ -153,7 +140,7 @@ def activation(worker: Any, repeats: int) -> dict[str, float]:
 
         return put
 
-    cases = {name: puts(1 + place * ADAPTERS) for place, name in enumerate(configs())}
+    cases = {name: puts(1 + place * ADAPTERS) for place, name in enumerate(METHODS)}
     return {name: lower_quartile(own) / ADAPTERS for name, own in interleaved(cases, repeats + 1).items()}
 
 
@@ -165,7 +152,7 @@ def ranks(device: torch.device, hidden: int = 2048, layers: int = 4, repeats: in
         heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 256, "vocab_size": 512}
         LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(Path(room, "base"))
         engine = made(Path(room, "base"), Path(room), dtype="float32", max_model_len=256, tensor_parallel_size=2)
-        for place, name in enumerate(configs()):
+        for place, name in enumerate(METHODS):
             loaded(engine, Path(room), name, 1 + place * ADAPTERS)
         found = activations(engine, repeats)
     return {"name": "vllm_ranks", "seconds": found, "vllm": version("vllm-cpu"), "seed": 0}
@@ -174,7 +161,6 @@ def ranks(device: torch.device, hidden: int = 2048, layers: int = 4, repeats: in
 def memory(device: torch.device, system: str, adapters: int = 1000) -> dict[str, Any]:
     """Bytes held after 40 different adapters have answered, and after all, of which the engine keeps 40."""
     os.environ.update(ENVIRONMENT)
-    from traffic import ROOM, save_adapters
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
