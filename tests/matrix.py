@@ -51,7 +51,7 @@ PART = [
     "tests/unit/smoa/files/test_loading.py",
     "tests/unit/smoa_lab/config/test_run.py",
 ]
-TRL_PART = ["tests/integration/test_examples.py::test_an_example_runs[trl_sft.py]"]
+TRL_PART = ["tests/integration/test_examples.py::test_an_example_runs[trl_trainers.py]"]
 """For rows that name a version of TRL."""
 
 
