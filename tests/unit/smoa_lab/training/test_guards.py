@@ -33,6 +33,7 @@ from smoa_lab.study.executor import perform
 from smoa_lab.study.results import measured, read_metrics
 from smoa_lab.study.study import Job
 from smoa_lab.training import guards
+from smoa_lab.training import train as run_module
 from smoa_lab.training import trainer as trainer_module
 from smoa_lab.training.guards import Diverged, Guard
 from smoa_lab.training.run_folder import RunFolder
@@ -338,6 +339,29 @@ def test_the_scaler_of_fp16_settles_first() -> None:
     halve(2)
     with pytest.raises(Diverged):
         halve(1)
+
+
+@pytest.mark.parametrize(("rate", "diverges"), [(0.01, False), (1e30, True)])
+def test_a_run_under_the_scaler_of_fp16_ends_only_once_the_scale_has_settled(
+    rate: float, diverges: bool, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where accelerate refuses fp16: its scaler, put into the accelerator. It starts so high that the first
+    gradients are infinite."""
+    scaler, made = torch.amp.GradScaler("cpu", init_scale=2.0**68), run_module.make_trainer
+
+    def with_scaler(*arguments: Any) -> Any:
+        trainer: Any = made(*arguments)
+        trainer.accelerator.scaler = scaler
+        return trainer
+
+    monkeypatch.setattr(run_module, "make_trainer", with_scaler)
+    config["training"] |= {"learning_rate": rate, "max_steps": 24, "lr_scheduler_type": "constant", "max_grad_norm": 0}
+    if diverges:
+        with pytest.raises(Diverged, match="gradients of 3 steps in a row"):
+            run(check_config(config))
+    else:
+        assert run(check_config(config))["training"]["steps"] == 24
+        assert 2.0**44 < scaler.get_scale() < 2.0**65  # more than three steps were skipped, and not all
 
 
 @pytest.mark.parametrize("method", ["smoa", "lora"])

@@ -138,35 +138,6 @@ def test_other_methods_train_on_rows(
     assert (metrics["parameters"]["percent"] == 100) == (method == "full")
 
 
-@pytest.mark.parametrize("kind", ["talks", pytest.param("preferences", marks=pytest.mark.slow)])
-def test_an_interrupted_run_goes_on_to_the_same_adapter(
-    kind: str, base: Path, tmp_path: Path, cache: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(self: ProgressReport, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 2:
-            raise KeyboardInterrupt
-
-    rows, trainer = request.getfixturevalue(kind), "sft" if kind == "talks" else "dpo"
-    training = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.01}
-    options = [{**training, "output_dir": str(tmp_path / name)} for name in ("whole", "broken")]
-    whole, broken = (rows_config(tmp_path, rows, base, training=one, trainer=trainer) for one in options)
-    expected = train(whole)
-    monkeypatch.setattr(ProgressReport, "on_step_end", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train(broken)
-    monkeypatch.undo()
-    monkeypatch.setenv("SMOA_CACHE", str(cache.parent))
-    metrics = train(broken)
-    assert metrics["training"]["resumed"]
-    assert "tokens_per_second" in expected["training"].keys() - metrics["training"].keys()
-    assert losses(metrics) == pytest.approx(losses(expected), abs=1e-5)
-    for one in (whole, broken):
-        assert not [entry for entry in one.folder.iterdir() if entry.name == "README.md" or "checkpoint" in entry.name]
-    saved, unbroken = (load_file(one.folder / "adapter" / "adapter_model.safetensors") for one in (broken, whole))
-    for name, tensor in unbroken.items():
-        torch.testing.assert_close(saved[name], tensor, rtol=1e-4, atol=1e-6)
-
-
 STOPPING = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 8, "per_device_eval_batch_size": 64}
 
 

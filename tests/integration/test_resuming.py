@@ -1,0 +1,71 @@
+"""A run that is killed after a checkpoint and started again ends in the bits of the run that nobody stopped, of every
+kind that has something of its own to remember."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smoa_lab.training.train import run as train
+from tests.support.kills import killed_after_saving
+from tests.support.own_rows import chats, losses, pairs, rows_base, rows_config, write_rows
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.usefixtures("quick_pictures"),
+]
+VALIDATED = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 64}
+DROPPED = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"], "smoa_dropout": 0.3}
+ADALORA = {"target_modules": ["q_proj"], "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "total_step": 4}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dropout": {"adapter": DROPPED},
+    "packing": {"training": {"packing": True, "packing_strategy": "bfd"}, "data": {"max_length": 128}},
+    "accumulation": {"training": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}},
+    "DPO": {"trainer": "dpo"},
+    "early stopping": {"training": {**VALIDATED, "learning_rate": 30.0, "warmup_steps": 0}, "early_stopping": 2},
+    "plateau": {"training": {**VALIDATED, "lr_scheduler_type": "reduce_lr_on_plateau", "learning_rate": 0.5}},
+    "group_by_length": {"training": {"train_sampling_strategy": "group_by_length"}},
+    "AdaLoRA": {"method": "adalora", "adapter": ADALORA},
+    "NEFTune": {"training": {"neftune_noise_alpha": 5.0}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    of_kind = KINDS[kind]
+    rows = write_rows(tmp_path / "rows.jsonl", pairs(40) if kind == "DPO" else chats(40))
+    training = {"max_steps": 4, "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 1, "warmup_steps": 1}
+    sections = {
+        "forgetting": {"tokens": 0},
+        **of_kind,
+        "data": {"samples": 0, "validation_examples": 4, "test_examples": 4, **of_kind.get("data", {})},
+    }
+    whole, broken = (
+        rows_config(
+            tmp_path / name,
+            rows,
+            rows_base(tmp_path / "base"),
+            **{**sections, "training": {**training, "output_dir": str(tmp_path / name), **of_kind.get("training", {})}},
+        )
+        for name in ("whole", "broken")
+    )
+    expected = train(whole)
+    with killed_after_saving(2, monkeypatch):
+        train(broken)
+    found = train(broken)
+    assert found["training"]["resumed"]
+    assert "tokens_per_second" in expected["training"].keys() - found["training"].keys()
+    assert found["training"]["steps"] == expected["training"]["steps"] == (3 if kind == "early stopping" else 4)
+    assert losses(found) == losses(expected)
+    assert found["evaluation"] == expected["evaluation"]
+    saved, unbroken = (load_file(one.folder / "adapter" / "adapter_model.safetensors") for one in (broken, whole))
+    assert saved.keys() == unbroken.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in unbroken.items())
+    for one in (whole, broken):
+        assert not [entry for entry in one.folder.iterdir() if entry.name == "README.md" or "checkpoint" in entry.name]
