@@ -17,52 +17,9 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftConfig
 
 from smoa.config import SmoaConfig
+from smoa_lab.pages.templates import render
 
 NOT_SHOWN = ("base_model_name_or_path", "inference_mode", "revision")
-
-TEXT = """---
-{front_matter}
----
-
-# {title}
-
-{intro}
-
-```python
-{loading}
-```
-
-{sections}## Adapter
-
-```json
-{config}
-```
-
-The base model's license and terms of use apply.
-"""
-BY_NAME = """from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("PATH")"""
-ON_A_BASE = """from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "PATH")"""
-PACKAGED = """from peft import PeftModel
-
-from smoa_lab.base_models import load_weights
-from smoa_lab.config.run import ModelSection
-
-base, _ = load_weights(ModelSection(name="{name}"))  # another base than {hub_id} on the Hub
-model = PeftModel.from_pretrained(base, "PATH")"""
-UNPACKED = """The base was unpacked from 4-bit weights, {file}: they differ from those of `{hub_id}` on the Hub,
-on which the adapter says something else.
-
-"""
-LOCAL = """The base was loaded from a local place. If `adapter_config.json` does not lead to it, load it yourself and
-call `PeftModel.from_pretrained(base, "PATH")`.
-
-"""
-
 
 def adapter_card(title: str, config: PeftConfig, base: NamedBase, sections: str) -> str:
     """Markdown with the front matter that model hubs read, for the ``config`` of an adapter as saved, of any method.
@@ -74,9 +31,7 @@ def adapter_card(title: str, config: PeftConfig, base: NamedBase, sections: str)
         intro = f"A SMoA adapter ({paper}) of `{base.text}`: r = {config.r}, {config.num_blocks} blocks{by_layer}."
     tags = [method_name(config).lower(), *([f"base_model:adapter:{base.hub_id}"] if base.hub_id else [])]
     front_matter = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": tags}
-    note = UNPACKED.format(file=base.file, hub_id=base.hub_id) if base.packaged else "" if base.hub_id else LOCAL
-    sections = note + sections
-    return card_text(title, base, config, front_matter, intro, loading_code(config, base), sections)
+    return card_text(title, base, config, front_matter, intro, loading_code(config, base), sections, adapts=True)
 
 
 def card_text(
@@ -87,15 +42,20 @@ def card_text(
     intro: str,
     loading: str,
     sections: str,
+    adapts: bool = False,
 ) -> str:
-    """The card of an adapter or a merged model: front matter, heading, introduction, how to load it, settings."""
+    """The card of a model that ``adapts`` a base, or of a merged one: front matter, heading, introduction, how to load
+    it, settings."""
     shown = {
         key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
         for key, value in config.to_dict().items()
         if value not in (None, {}, [], False) and key not in NOT_SHOWN
     }
     known: dict[str, Any] = {**front_matter} | ({"base_model": base.hub_id} if base.hub_id else {})
-    return TEXT.format(
+    return render(
+        "card.md.jinja",
+        base=base,
+        adapts=adapts,
         front_matter=ModelCardData(**known).to_yaml(),
         title=title,
         intro=intro,
@@ -133,12 +93,8 @@ def named_base(source: str | None) -> NamedBase:
 def loading_code(config: PeftConfig, base: NamedBase) -> str:
     """Python that loads the adapter from "PATH". PEFT finds the base in the config, unless that names another place
     than the Hub's."""
-    registers = "import smoa  # registers SMoA with PEFT\n" if isinstance(config, SmoaConfig) else ""
-    if base.packaged:
-        return registers + PACKAGED.format(name=base.packaged, hub_id=base.hub_id)
-    if base.hub_id in (None, config.base_model_name_or_path):
-        return registers + BY_NAME
-    return registers + ON_A_BASE.format(base=base.hub_id)
+    recorded = config.base_model_name_or_path
+    return render("loading.py.jinja", base=base, is_ours=isinstance(config, SmoaConfig), recorded=recorded)
 
 
 def method_name(config: PeftConfig) -> str:
