@@ -170,13 +170,13 @@ def _trained(empty: PreTrainedModel, method: Method, block: dict[str, Any]) -> i
     wanted = method.peft_config(block)
     assert wanted is not None
     try:
-        return count_trained(copy.deepcopy(empty), wanted)
-    except RuntimeError as error:  # of PyTorch: a value of a tensor without data
+        return count_trained(empty, wanted)
+    except RuntimeError as error:
         refused = ConfigError("reads the weights when it starts, so it can't be counted without them")
         if "no data" in str(error):
             raise refused from error
     try:
-        return count_trained(_with_zeros(copy.deepcopy(empty)), wanted, "cpu")
+        return count_trained(_with_zeros(copy.deepcopy(empty)), wanted)
     except RuntimeError as error:
         raise refused from error
 

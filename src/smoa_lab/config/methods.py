@@ -6,16 +6,15 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import Annotated, Any
 
 import peft
-import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, TrainableTokensConfig, get_peft_model
 from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import check_target_module_exists
 from pydantic import StringConstraints
 from transformers import PreTrainedModel
 
@@ -156,28 +155,28 @@ def _refusal(name: str, found: type[PeftConfig]) -> str | None:
 
 
 def check_adapter(empty: PreTrainedModel, wanted: PeftConfig) -> None:
-    """Try the adapter on the base model without its weights, so that a mistake is found before they are loaded. Some
-    methods look at weights when they start, and are tried with them."""
-    _check_names([path for path, _ in empty.named_modules() if path], wanted)
+    """Raise ConfigError unless the adapter can be trained on ``empty``, the base without its weights. Some methods look
+    at weights when they start, and are tried with them."""
+    _check_names(empty, wanted)
     try:
         trained = count_trained(empty, wanted)
-    except RuntimeError:  # of PyTorch: a value of a tensor without data
+    except RuntimeError:
         return
     if not trained:
         raise ConfigError("adapter: trains nothing; leave inference_mode out, and name layers that the method supports")
 
 
-def count_trained(empty: PreTrainedModel, wanted: PeftConfig, device: str = "meta") -> int:
-    """How many parameters the adapter trains on ``empty``, a model without weights, which gets it on ``device``. Raises
-    ConfigError if PEFT refuses the adapter, and PyTorch's RuntimeError if a method reads values on the meta device."""
+def count_trained(empty: PreTrainedModel, wanted: PeftConfig) -> int:
+    """How many parameters the adapter trains on a copy of ``empty``, a model without weights. Raises ConfigError if
+    PEFT refuses the adapter, and PyTorch's RuntimeError if a method reads a value of a tensor without data."""
     peft_config: Any = copy.deepcopy(wanted)  # PEFT writes into it
     if hasattr(peft_config, "init_lora_weights"):
         peft_config.init_lora_weights = True  # the others look at the weights
     peft_config.task_type = None  # what a head needs does not matter
     try:
-        with warnings.catch_warnings(), torch.device(device):
+        with warnings.catch_warnings(), empty.device:
             warnings.simplefilter("ignore")  # they come again with the weights
-            model = get_peft_model(empty, peft_config, low_cpu_mem_usage=device == "meta")
+            model = get_peft_model(copy.deepcopy(empty), peft_config, low_cpu_mem_usage=empty.device.type == "meta")
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, re.error) as error:
         raise ConfigError(f"adapter: {shorten(str(error), 1000)}") from error
     try:
@@ -187,8 +186,10 @@ def count_trained(empty: PreTrainedModel, wanted: PeftConfig, device: str = "met
     return int(model.get_nb_trainable_parameters()[0])
 
 
-def _check_names(paths: Sequence[str], config: PeftConfig) -> None:
-    """Raise ConfigError for a name that PEFT would pass over: it only wants one of a list to match."""
+def _check_names(empty: PreTrainedModel, config: PeftConfig) -> None:
+    """Raise ConfigError for a name that PEFT would pass over, since it only wants one of a list to match, and for the
+    output layer, which TRL leaves out of training."""
+    paths = {path: module for path, module in empty.named_modules() if path}
     layers = {path.rpartition(".")[2] for path in paths if not path[-1].isdigit()}
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         wanted = getattr(config, key, None)
@@ -198,3 +199,10 @@ def _check_names(paths: Sequence[str], config: PeftConfig) -> None:
         for name in wanted if isinstance(wanted, list) and key != "exclude_modules" else ():
             if not any(f".{path}".endswith(f".{name}") for path in paths):
                 raise ConfigError(f"adapter.{key}: the model has no layer {name!r}{nearest(str(name), layers)}")
+    if isinstance(config, TrainableTokensConfig) and getattr(empty.config, "tie_word_embeddings", False):
+        reason = "would adapt the output layer, which is tied to the embeddings, and TRL would not train it"
+        raise ConfigError(f"method: trainable_tokens {reason}; use lora with adapter.trainable_token_indices")
+    head = next((path for path, module in paths.items() if module is empty.get_output_embeddings()), None)
+    is_named = getattr(config, "target_modules", None) is not None  # PEFT's defaults for a model leave the head out
+    if head is not None and is_named and check_target_module_exists(config, head):
+        raise ConfigError(f"adapter.target_modules: TRL would not train {head}, the output layer; leave it out")

@@ -21,6 +21,7 @@ from smoa_lab.pages.templates import render
 
 NOT_SHOWN = ("base_model_name_or_path", "inference_mode", "revision")
 
+
 def adapter_card(title: str, config: PeftConfig, base: NamedBase, sections: str) -> str:
     """Markdown with the front matter that model hubs read, for the ``config`` of an adapter as saved, of any method.
     ``sections`` stand before the settings."""

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
-from peft import PeftConfig, TrainableTokensConfig
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft import PeftConfig
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainerState, set_seed
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SchedulerType
@@ -44,7 +43,6 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
         )
     # Pinned memory speeds up copies to a GPU; without one torch only warns.
     arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
-    _check_output_layer(run.base, peft_config)
     set_seed(arguments.seed)  # the adapter's factors are drawn here
     if peft_config is not None and (revision := config.model.options.get("revision")) is not None:
         peft_config.revision = revision  # whoever loads the adapter gets the same base
@@ -119,18 +117,6 @@ def _check_arguments(trainer: Any, kind: str) -> None:
     best = str(arguments.metric_for_best_model or "loss").removeprefix("eval_")
     if best not in known:
         raise ConfigError(f"training.metric_for_best_model: the trainer measures no {best!r}{nearest(best, known)}")
-
-
-def _check_output_layer(base: PreTrainedModel, wanted: PeftConfig | None) -> None:
-    if isinstance(wanted, TrainableTokensConfig) and getattr(base.config, "tie_word_embeddings", False):
-        reason = "would adapt the output layer, which is tied to the embeddings, and TRL would not train it"
-        raise ConfigError(f"method: trainable_tokens {reason}; use lora with adapter.trainable_token_indices")
-    if getattr(wanted, "target_modules", None) is None:  # PEFT's defaults for a model leave the head out
-        return
-    head = base.get_output_embeddings()
-    name = next((name for name, module in base.named_modules() if module is head), None)
-    if name is not None and check_target_module_exists(wanted, name):
-        raise ConfigError(f"adapter.target_modules: TRL would not train {name}, the output layer; leave it out")
 
 
 def _dataset(run: LoadedRun, part: Part) -> Any:

@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from typer.testing import CliRunner
 
 from smoa.errors import ConfigError, SmoaError
+from smoa_lab.base_models import RunModel
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import check_config
 from smoa_lab.config.yaml_text import to_yaml
@@ -34,7 +35,6 @@ from smoa_lab.study.results import measured, read_metrics
 from smoa_lab.study.study import Job
 from smoa_lab.training import guards
 from smoa_lab.training import train as run_module
-from smoa_lab.training import trainer as trainer_module
 from smoa_lab.training.guards import Diverged, Guard
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train import run, time_steps
@@ -172,15 +172,16 @@ def zeroed(module: Any, x: Tensor) -> Tensor:
 def test_a_layer_that_gradients_do_not_pass_stops_a_run(
     method: str, forward: Callable[..., Tensor], config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = trainer_module._check_output_layer
+    original = RunModel.load
 
-    def break_layers(base: Any, wanted: Any) -> None:
-        original(base, wanted)
+    def broken(self: RunModel) -> Any:
+        base: Any = original(self)
         for layer in base.model.layers:
             layer.mlp.down_proj.forward = forward.__get__(layer.mlp.down_proj)
             layer.self_attn.o_proj.forward = forward.__get__(layer.self_attn.o_proj)
+        return base
 
-    monkeypatch.setattr(trainer_module, "_check_output_layer", break_layers)
+    monkeypatch.setattr(RunModel, "load", broken)
     config |= {"method": method, "adapter": {"r": 4, "target_modules": ["q_proj", "v_proj"]}}
     with pytest.raises(ConfigError, match=r"no gradient passes .*layers.0.self_attn.o_proj, .*down_proj"):
         run(check_config(config))
