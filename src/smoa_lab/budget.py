@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from smoa.budget import adapter_bytes, rank_bound, trainable_parameters
 from smoa.config import SmoaConfig
 from smoa.errors import ConfigError, DataError
 from smoa.layers.kinds import kind_of
+from smoa.layers.linear import Linear
 from smoa.maths.experts import Layout
 from smoa_lab.base_models import empty_model
 from smoa_lab.config.methods import OTHER_LAYERS, Method, count_trained, find_method
@@ -227,10 +227,10 @@ def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> S
     output, layers = empty.get_output_embeddings(), []
     of_parameters = tuple(f".{target}" for target in targets if "." in target)
     for path, module in empty.named_modules():
-        is_linear = isinstance(module, nn.Linear | Conv1D) and module is not output
-        kind = kind_of(module)
-        if kind is not None and (path.rpartition(".")[2] in targets or (ALL_LINEAR in targets and is_linear)):
-            layers.append(kind.layer_class.shape_of(module))
+        if (kind := kind_of(module)) is not None:
+            is_linear = issubclass(kind.layer_class, Linear) and module is not output
+            if path.rpartition(".")[2] in targets or (ALL_LINEAR in targets and is_linear):
+                layers.append(kind.layer_class.shape_of(module))
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and f"{path}.{name}".endswith(of_parameters):
                 layout = Layout.of(module, name)

@@ -18,21 +18,34 @@ from smoa_lab.basics.trust import TRUSTED, Trust
 
 FULL_DISK = ("No space left", "quota exceeded", "File too large", "inline_container", "iostream error")
 """Words of the errors of Python, safetensors and torch when a disk, or what a process may write, is full."""
-Overrides = Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. training.learning_rate=1e-3.")]
 Base = Annotated[str | None, typer.Option(help="Base model to use instead of the one recorded in the adapter.")]
 
 
 def _trust(context: typer.Context, option: typer.CallbackParam, given: Any) -> Any:
-    """Let this process run what an option says until the command ends; of a metric the override that it stands for."""
+    """Let this process run what an option says until the command ends."""
     setattr(TRUSTED, str(option.name), given)
     context.call_on_close(partial(vars(TRUSTED).update, vars(Trust())))
-    return "data.metric=score" if option.name == "metric" and given is not None else given
+    return given
+
+
+def overridden(given: list[str] | None, block: str = "") -> list[str]:
+    """The overrides of a command, and that which ``--metric`` stands for, in the ``block`` of a study that runs
+    share."""
+    return [*(given or []), *([f"{block}data.metric=score"] if TRUSTED.metric is not None else [])]
 
 
 Trusted = Annotated[bool, typer.Option(help="Let the model's repository run its own code.", callback=_trust)]
-"""An option that acts by itself: no command reads its value."""
-Metric = Annotated[str | None, typer.Option(metavar="FILE:NAME", help="Your function that scores.", callback=_trust)]
-"""In a command it is the override that it stands for."""
+Metric = Annotated[
+    str | None,
+    typer.Option(metavar="FILE:NAME", help="Your function that scores.", callback=_trust, is_eager=True),
+]
+"""Options that act by themselves, before overrides are read: no command reads their values."""
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Values to change, e.g. training.learning_rate=1e-3.", callback=lambda given: overridden(given)
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 """The choices of ``model.dtype``, whose import would make ``--help`` wait for torch."""

@@ -69,7 +69,7 @@ def train(
         from smoa_lab.training.train import run
 
         if model is None and data is None and config is not None:
-            checked = load_config(config, [*(overrides or []), *([metric] if metric else [])])
+            checked = load_config(config, overrides)
         elif model is None or data is None or (config is not None and "=" not in config):
             raise ConfigError("give the YAML file of a run, which names model and data, or both --model and --data")
         elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -77,7 +77,7 @@ def train(
         else:
             from smoa_lab.init import default_run
 
-            words = [*([] if config is None else [config]), *(overrides or []), *([metric] if metric else [])]
+            words = [*([] if config is None else [config]), *(overrides or [])]
             checked = default_run(model, data, words)
             typer.echo(f"Run folder: {checked.folder}", err=True)
         metrics = run(checked)
@@ -112,7 +112,7 @@ def print_scores(metrics: dict[str, Any]) -> None:
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a config file for the untouched model.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. data.max_length=512.")] = None,
+    overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     metric: Metric = None,
     base: Base = None,
@@ -130,7 +130,7 @@ def evaluate(
 
         if output is not None:
             check_place(output, is_new=True)
-        config, adapter = open_run(run, [*(overrides or []), *([metric] if metric else [])], base)
+        config, adapter = open_run(run, overrides, base)
         result = evaluate_run(config, adapter, RunFolder(run) if run.is_dir() else None, base)
         if json:
             print_json(result)

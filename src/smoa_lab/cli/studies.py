@@ -11,7 +11,18 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.cli.console import AsJson, Data, Metric, Model, Overrides, Settings, Trusted, print_json, reporting
+from smoa_lab.cli.console import (
+    AsJson,
+    Data,
+    Metric,
+    Model,
+    Overrides,
+    Settings,
+    Trusted,
+    overridden,
+    print_json,
+    reporting,
+)
 
 
 def compare(
@@ -48,7 +59,7 @@ def compare(
         from smoa_lab.study.report import report
         from smoa_lab.study.study import load_study
 
-        began, overrides = time.monotonic(), [*(overrides or []), *([f"shared.{metric}"] if metric else [])]
+        began, overrides = time.monotonic(), overridden(overrides, "shared.")
         if model is None and data is None and study is not None and not settings:
             given = Path(study, "study.yaml") if Path(study).is_dir() else Path(study)
             checked = load_study(given, overrides)
