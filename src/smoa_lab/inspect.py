@@ -23,7 +23,7 @@ from smoa.budget import rank_bound
 from smoa.errors import MergeError
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import Blocks
-from smoa.maths.spectrum import decomposition_device, spectral_scores
+from smoa.maths.spectrum import decomposition_device
 from smoa_lab.open_run import adapter_of_run, model_of, with_saved_adapter
 from smoa_lab.pages.tables import Cell, Table
 
@@ -43,6 +43,7 @@ class UpdateSpectrum:
         output_energy: Share of ΔW's energy on each left singular vector of W.
         block_energy: Energy of each block's part of ΔW on W's singular vectors, both sides together, (num_blocks, q);
             None where ΔW has no blocks.
+        bands: Lowest and highest spectral score of each block's coordinates.
     """
 
     weight_values: Tensor
@@ -50,6 +51,7 @@ class UpdateSpectrum:
     input_energy: Tensor
     output_energy: Tensor
     block_energy: Tensor | None = None
+    bands: tuple[tuple[float, float], ...] = ()
 
     @property
     def rank(self) -> int:
@@ -97,8 +99,7 @@ class LayerReport(UpdateSpectrum):
     """The spectrum of one adapted layer, with the shape of W, its trainable parameters, and the bound that the method
     sets to the rank of ΔW (None where it isn't known).
 
-    SMoA only, by block: ``bands``, the lowest and highest spectral score of its coordinates, and ``block_scales``, its
-    scale s_k.
+    SMoA only: ``block_scales``, the scale s_k of each block.
     """
 
     module: str
@@ -107,7 +108,6 @@ class LayerReport(UpdateSpectrum):
     columns: int
     parameters: int
     rank_bound: int | None
-    bands: tuple[tuple[float, float], ...] = ()
     block_scales: tuple[float, ...] = ()
 
     @property
@@ -184,10 +184,6 @@ def _reports(path: str, module: Any, adapter: str, method: str) -> Iterator[Laye
         blocks = [update.factors.blocks for _, _, update in module.parts(adapter)]
         scales = (module.scaling[adapter] * module.derived(adapter).block_scale.reshape(len(matrices), -1)).tolist()
     for (name, weight, update), of_matrix, block_scales in zip(matrices, blocks, scales, strict=True):
-        by_block: list[Tensor] = []  # the spectral scores in each
-        if of_matrix is not None:
-            scores, labels = torch.cat(spectral_scores(weight)), torch.cat([of_matrix.row_labels, of_matrix.col_labels])
-            by_block = [scores[labels == block] for block in range(of_matrix.num_blocks)]
         yield LayerReport(
             **vars(update_spectrum(weight, update, of_matrix)),
             module=name,
@@ -196,7 +192,6 @@ def _reports(path: str, module: Any, adapter: str, method: str) -> Iterator[Laye
             columns=update.shape[1],
             parameters=parameters,
             rank_bound=bound,
-            bands=tuple((float(block.min()), float(block.max())) for block in by_block),
             block_scales=tuple(block_scales),
         )
 
@@ -227,16 +222,21 @@ def update_spectrum(weight: Tensor, delta_weight: Tensor, blocks: Blocks | None 
         update_values=torch.linalg.svdvals(delta).double().cpu(),
         input_energy=_shares(by_row.sum(0)),
         output_energy=_shares(by_column.sum(0)),
-        block_energy=None if blocks is None else _by_block(by_row, by_column, blocks),
+        **({} if blocks is None else _by_block(blocks, (U * sigma, Vh.T * sigma), (by_row, by_column))),
     )
 
 
-def _by_block(by_row: Tensor, by_column: Tensor, blocks: Blocks) -> Tensor:
-    """Energy of each block's rows and columns together, (num_blocks, q), from (m, q) and (n, q)."""
-    by_block = torch.zeros(blocks.num_blocks, by_row.shape[1], dtype=torch.float64)
-    for energy, labels in ((by_row, blocks.row_labels), (by_column, blocks.col_labels)):
-        by_block.index_add_(0, labels.long().cpu(), energy.double().cpu())
-    return by_block
+def _by_block(blocks: Blocks, of_weight: tuple[Tensor, Tensor], of_update: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """``block_energy`` and ``bands``, from W's rows and columns on its singular vectors, (m, q) and (n, q), and from
+    the energies of ΔW's on them."""
+    labels = torch.cat([blocks.row_labels, blocks.col_labels]).long().cpu()
+    energy, own = (torch.cat(parts).double().cpu() for parts in (of_update, of_weight))
+    scores = own.square() @ torch.arange(own.shape[1], dtype=own.dtype) / own.square().sum(1)
+    inside = [scores[labels == block] for block in range(blocks.num_blocks)]
+    return {
+        "block_energy": energy.new_zeros(blocks.num_blocks, energy.shape[1]).index_add_(0, labels, energy),
+        "bands": tuple((float(scores.min()), float(scores.max())) for scores in inside),
+    }
 
 
 def _coverage(energy: Tensor) -> float:

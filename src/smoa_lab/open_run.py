@@ -38,8 +38,8 @@ def open_run(
     """The config and the adapter of a finished run's folder; of a config file the config alone. ``base`` is used
     instead of the model that it names.
 
-    A run that trained the whole model has no adapter; its config then names the trained model, unless the ``untouched``
-    one is asked for.
+    A run that trained the whole model has no adapter; its config then names the trained model, or its base where that
+    is asked for as ``untouched``.
     """
     path = Path(place)
     overrides = [*(overrides or []), *([] if base is None else [f"model.name={json.dumps(base)}"])]
@@ -140,7 +140,7 @@ def model_of(adapter: Path, base: str | None = None) -> RunModel:
 
 
 def with_saved_adapter(base: PreTrainedModel, adapter: Path) -> Any:
-    """The base with the saved adapter of any method. It isn't the untouched base any more, switched off or unloaded
+    """The base with the saved adapter of any method. It isn't the base model any more, switched off or unloaded
     either: some adapters train its biases, or take a part of its weights."""
     check_weights(adapter)
     resize_as_saved(base, adapter)

@@ -125,7 +125,7 @@ def verify(
     kinds = {target: _kind(target) for target in targets}
     wanted = model_of(source, base)
 
-    def untouched() -> PreTrainedModel:
+    def plain() -> PreTrainedModel:
         """The base with plain weights; quantized ones where nothing can be merged and they can't be dequantized."""
         loaded = wanted.load()
         try:
@@ -137,7 +137,7 @@ def verify(
         return loaded
 
     logger.info("Loading %s and its base", source)
-    model, tokenizer = untouched(), wanted.tokenizer
+    model, tokenizer = plain(), wanted.tokenizer
     prompts = prompt_texts()
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
     logger.info("Comparing the logits after %d prompts", len(ids))
@@ -162,7 +162,7 @@ def verify(
         if not changed:
             return Verdict(target, difference, allowed, "the adapter changes nothing")
         if dtype not in rounded:
-            model = untouched()
+            model = plain()
             for weight in model.parameters():
                 weight.data = weight.data.to(getattr(torch, dtype)).float()
             rounded[dtype] = logits_after(model, ids)
@@ -178,9 +178,9 @@ def verify(
     del model, adapted
     for target in (target for target in targets if target not in found):
         if kinds[target] == "adapter":
-            other, dtype = with_saved_adapter(untouched(), Path(target)), "float32"
+            other, dtype = with_saved_adapter(plain(), Path(target)), "float32"
         elif kinds[target] == "merged":
-            other, dtype = merge_in_memory(untouched(), source, Merged(Path(target), wanted.section.name)), "float32"
+            other, dtype = merge_in_memory(plain(), source, Merged(Path(target), wanted.section.name)), "float32"
         else:
             other, dtype = load_weights(ModelSection(name=target, dtype="float32"))[0], _dtype_of(target)
         found[target] = compared(target, logits_after(other, ids), dtype)
@@ -251,14 +251,14 @@ def _served(
     """A server's greedy continuations beside the adapter's own and the base's. It can't be told where in none of them
     the adapter chooses another token than the base by more than a server may round."""
     worst, same, as_base, telling = 0.0, 0, 0, 0
-    for prompt, each, untouched in zip(prompts, ids, of_base, strict=True):
+    for prompt, each, base in zip(prompts, ids, of_base, strict=True):
         text = _asked(address, name, prompt, tokens)
         own, gaps = _greedy(model, each, tokens)
-        parts = next((place for place, pair in enumerate(zip(own, untouched, strict=False)) if len({*pair}) > 1), None)
+        parts = next((place for place, pair in enumerate(zip(own, base, strict=False)) if len({*pair}) > 1), None)
         telling += parts is not None and gaps[parts] > SERVED
         matching = _matching(tokenizer, own, text)
         same += matching == len(own)
-        as_base += matching < len(own) and _matching(tokenizer, untouched, text) == len(untouched)
+        as_base += matching < len(own) and _matching(tokenizer, base, text) == len(base)
         worst = max(worst, 0.0 if matching == len(own) else gaps[matching])
     note = f"{same} of {len(prompts)} answers are the same"
     if as_base > 1 and same + as_base == len(prompts):

@@ -51,7 +51,7 @@ def test_an_example_runs(script: Path, tmp_path: Path) -> None:
     for module in NEEDS.get(script.name, []):
         pytest.importorskip(module, reason="the extra `examples` is not installed")
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
-    model = [str(unpacked_folder("smollm2-135m"))] if script.name in ("smoa_in_one_file.py", "adapter_gang.py") else []
+    model = [str(unpacked_folder("smollm2-135m"))] if script.name in ("smoa_in_one_file.py", "many_adapters.py") else []
     if model and not Path(model[0]).is_dir():
         pytest.skip("SmolLM2 is not in the cache: `smoa chat smollm2-135m` unpacks it")
     command = [sys.executable, str(script), *model]

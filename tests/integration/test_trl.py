@@ -71,7 +71,7 @@ def test_a_trainer_trains_the_adapter_and_changes_neither_base_nor_reference(nam
         assert all(torch.equal(reference[key], tensor) for key, tensor in start.items())
 
 
-class Gang(trl.SFTTrainer):
+class SeveralAtOnce(trl.SFTTrainer):
     """As the page on several adapters has it: what was resumed trains all adapters again."""
 
     def create_optimizer(self, *args: Any) -> Any:
@@ -111,7 +111,7 @@ def supervised(folder: Path, who: list[str], steps: int, resumes: bool = False) 
     )
     rows = [{"input_ids": [5 + (i * 7 + j) % 90 for j in range(8)], "person": i % 2} for i in range(16)]
     collator: Any = functools.partial(collated, who=who)
-    trainer = Gang(model, arguments, collator, Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = SeveralAtOnce(model, arguments, collator, Dataset.from_list(rows), processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=resumes)
     states = {name: get_peft_model_state_dict(model, adapter_name=name) for name in ("anna", "ben")}
     return {f"{name} {key}": value for name, state in states.items() for key, value in state.items()}

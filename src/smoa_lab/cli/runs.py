@@ -111,7 +111,7 @@ def print_scores(metrics: dict[str, Any]) -> None:
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a config file for the untouched model.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a config file for the base model.")],
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     metric: Metric = None,
@@ -119,7 +119,7 @@ def evaluate(
     trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
-    """Score a run's adapter, or an untouched model, on held-out rows."""
+    """Score a run's adapter, or a base model, on held-out rows."""
     with reporting():
         from smoa.atomic import write_whole
         from smoa_lab.basics.folders import check_place

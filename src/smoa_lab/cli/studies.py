@@ -137,7 +137,9 @@ def tune(
         rows = [[rate, "diverged" if loss is None else number(loss, 4)] for rate, loss in losses.items()]
         Table(["learning rate", "validation loss"], rows).print()
         if chosen.place == "edge":
-            typer.echo("\nThe best lies at the edge of what was tried: search on with a higher --max-runs.")
+            typer.echo(
+                "\nThe best lies at the boundary of the range that was tried: search on with a higher --max-runs."
+            )
         if chosen.place == "vertex":
             typer.echo(
                 f"\n{rate_text(chosen.learning_rate)} is the vertex of the parabola through the best and its "

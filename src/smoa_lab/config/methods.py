@@ -123,7 +123,7 @@ def trains_own_dtype(values: dict[str, Any]) -> bool:
 
 
 def base_lost(config: PeftConfig | None) -> str | None:
-    """Why a trained adapter that is switched off doesn't leave the untouched base; None where it does."""
+    """Why a trained adapter that is switched off doesn't leave the base model; None where it does."""
     if moves_base(config):
         return "moves weights of the base into the adapter"
     if (bias := getattr(config, "bias", "none")) != "none":

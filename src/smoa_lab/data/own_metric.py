@@ -54,7 +54,7 @@ class OwnMetric:
                     raise ValueError(f"it returned {value}")
             except (Exception, SystemExit) as error:
                 problem = f"{self.place}: fails on the answer {shown(answer)}: {type(error).__name__}: {error}"
-                raise DataError(f"{where}: {problem}; return a finite number, or mend the row") from error
+                raise DataError(f"{where}: {problem}; return a finite number, or fix the row") from error
             self.known[answer, row] = float(value)
         return self.known[answer, row]
 

@@ -87,7 +87,7 @@ def require_good_rows(account: dict[str, Any], skip: bool) -> None:
     listed = "\n  ".join(account["faults"])
     rest = f"\n  and {more:,} more" if (more := account["bad"] - len(account["faults"])) else ""
     raise DataError(
-        f"{account['bad']:,} bad row{'s' * (account['bad'] > 1)}; nothing is trained until they are mended, or "
+        f"{account['bad']:,} bad row{'s' * (account['bad'] > 1)}; nothing is trained until they are fixed, or "
         f"data.skip_bad_rows: true (shared.data.skip_bad_rows of a study) leaves them out\n  {listed}{rest}"
     )
 

@@ -117,7 +117,7 @@ class Evaluation:
         for number, prompt in enumerate(self.prompts, start=1):
             if metric != OWN and not right[number - 1]:
                 text = f"the completion of held-out row {number}, {shown(prompt.reference)}, has no number"
-                raise DataError(f"data.metric: {metric}: {text}; mend the row, or take exact or contains")
+                raise DataError(f"data.metric: {metric}: {text}; fix the row, or take exact or contains")
         unclear = sum(not is_one_number(prompt.reference) for prompt in self.prompts) if metric == "number" else 0
         if unclear:
             told = "have several numbers without ####, or none that is one; the last one is compared as it is written"

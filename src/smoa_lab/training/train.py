@@ -59,7 +59,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 
 def score_untouched(config: RunConfig) -> dict[str, Any]:
-    """Score the model as it is, into the run's folder, without any training."""
+    """Score the base model, into the run's folder, without any training."""
     folder, text = RunFolder(config.folder), config.to_yaml()
     folder.check(text)
     loaded, arguments = load_run(config), config.arguments()

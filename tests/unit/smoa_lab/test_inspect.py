@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from smoa import SmoaConfig
 from smoa.errors import MergeError
 from smoa.maths.blocks import Blocks
+from smoa.maths.spectrum import spectral_scores
 from smoa_lab import inspect
 from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, update_spectrum, weights_and_updates
 from smoa_lab.inspect_page import POINTS, coverage, inspection_page, spectrum
@@ -133,6 +134,11 @@ def test_spectra_and_scales_are_the_updates_own_and_far_layers_are_marked(
         scales = [module.scaling["default"] / float(block.square().mean().sqrt()) for block in blocks]
         assert list(layer.block_scales) == pytest.approx(scales, rel=1e-5)
         assert len(layer.bands) == len(layer.to_dict()["block_coverages"]) == 2
+        scores = spectral_scores(module.base_layer.weight.detach())
+        for block, band in enumerate(layer.bands):
+            labels = (module.blocks("default").row_labels, module.blocks("default").col_labels)
+            own = torch.cat([of_side[label == block] for of_side, label in zip(scores, labels, strict=True)])
+            assert band == pytest.approx((float(own.min()), float(own.max())), rel=1e-4)
         values = torch.linalg.svdvals(module.get_delta_weight("default").double())
         largest = torch.linalg.matrix_norm(module.base_layer.weight.double(), 2)
         assert layer.relative_spectral_norm == pytest.approx(float(values[0] / largest), rel=1e-4)
@@ -193,10 +199,9 @@ def report(method: str = "smoa", blocks: int = 2) -> LayerReport:
     of_blocks = energy.expand(blocks, SIZE) if blocks else None
     numbers: dict[str, Any] = dict.fromkeys(("rows", "columns", "parameters", "rank_bound"), 8)
     return LayerReport(
-        *(values, values / 10, energy, energy, of_blocks),
+        *(values, values / 10, energy, energy, of_blocks, ((1.0, 5.0),) * blocks),
         module="model.layers.3.q_proj",
         method=method,
-        bands=((1.0, 5.0),) * blocks,
         block_scales=tuple(2.0**k for k in range(blocks)),
         **numbers,
     )

@@ -72,7 +72,7 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_model_is_loaded(
     assert_refused(command(room, rows), room, "cannot be written (Not a directory); choose another place")
 
 
-def test_the_same_command_runs_once_the_file_is_mended(room: Path) -> None:
+def test_the_same_command_runs_once_the_file_is_fixed(room: Path) -> None:
     rows, content = room / "rows.jsonl.gz", gzip.compress("".join(json.dumps(row) + "\n" for row in GOOD).encode())
     for damage in (b"", content[:-4]):
         rows.write_bytes(damage)

@@ -44,7 +44,7 @@ def test_a_function_that_fails_or_returns_no_finite_number_names_the_row(
 ) -> None:
     with pytest.raises(DataError) as caught:
         scored(tmp_path / "own.py", f"def score(answer, row):\n    {body}")
-    told = f"fails on the answer '4': {problem}; return a finite number, or mend the row"
+    told = f"fails on the answer '4': {problem}; return a finite number, or fix the row"
     assert str(caught.value) == f"{PLACE}: --metric {tmp_path / 'own.py'}:score: {told}"
 
 

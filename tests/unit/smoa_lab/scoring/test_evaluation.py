@@ -388,7 +388,7 @@ def test_a_row_whose_prompt_is_too_long_is_answered_too() -> None:
         (
             [talk("2 + 2?", "4"), talk("And 3?", "five")],
             "number",
-            "number: the completion of held-out row 2, 'five', has no number; mend the row, or take exact or contains",
+            "number: the completion of held-out row 2, 'five', has no number; fix the row, or take exact or contains",
         ),
     ],
 )

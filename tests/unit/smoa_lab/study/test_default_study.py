@@ -235,6 +235,6 @@ def test_a_search_goes_by_the_loss_whatever_the_runs_metric(room: Path, written:
 def test_a_search_that_ends_at_its_edge_says_to_go_on_from_there(room: Path, written: WrittenRuns) -> None:
     written.loss = lambda config: -float(config.training["learning_rate"])
     told = smoa("tune", str(run_file(room))).stdout
-    assert "The best lies at the edge of what was tried: search on with a higher --max-runs." in told
+    assert "The best lies at the boundary of the range that was tried: search on with a higher --max-runs." in told
     smoa("tune", str(run_file(room)), "--max-runs", "8")
     assert len(list((room / "runs" / "own-tuning").glob("lora/lr-*"))) == 8

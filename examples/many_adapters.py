@@ -1,7 +1,7 @@
 """Trains 64 adapters at once with the Trainer, each on one person's facts, saves them, and asks all in one batch.
 
-    python adapter_gang.py MODEL      a folder or a name on the Hub, by default SmolLM2-135M-Instruct
-Shows: a gang of adapters over one base; each row of a step names its adapter, and each adapter is clipped by itself.
+    python many_adapters.py MODEL      a folder or a name on the Hub, by default SmolLM2-135M-Instruct
+Shows: several adapters at once over one base; each row of a step names its adapter, and each is clipped by itself.
 Printed when last run: 14 steps: 1043 s (on a busy machine); 64 of 64 recall their facts in one batch
 """
 
