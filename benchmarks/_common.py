@@ -246,7 +246,17 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "clock": clock_name(device),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": bfloat16_instructions(),
     }
+
+
+def bfloat16_instructions() -> str:
+    """By which of a CPU's instructions matrices in bfloat16 are multiplied; ONEDNN_MAX_CPU_ISA limits them."""
+    if (allowed := os.environ.get("ONEDNN_MAX_CPU_ISA")) not in (None, "ALL", "DEFAULT"):
+        return allowed.removesuffix("_CORE_BF16") + "-BF16" if allowed.endswith("_BF16") else allowed
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else "none"
 
 
 def _processor() -> str:

@@ -1,7 +1,7 @@
 """Times single adapted layers.
 
     python benchmarks/layers.py layer_step [--shape 4096x4096] [--dtype float32] [--partition contiguous] [--compile]
-    python benchmarks/layers.py small_step
+    python benchmarks/layers.py whole_step [--hidden 1024] [--bits 4]
     python benchmarks/layers.py layer_kinds_step
     python benchmarks/layers.py sweep
 
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _common import drawn, interleaved, lower_quartile, run, saved_bytes, trainable
+from _common import bfloat16_instructions, drawn, interleaved, lower_quartile, run, saved_bytes, trainable
 from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -176,19 +176,29 @@ def layer_step(
     return {"name": name, "results": results}
 
 
-def small_step(
-    device: torch.device, hidden: int = 1024, tokens: int = 1024, num_blocks: tuple[int, ...] = (4, 8), repeats: int = 9
+def whole_step(
+    device: torch.device,
+    hidden: int = 2048,
+    layers: int = 2,
+    tokens: int = 1024,
+    bits: int = 16,
+    num_blocks: tuple[int, ...] = (4, 8),
+    repeats: int = 9,
 ) -> dict[str, Any]:
-    """A step of a Llama of two layers in bfloat16: SMoA, r = 32, and LoRA of as many parameters with factors in float32
-    and in bfloat16, ÷ the frozen model's."""
+    """A step of a Llama in bfloat16, or on a base in 4 bits, by default with layers as wide as Llama 3.2 1B's: SMoA,
+    r = 32, and LoRA of as many parameters with factors in float32 and in bfloat16, ÷ the frozen model's.
+
+    K = 4 is what README recommends beside LoRA r = 8. Spread blocks are random: decomposing changes no step.
+    """
     heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 256}
-    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 2, **heads}
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers, **heads}
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     ids, results = torch.randint(3, 1900, (tokens // 256, 256)), []
 
     def model(config: PeftConfig | None, factors_in_float32: bool = True) -> nn.Module:
         torch.manual_seed(0)
         base = LlamaForCausalLM(LlamaConfig(vocab_size=2000, **sizes)).bfloat16().requires_grad_(False)
+        base = in_4_bits(base, targets) if bits == 4 else base
         return base if config is None else get_peft_model(base, config, autocast_adapter_dtype=factors_in_float32)
 
     for blocks in num_blocks:
@@ -213,7 +223,20 @@ def small_step(
         ratio = {name: lower_quartile(own) / lower_quartile(times["frozen"]) for name, own in times.items()}
         results.append({"num_blocks": blocks, "seconds": times, "ratio": ratio})
         print(f"K={blocks}", {name: round(value, 3) for name, value in ratio.items()}, flush=True)
-    return {"results": results}
+    return {"name": f"whole_step_{hidden}_{bits}_bits_{bfloat16_instructions()}", "results": results}
+
+
+def in_4_bits(model: nn.Module, targets: list[str]) -> nn.Module:
+    """The model with its target layers in bitsandbytes' nf4."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name, layer in list(model.named_modules()):
+        if name.rpartition(".")[2] in targets:
+            packed = Linear4bit(layer.in_features, layer.out_features, False, torch.bfloat16, quant_type="nf4")
+            packed.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+            model.set_submodule(name, packed.to("cpu"))
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT's LoRA asks
+    return model
 
 
 def layer_kinds_step(device: torch.device, r: int = 32, num_blocks: int = 4, repeats: int = 9) -> dict[str, Any]:
@@ -271,4 +294,4 @@ def sweep(device: torch.device, dtype: str = "float32") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(__doc__, layer_step=layer_step, small_step=small_step, layer_kinds_step=layer_kinds_step, sweep=sweep)
+    run(__doc__, layer_step=layer_step, whole_step=whole_step, layer_kinds_step=layer_kinds_step, sweep=sweep)

@@ -40,6 +40,12 @@ SIZE_METHODS = {
     "smoa-4": "SMoA, K = 4",
     "smoa-8": "SMoA, K = 8",
 }
+WHOLE_STEP = {
+    "smoa, spread": "SMoA, spectral",
+    "smoa, contiguous": "SMoA, contiguous",
+    "lora, float32 factors": "LoRA",
+    "lora, 16-bit factors": "LoRA, factors in 16 bits",
+}
 FLEET_CASES = {
     "generated": "generated token",
     "alone": "token alone",
@@ -78,6 +84,23 @@ def section(header: list[str], rows: list[list[str]], results: dict[str, dict[st
 def machine(origin: dict[str, Any]) -> str:
     torch = origin["versions"]["torch"]
     return f"{origin['device']} ({origin['cpu_capability']}), {origin['threads']} threads, PyTorch {torch}"
+
+
+def whole_step() -> str:
+    """A whole model's step ÷ the frozen one's, at the config that README recommends and at K = 8."""
+    results = load("whole_step_*")
+    rows = [
+        [
+            f"{content['config']['hidden']}",
+            "bfloat16" if content["config"]["bits"] == 16 else "4 bits",
+            content["provenance"]["bfloat16"],
+            str(one["num_blocks"]),
+            *(f"{one['ratio'][name]:.2f}" for name in WHOLE_STEP),
+        ]
+        for content in results.values()
+        for one in content["results"]
+    ]
+    return section(["hidden size", "base", "instructions", "K", *WHOLE_STEP.values()], rows, results)
 
 
 def layer_step() -> str:
@@ -493,6 +516,7 @@ def main() -> None:
             "experts": experts(),
             "gang": gang(),
             "injection": injection(),
+            "whole-step": whole_step(),
             "size-making": size_making(),
             "size-steps": size_steps(),
             "size-rest": size_rest(),
