@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT / "studies"), str(ROOT / "docs" / "figures")]
 
 import file_map  # noqa: E402
 import stored  # noqa: E402
-from study_page import study_page  # noqa: E402
+from study_page import about_base, study_page  # noqa: E402
 
 LINK = re.compile(r"(?<=\]\()(\.\./[^)\s#]+)")
 STUDY = re.compile(r"studies/[^/]+/README\.md")
@@ -61,8 +61,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return link[1] if path is None else posixpath.relpath(copy_of(path), posixpath.dirname(page.file.src_uri))
 
     markdown = LINK.sub(replaced, markdown).replace("<!-- file map -->\n", file_map.file_map())
-    if STUDY.fullmatch(page.file.src_uri) and (ROOT / page.file.src_uri).with_name("summary.json").exists():
-        return markdown.replace("\n\n", "\n\n[Interactive page](page.html)\n\n", 1)
+    if STUDY.fullmatch(page.file.src_uri) and (ROOT / page.file.src_uri).with_name(stored.PACK).exists():
+        folder = (ROOT / page.file.src_uri).parent
+        leads = "[Interactive page](page.html)" if (folder / "summary.json").exists() else ""
+        told = [line for line in (leads, about_base(folder)) if line]
+        return markdown.replace("\n\n", "\n\n" + "".join(f"{line}\n\n" for line in told), 1)
     return markdown
 
 

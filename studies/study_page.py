@@ -14,6 +14,7 @@ from typing import Any
 import altair as alt
 from stored import Run, final_name, runs_of, summary_of
 
+from smoa_lab.base_models import PACKAGED_MODELS, described_base
 from smoa_lab.pages.charts import DASHES, METHODS, MUTED, PAPER, forest, tooltip, values
 from smoa_lab.pages.tables import Cell, Table
 from smoa_lab.pages.templates import Figure, page
@@ -32,6 +33,18 @@ TALLEST = 2.0
 """The frontier's frame ends so many nats above its lowest loss."""
 
 
+def about_base(folder: Path) -> str:
+    """What the base model of a study's runs is, if it isn't the one on the Hub by its name; else empty."""
+    name = next(iter(runs_of(folder).values()))["config"]["model"]["name"]
+    if name not in PACKAGED_MODELS:
+        return ""
+    base = described_base(name)
+    return (
+        f"The base model, {name}, was unpacked from 4-bit weights, {base.file}: they differ from those of {base.hub_id} "
+        "on the Hub."
+    )
+
+
 def study_page(folder: Path) -> str:
     """The HTML."""
     summary, runs = summary_of(folder), runs_of(folder)
@@ -47,7 +60,7 @@ def study_page(folder: Path) -> str:
             sections.append((heading, [linked(heading, caption, content, summary, runs)]))
     if isinstance(summary, list):  # its runs are not in README.md, but what is said of them, after the last table
         sections.append(("Every run", [Table(EVERY_RUN, [run_line(*each) for each in runs.items()], rest[0])]))
-    return page(title, sections, introduction)
+    return page(title, sections, [*introduction, *filter(None, [about_base(folder)])])
 
 
 def linked(heading: str, caption: str, content: str, summary: Any, runs: Mapping[str, Run]) -> Table:
