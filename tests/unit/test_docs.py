@@ -4,15 +4,18 @@ import re
 import shlex
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 import yaml
+from peft import PeftConfig
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
+from smoa import SmoaConfig
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import (
     DataSection,
@@ -170,6 +173,16 @@ def test_a_reference_page_has_every_key(prefix: str, section: type[BaseModel]) -
     }
     groups = {key.partition(".")[0] for key in told}
     assert [key for key in section.model_fields if f"{prefix}{key}" not in told | groups] == []
+
+
+def test_the_api_page_shows_the_settings_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS / "figures")
+    import config_table
+
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    assert text == config_table.page(), "run: python docs/figures/config_table.py"
+    settings = {each.name for each in fields(SmoaConfig)} - {each.name for each in fields(PeftConfig)}
+    assert [name for name in sorted(settings) if f"| `{name}` |" not in config_table.table()] == []
 
 
 @pytest.fixture(scope="module")
