@@ -134,6 +134,30 @@ def test_local_links_lead_somewhere() -> None:
     assert [(name_of(document), link) for document, link in links if not (document.parent / link).exists()] == []
 
 
+def github_slugs(path: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    slugs = list[str]()
+    for heading in re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE):
+        words = re.sub(r"\[(.+?)\]\(.+?\)", r"\1", heading)  # of a link, its text
+        slugs.append(re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-"))
+    return {
+        slug if slugs[:place].count(slug) == 0 else f"{slug}-{slugs[:place].count(slug)}"
+        for place, slug in enumerate(slugs)
+    }
+
+
+def test_links_to_headings_work_on_github_too() -> None:
+    anchored = re.compile(r"\]\(((?!https?://)[^)\s#]*)#([^)\s]+)\)")
+    lost = []
+    for document in DOCUMENTS:
+        for target, anchor in anchored.findall(document.read_text(encoding="utf-8")):
+            page = document.parent / target if target else document
+            if page.suffix == ".md" and not anchor.startswith("smoa.") and anchor not in github_slugs(page):
+                lost.append(f"{name_of(document)}: {target}#{anchor}")
+    assert lost == []
+
+
 def nav_pages(entry: Any) -> list[str]:
     if isinstance(entry, str):
         return [entry]
