@@ -23,7 +23,8 @@ Written by `python studies/results_page.py` from stored JSON; do not edit.
 
 Each study leads to its report: tables, pictures, every run, and which learning rates were searched. All entries of a
 study got the same search on validation data, then fresh seeds on the test part. [The verdict](verdict.md) sums up what
-the studies show, and says [what smollm2-135m and gemma3-270m are](verdict.md#the-base-models): unpacked from 4-bit files.
+the studies show, and says [what smollm2-135m and gemma3-270m are](verdict.md#the-base-models): unpacked from 4-bit
+files.
 
 The last column counts entries against the reference of their budget (`r1` means the trainable parameters of a LoRA of
 rank 1) by the test loss, or by what was recalled, paired by seed and question. *Same* means that the 95 % interval

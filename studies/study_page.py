@@ -40,8 +40,8 @@ def about_base(folder: Path) -> str:
         return ""
     base = described_base(name)
     return (
-        f"The base model, {name}, was unpacked from 4-bit weights, {base.file}: they differ from those of {base.hub_id} "
-        "on the Hub."
+        f"The base model, {name}, was unpacked from 4-bit weights, {base.file}: they differ from those of "
+        f"{base.hub_id} on the Hub."
     )
 
 
