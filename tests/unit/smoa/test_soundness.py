@@ -138,8 +138,14 @@ def test_a_module_at_two_places_is_refused_before_anything_is_adapted() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_factor_that_is_no_number_leaves_no_trace_in_the_base(value: float) -> None:  # L24
-    model = get_peft_model(llama(), config()).eval()
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+@pytest.mark.parametrize("names", [["default"], ["default", "other"]])
+def test_a_factor_that_is_no_number_leaves_no_trace_in_the_base(  # L24
+    value: float, modulation: str, names: list[str]
+) -> None:
+    model = get_peft_model(llama(), config(modulation=modulation)).eval()
+    model.add_adapter("other", config(num_blocks=3, r=6))
+    model.base_model.set_adapter(names)
     state = bits(model.base_model.model)
     layer = next(iter(smoa_layers(model).values()))
     weight = layer.smoa_B["default"].weight
