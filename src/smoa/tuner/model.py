@@ -199,6 +199,9 @@ class SmoaModel(BaseTuner):
             for part, factor in zip(PARTS, (layer.smoa_A, layer.smoa_B), strict=False):
                 key, dtype = key_of(name, part, adapter_name), next(factor[adapter_name].parameters()).dtype
                 remapped[key] = remapped[key].to(dtype)  # with low_cpu_mem_usage PEFT assigns them
+        state = model.state_dict()
+        for key in (key for key in remapped if key.endswith(".bias") and key in state):
+            remapped[key] = remapped[key].to(state[key].dtype)
         write_tables(tables)
         return remapped
 
