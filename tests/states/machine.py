@@ -314,6 +314,7 @@ class Machine(RuleBasedStateMachine):
             or (name in ("add", "load", "broken_file") and len(adapters) > 3)
             or (name in ("train", "write_between") and self.traits.get("lora"))
             or (name in ("weighted", "delete") and not several)
+            or (name == "weighted" and len(adapters) > 4)
             or (name == "generate" and self.m.training)
             or (name == "compile" and (masked("L14") or self.is_compiled))
             or (name == "not_a_number" and masked("L24"))
@@ -467,11 +468,10 @@ class Machine(RuleBasedStateMachine):
         )
         for name in self.oracle.adapters:
             self.oracle.adapters[name] = read(self.m, name, self.oracle.adapters[name].config)
-        if any(has_bias(f) for f in facts.values()):
-            state = self.m.state_dict()
-            for name in self.oracle.state:
-                if name.endswith(".bias"):
-                    self.oracle.state[name] = state[self.key_of(name)].clone()
+        for key, parameter in self.m.named_parameters():
+            name = plain(key)  # biases train on when another adapter is active
+            if name in self.oracle.state and name.endswith(".bias") and parameter.requires_grad:
+                self.oracle.state[name] = parameter.detach().clone()
 
     def parameter(self, parameters: dict[str, Any], layer: str, part: str, name: str) -> Any:
         head, _, tail = part.partition(".")
@@ -662,13 +662,13 @@ class Machine(RuleBasedStateMachine):
         """A fresh base, perhaps in another dtype or with other rows for new words, and one adapter from a file."""
         path, facts, rest = self.path(draw)
         self.oracle.adapters, name = {}, draw(st.sampled_from(self.names(fresh=True)))
-        own, low = [self.dtype], draw(st.booleans())
+        was, own, low = self.dtype, [self.dtype], draw(st.booleans())
         table = [key for key in rest if key.endswith("embed_tokens.weight")]
         if self.kind != "golden" and not (masked("L8") and table):
             own += ["float64", "bfloat16"]
         self.dtype = draw(st.sampled_from(own))
         is_resized = bool(self.traits.get("resized") and table)
-        low = low and not (masked("L9") and (self.dtype == "bfloat16" or is_resized))
+        low = low and not (masked("L9") and (self.dtype != was or was == "bfloat16" or is_resized))
         if is_resized:
             self.traits["resized"] = 2
         self.begin_model()
