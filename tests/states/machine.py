@@ -648,6 +648,8 @@ class Machine(RuleBasedStateMachine):
         old = self.oracle.adapters[name]
         if facts.copies or old.copies or has_bias(facts):
             return
+        if masked("L17") and {"embed_tokens", "lm_head"} & {layer.rpartition(".")[2] for layer in old.layers}:
+            return
         is_merged = name in [known for known, _ in self.merged_now]
         refusal = MUST_REFUSE if is_merged else NO_REFUSAL if old.config == facts.config else MAY_REFUSE
         if self.attempt(f"hotswap_adapter(m, {self.shown_path(path)}, {name!r})", refusal):
@@ -692,7 +694,8 @@ class Machine(RuleBasedStateMachine):
         path, facts, _ = self.path(draw)
         what, low = draw(st.sampled_from(["nan", "lacks", "short"])), draw(st.booleans())
         new = f"{self.folder}/broken{len(self.ran)}"
-        shutil.copytree(path, new, ignore=lambda folder, names: [n for n in names if Path(folder, n).is_dir()])
+        folders = lambda folder, names: [n for n in names if Path(folder, n).is_dir()]  # noqa: E731
+        shutil.copytree(path, new, ignore=folders, dirs_exist_ok=True)
         tensors = load_file(f"{new}/adapter_model.safetensors")
         key = draw(st.sampled_from(sorted(key for key in tensors if ".smoa_" in key)))
         key = key.replace("labels", "block_scale").replace("smoa_row_", "smoa_").replace("smoa_col_", "smoa_")

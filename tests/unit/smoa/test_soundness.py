@@ -5,13 +5,14 @@ import copy
 import sys
 import threading
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -293,6 +294,41 @@ def test_another_base_is_refused_and_can_be_loaded_all_the_same(tmp_path: Path) 
     PeftModel.from_pretrained(llama(seed=1), tmp_path / "again")
     assert "other_base" not in (tmp_path / "adapter_config.json").read_text()
     assert '"other_base": true' in (tmp_path / "again" / "adapter_config.json").read_text()
+
+
+def test_an_adapter_of_a_quantized_base_is_held_to_what_quantizing_changes(tmp_path: Path) -> None:
+    made = config()
+    made.quantized_base = True
+    get_peft_model(llama(), made).save_pretrained(tmp_path)
+    for change, taken in ((1.15, True), (1.4, False)):
+        base = llama()
+        for parameter in base.parameters():
+            parameter.data *= change
+        with nullcontext() if taken else pytest.raises(AdapterFileError, match="trained on another base"):
+            PeftModel.from_pretrained(base, tmp_path)
+
+
+@pytest.mark.parametrize("saved", ["here", "another base", "lacks a tensor"])
+def test_a_refused_load_leaves_nothing_in_the_base(tmp_path: Path, saved: str) -> None:
+    trained = get_peft_model(llama(seed=int(saved == "another base")), config(modules_to_save=["lm_head"], bias="all"))
+    trained.save_pretrained(tmp_path)
+    if saved == "lacks a tensor":
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        del tensors[next(key for key in tensors if ".smoa_A." in key)]
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+    for load in (lambda base: PeftModel.from_pretrained(base, tmp_path), lambda base: base.load_adapter(str(tmp_path))):
+        base = llama()
+        known = [(name, type(module), {*vars(module)}) for name, module in base.named_modules()]
+        trains, state = [parameter.requires_grad for parameter in base.parameters()], bits(base)
+        if saved == "here":
+            load(base)
+            continue
+        with pytest.raises(AdapterFileError):
+            load(base)
+        assert [(name, type(module), {*vars(module)}) for name, module in base.named_modules()] == known
+        assert [parameter.requires_grad for parameter in base.parameters()] == trains
+        assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in state.items())
+        get_peft_model(base, config())
 
 
 @pytest.mark.parametrize("place", ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"])
