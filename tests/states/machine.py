@@ -666,7 +666,9 @@ class Machine(RuleBasedStateMachine):
         self.oracle.adapters, name = {}, draw(st.sampled_from(self.names(fresh=True)))
         was, own, low = self.dtype, [self.dtype], draw(st.booleans())
         table = [key for key in rest if key.endswith("embed_tokens.weight")]
-        if self.kind != "golden" and not (masked("L8") and table):
+        if self.kind != "golden" and not (
+            masked("L8") and any(key.endswith(("tokens.weight", "head.weight")) for key in rest)
+        ):
             own += ["float64", "bfloat16"]
         self.dtype = draw(st.sampled_from(own))
         is_resized = bool(self.traits.get("resized") and table)
