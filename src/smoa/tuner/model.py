@@ -203,7 +203,7 @@ class SmoaModel(BaseTuner):
                 key, dtype = key_of(name, part, adapter_name), next(factor[adapter_name].parameters()).dtype
                 remapped[key] = remapped[key].to(dtype)  # with low_cpu_mem_usage PEFT assigns them
         state = model.state_dict()
-        for key in (key for key in remapped if key.endswith(".bias") and key in state):
+        for key in (key for key in remapped if not is_own(key) and key in state):  # biases, modules_to_save
             remapped[key] = remapped[key].to(state[key].dtype)
         write_tables(tables)
         return remapped

@@ -261,12 +261,13 @@ def test_low_cpu_mem_usage_keeps_the_factors_bits(tmp_path: Path) -> None:  # L9
             assert torch.equal(tensor, saved[key.replace(".default.", ".")])
 
 
-def test_low_cpu_mem_usage_keeps_the_dtype_of_biases(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{"bias": "smoa_only"}, {"modules_to_save": ["1"]}])
+def test_low_cpu_mem_usage_keeps_the_dtype_of_biases_and_copies(tmp_path: Path, more: dict[str, Any]) -> None:
     def base(dtype: torch.dtype) -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(8, 8)).to(dtype)
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(dtype)
 
-    biased = config(target_modules=["0"], bias="smoa_only")
+    biased = config(target_modules=["0"], **more)
     get_peft_model(base(torch.float64), biased).save_pretrained(tmp_path)  # type: ignore[arg-type]
     model = PeftModel.from_pretrained(base(torch.bfloat16), tmp_path, low_cpu_mem_usage=True)
     assert model(torch.ones(1, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
