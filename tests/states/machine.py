@@ -65,16 +65,17 @@ PARAMETERS = {
 }
 EVERY = ("mini", "llama", "mixture", "golden")
 GROWING = ("mini", "llama", "mixture")
-RULES: dict[str, tuple[tuple[str, ...], str]] = {
-    "save": (EVERY, ""), "add": (GROWING, ""), "merge": (EVERY, ""), "load": (EVERY, "save"),
-    "load_over": (EVERY, "save"), "set_adapter": (EVERY, "add"), "disable": (EVERY, ""), "train": (GROWING, ""),
-    "mode": (EVERY, ""), "write_between": (GROWING, ""), "by_names": (("mini", "llama"), ""),
-    "generate": (("llama", "mixture"), ""), "weighted": (GROWING, "add"), "unmerge": (EVERY, "merge"),
-    "merged": (EVERY, ""), "unload": (EVERY, ""), "delete": (EVERY, "add"), "hotswap": (EVERY, "save"),
-    "reload": (EVERY, "save"), "deepcopy": (EVERY, ""), "assign": (EVERY, ""), "compile": (("llama",), ""),
-    "not_a_number": (GROWING, ""), "broken_file": (EVERY, "save"),
+RULES: dict[str, tuple[tuple[str, ...], set[str]]] = {
+    "save": (EVERY, set()), "add": (GROWING, set()), "merge": (EVERY, set()), "load": (EVERY, {"save"}),
+    "load_over": (EVERY, {"save", "add"}), "set_adapter": (EVERY, {"add"}), "disable": (EVERY, set()),
+    "train": (GROWING, set()),
+    "mode": (EVERY, set()), "write_between": (GROWING, set()), "by_names": (("mini", "llama"), set()),
+    "generate": (("llama", "mixture"), set()), "weighted": (GROWING, {"add"}), "unmerge": (EVERY, {"merge"}),
+    "merged": (EVERY, set()), "unload": (EVERY, set()), "delete": (EVERY, {"add"}), "hotswap": (EVERY, {"save", "add"}),
+    "reload": (EVERY, {"save"}), "deepcopy": (EVERY, set()), "assign": (EVERY, set()), "compile": (("llama",), set()),
+    "not_a_number": (GROWING, set()), "broken_file": (EVERY, {"save"}),
 }  # fmt: skip
-"""The kinds of base that a rule runs on, and the rule that goes before it."""
+"""The kinds of base that a rule runs on, and the rules that go before it."""
 UNMERGED = {"train", "write_between", "by_names", "generate", "weighted", "merged", "unload", "assign", "not_a_number",
             "broken_file"}  # fmt: skip
 PEFTS_OWN = {
@@ -206,7 +207,7 @@ class Machine(RuleBasedStateMachine):
         two = draw(st.sampled_from([*combinations(RULES, 2)]))
         more = draw(st.sets(st.sampled_from([*RULES]), min_size=3, max_size=6))
         self.kind = draw(st.sampled_from([kind for kind in EVERY if all(kind in RULES[each][0] for each in two)]))
-        swarm = {*two, *more, *(RULES[each][1] for each in {*two, *more})}
+        swarm = {*two, *more}.union(*(RULES[each][1] for each in {*two, *more}))
         self.swarm = [each for each, (kinds, _) in RULES.items() if each in swarm and self.kind in kinds]
         self.dtype = draw(st.sampled_from(["float64", "float64", "float64", "float32", "bfloat16"]))
         self.traits: dict[str, Any] = {}
@@ -234,8 +235,8 @@ class Machine(RuleBasedStateMachine):
             config = json.loads((GOLDEN / "adapter_config.json").read_text())
             self.oracle.adapters["a"] = of_file(path, config)[0]
         else:
-            name = draw(st.sampled_from(self.names()))
-            config = draw(settings_of(self.kind, bool(self.traits.get("tied")), rarely(draw, 4)))
+            name = draw(self.names())
+            config = draw(settings_of(self.kind, bool(self.traits.get("tied")), rarely(draw, 3)))
             try:
                 self.run(f"m = get_peft_model(b, {shown(config)}, adapter_name={name!r})")
             except (SmoaError, ValueError) as error:
@@ -256,12 +257,13 @@ class Machine(RuleBasedStateMachine):
         pure, state, self.own_dtype = known_base(self.kind, self.dtype, **self.traits)
         self.oracle = Oracle(pure, dict(state))
 
-    def names(self, fresh: bool = False) -> list[str]:
-        """Names that an adapter may have."""
+    def names(self, fresh: bool = False) -> st.SearchStrategy[str]:
+        """Names that an adapter may have; half of them odd."""
         known = set() if fresh else getattr(self, "oracle", Oracle(None, {})).adapters.keys()
         names = [name for name in NAMES if name not in known]
-        names = [name for name in names if not (masked("L13") and name in ODD)]
-        return [name for name in names if not (masked("L15") and name.startswith("smoa_"))]
+        names = [name for name in names if not (masked("L13") and name in ODD and not name.startswith("smoa_"))]
+        names = [name for name in names if not (masked("L15") and name.startswith("smoa_"))]
+        return st.sampled_from(names) | st.sampled_from([name for name in names if name in ODD] or names)
 
     def may_refuse(self, config: dict[str, Any]) -> str:
         targets = {*(config.get("target_modules") or []), *(config.get("target_parameters") or [])}
@@ -310,7 +312,7 @@ class Machine(RuleBasedStateMachine):
         several, adapters = len(self.oracle.adapters) > 1, self.oracle.adapters
         return not (
             (name in UNMERGED and self.merged_now)
-            or (RULES[name][1] == "save" and not self.saved)
+            or ("save" in RULES[name][1] and not self.saved)
             or (name in ("add", "load", "broken_file") and len(adapters) > 3)
             or (name in ("train", "write_between") and self.traits.get("lora"))
             or (name in ("weighted", "delete") and not several)
@@ -366,7 +368,7 @@ class Machine(RuleBasedStateMachine):
     # Rules.
 
     def add(self, draw: Any) -> None:
-        name = draw(st.sampled_from(self.names()))
+        name = draw(self.names())
         config = draw(settings_of(self.kind, bool(self.traits.get("tied")), False))
         if draw(st.booleans()):  # like one that is there but for a setting
             like = self.oracle.adapters[draw(st.sampled_from(sorted(self.oracle.adapters)))].config
@@ -499,7 +501,7 @@ class Machine(RuleBasedStateMachine):
 
     def weighted(self, draw: Any) -> None:
         names = draw(st.lists(st.sampled_from(sorted(self.oracle.adapters)), min_size=2, max_size=2))
-        new = draw(st.sampled_from(self.names()))
+        new = draw(self.names())
         parts = [self.oracle.adapters[name] for name in names]
         line = f"m.add_weighted_adapter({names!r}, [0.7, -1.2], {new!r}, combination_type='cat')"
         if self.attempt(line, MAY_REFUSE):
@@ -595,7 +597,7 @@ class Machine(RuleBasedStateMachine):
         path, facts, rest = self.path(draw)
         low, trains = draw(st.booleans()), draw(st.booleans())
         low = low and not (masked("L9") and self.dtype == "bfloat16")
-        name = draw(st.sampled_from(self.names()))
+        name = draw(self.names())
         given = f"low_cpu_mem_usage={low}, is_trainable={trains}"
         if has_bias(facts) and any(has_bias(f) for f in self.oracle.adapters.values()):
             return  # PEFT's own: biases
@@ -629,7 +631,8 @@ class Machine(RuleBasedStateMachine):
         low = low and not (masked("L9") and self.dtype == "bfloat16")
         old = self.oracle.adapters[name]
         fitting = [each for each in self.saved if each[1].layers.keys() == old.layers.keys()]
-        path, facts, rest = draw(st.sampled_from(fitting or self.saved))
+        others = [each for each in fitting if each[1].config != old.config]
+        path, facts, rest = draw(st.sampled_from((draw(st.booleans()) and others) or fitting or self.saved))
         alike = old.config == facts.config
         if name in [known for known, _ in self.merged_now] or (not alike and masked("L2")):
             return
@@ -663,7 +666,7 @@ class Machine(RuleBasedStateMachine):
     def reload(self, draw: Any) -> None:
         """A fresh base, perhaps in another dtype or with other rows for new words, and one adapter from a file."""
         path, facts, rest = self.path(draw)
-        self.oracle.adapters, name = {}, draw(st.sampled_from(self.names(fresh=True)))
+        self.oracle.adapters, name = {}, draw(self.names(fresh=True))
         was, own, low = self.dtype, [self.dtype], draw(st.booleans())
         table = [key for key in rest if key.endswith("embed_tokens.weight")]
         if self.kind != "golden" and not (
@@ -708,7 +711,7 @@ class Machine(RuleBasedStateMachine):
         else:
             tensors[key] = tensors[key].flatten()[:-1].clone()
         save_file(tensors, f"{new}/adapter_model.safetensors")
-        name = draw(st.sampled_from(self.names()))
+        name = draw(self.names())
         if has_bias(facts) or facts.copies:
             return
         line = f"m.load_adapter({self.shown_path(new)}, {name!r}, low_cpu_mem_usage={low})  # {what} in {key}"
