@@ -4,16 +4,18 @@ tests/states.py, so that the machine could not be fitted to them.
     python -m tests.mutants                                    # list them, and check that each still fits the source
     python -m tests.mutants --only unmerge-restores-one -- python -m tests.states --minutes 15
 
-A command finds a fault if it fails within the limit; "{}" in it is replaced by the mutant's name.
+A command finds a fault if it fails within the limit. With `--table FILE` outcomes are kept, and a run that was stopped
+goes on.
 """
 
 import argparse
+import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,37 +127,45 @@ MUTANTS = [
 
 
 def run(mutant: Mutant, command: list[str], limit: float) -> str:
-    """Run a command with the mutant in place of smoa: "found", "missed" or "timeout", and seconds."""
+    """Run a command with the mutant in place of smoa: "found", "missed" or "timeout", and seconds of a processor."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "src")
         shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("__pycache__"))
         mutant.plant(source)
-        start = time.monotonic()
+        before, environment = processor_seconds(), os.environ | {"PYTHONPATH": str(source)}
         try:
-            code = subprocess.run(
-                [word.replace("{}", mutant.name) for word in command],
-                env=os.environ | {"PYTHONPATH": str(source)},
-                timeout=limit,
-                check=False,
-            ).returncode
+            code = subprocess.run(command, env=environment, timeout=limit, check=False).returncode
+            found = "found" if code else "missed"
         except subprocess.TimeoutExpired:
-            return f"timeout after {time.monotonic() - start:.0f} s"
-        return f"{'found' if code else 'missed'} after {time.monotonic() - start:.0f} s"
+            found = "timeout"
+        return f"{found} after {processor_seconds() - before:.0f} s"
+
+
+def processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", metavar="NAME", help="only this mutant; may be given several times")
     parser.add_argument("--limit", type=float, default=1200, help="seconds for each")
+    parser.add_argument("--table", type=Path, help="a JSON file of outcomes; what it has is not run again")
+    parser.add_argument("--column", default="command", help="what the command is called there")
     parser.add_argument("command", nargs="*", help="after --: what may find them; without one, they are listed")
     given = parser.parse_args(arguments)
+    table = json.loads(given.table.read_text()) if given.table is not None and given.table.exists() else {}
     for mutant in MUTANTS:
         if given.only and mutant.name not in given.only:
             continue
-        if given.command:
-            print(f"{mutant.name}: {run(mutant, given.command, given.limit)}", flush=True)  # noqa: T201
-        else:
-            print(f"{mutant.place:8} {mutant.name:24} {run(mutant, ['true'], 60).split()[0]}")  # noqa: T201
+        row = table.setdefault(mutant.name, {})
+        if not given.command:
+            print(f"{mutant.place:8} {mutant.name:24} {row or run(mutant, ['true'], 60).split()[0]}")  # noqa: T201
+        elif given.column not in row:
+            row[given.column] = run(mutant, given.command, given.limit)
+            print(f"{mutant.name}: {row[given.column]}", flush=True)  # noqa: T201
+            if given.table is not None:
+                given.table.write_text(json.dumps(table, indent=1))
 
 
 if __name__ == "__main__":

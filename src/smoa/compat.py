@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,14 @@ from peft.utils import save_and_load
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
+from smoa.errors import ConfigError
+
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
 BASE_PREFIX = "base_model.model."
 HAS_STATE_DICT_HOOKS = hasattr(BaseTuner, "_get_adapter_state_dict")  # from 0.21 on
-FILTER = "_filter_state_dict_for_adapter_name"  # there from 0.21 on
+FILTER = "_filter_state_dict_for_adapter_name"  # there from 0.20 on
 HAS_QUANTIZATION_BACKENDS = hasattr(BaseTunerLayer, "set_base_weight")  # from 0.20 on
 
 _OWNER = re.compile(
@@ -44,7 +46,8 @@ def install_state_dict_hooks() -> None:
         "set_peft_model_state_dict": _loading,
         "_insert_adapter_name_into_state_dict": _naming,
     }
-    for name, wrapped in (wrappers if not HAS_STATE_DICT_HOOKS else {FILTER: _filtering}).items():
+    filtering = {FILTER: _filtering} if hasattr(save_and_load, FILTER) else {}
+    for name, wrapped in (filtering if HAS_STATE_DICT_HOOKS else wrappers | filtering).items():
         function = getattr(save_and_load, name)
         original = getattr(function, "__smoa_original__", function)
         wrapper = wrapped(original)
@@ -52,6 +55,18 @@ def install_state_dict_hooks() -> None:
         for module in list(sys.modules.values()):  # wherever it was imported before smoa
             if getattr(module, "__dict__", {}).get(name) is function:
                 setattr(module, name, wrapper)
+
+
+def refuse_names(configs: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the name of an adapter that PEFT ≤ 0.20 takes for a part of a copy's name, so that it saves
+    that under another one."""
+    has_copies = any(config.modules_to_save or config.trainable_token_indices for config in configs.values())
+    odd = [name for name in configs if name in ("weight", "bias") or "smoa_" in name]
+    if odd and has_copies and not HAS_STATE_DICT_HOOKS:
+        raise ConfigError(
+            f"adapter {odd[0]!r}: PEFT {peft.__version__} takes this name for a part of a tensor's, with "
+            "modules_to_save or trainable_token_indices; choose another name, or run: pip install -U peft"
+        )
 
 
 def _hooked(config: Any) -> Any:

@@ -71,6 +71,8 @@ class SmoaConfig(PeftConfig):
         ensure_weight_tying: In adapters of older versions: all layers of one weight have the same factors. They load,
             for inference; new ones are refused.
         other_base: Load the adapter on a base of other weights than it was trained on. Saved only if set.
+        quantized_base: The adapter was made on a quantized base, so plain weights may differ from that as much as
+            quantizing changes them. Set automatically; saved only if set.
         lora_alpha: LoRA's name for alpha.
         lora_dropout: LoRA's name for smoa_dropout.
 
@@ -101,6 +103,7 @@ class SmoaConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
     other_base: bool = False
+    quantized_base: bool = False
 
     lora_alpha: InitVar[float | None] = None
     lora_dropout: InitVar[float | None] = None
@@ -157,7 +160,8 @@ class SmoaConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The settings and, as in a saved config, `smoa_format`."""
-        known = {name: value for name, value in super().to_dict().items() if name != "other_base" or value}
+        rare = "other_base", "quantized_base"
+        known = {name: value for name, value in super().to_dict().items() if name not in rare or value}
         return {**known, "smoa_format": FORMAT}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:

@@ -5,6 +5,7 @@ import random
 import sys
 import time
 import traceback
+from itertools import combinations
 
 import torch
 from hypothesis import HealthCheck, Phase, seed, settings
@@ -27,9 +28,9 @@ def main(arguments: list[str]) -> int:
     number = random.randrange(1 << 30) if given.seed is None else given.seed
     print(f"seed {number}, masked {sorted(machine.MASKED)}", flush=True)  # noqa: T201
     engine.MAX_SHRINKING_SECONDS = given.shrink
-    started, examples = time.monotonic(), 0
+    started, examples = time.process_time(), 0
     try:
-        while time.monotonic() - started < given.minutes * 60:
+        while time.process_time() - started < given.minutes * 60:
             one = settings(
                 max_examples=40,
                 stateful_step_count=given.steps,
@@ -44,20 +45,21 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         traceback.print_exc()
         print(f"{type(error).__name__}: {error}")  # noqa: T201
-        print(f"found after {machine.FIRST[0] - started:.0f} s (shrunk {time.monotonic() - started:.0f} s)")  # noqa: T201
+        print(f"found after {machine.FIRST[0] - started:.0f} s (shrunk {time.process_time() - started:.0f} s)")  # noqa: T201
         return 1
     finally:
-        report(examples, time.monotonic() - started)
+        report(examples, time.process_time() - started)
     return 0
 
 
 def report(examples: int, seconds: float) -> None:
-    counts = machine.COUNTS
-    print(f"{examples} examples, {sum(counts.values())} rules in {seconds:.0f} s: {dict(sorted(counts.items()))}")  # noqa: T201
-    names = sorted(counts)
-    pairs = {(a, b): machine.PAIRS[a, b] for i, a in enumerate(names) for b in names[i + 1 :]}
-    rare = {f"{a}+{b}": count for (a, b), count in pairs.items() if count < 20} if seconds > 600 else {}
-    print(f"{len(pairs)} pairs, {len(rare)} of them in fewer than 20 examples: {rare}")  # noqa: T201
+    counts, names = machine.COUNTS, [*machine.RULES]
+    print(f"{examples} examples, {sum(counts.values())} rules in {seconds:.0f} s; rule, how often, its rarest pair")  # noqa: T201
+    pairs = {pair: machine.PAIRS[pair] for pair in combinations(sorted(names), 2)}
+    for name in names:
+        rarest, count = min(((p, n) for p, n in pairs.items() if name in p), key=lambda pair: pair[1])
+        print(f"{name:14} {counts[name]:6} {count:5} with {next(each for each in rarest if each != name)}")  # noqa: T201
+    print(f"{len(pairs)} pairs, the rarest in {min(pairs.values())} examples")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -121,6 +121,7 @@ class Manager:
 
     def __init__(self, model: nn.Module, slots: int, rank: int = 0, ranks: int = 1) -> None:
         self.model, self.lora_slots, self.lora_index_to_id = model, slots, [None] * slots
+        model.load_weights = self._load_weights  # type: ignore[assignment]
         self.adapters: dict[int, LoRAModel] = {}
         self.wrapper = PunicaWrapperBase()
         self.modules: dict[str, Any] = {"lm_head": nn.Identity()}
@@ -138,6 +139,12 @@ class Manager:
                 self.modules[f"{parent}.{fused}"] = layer
                 if len(names) > 1:
                     self.packed_modules[f"{parent}.{fused}"] = names
+
+    def _load_weights(self, factors: Sequence[float]) -> None:
+        """The model's: multiplies the weights of all layers, in place."""
+        for layer in self.modules.values():
+            if hasattr(layer, "base_layer"):
+                layer.base_layer.packed.mul_(factors[0])
 
     def activate(self, adapter: LoRAModel, slot: int) -> None:
         self.adapters[adapter.id], self.slot = adapter, slot

@@ -82,7 +82,7 @@ class Held(NamedTuple):
 def taking_over(old: SmoaConfig, new: SmoaConfig) -> Iterator[None]:
     """Let the config of a loaded adapter say of its base and scales what that of the file says which replaces its
     tensors in the context; an error takes it back."""
-    names = "scale", "other_base", "base_model_name_or_path"
+    names = "scale", "other_base", "quantized_base", "base_model_name_or_path"
     before = {name: getattr(old, name) for name in names}
     try:
         for name in names:
@@ -115,9 +115,10 @@ def check_base(layers: Iterable[Held], config: SmoaConfig, base_name: str | None
     is_other = bool(named and base_name and named != base_name)
     wrong, strange, plain = list[str](), list[str](), 0.0
     for name, (value, each) in off.items():
-        if not value <= (WRONG_QUANTIZED if each.is_quantized else WRONG):
+        is_quantized = each.is_quantized or config.quantized_base
+        if not value <= (WRONG_QUANTIZED if is_quantized else WRONG):
             wrong.append(name)
-        elif not each.is_quantized and value > (min(SURE, each.noise) if is_other else SURE):
+        elif not is_quantized and value > (min(SURE, each.noise) if is_other else SURE):
             strange.append(name)
             plain = max(plain, value)
     here, size = f" (this is {base_name})" if base_name else "", "the size (rms) of blocks of"

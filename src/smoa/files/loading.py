@@ -25,12 +25,13 @@ from peft.auto import _BaseAutoPeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as read_tensors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.base import taking_over
+from smoa.layers.layer import smoa_layers
 
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "repo_type")
 
@@ -226,6 +227,24 @@ def _meant(config: SmoaConfig, field: str) -> Any:
     )
 
 
+@contextmanager
+def untouched(base: nn.Module) -> Iterator[None]:
+    """Take out of a model what an adapter that is refused in the context has put into it."""
+    modules = [(module, dict(vars(module)), dict(module._modules)) for module in base.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, own, children in modules if smoa_layers(base) else []:
+            vars(module).clear()
+            vars(module).update(own)
+            module._modules.clear()
+            module._modules.update(children)
+        for parameter, trains in trained:
+            parameter.requires_grad_(trains)
+        raise
+
+
 def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
     signature = inspect.signature(original)
     checks_nothing = "adapter_state_dict" in signature.parameters  # transformers; it accepts tensors
@@ -252,8 +271,9 @@ def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
             if checks_nothing and file is not None:
                 given["adapter_state_dict"] = file.tensors
             known = {*loaded}
+            base = args[0] if checks_nothing else given.get("model")
             try:
-                with over:
+                with over, untouched(base) if isinstance(base, nn.Module) and not loaded else nullcontext():
                     return original(*call.args, **call.kwargs)
             except AdapterFileError:
                 if isinstance(args[0], PeftModel) and (new := {*loaded} - known):

@@ -13,6 +13,7 @@ from peft.utils import CONFIG_NAME, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_M
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from smoa.compat import refuse_names
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, PartitionError
 from smoa.files.base import check_base, held_layers
@@ -59,6 +60,7 @@ class SmoaModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's `inject_adapter`, which decomposes no weight while a saved adapter is being loaded."""
+        refuse_names(self.peft_config)
         file = incoming()
         given = kwargs.get("state_dict"), kwargs.get("low_cpu_mem_usage")
         self._loads_labels = any(given) or file is not None
@@ -130,6 +132,7 @@ class SmoaModel(BaseTuner):
                 layer: SmoaLayer = ParamWrapper(target, adapter_name, name, peft_config, current_key, loads)
             else:
                 transposed = kind.fan_in_fan_out
+                peft_config.quantized_base |= backend is not None and not loads
                 layer = kind.layer_class(target, adapter_name, peft_config, current_key, transposed, loads, backend)
                 layer.rows_unknown = rows_unknown(self.model, current_key)
         except PartitionError as error:
@@ -199,6 +202,9 @@ class SmoaModel(BaseTuner):
             for part, factor in zip(PARTS, (layer.smoa_A, layer.smoa_B), strict=False):
                 key, dtype = key_of(name, part, adapter_name), next(factor[adapter_name].parameters()).dtype
                 remapped[key] = remapped[key].to(dtype)  # with low_cpu_mem_usage PEFT assigns them
+        state = model.state_dict()
+        for key in (key for key in remapped if not is_own(key) and key in state):  # biases, modules_to_save
+            remapped[key] = remapped[key].to(state[key].dtype)
         write_tables(tables)
         return remapped
 
@@ -259,7 +265,8 @@ def _check_base(
     file, name = incoming(), getattr(getattr(model, "config", None), "_name_or_path", None)
     saved = {} if file is None else saved_config(file.path.with_name(CONFIG_NAME))
     if saved.get("peft_type") == "SMOA":
-        known = {each: saved[each] for each in ("scale", "modulation", "base_model_name_or_path") if each in saved}
+        names = "scale", "modulation", "base_model_name_or_path", "quantized_base"
+        known = {each: saved[each] for each in names if each in saved}
         config = SmoaConfig(**known, other_base=bool(saved.get("other_base")) or config.other_base)
     held = held_layers(layers, lambda layer: tuple(tensors[key_of(layer, part, adapter)] for part in PARTS), tables)
     try:

@@ -43,6 +43,7 @@ WRONG: dict[str, list[Any]] = {
     "num_blocks_pattern": [None, 1, [1], {"(": 2}, {"a": "b"}, {"a": 256}],
     "ensure_weight_tying": [None, "yes", 1],
     "other_base": [None, "yes", 1],
+    "quantized_base": [None, "yes", 1],
 }
 
 

@@ -116,6 +116,7 @@ def test_an_adapter_moves_to_a_full_precision_base_and_back(
     expected = trained(**tiny_models.batch("llama")).logits
     trained.peft_config["default"].other_base = not options  # 4 bits change so small a block by up to 28 %
     trained.save_pretrained(tmp_path / "adapter")
+    assert SmoaConfig.from_pretrained(tmp_path / "adapter").quantized_base
 
     def decompose(weight: Tensor) -> None:
         raise AssertionError("a loaded adapter decomposes nothing")

@@ -18,7 +18,15 @@ from peft.utils import PeftType, save_and_load
 from torch import nn
 
 import smoa
-from smoa import SmoaConfig, SmoaModel, UnsupportedModuleError, UnsupportedVersionError, compat, registration
+from smoa import (
+    ConfigError,
+    SmoaConfig,
+    SmoaModel,
+    UnsupportedModuleError,
+    UnsupportedVersionError,
+    compat,
+    registration,
+)
 from smoa.compat import BitsAndBytesBackend, find_quantization_backend
 from smoa.layers.quantized import find_backend
 from smoa.registration import check_peft_version, ensure_peft_type, register
@@ -100,6 +108,17 @@ def test_old_versions_of_peft_are_refused_and_newer_ones_tried_with_a_warning() 
 
 ours: Any = SmoaModel
 pefts: Any = BaseTuner
+
+
+def test_a_name_that_older_peft_would_take_for_a_part_of_a_tensors_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "HAS_STATE_DICT_HOOKS", False)
+    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(modules_to_save=["lm_head"]))
+    for name in ("weight", "smoa_B"):
+        with pytest.raises(ConfigError, match=f"adapter '{name}': PEFT .* takes this name for a part"):
+            model.add_adapter(name, SmoaConfig())
+    assert [*model.peft_config] == ["default"]
+
+
 needs_hooks = pytest.mark.skipif(not compat.HAS_STATE_DICT_HOOKS, reason="PEFT ≤ 0.20 has nothing to compare with")
 needs_backends = pytest.mark.skipif(not compat.HAS_QUANTIZATION_BACKENDS, reason="PEFT ≤ 0.19 has none")
 

@@ -5,13 +5,14 @@ import copy
 import sys
 import threading
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -138,8 +139,14 @@ def test_a_module_at_two_places_is_refused_before_anything_is_adapted() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_factor_that_is_no_number_leaves_no_trace_in_the_base(value: float) -> None:  # L24
-    model = get_peft_model(llama(), config()).eval()
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+@pytest.mark.parametrize("names", [["default"], ["default", "other"]])
+def test_a_factor_that_is_no_number_leaves_no_trace_in_the_base(  # L24
+    value: float, modulation: str, names: list[str]
+) -> None:
+    model = get_peft_model(llama(), config(modulation=modulation)).eval()
+    model.add_adapter("other", config(num_blocks=3, r=6))
+    model.base_model.set_adapter(names)
     state = bits(model.base_model.model)
     layer = next(iter(smoa_layers(model).values()))
     weight = layer.smoa_B["default"].weight
@@ -254,6 +261,18 @@ def test_low_cpu_mem_usage_keeps_the_factors_bits(tmp_path: Path) -> None:  # L9
             assert torch.equal(tensor, saved[key.replace(".default.", ".")])
 
 
+@pytest.mark.parametrize("more", [{"bias": "smoa_only"}, {"modules_to_save": ["1"]}])
+def test_low_cpu_mem_usage_keeps_the_dtype_of_biases_and_copies(tmp_path: Path, more: dict[str, Any]) -> None:
+    def base(dtype: torch.dtype) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(dtype)
+
+    biased = config(target_modules=["0"], **more)
+    get_peft_model(base(torch.float64), biased).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    model = PeftModel.from_pretrained(base(torch.bfloat16), tmp_path, low_cpu_mem_usage=True)
+    assert model(torch.ones(1, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 # The base.
 
 
@@ -276,6 +295,41 @@ def test_another_base_is_refused_and_can_be_loaded_all_the_same(tmp_path: Path) 
     PeftModel.from_pretrained(llama(seed=1), tmp_path / "again")
     assert "other_base" not in (tmp_path / "adapter_config.json").read_text()
     assert '"other_base": true' in (tmp_path / "again" / "adapter_config.json").read_text()
+
+
+def test_an_adapter_of_a_quantized_base_is_held_to_what_quantizing_changes(tmp_path: Path) -> None:
+    made = config()
+    made.quantized_base = True
+    get_peft_model(llama(), made).save_pretrained(tmp_path)
+    for change, taken in ((1.15, True), (1.4, False)):
+        base = llama()
+        for parameter in base.parameters():
+            parameter.data *= change
+        with nullcontext() if taken else pytest.raises(AdapterFileError, match="trained on another base"):
+            PeftModel.from_pretrained(base, tmp_path)
+
+
+@pytest.mark.parametrize("saved", ["here", "another base", "lacks a tensor"])
+def test_a_refused_load_leaves_nothing_in_the_base(tmp_path: Path, saved: str) -> None:
+    trained = get_peft_model(llama(seed=int(saved == "another base")), config(modules_to_save=["lm_head"], bias="all"))
+    trained.save_pretrained(tmp_path)
+    if saved == "lacks a tensor":
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        del tensors[next(key for key in tensors if ".smoa_A." in key)]
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+    for load in (lambda base: PeftModel.from_pretrained(base, tmp_path), lambda base: base.load_adapter(str(tmp_path))):
+        base = llama()
+        known = [(name, type(module), {*vars(module)}) for name, module in base.named_modules()]
+        trains, state = [parameter.requires_grad for parameter in base.parameters()], bits(base)
+        if saved == "here":
+            load(base)
+            continue
+        with pytest.raises(AdapterFileError):
+            load(base)
+        assert [(name, type(module), {*vars(module)}) for name, module in base.named_modules()] == known
+        assert [parameter.requires_grad for parameter in base.parameters()] == trains
+        assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in state.items())
+        get_peft_model(base, config())
 
 
 @pytest.mark.parametrize("place", ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"])

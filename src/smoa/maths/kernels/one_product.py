@@ -157,7 +157,11 @@ class Effective:
     def _piece(self, rows: slice, columns: slice) -> Tensor:
         weight = self.weight[rows, columns]
         if not self.is_modulated:
-            total = sum((dense_delta(*part, self.weight, rows, columns) for part in self.parts), weight.new_zeros(()))
+            total = weight.new_zeros(())
+            for factors, modulation in self.parts:
+                blocks, delta = factors.blocks, dense_delta(factors, modulation, self.weight, rows, columns)
+                is_off = blocks.row_labels[rows, None] != blocks.col_labels[columns]  # there 0 · NaN isn't 0
+                total = total + delta.masked_fill(is_off, 0)
             return torch.where(total == 0, weight, (total + weight).to(weight.dtype))
         A, B = self.A[:, columns], self.B[rows]
         update = _product(A.T, B.T).T if self.transposed else _product(B, A)

@@ -197,6 +197,21 @@ def _give_slots(manager: Any, config: Any) -> None:
         return found
 
     manager.remove_all_adapters, manager.activate_adapter = remove_all, activate
+    if hasattr(manager.model, "load_weights"):
+        manager.model.load_weights = _forgets(manager, manager.model.load_weights)
+
+
+def _forgets(manager: Any, load_weights: Callable[..., Any]) -> Callable[..., Any]:
+    """Let new weights remove the adapters, which vLLM reads again for their next request, as its own reloading does."""
+
+    @wraps(load_weights)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return load_weights(*args, **kwargs)
+        finally:
+            manager.remove_all_adapters()
+
+    return load
 
 
 def _taken(manager: Any) -> str:

@@ -430,6 +430,22 @@ def test_an_engine_that_serves_lora_only_computes_nothing_of_ours(
             assert layer.applied == 1
 
 
+@pytest.mark.usefixtures("names")
+@torch.no_grad()
+def test_weights_that_are_replaced_directly_are_those_that_adapters_multiply_with(folder: Path) -> None:  # E8
+    engine = Engine()
+    layer, x = engine.manager.modules["model.layers.1.mlp.down_proj"], torch.randn(1, 48)
+    engine.manager.activate(engine.load(folder / "anna"), 0)
+    engine.manager.map_tokens([1])
+    added = layer(x) - x @ layer.base_layer.packed.T
+    engine.manager.model.load_weights([1.005])  # as a trainer that sends its weights
+    engine.manager.map_tokens([0])
+    assert torch.equal(layer(x), x @ layer.base_layer.packed.T)
+    engine.manager.activate(engine.load(folder / "anna"), 0)
+    engine.manager.map_tokens([1])
+    torch.testing.assert_close(layer(x) - x @ layer.base_layer.packed.T, 1.005 * added, rtol=1e-4, atol=1e-5)
+
+
 # In vLLM's memory, and its cache of compiled models.
 
 
