@@ -64,7 +64,7 @@ MUTANTS = [
         "            if self.merged:\n                self.unmerge()\n", "",
     ),
     Mutant(
-        "merged-leaves-several", "merging", "tuner/merging.py",
+        "merged-leaves-several", "merging", "tuner/merged.py",
         "                if layer.merged:\n                    with onload_layer",
         "                if len(layer.merged_adapters) == 1:\n                    with onload_layer",
     ),
@@ -78,7 +78,7 @@ MUTANTS = [
     ),
     Mutant(
         "stale-blocks", "loading", "layers/adapter.py",
-        "if are_same and known.versions is not None and known.versions == _versions(saved):", "if are_same:",
+        "if is_same and self.versions == _versions(saved):", "if is_same:",
     ),
     Mutant(
         "hotswap-keeps-absent", "loading", "hotswap.py",
@@ -99,11 +99,11 @@ MUTANTS = [
         'if config.bias == "none":', 'if config.bias != "all":',
     ),
     Mutant(
-        "merged-table-saved", "saving", "tuner/model.py",
+        "merged-table-saved", "saving", "files/saving.py",
         "if isinstance(layer, SmoaLayer):  # PEFT saves its table too", "if False:",
     ),
     Mutant(
-        "active-is-saved", "saving", "tuner/model.py",
+        "active-is-saved", "saving", "files/saving.py",
         "if (key := key_of(name, part, adapter_name)) in state_dict:",
         "if (key := key_of(name, part, layers[name].active_adapters[0])) in state_dict:",
     ),
@@ -112,15 +112,15 @@ MUTANTS = [
         "if adapter_name in layer.smoa_A}", "if any(name.startswith(adapter_name) for name in layer.smoa_A)}",
     ),
     Mutant(
-        "names-outlive-call", "calls", "layers/calls.py",
+        "names-outlive-call", "calls", "layers/by_name.py",
         "OPEN.pop(thread, None)  # a call within this one may have left none", "pass",
     ),
     Mutant(
-        "base-rows-adapted", "calls", "layers/calls.py",
+        "base-rows-adapted", "calls", "layers/by_name.py",
         "slot_of.get(name, -1)", "slot_of.get(name, 0)",
     ),
     Mutant(
-        "beams-not-repeated", "calls", "layers/calls.py",
+        "beams-not-repeated", "calls", "layers/by_name.py",
         "return 1 if module in self.once else self.copies", "return 1",
     ),
 ]  # fmt: skip

@@ -32,7 +32,7 @@ from smoa.maths.blocks import Blocks as SpectralPartition  # noqa: E402  (its pu
 from smoa.maths.spectrum import make_partition, spectral_scores  # noqa: E402
 from smoa.scores import clear_spectrum_cache  # noqa: E402
 from smoa.tuner.generation import keep_in_generate  # noqa: E402
-from smoa.tuner.merging import merged  # noqa: E402
+from smoa.tuner.merged import merged  # noqa: E402
 from smoa.tuner.model import SmoaModel  # noqa: E402
 
 register(SmoaConfig, SmoaModel)

@@ -181,7 +181,7 @@ def _reports(path: str, module: Any, adapter: str, method: str) -> Iterator[Laye
     blocks: list[Blocks | None] = [None] * len(matrices)
     scales: list[list[float]] = [[]] * len(matrices)
     if isinstance(module, SmoaLayer):
-        blocks = [update.factors.blocks for _, _, update in module.parts(adapter)]
+        blocks = [update.blocks for _, _, update in module.parts(adapter)]
         scales = (module.scaling[adapter] * module.derived(adapter).block_scale.reshape(len(matrices), -1)).tolist()
     for (name, weight, update), of_matrix, block_scales in zip(matrices, blocks, scales, strict=True):
         yield LayerReport(

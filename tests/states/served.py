@@ -58,7 +58,7 @@ class Served(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        import_with_stubs(self.patch, "smoa.serving.vllm.names", fake_vllm.stubs())
+        import_with_stubs(self.patch, "smoa.serving.vllm.plugin", fake_vllm.stubs())
 
     @initialize(same_prefix=st.booleans(), reserved=st.sets(st.sampled_from(sorted(KINDS)), max_size=3))
     def begin(self, same_prefix: bool, reserved: set[str]) -> None:

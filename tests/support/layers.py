@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa import SmoaConfig
 from smoa.files.names import PREFIX
-from smoa.layers import kinds
+from smoa.layers import route as routes
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.kernels import one_product
 from tests import reference
@@ -26,7 +26,7 @@ def take_route(route: str | None) -> None:
     if route is not None:
         one_product.MIN_TOKENS = 0 if route == "one product" else 1 << 60
     if route == "apart":
-        kinds.may_form = lambda *_: False
+        routes.may_form = lambda *_: False
 
 
 class Wrapper(nn.Module):

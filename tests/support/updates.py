@@ -37,7 +37,7 @@ class Problem(NamedTuple):
         return Factors(self.A, self.B, self.ranks, scaling, torch.tensor(rank_scale), self.partition)
 
     def update(self, modulation: str, scaling: float = 1.0) -> Update:
-        return Update(self.factors(scaling), modulation)  # type: ignore[arg-type]
+        return Update(**{**vars(self.factors(scaling)), "modulation": modulation})  # type: ignore[arg-type]
 
     def smoa(self, modulation: str, scaling: float = 1.0) -> Tensor:
         return self.update(modulation, scaling).delta(self.weight)

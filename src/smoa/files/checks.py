@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import math
-import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from itertools import product
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft.utils import CONFIG_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, PartitionError, first_of
-from smoa.files.loading import incoming
-from smoa.files.names import PARTS, PREFIX, embeddings_of, is_own, key_of, trained_biases
-from smoa.layers.distributed import LABELS, SCALE, is_distributed, plain_name, whole
+from smoa.files.base import check_base, held_layers
+from smoa.files.loading import incoming, saved_config
+from smoa.files.names import (
+    COMPILED,
+    PARTS,
+    PREFIX,
+    adapter_layers,
+    embeddings_of,
+    is_own,
+    key_of,
+    saved_names,
+    split_tables,
+    trained_biases,
+    write_tables,
+)
+from smoa.layers.distributed import LABELS, SCALE, plain_name, refuse_writing, whole
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import check_labels
 
@@ -164,46 +176,41 @@ def _largest(key: str, tensor: Tensor) -> float:
     return largest
 
 
-def check_gathered(state_dict: dict[str, Tensor], missing: Sequence[str]) -> None:
-    """Refuse to save less than the whole adapter, or tensors that ZeRO-3 has left empty. Only rank 0 saves, so others
-    are not checked."""
-    empty = sorted(key for key, tensor in state_dict.items() if tensor.numel() == 0)
-    if is_distributed() and dist.get_rank() > 0:
-        return
-    if missing:
-        raise AdapterFileError(
-            f"the state dict to save lacks {len(missing)} tensor(s) of the adapter: {first_of(missing)}; give "
-            "save_pretrained the whole state dict of the model, or none"
-        )
-    if empty:
-        raise AdapterFileError(
-            f"{first_of(empty, 1)}: empty, because DeepSpeed ZeRO-3 has partitioned these weights; "
-            "gather them on every rank: save_pretrained(folder, state_dict=accelerator.get_state_dict(engine))"
-        )
-
-
-def report_untrained(
-    adapter_name: str, state_dict: Mapping[str, Tensor], layers: Mapping[str, SmoaLayer], names: Mapping[str, str]
-) -> None:
-    """Warn of layers whose ΔW is zero after training: the loss does not depend on them.
-
-    That there was training is seen from other layers or `modules_to_save`. Layers whose names differ only in numbers
-    count as one, because some batches skip a layer or use few experts. `names` are from `saved_names`.
-    """
-    here = {key: tensor for key, tensor in state_dict.items() if type(tensor) is Tensor and not tensor.is_meta}
-    trained: dict[str, bool] = {}
+def checked_tensors(
+    model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of a file by the model's names, checked, and with factors in the dtype of the model's; the tables of
+    embeddings among them are written."""
+    layers, names = adapter_layers(model, adapter_name), saved_names(model)
+    keys = {f"{names.get(n, n)}.{part}": key_of(n, part, adapter_name) for n, part in product(layers, PARTS)}
+    keys |= {PREFIX + saved.removeprefix(PREFIX): key for saved, key in keys.items()}  # a file may lack or have it
+    named = {keys.get(key.replace(COMPILED, "."), key): tensor for key, tensor in state_dict.items()}
+    remapped, tables = split_tables(model, named)
+    check_adapter_state(model, config, adapter_name, remapped, tables, layers)
+    _check_base(model, config, adapter_name, remapped, tables, layers)
     for name, layer in layers.items():
-        factors = {key_of(name, part, adapter_name) for part in PARTS[:2]}
-        if factors <= here.keys() and any(factor.requires_grad for factor in layer.smoa_B[adapter_name].parameters()):
-            kind = re.sub(r"\b\d+\b", "*", names.get(name, name).removeprefix(PREFIX))
-            # One factor starts at zero; hot-swapping sets both to zero
-            trained[kind] = trained.get(kind, False) or len({bool(here[factor].any()) for factor in factors}) == 1
-    untrained = [kind for kind, is_trained in trained.items() if not is_trained]
-    own = f".modules_to_save.{adapter_name}."
-    copies = ((here[key], here.get(key.replace(own, ".original_module."))) for key in here if own in key)
-    if untrained and (any(trained.values()) or any(b is not None and (a != b.to(a)).any() for a, b in copies)):
-        warnings.warn(
-            f"training left ΔW of {adapter_name!r} at zero in {first_of(untrained)}: the model uses their weights "
-            "without calling these layers, or no batch reached them; leave them out, as with exclude_modules",
-            stacklevel=2,
-        )
+        refuse_writing(*layer.factors(adapter_name))
+        layer.adapters[adapter_name].pending = False
+        for part, factor in zip(PARTS, (layer.smoa_A, layer.smoa_B), strict=False):
+            key, dtype = key_of(name, part, adapter_name), next(factor[adapter_name].parameters()).dtype
+            remapped[key] = remapped[key].to(dtype)  # with low_cpu_mem_usage PEFT assigns them
+    state = model.state_dict()
+    for key in (key for key in remapped if not is_own(key) and key in state):  # biases, modules_to_save
+        remapped[key] = remapped[key].to(state[key].dtype)
+    write_tables(tables)
+    return remapped
+
+
+def _check_base(
+    model: nn.Module, config: Any, adapter: str, tensors: dict[str, Tensor], tables: Any, layers: dict[str, SmoaLayer]
+) -> None:
+    """`check_base`, by the config of the file that is being loaded, if there is one: its scale is the tensors' own."""
+    file, name = incoming(), getattr(getattr(model, "config", None), "_name_or_path", None)
+    saved = {} if file is None else saved_config(file.path.with_name(CONFIG_NAME))
+    if saved.get("peft_type") == "SMOA":
+        names = "scale", "modulation", "base_model_name_or_path", "quantized_base"
+        known = {each: saved[each] for each in names if each in saved}
+        config = SmoaConfig(**known, other_base=bool(saved.get("other_base")) or config.other_base)
+    held = held_layers(layers, lambda layer: tuple(tensors[key_of(layer, part, adapter)] for part in PARTS), tables)
+    with _placed():
+        check_base(held, config, name)

@@ -6,6 +6,7 @@ parameters and buffers alone. `Derived` follows from them, is no buffer, and is 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -119,17 +120,18 @@ class Derived:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, saved: tuple[Tensor, ...], ranks: Sequence[int], halves: int, exact: Tensor | None = None) -> Derived:
+    def of(cls, saved: tuple[Tensor, ...], ranks: Sequence[int], halves: int, known: Derived | None = None) -> Derived:
         """Sort the labels and compare them, which waits for their device. Called when they change, never in a step.
 
         Args:
             saved: As above.
             ranks: r_k of every block.
             halves: H of a stack.
-            exact: The block scales before they were rounded, if they were.
+            known: What followed from the tensors before; its block scales stay if they were rounded since.
         """
         rows, cols, scale = saved
-        scale = scale.to(torch.float32, copy=True) if exact is None else exact.to(scale.device)
+        exact = known.block_scale if known is not None and known.has_scale(scale) else scale
+        scale = exact.to(scale.device, torch.float32, copy=exact is scale)
         kept = saved, _versions(saved), (rows.clone(), cols.clone()), scale, rank_scale(scale, ranks)
         if rows.dim() == 2:
             outputs, inputs = (Side.of(side.unflatten(0, (-1, halves)), len(ranks)) for side in (rows, cols))
@@ -141,6 +143,22 @@ class Derived:
             return cls(*kept, replace(blocks, row_labels=rows, col_labels=cols), digest)
         _BLOCKS[key] = blocks = Blocks(rows, cols, len(ranks), Orders.of(rows, cols), ascend(rows, cols), shape)
         return cls(*kept, blocks, digest)
+
+    def is_of(self, saved: tuple[Tensor, ...]) -> bool:
+        """Whether it follows from these tensors: they are the same, or were written to in vain, as by DDP."""
+        is_same = all(map(operator.is_, saved, self.saved)) and self.versions is not None
+        if is_same and self.versions == _versions(saved):
+            return True
+        if is_transformed(*saved) or saved[0].device != self.labels[0].device or not self.has_scale(saved[2]):
+            return False
+        if is_equal := all(map(torch.equal, saved, self.labels)):
+            self.saved, self.versions = saved, _versions(saved)
+        return is_equal
+
+    def has_scale(self, scale: Tensor) -> bool:
+        """Whether block scales are these ones, or were before they were rounded."""
+        own = self.block_scale
+        return own.shape == scale.shape and torch.equal(own.to(scale.device, scale.dtype), scale)
 
 
 class Adapter:
@@ -201,6 +219,8 @@ class Adapter:
 
     def decide_from(self, layer: Any) -> None:
         """Compute what is pending. Raises PartitionError if the base weight is on the meta device."""
+        if not self.pending:
+            return
         if self.is_valid():  # from a file, or from another process
             self.pending = False
         elif (parts := self._computed(layer)) is not None:
@@ -234,28 +254,17 @@ class Adapter:
         Of labels that a transform (`torch.func`) has put in place for a call, nothing is kept. A compiled model doesn't
         look: labels don't change while it runs.
         """
-        known, saved, exact = self._derived, self.saved(), None
+        known, saved = self._derived, self.saved()
         rows, cols, scale = saved
-        if known is not None:
-            if torch.compiler.is_compiling() or rows.is_meta:  # offloaded
-                return known
-            seen_rows, seen_cols, seen_scale = known.saved
-            are_same = rows is seen_rows and cols is seen_cols and scale is seen_scale
-            if are_same and known.versions is not None and known.versions == _versions(saved):
-                return known
-            if is_transformed(*saved):
-                blocks = known.blocks
-                if isinstance(blocks, Blocks):
-                    blocks = Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols), False, blocks.shape)
-                return Derived(saved, [], (), scale, rank_scale(scale, self.ranks), blocks)
-            own = known.block_scale
-            if own.shape == scale.shape and torch.equal(own.to(scale.device, scale.dtype), scale):  # may be rounded
-                exact = own
-                if rows.device == known.labels[0].device and all(map(torch.equal, (rows, cols), known.labels)):
-                    known.saved, known.versions = saved, _versions(saved)  # written to in vain, as by DDP's broadcasts
-                    return known
+        if known is not None and (torch.compiler.is_compiling() or rows.is_meta or known.is_of(saved)):
+            return known  # `is_meta`: offloaded
+        if known is not None and is_transformed(*saved):
+            blocks = known.blocks
+            if isinstance(blocks, Blocks):
+                blocks = Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols), False, blocks.shape)
+            return Derived(saved, [], (), scale, rank_scale(scale, self.ranks), blocks)
         with torch.inference_mode(False):  # what is made in inference mode can't be used in training
-            self._derived = Derived.of(saved, self.ranks, self.halves, exact)
+            self._derived = Derived.of(saved, self.ranks, self.halves, known)
         return self._derived
 
 

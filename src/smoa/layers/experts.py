@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from smoa.config import SmoaConfig
 from smoa.errors import UnsupportedModuleError
-from smoa.layers.calls import OPEN, call_of
+from smoa.layers.by_name import OPEN, call_of
 from smoa.layers.distributed import gather, onloaded_for, refuse_partitioned
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.stand_in import StandIn
 from smoa.maths.blocks import Blocks
-from smoa.maths.experts import Layout
+from smoa.maths.layout import Layout
 from smoa.maths.stack import Side, Stack
 from smoa.maths.update import Update
 
@@ -124,8 +124,6 @@ class ParamWrapper(SmoaLayer):
             self.unmerge()
         by_names = bool(OPEN) and call_of(self) is not None  # none of which has adapted experts
         active = [] if self.disable_adapters or self.merged or by_names else self._present(self.active_adapters)
-        for name in active:
-            self.decide_partition(name)
         if not active:
             return self.base_layer(x, *args, **kwargs)
         return self._adapted(active, x, *args, **kwargs)

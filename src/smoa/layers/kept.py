@@ -16,17 +16,14 @@ import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from smoa.maths.blocks import Blocks
-from smoa.maths.kernels.autograd import is_transformed
-from smoa.maths.kernels.branch import Deltas, block_deltas, multiply
-from smoa.maths.update import Update
+from smoa.maths.kernels.autograd import only_values
+from smoa.maths.kernels.blocks import Deltas, block_deltas, multiply
 
 T = TypeVar("T")
 
@@ -37,11 +34,10 @@ class Snapshot:
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         self.layers = frozenset(layers)
         self.kept: dict[Hashable, Any] = {}
-        self._is_full = False
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T | None:
         """The value of this key, made at its first use; None if there is no memory for it."""
-        if self._is_full:
+        if not self.layers:
             return None
         if key not in self.kept:
             try:
@@ -49,7 +45,7 @@ class Snapshot:
             except (MemoryError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and not should_reduce_batch_size(error):
                     raise
-                self._is_full = True
+                self.layers = frozenset[nn.Module]()
                 self.kept.clear()
                 message = f"no memory to keep ΔW for decoding, so it is formed again for every token ({error})"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -76,32 +72,18 @@ def open_snapshot(layer: Any, names: Iterable[str], x: Tensor) -> Snapshot | Non
 
     Calls with gradients or active dropout, compiled models and transforms keep nothing.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return None
     snapshot: Snapshot | None = getattr(_OPEN, "snapshot", None)
-    if snapshot is None or layer not in snapshot.layers or is_transformed(x):
+    if snapshot is None or layer not in snapshot.layers or not only_values(x):
         return None
-    dropped = layer.training and any(isinstance(layer.smoa_dropout[name], nn.Dropout) for name in names)
-    return None if dropped else snapshot
+    return None if any(map(layer.dropped, names)) else snapshot
 
 
-@dataclass(frozen=True)
-class KeptUpdate:
-    """The diagonal blocks of one ΔW."""
+def kept_output(layer: Any, x: Tensor, adapter_name: str) -> Tensor | None:
+    """`x ΔWᵀ` in the dtype of x, not differentiable, from blocks that the open snapshot keeps; None without memory."""
 
-    blocks: Blocks
-    deltas: Deltas
+    def made() -> tuple[Blocks, Deltas]:
+        update = layer.update(adapter_name)
+        return update.blocks, block_deltas(update, layer.pristine_weight(), x.dtype)
 
-    @classmethod
-    def of(cls, update: Update, weight: Tensor, dtype: torch.dtype) -> KeptUpdate:
-        """What is kept of an `update` of the pristine `weight`, for x of `dtype`."""
-        return cls(update.factors.blocks, block_deltas(update.factors, weight, dtype))
-
-    def apply(self, x: Tensor) -> Tensor:
-        """`x ΔWᵀ`: (…, out_features) in the dtype of x, not differentiable."""
-        return multiply(self.blocks, x, self.deltas)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are kept."""
-        return sum(entries.nbytes for _, entries in self.deltas)
+    kept = _OPEN.snapshot.get((layer, layer.adapters[adapter_name], x.dtype), made)
+    return None if kept is None else multiply(x, *kept)

@@ -13,7 +13,7 @@ import copy
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,17 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape
 from smoa.layers.distributed import gather
-from smoa.layers.layer import SmoaLayer, casts_alike, in_autocast_dtype, is_instrumented
+from smoa.layers.layer import SmoaLayer
 from smoa.layers.linear import Linear
-from smoa.layers.quantized import QuantizedLinear
+from smoa.layers.quantized import QuantizedLinear, find_backend
+from smoa.layers.route import Route, casts_alike, in_autocast_dtype, is_instrumented
 from smoa.maths.factors import Initialization
 from smoa.maths.kernels import convolution as kernels
-from smoa.maths.kernels.autograd import is_transformed, recomputed
-from smoa.maths.kernels.one_product import may_form
+from smoa.maths.kernels.autograd import recomputed
+from smoa.maths.kernels.lookup import Lookup
+
+if TYPE_CHECKING:
+    from peft.utils.quantization_utils import QuantizationBackend
 
 
 class ReadByModels(SmoaLayer):
@@ -40,13 +44,9 @@ class ReadByModels(SmoaLayer):
             return getattr(self.get_base_layer(), name)
         return super().__getattr__(name)
 
-    def _takes_one(self, x: Tensor, adapter_name: str) -> bool:
-        """Whether W + ΔW takes the place of W in the base layer's own operation, which nobody else sees."""
-        weight, dropout = self.stored_weight(), self.smoa_dropout[adapter_name]
-        dropped = isinstance(dropout, nn.Dropout) and self.training
-        plain = self.base_layer is self.get_base_layer() and not is_instrumented(self.base_layer)  # no trained tokens
-        unfit = dropped or weight.requires_grad or is_transformed(x, weight)
-        return may_form(x.device.type) and plain and not unfit
+    def fits_one_product(self, x: Tensor, adapter_name: str) -> bool:
+        """Whether nobody else sees or replaces the base layer's call, and it has no trained tokens."""
+        return self.base_layer is self.get_base_layer() and not is_instrumented(self.base_layer)
 
 
 class Embedding(ReadByModels):
@@ -75,12 +75,15 @@ class Embedding(ReadByModels):
         if init is True:  # variance K instead of K / 3n: LoRA's is 1 here, and a token uses n / K of the n columns
             A.mul_((3 * self.in_features) ** 0.5)
 
-    def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
-        if len(active) == 1 and self._takes_one(x, active[0]) and self.adapters[active[0]].modulation != "none":
-            return self._scaled(self._rows(x, active[0], True), x)
-        return super()._active_forward(x, active, *args, **kwargs)
+    def fits_one_product(self, x: Tensor, adapter_name: str) -> bool:
+        """As above, if there is M."""
+        return self.adapters[adapter_name].modulation != "none" and super().fits_one_product(x, adapter_name)
 
-    def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
+    def in_one_product(self, x: Tensor, adapter_name: str) -> Tensor:
+        """`(W + ΔW)[x]`, as below."""
+        return self._scaled(self._rows(x, adapter_name, True), x)
+
+    def branch_output(self, x: Tensor, adapter_name: str, route: Route | None = None) -> Tensor:
         """`ΔW[x]` (…, embedding_dim) for int x, times `embed_scale` if the base layer has one."""
         rows = self._rows(x, adapter_name)
         rows = rows * self.smoa_dropout[adapter_name](rows.new_ones(rows.shape[0], 1))
@@ -89,8 +92,8 @@ class Embedding(ReadByModels):
     def _rows(self, x: Tensor, adapter_name: str, adds_weight: bool = False) -> Tensor:
         gather(self, adapter_name)
         base: Any = self.get_base_layer()
-        settings = base.padding_idx, base.scale_grad_by_freq, adds_weight
-        return self.update(adapter_name).lookup(x.reshape(-1), self.pristine_weight(), *settings)
+        route = Lookup(adds_weight, base.padding_idx, base.scale_grad_by_freq)
+        return recomputed(route, self.update(adapter_name), x.reshape(-1), self.pristine_weight())
 
     def _scaled(self, rows: Tensor, x: Tensor) -> Tensor:
         base: Any = self.get_base_layer()
@@ -115,12 +118,15 @@ class Convolution(ReadByModels):
         conv: Any = base
         return conv.out_channels, conv.in_channels // conv.groups * math.prod(conv.kernel_size)
 
-    def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
-        if len(active) == 1 and casts_alike(x, self.stored_weight()) and self._takes_one(x, active[0]):
-            return self._convolved(in_autocast_dtype(x), active[0], True)
-        return super()._active_forward(x, active, *args, **kwargs)
+    def fits_one_product(self, x: Tensor, adapter_name: str) -> bool:
+        """As above, if x and W have one dtype."""
+        return casts_alike(x, self.stored_weight()) and super().fits_one_product(x, adapter_name)
 
-    def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
+    def in_one_product(self, x: Tensor, adapter_name: str) -> Tensor:
+        """`conv(x, W + ΔW) + b`."""
+        return self._convolved(in_autocast_dtype(x), adapter_name, True)
+
+    def branch_output(self, x: Tensor, adapter_name: str, route: Route | None = None) -> Tensor:
         """`conv(x, ΔW)`, without bias; in training, dropout acts on x."""
         return self._convolved(self.smoa_dropout[adapter_name](in_autocast_dtype(x)), adapter_name)
 
@@ -131,12 +137,8 @@ class Convolution(ReadByModels):
         shape, weight, update = self.stored_weight().shape, self.pristine_weight(), self.update(adapter_name)
         bias = base.bias.to(x.dtype) if adds_weight and base.bias is not None else None
         batch = x if x.dim() == len(shape) else x.unsqueeze(0)
-        route = kernels.Convolution(base._conv_forward, shape, update.modulation, adds_weight)
-        if torch.compiler.is_compiling() or weight.requires_grad or is_transformed(x, weight):
-            with torch.autocast(x.device.type, enabled=False):  # it would round ΔW
-                y = route.plain(update.factors, batch, weight, bias)
-        else:
-            y = recomputed(route, update.factors, batch, weight, bias)
+        route = kernels.Convolution(base._conv_forward, shape, adds_weight)
+        y = recomputed(route, update, batch, weight, bias)
         return y if batch is x else y.squeeze(0)
 
 
@@ -198,6 +200,12 @@ QUANTIZED = Kind(nn.Module, "linear layers quantized by bitsandbytes, torchao or
 def kind_of(base: nn.Module) -> Kind | None:
     """The kind of a base layer with a plain weight, None if SMoA can't adapt it."""
     return next((kind for kind in KINDS if isinstance(base, kind.base_class)), None)
+
+
+def kind_and_backend(base: nn.Module, model: nn.Module) -> tuple[Kind | None, QuantizationBackend | None]:
+    """The kind of a base layer of a model and, if its weight is quantized, the backend that dequantizes it."""
+    backend = find_backend(base, model, tuple(kind.base_class for kind in KINDS))
+    return (kind_of(base) if backend is None else QUANTIZED), backend
 
 
 def _is_linear(base: nn.Module) -> bool:

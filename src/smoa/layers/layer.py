@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape, SmoaConfig
 from smoa.errors import UnsupportedModuleError
 from smoa.layers.adapter import Adapter, AdapterBuffers, Derived
-from smoa.layers.calls import OPEN, Call, call_of
+from smoa.layers.by_name import OPEN, Call, call_of
 from smoa.layers.distributed import (
     onloaded_for,
     partition_from_state_dict,
@@ -27,8 +27,9 @@ from smoa.layers.distributed import (
     whole,
 )
 from smoa.layers.merging import Merging, as_matrix, as_stored
+from smoa.layers.route import Route, in_autocast_dtype, route_of
 from smoa.maths.blocks import Blocks, check_num_blocks
-from smoa.maths.factors import Factors, Initialization, init_factors, saved_shapes
+from smoa.maths.factors import Initialization, init_factors, saved_shapes
 from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.update import Update
 
@@ -124,8 +125,19 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         """Why such a base layer can't be adapted although its class can, and what to do; None if it can."""
         return None
 
-    def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
-        """What the adapter adds to the base layer's output for the input x."""
+    keeps_blocks = False
+    """Whether the layer takes the routes "kept" and "shared"."""
+
+    def fits_one_product(self, x: Tensor, adapter_name: str) -> bool:
+        """Whether W + ΔW may stand for W in the base layer's own operation on x, which nobody else sees or replaces."""
+        return False
+
+    def in_one_product(self, x: Tensor, adapter_name: str) -> Tensor:
+        """The layer's output for x, with W + ΔW for W."""
+        raise NotImplementedError
+
+    def branch_output(self, x: Tensor, adapter_name: str, route: Route | None = None) -> Tensor:
+        """What the adapter adds to the base layer's output for the input x; in training, dropout acts on x."""
         raise NotImplementedError
 
     def _weight_shape(self) -> Shape:
@@ -193,8 +205,7 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
 
         With several processes, rank 0 computes them for all, so every rank must call this.
         """
-        if (own := self.adapters[adapter_name]).pending:
-            own.decide_from(self)
+        self.adapters[adapter_name].decide_from(self)
 
     def derived(self, adapter_name: str) -> Derived:
         """What follows from the adapter's labels and block scales; decided now if they are still pending."""
@@ -261,11 +272,10 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
 
     def update(self, adapter_name: str) -> Update:
         """The adapter's `Update`, which forms ΔW or applies it to x, given the pristine weight."""
-        derived = self.derived(adapter_name)
+        own, derived = self.adapters[adapter_name], self.derived(adapter_name)
         A, B = self.factors(adapter_name)
-        ranks, scaling = self.adapters[adapter_name].ranks, self.scaling[adapter_name]
-        factors = Factors(A, B, ranks, scaling, derived.rank_scale, cast(Blocks, derived.blocks))
-        return Update(factors, self.adapters[adapter_name].modulation)
+        blocks = cast(Blocks, derived.blocks)
+        return Update(A, B, own.ranks, self.scaling[adapter_name], derived.rank_scale, blocks, own.modulation)
 
     def updates(self, adapter_name: str) -> list[Update]:
         """The adapter's `Update` of each matrix."""
@@ -316,13 +326,13 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         active = [] if self.merged else self._present(self.active_adapters)
         for name in active:
             self.decide_partition(name)
-        return self._active_forward(x, active, *args, **kwargs)
-
-    def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
+        routes = [route_of(self, x, name, alone=len(active) == 1) for name in active]
+        if "one product" in routes:
+            return self.in_one_product(x, active[0])
         result = self.base_layer(x, *args, **kwargs)
-        with onloaded_for(self, active):
-            for name in active:
-                result = result + self.branch_output(x.to(result.device), name).to(result.dtype)
+        with onloaded_for(self, active) if "kept" not in routes else nullcontext():  # which is asked for every token
+            for name, route in zip(active, routes, strict=True):
+                result = result + self.branch_output(x.to(result.device), name, route).to(result.dtype)
         return result
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # for each batch of names it would compile again
@@ -348,6 +358,11 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
                 result, is_own = add_rows(result, rows, self.branch_output(x[rows], name), is_own), True
         return result
 
+    def dropped(self, adapter_name: str) -> float:
+        """The probability with which dropout acts on the adapter's input now."""
+        dropout = self.smoa_dropout[adapter_name] if self.training else None
+        return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+
     def branch_input(self, x: Tensor, adapter_name: str) -> Tensor:
         """What an adapter's branch is given for the layer's input x: in training dropout acts on it."""
         x = self.smoa_dropout[adapter_name](x) if self.training else x
@@ -365,29 +380,6 @@ def add_rows(result: Tensor, rows: Any, output: Tensor, is_own: bool) -> Tensor:
     """`result` plus an output for some rows: in place if nobody else holds it (`is_own`)."""
     output, in_place = output.to(result.dtype), is_own and not is_transformed(output)
     return result.index_add_(0, rows, output) if in_place else result.index_add(0, rows, output)
-
-
-def in_autocast_dtype(x: Tensor) -> Tensor:
-    """x as autocast would have it, if it is on for the device of x; it never touches float64."""
-    casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return x.to(torch.get_autocast_dtype(x.device.type)) if casts else x
-
-
-def casts_alike(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product takes x and the weight in one dtype, by autocast or as they are."""
-    casts = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
-    return casts or x.dtype == weight.dtype
-
-
-def is_instrumented(module: nn.Module) -> bool:
-    """Whether a hook, also one of all modules, or a replaced forward (accelerate's) must see the base layer's call."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" in module.__dict__ or torch.nn.modules.module._has_any_global_hook() or any(hooks)
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer whose call nobody else sees or replaces, nor has its output."""
-    return type(module) in (nn.Linear, Conv1D) and not is_instrumented(module)
 
 
 def linear_weight(linear: nn.Module) -> Tensor:

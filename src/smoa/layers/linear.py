@@ -10,12 +10,11 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape
 from smoa.layers.distributed import gather
-from smoa.layers.kept import KeptUpdate, Snapshot, open_snapshot
-from smoa.layers.layer import SmoaLayer, casts_alike, in_autocast_dtype, is_plain_linear
+from smoa.layers.kept import kept_output
+from smoa.layers.layer import SmoaLayer
 from smoa.layers.mixed_batch import add_mixed, shared_output
-from smoa.maths.kernels.autograd import is_transformed, only_values
-from smoa.maths.kernels.one_product import may_form, pays
-from smoa.maths.kernels.shared import prefers_shared
+from smoa.layers.route import Route, casts_alike, in_autocast_dtype, is_plain_linear, route_of
+from smoa.maths.kernels.one_product import pays
 from smoa.maths.update import Update
 
 
@@ -38,57 +37,39 @@ class Linear(SmoaLayer):
         """PEFT's converter knows this kind of layer."""
         return True
 
-    def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
-        if active and (snapshot := open_snapshot(self, active, x)) is not None:
-            result = self.base_layer(x, *args, **kwargs)
-            x = in_autocast_dtype(x.to(result.device))
-            for name in active:
-                kept = self._kept_update(snapshot, name, x)
-                result = result + (self.branch_output(x, name) if kept is None else kept.apply(x)).to(result.dtype)
-            return result
-        if len(active) == 1 and self._takes_one_product(x, active[0]):
-            return self._in_one_product(x, active[0])
-        return super()._active_forward(x, active, *args, **kwargs)
+    keeps_blocks = True
 
-    def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
+    def branch_output(self, x: Tensor, adapter_name: str, route: Route | None = None) -> Tensor:
         """`x ΔWᵀ`, the adapter's contribution to the output; in training, dropout acts on x."""
-        self.decide_partition(adapter_name)
+        route = route or route_of(self, x, adapter_name)
+        if route == "kept" and (kept := kept_output(self, in_autocast_dtype(x), adapter_name)) is not None:
+            return kept
         gather(self, adapter_name)
-        x, own = self.branch_input(x, adapter_name), self.adapters[adapter_name]
-        if own.modulation != "none" and only_values(x) and prefers_shared(max(own.ranks), x.shape[:-1].numel()):
-            return shared_output(self, x, adapter_name)  # of few tokens
+        x = self.branch_input(x, adapter_name)
+        if route == "shared":
+            return shared_output(self, x, adapter_name)
         return self.apply_update(self.update(adapter_name), x)
 
     _add_mixed = add_mixed
-
-    def _kept_update(self, snapshot: Snapshot, adapter_name: str, x: Tensor) -> KeptUpdate | None:
-        """The blocks of ΔW that `snapshot` keeps; None without M, where the factors are as quick, or without memory."""
-        own = self.adapters[adapter_name]
-        if own.modulation == "none":
-            return None
-        weight = self.pristine_weight
-        return snapshot.get((self, own, x.dtype), lambda: KeptUpdate.of(self.update(adapter_name), weight(), x.dtype))
 
     def apply_update(self, update: Update, x: Tensor) -> Tensor:
         """`x ΔWᵀ` of an update of this layer."""
         return update.apply(x, self.pristine_weight())
 
-    def _takes_one_product(self, x: Tensor, adapter_name: str) -> bool:
-        """Whether `x(W + ΔW)ᵀ + b` can be computed in one product, and is to be."""
-        weight, dropout = self.stored_weight(), self.smoa_dropout[adapter_name]
-        if self.adapters[adapter_name].modulation == "none" or (isinstance(dropout, nn.Dropout) and self.training):
-            return False
-        if not self._multiplies_plainly(x) or weight.requires_grad or is_transformed(x, weight):
+    def fits_one_product(self, x: Tensor, adapter_name: str) -> bool:
+        """With M, and for many tokens; in a compiled model where gradients are enabled, whatever their number."""
+        if self.adapters[adapter_name].modulation == "none" or not self.multiplies_plainly(x):
             return False
         if torch.compiler.is_compiling():
-            return torch.is_grad_enabled() and may_form(x.device.type)
-        return pays(self.blocks(adapter_name), x.device.type, x.shape[:-1].numel())
+            return torch.is_grad_enabled()
+        return pays(self.blocks(adapter_name), x.shape[:-1].numel())
 
-    def _multiplies_plainly(self, x: Tensor) -> bool:
+    def multiplies_plainly(self, x: Tensor) -> bool:
         """Whether the base layer's output is a product with its weight that nobody else sees, nor has."""
         return is_plain_linear(self.base_layer) and casts_alike(x, self.stored_weight())
 
-    def _in_one_product(self, x: Tensor, adapter_name: str) -> Tensor:
+    def in_one_product(self, x: Tensor, adapter_name: str) -> Tensor:
+        """`x(W + ΔW)ᵀ + b`."""
         base: Any = self.get_base_layer()
         x = in_autocast_dtype(x)
         bias = None if base.bias is None else base.bias.to(x.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from smoa.errors import MergeError
 from smoa.layers.distributed import onloaded_for, placed_like, refuse_writing
 from smoa.maths.blocks import DiagonalBlocks
-from smoa.maths.kernels.one_product import Effective
+from smoa.maths.kernels.one_product import Effective, delta_of
 
 LOSS_ROWS = 256
 """Rows of ΔW that are formed at a time to see what a merge loses."""
@@ -49,7 +49,7 @@ class Merging:
     pristine: Pristine | None = None
     """Set while adapters are merged."""
     losses: list[Loss] | None = None
-    """Where a merge appends what was lost of each matrix while `smoa.tuner.merging.losses_reported` is open."""
+    """Where a merge appends what was lost of each matrix while `smoa.tuner.merged.losses_reported` is open."""
     shares_weight = False
     """Whether another module uses the base layer's weight. A merge then gives the base layer a weight of its own."""
     twins: tuple[Merging, ...] = ()
@@ -132,8 +132,8 @@ class Merging:
         for number in range(self.matrix_count or 1):
             pristine = self.pristine_matrix(number)
             merged = torch.empty_like(pristine)
-            parts = [(each[number].factors, each[number].modulation) for each in updates]
-            for rows, effective in Effective(pristine, parts, self.fan_in_fan_out).rows():
+            chosen = Effective(pristine, *(each[number] for each in updates), transposed=self.fan_in_fan_out)
+            for rows, effective in chosen.rows():
                 # -0 + 0 is 0, inf + 0·inf is no number, and `unmerge` restores diagonal blocks only
                 own = pristine[rows]
                 merged[rows] = torch.where((effective == own) | own.isinf(), own, effective)
@@ -141,10 +141,11 @@ class Merging:
 
     def _loss(self: Any, number: int, pristine: Tensor, written: Tensor, names: list[str]) -> Loss:
         """What a merge of these adapters made of ΔW in a matrix, a few rows at a time."""
-        updates, (error, size, kept) = [self.updates(name)[number] for name in names], (0.0, 0.0, 0.0)
+        deltas = [delta_of(self.updates(name)[number], pristine) for name in names]
+        error = size = kept = 0.0
         for start in range(0, len(pristine), LOSS_ROWS):
             rows = slice(start, start + LOSS_ROWS)
-            delta = sum(update.delta(pristine, rows) for update in updates)
+            delta: Any = sum(form(rows) for form in deltas)
             added = written[rows].to(delta.dtype) - pristine[rows]
             error, size = error + float((added - delta).square().sum()), size + float(delta.square().sum())
             kept += float((added * delta).sum())

@@ -8,18 +8,20 @@ from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smoa.layers.adapter import Adapter, Derived
-from smoa.layers.calls import Call
+from smoa.layers.batch import Part, add_by_plan
+from smoa.layers.by_name import Call
 from smoa.layers.distributed import gather, onloaded_for
 from smoa.layers.kept import open_snapshot
-from smoa.layers.layer import SmoaLayer, add_rows, is_plain_linear, linear_weight
-from smoa.layers.rows import Part, add_by_plan
+from smoa.layers.layer import SmoaLayer, add_rows, linear_weight
+from smoa.layers.route import is_plain_linear
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import runs_of
 from smoa.maths.kernels.autograd import only_values, without_autocast
 from smoa.maths.kernels.shared import Diagonal, Gathered, add_shared, entries_of, gathered, shared
+from smoa.maths.scale import whole_scale
 
 T = TypeVar("T")
 
@@ -73,14 +75,11 @@ def shared_output(layer: SmoaLayer, x: Tensor, adapter_name: str) -> Tensor:
 def _groups(layer: SmoaLayer, of_slot: dict[int, str]) -> list[Group]:
     """The adapters that take one product each."""
     groups: dict[Any, Group] = {}
-    A_of, B_of, p = layer.smoa_A._modules, layer.smoa_B._modules, 0.0  # looked up once, for adapters may be many
+    A_of, B_of = layer.smoa_A._modules, layer.smoa_B._modules  # looked up once, for adapters may be many
     for slot, name in of_slot.items():
         own, derived = layer.adapters[name], layer.derived(name)
         A, B = linear_weight(A_of[name]), linear_weight(B_of[name])
-        if layer.training:
-            dropout = layer.smoa_dropout[name]
-            p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
-        key = derived.digest, own.ranks, own.modulation, p, A.dtype
+        key = derived.digest, own.ranks, own.modulation, layer.dropped(name), A.dtype
         if (group := groups.get(key)) is None:
             group = groups[key] = Group(layer, own, derived)
         group.slots.append(slot)
@@ -114,7 +113,7 @@ class Group:
         device, dtype = B[0].device, torch.promote_types(B[0].dtype, torch.float32)
         scaling = [[self.layer.scaling[name]] for name in self.names]
         with without_autocast(device.type):  # which can't stack every dtype
-            scale = torch.stack(scales).to(dtype) * torch.tensor(scaling, dtype=dtype, device=device)
+            scale = whole_scale(torch.stack(scales), torch.tensor(scaling, dtype=dtype, device=device), dtype)
             return gathered(self.runs, A, B, scale, places)
 
     def entries(self) -> Sequence[Tensor]:

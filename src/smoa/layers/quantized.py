@@ -15,26 +15,26 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers.pytorch_utils import Conv1D
 
 from smoa.compat import find_quantization_backend
 from smoa.errors import UnsupportedModuleError
-from smoa.layers.layer import is_instrumented
 from smoa.layers.linear import Linear
 from smoa.layers.merging import Pristine
+from smoa.layers.route import is_instrumented
 from smoa.maths.update import Update
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
-BASES = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Classes whose weight may be plain, or quantized by a library that keeps the class."""
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def find_backend(base: nn.Module, model: nn.Module) -> QuantizationBackend | None:
-    """PEFT's backend for the quantized layer `base` of `model`, or None if `base` holds a plain weight."""
-    if type(base) in BASES and _is_plain(base.weight):
+def find_backend(
+    base: nn.Module, model: nn.Module, classes: tuple[type[nn.Module], ...] = ()
+) -> QuantizationBackend | None:
+    """PEFT's backend for the quantized layer `base` of `model`, or None if `base` holds a plain weight; that of
+    `classes` may be plain, or quantized by a library that keeps the class."""
+    if type(base) in classes and _is_plain(base.weight):
         return None  # don't ask PEFT, which imports every quantization library that is installed
     kind = f"{type(base).__module__}.{type(base).__qualname__}"
     try:
@@ -42,7 +42,7 @@ def find_backend(base: nn.Module, model: nn.Module) -> QuantizationBackend | Non
     except (ImportError, ValueError) as error:
         raise UnsupportedModuleError(f"SMoA can't adapt the quantized weight of a {kind}: {error}") from error
     weight: Any = getattr(base, "weight", None)
-    if backend is None and isinstance(base, BASES) and not _is_plain(weight):
+    if backend is None and isinstance(base, classes) and not _is_plain(weight):
         raise UnsupportedModuleError(
             f"SMoA can't adapt the quantized weight of a {kind}, for which PEFT has no quantization backend; load the "
             "model with dequantize=True in its quantization config (FP8, MXFP4, compressed-tensors), or in float32, "
@@ -154,7 +154,7 @@ class QuantizedLinear(Linear):
     def apply_update(self, update: Update, x: Tensor) -> Tensor:
         return update.apply(x, self.pristine_weight)
 
-    def _multiplies_plainly(self, x: Tensor) -> bool:
+    def multiplies_plainly(self, x: Tensor) -> bool:
         """Whether the base layer multiplies with its dequantized weight, as bitsandbytes does in 4 bits: others, and 8
         bits, quantize x too."""
         base: Any = self.base_layer
@@ -169,7 +169,7 @@ class QuantizedLinear(Linear):
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # as above
-    def _in_one_product(self, x: Tensor, adapter_name: str) -> Tensor:
+    def in_one_product(self, x: Tensor, adapter_name: str) -> Tensor:
         base: Any = self.base_layer
         keep_unpacked(base)
         dtype = base.compute_dtype or x.dtype

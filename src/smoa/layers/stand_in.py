@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from smoa.errors import UnsupportedModuleError
-from smoa.maths.experts import Layout
+from smoa.maths.layout import Layout
 
 Branch = Callable[[Tensor, Tensor | int, bool], Tensor]
 """Computes what the adapters add, (rows, out_features of the parameter), for x (rows, in_features).

@@ -10,7 +10,7 @@ size: each row of Ã and column of B̃ is non-zero on its own block only. So B̃
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Literal
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smoa.maths.blocks import Blocks, Orders, block_sizes, slices
-from smoa.maths.scale import rank_scale
+from smoa.maths.scale import ModulationKind, rank_scale, whole_scale
 
 Initialization = bool | Literal["zero_A"]
 
@@ -142,6 +142,7 @@ class Factors:
         scaling: α/r, the part of the scale that comes from the config.
         rank_scale: The part of the scale that comes from the weight, for each column of B: (r,) float32.
         blocks: The coordinates of the blocks.
+        modulation: "hadamard" for M = W, "none" without M.
     """
 
     A: Tensor
@@ -150,6 +151,7 @@ class Factors:
     scaling: float
     rank_scale: Tensor
     blocks: Blocks
+    modulation: ModulationKind = "hadamard"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -158,13 +160,13 @@ class Factors:
 
     def scale(self, dtype: torch.dtype) -> Tensor:
         """s_k for each column of B that block k owns: (r,)."""
-        return self.rank_scale.to(dtype) * self.scaling
+        return whole_scale(self.rank_scale, self.scaling, dtype)
 
     def wide(self, dtype: torch.dtype | None = None) -> Factors:
         """The factors in `dtype` (default: float32 or wider), with the scale multiplied into B."""
         dtype = dtype or self.dtype
         B = self.B.to(dtype) * self.scale(dtype)
-        return Factors(self.A.to(dtype), B, self.ranks, 1.0, torch.ones_like(self.rank_scale), self.blocks)
+        return replace(self, A=self.A.to(dtype), B=B, scaling=1.0, rank_scale=torch.ones_like(self.rank_scale))
 
     def runs(self) -> tuple[BlockRun, ...]:
         """The runs of blocks of one shape, in order."""

@@ -64,6 +64,11 @@ def block_scale(kind: ScaleKind, anchor: Tensor | None, blocks: Blocks) -> Tenso
     return torch.tensor([1 / size if SMALLEST < size <= LARGEST else 1.0 for size in sizes], dtype=torch.float32)
 
 
+def whole_scale(of_weight: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """`s_k = (α/r)·c_k` in `dtype`, of c_k, which comes from the weight, and α/r: the one place where they meet."""
+    return of_weight.to(dtype) * scaling
+
+
 def rank_scale(block_scale: Tensor, ranks: Sequence[int]) -> Tensor:
     """c_k of the block that each rank belongs to, (…, r): each entry of `block_scale` (…, K) r_k times."""
     return block_scale[..., [block for block, rank in enumerate(ranks) for _ in range(rank)]]

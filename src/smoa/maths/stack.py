@@ -24,10 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smoa.maths.blocks import Blocks, Orders, block_sizes, slices
-from smoa.maths.factors import Factors
 from smoa.maths.kernels.autograd import Gradients, is_transformed, recomputed
-from smoa.maths.kernels.branch import product_dtype
-from smoa.maths.scale import ModulationKind
+from smoa.maths.kernels.blocks import product_dtype
+from smoa.maths.scale import ModulationKind, whole_scale
 from smoa.maths.update import Update
 
 ALIGNED = 8
@@ -101,9 +100,8 @@ class Stack:
     def update(self, number: int) -> Update:
         """ΔW of one matrix."""
         own = slice(number * sum(self.ranks), (number + 1) * sum(self.ranks))
-        of_ranks, blocks = self.rank_scale[number], self.blocks(number)
-        factors = Factors(self.A[own], self.B[:, own], self.ranks, self.scaling, of_ranks, blocks)
-        return Update(factors, self.modulation)
+        A, B, of_ranks = self.A[own], self.B[:, own], self.rank_scale[number]
+        return Update(A, B, self.ranks, self.scaling, of_ranks, self.blocks(number), self.modulation)
 
     def transposed(self) -> Stack:
         """The updates of the transposed matrices, which are ΔWᵀ."""
@@ -129,12 +127,11 @@ class Stack:
             matrices: Pristine W of all experts, (E, H, out_features, in_features).
             ends: int32 (E,), where the rows of each expert end.
         """
-        route = _Grouped(ends)
-        return route.plain(self, x, matrices) if is_transformed(x) else recomputed(route, self, x, matrices)
+        return recomputed(_Grouped(ends), self, x, matrices.detach())
 
     def by_block(self) -> tuple[Tensor, Tensor, Tensor]:
         """A, Bᵀ and their scale by half, block and expert, (H, K, E, rank, …), padded by zeros; differentiable."""
-        scale = self.rank_scale.to(torch.promote_types(self.A.dtype, torch.float32)) * self.scaling
+        scale = whole_scale(self.rank_scale, self.scaling, torch.promote_types(self.A.dtype, torch.float32))
         A, B = self._padded(self.A, self.cols), self._padded(self.B.T, self.rows)
         return A, B, self._by_block(scale.view(-1, 1))
 
@@ -168,8 +165,7 @@ class _Grouped:
             output[part.rows] = part.unsort(y, stack.rows).to(x.dtype)
         return output
 
-    def plain(self, stack: Stack, x: Tensor, matrices: Tensor) -> Tensor:
-        return self.forward(stack, x, matrices)  # which is differentiable
+    plain = forward  # which is differentiable
 
     def backward(self, stack: Stack, g: Tensor, x: Tensor, matrices: Tensor, needs_x: bool) -> Gradients:
         with torch.enable_grad():

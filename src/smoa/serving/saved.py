@@ -21,7 +21,7 @@ from smoa.files.checks import check_layout, check_values
 from smoa.files.loading import read_adapter, saved_config, tensors_of
 from smoa.files.names import PARTS, PREFIX
 from smoa.maths.factors import saved_shapes
-from smoa.maths.scale import ModulationKind
+from smoa.maths.scale import ModulationKind, whole_scale
 
 SMALL = 1e4
 """If all values are smaller, none leaves float16, and no ΔW leaves float32."""
@@ -46,7 +46,7 @@ class SavedLayer:
     @cached_property
     def scale(self) -> Tensor:
         """What B is multiplied by: (blocks, 1)."""
-        return (self.block_scale * self.scaling)[:, None]
+        return whole_scale(self.block_scale, self.scaling, torch.float32)[:, None]
 
     @property
     def is_small(self) -> bool:

@@ -94,7 +94,7 @@ def fill_combined(
     layer.smoa_A[adapter_name].to(dtype)
     layer.smoa_B[adapter_name].to(dtype)
     fill = _add if combination == "linear" else _concatenate
-    stacks = ([update.factors for update in layer.updates(name)] for name in (adapter_name, *adapters))
+    stacks = (layer.updates(name) for name in (adapter_name, *adapters))
     for total, *parts in zip(*stacks, strict=True):
         fill(total, parts, [weight * part.scale(dtype) for weight, part in zip(weights, parts, strict=True)])
 

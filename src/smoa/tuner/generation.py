@@ -13,7 +13,7 @@ unless `keep_in_generate(model, "blocks")` was called; sharded ones (FSDP, ZeRO-
 those that accelerate offloads; adapters in training mode with dropout; and all that are "off".
 
 `generate` repeats samples, for each beam or sequence to return, so the names of a batch's adapters
-(`smoa.tuner.by_name`) are repeated too.
+(`smoa.layers.by_name`) are repeated too.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from smoa.errors import ConfigError, UnsupportedModuleError
-from smoa.layers.calls import OPEN, opened
+from smoa.layers.by_name import OPEN, opened
 from smoa.layers.distributed import why_not_plain
 from smoa.layers.kept import Snapshot, snapshot_of
 from smoa.layers.layer import smoa_layers
-from smoa.tuner.merging import merged
+from smoa.tuner.merged import merged
 
 Kept = Literal["blocks", "merged", "off"]
 

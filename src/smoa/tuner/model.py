@@ -4,43 +4,31 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager
-from itertools import product
 from typing import Any
 
 from peft import set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import CONFIG_NAME, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import Tensor, nn
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
 from tqdm.auto import tqdm
 
 from smoa.compat import refuse_names
-from smoa.config import SmoaConfig
-from smoa.errors import AdapterFileError, PartitionError
-from smoa.files.base import check_base, held_layers
-from smoa.files.checks import check_adapter_state, check_gathered, report_untrained
-from smoa.files.loading import incoming, saved_config
+from smoa.errors import PartitionError
+from smoa.files.checks import checked_tensors
+from smoa.files.loading import incoming
 from smoa.files.names import (
-    COMPILED,
-    PARTS,
     PREFIX,
-    adapter_layers,
-    embeddings_of,
     is_own,
-    key_of,
-    saved_names,
-    split_tables,
-    trained_biases,
     without_adapter,
-    write_tables,
 )
-from smoa.layers.distributed import plain_name, refuse_writing
+from smoa.files.saving import adapter_tensors
+from smoa.layers.by_name import call_by_names, rows_unknown
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer, smoa_layers
 from smoa.layers.quantized import keep_unpacked
-from smoa.tuner.by_name import call_by_names, rows_unknown
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.generation import watch_generate
-from smoa.tuner.merging import check_all_finite, check_merge_allowed, losses_reported
+from smoa.tuner.merged import check_all_finite, check_merge_allowed, losses_reported
 from smoa.tuner.targets import check_target, existing_wrapper, survey_targets
 
 
@@ -148,65 +136,11 @@ class SmoaModel(BaseTuner):
         # child's weight, which may not be a parameter, or not be there (HQQ, experts).
         setattr(parent, child_name, new_module)
 
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        layers, names = adapter_layers(model, adapter_name), saved_names(model)
-        for name, layer in layers.items():
-            layer.decide_partition(adapter_name)  # in place: the tensors in `state_dict` see it
-            if not layer.adapters[adapter_name].is_valid():
-                raise PartitionError(
-                    f"{name}: the labels of {adapter_name!r} are no partition any more, as after averaging buffers; "
-                    "average parameters only: AveragedModel(model, use_buffers=False)"
-                )
-        for name, layer in embeddings_of(model).items():
-            if isinstance(layer, SmoaLayer):  # PEFT saves its table too
-                layer.unmerge_saved(state_dict, f"{plain_name(name)}.base_layer.")
-        keys = [key_of(name, part, adapter_name) for name, part in product(layers, PARTS)]
-        bare = {key.replace(COMPILED, "."): key for key in keys}  # as torch.distributed.checkpoint names them
-        state_dict = state_dict | {bare[key]: tensor for key, tensor in state_dict.items() if key in bare}
-        selected = trained_biases(model, state_dict, config, adapter_name)
-        missing = []
-        for name, part in product(layers, PARTS):
-            if (key := key_of(name, part, adapter_name)) in state_dict:
-                selected[key_of(names.get(name, name), part, adapter_name)] = state_dict[key]
-            else:
-                missing.append(key)
-        check_gathered(selected, missing)
-        report_untrained(adapter_name, state_dict, layers, names)
-        return selected
-
+    # What PEFT calls on this class to save and load.
     is_own = staticmethod(is_own)
-    _remove_adapter_name_from_key = staticmethod(without_adapter)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        layers, names = adapter_layers(model, adapter_name), saved_names(model)
-        keys = {f"{names.get(n, n)}.{part}": key_of(n, part, adapter_name) for n, part in product(layers, PARTS)}
-        keys |= {PREFIX + saved.removeprefix(PREFIX): key for saved, key in keys.items()}  # a file may lack or have it
-        named = {keys.get(key.replace(COMPILED, "."), key): tensor for key, tensor in state_dict.items()}
-        remapped, tables = split_tables(model, named)
-        check_adapter_state(model, config, adapter_name, remapped, tables, layers)
-        _check_base(model, config, adapter_name, remapped, tables, layers)
-        for name, layer in layers.items():
-            refuse_writing(*layer.factors(adapter_name))
-            layer.adapters[adapter_name].pending = False
-            for part, factor in zip(PARTS, (layer.smoa_A, layer.smoa_B), strict=False):
-                key, dtype = key_of(name, part, adapter_name), next(factor[adapter_name].parameters()).dtype
-                remapped[key] = remapped[key].to(dtype)  # with low_cpu_mem_usage PEFT assigns them
-        state = model.state_dict()
-        for key in (key for key in remapped if not is_own(key) and key in state):  # biases, modules_to_save
-            remapped[key] = remapped[key].to(state[key].dtype)
-        write_tables(tables)
-        return remapped
+    _get_adapter_state_dict: Any = staticmethod(adapter_tensors)
+    _remove_adapter_name_from_key: Any = staticmethod(without_adapter)
+    _remap_adapter_state_dict_for_load: Any = staticmethod(checked_tensors)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's `merge_adapter`. With `safe_merge`, all layers are checked before the first one is changed."""
@@ -256,20 +190,3 @@ class SmoaModel(BaseTuner):
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         return call_by_names(self, kwargs)
-
-
-def _check_base(
-    model: nn.Module, config: Any, adapter: str, tensors: dict[str, Tensor], tables: Any, layers: dict[str, SmoaLayer]
-) -> None:
-    """`check_base`, by the config of the file that is being loaded, if there is one: its scale is the tensors' own."""
-    file, name = incoming(), getattr(getattr(model, "config", None), "_name_or_path", None)
-    saved = {} if file is None else saved_config(file.path.with_name(CONFIG_NAME))
-    if saved.get("peft_type") == "SMOA":
-        names = "scale", "modulation", "base_model_name_or_path", "quantized_base"
-        known = {each: saved[each] for each in names if each in saved}
-        config = SmoaConfig(**known, other_base=bool(saved.get("other_base")) or config.other_base)
-    held = held_layers(layers, lambda layer: tuple(tensors[key_of(layer, part, adapter)] for part in PARTS), tables)
-    try:
-        check_base(held, config, name)
-    except AdapterFileError as error:
-        raise AdapterFileError(f"{file.path}: {error}" if file else str(error)) from None

@@ -21,11 +21,10 @@ from smoa.config import Shape, SmoaConfig
 from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModuleError, first_of
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.layers.experts import ParamWrapper
-from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_of
+from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_and_backend
 from smoa.layers.layer import SmoaLayer
-from smoa.layers.quantized import find_backend
 from smoa.maths.blocks import check_num_blocks
-from smoa.maths.experts import Layout
+from smoa.maths.layout import Layout
 from smoa.maths.spectrum import finite_peak
 from smoa.tuner.tying import refuse_training
 
@@ -53,36 +52,33 @@ def survey_targets(
     if every_linear:
         _leave_out(config, model)
     refuse_training(model, config, is_target)
-    problems: list[SmoaError] = []
-    targets: dict[str, Target] = {}
-    of_parameters: dict[str, Shape] = {}
-    parameters: list[TargetParameter] = []
+    problems, targets, shapes = list[SmoaError](), dict[str, Target](), dict[str, Shape]()
     uses = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     for name, module in _around_adapters(model):
         if name and is_target(config, name):
             with _collected(problems):
                 refuse_other_uses(name, module, model, uses[id(module)])
                 targets[name] = check_target(name, module, config, model)
+                shapes[name] = targets[name].shape
                 if not loads_labels and targets[name].backend is None:
                     weight: Any = base_of(module).weight
                     _check_finite(name, weight, module if isinstance(module, SmoaLayer) else None)
     with _collected(problems):
-        parameters = target_parameters(model, config)
-    for parameter in parameters:
-        with _collected(problems):
-            if parameter.module_name in targets:
-                raise ConfigError(f"{parameter.key}: target_modules names its module too; name it in one of the two")
-            module = model.get_submodule(parameter.module_name)
-            refuse_other_uses(parameter.module_name, module, model, uses[id(module)])
-            of_parameters[parameter.key] = check_parameter(parameter, config)
-            if not loads_labels:
-                known = existing_wrapper(model, parameter.module_name, parameter.name)
-                _check_finite(parameter.key, parameter.tensor, known)
+        for parameter in target_parameters(model, config):
+            key = parameter.key
+            with _collected(problems):
+                if parameter.module_name in targets:
+                    raise ConfigError(f"{key}: target_modules names its module too; name it in one of the two")
+                module = model.get_submodule(parameter.module_name)
+                refuse_other_uses(parameter.module_name, module, model, uses[id(module)])
+                shapes[key] = check_parameter(parameter, config)
+                if not loads_labels:
+                    known = existing_wrapper(model, parameter.module_name, parameter.name)
+                    _check_finite(key, parameter.tensor, known)
     if problems:
         raise type(problems[0])("; ".join(map(str, problems)))
-    shapes = {name: target.shape for name, target in targets.items()}
     if not loads_labels:
-        _report_narrow(shapes | of_parameters, config)
+        _report_narrow(shapes, config)
     return targets
 
 
@@ -124,10 +120,9 @@ def check_target(name: str, module: nn.Module, config: SmoaConfig, model: nn.Mod
     """What the module of a name is. Raises UnsupportedModuleError or PartitionError if it can't be adapted."""
     base = base_of(module)
     try:
-        backend = find_backend(base, model)
+        kind, backend = kind_and_backend(base, model)
     except UnsupportedModuleError as error:
         raise UnsupportedModuleError(f"{name}: {error}") from error
-    kind = kind_of(base) if backend is None else QUANTIZED
     refusal = _refusal(name, base, kind, model)
     if refusal is not None:
         raise refusal
@@ -183,8 +178,7 @@ def _leave_out(config: SmoaConfig, model: nn.Module) -> None:
     for name in sorted(config.target_modules or ()):
         base = base_of(modules[name])
         with suppress(UnsupportedModuleError):  # of a quantized weight, which `check_target` raises
-            kind = kind_of(base) if find_backend(base, model) is None else QUANTIZED
-            if _refusal(name, base, kind, model) is not None:
+            if _refusal(name, base, kind_and_backend(base, model)[0], model) is not None:
                 left_out.add(name)
                 if not isinstance(base, NonDynamicallyQuantizableLinear):  # nobody takes that for a layer
                     named[name] = type(base).__name__
@@ -203,8 +197,7 @@ def _check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:
     if awaits_process_group():  # weights of other ranks may not be loaded
         return
     with gather_params_ctx(stored):  # for DeepSpeed ZeRO-3
-        on_meta = stored.device.type == "meta"
-        weight = None if on_meta else whole(stored if layer is None else layer.pristine_weight())
+        weight = None if stored.is_meta else whole(stored if layer is None else layer.pristine_weight())
         try:
             from_rank_zero(lambda: None if weight is None else float(finite_peak(weight)))
         except PartitionError as error:

@@ -54,11 +54,10 @@ def refuse_training(model: nn.Module, config: SmoaConfig, is_target: Callable[[S
 
 
 def refuse_shared(layers: Mapping[str, SmoaLayer]) -> None:
-    """Raise MergeError if layers share a weight and not their adapters: a merged weight would be wrong for both."""
-    owners: dict[int, tuple[str, SmoaLayer]] = {}
-    for name, layer in layers.items():
-        other, first = owners.setdefault(weight_id(layer.stored_weight()), (name, layer))
-        if not (layer is first or _are_alike(layer, first)):
+    """Raise MergeError if layers of one weight do not share their adapters: a merged weight would be wrong for both."""
+    (other, first), *others = layers.items()
+    for name, layer in others:
+        if not _are_alike(layer, first):
             raise MergeError(
                 f"{name} and {other} share one weight but have an adapter each, so no merged weight is right for both; "
                 "untie them, or adapt one of them only"

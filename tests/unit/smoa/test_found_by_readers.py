@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from smoa import SmoaConfig
 from smoa.hotswap import hotswap_adapter
+from smoa.layers.route import route_of
 from smoa.maths.kernels import one_product
 from tests.support import tiny_models
 from tests.support.layers import adapted_layer, factors, take_route
@@ -64,9 +65,9 @@ def test_a_compiled_product_under_autocast_rounds_no_factor() -> None:
 def test_a_compiled_step_on_a_gpu_stays_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     layer: Any = adapted_layer(nn.Linear(64, 48).requires_grad_(False), r=8, num_blocks=2)
     take_route("one product")
-    monkeypatch.setattr("smoa.layers.linear.may_form", lambda device: False)
+    monkeypatch.setattr("smoa.layers.route.may_form", lambda device: False)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not layer._takes_one_product(torch.randn(100, 64), "default")
+    assert route_of(layer, torch.randn(100, 64), "default", alone=True) != "one product"
     assert not one_product.ONE_PRODUCT_ON_GPU
 
 

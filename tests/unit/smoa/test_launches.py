@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from smoa.layers.layer import SmoaLayer
-from smoa.maths.kernels import branch, one_product
+from smoa.maths.kernels import blocks as by_blocks
+from smoa.maths.kernels import one_product
 from tests.support.gradients import assert_path
 from tests.support.launches import SORTS_OR_WAITS, count
 from tests.support.layers import adapted_layer, base_layer, factors, take_route
@@ -19,7 +20,7 @@ ONE_PRODUCT_FORWARD, ONE_PRODUCT_BACKWARD = 26, 50
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     take_route("apart")
-    monkeypatch.setattr(branch, "PIECE", 1 << 60)
+    monkeypatch.setattr(by_blocks, "PIECE", 1 << 60)
     torch.compiler.reset()
 
 

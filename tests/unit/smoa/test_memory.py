@@ -12,7 +12,7 @@ from smoa.layers import merging
 from smoa.layers.adapter import labels_and_scales
 from smoa.maths import spectrum
 from smoa.maths.kernels import one_product
-from smoa.maths.kernels.branch import SCRATCH
+from smoa.maths.kernels.blocks import SCRATCH
 from tests.support.live_bytes import LiveBytes
 
 SMALL = 1.1

@@ -1,4 +1,4 @@
-"""Merging and unmerging layers and models: layers/merging.py, tuner/model.py and tuner/merging.py."""
+"""Merging and unmerging layers and models: layers/merging.py, tuner/model.py and tuner/merged.py."""
 
 import contextlib
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import smoa
 from smoa import SmoaConfig, UnsupportedModuleError, keep_in_generate
 from smoa.layers.layer import smoa_layers
+from smoa.layers.route import route_of
 from smoa.maths.kernels import one_product
 from smoa.maths.update import Update
 from tests.support.kinds import KINDS, input_of, kind_of_layer
@@ -173,7 +174,7 @@ def test_a_fresh_adapter_of_a_4_bit_base_gives_the_bases_bits_in_one_product(
     model = get_peft_model(nn.ModuleDict({"linear": base}), SmoaConfig(r=4, num_blocks=2, target_modules=["linear"]))
     layer = model.base_model.model["linear"]
     take_route("one product")
-    assert layer._takes_one_product(x, "default")
+    assert route_of(layer, x, "default", alone=True) == "one product"
     assert torch.equal(layer(x), expected)
     with pytest.raises(UnsupportedModuleError, match=r"quantized.*blocks"):
         keep_in_generate(model, "merged")
@@ -186,4 +187,4 @@ def test_8_bits_stay_apart() -> None:
     base = base.to("cpu")
     model = get_peft_model(nn.ModuleDict({"linear": base}), SmoaConfig(r=4, num_blocks=2, target_modules=["linear"]))
     take_route("one product")
-    assert not model.base_model.model["linear"]._takes_one_product(torch.randn(64, 64), "default")
+    assert route_of(model.base_model.model["linear"], torch.randn(64, 64), "default", alone=True) != "one product"

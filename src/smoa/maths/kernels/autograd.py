@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,8 +27,8 @@ class Route(Protocol):
     def forward(self, factors: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y, not differentiable."""
 
-    def plain(self, factors: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """y without bias, by PyTorch's own operations."""
+    def plain(self, factors: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y by PyTorch's own operations, differentiable in the weight too; called without autocast."""
 
     def backward(self, factors: Any, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> Gradients:
         """Gradients for x (anything unless `needs_x`), A and B, given the gradient g of y."""
@@ -36,11 +37,22 @@ class Route(Protocol):
 def recomputed(
     route: Route, factors: Any, x: Tensor, weight: Tensor | Callable[[], Tensor], bias: Tensor | None = None
 ) -> Tensor:
-    """y of the route, differentiable in x, A, B and bias, not in the weight.
+    """y of the route, differentiable in x, A, B and bias: the one place that decides who computes it.
+
+    PyTorch's own operations do where the weight trains, and under transforms. So they do in a compiled model, whose
+    compiler fuses gathers, products, scales and casts, under a checkpoint, without which it would keep what they make
+    (measured: docs/experiment-log.md). Nothing of the weight's size is kept for the backward, unless the weight trains
+    or a transform is active.
 
     Args:
         weight: The weight or, if it is made anew for each use, a function that makes it.
     """
+    if callable(weight) and is_transformed(x):
+        weight = weight()
+    if not callable(weight) and (torch.compiler.is_compiling() or weight.requires_grad or is_transformed(x, weight)):
+        plain = partial(checkpointed, route.plain) if torch.compiler.is_compiling() else route.plain
+        with without_autocast(x.device.type):  # it would round the factors
+            return plain(factors, x, weight, bias)
     if torch.is_grad_enabled():
         y: Tensor = _Recomputed.apply(route, factors, factors.A, factors.B, x, weight, bias)  # type: ignore[no-untyped-call]
         return y

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from smoa.maths.factors import Factors
 from smoa.maths.kernels.autograd import Gradients
-from smoa.maths.kernels.one_product import Effective, dense_delta, plain_effective
-from smoa.maths.scale import ModulationKind
+from smoa.maths.kernels.one_product import Effective, delta_of, plain_effective
 
 
 @dataclass(frozen=True)
@@ -21,21 +20,18 @@ class Convolution:
     Args:
         convolve: Computes it from x, a kernel and a bias.
         shape: The kernel's.
-        modulation: As in `Update`.
         adds_weight: Whether W is added; the kernel then has the bits of a merged one.
     """
 
     convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     shape: torch.Size
-    modulation: ModulationKind
     adds_weight: bool
 
     def forward(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.convolve(x, self._kernel(factors, x, weight), bias)
 
     def plain(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        form = plain_effective if self.adds_weight else dense_delta
-        return self.convolve(x, form(factors, self.modulation, weight).view(self.shape).to(x.dtype), bias)
+        return self.convolve(x, self._kernel(factors, x, weight, plain=True), bias)
 
     def backward(self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> Gradients:
         kernel = self._kernel(factors, x, weight).requires_grad_()
@@ -47,13 +43,15 @@ class Convolution:
             product = spread_B @ spread_A
         of_kernel, *of_x = torch.autograd.grad(y, (kernel, x) if needs_x else (kernel,), g)
         of_product = of_kernel.flatten(1).to(product.dtype)
-        of_product = of_product if self.modulation == "none" else of_product.mul_(weight)
+        of_product = of_product if factors.modulation == "none" else of_product.mul_(weight)
         of_A, of_B = torch.autograd.grad(product, (A, B), of_product)
         return of_x[0] if needs_x else None, of_A, of_B
 
-    def _kernel(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
-        if self.adds_weight:
-            matrix = Effective(weight, [(factors, self.modulation)], waits=False).whole()
+    def _kernel(self, factors: Factors, x: Tensor, weight: Tensor, plain: bool = False) -> Tensor:
+        if not self.adds_weight:
+            matrix = delta_of(factors, weight)()
+        elif plain:
+            matrix = plain_effective(factors, weight)
         else:
-            matrix = dense_delta(factors, self.modulation, weight)
+            matrix = Effective(weight, factors, waits=False).whole()
         return matrix.view(self.shape).to(x.dtype)

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from smoa.maths.factors import Factors
 from smoa.maths.kernels.autograd import Gradients
 from smoa.maths.kernels.one_product import Effective
-from smoa.maths.scale import ModulationKind
 
 
 @dataclass(frozen=True)
@@ -23,28 +22,26 @@ class Lookup:
     """`ΔW[x]` in float32 or wider, or `(W + ΔW)[x]` in the dtype of W, for int x (tokens,): (tokens, in_features).
 
     Args:
-        modulation: As in `Update`.
         adds_weight: Whether W is added; the rows then have the bits of the merged table.
         padding: The row that gets no gradient, as `padding_idx` of an embedding.
         by_freq: Divide the gradient of a row by the number of its occurrences, as `scale_grad_by_freq` does.
     """
 
-    modulation: ModulationKind = "hadamard"
     adds_weight: bool = False
     padding: int | None = None
     by_freq: bool = False
 
     def forward(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.adds_weight:
-            return Effective(weight, [(factors, self.modulation)], waits=False, numbers=x).whole()
+            return Effective(weight, factors, waits=False, numbers=x).whole()
         spread_A, rows_of_B = factors.spread_rows(factors.dtype, x)
         rows = rows_of_B @ spread_A
-        return rows if self.modulation == "none" else rows.mul_(F.embedding(x, weight))
+        return rows if factors.modulation == "none" else rows.mul_(F.embedding(x, weight))
 
-    def plain(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
+    def plain(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         spread_A, rows_of_B = factors.spread_rows(factors.dtype, x)
         rows = rows_of_B @ spread_A
-        rows = rows if self.modulation == "none" else rows * F.embedding(x, weight)
+        rows = rows if factors.modulation == "none" else rows * F.embedding(x, weight)
         if rows.requires_grad:
             rows.register_hook(lambda g: self._counted(g, x))
         return F.embedding(x, weight) + rows.to(weight.dtype) if self.adds_weight else rows
@@ -54,7 +51,7 @@ class Lookup:
             A, B = (factor.detach().requires_grad_() for factor in (factors.A, factors.B))
             spread_A, rows_of_B = parts = replace(factors, A=A, B=B).spread_rows(factors.dtype, x)
         g = self._counted(g.to(spread_A.dtype), x)
-        g = g if self.modulation == "none" else g * F.embedding(x, weight)
+        g = g if factors.modulation == "none" else g * F.embedding(x, weight)
         of_A, of_B = torch.autograd.grad(parts, (A, B), (rows_of_B.T @ g, g @ spread_A.T))
         return None, of_A, of_B
 

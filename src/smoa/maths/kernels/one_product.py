@@ -15,7 +15,7 @@ too: 0.8 to 0.9 of an update of a thousandth of y, where that keeps 0.55 (docs/e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,9 @@ from torch.nn import functional as F
 
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors
-from smoa.maths.kernels.autograd import Gradients, is_transformed, without_autocast
-from smoa.maths.kernels.branch import SCRATCH, Branch, product_dtype
-from smoa.maths.scale import ModulationKind
+from smoa.maths.kernels.autograd import Gradients, is_transformed
+from smoa.maths.kernels.blocks import SCRATCH, Branch, product_dtype
 
-Part = tuple[Factors, ModulationKind]
 ALL = slice(None)
 
 PIECE = 1 << 22
@@ -55,10 +53,9 @@ def may_form(device_type: str) -> bool:
     return device_type == "cpu" or ONE_PRODUCT_ON_GPU
 
 
-def pays(blocks: Blocks, device_type: str, tokens: int) -> bool:
+def pays(blocks: Blocks, tokens: int) -> bool:
     """Whether to form W + ΔW, which takes passes over the weight, for so many tokens."""
-    fewest = MIN_TOKENS * blocks.num_blocks**2 * (2 if blocks.is_contiguous else 1)
-    return may_form(device_type) and tokens >= fewest
+    return tokens >= MIN_TOKENS * blocks.num_blocks**2 * (2 if blocks.is_contiguous else 1)
 
 
 def sums_by_shape() -> bool:
@@ -90,8 +87,7 @@ class Effective:
 
     Args:
         weight: Pristine W (out_features, in_features).
-        parts: Factors and modulation of those to add. More than one, or one without modulation, are formed as ΔW first,
-            in float32 or wider.
+        updates: Those to add. More than one, or one without modulation, are formed as ΔW first, in float32 or wider.
         transposed: Whether W is stored as (in_features, out_features), as in a Conv1D.
         waits: Whether to look for factors that aren't finite, which waits for a GPU.
         numbers: Only these rows, int (rows,), of one update.
@@ -100,16 +96,16 @@ class Effective:
     def __init__(
         self,
         weight: Tensor,
-        parts: Sequence[Part],
+        *updates: Factors,
         transposed: bool = False,
         waits: bool = True,
         numbers: Tensor | None = None,
     ) -> None:
-        self.weight, self.parts, self.transposed = weight, parts, transposed
+        self.weight, self.transposed = weight, transposed
         self.entries = PIECE if weight.device.type == "cpu" else weight.numel()  # a GPU takes all at once
-        (factors, modulation), *others = parts
-        self.is_modulated = not others and modulation != "none"
-        if not self.is_modulated:
+        factors, *others = updates
+        self.deltas = [delta_of(own, weight, True) for own in updates] if others or factors.modulation == "none" else []
+        if self.deltas:
             return
         self.labels = factors.blocks.row_labels, factors.blocks.col_labels
         # The product of the spread factors is zero off the diagonal blocks, at r multiplications for each entry. For
@@ -156,12 +152,8 @@ class Effective:
 
     def _piece(self, rows: slice, columns: slice) -> Tensor:
         weight = self.weight[rows, columns]
-        if not self.is_modulated:
-            total = weight.new_zeros(())
-            for factors, modulation in self.parts:
-                blocks, delta = factors.blocks, dense_delta(factors, modulation, self.weight, rows, columns)
-                is_off = blocks.row_labels[rows, None] != blocks.col_labels[columns]  # there 0 · NaN isn't 0
-                total = total + delta.masked_fill(is_off, 0)
+        if self.deltas:
+            total = sum((delta(rows, columns) for delta in self.deltas), weight.new_zeros(()))
             return torch.where(total == 0, weight, (total + weight).to(weight.dtype))
         A, B = self.A[:, columns], self.B[rows]
         update = _product(A.T, B.T).T if self.transposed else _product(B, A)
@@ -172,20 +164,22 @@ class Effective:
         return torch.addcmul(wide, wide, update, out=update).to(weight.dtype)
 
 
-def dense_delta(
-    factors: Factors,
-    modulation: ModulationKind,
-    weight: Tensor,
-    rows: slice = slice(None),
-    columns: slice = slice(None),
-) -> Tensor:
-    """ΔW of these rows and columns, in the widest of float32 and the dtypes of the weight and the factors."""
+def delta_of(factors: Factors, weight: Tensor, masks: bool = False) -> Callable[..., Tensor]:
+    """Forms ΔW of some rows and columns, all by default, in the widest of float32 and the dtypes of the weight and the
+    factors."""
     A, B = factors.spread(torch.promote_types(factors.dtype, weight.dtype))
-    product = B[rows] @ A[:, columns]
-    if modulation == "none":
-        return product
-    own = weight[rows, columns]
-    return product * own if is_transformed(own) else product.mul_(own)
+    of_rows, of_columns = factors.blocks.row_labels, factors.blocks.col_labels
+
+    def delta(rows: slice = ALL, columns: slice = ALL) -> Tensor:
+        product = B[rows] @ A[:, columns]
+        if masks:  # off the blocks 0 · NaN isn't 0
+            product.masked_fill_(of_rows[rows, None] != of_columns[columns], 0)
+        if factors.modulation == "none":
+            return product
+        own = weight[rows, columns]
+        return product * own if is_transformed(own) else product.mul_(own)
+
+    return delta
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -217,8 +211,8 @@ class OneProduct:
                 torch.addmm(bias[rows].to(dtype), own, effective.T, out=y[:, rows])
         return y.to(x.dtype)
 
-    def plain(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
-        return plain_product(factors, x, weight, None)
+    def plain(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, plain_effective(factors, weight).to(x.dtype), bias)
 
     def backward(self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> Gradients:
         _, grad_A, grad_B = Branch().backward(factors, g, x, weight, False)
@@ -231,19 +225,13 @@ class OneProduct:
         return grad_x.to(x.dtype), grad_A, grad_B
 
     def _effective(self, factors: Factors, weight: Tensor) -> Effective:
-        return Effective(weight, [(factors, "hadamard")], self.transposed, waits=False)
+        return Effective(weight, factors, transposed=self.transposed, waits=False)
 
 
-def plain_product(factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x(W + ΔW)ᵀ + b` by PyTorch's own operations, of which autograd keeps W + ΔW; x (…, in_features)."""
-    with without_autocast(weight.device.type):  # it would round the factors
-        return F.linear(x, plain_effective(factors, "hadamard", weight).to(x.dtype), bias)
-
-
-def plain_effective(factors: Factors, modulation: ModulationKind, weight: Tensor) -> Tensor:
+def plain_effective(factors: Factors, weight: Tensor) -> Tensor:
     """W + ΔW in the dtype of W by PyTorch's own operations, differentiable in the factors and W."""
-    if modulation == "none":
-        return (weight + dense_delta(factors, modulation, weight)).to(weight.dtype)
+    if factors.modulation == "none":
+        return (weight + delta_of(factors, weight)()).to(weight.dtype)
     dtype = weight.dtype if weight.dtype.itemsize == 2 else torch.promote_types(weight.dtype, factors.A.dtype)
     A, B = factors.spread(dtype)
     wide = weight.to(dtype)

@@ -21,7 +21,7 @@ from torch import Tensor
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun
 from smoa.maths.kernels.autograd import checkpointed, is_transformed, without_autocast
-from smoa.maths.kernels.branch import diagonal_blocks, multiply, product_dtype, sort_columns
+from smoa.maths.kernels.blocks import diagonal_blocks, multiply, product_dtype, sort_columns
 
 FEW_PRODUCTS = 128
 """So many products of an adapter's tokens with blocks of W cost what forming ΔW does: 64 take 0.4 to 0.9 of its time,
@@ -192,7 +192,7 @@ def formed(x: Tensor, factors: Gathered, diagonal: Diagonal) -> Tensor:
         for run, own, entries in zip(diagonal.runs, factors, diagonal.entries or (), strict=True):
             A, B = (part[0, 0].transpose(0, 1) for part in own)
             deltas.append((run, torch.bmm(B.mT, A.to(B.dtype)).mul_(entries).to(dtype)))
-        return multiply(diagonal.blocks, x, deltas)
+        return multiply(x, diagonal.blocks, deltas)
 
 
 def _add_piece(total: Tensor, x: Tensor, factors: Gathered, diagonal: Diagonal, within: Within = None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 def register() -> None:
     """Let this process' vLLM serve SMoA adapters. A vLLM that lacks a name needed for it stays as it is."""
-    from smoa.serving.vllm.names import install
+    from smoa.serving.vllm.plugin import install
     from smoa.serving.vllm.resolver import register_resolver
 
     if install():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoa.layers.calls import Call, opened
+from smoa.layers.by_name import Call, opened
 from smoa.layers.kept import snapshot_of
 from smoa.layers.linear import Linear
 from tests.support.layers import adapted_layer, add_adapter, base_layer, oracle_output

@@ -12,7 +12,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from smoa import SmoaConfig, UnsupportedModuleError
 from smoa.layers.kinds import Convolution, Embedding
 from smoa.layers.layer import SmoaLayer
-from smoa.maths.kernels.branch import SCRATCH
+from smoa.maths.kernels.blocks import SCRATCH
 from tests.support.kinds import CONVS, input_of, kind_of_layer, oracle_of
 from tests.support.layers import ROUTES, Wrapper, adapted_layer, base_weight, clone_leaf, factors, oracle_delta
 from tests.support.live_bytes import LiveBytes

@@ -9,7 +9,7 @@ from transformers.integrations import moe
 
 from smoa.errors import UnsupportedModuleError
 from smoa.layers.stand_in import StandIn
-from smoa.maths.experts import Layout
+from smoa.maths.layout import Layout
 from tests.support.tolerance import assert_close
 
 E, M, N = 3, 4, 8

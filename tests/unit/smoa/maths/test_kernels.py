@@ -14,7 +14,7 @@ from smoa.layers.kept import snapshot_of
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors, saved_shapes
-from smoa.maths.kernels.branch import SCRATCH, Branch, block_deltas, plain_branch, product_dtype
+from smoa.maths.kernels.blocks import SCRATCH, Branch, block_deltas, plain_branch, product_dtype
 from smoa.maths.kernels.one_product import OneProduct
 from smoa.maths.spectrum import make_partition
 from tests import reference

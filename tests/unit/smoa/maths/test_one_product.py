@@ -73,16 +73,16 @@ def test_rows_columns_and_numbers_have_the_same_bits_in_any_cut(
 ) -> None:
     weight, factors = made(shape, ranks, dtype)
     weight = weight.T.contiguous().T if transposed else weight
-    whole = Effective(weight, [(factors, "hadamard")], transposed).whole()
+    whole = Effective(weight, factors, transposed=transposed).whole()
     monkeypatch.setattr(one_product, "PIECE", 1 << 12)
-    effective = Effective(weight, [(factors, "hadamard")], transposed)
+    effective = Effective(weight, factors, transposed=transposed)
     assert shape[0] < 100 or len(list(effective.rows())) > 1
     assert torch.equal(torch.cat([piece.clone() for _, piece in effective.rows()]), whole)
     assert torch.equal(torch.cat([piece.clone() for _, piece in effective.columns()], 1), whole)
     if not transposed:
         for count in (1, 2, 5, 40):
             numbers = torch.randint(0, shape[0], (count,))
-            assert torch.equal(Effective(weight, [(factors, "hadamard")], numbers=numbers).whole(), whole[numbers])
+            assert torch.equal(Effective(weight, factors, numbers=numbers).whole(), whole[numbers])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,7 +92,7 @@ def test_it_is_the_oracles_rounded_once(dtype: torch.dtype) -> None:
     row_labels, col_labels = factors.blocks.row_labels.tolist(), factors.blocks.col_labels.tolist()
     wide = [factor.double() for factor in (weight, factors.A, factors.B)]
     exact = wide[0] + reference.delta_weight(*wide, row_labels, col_labels, factors.ranks, [1.0] * 3, "hadamard")
-    found = Effective(weight, [(factors, "hadamard")]).whole().double()
+    found = Effective(weight, factors).whole().double()
     # half a unit of the result, and what U, and in 16 bits its factors, are rounded by
     relative = exact.abs() / 2 + 4 * (exact - wide[0]).abs() + 0.05 * wide[0].abs()
     tolerance = torch.finfo(dtype).eps * (relative + torch.finfo(dtype).smallest_normal)
@@ -109,7 +109,7 @@ def test_entries_off_the_blocks_are_the_weights_whatever_the_factors_hold(
     weight, factors = made((40, 30), ranks, dtype)
     weight[::3, ::2] = -0.0
     factors.B[0, 0], factors.A[-1, 0] = broken, broken
-    found = Effective(weight, [(factors, "hadamard")]).whole()
+    found = Effective(weight, factors).whole()
     off = factors.blocks.row_labels[:, None] != factors.blocks.col_labels
     assert torch.equal(found[off], weight[off])
     assert not found.isfinite().all()
@@ -120,9 +120,9 @@ def test_a_fresh_update_is_exact_in_float16_however_small_the_weight() -> None:
     weight, factors = made((64, 48), (4, 4), torch.float16, scale=4 / 1e-5)
     weight = (torch.randn(64, 48) * 1e-5).half()
     factors.B.zero_()
-    assert torch.equal(bits(Effective(weight, [(factors, "hadamard")]).whole()), bits(weight))
+    assert torch.equal(bits(Effective(weight, factors).whole()), bits(weight))
     factors.B.fill_(1e-3)  # times the scale: 200; the scale by itself is 4e5
-    assert Effective(weight, [(factors, "hadamard")]).whole().isfinite().all()
+    assert Effective(weight, factors).whole().isfinite().all()
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def test_the_gradient_of_x_errs_no_more_than_the_whole_product() -> None:
     grad_x = torch.empty(32, 4096, dtype=torch.bfloat16)
     for columns, effective in own.operands(torch.bfloat16, columns=True):
         torch.mm(g, effective, out=grad_x[:, columns])
-    whole = Effective(weight, [(factors, "hadamard")]).whole()
+    whole = Effective(weight, factors).whole()
     exact = g.float() @ whole.float()
     assert (grad_x - exact).norm() <= 1.05 * (g @ whole - exact).norm()
     assert torch.equal(OneProduct().backward(factors, g, x, weight, True)[0], grad_x)  # type: ignore[arg-type]

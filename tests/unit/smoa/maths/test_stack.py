@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from smoa.layers.adapter import labels_and_scales
 from smoa.maths import stack as stacks
-from smoa.maths.experts import Layout
+from smoa.maths.layout import Layout
 from smoa.maths.stack import Side, Stack
 from tests import reference
 from tests.support.decompositions import NoDecomposition

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from smoa.maths.kernels.branch import block_deltas, product_dtype
+from smoa.maths.kernels.autograd import recomputed
+from smoa.maths.kernels.blocks import block_deltas, product_dtype
+from smoa.maths.kernels.lookup import Lookup
 from smoa.maths.update import Update
 from tests import reference
 from tests.support.tolerance import assert_close
@@ -67,7 +69,7 @@ def test_both_routes_are_the_oracles_whatever_the_sizes(data: st.DataObject) -> 
     scale = [3.0 + k for k in range(num_blocks)]
     x = torch.randn(tokens, in_features, dtype=torch.float64, requires_grad=True)
     leaves = [x, case.A, case.B]
-    update, delta = Update(case.factors(0.5, scale)), case.oracle("hadamard", [s / 2 for s in scale])
+    update, delta = Update(**vars(case.factors(0.5, scale))), case.oracle("hadamard", [s / 2 for s in scale])
     gradient = torch.randn(tokens, out_features, dtype=torch.float64)
 
     def check(y: Tensor, expected: Tensor) -> None:
@@ -85,7 +87,7 @@ def test_kept_blocks_are_rounded_to_the_dtype_of_products(dtype: torch.dtype) ->
     case = problem(11, 13, (1, 4, 2))
     update, weight = case.update("hadamard"), case.weight.to(dtype)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # which does not reach the factors
-        found = [block for _, blocks in block_deltas(update.factors, weight, dtype) for block in blocks]
+        found = [block for _, blocks in block_deltas(update, weight, dtype) for block in blocks]
         for own, theirs in zip(found, case.partition.of(update.delta(weight.double())), strict=True):
             assert own.dtype == product_dtype(dtype, "cpu")
             assert_close(own, theirs, dtype)
@@ -116,7 +118,8 @@ def test_gradients_are_those_of_a_lookup_in_the_whole_update(options: dict[str, 
     given = problem(8, 6, (2, 2))
     update, tokens = given.update(modulation, 0.7), torch.tensor([1, 2, 2, 7, 2, 7])
     leaves = [given.A, given.B, *([given.weight.requires_grad_()] if modulation == "hadamard" else [])]
-    rows = update.lookup(tokens, given.weight, options.get("padding_idx"), options.get("scale_grad_by_freq", False))
+    route = Lookup(False, options.get("padding_idx"), options.get("scale_grad_by_freq", False))
+    rows = recomputed(route, update, tokens, given.weight)
     expected, gradient = F.embedding(tokens, update.delta(given.weight), **options), torch.randn_like(rows)
     assert_close(rows, expected)
     for own, wanted in zip(

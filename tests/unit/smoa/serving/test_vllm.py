@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smoa import AdapterFileError, ConfigError, SmoaConfig
-from smoa.layers.rows import RowsBySlot
+from smoa.layers.batch import RowsBySlot
 from smoa.serving.saved import SavedLayer
-from smoa.serving.stack import Slots
+from smoa.serving.slots import Slots
 from smoa.serving.vllm import register
 from tests.support import fake_vllm, tiny_mixtures, tiny_models
 from tests.support.stubs import import_with_stubs
@@ -315,7 +315,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return import_with_stubs(monkeypatch, "smoa.serving.vllm.names", fake_vllm.stubs())
+    return import_with_stubs(monkeypatch, "smoa.serving.vllm.plugin", fake_vllm.stubs())
 
 
 class Engine:
@@ -596,7 +596,7 @@ def test_a_vllm_that_lacks_a_name_stays_as_it_is(
     stubs = fake_vllm.stubs()
     del stubs["vllm.lora.worker_manager"][lost]
     before = dict(stubs["vllm.lora.worker_manager"])
-    names = import_with_stubs(monkeypatch, "smoa.serving.vllm.names", stubs)
+    names = import_with_stubs(monkeypatch, "smoa.serving.vllm.plugin", stubs)
     names.install()
     assert len(caplog.messages) == 1
     assert lost in caplog.messages[0]
@@ -711,7 +711,7 @@ def test_an_activation_that_fails_half_way_leaves_nothing_active(folder: Path, m
 
 @pytest.mark.usefixtures("names")
 def test_a_projection_that_vllm_reads_without_calling_it_is_refused(folder: Path) -> None:
-    module: Any = importlib.import_module("smoa.serving.vllm.names")
+    module: Any = importlib.import_module("smoa.serving.vllm.plugin")
     engine = Engine()
     layer = engine.manager.modules["model.layers.0.self_attn.o_proj"]
     engine.manager.modules["model.layers.0.self_attn.kv_b_proj"] = layer

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, XLNetConfig, XLNetLMHeadModel
 
 from smoa import SmoaConfig
-from smoa.layers import calls
-from smoa.layers.rows import RowsBySlot
-from smoa.tuner.by_name import rows_unknown
+from smoa.layers import by_name as calls
+from smoa.layers.batch import RowsBySlot
+from smoa.layers.by_name import rows_unknown
 from tests.support import tiny_mixtures, tiny_models
 from tests.support.adapted_models import adapted, add_adapter
 from tests.support.tolerance import assert_close
@@ -130,7 +130,7 @@ def test_a_checkpoint_takes_the_names_along_in_whatever_mode_the_model_is(reentr
 def test_a_checkpoint_that_would_lose_the_names_is_an_error(
     names: list[str], reentrant: bool, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smoa.tuner.by_name.take_names_along", lambda model: None)  # as if it were another's
+    monkeypatch.setattr("smoa.layers.by_name.take_names_along", lambda model: None)  # as if it were another's
     for tokens in (1, 5, 140):
         model = gang(reentrant=reentrant)
         with pytest.raises(error, match="checkpoint"):

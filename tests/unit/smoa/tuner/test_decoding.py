@@ -13,11 +13,11 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from smoa import ConfigError, SmoaConfig, keep_in_generate
-from smoa.layers.kept import KeptUpdate
+from smoa.layers import kept
 from smoa.layers.mixed_batch import shared_output
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun
-from smoa.maths.kernels.branch import diagonal_blocks
+from smoa.maths.kernels.blocks import Deltas, block_deltas, diagonal_blocks
 from smoa.maths.update import Update
 from tests.support import tiny_models
 from tests.support.adapted_models import SETTINGS, adapted, add_adapter
@@ -64,12 +64,12 @@ class Spy:
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     seen = Spy()
-    fill, apply, fused = KeptUpdate.of, Update.apply, Update.apply_with_base
+    fill, apply, fused = block_deltas, Update.apply, Update.apply_with_base
 
-    def of(*args: Any) -> KeptUpdate:
+    def of(*args: Any) -> Deltas:
         found = fill(*args)
         seen.fills += 1
-        seen.kept += [weakref.ref(entries) for _, entries in found.deltas]
+        seen.kept += [weakref.ref(entries) for _, entries in found]
         return found
 
     def counted(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -79,7 +79,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
 
         return call
 
-    monkeypatch.setattr(KeptUpdate, "of", of)
+    monkeypatch.setattr(kept, "block_deltas", of)
     monkeypatch.setattr(Update, "apply", counted(apply))
     monkeypatch.setattr(Update, "apply_with_base", counted(fused))
     monkeypatch.setattr("smoa.layers.linear.shared_output", counted(shared_output))
@@ -233,9 +233,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_while_it_generates_is_seen_then_and_in_the_next_call(change: str, spy: Spy) -> None:
     found, original = [], two_adapters()
-    for kept in ("blocks", "off"):
+    for choice in ("blocks", "off"):
         model = copy.deepcopy(original)
-        keep_in_generate(model, kept)  # type: ignore[arg-type]
+        keep_in_generate(model, choice)  # type: ignore[arg-type]
         during = answer(model, logits_processor=[During(lambda model=model: CHANGES[change](model))])
         found.append((*during, *answer(model)))
         assert_nothing_kept(spy)
@@ -310,15 +310,15 @@ def test_threads_may_generate_at_once(spy: Spy) -> None:
 def test_if_memory_runs_out_it_warns_once_and_goes_on_without(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     expected, _ = plain_answer(model)
-    fill, calls = KeptUpdate.of, []
+    fill, calls = kept.block_deltas, []
 
-    def of(*args: Any) -> KeptUpdate:
+    def of(*args: Any) -> Deltas:
         calls.append(1)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return fill(*args)
 
-    monkeypatch.setattr(KeptUpdate, "of", of)
+    monkeypatch.setattr(kept, "block_deltas", of)
     with pytest.warns(RuntimeWarning, match=r"no memory to keep ΔW.*2\.00 GiB") as warned:
         tokens, _ = answer(model)
     assert len(warned) == 1

@@ -17,9 +17,9 @@ from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.base import Held, check_base
 from smoa.files.names import PREFIX
-from smoa.layers.rows import RowsBySlot
+from smoa.layers.batch import RowsBySlot
 from smoa.serving.saved import SavedLayer, is_smoa, read_layers
-from smoa.serving.stack import Slots
+from smoa.serving.slots import Slots
 from smoa.serving.vllm.weights import places_of_rank, totals_of, weight_of
 
 TRIED = ("0.27.0", "0.32.0")

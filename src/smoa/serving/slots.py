@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from smoa.layers.rows import Plan, Rows, RowsBySlot, add_by_plan
+from smoa.layers.batch import Plan, Rows, RowsBySlot, add_by_plan
 from smoa.maths.blocks import Blocks, Orders, ascend
 from smoa.maths.factors import BlockRun
-from smoa.maths.kernels.branch import product_dtype
+from smoa.maths.kernels.blocks import product_dtype
 from smoa.maths.kernels.shared import Diagonal, Gathered
 from smoa.serving.saved import SavedLayer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from smoa.errors import MergeError, UnsupportedModuleError
 from smoa.layers.distributed import why_not_plain
-from smoa.layers.layer import smoa_layers
+from smoa.layers.layer import SmoaLayer, smoa_layers
 from smoa.layers.merging import Loss, weight_id
 from smoa.tuner.tying import refuse_shared
 
@@ -78,29 +78,29 @@ def check_all_finite(model: nn.Module, adapter_names: list[str] | None) -> None:
 
 def check_merge_allowed(model: nn.Module) -> None:
     """Raise MergeError if a merge would be wrong for a layer, and note which layers need a weight of their own."""
-    layers = {name: layer for name, layer in smoa_layers(model).items() if layer.adapters}  # not of deleted ones
-    refuse_shared(layers)
-    for name, layer in layers.items():
-        if isinstance(layer.base_layer, AuxiliaryTrainingWrapper):
-            raise MergeError(
-                f"{name}: trainable_token_indices replaces rows of its weight, and a merge would lose what the "
-                "adapter adds to them; keep the adapter unmerged, or train again without one of the two"
-            )
-    note_users(model)
+    for layers in note_users(model):
+        refuse_shared(layers)
+        for name, layer in layers.items():
+            if isinstance(layer.base_layer, AuxiliaryTrainingWrapper):
+                raise MergeError(
+                    f"{name}: trainable_token_indices replaces rows of its weight, and a merge would lose what the "
+                    "adapter adds to them; keep the adapter unmerged, or train again without one of the two"
+                )
 
 
-def note_users(model: nn.Module) -> None:
-    """Note which adapted layers share their weight with each other, and which with other modules."""
-    layers = {name: layer for name, layer in smoa_layers(model).items() if layer.adapters}
+def note_users(model: nn.Module) -> Iterable[dict[str, SmoaLayer]]:
+    """Note which adapted layers share their weight with each other, and which with other modules; the layers of each
+    weight, by name."""
     used = (own for module in model.modules() for own in module._parameters.values() if own is not None)
-    users = Counter(map(weight_id, used))  # several modules use that of tied embeddings
-    adapted = Counter(weight_id(layer.stored_weight()) for layer in layers.values())
-    for layer in layers.values():
-        weight = weight_id(layer.stored_weight())
-        layer.shares_weight = users[weight] > adapted[weight]
-        layer.twins = tuple(
-            each for each in layers.values() if each is not layer and weight_id(each.stored_weight()) == weight
-        )
+    users, of_weight = Counter(map(weight_id, used)), dict[int, dict[str, SmoaLayer]]()
+    for name, layer in smoa_layers(model).items():
+        if layer.adapters:  # not of deleted ones
+            of_weight.setdefault(weight_id(layer.stored_weight()), {})[name] = layer
+    for weight, layers in of_weight.items():
+        for layer in layers.values():
+            layer.shares_weight = users[weight] > len(layers)
+            layer.twins = tuple(each for each in layers.values() if each is not layer)
+    return of_weight.values()
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def pieces(factors: Factors, device: torch.device) -> Iterator[BlockRun]:
         yield from run.cut(rows_of_piece(factors.blocks.in_features)) if device.type == "cpu" else (run,)
 
 
-def plain_branch(factors: Factors, x: Tensor, anchor: Tensor | None) -> Tensor:
+def plain_branch(factors: Factors, x: Tensor, anchor: Tensor | None, bias: Tensor | None = None) -> Tensor:
     """`x ΔWᵀ` by PyTorch's own operations: (…, out_features), without modulation if `anchor` is None.
 
     With an anchor, autograd keeps the K modulated blocks, 1/K of W, and also differentiates the anchor.
@@ -86,8 +86,7 @@ def plain_branch(factors: Factors, x: Tensor, anchor: Tensor | None) -> Tensor:
     wide = factors.wide(factors.B.dtype if anchor is None else None)
     for run in factors.runs():
         inputs, A, B = run.of_inputs(sorted_x), run.of_A(wide.A), run.of_B(wide.B)
-        with without_autocast(x.device.type):  # it would round B A
-            delta = None if anchor is None else (B @ A * run.of_matrix(anchor, blocks)).to(x.dtype)
+        delta = None if anchor is None else (B @ A * run.of_matrix(anchor, blocks)).to(x.dtype)
         y = inputs @ A.mT @ B.mT if delta is None else inputs @ delta.mT
         outputs.append(y.transpose(0, 1).reshape(flat.shape[0], run.count * run.height))
     return blocks.unsort_outputs(torch.cat(outputs, dim=-1)).view(*x.shape[:-1], blocks.out_features)
@@ -160,7 +159,7 @@ def block_deltas(factors: Factors, anchor: Tensor, dtype: torch.dtype) -> Deltas
         return [(run, _delta(wide, run, diagonal_blocks(wide.blocks, run, anchor), dtype)) for run in runs]
 
 
-def multiply(blocks: Blocks, x: Tensor, deltas: Deltas) -> Tensor:
+def multiply(x: Tensor, blocks: Blocks, deltas: Deltas) -> Tensor:
     """`x ΔWᵀ` (…, out_features) in the dtype of x, from the diagonal blocks of ΔW; not differentiable."""
     flat = sort_columns(blocks, x.reshape(-1, x.shape[-1]), blocks.orders.cols)
     parts = [(run.of_inputs(flat).to(delta.dtype) @ delta.mT).transpose(0, 1).flatten(1) for run, delta in deltas]
