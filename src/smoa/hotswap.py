@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError
 from smoa.files.base import taking_over
-from smoa.files.loading import door, read_adapter, tensors_of
+from smoa.files.loading import door, read_adapter, tensors_of, unlike
 from smoa.files.names import PARTS, PREFIX, adapter_layers, embeddings_of, is_own, saved_names
 from smoa.layers.distributed import refuse_writing
 from smoa.layers.layer import SmoaLayer
@@ -52,8 +52,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
         new = PeftConfig.from_pretrained(str(path))
         if not isinstance(new, SmoaConfig):
             raise ConfigError(f"{path}: is a {new.peft_type} adapter and can't replace a SMoA adapter")
-        if different := [name for name in FIXED if getattr(new, name) != getattr(old, name)]:
-            said = "; ".join(f"{name}={getattr(new, name)!r}, not {getattr(old, name)!r}" for name in different)
+        if said := unlike(new, old, FIXED):
             raise ConfigError(f"{path}: has {said} as the loaded adapter; {REMEDY}")
         state = tensors_of(*read_adapter(path))
         for name, layer in layers.items():

@@ -207,8 +207,7 @@ def _alike(old: SmoaConfig, source: Any, name: Any, options: dict[str, Any]) -> 
     if find_weights(source, None, **options) is None:  # weights may come without a config
         return old
     new = SmoaConfig.from_pretrained(source, **options)
-    if different := [field for field in MEANING if _meant(new, field) != _meant(old, field)]:
-        said = "; ".join(f"{field}={_meant(new, field)!r}, not {_meant(old, field)!r}" for field in different)
+    if said := unlike(new, old, MEANING):
         raise ConfigError(
             f"{source}: has {said} as the loaded {name!r}, whose settings stay; call delete_adapter({name!r}) first, "
             "or load it under another name"
@@ -216,15 +215,15 @@ def _alike(old: SmoaConfig, source: Any, name: Any, options: dict[str, Any]) -> 
     return new
 
 
+def unlike(new: SmoaConfig, old: SmoaConfig, fields: Iterable[str]) -> str:
+    """Which of these settings differ in meaning, in words; empty if none."""
+    values = {field: (_meant(new, field), _meant(old, field)) for field in fields}
+    return "; ".join(f"{field}={own!r}, not {other!r}" for field, (own, other) in values.items() if own != other)
+
+
 def _meant(config: SmoaConfig, field: str) -> Any:
-    value = getattr(config, field)
-    return (
-        config.alpha_of("", config.r)
-        if field == "alpha"
-        else sorted({*value}, key=str)
-        if isinstance(value, set | list)
-        else value
-    )
+    value = config.alpha_of("", config.r) if field == "alpha" else getattr(config, field)
+    return sorted({*value}, key=str) if isinstance(value, set | list) else value
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoa.maths.kernels.shared import Diagonal, Gathered, Places, add_shared, formed, prefers_shared
+from smoa.maths.kernels.shared import Diagonal, Gathered, Slots, add_shared, formed, prefers_shared
 
 SHORT_RUN = 4
 """Runs of fewer rows take longer one after the other than with a copy of the factors for each row."""
@@ -29,13 +29,13 @@ class Part:
     Args:
         rows: Which of the batch.
         groups: As many groups of rows or tokens, of one adapter each.
-        places: The place of each group's slot in the plan's; None if they are all, in order.
+        slots: The number of each group's slot among the plan's; None if they are all, in order.
         forms: Whether ΔW is formed; they are then one group.
     """
 
     rows: Rows
     groups: int
-    places: Places | None
+    slots: Slots | None
     forms: bool
 
 
@@ -73,16 +73,16 @@ class RowsBySlot:
         key = members, rank, tokens, device, trains
         if key not in self._plans:
             own = {slot: rows for slot, rows in self.of_slot.items() if slot in members}
-            place_of = {slot: place for place, slot in enumerate(own)}
+            number_of = {slot: number for number, slot in enumerate(own)}
             apart = [slot for slot, rows in own.items() if not prefers_shared(rank, tokens * len(rows), trains)]
             together = sorted(row for slot, rows in own.items() if slot not in apart for row in rows)
 
             def part(rows: list[int], forms: bool) -> Part:
-                found = [place_of[self.slots[row]] for row in rows]
+                found = [number_of[self.slots[row]] for row in rows]
                 lengths = [len(list(same)) for _, same in groupby(found)]
                 found = found[:: lengths[0]] if len(set(lengths)) == 1 else found  # then each is a group of rows
-                places = None if found == list(range(len(own))) else _places(found, rank, device, trains)
-                return Part(_chosen(rows, device, trains), len(found), places, forms)
+                slots = None if found == list(range(len(own))) else _runs(found, rank, device, trains)
+                return Part(_chosen(rows, device, trains), len(found), slots, forms)
 
             parts = [part(own[slot], True) for slot in apart] + ([part(together, False)] if together else [])
             self._plans[key] = Plan(_chosen(list(own), device, trains), parts)
@@ -95,8 +95,8 @@ def _chosen(rows: list[int], device: torch.device, trains: bool) -> Rows:
     return torch.tensor(rows, device=device)
 
 
-def _places(found: list[int], rank: float, device: torch.device, trains: bool) -> Places:
-    """These places of rows, or, on a CPU where mostly neighbors have the same, those of runs of rows."""
+def _runs(found: list[int], rank: float, device: torch.device, trains: bool) -> Slots:
+    """These slots of rows, or, on a CPU where mostly neighbors have the same, those of runs of rows."""
     ends = list(accumulate(len(list(same)) for _, same in groupby(found)))
     if device.type != "cpu" or trains or not rank or len(ends) * SHORT_RUN > len(found):
         return torch.tensor(found, device=device)
@@ -124,13 +124,13 @@ def add_by_plan(
     for part in plan.parts:
         own = x[part.rows]
         if part.forms:
-            chosen = factors if part.places is None else [(A[part.places], B[part.places]) for A, B in factors]
+            chosen = factors if part.slots is None else [(A[part.slots], B[part.slots]) for A, B in factors]
             y = formed(own.flatten(0, -2), chosen, diagonal)
         else:
             groups = own.reshape(part.groups, -1, own.shape[-1])
             writes = isinstance(part.rows, slice) and spans is None and output.is_contiguous()
             y = output[part.rows] if writes else x.new_zeros(*own.shape[:-1], diagonal.blocks.out_features)
-            add_shared(y.view(*groups.shape[:2], -1), groups, factors, diagonal, part.places)
+            add_shared(y.view(*groups.shape[:2], -1), groups, factors, diagonal, part.slots)
             if writes:
                 continue
         y, first = y.view(*own.shape[:-1], y.shape[-1]), 0

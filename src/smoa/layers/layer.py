@@ -101,7 +101,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         self.smoa_row_labels = AdapterBuffers()
         self.smoa_col_labels = AdapterBuffers()
         self.smoa_block_scale = AdapterBuffers()
-        self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self.out_features, self.in_features = self._weight_shape()

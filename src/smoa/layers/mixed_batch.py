@@ -107,14 +107,14 @@ class Group:
         """The slots of the adapters."""
         return frozenset(self.slots)
 
-    def factors(self, places: Tensor | None = None) -> Gathered:
+    def factors(self, slots: Tensor | None = None) -> Gathered:
         """The factors of each adapter, or of these among them, with the scale in B; differentiable."""
         A, B, scales = zip(*self.tensors, strict=True)
         device, dtype = B[0].device, torch.promote_types(B[0].dtype, torch.float32)
         scaling = [[self.layer.scaling[name]] for name in self.names]
         with without_autocast(device.type):  # which can't stack every dtype
             scale = whole_scale(torch.stack(scales), torch.tensor(scaling, dtype=dtype, device=device), dtype)
-            return gathered(self.runs, A, B, scale, places)
+            return gathered(self.runs, A, B, scale, slots)
 
     def entries(self) -> Sequence[Tensor]:
         """Those of the diagonal blocks of M, which groups with the same blocks share."""
@@ -126,7 +126,7 @@ class Group:
 
     def output(self, x: Tensor, part: Part) -> Tensor:
         """`x ΔWᵀ` for the rows of a part, differentiable."""
-        chosen: Any = part.places
+        chosen: Any = part.slots
         if part.forms:
             name = self.names[0 if chosen is None else int(chosen)]
             layer: Any = self.layer  # a linear one

@@ -44,10 +44,10 @@ Gathered = Sequence[tuple[Tensor, Tensor]]
 with the scale, in float32 or wider."""
 LOW = 32
 """Blocks of fewer rows, and fewer than columns, multiply x transposed: 6 × 18 takes a CPU 0.5 of the time."""
-Places = Tensor | list[tuple[int, int, int]]
-"""Where the factors of each group are among others, or those of each run of groups: (first, end, place)."""
-Within = list[tuple[slice, int]] | None
-"""Runs of groups and the places of their factors; None where each group has its own."""
+Runs = Sequence[tuple[int, int, int]]
+"""Runs of groups that have one slot's factors: (first, end, slot); empty where each group has factors of its own."""
+Slots = Tensor | Runs
+"""Which slot's factors each group has, or each run of groups."""
 
 
 def gathered(
@@ -121,23 +121,22 @@ def shared(x: Tensor, factors: Callable[[], Gathered], diagonal: Diagonal | Call
     return checkpointed(products, x) if callable(diagonal) and not is_transformed(x) else products(x)
 
 
-def add_shared(total: Tensor, x: Tensor, factors: Gathered, diagonal: Diagonal, places: Places | None = None) -> None:
+def add_shared(total: Tensor, x: Tensor, factors: Gathered, diagonal: Diagonal, slots: Slots | None = None) -> None:
     """Add what `shared` gives to `total`, (groups, tokens, out_features), without gradients.
 
-    `places` are those of each group in `factors`; None if these are in the order of the groups.
+    `slots` are those of each group among `factors`; None if these are in the order of the groups.
     """
-    takes_skinny_products = diagonal.entries is None and places is None
+    takes_skinny_products = diagonal.entries is None and slots is None
     pieces = _pieces(x, 1 if takes_skinny_products else max(run.rank for run in diagonal.runs))
-    if places is None and len(pieces) == 1:
+    if slots is None and len(pieces) == 1:
         _add_piece(total, x, factors, diagonal)
         return
     for groups, tokens in pieces:
-        if isinstance(places, list):
-            chosen, within = factors, _within(groups, places)
+        own = groups if slots is None else _inside(groups, slots)
+        if isinstance(own, slice | Tensor):
+            _add_piece(total[groups, tokens], x[groups, tokens], [(A[own], B[own]) for A, B in factors], diagonal)
         else:
-            own = groups if places is None else places[groups]
-            chosen, within = [(A[own], B[own]) for A, B in factors], None
-        _add_piece(total[groups, tokens], x[groups, tokens], chosen, diagonal, within)
+            _add_piece(total[groups, tokens], x[groups, tokens], factors, diagonal, own)
 
 
 def _pieces(x: Tensor, rank: int) -> list[tuple[slice, slice]]:
@@ -145,32 +144,34 @@ def _pieces(x: Tensor, rank: int) -> list[tuple[slice, slice]]:
     groups, tokens = x.shape[:2]
     size = max(1, (MOST_PRODUCTS if x.device.type == "cpu" else MOST_ON_GPU) // max(1, rank))
     step = max(1, size // max(1, tokens))
-    places = product(range(0, groups, step), range(0, tokens, size))
-    return [(slice(group, group + step), slice(token, token + size)) for group, token in places]
+    starts = product(range(0, groups, step), range(0, tokens, size))
+    return [(slice(group, group + step), slice(token, token + size)) for group, token in starts]
 
 
-def _within(groups: slice, places: list[tuple[int, int, int]]) -> list[tuple[slice, int]]:
-    """The runs among these groups, counted from the first, and their places."""
-    inside = [(max(first, groups.start), min(end, groups.stop), place) for first, end, place in places]
-    return [(slice(a - groups.start, b - groups.start), place) for a, b, place in inside if a < b]
+def _inside(groups: slice, slots: Slots) -> Slots:
+    """The slots of these groups, which are counted from the first."""
+    if isinstance(slots, Tensor):
+        return slots[groups]
+    inside = [(max(first, groups.start), min(end, groups.stop), slot) for first, end, slot in slots]
+    return [(first - groups.start, end - groups.start, slot) for first, end, slot in inside if first < end]
 
 
-def _times(factors: Tensor, values: Tensor, within: Within) -> Tensor:
-    """`factors * values`, of each run of groups with the factors in its place."""
-    if within is None:
+def _times(factors: Tensor, values: Tensor, runs: Runs) -> Tensor:
+    """`factors * values`, of each run of groups with the factors of its slot."""
+    if not runs:
         return factors * values
     shape = torch.broadcast_shapes(factors.shape[1:], values.shape[1:])
     y = values.new_empty(len(values), *shape, dtype=torch.promote_types(factors.dtype, values.dtype))
-    for groups, place in within:
-        torch.mul(factors[place], values[groups], out=y[groups])
+    for first, end, slot in runs:
+        torch.mul(factors[slot], values[first:end], out=y[first:end])
     return y
 
 
-def _add_times(total: Tensor, factors: Tensor, values: Tensor, within: Within) -> None:
+def _add_times(total: Tensor, factors: Tensor, values: Tensor, runs: Runs) -> None:
     """Add `factors * values`, summed over the ranks, to total (groups, tokens, 1, blocks, height)."""
-    if within is not None:
-        for groups, place in within:
-            _add_times(total[groups], factors[place], values[groups], None)
+    if runs:
+        for first, end, slot in runs:
+            _add_times(total[first:end], factors[slot], values[first:end], ())
     elif values.shape[-3] == 1:
         total.addcmul_(factors, values)
     else:
@@ -195,22 +196,22 @@ def formed(x: Tensor, factors: Gathered, diagonal: Diagonal) -> Tensor:
         return multiply(x, diagonal.blocks, deltas)
 
 
-def _add_piece(total: Tensor, x: Tensor, factors: Gathered, diagonal: Diagonal, within: Within = None) -> None:
+def _add_piece(total: Tensor, x: Tensor, factors: Gathered, diagonal: Diagonal, runs: Runs = ()) -> None:
     """Add `x ΔWᵀ` to `total`, in few operations."""
     blocks = diagonal.blocks
     y = total if blocks.is_contiguous else x.new_zeros(*x.shape[:2], len(blocks.orders.rows))
-    for run, B, z in _products(diagonal, sort_columns(blocks, x, blocks.orders.cols), factors, within):
+    for run, B, z in _products(diagonal, sort_columns(blocks, x, blocks.orders.cols), factors, runs):
         own = y.narrow(2, run.first_row, run.count * run.height)
         if B is None:
             own.add_(z)
         else:
-            _add_times(own.view(*own.shape[:2], 1, run.count, run.height), B, z, within)
+            _add_times(own.view(*own.shape[:2], 1, run.count, run.height), B, z, runs)
     if not blocks.is_contiguous:
         total.add_(sort_columns(blocks, y, blocks.orders.rows_inverse))
 
 
 def _products(
-    diagonal: Diagonal, x: Tensor, factors: Gathered, within: Within = None
+    diagonal: Diagonal, x: Tensor, factors: Gathered, runs: Runs = ()
 ) -> Iterator[tuple[BlockRun, Tensor | None, Tensor]]:
     """B of each run, and what it is to be multiplied with and summed over the ranks; None and `x ΔWᵀ` without M. x is
     sorted by block."""
@@ -223,7 +224,7 @@ def _products(
             yield run, None, (inputs @ A.mT @ B).transpose(1, 2).flatten(2)
             continue
         with without_autocast(x.device.type):  # every dtype is chosen here
-            z = _multiplied(_times(A, _inputs(run, x), within), entries, dtype)
+            z = _multiplied(_times(A, _inputs(run, x), runs), entries, dtype)
         yield run, B, z
 
 
