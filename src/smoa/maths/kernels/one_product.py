@@ -104,7 +104,8 @@ class Effective:
         self.weight, self.transposed = weight, transposed
         self.entries = PIECE if weight.device.type == "cpu" else weight.numel()  # a GPU takes all at once
         factors, *others = updates
-        self.deltas = [delta_of(own, weight, True) for own in updates] if others or factors.modulation == "none" else []
+        are_dense = bool(others) or factors.modulation == "none"
+        self.deltas = [(own.blocks, delta_of(own, weight)) for own in updates if are_dense]
         if self.deltas:
             return
         self.labels = factors.blocks.row_labels, factors.blocks.col_labels
@@ -153,7 +154,10 @@ class Effective:
     def _piece(self, rows: slice, columns: slice) -> Tensor:
         weight = self.weight[rows, columns]
         if self.deltas:
-            total = sum((delta(rows, columns) for delta in self.deltas), weight.new_zeros(()))
+            total = weight.new_zeros(())
+            for blocks, delta in self.deltas:
+                is_off = blocks.row_labels[rows, None] != blocks.col_labels[columns]  # there 0 · NaN isn't 0
+                total = total + delta(rows, columns).masked_fill(is_off, 0)
             return torch.where(total == 0, weight, (total + weight).to(weight.dtype))
         A, B = self.A[:, columns], self.B[rows]
         update = _product(A.T, B.T).T if self.transposed else _product(B, A)
@@ -164,16 +168,13 @@ class Effective:
         return torch.addcmul(wide, wide, update, out=update).to(weight.dtype)
 
 
-def delta_of(factors: Factors, weight: Tensor, masks: bool = False) -> Callable[..., Tensor]:
+def delta_of(factors: Factors, weight: Tensor) -> Callable[..., Tensor]:
     """Forms ΔW of some rows and columns, all by default, in the widest of float32 and the dtypes of the weight and the
     factors."""
     A, B = factors.spread(torch.promote_types(factors.dtype, weight.dtype))
-    of_rows, of_columns = factors.blocks.row_labels, factors.blocks.col_labels
 
     def delta(rows: slice = ALL, columns: slice = ALL) -> Tensor:
         product = B[rows] @ A[:, columns]
-        if masks:  # off the blocks 0 · NaN isn't 0
-            product.masked_fill_(of_rows[rows, None] != of_columns[columns], 0)
         if factors.modulation == "none":
             return product
         own = weight[rows, columns]
