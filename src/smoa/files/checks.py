@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence, Set
 from itertools import product
 from typing import Any
 
@@ -60,46 +59,29 @@ def check_adapter_state(
     ]
     is_other = any(tensor is not None and tensor.shape[-1:] != shape[-1:] for tensor, shape in labels)
     base = f"the adapter was trained on another base, {config.base_model_name_or_path or 'of other sizes'}"
-    remedy = f"; {base if is_other else f'does {CONFIG_NAME} come from another save?'}"
-    with _placed(remedy):
-        own = {key for key in state_dict if is_own(key)}
-        keys_of = {name: [key_of(name, part, adapter_name) for part in PARTS] for name in layers}
-        expected = {key for keys in keys_of.values() for key in keys}
-        others = state_dict.keys() - own
-        lost, foreign = _compare_others(model, config, adapter_name, others)
-        differences = {"lacks": sorted(expected - own) + lost, "has unknown": sorted(own - expected) + foreign}
-        problems = [f"{verb} {len(keys)} tensor(s): {first_of(keys)}" for verb, keys in differences.items() if keys]
-        if problems:
-            raise AdapterFileError("; ".join(f"the adapter file {problem}" for problem in problems))
+    hint = f"; {base if is_other else f'does {CONFIG_NAME} come from another save?'}" if incoming() else ""
+    own = {key for key in state_dict if is_own(key)}
+    keys_of = {name: [key_of(name, part, adapter_name) for part in PARTS] for name in layers}
+    expected = {key for keys in keys_of.values() for key in keys}
+    others = state_dict.keys() - own
+    lost, foreign = _compare_others(model, config, adapter_name, others)
+    differences = {"lacks": sorted(expected - own) + lost, "has unknown": sorted(own - expected) + foreign}
+    problems = [f"{verb} {len(keys)} tensor(s): {first_of(keys)}" for verb, keys in differences.items() if keys]
+    if problems:
+        raise AdapterFileError("; ".join(f"the adapter file {problem}" for problem in problems) + hint)
     for key in state_dict:  # in the order of all ranks, which gather FSDP2's shards together
         if key in others and (tensor := whole(state_dict[key])).is_floating_point():
-            with _placed():
-                _largest(key, tensor)
+            _largest(key, tensor)
     for module, table in tables:
-        with _placed():
-            _largest(f"the table of {type(module).__name__}", table)
-            if isinstance(module, SmoaLayer) and module.merged:
-                raise AdapterFileError("the file has new rows of a merged embedding; call unmerge_adapter first")
+        _largest(f"the table of {type(module).__name__}", table)
+        if isinstance(module, SmoaLayer) and module.merged:
+            raise AdapterFileError("the file has new rows of a merged embedding; call unmerge_adapter first")
     for name, layer in layers.items():
         tensors = {key: whole(state_dict[key]) for key in keys_of[name]}
         ranks, scaling = layer.adapters[adapter_name].ranks, layer.scaling[adapter_name]
         stored = next(layer.smoa_A[adapter_name].parameters()).dtype
-        with _placed(remedy):
-            check_layout(tensors, layer.saved_shapes(ranks), len(ranks))
-        with _placed():
-            check_values(name, tensors, ranks, scaling, stored)
-
-
-@contextmanager
-def _placed(remedy: str = "") -> Iterator[None]:
-    """Name the file that is being loaded, if one is, in the errors of the block."""
-    try:
-        yield
-    except AdapterFileError as error:
-        file = incoming()
-        if file is None:
-            raise
-        raise AdapterFileError(f"{file.path}: {error}{remedy}") from None
+        check_layout(tensors, layer.saved_shapes(ranks), len(ranks), hint)
+        check_values(name, tensors, ranks, scaling, stored)
 
 
 def _compare_others(model: nn.Module, config: SmoaConfig, adapter: str, keys: Set[str]) -> tuple[list[str], list[str]]:
@@ -130,20 +112,22 @@ def _compare_others(model: nn.Module, config: SmoaConfig, adapter: str, keys: Se
     return sorted(biases - given), sorted(given - known)
 
 
-def check_layout(tensors: Mapping[str, Tensor], shapes: Sequence[tuple[int, ...]], num_blocks: int) -> None:
+def check_layout(
+    tensors: Mapping[str, Tensor], shapes: Sequence[tuple[int, ...]], num_blocks: int, hint: str = ""
+) -> None:
     """Raise AdapterFileError if a tensor of a layer has a wrong shape or dtype, or is no partition. Tensors and shapes
-    are in the order of `PARTS`."""
+    are in the order of `PARTS`; `hint` ends the message."""
     for part, shape, (key, tensor) in zip(PARTS, shapes, tensors.items(), strict=True):
         if tensor.shape != shape:
-            raise AdapterFileError(f"{key}: shape {tuple(tensor.shape)} doesn't fit the layer, expected {shape}")
+            raise AdapterFileError(f"{key}: shape {tuple(tensor.shape)} doesn't fit the layer, expected {shape}{hint}")
         if part in LABELS:
             try:
                 for labels in [tensor] if tensor.ndim == 1 else tensor.flatten(0, -2):  # of each matrix of a stack
                     check_labels(labels, num_blocks, key)
             except PartitionError as error:
-                raise AdapterFileError(f"{error}; the adapter was made for another layer or num_blocks") from None
+                raise AdapterFileError(f"{error}; the adapter was made for another layer or num_blocks{hint}") from None
         elif tensor.dtype not in FACTOR_DTYPES:
-            raise AdapterFileError(f"{key}: {tensor.dtype} found, floating point expected")
+            raise AdapterFileError(f"{key}: {tensor.dtype} found, floating point expected{hint}")
 
 
 def check_values(
@@ -186,8 +170,13 @@ def checked_tensors(
     keys |= {PREFIX + saved.removeprefix(PREFIX): key for saved, key in keys.items()}  # a file may lack or have it
     named = {keys.get(key.replace(COMPILED, "."), key): tensor for key, tensor in state_dict.items()}
     remapped, tables = split_tables(model, named)
-    check_adapter_state(model, config, adapter_name, remapped, tables, layers)
-    _check_base(model, config, adapter_name, remapped, tables, layers)
+    try:
+        check_adapter_state(model, config, adapter_name, remapped, tables, layers)
+        _check_base(model, config, adapter_name, remapped, tables, layers)
+    except AdapterFileError as error:
+        if (file := incoming()) is None:
+            raise
+        raise AdapterFileError(f"{file.path}: {error}") from None
     for name, layer in layers.items():
         refuse_writing(*layer.factors(adapter_name))
         layer.adapters[adapter_name].pending = False
@@ -212,5 +201,4 @@ def _check_base(
         known = {each: saved[each] for each in names if each in saved}
         config = SmoaConfig(**known, other_base=bool(saved.get("other_base")) or config.other_base)
     held = held_layers(layers, lambda layer: tuple(tensors[key_of(layer, part, adapter)] for part in PARTS), tables)
-    with _placed():
-        check_base(held, config, name)
+    check_base(held, config, name)

@@ -27,7 +27,7 @@ SMALL = 1e4
 """If all values are smaller, none leaves float16, and no ΔW leaves float32."""
 MOST_TEMPLATES = 8
 """Of one base; each holds the bytes of an adapter."""
-REMEDY = "vLLM serves factors of linear layers only; merge it with `smoa merge` and serve the model"
+REMEDY = "only factors of linear layers can be served; merge it with `smoa merge` and serve the model"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class SavedLayer:
 
     @property
     def device(self) -> torch.device:
-        """Where it is: vLLM's manager asks no more than this and `pin_memory` of what is in the place of `lora_a`."""
+        """Where it is: an engine may ask this and `pin_memory` of what it takes for a tensor."""
         return self.A.device
 
     def pin_memory(self) -> Self:
@@ -117,7 +117,7 @@ class Template:
 
 
 def is_smoa(folder: str | Path) -> bool:
-    """Whether the folder's config is a SMoA adapter's; of a folder without a readable one vLLM says what is wrong."""
+    """Whether the folder's config is a SMoA adapter's; a folder without a readable one is left to the engine."""
     return saved_config(Path(folder, CONFIG_NAME)).get("peft_type") == "SMOA"
 
 

@@ -1,6 +1,6 @@
 """The adapters of one layer, stacked by slot: those with the same blocks, ranks and modulation share their products.
 
-A fused layer, which vLLM makes of layers with the same input, such as q, k and v, has a slice of each, with blocks of
+A fused layer, which an engine makes of layers with one input, such as q, k and v, has a slice of each, with blocks of
 its own. With tensor parallelism a rank has some rows or columns of each slice, and so a piece of its blocks.
 """
 
@@ -192,7 +192,7 @@ class LayerStack:
         """Add to an output (rows, …, out_features) what each row's adapter makes of x (rows, …, in_features)."""
         plan, own = rows.plan(self.members, self._rank, x.shape[1:-1].numel(), x.device), self.blocks
         factors = self._chosen if self._plan is plan else self._of(plan.slots)
-        if x.device.type == "cpu":  # a plan stays while vLLM decodes the same requests
+        if x.device.type == "cpu":  # a plan stays while the same requests are decoded
             self._plan, self._chosen = plan, factors
         add_by_plan(output, x, plan, factors, Diagonal(own.blocks, self.runs, own.entries or None), own.spans)
 
@@ -211,7 +211,7 @@ class LayerStack:
 
 
 class Slots:
-    """The adapters in the slots of a layer: ``lora`` are vLLM's own, ``stacks`` those of SMoA that are alike.
+    """The adapters in the slots of a layer: ``others`` are of other methods, ``stacks`` those of SMoA that are alike.
 
     Args:
         sizes: This rank's outputs of each slice of the layer.
@@ -224,7 +224,7 @@ class Slots:
         self._sizes, self._own, self.weight, self._device = sizes, own, weight, device
         self.scales: dict[str, dict[Any, Tensor]] = {}
         """Block scales of W, of each slice by its name, which adapters are compared with."""
-        self.lora: set[int] = set()
+        self.others: set[int] = set()
         self.stacks: dict[Hashable, LayerStack] = {}
         self._reserved: dict[Hashable, LayerStack] = {}
         self._blocks: WeakValueDictionary[Hashable, LayerBlocks] = WeakValueDictionary()
@@ -262,7 +262,7 @@ class Slots:
 
     def reset(self, slot: int) -> None:
         """Free a slot."""
-        self.lora.discard(slot)
+        self.others.discard(slot)
         for stack in self.stacks.values():
             stack.members -= {slot}
 

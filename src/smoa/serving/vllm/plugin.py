@@ -260,7 +260,7 @@ def _with_smoa(of_vllm: Any) -> type:
 
     class WithSmoa(of_vllm):  # type: ignore[misc]
         def reset_lora(self, index: int) -> None:
-            if not on_cpu or index in self.smoa.lora:  # on a GPU, vLLM's sleep may leave anything there
+            if not on_cpu or index in self.smoa.others:  # on a GPU, vLLM's sleep may leave anything there
                 super().reset_lora(index)
             self.smoa.reset(index)
 
@@ -271,7 +271,7 @@ def _with_smoa(of_vllm: Any) -> type:
                 self.smoa.set(index, parts)
                 return
             super().set_lora(index, lora_a, lora_b)
-            self.smoa.lora.add(index)
+            self.smoa.others.add(index)
 
         def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
             if not on_cpu:  # vLLM's LoRA is operators of its own on a GPU, and Python on a CPU
@@ -284,7 +284,7 @@ def _with_smoa(of_vllm: Any) -> type:
 
         def add_adapters(self, x: Tensor, output: Tensor) -> None:
             rows = self.punica_wrapper.smoa_rows() if self.smoa.stacks else None
-            if on_cpu and (rows is None or not self.smoa.lora.isdisjoint(rows.of_slot)):
+            if on_cpu and (rows is None or not self.smoa.others.isdisjoint(rows.of_slot)):
                 super()._apply_lora_to_output(x, output)
             if rows is not None:
                 self.smoa.add_to(output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1]), rows)

@@ -142,7 +142,7 @@ def test_reserved_memory_stays_when_all_adapters_leave_and_new_weights_are_read(
     layer.reserve([part(case)], 2)
     (stack,) = layer.stacks.values()
     layer.set(0, [part(case)])
-    layer.lora.add(1)
+    layer.others.add(1)
     layer.clear()
     stack.blocks.blocks.orders.cols.zero_()  # vLLM's sleep may leave anything there
     W *= 2
@@ -151,7 +151,7 @@ def test_reserved_memory_stays_when_all_adapters_leave_and_new_weights_are_read(
     assert_close(added(layer, x, rows, 12)[:1], (2 * x.double() @ case.oracle("hadamard").T).float()[:1])
     assert [*layer.stacks.values()] == [stack]
     assert len(stack.factors[0][0]) == 2
-    assert (layer.is_new, layer.lora) == (False, {1})  # vLLM's own tensors keep what is in them
+    assert (layer.is_new, layer.others) == (False, {1})  # vLLM's own tensors keep what is in them
 
 
 @pytest.mark.parametrize("kind", ["spectral", "contiguous"])
