@@ -49,9 +49,9 @@ class Base(nn.Module):
         return self.head(self.down(self.up(x).relu()))
 
 
-def base(width: int = 12) -> Base:
+def base(width: int = 12, seed: int = 1) -> Base:
     with torch.random.fork_rng():
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         return Base(width)
 
 
@@ -63,10 +63,13 @@ CORPUS: dict[str, tuple[PeftConfig, int]] = {
     "patterns": (SmoaConfig(r=32, rank_pattern={"up": 3, "down": 2}, target_modules="up|down", modulation="none"), 12),
     "pattern": (SmoaConfig(r=6, num_blocks=3, num_blocks_pattern={"up": 2}, target_modules=TARGETS), 12),
     "other shapes": (SmoaConfig(r=4, num_blocks=2, target_modules=TARGETS), 14),
+    "another base": (SmoaConfig(r=4, num_blocks=2, target_modules=TARGETS), 12),
     "lora": (LoraConfig(r=4, target_modules=TARGETS), 12),
 }
 if hasattr(peft, "HiraConfig"):  # from PEFT 0.20 on
     CORPUS["hira"] = (peft.HiraConfig(r=4, target_modules=TARGETS), 12)
+NAMES = ("default", "up", "head", "0", "weight", "smoa_A")
+"""Those under which adapters are loaded; some are parts of the names of tensors."""
 
 
 def write_corpus(room: Path) -> dict[str, Path]:
@@ -75,7 +78,7 @@ def write_corpus(room: Path) -> dict[str, Path]:
     for name, (config, width) in CORPUS.items():
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "r is smaller than num_blocks")
-            model = get_peft_model(base(width), config)
+            model = get_peft_model(base(width, 2 if name == "another base" else 1), config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -108,13 +111,13 @@ def limited() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
-def outcome(folder: Path, pristine: Path) -> str:
-    """What became of loading the folder; one that starts with FINDING must not be."""
+def outcome(folder: Path, pristine: Path, name: str = "default") -> str:
+    """What became of loading the folder under a name; one that starts with FINDING must not be."""
     expected = base()
     try:
         with limited(), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            model = PeftModel.from_pretrained(base(), folder)
+            model = PeftModel.from_pretrained(base(), folder, adapter_name=name)
     except SmoaError as error:
         named = str(folder) in str(error) or "SmoaConfig" in str(error)
         return f"refused by smoa: {type(error).__name__}" if named else f"FINDING unnamed: {error}"
@@ -122,7 +125,11 @@ def outcome(folder: Path, pristine: Path) -> str:
         return f"FINDING {type(error).__name__}: {error}"
     except Exception as error:
         return _foreign_error(error)
-    return _verdict(model, expected, folder, pristine) + (", with a warning" if warned else "")
+    verdict = _verdict(model, name, expected, folder, pristine)
+    if pristine.name == "another base" and verdict.startswith("loaded: the same"):
+        return "FINDING another base was not noticed"
+    named = [each for each in warned if "should not be contained in the prefix" not in str(each.message)]
+    return verdict + (", with a warning" if named else "")
 
 
 def _foreign_error(error: Exception) -> str:
@@ -135,7 +142,7 @@ def _foreign_error(error: Exception) -> str:
     return f"refused by {library}: {type(error).__name__}"
 
 
-def _verdict(model: PeftModel, expected: Base, folder: Path, pristine: Path) -> str:
+def _verdict(model: PeftModel, adapter: str, expected: Base, folder: Path, pristine: Path) -> str:
     layers = {name: m for name, m in model.base_model.model.named_modules() if isinstance(m, SmoaLayer)}
     if not layers:
         return "loaded by PEFT as another method"  # which is not ours to judge
@@ -148,9 +155,10 @@ def _verdict(model: PeftModel, expected: Base, folder: Path, pristine: Path) -> 
         return "loaded: the same bytes"
     tensors = load_file(folder / WEIGHTS)
     for name, layer in layers.items():
-        if not torch.isfinite(layer.get_delta_weight("default")).all() or not _agrees(layer, name, tensors, expected):
+        is_finite = torch.isfinite(layer.get_delta_weight(adapter)).all()
+        if not is_finite or not _agrees(layer, adapter, name, tensors, expected):
             return f"FINDING ΔW of {name} is not finite or not what the file says"
-    return _compared(model.peft_config["default"], pristine, tensors)
+    return _compared(model.peft_config[adapter], pristine, tensors)
 
 
 def _compared(config: Any, pristine: Path, tensors: dict[str, Tensor]) -> str:
@@ -164,16 +172,17 @@ def _compared(config: Any, pristine: Path, tensors: dict[str, Tensor]) -> str:
     return "loaded as the files say"
 
 
-def _agrees(layer: SmoaLayer, name: str, tensors: dict[str, Tensor], expected: Base) -> bool:
+def _agrees(layer: SmoaLayer, adapter: str, name: str, tensors: dict[str, Tensor], expected: Base) -> bool:
     prefix = f"base_model.model.{name}.smoa_"
     A, B = (tensors[f"{prefix}{side}.weight"].float().double() for side in "AB")
     rows, cols = (tensors[f"{prefix}{side}_labels"].tolist() for side in ("row", "col"))
     weight = expected.get_submodule(name).weight.detach().double()
-    ranks, scaling = layer.adapters["default"].ranks, layer.scaling["default"]
-    delta = reference.delta_weight(weight, A, B, rows, cols, ranks, scaling, layer.adapters["default"].modulation)
+    known, scaling = layer.adapters[adapter], layer.scaling[adapter]
+    ranks = known.ranks
+    delta = reference.delta_weight(weight, A, B, rows, cols, ranks, scaling, known.modulation)
     scales = tensors.get(f"{prefix}block_scale", torch.ones(len(ranks)))
     delta = delta * scales.float().double()[rows][:, None]
-    return torch.allclose(layer.get_delta_weight("default").double(), delta, rtol=1e-3, atol=1e-5)
+    return torch.allclose(layer.get_delta_weight(adapter).double(), delta, rtol=1e-3, atol=1e-5)
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
@@ -193,7 +202,7 @@ def fuzz(count: int, seed: int, room: Path, seconds: float = float("inf"), first
         folder = room / "folder"
         shutil.copytree(corpus[name], folder)
         MUTATIONS[mutation](random_number, folder, corpus)
-        result = outcome(folder, corpus[name])
+        result = outcome(folder, corpus[name], random_number.choice(NAMES))
         results[mutation, result] += 1
         if result.startswith("FINDING"):
             print(f"{seed} {number} {name} {mutation}: {result}", file=sys.stderr)  # noqa: T201

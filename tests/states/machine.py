@@ -684,12 +684,12 @@ class Machine(RuleBasedStateMachine):
         self.oracle.adapters, self.active, self.merged_now = {name: self.in_dtype(facts)}, [name], []
         self.take_biases(rest)
         for key, tensor in rest.items():
-            if key in table and self.traits.get("resized"):
+            if is_resized and key.endswith(("embed_tokens.weight", "lm_head.weight")):
                 self.oracle.state[key] = tensor.to(self.oracle.state[key].dtype)
                 if self.traits.get("tied"):
                     self.oracle.state["lm_head.weight"] = self.oracle.state[key]
         has_head = "lm_head.weight" in rest or facts.copies or self.traits.get("tied")
-        if self.traits.get("resized") and table and not has_head:  # PEFT's own: new words
+        if is_resized and not has_head:  # PEFT's own: new words
             self.oracle.state["lm_head.weight"] = self.m.state_dict()[self.key_of("lm_head.weight")].clone()
 
     def key_of(self, name: str) -> str:
