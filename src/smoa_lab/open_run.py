@@ -23,6 +23,7 @@ import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.errors import ConfigError, DataError, SmoaError, first_of
 from smoa.files.names import PREFIX, embeddings_of
 from smoa_lab.base_models import RunModel, base_content, packaged_name
+from smoa_lab.basics.folders import read_stored
 from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, load_config, native_dtype
 from smoa_lab.training.run_folder import RunFolder
 
@@ -65,7 +66,7 @@ def check_base(run: RunFolder, model: ModelSection, is_given: bool) -> None:
     if not run.inputs.is_file():
         logger.warning("%s: doesn't keep which model it was trained on; %s may be another", run.path, model.name)
         return
-    content = json.loads(run.inputs.read_text(encoding="utf-8"))["base model"]
+    content = str(read_stored(run.inputs, {"base model"})["base model"])
     place = Path(model.name).expanduser()
     if not place.exists():
         if is_given or len(content) < OF_FILES:
@@ -191,7 +192,7 @@ def adapter_config(adapter: Path) -> PeftConfig:
         config: PeftConfig = PeftConfig.from_pretrained(str(adapter))
     except SmoaError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         found = f"is missing, damaged or of a method that this PEFT lacks ({error!r})"
         raise ConfigError(f"{adapter / CONFIG_NAME}: {found}; fetch it again, or install a newer peft") from error
     return config

@@ -72,7 +72,7 @@ def saved_chat_template(folder: Path) -> str | None:
     """The chat template that lies beside an adapter, which was trained with it; None if there is none. It is read and
     not loaded with its tokenizer, which may want to run code."""
     for name in (CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             text = (folder / name).read_text(encoding="utf-8")
             found = text if name == CHAT_TEMPLATE_FILE else json.loads(text).get("chat_template")
             if isinstance(found, list):  # several, by name
