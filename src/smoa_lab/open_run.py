@@ -113,19 +113,13 @@ def find_model(place: str, changes: dict[str, Any], template: str | None = None)
     return RunModel(section.model_copy(update={"dtype": native_dtype(), **changes}), template, adapter)
 
 
-def base_name(adapter: Path, base: str | None = None) -> str:
-    """``base`` if given, or else the base model that the adapter's config records."""
-    name = base or adapter_config(adapter).base_model_name_or_path
-    if name is None:
-        raise ConfigError(f"{adapter / CONFIG_NAME}: records no base model; name it with --base")
-    return name
-
-
 def model_of(adapter: Path, base: str | None = None) -> RunModel:
     """The model of a saved adapter: ``base``, or the recorded one in the recorded revision, in float32, with the
     options of the run that it lies in; the base of a run that quantized it while loading as that run did."""
-    name = base_name(adapter, base)
     config = adapter_config(adapter)
+    name = base or config.base_model_name_or_path
+    if name is None:
+        raise ConfigError(f"{adapter / CONFIG_NAME}: records no base model; name it with --base")
     of_base = name == config.base_model_name_or_path  # the revision says nothing of another base
     options = {"revision": config.revision} if of_base and config.revision is not None else {}
     section, run = ModelSection(name=name, dtype="float32", options=options), RunFolder(adapter.parent)

@@ -15,7 +15,6 @@ from smoa_lab.cli.main import app
 from smoa_lab.config.run import ModelSection, check_config
 from smoa_lab.open_run import (
     adapter_of_run,
-    base_name,
     find_model,
     model_of,
     open_run,
@@ -60,7 +59,6 @@ def test_an_adapter_is_called_by_its_run_wherever_the_command_is_given(
 
 
 def test_the_recorded_base_is_loaded_in_the_recorded_revision_and_another_is_not(adapter: Path) -> None:
-    assert (base_name(adapter), base_name(adapter, "another/base")) == ("its/base", "another/base")
     recorded = ModelSection(name="its/base", options={"revision": "v2"})
     assert model_of(adapter).section == model_of(adapter, "its/base").section == recorded
     assert model_of(adapter, "another/base").section == ModelSection(name="another/base")
@@ -122,7 +120,7 @@ def test_what_a_run_knows_of_its_inputs_is_told_where_it_is_gone(
 def test_a_config_that_this_peft_cannot_read_is_one_error(content: str, tmp_path: Path) -> None:
     (tmp_path / CONFIG_NAME).write_text(content, errors="surrogateescape")
     with pytest.raises(ConfigError, match=r"adapter_config\.json: is missing, damaged or of a method that this PEFT"):
-        base_name(tmp_path)
+        model_of(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["smoa", "lora"])
