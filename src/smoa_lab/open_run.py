@@ -23,6 +23,7 @@ import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.errors import ConfigError, DataError, SmoaError, first_of
 from smoa.files.names import PREFIX, embeddings_of
 from smoa_lab.base_models import RunModel, base_content, packaged_name
+from smoa_lab.basics.folders import read_stored
 from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, load_config, native_dtype
 from smoa_lab.training.run_folder import RunFolder
 
@@ -65,7 +66,7 @@ def check_base(run: RunFolder, model: ModelSection, is_given: bool) -> None:
     if not run.inputs.is_file():
         logger.warning("%s: doesn't keep which model it was trained on; %s may be another", run.path, model.name)
         return
-    content = json.loads(run.inputs.read_text(encoding="utf-8"))["base model"]
+    content = str(read_stored(run.inputs, {"base model"})["base model"])
     place = Path(model.name).expanduser()
     if not place.exists():
         if is_given or len(content) < OF_FILES:
@@ -112,19 +113,13 @@ def find_model(place: str, changes: dict[str, Any], template: str | None = None)
     return RunModel(section.model_copy(update={"dtype": native_dtype(), **changes}), template, adapter)
 
 
-def base_name(adapter: Path, base: str | None = None) -> str:
-    """``base`` if given, or else the base model that the adapter's config records."""
-    name = base or adapter_config(adapter).base_model_name_or_path
-    if name is None:
-        raise ConfigError(f"{adapter / CONFIG_NAME}: records no base model; name it with --base")
-    return name
-
-
 def model_of(adapter: Path, base: str | None = None) -> RunModel:
     """The model of a saved adapter: ``base``, or the recorded one in the recorded revision, in float32, with the
     options of the run that it lies in; the base of a run that quantized it while loading as that run did."""
-    name = base_name(adapter, base)
     config = adapter_config(adapter)
+    name = base or config.base_model_name_or_path
+    if name is None:
+        raise ConfigError(f"{adapter / CONFIG_NAME}: records no base model; name it with --base")
     of_base = name == config.base_model_name_or_path  # the revision says nothing of another base
     options = {"revision": config.revision} if of_base and config.revision is not None else {}
     section, run = ModelSection(name=name, dtype="float32", options=options), RunFolder(adapter.parent)
@@ -191,7 +186,7 @@ def adapter_config(adapter: Path) -> PeftConfig:
         config: PeftConfig = PeftConfig.from_pretrained(str(adapter))
     except SmoaError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         found = f"is missing, damaged or of a method that this PEFT lacks ({error!r})"
         raise ConfigError(f"{adapter / CONFIG_NAME}: {found}; fetch it again, or install a newer peft") from error
     return config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.atomic import write_whole
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import described_base
-from smoa_lab.basics.folders import check_place
+from smoa_lab.basics.folders import check_place, read_stored
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.open_run import adapter_config
 from smoa_lab.pages.card import loading_code
@@ -39,7 +39,7 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
     metrics: dict[str, Any] = {"history": [], "evaluation": {}, "gain": None, "forgetting": None, "samples": []}
     introduction = "The run is not finished. Run the same smoa train again to go on with it."
     if folder.finished:
-        metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
+        metrics = read_stored(folder.metrics, {*metrics, "parameters", "training", "provenance"})
         parameters, training, origin = (metrics[key] for key in ("parameters", "training", "provenance"))
         versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items() if version)
         introduction = (
@@ -47,8 +47,8 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
             f"{training['steps']} steps{time_text(training)} on {origin['device']}. {versions}."
         )
     elif (checkpoint := get_last_checkpoint(str(folder.path))) is not None:
-        state = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        metrics["history"] = state["log_history"]
+        with suppress(DataError):  # of a run that was killed while it wrote
+            metrics["history"] = read_stored(Path(checkpoint, TRAINER_STATE_NAME), {"log_history"})["log_history"]
     loss, evaluation = losses(metrics["history"], metrics["evaluation"], method), metrics["evaluation"]
     sections: dict[str, list[Any]] = {
         "Learned and forgotten": outcome(metrics),

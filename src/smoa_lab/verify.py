@@ -23,6 +23,7 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from smoa.errors import ConfigError, DataError, MergeError
 from smoa_lab.base_models import load_weights
+from smoa_lab.basics.folders import read_stored
 from smoa_lab.config.run import ModelSection
 from smoa_lab.merge import Merged, class_of, merge_in_memory, stored_share, with_plain_weights
 from smoa_lab.open_run import (
@@ -217,7 +218,7 @@ def _kind(target: str) -> str:
 
 def _dtype_of(folder: str) -> str:
     """In which dtype a model's weights are saved, by its config; bfloat16 for one that has no tolerance."""
-    config = json.loads(Path(folder, MODEL_CONFIG_NAME).read_text(encoding="utf-8"))
+    config = read_stored(Path(folder, MODEL_CONFIG_NAME))
     found = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     return found if found in TOLERANCE else "bfloat16"
 

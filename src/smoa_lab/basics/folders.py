@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from secrets import token_hex
+from typing import Any
 
 import platformdirs
 
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, DataError
 
 
 def check_place(target: Path, is_new: bool = False) -> None:
@@ -68,6 +70,18 @@ def content_of(file: Path) -> str:
     """SHA-256 of a file: another content may have the same size and time."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_stored(file: Path, keys: Set[str] = frozenset()) -> dict[str, Any]:
+    """The object in a JSON file, which has these ``keys``; raises DataError, with the file's name, where it is
+    damaged."""
+    try:
+        stored: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file}: is damaged ({error}); put back a copy") from error
+    if not isinstance(stored, dict) or keys - stored.keys():
+        raise DataError(f"{file}: is damaged: lacks what the lab wrote; put back a copy")
+    return stored
 
 
 def free_name(name: str, is_taken: Callable[[str], bool]) -> str:

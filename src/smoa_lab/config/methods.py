@@ -51,7 +51,7 @@ class Method:
         chosen = self.config_class
         try:
             return None if chosen is None else chosen(**{"task_type": "CAUSAL_LM", **adapter, **self.preset})
-        except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        except (ValueError, TypeError, LookupError, ArithmeticError, ImportError) as error:
             raise ConfigError(shorten(str(error), 1000)) from error
 
 

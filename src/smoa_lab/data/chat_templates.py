@@ -16,12 +16,6 @@ from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
 from smoa.errors import ConfigError, nearest
 
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-"""The format of Alpaca, as the commonsense line of work has it (LLM-Adapters, arXiv:2304.01933), without the
-indentation that its code carries by accident."""
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 """What looks like a special token in a template."""
 GREETING = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
@@ -72,7 +66,7 @@ def saved_chat_template(folder: Path) -> str | None:
     """The chat template that lies beside an adapter, which was trained with it; None if there is none. It is read and
     not loaded with its tokenizer, which may want to run code."""
     for name in (CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             text = (folder / name).read_text(encoding="utf-8")
             found = text if name == CHAT_TEMPLATE_FILE else json.loads(text).get("chat_template")
             if isinstance(found, list):  # several, by name
@@ -83,22 +77,13 @@ def saved_chat_template(folder: Path) -> str | None:
 
 
 def alpaca(tokenizer: PreTrainedTokenizerBase) -> str:
-    """:data:`ALPACA` as a template of conversations.
+    """The format of Alpaca as a template of conversations, as the commonsense line of work has it (LLM-Adapters,
+    arXiv:2304.01933), without the indentation that its code carries by accident.
 
     Later turns follow without its first line, whose place a system prompt takes. Answers close with the end token.
     """
-    first_line, turn = ALPACA.split("\n\n", 1)
-    before, after = f"\n\n{turn}".split("{instruction}")
-    adds_bos = tokenizer.bos_token_id in tokenizer("")["input_ids"]  # GPT-2 has one and does not use it
-    start = "{{ bos_token }}" * adds_bos
-    default = f"{{% if messages[0].role != 'system' %}}{{{{ {first_line!r} }}}}{{% endif %}}"
-    question = f"{{{{ {before!r} + message.content + {after!r} }}}}"
-    answer = "{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}"
-    turns = (
-        "{% if message.role == 'system' %}{{ message.content }}"
-        f"{{% elif message.role == 'user' %}}{question}{{% else %}}{answer}{{% endif %}}"
-    )
-    return f"{start}{default}{{% for message in messages %}}{turns}{{% endfor %}}"
+    text = Path(__file__).with_name("alpaca.jinja").read_text(encoding="utf-8")
+    return "{{ bos_token }}" * (tokenizer.bos_token_id in tokenizer("")["input_ids"]) + text  # GPT-2 has one, unused
 
 
 def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:

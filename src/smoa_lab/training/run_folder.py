@@ -28,8 +28,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.atomic import new_file, write_whole
-from smoa.errors import ConfigError
-from smoa_lab.basics.folders import check_place, free_name
+from smoa.errors import ConfigError, DataError
+from smoa_lab.basics.folders import check_place, free_name, read_stored
 from smoa_lab.basics.plain import finite, json_text
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
@@ -70,7 +70,11 @@ class RunFolder:
         if not self.trained.is_file():
             logger.warning("%s: doesn't keep which rows it was trained on; some of these may be", self.path)
             return list(rows), None
-        new = ~np.isin(np.array([row.key for row in rows], np.uint64), np.load(self.trained))
+        try:
+            trained_on = np.load(self.trained)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{self.trained}: is damaged ({error}); put back a copy, or remove it") from error
+        new = ~np.isin(np.array([row.key for row in rows], np.uint64), trained_on)
         kept = list(compress(rows, new))
         if len(kept) < len(rows):
             logger.warning("%d of the %d rows were trained on, and are left out", len(rows) - len(kept), len(rows))
@@ -113,7 +117,7 @@ class RunFolder:
         self._check(config_yaml, is_claimed=True)
         checkpoint = self._last_whole_checkpoint() if self.path.is_dir() else None
         if checkpoint and self.inputs.is_file():
-            began_with = json.loads(self.inputs.read_text(encoding="utf-8"))
+            began_with = read_stored(self.inputs)
             changed = [name for name, content in (inputs or {}).items() if began_with.get(name) != content]
             if changed:
                 found = f"contains an unfinished run, and the {' and the '.join(changed)} changed since then"
@@ -142,9 +146,9 @@ class RunFolder:
         """
         while checkpoint := get_last_checkpoint(str(self.path)):
             try:
-                json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+                read_stored(Path(checkpoint, TRAINER_STATE_NAME))
                 return str(checkpoint)
-            except (OSError, ValueError):
+            except DataError:
                 logger.warning("%s is incomplete and is removed", checkpoint)
                 shutil.rmtree(checkpoint)
         return None

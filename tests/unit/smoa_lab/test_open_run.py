@@ -1,18 +1,20 @@
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
+from typer.testing import CliRunner
 
 from smoa import SmoaConfig
 from smoa.errors import ConfigError, DataError
+from smoa_lab.cli.main import app
 from smoa_lab.config.run import ModelSection, check_config
 from smoa_lab.open_run import (
     adapter_of_run,
-    base_name,
     find_model,
     model_of,
     open_run,
@@ -23,6 +25,7 @@ from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train import run as train
 from tests.support import lab, tiny_models
+from tests.support.own_rows import chats, rows_base, rows_config, write_rows
 
 
 @pytest.fixture
@@ -56,7 +59,6 @@ def test_an_adapter_is_called_by_its_run_wherever_the_command_is_given(
 
 
 def test_the_recorded_base_is_loaded_in_the_recorded_revision_and_another_is_not(adapter: Path) -> None:
-    assert (base_name(adapter), base_name(adapter, "another/base")) == ("its/base", "another/base")
     recorded = ModelSection(name="its/base", options={"revision": "v2"})
     assert model_of(adapter).section == model_of(adapter, "its/base").section == recorded
     assert model_of(adapter, "another/base").section == ModelSection(name="another/base")
@@ -118,7 +120,7 @@ def test_what_a_run_knows_of_its_inputs_is_told_where_it_is_gone(
 def test_a_config_that_this_peft_cannot_read_is_one_error(content: str, tmp_path: Path) -> None:
     (tmp_path / CONFIG_NAME).write_text(content, errors="surrogateescape")
     with pytest.raises(ConfigError, match=r"adapter_config\.json: is missing, damaged or of a method that this PEFT"):
-        base_name(tmp_path)
+        model_of(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["smoa", "lora"])
@@ -135,3 +137,46 @@ def test_weights_that_are_damaged_or_of_another_base_are_one_error(method: str, 
     file.rename(tmp_path / "adapter_model.bin")
     with pytest.raises(DataError, match="is not a whole safetensors file"):
         with_saved_adapter(tiny_models.build("llama"), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    room = tmp_path_factory.mktemp("finished")
+    rows = write_rows(room / "rows.jsonl", chats(20))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SMOA_CACHE", str(room / "cache"))
+        train(rows_config(room, rows, rows_base(room / "base"), training={"max_steps": 1}))
+        yield room / "run"
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "[" * 100_000], ids=["cut", "list", "deep"])
+@pytest.mark.parametrize(
+    ("file", "commands"),
+    [
+        ("metrics.json", ["report"]),
+        ("inputs.json", ["eval", "merge", "verify", "chat"]),
+        ("trained.npy", ["eval"]),
+        ("adapter/adapter_config.json", ["merge", "inspect", "verify", "chat"]),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(
+    file: str, commands: list[str], damage: str, finished: Path, tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(finished, tmp_path / "run"))
+    (place / file).write_text(damage)
+    for command in commands:
+        done = CliRunner().invoke(app, [command, str(place), *([str(tmp_path / "new")] if command == "merge" else [])])
+        assert done.exit_code == 1
+        assert isinstance(done.exception, SystemExit)
+        assert done.stderr.splitlines()[-1].startswith(f"error: {(place / file).parent}")
+
+
+def test_a_damaged_target_of_verify_is_named(finished: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    assert CliRunner().invoke(app, ["merge", str(finished), str(merged), "--no-verify"]).exit_code == 0
+    for file, damage in (("smoa_share.json", "{}"), ("smoa_share.json", "{"), ("config.json", "[" * 100_000)):
+        (merged / file).write_text(damage)
+        done = CliRunner().invoke(app, ["verify", str(finished), "--against", str(merged)])
+        assert isinstance(done.exception, SystemExit)
+        assert re.search(rf"error: .*{re.escape(str(merged))}", done.stderr)
+        (merged / "smoa_share.json").unlink(missing_ok=True)

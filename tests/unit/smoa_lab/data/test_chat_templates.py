@@ -5,7 +5,6 @@ from transformers import GenerationConfig
 
 from smoa.errors import ConfigError
 from smoa_lab.data.chat_templates import (
-    ALPACA,
     alpaca,
     saved_chat_template,
     set_chat_template,
@@ -32,6 +31,12 @@ def test_a_template_may_lie_in_a_file_and_without_a_name_the_models_own_stays(tm
     file.write_text(TRIMMED)
     set_chat_template(tokenizer, str(file))
     assert tokenizer.chat_template == TRIMMED
+
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma3"])
