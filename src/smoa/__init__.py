@@ -29,7 +29,7 @@ from smoa.errors import (  # noqa: E402
 )
 from smoa.files.loading import guard_loading  # noqa: E402
 from smoa.maths.blocks import Blocks as SpectralPartition  # noqa: E402  (its public name)
-from smoa.maths.spectrum import make_partition, spectral_scores  # noqa: E402
+from smoa.maths.spectrum import make_partition, register_partition, spectral_scores  # noqa: E402
 from smoa.scores import clear_spectrum_cache  # noqa: E402
 from smoa.tuner.generation import keep_in_generate  # noqa: E402
 from smoa.tuner.merged import merged  # noqa: E402
@@ -57,5 +57,6 @@ __all__ = [
     "keep_in_generate",
     "make_partition",
     "merged",
+    "register_partition",
     "spectral_scores",
 ]

@@ -21,7 +21,7 @@ from smoa.errors import ConfigError, UnknownSettingError, nearest
 from smoa.maths.blocks import MAX_BLOCKS
 from smoa.maths.factors import Initialization, split_rank
 from smoa.maths.scale import DEFAULT_SCALE, ModulationKind, ScaleKind
-from smoa.maths.spectrum import PartitionKind
+from smoa.maths.spectrum import check_partition
 
 Bias = Literal["none", "all", "smoa_only"]
 Shape = tuple[int, int]
@@ -52,7 +52,7 @@ class SmoaConfig(PeftConfig):
             layer's weight. "paper" leaves ΔW relative to the weight, whose entries are about 0.02: alpha = r then needs
             10 to 33 times LoRA's learning rate, and alpha = 32·r one of about 1e-2. None means "lora".
         partition: How to assign coordinates to blocks: by "spectral" score, "contiguous" or at "random", by the seed of
-            `torch.manual_seed` and the module's name.
+            `torch.manual_seed` and the module's name; or by a name that `smoa.register_partition` knows.
         modulation: "hadamard" multiplies each block by the frozen weight. "none", for ablations, does not.
         init_weights: True starts with B = 0 and "zero_A" with A = 0, so ΔW is zero. False makes a visible random
             update, for tests.
@@ -88,7 +88,7 @@ class SmoaConfig(PeftConfig):
     scale: ScaleKind | None = None
     smoa_dropout: float = 0.0
     bias: Bias = "none"
-    partition: PartitionKind = "spectral"
+    partition: str = "spectral"
     modulation: ModulationKind = "hadamard"
     init_weights: Initialization = True
     target_modules: list[str] | str | None = None
@@ -124,12 +124,20 @@ class SmoaConfig(PeftConfig):
         problems = list(value_problems("smoa_format", smoa_format, int))
         problems += self._rename("alpha", "lora_alpha", lora_alpha)
         problems += self._rename("smoa_dropout", "lora_dropout", lora_dropout)
-        problems += config_problems(self)
+        problems += config_problems(self) or self._partition_problems(smoa_format)
         if problems:
             raise ConfigError("SmoaConfig: " + "; ".join(problems))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
+
+    def _partition_problems(self, smoa_format: int) -> list[str]:
+        """A new config needs a known partition; a saved one may load labels that a function elsewhere has made."""
+        try:
+            check_partition(self.partition)
+        except ConfigError as error:
+            return [] if smoa_format else [str(error)]
+        return []
 
     def _rename(self, ours: str, theirs: str, value: float | None) -> list[str]:
         """Take a value given under LoRA's name. Return its problems."""

@@ -16,7 +16,6 @@ def config_fields_have_types() -> None:
 
 
 def unknown_choices_are_refused() -> None:
-    SmoaConfig(partition="sorted")  # type: ignore[arg-type]
     SmoaConfig(modulation="khatri-rao")  # type: ignore[arg-type]
 
 

@@ -23,11 +23,11 @@ from smoa.layers.distributed import awaits_process_group, from_rank_zero, onload
 from smoa.maths.blocks import UNDECIDED, Blocks, Orders, ascend, check_labels
 from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.scale import DEFAULT_SCALE, ModulationKind, ScaleKind, block_scale, rank_scale
-from smoa.maths.spectrum import PartitionKind, make_partition
+from smoa.maths.spectrum import make_partition
 from smoa.maths.stack import Side
 from smoa.scores import cached_spectral_scores
 
-Kinds = tuple[PartitionKind, ScaleKind | None, ModulationKind, int]
+Kinds = tuple[str, ScaleKind | None, ModulationKind, int]
 """Partition, scale and modulation of an adapter's config, and the seed of a random partition."""
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,10 @@ from torch import Tensor
 from smoa.errors import ConfigError, PartitionError
 from smoa.maths.blocks import Blocks, block_sizes, check_num_blocks
 
-PartitionKind = Literal["spectral", "contiguous", "random"]
+Labelling = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""Of a weight (out_features, in_features) and K: the block of each output and of each input coordinate."""
+KINDS = ("spectral", "contiguous", "random")
+_registered: dict[str, Labelling] = {}
 
 GRAM_TILES = 8
 """Number of strips in which the upper half of the Gram matrix is formed."""
@@ -32,6 +35,33 @@ CLOSE_SCORES = 1e-6
 """float32 may sort two scores wrongly if they differ by less than this times min(m, n)."""
 ROW_TILE = 1024
 """Number of rows of WV that are computed at a time, so that no buffer has the weight's size."""
+
+
+def register_partition(name: str, labelling: Labelling) -> None:
+    """Let `SmoaConfig(partition=name)` cut weights by a function of your own.
+
+    A saved adapter holds its labels: to load, serve or merge it nobody needs the function.
+
+    Args:
+        name: A new name.
+        labelling: Takes the weight, (out_features, in_features), and K. Returns integers from 0 to K - 1, for each
+            output and for each input coordinate; block k has as many as piece k of `torch.tensor_split`.
+
+    Raises:
+        ConfigError: there is a partition of this name.
+    """
+    if name in (*KINDS, *_registered):
+        raise ConfigError(f"register_partition: there is a partition {name!r}; take another name")
+    _registered[name] = labelling
+
+
+def check_partition(kind: str) -> None:
+    """Raise ConfigError unless weights can be cut by this name."""
+    if kind not in (known := (*KINDS, *_registered)):
+        raise ConfigError(
+            f"partition={kind!r} must be one of {', '.join(map(repr, known))}, or be registered first: "
+            "smoa.register_partition"
+        )
 
 
 def spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:
@@ -170,7 +200,7 @@ def contiguous_labels(size: int, num_blocks: int, device: torch.device | None = 
 def make_partition(
     weight: Tensor,
     num_blocks: int,
-    kind: PartitionKind = "spectral",
+    kind: str = "spectral",
     scores_of: Callable[[Tensor, bool], tuple[Tensor, Tensor]] = spectral_scores,
     generator: torch.Generator | None = None,
 ) -> Blocks:
@@ -183,7 +213,7 @@ def make_partition(
         weight: (out_features, in_features), any floating dtype.
         num_blocks: K.
         kind: "spectral" sorts by spectral score, "contiguous" cuts the natural order (as MELoRA does), "random"
-            shuffles.
+            shuffles; or a name that was registered.
         scores_of: `spectral_scores`, or a cache of it.
         generator: What shuffles, on the CPU; by default torch's global one.
 
@@ -192,14 +222,23 @@ def make_partition(
 
     Raises:
         PartitionError: K is not between 1 and min(out_features, in_features, 255), or the weight has NaN or infinite
-            entries.
+            entries; or the labels of a registered function are none.
         ConfigError: there is no such kind.
     """
-    if kind not in get_args(PartitionKind):
-        raise ConfigError(f"kind={kind!r} must be one of {', '.join(map(repr, get_args(PartitionKind)))}")
+    check_partition(kind)
     out_features, in_features = weight.shape
     check_num_blocks(num_blocks, out_features, in_features)
     finite_peak(weight)
+    if kind in _registered:
+        sides = [torch.as_tensor(side).cpu() for side in _registered[kind](weight.detach(), num_blocks)]
+        fits = [side.shape for side in sides] == [(out_features,), (in_features,)]
+        if not fits or any(side.is_floating_point() or side.min() < 0 or side.max() >= num_blocks for side in sides):
+            raise PartitionError(
+                f"partition={kind!r}: its function must return ({out_features},) and ({in_features},) integers from 0 "
+                f"to {num_blocks - 1}"
+            )
+        row_labels, col_labels = (side.to(weight.device, torch.uint8) for side in sides)
+        return Blocks(row_labels, col_labels, num_blocks)
     if kind == "contiguous":
         scores = torch.zeros(out_features), torch.zeros(in_features)
     elif kind == "random":

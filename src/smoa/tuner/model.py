@@ -26,6 +26,7 @@ from smoa.layers.by_name import call_by_names, rows_unknown
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer, smoa_layers
 from smoa.layers.quantized import keep_unpacked
+from smoa.maths.spectrum import check_partition
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.generation import watch_generate
 from smoa.tuner.merged import check_all_finite, check_merge_allowed, losses_reported
@@ -89,6 +90,8 @@ class SmoaModel(BaseTuner):
         if "bitsandbytes" in sys.modules and len(self.peft_config) == 1:  # later adapters find it done
             for module in model.modules():
                 keep_unpacked(module)
+        if not self._loads_labels:
+            check_partition(peft_config.partition)
         self._targets = survey_targets(model, peft_config, self._check_target_module_exists, self._loads_labels)
         hidden = True if self._loads_labels or peft_config.partition != "spectral" else None  # terminals only
         self._progress = tqdm(total=len(self._targets), desc="SMoA partitions", unit="layer", delay=1, disable=hidden)

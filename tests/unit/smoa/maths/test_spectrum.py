@@ -11,7 +11,6 @@ from torch import Tensor
 from smoa.errors import ConfigError
 from smoa.layers.adapter import Kinds, labels_and_scales
 from smoa.maths.spectrum import (
-    PartitionKind,
     decomposition_device,
     labels_from_scores,
     make_partition,
@@ -155,7 +154,7 @@ def test_a_full_device_is_not_taken_for_one_that_lacks_decompositions(monkeypatc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("partition", ["spectral", "contiguous"])
-def test_what_injection_computes_from_a_weight_is_that_of_the_cpu(partition: PartitionKind, dtype: torch.dtype) -> None:
+def test_what_injection_computes_from_a_weight_is_that_of_the_cpu(partition: str, dtype: torch.dtype) -> None:
     kinds: Kinds = (partition, None, "hadamard", 0)
     weight = torch.randn(11, 13).to(dtype)
     expected = labels_and_scales(3, weight, kinds)
