@@ -40,8 +40,9 @@ def rms_of(weight: Tensor) -> float:
 ScaleKind = Literal["paper", "layer", "block", "lora"]
 DEFAULT_SCALE: ScaleKind = "lora"
 FACTOR = 4.0
-"""Measured (docs/experiment-log.md). With blocks of unit rms and LoRA's α/r the best learning rate was 2 to 5 times
-LoRA's: the first step's ΔW has the norm of LoRA's, but spreads it over many directions, where LoRA's has few."""
+"""Measured (docs/experiment-log.md, "LoRA's rate on four pairs"). With blocks of unit rms and LoRA's α/r the best
+learning rate was 2 to 5 times LoRA's: the first step's ΔW has the norm of LoRA's, but spreads it over many directions,
+where LoRA's has few."""
 
 SMALLEST = 1e-30
 """An anchor of a smaller rms counts as zero: the scale of one near the smallest float32 would be infinite."""

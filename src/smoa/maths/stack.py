@@ -32,7 +32,8 @@ from smoa.maths.update import Update
 ALIGNED = 8
 """Blocks are padded to a multiple of it, because `grouped_mm` wants widths of 16 bytes."""
 LARGE, PARTS = 1 << 20, 16
-"""On a CPU, a stack whose blocks have more entries is computed in parts (measured: docs/experiment-log.md)."""
+"""On a CPU, a stack whose blocks have more entries is computed in parts (docs/experiment-log.md, "All
+experts at once")."""
 MOST_GROUPS = 1023
 """What `grouped_mm` takes in a call with 16 bits on an H100 or newer."""
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

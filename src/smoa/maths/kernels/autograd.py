@@ -41,8 +41,8 @@ def recomputed(
 
     PyTorch's own operations do where the weight trains, and under transforms. So they do in a compiled model, whose
     compiler fuses gathers, products, scales and casts, under a checkpoint, without which it would keep what they make
-    (measured: docs/experiment-log.md). Nothing of the weight's size is kept for the backward, unless the weight trains
-    or a transform is active.
+    (docs/experiment-log.md, "One batched product for all blocks"). Nothing of the weight's size is kept for the
+    backward, unless the weight trains or a transform is active.
 
     Args:
         weight: The weight or, if it is made anew for each use, a function that makes it.

@@ -26,11 +26,12 @@ from smoa.maths.factors import BlockRun, Factors
 from smoa.maths.kernels.autograd import Gradients, without_autocast
 
 PIECE = 1 << 21
-"""Entries of the rows of W that a piece touches on a CPU (measured: docs/experiment-log.md)."""
+"""Entries of the rows of W that a piece touches on a CPU (docs/experiment-log.md, "One kernel over pieces")."""
 FEW_ROWS = 4
 """Up to so many are sorted sooner by PyTorch than by NumPy."""
 LARGE_BLOCK = 1 << 13
-"""On a CPU, larger blocks are gathered faster by copying rows, then columns (measured: docs/experiment-log.md)."""
+"""On a CPU, larger blocks are gathered faster by copying rows, then columns (docs/experiment-log.md, "Sorting
+columns")."""
 
 Deltas = list[tuple[BlockRun, Tensor]]
 """The diagonal blocks of one ΔW: (blocks, height, width) for each run of blocks of one shape."""

@@ -9,7 +9,8 @@ rows. So what is trained is what a merge writes.
 
 In 16 bits the factors are rounded to W's dtype (three times as fast, and nothing measurable is lost), and `W(1 + U)` is
 computed in float32 and rounded once. This keeps more of a small ΔW than `x Wᵀ + x ΔWᵀ`, whose sum is rounded to 16 bits
-too: 0.8 to 0.9 of an update of a thousandth of y, where that keeps 0.55 (docs/experiment-log.md).
+too: 0.8 to 0.9 of an update of a thousandth of y, where that keeps 0.55 (docs/experiment-log.md, "One
+product in 16 bits").
 """
 
 from __future__ import annotations
@@ -31,17 +32,18 @@ from smoa.maths.kernels.blocks import SCRATCH, Branch, product_dtype
 ALL = slice(None)
 
 PIECE = 1 << 22
-"""Entries of W in a piece on a CPU (measured: docs/experiment-log.md)."""
+"""Entries of W in a piece on a CPU (docs/experiment-log.md, "One product in 16 bits")."""
 MIN_TOKENS = 4
-"""Tokens for each of K² from which W + ΔW pays, twice as many where the blocks are contiguous (measured:
-docs/experiment-log.md)."""
+"""Tokens for each of K² from which W + ΔW pays, twice as many where the blocks are contiguous
+(docs/experiment-log.md, "From how many tokens on")."""
 ONE_PRODUCT_ON_GPU = False
 """Whether W + ΔW is formed on a GPU: not before `benchmarks/gpu.py layer` has been run on one."""
 LARGEST_KEPT = 1 << 26
 """Entries of the largest W + ΔW whose memory a thread keeps for the next layer: to page 32 MiB in anew takes a tenth of
 a step of 4096 × 4096."""
 MASK_COST = 64
-"""Cost of masking one entry, in multiplications of a matrix product (measured: docs/experiment-log.md)."""
+"""Cost of masking one entry, in multiplications of a matrix product (docs/experiment-log.md, "From how many
+tokens on")."""
 FEWEST_ROWS, FEWEST_COLUMNS = 16, 64
 """Pieces have at least so many: products of fewer rows sum in another order, of fewer columns take twice the time."""
 SMALL = 4096
