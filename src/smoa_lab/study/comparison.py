@@ -33,7 +33,7 @@ from smoa_lab.study.plan import (
     other_config,
     other_inputs,
 )
-from smoa_lab.study.results import Budget, FinalRun, budgets_of, kept_by, measured, read_metrics, read_rows
+from smoa_lab.study.results import Budget, FinalRun, Found, kept_by, measured, read_metrics, read_rows
 from smoa_lab.study.search import STARTS, Chosen, best_of, index_of, next_indices, rate
 from smoa_lab.study.study import Job, Stage, Study, read_stored
 from smoa_lab.training.run_folder import RunFolder
@@ -57,8 +57,8 @@ def read_chosen(study: Study) -> dict[str, Chosen]:
         raise DataError(f"{file}: is damaged ({error!r}); remove it, and rates are chosen again by the runs") from error
 
 
-def _taken(budget: str, take: Take, plan: Plan) -> dict[str, Any]:
-    return {"takes": {**plan.takes, budget: take}}
+def _taken(family: str, take: Take, plan: Plan) -> dict[str, Any]:
+    return {"takes": {**plan.takes, family: take}}
 
 
 class Comparison:
@@ -102,6 +102,7 @@ class Comparison:
         self.workers = executor.workers
         self._change(lambda plan: {"failed": {}} if plan.failed else {})  # what failed is tried again
         self.catch_up(names)
+        self._fix_starts()
         if any(not job.is_untouched for job in self.losses):
             logger.info("%s", self.progress(names) or "All runs are done")
         estimate = self.plan.used + self.at_most_left(names)
@@ -119,7 +120,8 @@ class Comparison:
                 self.decide() if not only else None
             elif waiting and waiting[0].stage == "search" and self.must_choose(waiting[0]):
                 logger.info("Searches end here: what is left of the time is for two seeds")
-                self._choose({name: self._cut(name) for name in names if name not in self.chosen})
+                while open_ := self._to_search(names):
+                    self._choose({open_[0]: self._cut(open_[0])})
             elif waiting and len(executor.running) < executor.workers and not self.is_over:
                 executor.start(waiting[0], self.config(waiting[0]))
             elif executor.running:
@@ -162,14 +164,15 @@ class Comparison:
         told = f"{type(error).__name__}: {error}" if not isinstance(error, SmoaError) else str(error)
         logger.error("%s: %s", job.name, told)
         self._change(lambda plan: {"failed": {**plan.failed, job.entry: told}})
+        self._fix_starts()
         if self.plan.failed.keys() >= self.study.entries.keys():
             raise error
 
     def decide(self) -> None:
-        """Ask, round by round, for the answer of each budget that has none, and write it into the plan."""
+        """Ask, round by round, for the answer of each family that has none, and write it into the plan."""
         if len(self.plan.seeds) < 2 or not any(job.stage == "final" for job in self.losses):
             return
-        for name in {entry.budget for entry in self.study.entries.values()} - self.plan.takes.keys():
+        for name in self.study.families().keys() - self.plan.takes.keys():
             for number in self.plan.looked_at():
                 budget = self.budgets(number).get(name)
                 if budget is None or budget.round < number:
@@ -181,7 +184,13 @@ class Comparison:
 
     def budgets(self, most: int | None = None) -> dict[str, Budget]:
         """The results of each budget, up to so many rounds, by default to that of its answer or the last whole one."""
-        return budgets_of(self.study, self.plan, self.chosen, self.finals(), self.metric, self.scorer, most)
+        return self.found().budgets(most)
+
+    def found(self) -> Found:
+        """What final runs found."""
+        run = RunFolder(self.study.folder / "untouched")
+        untouched = read_rows(run, self.metric, self.scorer) if run.finished else {}
+        return Found(self.study, self.plan, self.chosen, self.finals(), self.metric, untouched)
 
     def finals(self) -> dict[str, dict[int, FinalRun]]:
         """The finished final runs by entry and seed."""
@@ -206,7 +215,7 @@ class Comparison:
 
     def _cut(self, name: str) -> Chosen:
         """What an entry takes whose search ends before its time."""
-        start, losses = self.study.entries[name].learning_rate, self._searched(name)
+        start, losses = self.plan.start(self.study, name), self._searched(name)
         found = Chosen.of(start, losses) if losses else Chosen(start, {}, "cut")
         return replace(found, place="cut") if found.place == "edge" else found
 
@@ -222,26 +231,50 @@ class Comparison:
 
     def ready(self, names: Sequence[str]) -> list[Job]:
         """What can be run now: the untouched model and searches, one rate of all entries at a time; once all rates are
-        chosen, final runs, one seed of all at a time, of the budgets without an answer."""
+        chosen, final runs, one seed of all at a time, of the families without an answer."""
         untouched = [self.untouched("untouched")] if self.plan.seeds else []
-        alive = [name for name in names if name not in self.plan.failed]
-        if all(name in self.chosen for name in alive):
-            open_ = [name for name in alive if self.study.entries[name].budget not in self.plan.takes]
+        if not (searched := self._to_search(names)):
+            open_ = [name for name in names if name in self.unanswered()]
             jobs = [self.final(name, seed) for seed in self.plan.seeds for name in open_]
         else:
-            wanted = {name: enumerate(self.search(name), start=len(self._searched(name))) for name in alive}
+            wanted = {name: enumerate(self.search(name), start=len(self._searched(name))) for name in searched}
             turns = sorted((turn for of_entry in wanted.values() for turn in of_entry), key=itemgetter(0))
             jobs = [self.untouched("untouched-validation"), *(job for _, job in turns)]
         return [job for job in [*untouched, *jobs] if job not in self.losses]
 
+    def unanswered(self) -> list[str]:
+        """The entries of families without an answer, but those that failed."""
+        families = {name: own for name, own in self.study.families().items() if name not in self.plan.takes}
+        wanted = {name for own in families.values() for name in own} - self.plan.failed.keys()
+        return [name for name in self.study.entries if name in wanted]
+
+    def _to_search(self, names: Sequence[str]) -> list[str]:
+        """Those of the entries whose rates are not chosen, each behind the one from whose rate its search starts."""
+        found: dict[str, None] = {}
+        for name in (each for each in names if each not in self.chosen and each not in self.plan.failed):
+            if name not in self.plan.starts:
+                found |= dict.fromkeys(self._to_search(self._size_before(name)))
+            found[name] = None
+        return list(found)
+
+    def _size_before(self, name: str) -> list[str]:
+        return [other for other in self.study.at_other_sizes(name) if other not in self.plan.failed][:1]
+
+    def _fix_starts(self) -> None:
+        """Write where the search of each entry with a size starts, once, as soon as the size before has chosen."""
+        found = {}
+        for name in (name for name, entry in self.study.entries.items() if entry.size and name not in self.plan.starts):
+            before = self._size_before(name)
+            if all(other in self.chosen for other in before):
+                rates = [self.chosen[other].learning_rate for other in before]
+                found[name] = (rates or [self.study.entries[name].learning_rate])[0]
+        if found:
+            self._change(lambda plan: {"starts": {**found, **plan.starts}})
+
     def further(self, names: Sequence[str]) -> list[Job]:
         """The next seed of all entries without an answer, if there is time for it by what runs took, whatever came out
         at them."""
-        known = self.plan.seeds
-        budgets = {entry.budget for entry in self.study.entries.values()} - self.plan.takes.keys()
-        entries = [
-            n for n, entry in self.study.entries.items() if entry.budget in budgets and n not in self.plan.failed
-        ]
+        known, entries = self.plan.seeds, self.unanswered()
         if self.plan.limit is None or self.ready([*self.study.entries]) or not entries:
             return []
         seconds = MARGIN * sum(self.seconds("final", name) for name in entries) / self.workers
@@ -287,12 +320,10 @@ class Comparison:
     def at_most_left(self, names: Sequence[str]) -> float:
         """Seconds of the jobs that are not finished, each search at its longest."""
         seconds = 0.0
-        for name in (each for each in names if each not in self.plan.failed and each in self.plan.entries):
-            searches = 0 if name in self.chosen else self.study.tuning.max_runs - len(self._searched(name))
+        for name in (each for each in self._to_search(names) if each in self.plan.entries):
+            seconds += (self.study.tuning.max_runs - len(self._searched(name))) * self.seconds("search", name)
+        for name in (each for each in self.unanswered() if each in names and each in self.plan.entries):
             finals = sum(job.stage == "final" and job.entry == name for job in self.losses)
-            if self.study.entries[name].budget in self.plan.takes:
-                finals = len(self.plan.seeds)
-            seconds += searches * self.seconds("search", name)
             seconds += (len(self.plan.seeds) - finals) * self.seconds("final", name)
         return seconds / self.workers
 
@@ -308,11 +339,11 @@ class Comparison:
     def searches(self) -> dict[str, Chosen]:
         """The searches that there are, those that are not over too."""
         found = {}
-        for name, entry in self.study.entries.items():
+        for name in self.study.entries:
             if name in self.chosen:
                 found[name] = self.chosen[name]
             elif losses := self._searched(name):
-                found[name] = replace(Chosen.of(entry.learning_rate, losses), place="open")
+                found[name] = replace(Chosen.of(self.plan.start(self.study, name), losses), place="open")
         return {name: one for name, one in found.items() if one.losses}
 
     def search(self, name: str) -> list[Job]:
@@ -321,13 +352,15 @@ class Comparison:
         losses, untouched = self._searched(name), self.untouched("untouched-validation")
         if name in self.chosen or (len(losses) >= STARTS and untouched not in self.losses):
             return []
-        start, tuning = self.study.entries[name].learning_rate, self.study.tuning
+        if self.study.entries[name].size and name not in self.plan.starts:
+            return []
+        start, tuning = self.plan.start(self.study, name), self.study.tuning
         indices = next_indices(losses, tuning.max_runs, self.losses.get(untouched))
         return [Job("search", name, rate(start, index), tuning.seed) for index in indices]
 
     def _searched(self, name: str) -> dict[int, float | None]:
         """The losses of an entry's search by index, as far as they are known."""
-        start = self.study.entries[name].learning_rate
+        start = self.plan.start(self.study, name)
         own = {job: loss for job, loss in self.losses.items() if (job.stage, job.entry) == ("search", name)}
         return {index_of(start, job.learning_rate): loss for job, loss in own.items()}
 
@@ -354,8 +387,7 @@ class Comparison:
         self.losses[job] = measured(metrics)
         if job.stage in ("search", "untouched-validation") and self.untouched("untouched-validation") in self.losses:
             over = [name for name in self.searches() if name not in self.chosen and not self.search(name)]
-            starts = {name: self.study.entries[name].learning_rate for name in over}
-            self._choose({name: Chosen.of(start, self._searched(name)) for name, start in starts.items()})
+            self._choose({name: Chosen.of(self.plan.start(self.study, name), self._searched(name)) for name in over})
         if not job.is_untouched:
             self._drop_adapters(job)
 
@@ -367,6 +399,7 @@ class Comparison:
             self.chosen = {**chosen, **read_chosen(self.study)}
             values = {name: asdict(one) for name, one in self.chosen.items()}
             write_whole(self.study.folder / "chosen.json", json_text(values) + "\n")
+        self._fix_starts()
 
     def _drop_adapters(self, job: Job) -> None:
         """Of final runs the study says what is kept. A search keeps none, but where no final runs follow."""

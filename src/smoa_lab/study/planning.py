@@ -50,7 +50,7 @@ from smoa_lab.study.plan import (
     refuse,
     write_plan,
 )
-from smoa_lab.study.study import FORMAT, Job, Stage, Study, load_study, read_stored
+from smoa_lab.study.study import ALL_SIZES, FORMAT, Job, Stage, Study, load_study, read_stored
 from smoa_lab.training.loaded_run import inputs
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,8 @@ def outlook(
         plan = fitted(plan, study.tuning.max_runs, left(), workers).model_copy(update={"limit": 60 * minutes})
     if len(plan.seeds) < 2 or metric not in (None, *RULES):
         return plan, "Which difference it will tell is not known beforehand."
-    width = expected_width(len(configs), len(plan.seeds), found["rows"]["test"], noise)
+    together = max(len(own) for name, own in study.families().items() if name != ALL_SIZES)
+    width = expected_width(together, len(plan.seeds), found["rows"]["test"], noise)
     told = f"{100 * width:.1f} points" if metric in RULES else f"{width:.3f} nats per token"
     return plan, f"By {counted(len(plan.seeds), 'round')} it will tell differences of about {told}."
 

@@ -25,19 +25,25 @@ from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.plan import FIRST_SEEDS, Metrics, changed_plan
 from smoa_lab.study.results import EQUAL, MEASURES, Budget, FinalRun, measured, read_metrics, read_rows
 from smoa_lab.study.search import Chosen, rate_text
-from smoa_lab.study.study import FORMAT
+from smoa_lab.study.study import ALL_SIZES, FORMAT, series_of
 from smoa_lab.study.verdict import verdict
 from smoa_lab.training.run_folder import RunFolder
 
 BUDGET = "Budget: "
 MARKS = {"edge": " !", "cut": " !", "vertex": " ^"}
 """Behind a rate, where it lies in its search."""
-DIFFERENCES, MEASURED = "Differences", "How it was measured"
+DIFFERENCES, SIZES, MEASURED = "Differences", "Quality against size", "How it was measured"
 PICTURE = "differences.png"
+PICTURES = {DIFFERENCES: PICTURE, SIZES: "sizes.png"}
 LARGE = "font-size: 1.4rem; line-height: 1.35; max-width: 52rem; overflow-wrap: anywhere"
 ANSWERS = "Greedy answers to the first held-out prompts, each entry's of its first seed."
 CAPTIONS = {
     DIFFERENCES: "What decides, with what it is at least and at most; filled points are better or worse for certain.",
+    SIZES: (
+        "What decides. Bars are one-sided bounds of the difference from the dotted line, that of the entry to take "
+        "or of the smallest; filled points differ from it for certain. Methods of one size stand side by side. A gray "
+        "line joins the best of neighboring sizes, where bounds show that they are."
+    ),
     "Searches": "Validation loss at each learning rate that was tried; an upright line is at a chosen vertex.",
     "Loss and time": "Training loss of each entry's first seed, against the seconds of its training.",
     "Learned and forgotten": "Loss on held-out rows against the change of the loss on general text.",
@@ -86,7 +92,7 @@ class Report:
         if answers:
             sections.insert(-1, ("Answers", [ANSWERS, *answers]))
         told = [Markup('<p style="{}">{}</p>').format(LARGE, commands(sentence)) for sentence in self.verdict]
-        shown = [contents[0] for title, contents in sections[:1] if title == DIFFERENCES]
+        shown = [contents[0] for title, contents in sections if title in PICTURES]
         return page(self.title, [*sections[len(shown) :], (MEASURED, self.notes)], [*told, *shown])
 
     def readme(self) -> str:
@@ -96,8 +102,8 @@ class Report:
         for title, content in self.sections.items():
             if isinstance(content, Table):
                 parts += [f"## {title}", content.caption, content.markdown()]
-            elif title == DIFFERENCES:
-                parts += [f"![{title}]({PICTURE})", content.caption]
+            elif title in PICTURES:
+                parts += [f"![{title}]({PICTURES[title]})", content.caption]
         return "\n\n".join([*parts, f"## {MEASURED}", *self.notes]) + "\n"
 
 
@@ -105,7 +111,8 @@ def report(comparison: Comparison) -> Report:
     """Write ``README.md``, ``index.html``, ``summary.json`` and the picture of what has run into the study's folder."""
     study = comparison.study
     comparison.catch_up([*study.entries])
-    finals, budgets = comparison.finals(), comparison.budgets()
+    finals, families = comparison.finals(), comparison.budgets()
+    budgets = {name: budget for name, budget in families.items() if not budget.of_sizes}
     results = [one for budget in budgets.values() for one in budget.results]
     as_it_is = RunFolder(study.folder / "untouched")
     untouched = read_metrics(as_it_is) if as_it_is.finished else None
@@ -121,9 +128,9 @@ def report(comparison: Comparison) -> Report:
     plan = comparison.plan
     of_round = sum(comparison.seconds("final", name) for name in study.entries if name in plan.entries)
     sentences = {
-        name: verdict(budget, plan, command, of_round / comparison.workers) for name, budget in budgets.items()
+        name: verdict(budget, plan, command, of_round / comparison.workers) for name, budget in families.items()
     }
-    told = [" ".join([f"{name}:", *own][len(budgets) == 1 :]) for name, own in sentences.items()]
+    told = [" ".join([f"{name}:", *own][len(families) == 1 :]) for name, own in sentences.items()]
     remedy = "the same command tries again; or take it out of the study's file"
     told += [f"{name} failed: {error.rstrip('.')}; {remedy}." for name, error in plan.failed.items()]
     told += unequal(comparison)
@@ -133,16 +140,18 @@ def report(comparison: Comparison) -> Report:
     if comparison.plan.limit is not None and (is_cut or (comparison.plan.listed and not told)):
         seeds = max(FIRST_SEEDS, len(comparison.plan.seeds))
         told.append(f"No more fits into {comparison.plan.minutes:g} minutes: `{command} --seeds {seeds}` goes on.")
+    series = {name: series_of(name, entry.size) for name, entry in study.entries.items()}
     methods, searches = {name: entry.method for name, entry in study.entries.items()}, comparison.searches()
     drawn = (
         charts.differences(budgets),
+        charts.sizes(families[ALL_SIZES], budgets, series) if ALL_SIZES in families else None,
         charts.searches(searches, methods),
         charts.losses(results, finals),
         charts.learned_and_forgotten([one for one in results if budgets[one.budget].round > 1], loss),
     )
     captioned = zip(CAPTIONS.items(), drawn, strict=True)
     figures = {title: Figure(chart, caption) for (title, caption), chart in captioned if chart is not None}
-    sections: dict[str, Table | Figure] = {title: each for title, each in figures.items() if title == DIFFERENCES}
+    sections: dict[str, Table | Figure] = {title: each for title, each in figures.items() if title in PICTURES}
     sections |= {f"{BUDGET}{name}": result_table(budget) for name, budget in budgets.items() if budget.round > 1}
     sections |= figures
     sections |= {"Learning rates": rate_table(searches)} if searches else {}
@@ -154,13 +163,14 @@ def report(comparison: Comparison) -> Report:
     if next(iter(comparison.configs.values())).data.recall:
         notes.append("All rows are in each part (data.recall): what is measured is what was learned by heart.")
     notes += [f"Not run yet: {', '.join(missing)}."] if missing else []
+    notes += [f"{name} is left out: {reason}." for name, reason in study.gaps.items()]
     made = Report(
         title=f"{study.folder.resolve().name}: {study.shared['model']['name']}",
         summary={
             "format": 4,
             "verdict": sentences,
             "entries": [one.as_json() for one in results],
-            "budgets": {name: budget.as_json() for name, budget in budgets.items()},
+            "budgets": {name: budget.as_json() for name, budget in families.items()},
             "untouched": untouched and untouched["evaluation"]["before"],
             "answers": answers(finals, untouched),
         },
@@ -170,8 +180,9 @@ def report(comparison: Comparison) -> Report:
     )
     text = json.dumps(made.summary, indent=1, ensure_ascii=False, allow_nan=False)
     write_whole(study.folder / "summary.json", text + "\n")
-    if DIFFERENCES in sections:
-        save_picture(drawn[0], study.folder / PICTURE)
+    for title, chart in zip(PICTURES, drawn, strict=False):
+        if title in sections:
+            save_picture(chart, study.folder / PICTURES[title])
     write_whole(study.folder / "README.md", made.readme())
     write_whole(study.folder / "index.html", made.page())
     return made

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from smoa_lab.basics.plain import finite
 from smoa_lab.data.answers import OWN, RULES, Metric
@@ -18,7 +19,7 @@ from smoa_lab.data.own_metric import own_metric
 from smoa_lab.scoring.bounds import Family, Floats
 from smoa_lab.study.plan import Metrics, Plan, Timing
 from smoa_lab.study.search import Chosen, best_of
-from smoa_lab.study.study import Study, read_stored
+from smoa_lab.study.study import ALL_SIZES, Study, read_stored
 from smoa_lab.training.run_folder import RunFolder
 
 RowKey = tuple[str, int]
@@ -162,8 +163,9 @@ class Decision:
 
 @dataclass(frozen=True)
 class Budget:
-    """The entries of a budget, best first, after ``round`` whole rounds of the ``planned`` ones, 0 before the second
-    one is in. ``families`` have the bounds in each measure, first in the one that decides; ``order`` is that of cost.
+    """The entries of a budget, or of all sizes, best first, after ``round`` whole rounds of the ``planned`` ones, 0
+    before the second one is in. ``families`` have the bounds in each measure, first in the one that decides; ``order``
+    is that of cost, of all sizes that of parameters.
     ``done`` final runs of ``wanted`` are in. Nobody is taken over those ``at_edge``, which may do better beyond."""
 
     results: list[Result]
@@ -178,6 +180,7 @@ class Budget:
     level: float
     tolerance: float
     is_last: bool
+    of_sizes: bool = False
 
     @property
     def family(self) -> Family | None:
@@ -225,147 +228,171 @@ class Budget:
         )
 
 
-def budgets_of(
-    study: Study,
-    plan: Plan,
-    chosen: Mapping[str, Chosen],
-    finals: Mapping[str, Mapping[int, FinalRun]],
-    metric: Metric | None,
-    scorer: str | None,
-    most: int | None = None,
-) -> dict[str, Budget]:
-    """All entries with a final run, by budget, after at most so many rounds: by default those of the budget's answer,
-    or all that are whole."""
-    budgets: dict[str, dict[str, Mapping[int, FinalRun]]] = {}
-    for name, of_entry in finals.items():
-        budgets.setdefault(study.entries[name].budget, {})[name] = of_entry
-    run = RunFolder(study.folder / "untouched")
-    as_it_is = read_rows(run, metric, scorer) if run.finished else {}
-    return {name: _of_budget(study, plan, chosen, name, own, metric, as_it_is, most) for name, own in budgets.items()}
+@dataclass(frozen=True)
+class Found:
+    """What a study has found: ``finals`` by entry and seed, and the ``untouched`` model's rows."""
+
+    study: Study
+    plan: Plan
+    chosen: Mapping[str, Chosen]
+    finals: Mapping[str, Mapping[int, FinalRun]]
+    metric: Metric | None
+    untouched: Mapping[RowKey, Mapping[str, Any]]
+
+    def budgets(self, most: int | None = None) -> dict[str, Budget]:
+        """Each family that has a final run, after at most so many rounds: by default those of its answer, or all that
+        are whole."""
+        families = self.study.families()
+        return {name: self._budget(name, most) for name, own in families.items() if self.finals.keys() & {*own}}
+
+    def _budget(self, name: str, most: int | None) -> Budget:
+        listed = self.study.families()[name]
+        alive = [entry for entry in listed if entry not in self.plan.failed]
+        number = self._round(name, alive, most)
+        finals = self._of_rounds(listed if number < 2 else alive, number)
+        held_out = HeldOut.of([run for own in finals.values() for run in own.values()], self.metric)
+        dropped = self._dropped(name)
+        level = self.plan.level(len(listed) + dropped)
+        sizes = [self.study.entries[entry].size or 0 for entry in finals]
+        families = {
+            each.title: Family(
+                names=[*finals],
+                values=held_out.values(each, finals),
+                untouched=held_out.untouched(each, self.untouched),
+                weights=held_out.weights(each),
+                is_share=each.is_share,
+                level=level,
+                entries=len(listed) + dropped,
+                pools=sizes,
+            )
+            for each in held_out.measures
+        }
+        timings, looked = {entry: self.plan.entries[entry] for entry in finals}, self.plan.looked_at()
+        made = Budget(
+            results=[],
+            families=families,
+            measure=held_out.measures[0] if held_out.measures else None,
+            order=by_size(timings) if name == ALL_SIZES else by_cost(timings),
+            at_edge=[entry for entry in finals if self.chosen[entry].place in ("edge", "cut")],
+            round=number,
+            planned=self.plan.rounds,
+            done=sum(len(own) for own in finals.values()),
+            wanted=len(self.plan.seeds) * len(alive),
+            level=level,
+            tolerance=self.study.tolerance,
+            is_last=bool(looked) and number >= looked[-1],
+            of_sizes=name == ALL_SIZES,
+        )
+        shown = self.plan.entries[made.against].parameters
+        results = [self._result(entry, own, made, shown) for entry, own in finals.items()]
+        if made.measure is not None:
+            results.sort(key=lambda one: families[held_out.measures[0].title].mean(one.entry))
+        return replace(made, results=results)
+
+    def _round(self, name: str, alive: Sequence[str], most: int | None) -> int:
+        """How many whole rounds of a family are shown; between two looks those of the last one."""
+        whole = [all(seed in self.finals.get(entry, {}) for entry in alive) for seed in self.plan.seeds]
+        rounds, take = whole.index(False) if False in whole else len(whole), self.plan.takes.get(name)
+        if most or take:
+            return min(rounds, most or (take.round if take else rounds))
+        looks = [each for each in self.plan.looked_at() if each <= rounds]
+        return max(looks, default=0 if self.plan.extensions else rounds)
+
+    def _of_rounds(self, names: Sequence[str], number: int) -> dict[str, dict[int, FinalRun]]:
+        """The final runs of so many rounds, all that there are before the second."""
+        seeds = self.plan.seeds[:number] if number > 1 else self.plan.seeds
+        finals = {name: self.finals[name] for name in names if name in self.finals}
+        found = {name: {seed: run for seed, run in own.items() if seed in seeds} for name, own in finals.items()}
+        return {name: own for name, own in found.items() if own}
+
+    def _dropped(self, name: str) -> int:
+        """How many entries were dropped from a family."""
+        listed = {self.study.entries[entry].budget for entry in self.study.families()[name]}
+        return sum(budget in listed for budget in self.plan.dropped.values())
+
+    def _result(self, name: str, runs: Mapping[int, FinalRun], budget: Budget, shown: int) -> Result:
+        kept = {seed: kept_by(run, self.metric) for seed, run in runs.items() if run.folder.adapter.is_dir()}
+        forgot: list[Any] = [(run.metrics["forgetting"] or {}).get("change") for run in runs.values()]
+        first = next(iter(runs.values()))
+        memories = [run.metrics["training"].get("peak_memory_bytes") for run in runs.values()]
+        families, timing = budget.families, self.plan.entries[name]
+        return Result(
+            entry=name,
+            method=self.study.entries[name].method,
+            budget=self.study.entries[name].budget,
+            parameters=timing.parameters,
+            share=timing.parameters / max(1, shown),
+            chosen=self.chosen[name],
+            seeds=list(runs),
+            diverged=sum(measured(run.metrics) is None for run in runs.values()),
+            rows=sum(not copy for _, copy in first.rows),
+            groups=len(next(iter(families.values())).weights) if families else len(first.rows),
+            values={
+                title: (-MEASURES[title].sign * family.mean(name), family.spread(name))
+                for title, family in families.items()
+            },
+            worst={
+                title: family.worst(name)
+                for title, family in families.items()
+                if budget.round > 1 and len(budget.order) > 1
+            },
+            step_seconds=timing.step,
+            memory=max((each for each in memories if each), default=None),
+            size=first.metrics["parameters"].get("adapter_bytes"),
+            forgotten=None if None in forgot else fmean(forgot),
+            kept=str(runs[best_of(kept)].folder.path) if kept else None,
+        )
 
 
-def _of_budget(
-    study: Study,
-    plan: Plan,
-    chosen: Mapping[str, Chosen],
-    budget: str,
-    finals: Mapping[str, Mapping[int, FinalRun]],
-    metric: Metric | None,
-    as_it_is: Mapping[RowKey, Mapping[str, Any]],
-    most: int | None,
-) -> Budget:
-    of_budget = [name for name, entry in study.entries.items() if entry.budget == budget]
-    alive = [name for name in of_budget if name not in plan.failed]
-    whole = [all(seed in finals.get(name, {}) for name in alive) for seed in plan.seeds]
-    rounds = whole.index(False) if False in whole else len(whole)
-    take = plan.takes.get(budget)
-    number = min(rounds, most or (take.round if take else rounds))
-    if not take and most is None:  # between looks there is none
-        number = max((each for each in plan.looked_at() if each <= number), default=0 if plan.extensions else number)
-    seeds = plan.seeds[:number] if number > 1 else plan.seeds
-    finals = {name: {seed: run for seed, run in own.items() if seed in seeds} for name, own in finals.items()}
-    finals = {name: own for name, own in finals.items() if own and (number < 2 or name in alive)}
-    runs = [run for own in finals.values() for run in own.values()]
-    keys = [*runs[0].rows]  # all have the same, in any order: they are of the plan's data and encoder
-    of_group = np.array([runs[0].rows[key].get("group") or key[0] for key in keys])
-    keys = [keys[place] for place in np.argsort(of_group, kind="stable")]
-    of_group.sort()
-    starts = np.flatnonzero(np.concatenate([[True], of_group[1:] != of_group[:-1]]))
-    measures = [  # one that is the same everywhere compares nothing; what was asked for stays
-        each
-        for each in measures_of(runs[0].rows[keys[0]], metric)
-        if each.field == SCORED
-        or {None} <= (found := {run.rows[key][each.field] for run in runs for key in keys})
-        or len(found) > 1
-    ]
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out rows of runs, which all have the same: their ``keys``, group by group, and where each group
+    ``starts``; and what is compared on them."""
 
-    def summed(rows: Sequence[Mapping[RowKey, Mapping[str, Any]]], field: str) -> Floats:
-        """(runs, groups), infinite where a run diverged."""
-        of_runs = [[of_run[key][field] for key in keys] for of_run in rows]
-        values = np.array([[np.inf if value is None else value for value in own] for own in of_runs], np.float64)
-        return np.asarray(np.add.reduceat(values, starts, axis=1))
+    keys: Sequence[RowKey]
+    starts: NDArray[np.intp]
+    tokens: Floats
+    measures: Sequence[Measure]
 
-    weights = {True: summed([runs[0].rows], "tokens")[0], False: np.diff([*starts, len(keys)]).astype(float)}
-    entries = len(of_budget) + list(plan.dropped.values()).count(budget)
-    level, families, places = plan.level(entries), dict[str, Family](), [*finals]
-    for each in measures:
-        width = min(len(own) for own in finals.values())
-        stacked = [
-            -each.sign * summed([run.rows for run in own.values()], each.field)[:width] for own in finals.values()
+    @classmethod
+    def of(cls, runs: Sequence[FinalRun], metric: Metric | None) -> HeldOut:
+        """A measure that is the same everywhere compares nothing; what the metric makes stays."""
+        rows = runs[0].rows
+        keys = sorted(rows, key=lambda key: rows[key].get("group") or key[0])
+        of_group = np.array([rows[key].get("group") or key[0] for key in keys])
+        starts = np.flatnonzero(np.concatenate([[True], of_group[1:] != of_group[:-1]]))
+        measures = [
+            each
+            for each in measures_of(rows[keys[0]], metric)
+            if each.field == SCORED
+            or {None} <= (found := {run.rows[key][each.field] for run in runs for key in keys})
+            or len(found) > 1
         ]
-        values = np.array([np.where(np.isnan(own) | np.isinf(own), np.inf, own) for own in stacked])
-        own_weights, untouched = weights[each.per_token], None
-        if isinstance(each.untouched, float):
-            untouched = -each.sign * each.untouched * own_weights[None]
-        elif as_it_is:
-            untouched = -each.sign * summed([as_it_is], each.untouched)
-            untouched = untouched if np.isfinite(untouched).all() else None
-        families[each.title] = Family(places, values, untouched, own_weights, each.is_share, level, entries)
-    decides = measures[0] if measures else None
-    order = by_cost({name: plan.entries[name] for name in places})
-    looked = plan.looked_at()
-    made = Budget(
-        results=[],
-        families=families,
-        measure=decides,
-        order=order,
-        at_edge=[name for name in places if chosen[name].place in ("edge", "cut")],
-        round=number,
-        planned=plan.rounds,
-        done=sum(len(own) for own in finals.values()),
-        wanted=len(plan.seeds) * len(alive),
-        level=level,
-        tolerance=study.tolerance,
-        is_last=bool(looked) and number >= looked[-1],
-    )
-    shown = plan.entries[made.against].parameters
-    results = [_result(study, plan, chosen[name], name, own, made, shown, metric) for name, own in finals.items()]
-    first = families[decides.title] if decides else None
-    results.sort(key=lambda one: first.mean(one.entry) if first else 0.0)
-    return replace(made, results=results)
+        made = cls(keys, starts, np.empty(0), measures)
+        return replace(made, tokens=made._sums([rows], "tokens")[0])
 
+    def _sums(self, runs: Sequence[Mapping[RowKey, Mapping[str, Any]]], field: str) -> Floats:
+        """(runs, groups), infinite where a run diverged."""
+        of_runs = [[rows[key][field] for key in self.keys] for rows in runs]
+        values = np.array([[np.inf if value is None else value for value in own] for own in of_runs], np.float64)
+        return np.asarray(np.add.reduceat(values, self.starts, axis=1))
 
-def _result(
-    study: Study,
-    plan: Plan,
-    chosen: Chosen,
-    name: str,
-    runs: Mapping[int, FinalRun],
-    budget: Budget,
-    shown: int,
-    metric: Metric | None,
-) -> Result:
-    kept = {seed: kept_by(run, metric) for seed, run in runs.items() if run.folder.adapter.is_dir()}
-    forgot: list[Any] = [(run.metrics["forgetting"] or {}).get("change") for run in runs.values()]
-    first = next(iter(runs.values()))
-    memories = [run.metrics["training"].get("peak_memory_bytes") for run in runs.values()]
-    families = budget.families
-    return Result(
-        entry=name,
-        method=study.entries[name].method,
-        budget=study.entries[name].budget,
-        parameters=plan.entries[name].parameters,
-        share=plan.entries[name].parameters / max(1, shown),
-        chosen=chosen,
-        seeds=list(runs),
-        diverged=sum(measured(run.metrics) is None for run in runs.values()),
-        rows=sum(not copy for _, copy in first.rows),
-        groups=len(next(iter(families.values())).weights) if families else len(first.rows),
-        values={
-            title: (-MEASURES[title].sign * family.mean(name), family.spread(name))
-            for title, family in families.items()
-        },
-        worst={
-            title: family.worst(name)
-            for title, family in families.items()
-            if budget.round > 1 and len(budget.order) > 1
-        },
-        step_seconds=plan.entries[name].step,
-        memory=max((each for each in memories if each), default=None),
-        size=first.metrics["parameters"].get("adapter_bytes"),
-        forgotten=None if None in forgot else fmean(forgot),
-        kept=str(runs[best_of(kept)].folder.path) if kept else None,
-    )
+    def weights(self, measure: Measure) -> Floats:
+        return self.tokens if measure.per_token else np.diff([*self.starts, len(self.keys)]).astype(float)
+
+    def values(self, measure: Measure, finals: Mapping[str, Mapping[int, FinalRun]]) -> Floats:
+        """(entries, seeds, groups), lower is better, as many seeds as each entry has."""
+        width = min(len(own) for own in finals.values())
+        sums = [self._sums([run.rows for run in own.values()], measure.field)[:width] for own in finals.values()]
+        values = -measure.sign * np.array(sums)
+        return np.where(np.isfinite(values), values, np.inf)
+
+    def untouched(self, measure: Measure, rows: Mapping[RowKey, Mapping[str, Any]]) -> Floats | None:
+        """(1, groups), None where it is not known."""
+        if isinstance(measure.untouched, float):
+            return -measure.sign * measure.untouched * self.weights(measure)[None]
+        found = -measure.sign * self._sums([rows], measure.untouched) if rows else np.full((1, 1), np.inf)
+        return found if np.isfinite(found).all() else None
 
 
 def kept_by(run: FinalRun, metric: Metric | None) -> float | None:
@@ -375,6 +402,16 @@ def kept_by(run: FinalRun, metric: Metric | None) -> float | None:
     if measure.per_token or measured(run.metrics) is None:
         return measured(run.metrics)
     return fmean(-measure.sign * row[measure.field] for row in run.rows.values())
+
+
+def by_size(entries: Mapping[str, Timing]) -> list[str]:
+    """The entries' names by parameters, of those within 2 % the cheaper one first."""
+    left, order = by_cost(entries), list[str]()
+    while left:
+        least = min(entries[name].parameters for name in left)
+        order.append(next(name for name in left if entries[name].parameters <= (1 + EQUAL) * least))
+        left.remove(order[-1])
+    return order
 
 
 def by_cost(entries: Mapping[str, Timing]) -> list[str]:

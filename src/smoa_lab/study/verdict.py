@@ -21,6 +21,8 @@ def verdict(budget: Budget, plan: Plan, command: str, of_round: float) -> list[s
     further seed of all entries."""
     results = budget.results
     sentences = [answer(budget, plan, command, of_round)]
+    if budget.of_sizes:  # the rest is said of each size
+        return sentences
     for one in (one for one in results if one.entry in budget.at_edge):
         rate, tried = one.chosen.learning_rate, one.chosen.losses or {one.chosen.learning_rate: None}
         where = "of those that there was time for" if one.chosen.place == "cut" else "that was tried"
@@ -94,6 +96,8 @@ def taken(budget: Budget, family: Family, name: str) -> str:
 def _place(budget: Budget, name: str) -> str:
     kept = next(one.kept for one in budget.results if one.entry == name)
     first = ", the first in order of cost" if name == budget.order[0] and len(budget.order) > 1 else ""
+    if budget.of_sizes:
+        first = ", the smallest that does" if budget.family and budget.family.kept(name, budget.tolerance) <= 1 else ""
     return first + ("" if kept is None else f": {kept}")
 
 
