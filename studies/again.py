@@ -29,12 +29,12 @@ from smoa.atomic import write_whole
 from smoa_lab.basics.plain import json_text
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.planning import prepare
-from smoa_lab.study.report import PICTURE, report
+from smoa_lab.study.report import PICTURES, report
 from smoa_lab.study.results import Found
 from smoa_lab.study.study import Study, load_study
 
 REPLAY = STUDIES / "replay.json"
-WRITTEN = ("README.md", PICTURE)
+WRITTEN = ("README.md", *PICTURES.values())
 
 
 @contextlib.contextmanager
@@ -64,7 +64,7 @@ def unpacked(folder: Path) -> Iterator[Study]:
 def write(folder: Path) -> None:
     with unpacked(folder) as study:
         report(Comparison(study, prepare(study, None)))
-        for name in WRITTEN:
+        for name in (name for name in WRITTEN if (study.folder / name).is_file()):
             write_whole(folder / name, (study.folder / name).read_bytes())
 
 
