@@ -170,7 +170,8 @@ class Evaluation:
             losses = [sum(choice) for choice in of_row]
             nll.append(losses[row.label])
             tokens.append(len(of_row[row.label]))
-            right.append(math.isfinite(sum(losses)) and losses.index(min(losses)) == row.label)
+            likeliest = row.choices[losses.index(min(losses))]  # equal choices are equally right
+            right.append(math.isfinite(sum(losses)) and likeliest == row.choices[row.label])
         return Measured(Losses(nll, tokens), right)
 
     def diverge(self) -> None:

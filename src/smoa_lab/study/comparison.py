@@ -6,16 +6,14 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from typing import Any
 
 from filelock import FileLock
 
-from smoa.atomic import write_whole
-from smoa.errors import ConfigError, DataError, SmoaError
-from smoa_lab.basics.plain import json_text
+from smoa.errors import ConfigError
 from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import OWN
@@ -30,12 +28,15 @@ from smoa_lab.study.plan import (
     Take,
     changed_plan,
     duration,
+    error_text,
     other_config,
     other_inputs,
+    read_chosen,
+    write_chosen,
 )
 from smoa_lab.study.results import Budget, FinalRun, Found, kept_by, measured, read_metrics, read_rows
 from smoa_lab.study.search import STARTS, Chosen, best_of, index_of, next_indices, rate
-from smoa_lab.study.study import Job, Stage, Study, read_stored
+from smoa_lab.study.study import Job, Stage, Study
 from smoa_lab.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -43,18 +44,10 @@ POLL_SECONDS = 1.0
 """How long a process that finds no free job waits before it looks again."""
 
 
-def read_chosen(study: Study) -> dict[str, Chosen]:
-    """The rates that were chosen, by entry, but those at the edge of a search that may go on."""
-    file = study.folder / "chosen.json"
-    values = read_stored(file) if file.is_file() else {}
-    try:
-        return {
-            name: Chosen(one["learning_rate"], {float(at): loss for at, loss in one["losses"].items()}, one["place"])
-            for name, one in values.items()
-            if name in study.entries and not (one["place"] == "edge" and len(one["losses"]) < study.tuning.max_runs)
-        }
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise DataError(f"{file}: is damaged ({error!r}); remove it, and rates are chosen again by the runs") from error
+def _try_again(plan: Plan) -> dict[str, Any]:
+    """What failed is tried again, but for entries whose steps could not be timed."""
+    failed = {name: told for name, told in plan.failed.items() if name not in plan.entries}
+    return {"failed": failed} if failed != plan.failed else {}
 
 
 def _taken(family: str, take: Take, plan: Plan) -> dict[str, Any]:
@@ -100,7 +93,7 @@ class Comparison:
         names, taken, told, is_new = self.study.chosen(only), set[Job](), set[Job](), False
         executor = executor or Executor()
         self.workers = executor.workers
-        self._change(lambda plan: {"failed": {}} if plan.failed else {})  # what failed is tried again
+        self._change(_try_again)
         self.catch_up(names)
         self._fix_starts()
         if any(not job.is_untouched for job in self.losses):
@@ -161,7 +154,7 @@ class Comparison:
         """Note an entry that failed; raises the error where no entry could do without the job."""
         if job.is_untouched:
             raise error
-        told = f"{type(error).__name__}: {error}" if not isinstance(error, SmoaError) else str(error)
+        told = error_text(error)
         logger.error("%s: %s", job.name, told)
         self._change(lambda plan: {"failed": {**plan.failed, job.entry: told}})
         self._fix_starts()
@@ -209,9 +202,12 @@ class Comparison:
         """Whether a search's job would take the time of two seeds of all entries."""
         if self.plan.limit is None or not self.plan.seeds:
             return False
-        rounds = LEAST_SEEDS * sum(self.seconds("final", name) for name in self.study.entries) / self.workers
+        rounds = LEAST_SEEDS * sum(self.seconds("final", name) for name in self._timed()) / self.workers
         now = self.plan.used + time.time() - self._counted
         return now + self.seconds("search", job.entry) + MARGIN * rounds > self.plan.limit
+
+    def _timed(self) -> list[str]:
+        return [name for name in self.study.entries if name in self.plan.entries]
 
     def _cut(self, name: str) -> Chosen:
         """What an entry takes whose search ends before its time."""
@@ -242,9 +238,13 @@ class Comparison:
             jobs = [self.untouched("untouched-validation"), *(job for _, job in turns)]
         return [job for job in [*untouched, *jobs] if job not in self.losses]
 
-    def unanswered(self) -> list[str]:
-        """The entries of families without an answer, but those that failed."""
+    def unanswered(self, may_be_taken: bool = False) -> list[str]:
+        """The entries of families without an answer, but those that failed; where one of them ``may_be_taken``: nobody
+        is over two at the edges of their searches."""
         families = {name: own for name, own in self.study.families().items() if name not in self.plan.takes}
+        if may_be_taken:
+            at_edge = {name for name, one in self.chosen.items() if one.is_at_edge}
+            families = {name: own for name, own in families.items() if len(at_edge & {*own}) < 2}
         wanted = {name for own in families.values() for name in own} - self.plan.failed.keys()
         return [name for name in self.study.entries if name in wanted]
 
@@ -274,7 +274,7 @@ class Comparison:
     def further(self, names: Sequence[str]) -> list[Job]:
         """The next seed of all entries without an answer, if there is time for it by what runs took, whatever came out
         at them."""
-        known, entries = self.plan.seeds, self.unanswered()
+        known, entries = self.plan.seeds, self.unanswered(may_be_taken=True)
         if self.plan.limit is None or self.ready([*self.study.entries]) or not entries:
             return []
         seconds = MARGIN * sum(self.seconds("final", name) for name in entries) / self.workers
@@ -397,8 +397,7 @@ class Comparison:
             return
         with FileLock(self.study.folder / ".lock"):
             self.chosen = {**chosen, **read_chosen(self.study)}
-            values = {name: asdict(one) for name, one in self.chosen.items()}
-            write_whole(self.study.folder / "chosen.json", json_text(values) + "\n")
+            write_chosen(self.study, self.chosen)
         self._fix_starts()
 
     def _drop_adapters(self, job: Job) -> None:

@@ -4,21 +4,22 @@ what was decided. Steps are fixed once, and no resume changes them."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 from filelock import FileLock
 from pydantic import Field, ValidationError
 
 from smoa.atomic import write_whole
-from smoa.errors import ConfigError, DataError
+from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.basics.plain import json_text, portable
 from smoa_lab.basics.section import Section
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import ANSWERED
 from smoa_lab.pages.tables import Table, counted
 from smoa_lab.scoring.bounds import level_of
-from smoa_lab.study.search import STARTS, rate_text
+from smoa_lab.study.search import STARTS, Chosen, rate_text
 from smoa_lab.study.study import FORMAT, OLDER_DATA, Stage, Study, read_stored, series_of
 
 FIRST_SEEDS = 3
@@ -185,11 +186,36 @@ def write_plan(study: Study, plan: Plan) -> Plan:
     return plan
 
 
+def read_chosen(study: Study) -> dict[str, Chosen]:
+    """The rates that were chosen, by entry, but those at the edge of a search that may go on."""
+    file = study.folder / "chosen.json"
+    values = read_stored(file) if file.is_file() else {}
+    try:
+        return {
+            name: Chosen(one["learning_rate"], {float(at): loss for at, loss in one["losses"].items()}, one["place"])
+            for name, one in values.items()
+            if name in study.entries and not (one["place"] == "edge" and len(one["losses"]) < study.tuning.max_runs)
+        }
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise DataError(f"{file}: is damaged ({error!r}); remove it, and rates are chosen again by the runs") from error
+
+
+def write_chosen(study: Study, chosen: Mapping[str, Chosen]) -> None:
+    """Write the rates that were chosen."""
+    values = {name: asdict(one) for name, one in chosen.items()}
+    write_whole(study.folder / "chosen.json", json_text(values) + "\n")
+
+
 def duration(seconds: float) -> str:
     """``40 s``, ``3 min`` or ``2.5 h``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def error_text(error: Exception) -> str:
+    """What ended an entry: the message of an error of ours, of others with their kind."""
+    return str(error) if isinstance(error, SmoaError) else f"{type(error).__name__}: {error}"
 
 
 def few_rows(number: int, rows: int | None = None) -> str:

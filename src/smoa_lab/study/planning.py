@@ -41,13 +41,16 @@ from smoa_lab.study.plan import (
     as_planned,
     changes,
     duration,
+    error_text,
     few_rows,
     is_looked_at,
     other_config,
     other_inputs,
     other_metric,
+    read_chosen,
     read_plan,
     refuse,
+    write_chosen,
     write_plan,
 )
 from smoa_lab.study.study import ALL_SIZES, FORMAT, Job, Stage, Study, load_study, read_stored
@@ -122,8 +125,9 @@ def prepare(
         try:
             if plan is None:
                 beside, final = scored(study, configs, execute, seeds)
-                timings, steps = timed(study, new, execute, left, beside, workers)
+                timings, steps, failed = timed(study, new, execute, left, beside, workers)
                 facts: dict[str, Any] = {"study": as_planned(study), "minutes": minutes, "entries": timings, **found}
+                facts["failed"] = failed
                 seeds = seeds[:number]
                 rounds: dict[str, Any] = {"format": FORMAT, "seeds": seeds, "listed": seeds, "planned": len(seeds)}
                 plan = Plan(steps=steps, final=final, **rounds, **facts)
@@ -154,7 +158,7 @@ def outlook(
         return math.inf if minutes is None else 60 * minutes - (time.monotonic() - began)
 
     try:
-        timings, steps = timed(study, configs, execute, left, 0.0, workers)
+        timings, steps, failed = timed(study, configs, execute, left, 0.0, workers)
         batch = 3 * int(first.training.get("per_device_train_batch_size", 8))  # a step takes three times a scoring
         of_rows = {part: found["rows"][part] / batch * max(one.step for one in timings.values()) for part in PARTS}
         timings = {
@@ -172,7 +176,7 @@ def outlook(
         shutil.rmtree(study.folder / "timing", ignore_errors=True)
         if not had:
             shutil.rmtree(study.folder, ignore_errors=True)
-    facts: dict[str, Any] = {"study": as_planned(study), "minutes": minutes, "entries": timings, **found}
+    facts = {"study": as_planned(study), "minutes": minutes, "entries": timings, "failed": failed, **found}
     seeds = study.seeds[:number]
     plan = Plan(format=3, steps=steps, seeds=seeds, listed=seeds, planned=len(seeds), final=of_rows["test"], **facts)
     if minutes is not None:
@@ -205,23 +209,28 @@ def _continued(
     if seeds and not (plan.seeds or plan.study["seeds"]):  # as of smoa tune
         _, final = scored(study, configs, execute, seeds)
     beside = fmean(one.beside for one in plan.entries.values())
-    timings = {**plan.entries, **(timed(study, new, execute, left, beside)[0] if new else {})}
+    timings, _, failed = timed(study, new, execute, left, beside) if new else ({}, 0, {})
+    added = new.keys() - before.entries.keys()
     dropped = plan.dropped | {n: entry.budget for n, entry in before.entries.items() if n not in study.entries}
     back = [name for name in dropped if name in study.entries]
-    is_another = bool(new or back) or other_metric(plan, study)
+    is_another = bool(added or back) or other_metric(plan, study)
     goes_on = len(asked) > plan.rounds > 0 or (is_another and is_looked_at(plan, study))
-    is_lifted = asked != plan.seeds or new or study.tuning.max_runs > before.tuning.max_runs
-    more: dict[str, Any] = {"study": as_planned(study), "seeds": asked, "entries": timings, "final": final}
+    is_lifted = asked != plan.seeds or added or study.tuning.max_runs > before.tuning.max_runs
+    kept = {name: told for name, told in plan.failed.items() if name not in new}
+    more: dict[str, Any] = {"study": as_planned(study), "seeds": asked, "entries": plan.entries | timings}
+    more |= {"final": final, "failed": kept | failed}
     if plan.rounds == 0:
         more |= {"planned": len(asked), "listed": asked}
-    elif other_metric(plan, study) and goes_on and asked == plan.seeds and not (new or back):
+    elif other_metric(plan, study) and goes_on and asked == plan.seeds and not (added or back):
         more |= plan.scored_again()
-    elif goes_on and (len(asked), bool(new or back)) not in {(each, False) for each in plan.extensions[-1:]}:
+    elif goes_on and (len(asked), bool(added or back)) not in {(each, False) for each in plan.extensions[-1:]}:
         more |= {"planned": plan.rounds, "extensions": [*plan.extensions, len(asked)], "takes": {}}
     if minutes is not None and minutes != plan.minutes:
         more |= {"minutes": minutes, "limit": plan.used + left()}
     elif is_lifted:
         more["limit"] = None
+    if "limit" in more:  # searches that the time ended go on
+        write_chosen(study, {name: one for name, one in read_chosen(study).items() if one.place != "cut"})
     more["takes"] = {n: t for n, t in more.get("takes", plan.takes).items() if t.tolerance == study.tolerance}
     return plan.model_copy(update=more | {"dropped": {n: b for n, b in dropped.items() if n not in back}})
 
@@ -257,6 +266,12 @@ def scored(study: Study, configs: dict[str, RunConfig], execute: Execute, seeds:
                 if other_config(stored["config"], wanted_config, True):
                     shutil.rmtree(folder)
             metrics = execute(job, wanted_config)
+            loss = metrics["evaluation"]["before"]["loss"]
+            if (loss is None or not math.isfinite(loss)) and (place or config.data.metric is None):
+                raise ConfigError(
+                    f"shared.model: the base model's loss on {('test', 'validation')[place]} rows is not finite, and "
+                    "nothing can be compared with it; set model.dtype: float32, or leave out the rows that cause it"
+                )
             took[place] = metrics["training"]["seconds"]
             of_token = took[place] / max(1, metrics["evaluation"]["before"]["tokens"])
     test, validation = took
@@ -270,18 +285,26 @@ def timed(
     left: Callable[[], float],
     beside: float,
     workers: int = 1,
-) -> tuple[dict[str, Timing], int]:
-    """What a few steps of each entry take, and how many a whole run has. No folder is left. Raises ConfigError as soon
-    as the least comparison can't end in time at the quickest step so far, or where an entry trains another number of
-    parameters than it declares."""
+) -> tuple[dict[str, Timing], int, dict[str, str]]:
+    """What a few steps of each entry take, how many a whole run has, and what ended those that failed. No folder is
+    left. Raises ConfigError as soon as the least comparison can't end in time at the quickest step so far, or where an
+    entry trains another number of parameters than it declares; and what ended the last one if all failed."""
     logger.info("%d steps of each entry are timed, and thrown away", TIMED)
     folder, timings, quickest, steps = study.folder / "timing", dict[str, Timing](), list[float](), list[int]()
+    failed: dict[str, str] = {}
     seconds = min(TIMED_SECONDS, left() / 20 / len(configs))
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
     try:
         for name, config in configs.items():
             job = Job("timing", name, study.entries[name].learning_rate, study.tuning.seed)
-            metrics = execute(job, study.job_config(config, job), seconds)
+            try:
+                metrics = execute(job, study.job_config(config, job), seconds)
+            except Exception as error:
+                failed[name] = error_text(error)
+                logger.error("%s: %s", name, failed[name])
+                if len(failed) == len(configs):
+                    raise
+                continue
             trained, declared = metrics["parameters"]["trainable"], study.entries[name].parameters
             if declared is not None and abs(trained - declared) > PARAMETER_TOLERANCE * declared:
                 raise ConfigError(
@@ -294,7 +317,7 @@ def timed(
             quickest.append(min(took))
             steps.append(metrics["steps"])  # other batches make other numbers of an epoch; all take the fewest
             runs, fewest = LEAST_SEARCH * bool(study.tuning.max_runs) + LEAST_SEEDS, min(FEWEST, metrics["steps"])
-            work = sum(quickest) + (len(configs) - len(quickest)) * min(quickest)
+            work = sum(quickest) + (len(configs) - len(failed) - len(quickest)) * min(quickest)
             least = fewest * max(runs * work / workers, 2 * max(quickest))
             if least > (now := left()):
                 raise ConfigError(
@@ -304,7 +327,7 @@ def timed(
                 )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return timings, min(steps)
+    return timings, min(steps), failed
 
 
 def fitted(plan: Plan, max_runs: int, seconds: float, workers: int = 1) -> Plan:

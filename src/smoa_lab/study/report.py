@@ -164,6 +164,8 @@ def report(comparison: Comparison) -> Report:
         notes.append("All rows are in each part (data.recall): what is measured is what was learned by heart.")
     notes += [f"Not run yet: {', '.join(missing)}."] if missing else []
     notes += [f"{name} is left out: {reason}." for name, reason in study.gaps.items()]
+    if len({one.machine for one in plan.entries.values()}) > 1:
+        notes.append("Steps were timed on several machines, so that parameters alone decide the order of cost.")
     made = Report(
         title=f"{study.folder.resolve().name}: {study.shared['model']['name']}",
         summary={

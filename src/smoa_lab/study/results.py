@@ -273,7 +273,7 @@ class Found:
             families=families,
             measure=held_out.measures[0] if held_out.measures else None,
             order=by_size(timings) if name == ALL_SIZES else by_cost(timings),
-            at_edge=[entry for entry in finals if self.chosen[entry].place in ("edge", "cut")],
+            at_edge=[entry for entry in finals if self.chosen[entry].is_at_edge],
             round=number,
             planned=self.plan.rounds,
             done=sum(len(own) for own in finals.values()),

@@ -51,7 +51,7 @@ def answer(budget: Budget, plan: Plan, command: str, of_round: float) -> str:
     if all(map(family.diverged, family.names)):
         return "Every entry diverged: take none."
     if family.untouched is None:
-        return "No verdict: what training gained isn't known, as the untouched model was not scored."
+        return "No verdict: what training gained isn't known, as the base model was not scored on all rows."
     if len(family.weights) < 2:
         return "No verdict: all held-out rows belong together, and one group can't tell how others differ."
     decided, when = budget.decision(), f"after round {budget.round} of {max(budget.planned, budget.round)}"
@@ -62,6 +62,8 @@ def answer(budget: Budget, plan: Plan, command: str, of_round: float) -> str:
         return f"Training gained nothing that could be shown, {when}: take none."
     if decided is not None and decided.entry is not None:
         return f"{taken(budget, family, decided.entry)}, {when}: take {decided.entry}{_place(budget, decided.entry)}."
+    if budget.at_edge and any(one.chosen.place == "cut" for one in budget.results):
+        return "Undecided: the time ended searches. Give more --minutes, or raise tuning.max_runs: they go on."
     if budget.at_edge:
         return "Undecided: search further. Raise tuning.max_runs in the study's file: searches at an edge go on."
     more = needed(budget, family, plan)

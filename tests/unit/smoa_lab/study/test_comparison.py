@@ -357,6 +357,30 @@ def test_time_that_ends_before_the_planned_rounds_is_told_with_the_command_that_
     )
 
 
+def test_searches_that_the_time_ended_go_on_once_there_is_more(many: Study, written: WrittenRuns) -> None:
+    comparison = compared(many, 12)
+    written.slower = 2.6
+    comparison.run()
+    cut = {name for name, one in compared(many).chosen.items() if one.place == "cut"}
+    assert cut
+    assert "Give more --minutes, or raise tuning.max_runs" in " ".join(report(compared(many)).verdict)
+    written.slower = 1.0
+    more = compared(many, 120)
+    assert not cut & more.chosen.keys()
+    more.run()
+    assert all(one.place != "cut" for one in more.chosen.values())
+    assert len(written.ran) == len(set(written.ran))
+
+
+def test_no_seeds_are_bought_where_nobody_can_be_taken(many: Study, written: WrittenRuns) -> None:
+    far = {name: entry.model_copy(update={"learning_rate": 1e-6}) for name, entry in many.entries.items()}
+    study = many.model_copy(update={"entries": {**far, "full": many.entries["full"]}})
+    comparison = compared(study, 100)
+    comparison.run()
+    assert [comparison.chosen[name].place for name in ("ours", "lora", "full")][:2] == ["edge", "edge"]
+    assert ran_seeds(study) == [set("012"), set("012"), set("01234")]
+
+
 def test_a_seed_that_another_process_bought_is_run_here_too(many: Study, written: WrittenRuns) -> None:
     mine, theirs = compared(many, 30), compared(many)
     theirs.run()

@@ -314,6 +314,21 @@ def test_ctrl_c_ends_all_processes_and_the_study_goes_on_from_there(room: Path, 
     assert results(study) == wanted
 
 
+def test_steps_of_all_entries_are_timed_on_one_machine(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"NodeID": name * 56, "Alive": True, "Resources": {"CPU": cores}} for name, cores in (("a", 1), ("b", 8))]
+    asked: list[dict[str, Any]] = []
+    task = SimpleNamespace(remote=lambda *_: None)
+    remote = SimpleNamespace(options=lambda **options: asked.append(options) or task)
+    cluster = SimpleNamespace(nodes=lambda: nodes, remote=lambda _: remote)
+    monkeypatch.setattr(ray_executor, "connect", lambda address: cluster)
+    executor = RayExecutor(study, workers=2)
+    study.folder.mkdir()
+    for stage in ("timing", "timing", "search"):
+        executor.start(Job(stage, "lora", 0.01, 0))  # type: ignore[arg-type]
+    where = [options.get("scheduling_strategy") for options in asked]
+    assert [each and (each.node_id, each.soft) for each in where] == [("b" * 56, True)] * 2 + [None]
+
+
 def test_a_study_that_is_finished_starts_no_cluster(study: Study, written: WrittenRuns) -> None:
     finished(study)
     run_study(study, RayExecutor(study, workers=2, address="nowhere:1"))
