@@ -27,11 +27,11 @@ from stored import PACK, STUDIES, compared, runs_of
 
 from smoa.atomic import write_whole
 from smoa_lab.basics.plain import json_text
-from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.planning import prepare
-from smoa_lab.study.report import PICTURES, report
 from smoa_lab.study.results import Found
+from smoa_lab.study.run_study import Comparison
 from smoa_lab.study.study import Study, load_study
+from smoa_lab.study.study_report import PICTURES, report
 
 REPLAY = STUDIES / "replay.json"
 WRITTEN = ("README.md", *PICTURES.values())

@@ -17,10 +17,10 @@ from again import unpacked
 from stored import PACK, Run, compared, final_name, folders, runs_of, store, summary_of
 from study_page import study_page
 
-from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.planning import prepare, study_file
-from smoa_lab.study.report import report
 from smoa_lab.study.results import read_rows
+from smoa_lab.study.run_study import Comparison
+from smoa_lab.study.study_report import report
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.studies import finished, tiny_study, write_runs
 

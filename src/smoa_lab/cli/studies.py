@@ -54,13 +54,13 @@ def compare(
     with reporting("smoa_lab.study"):
         from smoa.errors import ConfigError
         from smoa_lab.budget import method_settings
-        from smoa_lab.study.comparison import Comparison
         from smoa_lab.study.default_study import default_study
         from smoa_lab.study.executor import Executor
         from smoa_lab.study.planning import check_folder, outlook, prepare, study_file
         from smoa_lab.study.ray_executor import RayExecutor
-        from smoa_lab.study.report import report
+        from smoa_lab.study.run_study import Comparison
         from smoa_lab.study.study import load_study
+        from smoa_lab.study.study_report import report
 
         began, overrides = time.monotonic(), overridden(overrides, "shared.")
         try:
@@ -127,10 +127,10 @@ def tune(
     with reporting("smoa_lab.study"):
         from smoa_lab.config.run import load_config
         from smoa_lab.pages.tables import Table, number
-        from smoa_lab.study.comparison import Comparison
         from smoa_lab.study.default_study import tuning_study
         from smoa_lab.study.executor import Executor
         from smoa_lab.study.planning import check_folder, prepare, study_file
+        from smoa_lab.study.run_study import Comparison
         from smoa_lab.study.search import rate_text
 
         study, executor = tuning_study(load_config(config, overrides), max_runs), Executor()

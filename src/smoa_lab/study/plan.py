@@ -18,7 +18,7 @@ from smoa_lab.basics.section import Section
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import ANSWERED
 from smoa_lab.pages.tables import Table, counted
-from smoa_lab.scoring.bounds import level_of
+from smoa_lab.study.bounds import level_of
 from smoa_lab.study.search import STARTS, Chosen, rate_text
 from smoa_lab.study.study import FORMAT, OLDER_DATA, Stage, Study, read_stored, series_of
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from math import floor
 
 from smoa_lab.pages.tables import counted
-from smoa_lab.scoring.bounds import Family, level_of
+from smoa_lab.study.bounds import Family, level_of
+from smoa_lab.study.decision import EQUAL, Budget
 from smoa_lab.study.plan import FEW_ROWS, FIRST_SEEDS, Plan, duration, few_rows
-from smoa_lab.study.results import EQUAL, Budget
 from smoa_lab.study.search import rate_text
 
 MOST_SEEDS = 12
@@ -41,7 +41,7 @@ def verdict(budget: Budget, plan: Plan, command: str, of_round: float) -> list[s
 def answer(budget: Budget, plan: Plan, command: str, of_round: float) -> str:
     """The adapter to take, the first in order of cost that keeps enough of what each other gained; or why none."""
     family, seeds = budget.family, max(len(one.seeds) for one in budget.results)
-    if family is None and budget.measure is None:
+    if family is None and budget.metric is None:
         return "No verdict: every run has the same values."
     if family is None and len(plan.seeds) < 2:
         goes_on = f"`{command} --seeds {FIRST_SEEDS}` goes on, for about {duration((FIRST_SEEDS - seeds) * of_round)}"
@@ -123,10 +123,10 @@ def needed(budget: Budget, family: Family, plan: Plan) -> int | None:
 
 def amount(budget: Budget, value: float) -> str:
     """A difference in the unit of what decides: three digits behind the point, or of a small number its first two."""
-    assert budget.measure is not None
-    measure, shown = budget.measure, budget.measure.scale * value
-    if measure.scale != 1:
-        return f"{shown:.{measure.digits}f} {measure.unit}"
+    assert budget.metric is not None
+    metric, shown = budget.metric, budget.metric.scale * value
+    if metric.scale != 1:
+        return f"{shown:.{metric.digits}f} {metric.unit}"
     if not math.isfinite(shown):
-        return f"any {measure.unit}"
-    return f"{f'{shown:.3f}' if abs(shown) >= 0.01 or not shown else f'{shown:.2g}'} {measure.unit}"
+        return f"any {metric.unit}"
+    return f"{f'{shown:.3f}' if abs(shown) >= 0.01 or not shown else f'{shown:.2g}'} {metric.unit}"

@@ -30,11 +30,11 @@ from smoa_lab.basics.trust import TRUSTED, Trust
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.own_metric import _loaded, own_metric
 from smoa_lab.study import ray_executor
-from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.executor import Executor
 from smoa_lab.study.plan import Metrics
 from smoa_lab.study.planning import prepare
 from smoa_lab.study.ray_executor import Place, RayExecutor, connect, equal_share, work
+from smoa_lab.study.run_study import Comparison
 from smoa_lab.study.study import Job, Study, load_study
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.metrics import named

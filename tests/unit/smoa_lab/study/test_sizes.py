@@ -12,16 +12,16 @@ from pydantic import ValidationError
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
-from smoa_lab.scoring.bounds import Family, contrast
-from smoa_lab.study.charts import sizes
+from smoa_lab.study.bounds import Family, contrast
+from smoa_lab.study.decision import by_size
 from smoa_lab.study.default_study import default_study
 from smoa_lab.study.plan import Timing, write_plan
-from smoa_lab.study.report import report
-from smoa_lab.study.results import by_size
 from smoa_lab.study.study import ALL_SIZES, Study, Tuning
+from smoa_lab.study.study_charts import sizes
+from smoa_lab.study.study_report import report
 from tests.support.studies import WrittenRuns, compared, fake_time, finished
-from tests.unit.smoa_lab.study.test_comparison import carried_out, folders
 from tests.unit.smoa_lab.study.test_default_study import room, smoa  # noqa: F401 - a fixture
+from tests.unit.smoa_lab.study.test_run_study import carried_out, folders
 from tests.unit.smoa_lab.study.test_verdict import budget
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -14,13 +15,13 @@ from typing import Any
 from filelock import FileLock
 
 from smoa.errors import ConfigError
-from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.config.run import RunConfig
-from smoa_lab.data.answers import OWN
-from smoa_lab.data.own_metric import own_metric
 from smoa_lab.pages.tables import counted
+from smoa_lab.study.decision import Budget
 from smoa_lab.study.executor import Executor
+from smoa_lab.study.metrics import loss_of, read_metrics
 from smoa_lab.study.plan import (
+    FIRST_SEEDS,
     LEAST_SEEDS,
     MARGIN,
     Metrics,
@@ -34,7 +35,7 @@ from smoa_lab.study.plan import (
     read_chosen,
     write_chosen,
 )
-from smoa_lab.study.results import Budget, FinalRun, Found, kept_by, measured, read_metrics, read_rows
+from smoa_lab.study.results import FinalRun, Found, kept_by, read_rows
 from smoa_lab.study.search import STARTS, Chosen, best_of, index_of, next_indices, rate
 from smoa_lab.study.study import Job, Stage, Study
 from smoa_lab.training.run_folder import RunFolder
@@ -68,14 +69,11 @@ class Comparison:
         """What the finished jobs reached; None for those that diverged."""
         self.configs = {name: study.config(name) for name in study.entries}
         self.metric = next(iter(self.configs.values())).data.metric
-        self.scorer = (
-            own_metric().name if self.metric == OWN and TRUSTED.metric is not None else plan.digests.get("metric")
-        )
-        """What stored answers were scored by, or now are."""
         self.took: dict[tuple[Stage, str], float] = {}
         """Seconds of the latest job of each kind that this process ran."""
         self.workers = 1
         self._rows: dict[Job, FinalRun] = {}
+        self._estimate = 0.0
         self._counted = time.time()
 
     def run(
@@ -90,27 +88,16 @@ class Comparison:
         ``executor`` runs jobs, by default in this process; after each of them, ``show`` may tell of it. Other processes
         may run the same study meanwhile.
         """
-        names, taken, told, is_new = self.study.chosen(only), set[Job](), set[Job](), False
-        executor = executor or Executor()
-        self.workers = executor.workers
-        self._change(_try_again)
-        self.catch_up(names)
-        self._fix_starts()
-        if any(not job.is_untouched for job in self.losses):
-            logger.info("%s", self.progress(names) or "All runs are done")
-        estimate = self.plan.used + self.at_most_left(names)
-        if self.study.tuning.max_runs == 0:
-            self._choose({n: Chosen(self.study.entries[n].learning_rate, {}, "named") for n in names})
-        if not only:
-            self.decide()
+        names, executor = self.study.chosen(only), executor or Executor()
+        self._resume(names, executor.workers)
+        taken, told = set[Job](), set[Job]()  # which other processes run, and of which that was said
+        self._decide(only)
         while (jobs := self.ready(names) or self.further(names)) or executor.running:
-            if is_new:  # a seed that was bought is known by now
-                show(self)
-                is_new = False
             waiting = [job for job in jobs if job not in executor.running and job not in taken]
             if waiting and (metrics := self.stored(waiting[0])) is not None:
                 self.finish(waiting[0], metrics)
-                self.decide() if not only else None
+                self._drop_adapters(waiting[0])
+                self._decide(only)
             elif waiting and waiting[0].stage == "search" and self.must_choose(waiting[0]):
                 logger.info("Searches end here: what is left of the time is for two seeds")
                 while open_ := self._to_search(names):
@@ -120,35 +107,54 @@ class Comparison:
             elif executor.running:
                 job, found = executor.next_finished()
                 if found is None:
-                    taken.add(job)
                     if job not in told:
                         logger.info("%s: another process runs it", job.name)
-                        told.add(job)
+                    taken.add(job)
+                    told.add(job)
                     continue
                 taken.clear()
-                is_new = True
                 if isinstance(found, Exception):
                     self._fail(job, found)
-                    continue
-                self.finish(job, self._checked(job, found))
-                self.took[job.stage, job.entry] = found["wall_seconds"]
-                self._change(lambda plan: {})
-                loss, took = self.losses[job], duration(found["wall_seconds"])
-                left = min(self.at_most_left(names), max(0.0, (self.plan.limit or float("inf")) - self.plan.used))
-                reached = "diverged" if loss is None else f"loss {loss:.4f}"
-                logger.info("%s: %s (%s); at most %s left", job.name, reached, took, duration(left))
-                if not only:
-                    self.decide()
-                now = self.plan.used + left
-                if abs(now - estimate) > estimate / 10 and duration(now) != duration(estimate):
-                    logger.info("At most %s in all, not %s", duration(now), duration(estimate))
-                    estimate = now
+                else:
+                    self.finish(job, self._checked(job, found))
+                    self._drop_adapters(job)
+                    self._log(job, found["wall_seconds"], names)
+                    self._decide(only)
+                if self.ready(names) or self.further(names):  # by now with a seed that was bought
+                    show(self)
             elif self.is_over:
                 logger.info("The %g minutes are used, and nothing more starts", self.plan.minutes)
                 break
             else:  # other processes run all that is left
                 time.sleep(POLL_SECONDS)
                 taken.clear()
+
+    def _resume(self, names: Sequence[str], workers: int) -> None:
+        """Note what has run, and try again what failed."""
+        self.workers = workers
+        self._change(_try_again)
+        self.catch_up(names)
+        for job in self.losses:
+            self._drop_adapters(job)
+        self._fix_starts()
+        if any(not job.is_untouched for job in self.losses):
+            logger.info("%s", self.progress(names) or "All runs are done")
+        self._estimate = self.plan.used + self.at_most_left(names)
+        if self.study.tuning.max_runs == 0:
+            self._choose({n: Chosen(self.study.entries[n].learning_rate, {}, "named") for n in names})
+
+    def _log(self, job: Job, seconds: float, names: Sequence[str]) -> None:
+        """Say what a finished job reached, and how long the rest takes; of the whole where that changed by a tenth."""
+        self.took[job.stage, job.entry] = seconds
+        self._change(lambda plan: {})
+        loss, limit = self.losses[job], math.inf if self.plan.limit is None else self.plan.limit
+        left = min(self.at_most_left(names), max(0.0, limit - self.plan.used))
+        reached = "diverged" if loss is None else f"loss {loss:.4f}"
+        logger.info("%s: %s (%s); at most %s left", job.name, reached, duration(seconds), duration(left))
+        now, before = self.plan.used + left, self._estimate
+        if abs(now - before) > before / 10 and duration(now) != duration(before):
+            logger.info("At most %s in all, not %s", duration(now), duration(before))
+            self._estimate = now
 
     def _fail(self, job: Job, error: Exception) -> None:
         """Note an entry that failed; raises the error where no entry could do without the job."""
@@ -161,9 +167,10 @@ class Comparison:
         if self.plan.failed.keys() >= self.study.entries.keys():
             raise error
 
-    def decide(self) -> None:
-        """Ask, round by round, for the answer of each family that has none, and write it into the plan."""
-        if len(self.plan.seeds) < 2 or not any(job.stage == "final" for job in self.losses):
+    def _decide(self, only: Sequence[str] = ()) -> None:
+        """Ask, round by round, for the answer of each family that has none, and write it into the plan; nothing where
+        ``only`` some of the entries run."""
+        if only or len(self.plan.seeds) < 2 or not any(job.stage == "final" for job in self.losses):
             return
         for name in self.study.families().keys() - self.plan.takes.keys():
             for number in self.plan.looked_at():
@@ -182,7 +189,7 @@ class Comparison:
     def found(self) -> Found:
         """What final runs found."""
         run = RunFolder(self.study.folder / "untouched")
-        untouched = read_rows(run, self.metric, self.scorer) if run.finished else {}
+        untouched = read_rows(run, self.metric) if run.finished else {}
         return Found(self.study, self.plan, self.chosen, self.finals(), self.metric, untouched)
 
     def finals(self) -> dict[str, dict[int, FinalRun]]:
@@ -193,7 +200,7 @@ class Comparison:
                 job = self.final(name, seed)
                 if job not in self._rows and (metrics := self.stored(job)) is not None:
                     folder = RunFolder(self.study.folder / job.name)
-                    self._rows[job] = FinalRun(folder, metrics, read_rows(folder, self.metric, self.scorer))
+                    self._rows[job] = FinalRun(folder, metrics, read_rows(folder, self.metric))
                 if job in self._rows:
                     found.setdefault(name, {})[seed] = self._rows[job]
         return found
@@ -230,8 +237,8 @@ class Comparison:
         chosen, final runs, one seed of all at a time, of the families without an answer."""
         untouched = [self.untouched("untouched")] if self.plan.seeds else []
         if not (searched := self._to_search(names)):
-            open_ = [name for name in names if name in self.unanswered()]
-            jobs = [self.final(name, seed) for seed in self.plan.seeds for name in open_]
+            seeds = {name: self.seeds_of(name) for name in names}
+            jobs = [self.final(name, seed) for seed in self.plan.seeds for name in names if seed in seeds[name]]
         else:
             wanted = {name: enumerate(self.search(name), start=len(self._searched(name))) for name in searched}
             turns = sorted((turn for of_entry in wanted.values() for turn in of_entry), key=itemgetter(0))
@@ -247,6 +254,13 @@ class Comparison:
             families = {name: own for name, own in families.items() if len(at_edge & {*own}) < 2}
         wanted = {name for own in families.values() for name in own} - self.plan.failed.keys()
         return [name for name in self.study.entries if name in wanted]
+
+    def seeds_of(self, name: str) -> list[int]:
+        """Those with which an entry runs: of a family in which nobody can be taken not more than the first ones."""
+        if name not in self.unanswered():
+            return []
+        is_open = self.plan.extensions or name in self.unanswered(may_be_taken=True)
+        return self.plan.seeds if is_open else self.plan.seeds[:FIRST_SEEDS]
 
     def _to_search(self, names: Sequence[str]) -> list[str]:
         """Those of the entries whose rates are not chosen, each behind the one from whose rate its search starts."""
@@ -322,9 +336,9 @@ class Comparison:
         seconds = 0.0
         for name in (each for each in self._to_search(names) if each in self.plan.entries):
             seconds += (self.study.tuning.max_runs - len(self._searched(name))) * self.seconds("search", name)
-        for name in (each for each in self.unanswered() if each in names and each in self.plan.entries):
+        for name in (each for each in names if each in self.plan.entries):
             finals = sum(job.stage == "final" and job.entry == name for job in self.losses)
-            seconds += (len(self.plan.seeds) - finals) * self.seconds("final", name)
+            seconds += max(0, len(self.seeds_of(name)) - finals) * self.seconds("final", name)
         return seconds / self.workers
 
     def progress(self, names: Sequence[str]) -> str:
@@ -382,14 +396,11 @@ class Comparison:
         return metrics
 
     def finish(self, job: Job, metrics: Metrics) -> None:
-        """Note a finished job; choose the rates of searches that are over; drop the adapters that are not to be
-        kept."""
-        self.losses[job] = measured(metrics)
+        """Note a finished job, and choose the rates of searches that are over."""
+        self.losses[job] = loss_of(metrics)
         if job.stage in ("search", "untouched-validation") and self.untouched("untouched-validation") in self.losses:
             over = [name for name in self.searches() if name not in self.chosen and not self.search(name)]
             self._choose({name: Chosen.of(self.plan.start(self.study, name), self._searched(name)) for name in over})
-        if not job.is_untouched:
-            self._drop_adapters(job)
 
     def _choose(self, chosen: dict[str, Chosen]) -> None:
         """Write the rates that were chosen, beside those that other processes chose."""
@@ -401,12 +412,12 @@ class Comparison:
         self._fix_starts()
 
     def _drop_adapters(self, job: Job) -> None:
-        """Of final runs the study says what is kept. A search keeps none, but where no final runs follow."""
+        """Of runs like this one keep the adapters that the study says; of a search none, but where no final runs
+        follow."""
         keep = "none" if job.stage == "search" and self.study.seeds else self.study.keep
-        if keep == "all":
+        if keep == "all" or job.is_untouched:
             return
-        kind = job.stage, job.entry
-        alike = {other: loss for other, loss in self.losses.items() if (other.stage, other.entry) == kind}
+        alike = {each: loss for each, loss in self.losses.items() if (each.stage, each.entry) == (job.stage, job.entry)}
         if job.stage == "final" and self.metric is not None and keep == "best":
             known = self.finals()[job.entry]
             alike = {self.final(job.entry, seed): kept_by(run, self.metric) for seed, run in known.items()}

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import fdtri, stdtrit
 
-from smoa_lab.scoring.calibrated import LEVELS
+from smoa_lab.study.calibrated import LEVELS
 
 Floats = NDArray[np.float64]
 WILD = 0.9

@@ -22,7 +22,8 @@ from smoa_lab.pages.charts import (
     tooltip,
     values,
 )
-from smoa_lab.study.results import Budget, FinalRun, Result
+from smoa_lab.study.decision import Budget, Result
+from smoa_lab.study.results import FinalRun
 from smoa_lab.study.search import Chosen
 from smoa_lab.study.study import Job
 
@@ -42,18 +43,18 @@ def differences(budgets: Mapping[str, Budget]) -> Any | None:
     with both one-sided bounds; None before there are any."""
     plots = []
     for title, budget in budgets.items():
-        family, measure, against = budget.family, budget.measure, budget.against
+        family, metric, against = budget.family, budget.metric, budget.against
         rows: list[dict[str, Any]] = []
-        if family is None or measure is None:
+        if family is None or metric is None:
             continue
         for one in (one for one in budget.results if one.entry != against):
             mean = family.mean(one.entry) - family.mean(against)
             ends = -family.upper(against, one.entry), family.upper(one.entry, against)
             if math.isfinite(mean):
-                low, high = sorted(-measure.sign * measure.scale * end for end in ends)
+                low, high = sorted(-metric.sign * metric.scale * end for end in ends)
                 known = {"low": low, "high": high}
                 word = "better" if ends[1] < 0 else "worse" if ends[0] > 0 else "not told apart"
-                digits, shown = measure.digits, -measure.sign * measure.scale * mean
+                digits, shown = metric.digits, -metric.sign * metric.scale * mean
                 told = f" [{low:+.{digits}f}, {high:+.{digits}f}]" if math.isfinite(low) else ""
                 rows.append(
                     {
@@ -68,8 +69,8 @@ def differences(budgets: Mapping[str, Budget]) -> Any | None:
                     }
                 )
         if rows:
-            side = "left" if measure.sign < 0 else "right"
-            axis = f"{measure.title} on held-out rows minus that of {against}; {side} is better"
+            side = "left" if metric.sign < 0 else "right"
+            axis = f"{metric.title} on held-out rows minus that of {against}; {side} is better"
             plots.append(forest(rows, axis).properties(title=f"Budget: {title}" if len(budgets) > 1 else ""))
     return alt.vconcat(*plots).resolve_scale(color="independent") if plots else None
 
@@ -79,10 +80,10 @@ def sizes(whole: Budget, of_sizes: Mapping[str, Budget], series: Mapping[str, st
     from the entry to take, or else from the smallest, whose level is dotted; those of a method, one of the ``series``,
     differ in color and shape. A line joins the best of sizes, where bounds say that it is. None before there are any.
     """
-    family, measure, against = whole.family, whole.measure, whole.against
-    if family is None or measure is None or not math.isfinite(family.mean(against)):
+    family, metric, against = whole.family, whole.metric, whole.against
+    if family is None or metric is None or not math.isfinite(family.mean(against)):
         return None
-    scale, title = -measure.sign * measure.scale, f"{measure.title} on held-out rows"
+    scale, title = -metric.sign * metric.scale, f"{metric.title} on held-out rows"
     looks = {one.entry: one.method for one in whole.results}
     names = {entry: _shown(name, looks[entry]) for entry, name in series.items() if entry in looks}
     methods, points = {name: looks[entry] for entry, name in names.items()}, list[dict[str, Any]]()
@@ -105,7 +106,7 @@ def sizes(whole: Budget, of_sizes: Mapping[str, Budget], series: Mapping[str, st
     scaled, ticks = alt.Scale(type="log", nice=False, padding=30), sorted({one["parameters"] for one in points})
     axis = alt.Axis(format=".3~s", values=ticks, labelOverlap=True, grid=False)
     x = alt.X("parameters:Q", scale=scaled, title="trainable parameters", axis=axis)
-    y = alt.Y("mean:Q", title=f"{title}; {'lower' if measure.sign < 0 else 'higher'} is better", scale=FREE)
+    y = alt.Y("mean:Q", title=f"{title}; {'lower' if metric.sign < 0 else 'higher'} is better", scale=FREE)
     legend = alt.Legend(title=None, orient="right", symbolType="circle", symbolOpacity=1)
     layers = [alt.Chart(values([{"mean": scale * family.mean(against)}])).mark_rule(color=MUTED, strokeDash=[2, 3])]
     layers[0] = layers[0].encode(y=y)
