@@ -21,7 +21,6 @@ from smoa_lab.study.decision import Budget
 from smoa_lab.study.executor import Executor
 from smoa_lab.study.metrics import loss_of, read_metrics
 from smoa_lab.study.plan import (
-    FIRST_SEEDS,
     LEAST_SEEDS,
     MARGIN,
     Metrics,
@@ -237,30 +236,21 @@ class Comparison:
         chosen, final runs, one seed of all at a time, of the families without an answer."""
         untouched = [self.untouched("untouched")] if self.plan.seeds else []
         if not (searched := self._to_search(names)):
-            seeds = {name: self.seeds_of(name) for name in names}
-            jobs = [self.final(name, seed) for seed in self.plan.seeds for name in names if seed in seeds[name]]
+            open_ = [name for name in names if name in self.unanswered()]
+            jobs = [self.final(name, seed) for seed in self.plan.seeds for name in open_]
         else:
             wanted = {name: enumerate(self.search(name), start=len(self._searched(name))) for name in searched}
             turns = sorted((turn for of_entry in wanted.values() for turn in of_entry), key=itemgetter(0))
             jobs = [self.untouched("untouched-validation"), *(job for _, job in turns)]
         return [job for job in [*untouched, *jobs] if job not in self.losses]
 
-    def unanswered(self, may_be_taken: bool = False) -> list[str]:
-        """The entries of families without an answer, but those that failed; where one of them ``may_be_taken``: nobody
-        is over two at the edges of their searches."""
-        families = {name: own for name, own in self.study.families().items() if name not in self.plan.takes}
-        if may_be_taken:
-            at_edge = {name for name, one in self.chosen.items() if one.is_at_edge}
-            families = {name: own for name, own in families.items() if len(at_edge & {*own}) < 2}
-        wanted = {name for own in families.values() for name in own} - self.plan.failed.keys()
+    def unanswered(self) -> list[str]:
+        """The entries of families without an answer, but those that failed."""
+        wanted = {name for own in self._open_families() for name in own} - self.plan.failed.keys()
         return [name for name in self.study.entries if name in wanted]
 
-    def seeds_of(self, name: str) -> list[int]:
-        """Those with which an entry runs: of a family in which nobody can be taken not more than the first ones."""
-        if name not in self.unanswered():
-            return []
-        is_open = self.plan.extensions or name in self.unanswered(may_be_taken=True)
-        return self.plan.seeds if is_open else self.plan.seeds[:FIRST_SEEDS]
+    def _open_families(self) -> list[list[str]]:
+        return [own for family, own in self.study.families().items() if family not in self.plan.takes]
 
     def _to_search(self, names: Sequence[str]) -> list[str]:
         """Those of the entries whose rates are not chosen, each behind the one from whose rate its search starts."""
@@ -288,7 +278,10 @@ class Comparison:
     def further(self, names: Sequence[str]) -> list[Job]:
         """The next seed of all entries without an answer, if there is time for it by what runs took, whatever came out
         at them."""
-        known, entries = self.plan.seeds, self.unanswered(may_be_taken=True)
+        known, entries = self.plan.seeds, self.unanswered()
+        at_edge = {name for name, one in self.chosen.items() if one.is_at_edge}
+        if all(len(at_edge & {*own}) > 1 for own in self._open_families()):
+            return []  # nobody is taken over two, whatever runs
         if self.plan.limit is None or self.ready([*self.study.entries]) or not entries:
             return []
         seconds = MARGIN * sum(self.seconds("final", name) for name in entries) / self.workers
@@ -336,9 +329,9 @@ class Comparison:
         seconds = 0.0
         for name in (each for each in self._to_search(names) if each in self.plan.entries):
             seconds += (self.study.tuning.max_runs - len(self._searched(name))) * self.seconds("search", name)
-        for name in (each for each in names if each in self.plan.entries):
+        for name in (each for each in self.unanswered() if each in names and each in self.plan.entries):
             finals = sum(job.stage == "final" and job.entry == name for job in self.losses)
-            seconds += max(0, len(self.seeds_of(name)) - finals) * self.seconds("final", name)
+            seconds += (len(self.plan.seeds) - finals) * self.seconds("final", name)
         return seconds / self.workers
 
     def progress(self, names: Sequence[str]) -> str:
