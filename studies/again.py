@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from statistics import fmean
@@ -26,15 +27,14 @@ from stored import PACK, STUDIES, compared, runs_of
 
 from smoa.atomic import write_whole
 from smoa_lab.basics.plain import json_text
-from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.plan import Plan
 from smoa_lab.study.planning import prepare
-from smoa_lab.study.report import PICTURE, report
-from smoa_lab.study.results import budgets_of
+from smoa_lab.study.results import Found
+from smoa_lab.study.run_study import Comparison
 from smoa_lab.study.study import Study, load_study
+from smoa_lab.study.study_report import PICTURES, report
 
 REPLAY = STUDIES / "replay.json"
-WRITTEN = ("README.md", PICTURE)
+WRITTEN = ("README.md", *PICTURES.values())
 
 
 @contextlib.contextmanager
@@ -64,7 +64,7 @@ def unpacked(folder: Path) -> Iterator[Study]:
 def write(folder: Path) -> None:
     with unpacked(folder) as study:
         report(Comparison(study, prepare(study, None)))
-        for name in WRITTEN:
+        for name in (name for name in WRITTEN if (study.folder / name).is_file()):
             write_whole(folder / name, (study.folder / name).read_bytes())
 
 
@@ -73,10 +73,10 @@ def replay(folder: Path) -> dict[str, Any]:
     would have taken, and its minutes as a share of those of all rounds, searches included."""
     with unpacked(folder) as study:
         comparison = Comparison(study, prepare(study, None))
-        finals, plan = comparison.finals(), comparison.plan
+        found, plan = comparison.found(), comparison.plan
         searches = sum(len(one.losses) * plan.seconds("search", name) for name, one in comparison.chosen.items())
         of_round = sum(plan.seconds("final", name) for name in plan.entries)
-        ends = [ended(comparison, plan, finals, order) for order in permutations(plan.seeds)]
+        ends = [ended(found, order) for order in permutations(plan.seeds)]
         whole = searches + len(plan.seeds) * of_round
         takes = sorted({str(entry) for entry, _ in ends})
         return {
@@ -86,12 +86,13 @@ def replay(folder: Path) -> dict[str, Any]:
         }
 
 
-def ended(comparison: Comparison, plan: Plan, finals: Any, order: tuple[int, ...]) -> tuple[str | None, int]:
+def ended(found: Found, order: tuple[int, ...]) -> tuple[str | None, int]:
     """What is taken, and after which round; all of them where nothing is."""
-    changed = plan.model_copy(update={"format": 3, "seeds": list(order), "listed": list(order), "planned": len(order)})
-    told = comparison.chosen, finals, comparison.metric, comparison.scorer
+    changed = found.plan.model_copy(
+        update={"format": 3, "seeds": list(order), "listed": list(order), "planned": len(order)}
+    )
     for number in changed.looked_at():
-        budget = budgets_of(comparison.study, changed, *told, number)["all"]
+        budget = replace(found, plan=changed).budgets(number)["all"]
         if (decision := budget.decision()) is not None:
             return decision.entry, number
     return None, len(order)

@@ -1,7 +1,7 @@
 """Measures how often the bounds of `smoa compare` miss, and what searches of a rate cost:
 
     python studies/calibration.py            # studies/calibration.json, of which results_page.py makes tables
-    python studies/calibration.py levels     # src/smoa_lab/scoring/calibrated.py: levels of looks, --plan's noise
+    python studies/calibration.py levels     # src/smoa_lab/study/calibrated.py: levels of looks, --plan's noise
     python studies/calibration.py noise      # the latter alone
 
 The draws are simulated; searches are simulated on stored curves, and noise is that of stored studies.
@@ -25,12 +25,12 @@ from stored import PACK, STUDIES, compared, folders, runs_of, summary_of
 
 from smoa.atomic import write_whole
 from smoa_lab.basics.plain import json_text
-from smoa_lab.scoring.bounds import Estimate, Floats, contrast, level_of, spread_of
-from smoa_lab.scoring.calibrated import LEVELS
+from smoa_lab.study.bounds import Estimate, Floats, contrast, level_of, spread_of
+from smoa_lab.study.calibrated import LEVELS
 from smoa_lab.study.search import Chosen, best_of, next_indices, rate
 
 FILE = STUDIES / "calibration.json"
-CALIBRATED = Path(__file__).parents[1] / "src" / "smoa_lab" / "scoring" / "calibrated.py"
+CALIBRATED = Path(__file__).parents[1] / "src" / "smoa_lab" / "study" / "calibrated.py"
 DRAWS, SEARCHED = 4000, 200
 """Simulated studies of a cell; searches of a curve."""
 RATIOS = (0.0, 0.02, 0.05, 0.1, 0.3, 1.0)

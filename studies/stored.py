@@ -17,9 +17,11 @@ from typing import Any
 
 STUDIES = Path(__file__).parent
 PACK = "runs.jsonl.gz"
-KEPT = ("README.md", "study.yaml", "plan.json", "chosen.json", "differences.png")
+KEPT = ("README.md", "study.yaml", "plan.json", "chosen.json", "differences.png", "sizes.png")
 OF_RUN = ("config", "provenance", "digests", "parameters", "evaluation", "gain", "forgetting", "training")
-OF_ROW = ("digest", "group", "copy", "tokens", "before", "after", "scored_before", "scored_after")
+OF_PART = ("digest", "group", "copy")
+"""What all runs on a part have in common; `rows_of` names the run that it is stored with."""
+OF_ROW = ("tokens", "before", "after", "scored_before", "scored_after")
 Run = dict[str, Any]
 
 
@@ -43,7 +45,11 @@ def runs_of(folder: Path) -> dict[str, Run]:
     """All runs by name: ``untouched``, ``tuning/ENTRY/lr-RATE-seed-SEED`` and ``final/…``, sorted; of `smoa compare` by
     their folders."""
     with gzip.open(folder / PACK, "rt", encoding="utf-8") as lines:
-        return {run["name"]: run for run in map(json.loads, lines)}
+        runs: dict[str, Run] = {run["name"]: run for run in map(json.loads, lines)}
+    for run in (run for run in runs.values() if "rows_of" in run):
+        whole = runs[run.pop("rows_of")]["rows"]
+        run["rows"] = {key: whole[key] for key in OF_PART if key in whole} | run["rows"]
+    return runs
 
 
 def final_name(entry: str, learning_rate: float, seed: int) -> str:
@@ -58,15 +64,21 @@ def store(study: Path, target: Path) -> None:
     from smoa_lab.training.run_folder import RunFolder
 
     target.mkdir(exist_ok=True)
-    for name in KEPT:
+    for name in (name for name in KEPT if (study / name).is_file()):
         shutil.copy(study / name, target)
     shutil.copy(study / "summary.json", target / "results.json")
-    lines = []
+    lines, stored_with = list[str](), dict[str, str]()
     for file in sorted(study.rglob("metrics.json")):
         metrics, name = json.loads(file.read_text(encoding="utf-8")), file.parent.relative_to(study).as_posix()
-        rows = read_rows(RunFolder(file.parent), metrics["config"]["data"]["metric"]).values()
-        columns = {key: finite([row.get(key) for row in rows]) for key in OF_ROW if any(key in row for row in rows)}
-        lines.append(json.dumps({"name": name, **{key: metrics.get(key) for key in OF_RUN}, "rows": columns}))
+        found = read_rows(RunFolder(file.parent), metrics["config"]["data"]["metric"])
+        rows = [found[key] for key in sorted(found)]
+        of_part, columns = (
+            {key: finite([row.get(key) for row in rows]) for key in keys if any(key in row for row in rows)}
+            for keys in (OF_PART, OF_ROW)
+        )
+        first = stored_with.setdefault(json.dumps(of_part), name)
+        own = {"rows": of_part | columns} if first == name else {"rows_of": first, "rows": columns}
+        lines.append(json.dumps({"name": name, **{key: metrics.get(key) for key in OF_RUN}} | own))
     packed = gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0)
     (target / PACK).write_bytes(packed)
 

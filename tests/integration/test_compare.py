@@ -51,7 +51,7 @@ def values_in(room: Path, folder: Path) -> dict[str, Any]:
             "forgetting": {"tokens": 128},
             "training": {**training, "use_cpu": True},
         },
-        "tuning": {"max_runs": 0},  # test_comparison.py has searches
+        "tuning": {"max_runs": 0},  # test_run_study.py has searches
         "seeds": [0, 1, 2],
         "entries": {
             "ours": {"method": "smoa", "adapter": smoa, "learning_rate": 0.01, "parameters": 448},

@@ -15,7 +15,7 @@ from smoa import SmoaConfig
 from smoa_lab.inspect import inspect_layers
 from smoa_lab.inspect_page import inspection_page
 from smoa_lab.run_page import report_run
-from smoa_lab.study.report import report
+from smoa_lab.study.study_report import report
 from tests.support import lab
 from tests.support.runs import stored_run
 from tests.support.studies import finished, tiny_study, write_runs

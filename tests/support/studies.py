@@ -16,12 +16,13 @@ from smoa.atomic import write_whole
 from smoa.errors import ConfigError
 from smoa_lab.basics.plain import portable
 from smoa_lab.config.run import RunConfig
-from smoa_lab.data.answers import ANSWERED
-from smoa_lab.study import comparison, executor, planning
-from smoa_lab.study.comparison import Comparison
+from smoa_lab.data.answers import ANSWERED, OWN
+from smoa_lab.data.own_metric import own_metric
+from smoa_lab.study import executor, planning, run_study
+from smoa_lab.study.decision import Result
 from smoa_lab.study.executor import Executor
 from smoa_lab.study.planning import prepare
-from smoa_lab.study.results import Result
+from smoa_lab.study.run_study import Comparison
 from smoa_lab.study.search import Chosen
 from smoa_lab.study.study import Entry, Study
 from smoa_lab.training.run_folder import RunFolder
@@ -132,6 +133,7 @@ class WrittenRuns:
             metrics,
             [
                 {**row, "before": row["after"], "right_before": number % 4 == 0, "answer_before": "5"}
+                | ({"scored_before": own_metric().score("5", row["own"], "")} if config.data.metric == OWN else {})
                 for number, row in enumerate(rows)
             ],
         )
@@ -178,6 +180,9 @@ class WrittenRuns:
             right = number % 4 < {"smoa": 4, "lora": 3}.get(config.method, 2)
             row |= {"reference": "4", "answer_after": answer if right else "5"}
             row |= {"own": json.dumps({"level": number % 3}), "where": f"rows.jsonl, row {number + 1}"}
+            if config.data.metric == OWN:
+                own = own_metric()
+                row |= {"scored_after": own.score(row["answer_after"], row["own"], row["where"]), "scored_by": own.name}
         if self.kind == "preference":
             row |= {"dpo_loss": value, "margin": -(value or 0.0), "won": int(number % 2 == 0)}
         return row
@@ -192,7 +197,7 @@ def write_runs(patch: pytest.MonkeyPatch) -> WrittenRuns:
     patch.setattr(executor, "run", runs.run)
     patch.setattr(executor, "score_untouched", runs.untouched)
     patch.setattr(executor, "time_steps", runs.time_steps)
-    patch.setattr(comparison, "POLL_SECONDS", 0.005)
+    patch.setattr(run_study, "POLL_SECONDS", 0.005)
     patch.setattr(planning, "inputs", runs.inputs)
     patch.setattr(planning, "empty_model", lambda model: None)
     patch.setattr(planning, "check_adapter", lambda model, wanted: None)
@@ -202,7 +207,7 @@ def write_runs(patch: pytest.MonkeyPatch) -> WrittenRuns:
 def fake_time(patch: pytest.MonkeyPatch, runs: WrittenRuns) -> None:
     """Time passes by runs alone, as long as they would take."""
     clock = SimpleNamespace(sleep=time.sleep, **dict.fromkeys(("monotonic", "perf_counter", "time"), lambda: runs.now))
-    for module in (comparison, executor, planning):
+    for module in (run_study, executor, planning):
         patch.setattr(module, "time", clock)
 
 

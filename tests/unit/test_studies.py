@@ -1,5 +1,6 @@
 """The stored studies: what the documents and the site show of them is what their JSON says."""
 
+import gzip
 import json
 import re
 import runpy
@@ -12,8 +13,16 @@ from typing import Any
 import gallery
 import pytest
 import results_page
-from stored import PACK, Run, compared, final_name, folders, runs_of, summary_of
+from again import unpacked
+from stored import PACK, Run, compared, final_name, folders, runs_of, store, summary_of
 from study_page import study_page
+
+from smoa_lab.study.planning import prepare, study_file
+from smoa_lab.study.results import read_rows
+from smoa_lab.study.run_study import Comparison
+from smoa_lab.study.study_report import report
+from smoa_lab.training.run_folder import RunFolder
+from tests.support.studies import finished, tiny_study, write_runs
 
 ROOT = Path(__file__).parents[2]
 SHOWN = 27
@@ -95,6 +104,27 @@ def test_the_pages_of_results_are_those_of_the_stored_ones(tmp_path: Path, monke
     gallery.main()
     for name in ("results.md", "verdict.md", "gallery.md"):
         assert (tmp_path / name).read_text() == (results_page.DOCS / name).read_text()
+
+
+def test_a_study_is_stored_with_the_digests_of_a_part_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_runs(monkeypatch)
+    study = tiny_study(tmp_path / "study", seeds=[0, 1])
+    with study_file(study):
+        comparison = finished(study)
+    report(comparison)
+    store(study.folder, tmp_path / "stored")
+    with gzip.open(tmp_path / "stored" / PACK, "rt") as lines:
+        stored = [json.loads(line) for line in lines]
+    assert len(stored) == len(list(study.folder.rglob("metrics.json"))) > 10
+    assert [("digest" in run["rows"], "rows_of" in run) for run in stored].count((True, False)) == 1
+    for name, run in runs_of(tmp_path / "stored").items():
+        rows = read_rows(RunFolder(study.folder / name))
+        assert list(zip(run["rows"]["digest"], run["rows"]["copy"], strict=True)) == sorted(rows)
+        assert run["rows"]["after"] == [rows[key]["after"] for key in sorted(rows)]
+        assert "rows_of" not in run
+    with unpacked(tmp_path / "stored") as again:
+        made = report(Comparison(again, prepare(again, None)))
+    assert made.summary["budgets"] == report(comparison).summary["budgets"]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,10 @@ def compare(
     model: Model = None,
     data: Data = None,
     methods: Annotated[str, typer.Option(help="Without a file: what is compared, by commas.")] = "smoa,lora",
-    parameters: Annotated[str, typer.Option(help="Without a file: how many each trains, as for smoa init.")] = "lora:8",
+    parameters: Annotated[
+        str | None, typer.Option(help="Without a file: how many each trains, as for smoa init.", show_default="lora:8")
+    ] = None,
+    sizes: Annotated[str | None, typer.Option(help="Or at several: ranks of LoRA with as many, e.g. 1,4,16.")] = None,
     settings: Settings = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Final runs of each; more than before go on.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0, help="End by then, with fewer seeds and steps.")] = None,
@@ -51,24 +54,31 @@ def compare(
     with reporting("smoa_lab.study"):
         from smoa.errors import ConfigError
         from smoa_lab.budget import method_settings
-        from smoa_lab.study.comparison import Comparison
         from smoa_lab.study.default_study import default_study
         from smoa_lab.study.executor import Executor
         from smoa_lab.study.planning import check_folder, outlook, prepare, study_file
         from smoa_lab.study.ray_executor import RayExecutor
-        from smoa_lab.study.report import report
+        from smoa_lab.study.run_study import Comparison
         from smoa_lab.study.study import load_study
+        from smoa_lab.study.study_report import report
 
         began, overrides = time.monotonic(), overridden(overrides, "shared.")
-        if model is None and data is None and study is not None and not settings:
+        try:
+            ranks = [int(rank) for rank in sizes.split(",")] if sizes else []
+        except ValueError as error:
+            raise ConfigError(f"--sizes {sizes}: write ranks of LoRA by commas, e.g. 1,4,16") from error
+        if model is None and data is None and study is not None and not settings and not ranks:
             given = Path(study, "study.yaml") if Path(study).is_dir() else Path(study)
             checked = load_study(given, overrides)
         elif model is None or data is None or (study is not None and "=" not in study):
-            raise ConfigError("give the YAML file of a study, or both --model and --data, with which --set goes")
+            raise ConfigError(
+                "give the YAML file of a study, or both --model and --data, with which --set and --sizes go"
+            )
         else:
             words = [*([] if study is None else [study]), *overrides]
             names = [name.strip().lower() for name in methods.split(",")]
-            checked, given = default_study(model, data, names, parameters, words, method_settings(settings or [])), None
+            own = method_settings(settings or [])
+            checked, given = default_study(model, data, names, parameters, words, own, ranks), None
         checked.chosen(only or [])
         check_folder(checked)
         if checked.references:
@@ -117,10 +127,10 @@ def tune(
     with reporting("smoa_lab.study"):
         from smoa_lab.config.run import load_config
         from smoa_lab.pages.tables import Table, number
-        from smoa_lab.study.comparison import Comparison
         from smoa_lab.study.default_study import tuning_study
         from smoa_lab.study.executor import Executor
         from smoa_lab.study.planning import check_folder, prepare, study_file
+        from smoa_lab.study.run_study import Comparison
         from smoa_lab.study.search import rate_text
 
         study, executor = tuning_study(load_config(config, overrides), max_runs), Executor()

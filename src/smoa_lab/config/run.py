@@ -23,7 +23,7 @@ from smoa_lab.basics.section import Section
 from smoa_lab.config.methods import MethodName, find_method, trains_own_dtype
 from smoa_lab.config.validation import Problem, block_problems, method_problems, training_problems
 from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
-from smoa_lab.data.answers import OWN, Metric
+from smoa_lab.data.answers import OWN, MetricName
 from smoa_lab.data.formats import Format
 from smoa_lab.data.general_text import STORY
 from smoa_lab.data.prepared import Group, Sizes
@@ -117,7 +117,7 @@ class DataSection(Section):
     validation_examples: int = Field(default=Sizes.validation, ge=0)
     test_examples: int = Field(default=Sizes.test, ge=0)
     samples: int = Field(default=10, ge=0)
-    metric: Metric | None = None
+    metric: MetricName | None = None
     group: Group = None
     answer_tokens: int | None = Field(default=None, gt=0)
     recall: bool = False

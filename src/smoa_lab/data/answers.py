@@ -8,7 +8,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Literal
 
-Metric = Literal["exact", "number", "contains", "choice", "score"]
+MetricName = Literal["exact", "number", "contains", "choice", "score"]
 MARK = "####"
 """What stands before the number that counts, as in GSM8K."""
 NUMBER = re.compile(
@@ -63,7 +63,7 @@ RULES: dict[str, Callable[[str, str], bool]] = {
     "contains": _contains,
 }
 """Whether an answer is right, by the completion: for the metrics that need answers. White space makes no difference."""
-OWN: Metric = "score"
+OWN: MetricName = "score"
 """What a function of the user's makes of answers; only the command names it: ``--metric FILE:NAME``."""
 ANSWERED = (*RULES, OWN)
 """The metrics that need answers."""

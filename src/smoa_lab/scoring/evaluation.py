@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from smoa.errors import DataError
 from smoa_lab.base_models import positions_of
-from smoa_lab.data.answers import ANSWERED, OWN, RULES, Metric, is_one_number
+from smoa_lab.data.answers import ANSWERED, OWN, RULES, MetricName, is_one_number
 from smoa_lab.data.encoding import Encoder, Tokens, pad_token, text_ids
 from smoa_lab.data.formats import shown
 from smoa_lab.data.general_text import STORY, TITLE, passages
@@ -81,7 +81,7 @@ class Evaluation:
         samples: int = 0,
         part: str = "test",
         beta: float = BETA,
-        metric: Metric | None = None,
+        metric: MetricName | None = None,
         loss_type: Any = "sigmoid",
         answer_tokens: int | None = None,
     ) -> None:
@@ -102,7 +102,7 @@ class Evaluation:
         self.written: dict[Stage, list[str]] = {}
         self.scored: dict[Stage, list[float]] = {}
 
-    def _answers(self, metric: Metric, most: int | None) -> None:
+    def _answers(self, metric: MetricName, most: int | None) -> None:
         """Have all rows answered, if the metric takes answers; raises DataError where rows lack what it scores, or a
         completion isn't right by it, or the user's own can't score it."""
         has_prompts = bool(self.rows[0].prompt) or not self.rows[0].is_text
@@ -170,7 +170,8 @@ class Evaluation:
             losses = [sum(choice) for choice in of_row]
             nll.append(losses[row.label])
             tokens.append(len(of_row[row.label]))
-            right.append(math.isfinite(sum(losses)) and losses.index(min(losses)) == row.label)
+            likeliest = row.choices[losses.index(min(losses))]  # equal choices are equally right
+            right.append(math.isfinite(sum(losses)) and likeliest == row.choices[row.label])
         return Measured(Losses(nll, tokens), right)
 
     def diverge(self) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from smoa.errors import ConfigError
 from smoa_lab.base_models import empty_model, with_rate
-from smoa_lab.budget import ALL_LINEAR, FIRST_BLOCKS, MOST, budget_parameters, shapes_of, size_method
+from smoa_lab.budget import ALL_LINEAR, FIRST_BLOCKS, LORA, MOST, budget_parameters, shapes_of, size_method
 from smoa_lab.config.methods import OTHER_LAYERS, find_method
 from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, check_config
 from smoa_lab.config.yaml_text import apply_overrides
@@ -19,7 +21,7 @@ from smoa_lab.init import file_for, first_values
 from smoa_lab.study.study import Study, Tuning, checked_study, load_study
 from smoa_lab.training.loaded_run import inputs
 
-METHODS = ("smoa", "lora")
+METHODS, PARAMETERS = ("smoa", "lora"), "lora:8"
 STEPS, PASSES, BATCH = 300, 3, 8
 """At most so many steps, of so many rows, and passes over the rows."""
 MOST_SEEDS = {1: 5, 2: 5, 3: 4, 4: 4}
@@ -62,57 +64,71 @@ def default_study(
     model: str,
     data: str,
     methods: Sequence[str] = METHODS,
-    parameters: str = "lora:8",
+    parameters: str | None = None,
     changes: Sequence[str] = (),
     settings: Mapping[str, dict[str, Any]] | None = None,
+    sizes: Sequence[int] = (),
 ) -> Study:
-    """A study of ``methods`` at ``parameters`` on a model and data, as `smoa train` would take these, with further
-    ``settings`` of theirs."""
+    """A study of ``methods`` at ``parameters``, by default :data:`PARAMETERS`, or at each of ``sizes``, ranks of LoRA,
+    on a model and data, as `smoa train` would take these, with further ``settings`` of theirs."""
+    if sizes and parameters:
+        raise ConfigError("--sizes and --parameters both say how many each trains; leave one out")
+    if wrong := [size for size in sizes if size < 1 or list(sizes).count(size) > 1]:
+        raise ConfigError(f"--sizes: {wrong[0]} is no rank of LoRA, or named twice; give different ones, e.g. 1,4,16")
+    amounts = {f"-r{size}": f"{LORA}{size}" for size in sizes} or {"": parameters or PARAMETERS}
     for name, own in (settings or {}).items():
         if name not in methods:
             raise ConfigError(f"--set {name}: is not one of --methods {','.join(methods)}; name it there too")
-        places = {f"entries.{name}.adapter.{key}" for key in own}
+        places = {f"entries.{name}{suffix}.adapter.{key}" for suffix in amounts for key in own}
         if twice := sorted(places & {change.partition("=")[0] for change in changes}):
             raise ConfigError(f"--set {name}: {twice[0]} says it too; leave one out")
     if twice := [name for name in methods if list(methods).count(name) > 1]:
         raise ConfigError(f"--methods: {twice[0]} is named twice; name each once")
     of_data = [change.removeprefix("shared.") for change in changes if change.startswith("shared.data.")]
-    run = first_values(model, data, parameters, changes=of_data)
+    run = first_values(model, data, next(iter(amounts.values())), changes=of_data)
     empty, lora_rate = empty_model(ModelSection(name=model)), float(run["training"]["learning_rate"])
-    budget = budget_parameters(parameters, empty.num_parameters(), shapes_of(empty, (ALL_LINEAR,), model))
+    shapes = shapes_of(empty, (ALL_LINEAR,), model)
     kept = {key: value for key, value in run["training"].items() if key not in OWN and value}
     apply_overrides(run, of_data)
     looked = {**run, "training": {**kept, "output_dir": "runs"}}
     rows = inputs(check_config(looked, "smoa compare"))["rows"]["train"]
     steps = min(STEPS, math.ceil(PASSES * rows / BATCH))
     training = {"max_steps": steps, "per_device_train_batch_size": BATCH, "logging_steps": max(1, steps // 30)}
-    entries = {}
-    for name in methods:
+    entries, gaps = dict[str, dict[str, Any]](), dict[str, str]()
+    for (suffix, amount), name in product(amounts.items(), methods):
         found = find_method(name).config_class
         fields = set() if found is None else {each.name for each in dataclasses.fields(found)}
         block: dict[str, Any] = {} if name in OTHER_LAYERS else {"target_modules": ALL_LINEAR}
         block |= {"num_blocks": FIRST_BLOCKS} if "num_blocks" in fields else {}
         block |= {"total_step": steps} if "total_step" in fields else {}
         block |= (settings or {}).get(name, {})
+        budget = budget_parameters(amount, empty.num_parameters(), shapes)
         sized = size_method(empty, name, block, budget)
         if not budget * SMALLEST <= (sized.parameters or 0) <= budget * MOST:
-            raise ConfigError(
-                f"--methods: {name} can't have the {budget:,.0f} parameters of {parameters} "
-                f"({sized.note or 'its nearest size is too far'}); leave it out, or write it into a study's file"
-            )
+            reason = f"{name} can't have the {budget:,.0f} parameters of {amount}"
+            reason += f" ({sized.note or 'its nearest size is too far'})"
+            if not sizes:
+                raise ConfigError(f"--methods: {reason}; leave it out, or write it into a study's file")
+            gaps[f"{name}{suffix}"] = reason
+            continue
         alphas = [key for key in ALPHAS if key in fields and "r" in sized.adapter][:1]
-        entries[name] = {
+        of_size = {"budget": f"r = {suffix[2:]}", "size": int(suffix[2:])} if sizes else {}
+        entries[f"{name}{suffix}"] = of_size | {
             "method": name,
             "adapter": {**block, **sized.adapter, **dict.fromkeys(alphas, 2 * sized.adapter.get("r", 0))},
             "learning_rate": float(f"{TIMES_LORA.get(name, (1, ''))[0] * lora_rate:.1e}"),
             "parameters": sized.parameters,
         }
+    if not entries:
+        raise ConfigError(f"--sizes: no method can have one of them: {'; '.join(gaps.values())}")
+    together = max(Counter(each.get("budget") for each in entries.values()).values())
     values = {
         "folder": f"studies/{file_for(data).stem}",
         "shared": {**{key: run[key] for key in ("model", "trainer", "data")}, "training": {**kept, **training}},
         "entries": entries,
+        **({"gaps": gaps} if gaps else {}),
         "tuning": Tuning().model_dump(),
-        "seeds": list(range(MOST_SEEDS.get(len(entries), 3))),
+        "seeds": list(range(MOST_SEEDS.get(together, 3))),
         "keep": "best",
     }
     apply_overrides(values, [change for change in changes if not change.startswith("shared.data.")])

@@ -10,8 +10,8 @@ from typing import Any
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
+from smoa_lab.study.metrics import read_metrics
 from smoa_lab.study.plan import Metrics
-from smoa_lab.study.results import read_metrics
 from smoa_lab.study.study import Job
 from smoa_lab.training.guards import Diverged
 from smoa_lab.training.run_folder import RunFolder, Taken

@@ -4,22 +4,23 @@ what was decided. Steps are fixed once, and no resume changes them."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 from filelock import FileLock
 from pydantic import Field, ValidationError
 
 from smoa.atomic import write_whole
-from smoa.errors import ConfigError, DataError
+from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.basics.plain import json_text, portable
 from smoa_lab.basics.section import Section
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import ANSWERED
 from smoa_lab.pages.tables import Table, counted
-from smoa_lab.scoring.bounds import level_of
-from smoa_lab.study.search import STARTS, rate_text
-from smoa_lab.study.study import FORMAT, OLDER_DATA, Stage, Study, read_stored
+from smoa_lab.study.bounds import level_of
+from smoa_lab.study.search import STARTS, Chosen, rate_text
+from smoa_lab.study.study import FORMAT, OLDER_DATA, Stage, Study, read_stored, series_of
 
 FIRST_SEEDS = 3
 """Seeds that come before more steps than these."""
@@ -62,11 +63,12 @@ class Plan(Section):
     that are run, for ``steps`` each; ``final`` is how many seconds a final run takes more than a search's.
 
     ``planned`` rounds, a seed of all entries each, are looked at one after the other; ``extensions`` are the numbers of
-    rounds of one look each, beyond them. ``takes`` are what budgets' looks decided, ``failed`` entries have their
-    errors, ``dropped`` ones their budgets. With ``minutes`` nothing starts once ``used``, the seconds until the time
-    ``counted`` in which a command ran, reaches ``limit``, and time that is left buys seeds of ``listed``. Entries or
-    seeds that somebody asks for later lift the limit. A plan of format 1 or 2 is looked at once, when all its seeds are
-    in; ``looks`` are its own.
+    rounds of one look each, beyond them. ``starts`` are the rates from which searches of entries with a size start,
+    fixed when that of the size before has chosen. ``takes`` are what families' looks decided, ``failed`` entries have
+    their errors, ``dropped`` ones their budgets. With ``minutes`` nothing starts once ``used``, the seconds until the
+    time ``counted`` in which a command ran, reaches ``limit``, and time that is left buys seeds of ``listed``. Entries
+    or seeds that somebody asks for later lift the limit. A plan of format 1 or 2 is looked at once, when all its seeds
+    are in; ``looks`` are its own.
     """
 
     format: Literal[1, 2, 3] = 1
@@ -84,6 +86,7 @@ class Plan(Section):
     counted: float = 0.0
     planned: int = 0
     extensions: list[int] = Field(default=[])
+    starts: dict[str, float] = Field(default={})
     takes: dict[str, Take] = Field(default={})
     failed: dict[str, str] = Field(default={})
     dropped: dict[str, str] = Field(default={})
@@ -105,6 +108,10 @@ class Plan(Section):
             return self.extensions[-1:]
         return list(range(2, self.rounds + 1)) if self.format == FORMAT else [self.rounds]
 
+    def start(self, study: Study, name: str) -> float:
+        """The rate from which an entry's search starts; the entry's own as long as none is fixed."""
+        return self.starts.get(name, study.entries[name].learning_rate)
+
     def scored_again(self) -> dict[str, Any]:
         """The changes for one more look at the rounds that there are, by another metric."""
         number = min((take.round for take in self.takes.values()), default=len(self.seeds))
@@ -122,19 +129,25 @@ class Plan(Section):
 
     def longest(self, max_runs: int, workers: int = 1) -> float:
         """Seconds of all searches, each at its longest, and then of all final runs: of the work that workers share, or
-        of the longest chain, since a search takes its runs after the first three one after the other."""
-        searches, finals = ([self.seconds(stage, name) for name in self.entries] for stage in ("search", "final"))
-        chain = min(max_runs, 1 + max(0, max_runs - STARTS)) * max(searches)
-        of_finals = max(len(self.seeds) * sum(finals) / workers, max(finals)) if self.seeds else 0.0
-        return max(max_runs * sum(searches) / workers, chain) + of_finals
+        of the longest chain, since a search takes its runs after the first three one after the other, and a method's
+        sizes are searched one after the other."""
+        searches, finals = ({name: self.seconds(stage, name) for name in self.entries} for stage in ("search", "final"))
+        of_chains: dict[str, float] = {}
+        for name, seconds in searches.items():
+            series = series_of(name, self.study.get("entries", {}).get(name, {}).get("size"))
+            of_chains[series] = of_chains.get(series, 0.0) + seconds
+        chain = min(max_runs, 1 + max(0, max_runs - STARTS)) * max(of_chains.values())
+        of_finals = max(len(self.seeds) * sum(finals.values()) / workers, max(finals.values())) if self.seeds else 0.0
+        return max(max_runs * sum(searches.values()) / workers, chain) + of_finals
 
     def table(self, study: Study, workers: int = 1) -> Table:
         """A line for each entry, and what they share as caption."""
         lines = []
         for name, one in self.entries.items():
             seconds = [duration(self.seconds(stage, name)) for stage in ("search", "final")]
-            rate = rate_text(study.entries[name].learning_rate)
-            lines.append([name, f"{one.parameters:,}", rate, f"{one.step:.3g}", *seconds])
+            before = study.at_other_sizes(name)[:1] if study.tuning.max_runs and name not in self.starts else []
+            rate = rate_text(self.start(study, name))
+            lines.append([name, f"{one.parameters:,}", *(before or [rate]), f"{one.step:.3g}", *seconds])
         each_run = f"{counted(self.steps, 'step')} a run on {counted(self.rows['train'], 'row')}"
         held_out = f"{self.rows['validation']} choose the rates, {self.rows['test']} decide"
         most = duration(self.longest(study.tuning.max_runs, workers))
@@ -173,11 +186,36 @@ def write_plan(study: Study, plan: Plan) -> Plan:
     return plan
 
 
+def read_chosen(study: Study) -> dict[str, Chosen]:
+    """The rates that were chosen, by entry, but those at the edge of a search that may go on."""
+    file = study.folder / "chosen.json"
+    values = read_stored(file) if file.is_file() else {}
+    try:
+        return {
+            name: Chosen(one["learning_rate"], {float(at): loss for at, loss in one["losses"].items()}, one["place"])
+            for name, one in values.items()
+            if name in study.entries and not (one["place"] == "edge" and len(one["losses"]) < study.tuning.max_runs)
+        }
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise DataError(f"{file}: is damaged ({error!r}); remove it, and rates are chosen again by the runs") from error
+
+
+def write_chosen(study: Study, chosen: Mapping[str, Chosen]) -> None:
+    """Write the rates that were chosen."""
+    values = {name: asdict(one) for name, one in chosen.items()}
+    write_whole(study.folder / "chosen.json", json_text(values) + "\n")
+
+
 def duration(seconds: float) -> str:
     """``40 s``, ``3 min`` or ``2.5 h``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def error_text(error: Exception) -> str:
+    """What ended an entry: the message of an error of ours, of others with their kind."""
+    return str(error) if isinstance(error, SmoaError) else f"{type(error).__name__}: {error}"
 
 
 def few_rows(number: int, rows: int | None = None) -> str:
@@ -216,7 +254,7 @@ def is_looked_at(plan: Plan, study: Study) -> bool:
     return any(any(study.folder.glob(f"*/lr-*-seed-{seed}/metrics.json")) for seed in seeds)
 
 
-FREE = ("tolerance", "keep", "references")
+FREE = ("tolerance", "keep", "references", "gaps")
 """Keys of a study's file that decide nothing of its runs."""
 
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,6 +20,7 @@ from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.base_models import empty_model
 from smoa_lab.basics.folders import check_place
+from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.config.methods import check_adapter
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import to_yaml
@@ -26,8 +28,8 @@ from smoa_lab.data.answers import OWN, RULES
 from smoa_lab.data.own_metric import own_metric
 from smoa_lab.data.row import PARTS
 from smoa_lab.pages.tables import counted
-from smoa_lab.scoring.bounds import expected_width, spread_of
-from smoa_lab.scoring.calibrated import NOISE
+from smoa_lab.study.bounds import expected_width, spread_of
+from smoa_lab.study.calibrated import NOISE
 from smoa_lab.study.executor import TIMED, TIMED_SECONDS
 from smoa_lab.study.plan import (
     FEW_ROWS,
@@ -39,19 +41,25 @@ from smoa_lab.study.plan import (
     Plan,
     Timing,
     as_planned,
+    changed_plan,
     changes,
     duration,
+    error_text,
     few_rows,
     is_looked_at,
     other_config,
     other_inputs,
     other_metric,
+    read_chosen,
     read_plan,
     refuse,
+    write_chosen,
     write_plan,
 )
-from smoa_lab.study.study import FORMAT, Job, Stage, Study, load_study, read_stored
+from smoa_lab.study.results import stored_rows
+from smoa_lab.study.study import ALL_SIZES, FORMAT, Job, Stage, Study, load_study, read_stored
 from smoa_lab.training.loaded_run import inputs
+from smoa_lab.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -79,67 +87,16 @@ def prepare(
     It is for so many ``minutes`` of ``workers`` since ``began``. ``number`` is that of all seeds that are run, those
     first that were left out. Without ``execute``, which runs jobs, the plan is what it is, and no rows are read.
     """
-    began = time.monotonic() if began is None else began
-    first, plan = study.config(next(iter(study.entries))), read_plan(study)
-    if execute is None:
-        if plan is None:
-            raise DataError(f"{study.folder}: nothing has run yet; run smoa compare on this study first")
-        refuse(f"{study.folder}: contains a study that was planned otherwise", changes(plan.study, study, plan.known))
-        if other_metric(plan, study) and is_looked_at(plan, study):
-            again: dict[str, Any] = {"study": {**plan.study, "shared": as_planned(study)["shared"]}}
-            again |= plan.scored_again()
-            plan = write_plan(study, plan.model_copy(update=again))
-        return plan
-    told = plan.digests.get("metric") if plan else None
-    scored_by = {"metric": own_metric(told).name} if first.data.metric == OWN else {}
-    found = inputs(first)
-    found["digests"] |= scored_by
-    seeds = [*study.seeds, *sorted({*range(number + 1 if number else 0)} - {*study.seeds, study.tuning.seed})]
-    for part, use in {"validation": "rates", **({"test": "entries"} if seeds else {})}.items():
-        if not found["rows"][part]:
-            raise ConfigError(f"shared.data: leaves no {part} rows, by which {use} are compared; give more rows")
-    if (rows := found["rows"]["validation"]) < FEW_TO_CHOOSE and study.tuning.max_runs:
-        logger.warning("Only %s chooses the rates, much by chance; give more", counted(rows, "validation row"))
-    if seeds and found["rows"]["test"] < FEW_ROWS:
-        logger.warning(few_rows(found["rows"]["test"]))
-    study.folder.mkdir(parents=True, exist_ok=True)
-
-    def left() -> float:
-        """Seconds."""
-        return math.inf if minutes is None else 60 * minutes - (time.monotonic() - began)
-
-    with _alone(study):
-        plan = read_plan(study)  # another process may have made it
-        configs = {name: study.config(name) for name in study.entries}
-        if plan is not None:
-            changed = changes(plan.study, study, plan.known)
-            changed += [f"{what} changed" for what in other_inputs(plan.digests, found["digests"])]
-            refuse(f"{study.folder}: contains a study that was planned otherwise", changed)
-        new = {name: config for name, config in configs.items() if plan is None or name not in plan.entries}
-        for config in new.values():
-            if (wanted := config.peft_config()) is not None:
-                check_adapter(empty_model(config.model), wanted)
-        try:
-            if plan is None:
-                beside, final = scored(study, configs, execute, seeds)
-                timings, steps = timed(study, new, execute, left, beside, workers)
-                facts: dict[str, Any] = {"study": as_planned(study), "minutes": minutes, "entries": timings, **found}
-                seeds = seeds[:number]
-                rounds: dict[str, Any] = {"format": FORMAT, "seeds": seeds, "listed": seeds, "planned": len(seeds)}
-                plan = Plan(steps=steps, final=final, **rounds, **facts)
-                if minutes is not None:
-                    plan = fitted(plan, study.tuning.max_runs, left(), workers)
-                    plan = plan.model_copy(update={"limit": 60 * minutes})
-            else:
-                plan = _continued(study, plan, configs, new, execute, left, minutes, seeds, number)
-        except SmoaError:
-            if plan is None:  # the next study here may be another
-                for stage in UNTOUCHED:
-                    shutil.rmtree(study.folder / stage, ignore_errors=True)
-            raise
-        now = time.time()
-        used = plan.used + min(time.monotonic() - began, now - plan.counted)
-        return write_plan(study, plan.model_copy(update={"used": used, "counted": now}))
+    if execute is not None:
+        return Planner(study, execute, minutes, workers, number, time.monotonic() if began is None else began).plan()
+    plan = read_plan(study)
+    if plan is None:
+        raise DataError(f"{study.folder}: nothing has run yet; run smoa compare on this study first")
+    _refuse_another(study, plan)
+    if other_metric(plan, study) and is_looked_at(plan, study):
+        again = {"study": {**plan.study, "shared": as_planned(study)["shared"]}} | plan.scored_again()
+        plan = write_plan(study, plan.model_copy(update=again))
+    return score_again(study, plan)
 
 
 def outlook(
@@ -147,82 +104,270 @@ def outlook(
 ) -> tuple[Plan, str]:
     """The plan that a study would get, by a few timed steps, and about which difference it will tell. Nothing is
     scored, but for right answers 20 rows of the untouched model, and nothing is kept."""
-    configs, had = {name: study.config(name) for name in study.entries}, study.folder.exists()
-    (name, first), found = next(iter(configs.items())), inputs(next(iter(configs.values())))
-
-    def left() -> float:
-        return math.inf if minutes is None else 60 * minutes - (time.monotonic() - began)
-
+    had = study.folder.exists()
     try:
-        timings, steps = timed(study, configs, execute, left, 0.0, workers)
-        batch = 3 * int(first.training.get("per_device_train_batch_size", 8))  # a step takes three times a scoring
-        of_rows = {part: found["rows"][part] / batch * max(one.step for one in timings.values()) for part in PARTS}
-        timings = {
-            n: one.model_copy(update={"beside": one.beside + of_rows["validation"]}) for n, one in timings.items()
-        }
-        noise = NOISE["loss"]
-        if (metric := first.data.metric) in RULES:
-            few = first.data.model_copy(update={"test_examples": 20})
-            training = {**first.training, "output_dir": str(study.folder / "timing" / "untouched")}
-            job = Job("untouched", name, study.entries[name].learning_rate, 0)
-            scores = execute(job, first.model_copy(update={"data": few, "training": training}))["evaluation"]["before"]
-            scale = spread_of([scores[str(metric)]] * 20)
-            noise = NOISE["scored"][0] * scale, NOISE["scored"][1] * scale
+        return Planner(study, execute, minutes, workers, number, began).outlook()
     finally:
         shutil.rmtree(study.folder / "timing", ignore_errors=True)
         if not had:
             shutil.rmtree(study.folder, ignore_errors=True)
-    facts: dict[str, Any] = {"study": as_planned(study), "minutes": minutes, "entries": timings, **found}
-    seeds = study.seeds[:number]
-    plan = Plan(format=3, steps=steps, seeds=seeds, listed=seeds, planned=len(seeds), final=of_rows["test"], **facts)
-    if minutes is not None:
-        plan = fitted(plan, study.tuning.max_runs, left(), workers).model_copy(update={"limit": 60 * minutes})
-    if len(plan.seeds) < 2 or metric not in (None, *RULES):
-        return plan, "Which difference it will tell is not known beforehand."
-    width = expected_width(len(configs), len(plan.seeds), found["rows"]["test"], noise)
-    told = f"{100 * width:.1f} points" if metric in RULES else f"{width:.3f} nats per token"
-    return plan, f"By {counted(len(plan.seeds), 'round')} it will tell differences of about {told}."
 
 
-def _continued(
-    study: Study,
-    plan: Plan,
-    configs: dict[str, RunConfig],
-    new: dict[str, RunConfig],
-    execute: Execute,
-    left: Callable[[], float],
-    minutes: float | None,
-    seeds: Sequence[int],
-    number: int | None,
-) -> Plan:
-    """A plan for what was added to its study since. Entries, another metric and seeds beyond the planned rounds take
-    one more look."""
-    final, before = plan.final, Study.model_validate({"folder": study.folder, **plan.study})
-    asked = [*plan.seeds, *(seed for seed in study.seeds if seed not in plan.known)]
-    if number is not None and (minutes is None or number > len(plan.listed)):
-        asked += [seed for seed in seeds if seed not in asked][: max(0, number - len(asked))]
-    if seeds and not (plan.seeds or plan.study["seeds"]):  # as of smoa tune
-        _, final = scored(study, configs, execute, seeds)
-    beside = fmean(one.beside for one in plan.entries.values())
-    timings = {**plan.entries, **(timed(study, new, execute, left, beside)[0] if new else {})}
-    dropped = plan.dropped | {n: entry.budget for n, entry in before.entries.items() if n not in study.entries}
-    back = [name for name in dropped if name in study.entries]
-    is_another = bool(new or back) or other_metric(plan, study)
-    goes_on = len(asked) > plan.rounds > 0 or (is_another and is_looked_at(plan, study))
-    is_lifted = asked != plan.seeds or new or study.tuning.max_runs > before.tuning.max_runs
-    more: dict[str, Any] = {"study": as_planned(study), "seeds": asked, "entries": timings, "final": final}
-    if plan.rounds == 0:
-        more |= {"planned": len(asked), "listed": asked}
-    elif other_metric(plan, study) and goes_on and asked == plan.seeds and not (new or back):
-        more |= plan.scored_again()
-    elif goes_on and (len(asked), bool(new or back)) not in {(each, False) for each in plan.extensions[-1:]}:
-        more |= {"planned": plan.rounds, "extensions": [*plan.extensions, len(asked)], "takes": {}}
-    if minutes is not None and minutes != plan.minutes:
-        more |= {"minutes": minutes, "limit": plan.used + left()}
-    elif is_lifted:
-        more["limit"] = None
-    more["takes"] = {n: t for n, t in more.get("takes", plan.takes).items() if t.tolerance == study.tolerance}
-    return plan.model_copy(update=more | {"dropped": {n: b for n, b in dropped.items() if n not in back}})
+def score_again(study: Study, plan: Plan) -> Plan:
+    """Let the user's metric, if the command names one, score stored answers that another function scored, and note it.
+    Where it fails on one, all stay as they are."""
+    if study.shared["data"].get("metric") != OWN or TRUSTED.metric is None:
+        return plan
+    own, scored = own_metric(), dict[RunFolder, list[dict[str, Any]]]()
+    for run in (RunFolder(file.parent) for file in sorted(study.folder.rglob("metrics.json"))):
+        rows = stored_rows(run)
+        by_metric = [row for row in rows if "own" in row]
+        answered = [(row, stage) for row in by_metric for stage in ("before", "after") if f"answer_{stage}" in row]
+        if any(row.get("scored_by") != own.name for row, _ in answered):
+            for row, stage in answered:
+                row[f"scored_{stage}"] = own.score(row[f"answer_{stage}"], row["own"], row["where"])
+            scored[run] = rows
+    for run, rows in scored.items():
+        run.write_rows({**row, "scored_by": own.name} for row in rows)
+    if plan.digests.get("metric") == own.name:
+        return plan
+    return changed_plan(study, lambda plan: {"digests": {**plan.digests, "metric": own.name}})
+
+
+def _refuse_another(study: Study, plan: Plan, found: dict[str, str] | None = None) -> None:
+    """Raise ConfigError if the plan is of another study, or of other inputs than were ``found``."""
+    changed = changes(plan.study, study, plan.known)
+    changed += [f"{what} changed" for what in (other_inputs(plan.digests, found) if found is not None else ())]
+    refuse(f"{study.folder}: contains a study that was planned otherwise", changed)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans what a command asks for, as :func:`prepare` explains."""
+
+    study: Study
+    execute: Execute
+    minutes: float | None
+    workers: int
+    number: int | None
+    began: float
+
+    def plan(self) -> Plan:
+        """Make the study's plan, or complete it, and write it."""
+        study, found = self.study, self._inputs()
+        study.folder.mkdir(parents=True, exist_ok=True)
+        with _alone(study):
+            before = read_plan(study)  # another process may have made it
+            if before is not None:
+                _refuse_another(study, before, found["digests"])
+            new = {n: config for n, config in self._configs().items() if before is None or n not in before.entries}
+            for config in new.values():
+                if (wanted := config.peft_config()) is not None:
+                    check_adapter(empty_model(config.model), wanted)
+            plan = self._first(found) if before is None else self._continued(before, new)
+            now = time.time()
+            used = plan.used + min(time.monotonic() - self.began, now - plan.counted)
+            plan = write_plan(study, plan.model_copy(update={"used": used, "counted": now}))
+        return score_again(study, plan)
+
+    def _inputs(self) -> dict[str, Any]:
+        """Digests and numbers of the study's rows; raises ConfigError where a part has none, and warns of few."""
+        first = self._first_config()
+        plan = read_plan(self.study)
+        known = plan.digests.get("metric") if plan else None
+        scored_by = {"metric": own_metric(known).name} if first.data.metric == OWN else {}
+        found = inputs(first)
+        for part, use in {"validation": "rates", **({"test": "entries"} if self.seeds else {})}.items():
+            if not found["rows"][part]:
+                raise ConfigError(f"shared.data: leaves no {part} rows, by which {use} are compared; give more rows")
+        if (rows := found["rows"]["validation"]) < FEW_TO_CHOOSE and self.study.tuning.max_runs:
+            logger.warning("Only %s chooses the rates, much by chance; give more", counted(rows, "validation row"))
+        if self.seeds and found["rows"]["test"] < FEW_ROWS:
+            logger.warning(few_rows(found["rows"]["test"]))
+        return {**found, "digests": found["digests"] | scored_by}
+
+    @property
+    def seeds(self) -> list[int]:
+        """The study's, and those of further rounds that are asked for."""
+        known = self.study.seeds
+        return [*known, *sorted({*range(self.number + 1 if self.number else 0)} - {*known, self.study.tuning.seed})]
+
+    def left(self) -> float:
+        """Seconds."""
+        return math.inf if self.minutes is None else 60 * self.minutes - (time.monotonic() - self.began)
+
+    def _configs(self) -> dict[str, RunConfig]:
+        return {name: self.study.config(name) for name in self.study.entries}
+
+    def _first_config(self) -> RunConfig:
+        return self.study.config(next(iter(self.study.entries)))
+
+    def _first(self, found: dict[str, Any]) -> Plan:
+        """A first plan. One that is refused leaves nothing: the next study here may be another."""
+        try:
+            beside, final = self._scored()
+            return self._made(found, *self._timed(self._configs(), beside), final)
+        except SmoaError:
+            for stage in UNTOUCHED:
+                shutil.rmtree(self.study.folder / stage, ignore_errors=True)
+            raise
+
+    def _made(
+        self, found: dict[str, Any], entries: dict[str, Timing], steps: int, failed: dict[str, str], final: float
+    ) -> Plan:
+        """The plan of a study that has none, with what fits into the time."""
+        seeds, facts = self.seeds[: self.number], {"study": as_planned(self.study), "entries": entries, **found}
+        rounds: dict[str, Any] = {"format": FORMAT, "seeds": seeds, "listed": seeds, "planned": len(seeds)}
+        plan = Plan(steps=steps, final=final, minutes=self.minutes, failed=failed, **rounds, **facts)
+        if self.minutes is None:
+            return plan
+        fits = fitted(plan, self.study.tuning.max_runs, self.left(), self.workers)
+        return fits.model_copy(update={"limit": 60 * self.minutes})
+
+    def outlook(self) -> tuple[Plan, str]:
+        """As :func:`outlook`."""
+        first, found = self._first_config(), inputs(self._first_config())
+        timings, steps, failed = self._timed(self._configs(), 0.0)
+        batch = 3 * int(first.training.get("per_device_train_batch_size", 8))  # a step takes three times a scoring
+        of_rows = {part: found["rows"][part] / batch * max(one.step for one in timings.values()) for part in PARTS}
+        beside = of_rows["validation"]
+        timings = {n: one.model_copy(update={"beside": one.beside + beside}) for n, one in timings.items()}
+        plan, metric = self._made(found, timings, steps, failed, of_rows["test"]), first.data.metric
+        if len(plan.seeds) < 2 or metric not in (None, *RULES):
+            return plan, "Which difference it will tell is not known beforehand."
+        scale = 1.0 if metric is None else self._spread_of_answers(first, metric)
+        noise = NOISE["loss" if metric is None else "scored"]
+        together = max(len(own) for name, own in self.study.families().items() if name != ALL_SIZES)
+        of_seeds, of_row = (scale * each for each in noise)
+        width = expected_width(together, len(plan.seeds), found["rows"]["test"], (of_seeds, of_row))
+        told = f"{width:.3f} nats per token" if metric is None else f"{100 * width:.1f} points"
+        return plan, f"By {counted(len(plan.seeds), 'round')} it will tell differences of about {told}."
+
+    def _spread_of_answers(self, config: RunConfig, metric: str) -> float:
+        """That of right ones, by 20 answers of the untouched model."""
+        name = next(iter(self.study.entries))
+        few = config.data.model_copy(update={"test_examples": 20})
+        training = {**config.training, "output_dir": str(self.study.folder / "timing" / "untouched")}
+        job = Job("untouched", name, self.study.entries[name].learning_rate, 0)
+        metrics = self.execute(job, config.model_copy(update={"data": few, "training": training}))
+        return spread_of([metrics["evaluation"]["before"][metric]] * 20)
+
+    def _continued(self, plan: Plan, new: dict[str, RunConfig]) -> Plan:
+        """A plan for what was added to its study since. Entries, another metric and seeds beyond the planned rounds
+        take one more look."""
+        study, before = self.study, Study.model_validate({"folder": self.study.folder, **plan.study})
+        final = plan.final
+        asked = [*plan.seeds, *(seed for seed in study.seeds if seed not in plan.known)]
+        if self.number is not None and (self.minutes is None or self.number > len(plan.listed)):
+            asked += [seed for seed in self.seeds if seed not in asked][: max(0, self.number - len(asked))]
+        if self.seeds and not (plan.seeds or plan.study["seeds"]):  # as of smoa tune
+            _, final = self._scored()
+        beside = fmean(one.beside for one in plan.entries.values())
+        timings, _, failed = self._timed(new, beside) if new else ({}, 0, {})
+        failed |= {name: told for name, told in plan.failed.items() if name not in new}
+        dropped = plan.dropped | {n: entry.budget for n, entry in before.entries.items() if n not in study.entries}
+        back = [name for name in dropped if name in study.entries]
+        added = bool(new.keys() - before.entries.keys() or back)
+        more: dict[str, Any] = {"study": as_planned(study), "seeds": asked, "entries": plan.entries | timings}
+        more |= {"final": final, "failed": failed, "dropped": {n: b for n, b in dropped.items() if n not in back}}
+        more |= self._looks(plan, asked, added)
+        if self.minutes is not None and self.minutes != plan.minutes:
+            more |= {"minutes": self.minutes, "limit": plan.used + self.left()}
+        elif asked != plan.seeds or added or study.tuning.max_runs > before.tuning.max_runs:
+            more["limit"] = None
+        if "limit" in more:  # searches that the time ended go on
+            write_chosen(study, {name: one for name, one in read_chosen(study).items() if one.place != "cut"})
+        takes = more.get("takes", plan.takes)
+        more["takes"] = {name: take for name, take in takes.items() if take.tolerance == study.tolerance}
+        return plan.model_copy(update=more)
+
+    def _looks(self, plan: Plan, asked: Sequence[int], added: bool) -> dict[str, Any]:
+        """The changes for rounds beyond the planned ones, for ``added`` entries and for another metric."""
+        is_scored_again = other_metric(plan, self.study)
+        goes_on = len(asked) > plan.rounds or ((added or is_scored_again) and is_looked_at(plan, self.study))
+        if plan.rounds == 0:
+            return {"planned": len(asked), "listed": asked}
+        if is_scored_again and goes_on and asked == plan.seeds and not added:
+            return plan.scored_again()
+        if goes_on and (added or plan.extensions[-1:] != [len(asked)]):
+            return {"planned": plan.rounds, "extensions": [*plan.extensions, len(asked)], "takes": {}}
+        return {}
+
+    def _scored(self) -> tuple[float, float]:
+        """Score the untouched model, which counts. Seconds that a search's run takes to score, and that a final one
+        takes more, to answer and to score general text before and after too."""
+        study, config = self.study, self._first_config()
+        name, took, of_token = next(iter(study.entries)), [0.0, 0.0], 0.0
+        for place, wanted in enumerate((self.seeds, study.tuning.max_runs)):
+            if not wanted:
+                continue
+            job = Job(UNTOUCHED[place], name, study.entries[name].learning_rate, 0)
+            job_config, file = study.job_config(config, job), study.folder / job.name / "metrics.json"
+            if file.is_file() and other_config(read_stored(file)["config"], job_config, True):
+                shutil.rmtree(file.parent)  # of a start that was interrupted, before the file was edited
+            metrics = self.execute(job, job_config)
+            scores = metrics["evaluation"]["before"]
+            is_finite = scores["loss"] is not None and math.isfinite(scores["loss"])
+            if not is_finite and (place or config.data.metric is None):
+                raise ConfigError(
+                    f"shared.model: the base model's loss on {('test', 'validation')[place]} rows is not finite, and "
+                    "nothing can be compared with it; set model.dtype: float32, or leave out the rows that cause it"
+                )
+            took[place] = metrics["training"]["seconds"]
+            of_token = took[place] / max(1, scores["tokens"])
+        test, validation = took
+        return validation, test + 2 * config.forgetting.tokens * of_token - validation if self.seeds else 0.0
+
+    def _timed(self, configs: dict[str, RunConfig], beside: float) -> tuple[dict[str, Timing], int, dict[str, str]]:
+        """What a few steps of each entry take, how many a whole run has, and what ended those that failed. No folder
+        is left. Raises what ended the last one if all failed."""
+        logger.info("%d steps of each entry are timed, and thrown away", TIMED)
+        study, folder = self.study, self.study.folder / "timing"
+        timings, quickest, steps, failed = dict[str, Timing](), list[float](), list[int](), dict[str, str]()
+        seconds = min(TIMED_SECONDS, self.left() / 20 / len(configs))
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+        try:
+            for name, config in configs.items():
+                job = Job("timing", name, study.entries[name].learning_rate, study.tuning.seed)
+                try:
+                    metrics = self.execute(job, study.job_config(config, job), seconds)
+                except Exception as error:
+                    failed[name] = error_text(error)
+                    logger.error("%s: %s", name, failed[name])
+                    if len(failed) == len(study.entries):
+                        raise
+                    continue
+                took, trained = metrics["seconds"], metrics["parameters"]["trainable"]
+                _check_parameters(name, trained, study.entries[name].parameters)
+                known = {"beside": metrics["loading"] + beside, "machine": metrics.get("machine", "")}
+                timings[name] = Timing(parameters=trained, step=fmean(took[1:] or took), **known)
+                quickest.append(min(took))
+                steps.append(metrics["steps"])  # other batches make other numbers of an epoch; all take the fewest
+                self._check_time(quickest, len(configs) - len(failed), metrics["steps"])
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return timings, min(steps, default=0), failed
+
+    def _check_time(self, quickest: Sequence[float], entries: int, steps: int) -> None:
+        """Raise ConfigError as soon as the least comparison can't end in time at the quickest steps so far."""
+        runs, fewest = LEAST_SEARCH * bool(self.study.tuning.max_runs) + LEAST_SEEDS, min(FEWEST, steps)
+        work = sum(quickest) + (entries - len(quickest)) * min(quickest)
+        least = fewest * max(runs * work / self.workers, 2 * max(quickest))
+        if least > (now := self.left()):
+            raise ConfigError(
+                f"--minutes: {counted(runs, 'run')} of {counted(fewest, 'step')} for each entry, the smallest "
+                f"comparison, take {duration(least)} or more, and {duration(max(0.0, now))} are left; give more, or "
+                "fewer --methods or shorter rows"
+            )
+
+
+def _check_parameters(name: str, trained: int, declared: int | None) -> None:
+    """Raise ConfigError where an entry trains another number of parameters than it declares."""
+    if declared is not None and abs(trained - declared) > PARAMETER_TOLERANCE * declared:
+        raise ConfigError(
+            f"entries.{name}: trains {trained:,} parameters, not {declared:,} to within {PARAMETER_TOLERANCE:.0%}; "
+            "change its size (smoa budget --method) or what it declares"
+        )
 
 
 @contextmanager
@@ -238,72 +383,6 @@ def _alone(study: Study) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def scored(study: Study, configs: dict[str, RunConfig], execute: Execute, seeds: Sequence[int]) -> tuple[float, float]:
-    """Score the untouched model, which counts. Seconds that a search's run takes to score, and that a final one takes
-    more, to answer and to score general text before and after too."""
-    entry, config = next(iter(configs.items()))
-    took, of_token = [0.0, 0.0], 0.0
-    for place, wanted in enumerate((seeds, study.tuning.max_runs)):
-        if wanted:
-            job = Job(UNTOUCHED[place], entry, study.entries[entry].learning_rate, 0)
-            wanted_config, folder = study.job_config(config, job), study.folder / job.name
-            if (
-                folder / "metrics.json"
-            ).is_file():  # of a start that was interrupted, perhaps before the file was edited
-                stored = read_stored(folder / "metrics.json")
-                if other_config(stored["config"], wanted_config, True):
-                    shutil.rmtree(folder)
-            metrics = execute(job, wanted_config)
-            took[place] = metrics["training"]["seconds"]
-            of_token = took[place] / max(1, metrics["evaluation"]["before"]["tokens"])
-    test, validation = took
-    return validation, (test + 2 * config.forgetting.tokens * of_token - validation) if seeds else 0.0
-
-
-def timed(
-    study: Study,
-    configs: dict[str, RunConfig],
-    execute: Execute,
-    left: Callable[[], float],
-    beside: float,
-    workers: int = 1,
-) -> tuple[dict[str, Timing], int]:
-    """What a few steps of each entry take, and how many a whole run has. No folder is left. Raises ConfigError as soon
-    as the least comparison can't end in time at the quickest step so far, or where an entry trains another number of
-    parameters than it declares."""
-    logger.info("%d steps of each entry are timed, and thrown away", TIMED)
-    folder, timings, quickest, steps = study.folder / "timing", dict[str, Timing](), list[float](), list[int]()
-    seconds = min(TIMED_SECONDS, left() / 20 / len(configs))
-    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-    try:
-        for name, config in configs.items():
-            job = Job("timing", name, study.entries[name].learning_rate, study.tuning.seed)
-            metrics = execute(job, study.job_config(config, job), seconds)
-            trained, declared = metrics["parameters"]["trainable"], study.entries[name].parameters
-            if declared is not None and abs(trained - declared) > PARAMETER_TOLERANCE * declared:
-                raise ConfigError(
-                    f"entries.{name}: trains {trained:,} parameters, not {declared:,} to within "
-                    f"{PARAMETER_TOLERANCE:.0%}; change its size (smoa budget --method) or what it declares"
-                )
-            took = metrics["seconds"]
-            known = {"beside": metrics["loading"] + beside, "machine": metrics.get("machine", "")}
-            timings[name] = Timing(parameters=trained, step=fmean(took[1:] or took), **known)
-            quickest.append(min(took))
-            steps.append(metrics["steps"])  # other batches make other numbers of an epoch; all take the fewest
-            runs, fewest = LEAST_SEARCH * bool(study.tuning.max_runs) + LEAST_SEEDS, min(FEWEST, metrics["steps"])
-            work = sum(quickest) + (len(configs) - len(quickest)) * min(quickest)
-            least = fewest * max(runs * work / workers, 2 * max(quickest))
-            if least > (now := left()):
-                raise ConfigError(
-                    f"--minutes: {counted(runs, 'run')} of {counted(fewest, 'step')} for each entry, the smallest "
-                    f"comparison, take {duration(least)} or more, and {duration(max(0.0, now))} are left; give more, "
-                    "or fewer --methods or shorter rows"
-                )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return timings, min(steps)
 
 
 def fitted(plan: Plan, max_runs: int, seconds: float, workers: int = 1) -> Plan:

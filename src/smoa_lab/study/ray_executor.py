@@ -9,6 +9,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,11 @@ class RayExecutor(Executor):
         if self._ray is None:
             self._begin()
         logger.info("%s", job.name)
-        share = {"num_cpus": self.cores, "num_gpus": int(self.on_gpus)}
+        share: dict[str, Any] = {"num_cpus": self.cores, "num_gpus": int(self.on_gpus)}
+        if job.stage == "timing":  # all on one machine: steps of two can't be compared
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            share["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self.first, soft=True)
         task = self._ray.remote(work).options(name=job.name, max_retries=RETRIES, **share)
         self.running[job] = task.remote(self.place, self.cores, job, *arguments)
 
@@ -117,11 +122,13 @@ class RayExecutor(Executor):
 
     def _begin(self) -> None:
         self._ray = connect(self.address)
-        alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        machines = [(int(offers.get("CPU", 0)), int(offers.get("GPU", 0))) for offers in alive]
+        alive = {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
+        machines = [(int(offers.get("CPU", 0)), int(offers.get("GPU", 0))) for offers in alive.values()]
         uses_cpu = (self.study.shared.get("training") or {}).get("use_cpu")
         self.on_gpus = any(gpus for _, gpus in machines) and not uses_cpu
         self.cores = equal_share(machines, self.workers, self.on_gpus)
+        has_room = (cores >= self.cores and gpus >= self.on_gpus for cores, gpus in machines)
+        self.first = next(compress(alive, has_room))
         self.place.mark.parent.mkdir(parents=True, exist_ok=True)
         self.place.mark.touch()
         gpu = " and a GPU" if self.on_gpus else ""

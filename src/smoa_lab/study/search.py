@@ -77,6 +77,11 @@ class Chosen:
         return cls(chosen, tried, "interior" if chosen in tried else "vertex")
 
     @property
+    def is_at_edge(self) -> bool:
+        """Whether it may do better beyond what was tried."""
+        return self.place in ("edge", "cut")
+
+    @property
     def tried(self) -> float:
         """The best of the rates that the search tried."""
         return best_of(self.losses) if self.losses else self.learning_rate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ OLDER_DATA = {"group": False, "answer_tokens": 128}
 """What stood for keys of ``data`` before format 3: each row for itself, and answers of at most so many tokens."""
 SEEDS = ("random_seed", "random_loc_seed", "projection_prng_key", "projection_seed", "proj_seed", "generator_seed")
 """Keys of PEFT's methods by which they draw what is not trained; without one, all seeds of a run draw the same."""
+ALL_SIZES = "all sizes"
+"""The family of all entries with a size."""
 Stage = Literal["timing", "untouched", "untouched-validation", "search", "final"]
 DECIDED = {
     "method": "is what an entry has",
@@ -48,13 +51,15 @@ class Entry(Section):
     """One method at one setting. ``learning_rate`` is where its search starts, ``budget`` the table it belongs to.
 
     ``parameters``, if given, is the number it must train, to within 2 %. ``training``
-    and ``model`` are laid over the shared blocks.
+    and ``model`` are laid over the shared blocks. Entries named NAME-rSIZE, with that ``size``, a rank of LoRA, are one
+    method at several sizes: each search but the first starts at the rate that was chosen at the nearest size before it.
     """
 
     method: MethodName
     adapter: dict[str, Any] = Field(default={})
     learning_rate: float = Field(gt=0)
     budget: str = "all"
+    size: int | None = Field(default=None, gt=0)
     parameters: int | None = Field(default=None, gt=0)
     training: dict[str, Any] = Field(default={})
     model: dict[str, Any] = Field(default={})
@@ -99,12 +104,14 @@ class Study(Section):
 
     ``keep`` says whose adapters stay: those of each entry's best seed, of all final runs, or none. The first in order
     of cost is taken that keeps 1 − ``tolerance`` of what each other gained by training. Without ``seeds`` rates are
-    searched and there are no final runs. ``references``, of older files, is ignored.
+    searched and there are no final runs. ``gaps`` says why a method can't have a size. ``references``, of older files,
+    is ignored.
     """
 
     folder: Path
     shared: dict[str, Any]
     entries: dict[str, Entry] = Field(min_length=1)
+    gaps: dict[str, str] = Field(default={})
     references: list[str] = Field(default=[])
     tuning: Tuning = Tuning()
     seeds: list[Seed] = Field(default=[0, 1, 2])
@@ -128,6 +135,11 @@ class Study(Section):
         both = sorted({entry.budget for entry in entries.values()} & entries.keys())
         if both:
             raise ValueError(f"entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one")
+        for name, entry in entries.items():
+            if entry.size is not None and not name.endswith(f"-r{entry.size}"):
+                raise ValueError(f"entries: {name} has size {entry.size}; call it {name}-r{entry.size}, as its others")
+            if entry.budget == ALL_SIZES:
+                raise ValueError(f"entries: {name}: budget {ALL_SIZES!r} is that of all sizes together; rename it")
         if not isinstance(self.shared.get("model"), dict):
             raise ValueError("shared.model: is missing; an entry's own model block only changes parts of it")
         if twice := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
@@ -165,6 +177,24 @@ class Study(Section):
             raise ConfigError(f"--only: {', '.join(unknown)} is neither {known}")
         return [name for name, entry in self.entries.items() if not only or name in only or entry.budget in only]
 
+    def families(self) -> dict[str, list[str]]:
+        """The entries that are compared with each other: of each budget, and those of all sizes, if there are any."""
+        found: dict[str, list[str]] = {}
+        for name, entry in self.entries.items():
+            found.setdefault(entry.budget, []).append(name)
+        sized = [name for name, entry in self.entries.items() if entry.size is not None]
+        return found | ({ALL_SIZES: sized} if len({self.entries[name].size for name in sized}) > 1 else {})
+
+    def at_other_sizes(self, name: str) -> list[str]:
+        """The entries before this one that are its method at other sizes, the nearest size first."""
+        size, series = self.entries[name].size, series_of(name, self.entries[name].size)
+        if size is None:
+            return []
+        before = list(self.entries)[: list(self.entries).index(name)]
+        sizes = {other: self.entries[other].size for other in before}
+        found = {other: own for other, own in sizes.items() if own and series_of(other, own) == series}
+        return sorted(found, key=lambda other: abs(math.log(found[other] / size)))
+
     @property
     def format(self) -> int:
         """The format in which it was planned, or now would be."""
@@ -201,6 +231,11 @@ class Study(Section):
         quiet = {"data": {"samples": 0, "metric": None}, "forgetting": {"tokens": 0}, "scoring": {"part": "validation"}}
         sections = {key: getattr(config, key).model_copy(update=values) for key, values in quiet.items()}
         return config.model_copy(update={"training": training, **sections})
+
+
+def series_of(name: str, size: int | None) -> str:
+    """What an entry's name has in common with those of its method at other sizes."""
+    return name if size is None else name.removesuffix(f"-r{size}")
 
 
 def read_stored(file: Path) -> Any:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from math import floor
 
 from smoa_lab.pages.tables import counted
-from smoa_lab.scoring.bounds import Family, level_of
+from smoa_lab.study.bounds import Family, level_of
+from smoa_lab.study.decision import EQUAL, Budget
 from smoa_lab.study.plan import FEW_ROWS, FIRST_SEEDS, Plan, duration, few_rows
-from smoa_lab.study.results import EQUAL, Budget
 from smoa_lab.study.search import rate_text
 
 MOST_SEEDS = 12
@@ -21,6 +21,8 @@ def verdict(budget: Budget, plan: Plan, command: str, of_round: float) -> list[s
     further seed of all entries."""
     results = budget.results
     sentences = [answer(budget, plan, command, of_round)]
+    if budget.of_sizes:  # the rest is said of each size
+        return sentences
     for one in (one for one in results if one.entry in budget.at_edge):
         rate, tried = one.chosen.learning_rate, one.chosen.losses or {one.chosen.learning_rate: None}
         where = "of those that there was time for" if one.chosen.place == "cut" else "that was tried"
@@ -39,7 +41,7 @@ def verdict(budget: Budget, plan: Plan, command: str, of_round: float) -> list[s
 def answer(budget: Budget, plan: Plan, command: str, of_round: float) -> str:
     """The adapter to take, the first in order of cost that keeps enough of what each other gained; or why none."""
     family, seeds = budget.family, max(len(one.seeds) for one in budget.results)
-    if family is None and budget.measure is None:
+    if family is None and budget.metric is None:
         return "No verdict: every run has the same values."
     if family is None and len(plan.seeds) < 2:
         goes_on = f"`{command} --seeds {FIRST_SEEDS}` goes on, for about {duration((FIRST_SEEDS - seeds) * of_round)}"
@@ -49,7 +51,7 @@ def answer(budget: Budget, plan: Plan, command: str, of_round: float) -> str:
     if all(map(family.diverged, family.names)):
         return "Every entry diverged: take none."
     if family.untouched is None:
-        return "No verdict: what training gained isn't known, as the untouched model was not scored."
+        return "No verdict: what training gained isn't known, as the base model was not scored on all rows."
     if len(family.weights) < 2:
         return "No verdict: all held-out rows belong together, and one group can't tell how others differ."
     decided, when = budget.decision(), f"after round {budget.round} of {max(budget.planned, budget.round)}"
@@ -60,6 +62,8 @@ def answer(budget: Budget, plan: Plan, command: str, of_round: float) -> str:
         return f"Training gained nothing that could be shown, {when}: take none."
     if decided is not None and decided.entry is not None:
         return f"{taken(budget, family, decided.entry)}, {when}: take {decided.entry}{_place(budget, decided.entry)}."
+    if budget.at_edge and any(one.chosen.place == "cut" for one in budget.results):
+        return "Undecided: the time ended searches. Give more --minutes, or raise tuning.max_runs: they go on."
     if budget.at_edge:
         return "Undecided: search further. Raise tuning.max_runs in the study's file: searches at an edge go on."
     more = needed(budget, family, plan)
@@ -94,6 +98,8 @@ def taken(budget: Budget, family: Family, name: str) -> str:
 def _place(budget: Budget, name: str) -> str:
     kept = next(one.kept for one in budget.results if one.entry == name)
     first = ", the first in order of cost" if name == budget.order[0] and len(budget.order) > 1 else ""
+    if budget.of_sizes:
+        first = ", the smallest that does" if budget.family and budget.family.kept(name, budget.tolerance) <= 1 else ""
     return first + ("" if kept is None else f": {kept}")
 
 
@@ -117,10 +123,10 @@ def needed(budget: Budget, family: Family, plan: Plan) -> int | None:
 
 def amount(budget: Budget, value: float) -> str:
     """A difference in the unit of what decides: three digits behind the point, or of a small number its first two."""
-    assert budget.measure is not None
-    measure, shown = budget.measure, budget.measure.scale * value
-    if measure.scale != 1:
-        return f"{shown:.{measure.digits}f} {measure.unit}"
+    assert budget.metric is not None
+    metric, shown = budget.metric, budget.metric.scale * value
+    if metric.scale != 1:
+        return f"{shown:.{metric.digits}f} {metric.unit}"
     if not math.isfinite(shown):
-        return f"any {measure.unit}"
-    return f"{f'{shown:.3f}' if abs(shown) >= 0.01 or not shown else f'{shown:.2g}'} {measure.unit}"
+        return f"any {metric.unit}"
+    return f"{f'{shown:.3f}' if abs(shown) >= 0.01 or not shown else f'{shown:.2g}'} {metric.unit}"

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.run_study import Comparison
 from smoa_lab.study.study import Study
 from tests.support import studies
 from tests.support.studies import WrittenRuns, write_runs
@@ -23,4 +23,4 @@ def study(tmp_path: Path) -> Study:
 @pytest.fixture
 def no_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Studies run all their rounds: for tests of what is run, and not of what ends it."""
-    monkeypatch.setattr(Comparison, "decide", lambda self: None)
+    monkeypatch.setattr(Comparison, "_decide", lambda self, only=(): None)

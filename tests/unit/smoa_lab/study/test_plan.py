@@ -8,10 +8,12 @@ import pytest
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import planning
+from smoa_lab.study.bounds import level_of
 from smoa_lab.study.plan import Plan, Timing
 from smoa_lab.study.planning import FEWEST, check_folder, fitted, prepare, study_file
 from smoa_lab.study.study import Study, Tuning, load_study
-from tests.support.studies import WrittenRuns, compared, entry
+from smoa_lab.study.study_report import report
+from tests.support.studies import WrittenRuns, compared, entry, finished
 
 
 def planned(steps: int = 300, seeds: int = 3) -> Plan:
@@ -208,6 +210,51 @@ def test_bad_rows_and_an_entry_that_cannot_be_made_are_told_before_the_first_run
     with pytest.raises(DataError, match="line 3: no content"):
         compared(study)
     assert written.ran == []
+
+
+def test_an_entry_that_fails_while_its_steps_are_timed_is_one_that_failed(
+    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = {"lora"}
+
+    def timed(config: RunConfig, most: int, seconds: float) -> dict[str, Any]:
+        if config.method in broken:
+            raise RuntimeError("CUDA out of memory")
+        return written.time_steps(config, most, seconds)
+
+    monkeypatch.setattr("smoa_lab.study.executor.time_steps", timed)
+    comparison = compared(study, minutes=60)
+    assert comparison.plan.failed == {"lora": "RuntimeError: CUDA out of memory"}
+    assert list(comparison.plan.entries) == ["ours", "full"]
+    comparison.run()
+    made = report(finished(study))
+    assert any(told.startswith("lora failed: RuntimeError: CUDA out of memory; the same") for told in made.verdict)
+    assert made.verdict[0].startswith("small: ours gained ")
+    assert made.summary["budgets"]["small"]["level"] == level_of(2, 3)
+    broken.clear()
+    again = finished(study)
+    assert (again.plan.failed, again.plan.extensions) == ({}, []), "it was planned, and is no other look"
+    assert set(again.chosen) == set(study.entries)
+    broken |= {"lora", "smoa", "full"}
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        compared(study.model_copy(update={"folder": study.folder.with_name("other")}))
+
+
+@pytest.mark.parametrize(("stage", "loss"), [("test", None), ("validation", float("nan"))])
+def test_a_base_model_whose_loss_is_not_finite_is_refused_before_anything_trains(
+    stage: str, loss: float | None, study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def untouched(config: RunConfig) -> dict[str, Any]:
+        metrics = written.untouched(config)
+        if config.scoring.part == stage:
+            metrics["evaluation"]["before"]["loss"] = loss
+        return metrics
+
+    monkeypatch.setattr("smoa_lab.study.executor.score_untouched", untouched)
+    with pytest.raises(ConfigError, match=rf"the base model's loss on {stage} rows is not finite, and nothing can be"):
+        compared(study)
+    assert written.timed == []
+    assert not (study.folder / "plan.json").exists()
 
 
 def test_an_entry_that_trains_more_than_it_declares_is_refused_before_the_plan(

@@ -30,11 +30,11 @@ from smoa_lab.basics.trust import TRUSTED, Trust
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.own_metric import _loaded, own_metric
 from smoa_lab.study import ray_executor
-from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.executor import Executor
 from smoa_lab.study.plan import Metrics
 from smoa_lab.study.planning import prepare
 from smoa_lab.study.ray_executor import Place, RayExecutor, connect, equal_share, work
+from smoa_lab.study.run_study import Comparison
 from smoa_lab.study.study import Job, Study, load_study
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.metrics import named
@@ -312,6 +312,21 @@ def test_ctrl_c_ends_all_processes_and_the_study_goes_on_from_there(room: Path, 
     assert 0 < len(results(study)) < len(wanted)
     run_study(study, Executor())
     assert results(study) == wanted
+
+
+def test_steps_of_all_entries_are_timed_on_one_machine(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"NodeID": name * 56, "Alive": True, "Resources": {"CPU": cores}} for name, cores in (("a", 1), ("b", 8))]
+    asked: list[dict[str, Any]] = []
+    task = SimpleNamespace(remote=lambda *_: None)
+    remote = SimpleNamespace(options=lambda **options: asked.append(options) or task)
+    cluster = SimpleNamespace(nodes=lambda: nodes, remote=lambda _: remote)
+    monkeypatch.setattr(ray_executor, "connect", lambda address: cluster)
+    executor = RayExecutor(study, workers=2)
+    study.folder.mkdir()
+    for stage in ("timing", "timing", "search"):
+        executor.start(Job(stage, "lora", 0.01, 0))  # type: ignore[arg-type]
+    where = [options.get("scheduling_strategy") for options in asked]
+    assert [each and (each.node_id, each.soft) for each in where] == [("b" * 56, True)] * 2 + [None]
 
 
 def test_a_study_that_is_finished_starts_no_cluster(study: Study, written: WrittenRuns) -> None:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from smoa_lab.pages.charts import color_of
-from smoa_lab.scoring.bounds import Family
-from smoa_lab.study.charts import differences, learned_and_forgotten, searches
+from smoa_lab.study.bounds import Family
+from smoa_lab.study.decision import Budget, by_cost
+from smoa_lab.study.metrics import LOSS, OF_CHOICES, Metric
 from smoa_lab.study.plan import Plan, Timing
-from smoa_lab.study.results import LOSS, OF_CHOICES, Budget, Measure, by_cost
 from smoa_lab.study.search import Chosen
+from smoa_lab.study.study_charts import differences, learned_and_forgotten, searches
 from smoa_lab.study.verdict import verdict
 from tests.support.studies import result
 
@@ -29,7 +30,7 @@ def budget(
     rows: float = 0.05,
     rounds: int = 2,
     groups: int = GROUPS,
-    measure: Measure = LOSS,
+    metric: Metric = LOSS,
     places: dict[str, str] | None = None,
     untouched: bool = True,
     shares: dict[str, float] | None = None,
@@ -42,7 +43,7 @@ def budget(
     values = np.array([5 - by + of_seeds[:, None] + (1 + place) * pattern for place, by in enumerate(gained.values())])
     level = plan().level(len(names))
     base = 5 * weights[None] if untouched else None
-    family = Family(names, values, base, weights, measure.is_share, level, len(names))
+    family = Family(names, values, base, weights, metric.is_share, level, len(names))
     chosen = {name: Chosen(0.01, {0.003: 2.6, 0.01: 2.5}, (places or {}).get(name, "interior")) for name in names}
     results = [
         result(
@@ -59,8 +60,8 @@ def budget(
     ]
     return Budget(
         results=results,
-        families={measure.title: family},
-        measure=measure,
+        families={metric.title: family},
+        metric=metric,
         order=names,
         at_edge=[name for name in names if chosen[name].place in ("edge", "cut")],
         round=rounds if rounds > 1 else 0,
@@ -117,13 +118,24 @@ def test_where_training_gained_nothing_for_certain_none_is_taken_after_the_last_
     assert told(budget(nothing, untouched=False)).startswith("No verdict: what training gained isn't known")
 
 
-@pytest.mark.parametrize(("place", "where"), [("edge", "that was tried"), ("cut", "of those that there was time for")])
-def test_nobody_is_taken_over_an_entry_at_the_edge_of_its_search(place: str, where: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "remedy", "where"),
+    [
+        (
+            "edge",
+            "search further. Raise tuning.max_runs in the study's file: searches at an edge go on",
+            "that was tried",
+        ),
+        (
+            "cut",
+            "the time ended searches. Give more --minutes, or raise tuning.max_runs: they go on",
+            "of those that there was time for",
+        ),
+    ],
+)
+def test_nobody_is_taken_over_an_entry_at_the_edge_of_its_search(place: str, remedy: str, where: str) -> None:
     found = told(budget({"lora": 1.0, "smoa": 0.7}, places={"smoa": place}))
-    assert found == (
-        "Undecided: search further. Raise tuning.max_runs in the study's file: searches at an edge go on. smoa's best "
-        f"rate, 1e-2, is the highest {where}: it may do better beyond."
-    )
+    assert found == (f"Undecided: {remedy}. smoa's best rate, 1e-2, is the highest {where}: it may do better beyond.")
     assert "take lora" in told(budget({"lora": 1.0, "smoa": 0.7}, places={"lora": place})), "the best may be taken"
 
 
@@ -145,7 +157,7 @@ def test_one_seed_gets_no_verdict_but_the_command_that_goes_on() -> None:
 
 
 def test_what_limits_a_verdict_is_part_of_it() -> None:
-    few = budget({"lora": 1.0, "smoa": 1.0}, groups=6, shares={"smoa": 0.94}, measure=OF_CHOICES)
+    few = budget({"lora": 1.0, "smoa": 1.0}, groups=6, shares={"smoa": 0.94}, metric=OF_CHOICES)
     sentences = verdict(few, plan(4, 4, (5,)), "smoa compare", 1.0)
     assert sentences[1] == "smoa has 94 % of lora's parameters."
     assert sentences[2].startswith("This look was not planned at first: it errs in ")
@@ -180,7 +192,7 @@ def test_a_difference_is_drawn_with_both_bounds_its_words_and_its_run_a_forest_f
     assert (drawn["mean"], drawn["clear"], drawn["verdict"]) == (pytest.approx(0.3), True, "worse")
     assert (drawn["entry"], drawn["run"]) == ("LoRA: smoa", "#smoa/lr-1e-2-seed-0")
     assert color_of("lora") in str(drawn_chart.to_dict())
-    (upward,) = data(differences({"all": budget({"lora": 1.0, "smoa": 0.7}, measure=OF_CHOICES)}), "entry")
+    (upward,) = data(differences({"all": budget({"lora": 1.0, "smoa": 0.7}, metric=OF_CHOICES)}), "entry")
     assert (upward["mean"], upward["verdict"]) == (pytest.approx(-30), "worse")
     two = differences({"all": found, "large": found}).to_dict()
     assert [one["title"] for one in two["vconcat"]] == ["Budget: all", "Budget: large"]

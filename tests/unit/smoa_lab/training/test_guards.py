@@ -31,7 +31,7 @@ from smoa_lab.config.run import check_config
 from smoa_lab.config.yaml_text import to_yaml
 from smoa_lab.merge import merge_run
 from smoa_lab.study.executor import perform
-from smoa_lab.study.results import measured, read_metrics
+from smoa_lab.study.metrics import loss_of, read_metrics
 from smoa_lab.study.study import Job
 from smoa_lab.training import guards
 from smoa_lab.training import train as run_module
@@ -273,7 +273,7 @@ def test_a_search_takes_the_rate_as_diverged(prefers: bool, config: dict[str, An
     config["training"] |= {"learning_rate": 1e20, "max_steps": 12}
     metrics = perform(Job("search", "smoa", 1e20, 100), check_config(config))
     assert metrics is not None
-    assert measured(metrics) is None
+    assert loss_of(metrics) is None
     folder = RunFolder(Path(config["training"]["output_dir"]))
     assert read_metrics(folder)["training"]["steps"] < 6
     assert folder.rows.is_file()

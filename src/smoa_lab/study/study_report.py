@@ -20,24 +20,32 @@ from smoa_lab.data.answers import OWN, SCORES, shown_as
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.tables import Cell, Table, counted, number
 from smoa_lab.pages.templates import Figure, commands, page
-from smoa_lab.study import charts
-from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.plan import FIRST_SEEDS, Metrics, changed_plan
-from smoa_lab.study.results import EQUAL, MEASURES, Budget, FinalRun, measured, read_metrics, read_rows
+from smoa_lab.study import study_charts
+from smoa_lab.study.decision import EQUAL, Budget
+from smoa_lab.study.metrics import METRICS, loss_of, read_metrics
+from smoa_lab.study.plan import FIRST_SEEDS, Metrics
+from smoa_lab.study.results import FinalRun, read_rows
+from smoa_lab.study.run_study import Comparison
 from smoa_lab.study.search import Chosen, rate_text
-from smoa_lab.study.study import FORMAT
+from smoa_lab.study.study import ALL_SIZES, FORMAT, series_of
 from smoa_lab.study.verdict import verdict
 from smoa_lab.training.run_folder import RunFolder
 
 BUDGET = "Budget: "
 MARKS = {"edge": " !", "cut": " !", "vertex": " ^"}
 """Behind a rate, where it lies in its search."""
-DIFFERENCES, MEASURED = "Differences", "How it was measured"
+DIFFERENCES, SIZES, MEASURED = "Differences", "Quality against size", "How it was measured"
 PICTURE = "differences.png"
+PICTURES = {DIFFERENCES: PICTURE, SIZES: "sizes.png"}
 LARGE = "font-size: 1.4rem; line-height: 1.35; max-width: 52rem; overflow-wrap: anywhere"
 ANSWERS = "Greedy answers to the first held-out prompts, each entry's of its first seed."
 CAPTIONS = {
     DIFFERENCES: "What decides, with what it is at least and at most; filled points are better or worse for certain.",
+    SIZES: (
+        "What decides. Bars are one-sided bounds of the difference from the dotted line, that of the entry to take "
+        "or of the smallest; filled points differ from it for certain. Methods of one size stand side by side. A gray "
+        "line joins the best of neighboring sizes, where bounds show that they are."
+    ),
     "Searches": "Validation loss at each learning rate that was tried; an upright line is at a chosen vertex.",
     "Loss and time": "Training loss of each entry's first seed, against the seconds of its training.",
     "Learned and forgotten": "Loss on held-out rows against the change of the loss on general text.",
@@ -86,7 +94,7 @@ class Report:
         if answers:
             sections.insert(-1, ("Answers", [ANSWERS, *answers]))
         told = [Markup('<p style="{}">{}</p>').format(LARGE, commands(sentence)) for sentence in self.verdict]
-        shown = [contents[0] for title, contents in sections[:1] if title == DIFFERENCES]
+        shown = [contents[0] for title, contents in sections if title in PICTURES]
         return page(self.title, [*sections[len(shown) :], (MEASURED, self.notes)], [*told, *shown])
 
     def readme(self) -> str:
@@ -96,102 +104,149 @@ class Report:
         for title, content in self.sections.items():
             if isinstance(content, Table):
                 parts += [f"## {title}", content.caption, content.markdown()]
-            elif title == DIFFERENCES:
-                parts += [f"![{title}]({PICTURE})", content.caption]
+            elif title in PICTURES:
+                parts += [f"![{title}]({PICTURES[title]})", content.caption]
         return "\n\n".join([*parts, f"## {MEASURED}", *self.notes]) + "\n"
 
 
 def report(comparison: Comparison) -> Report:
-    """Write ``README.md``, ``index.html``, ``summary.json`` and the picture of what has run into the study's folder."""
+    """Write ``README.md``, ``index.html``, ``summary.json`` and the pictures of what has run into the study's
+    folder."""
     study = comparison.study
     comparison.catch_up([*study.entries])
-    finals, budgets = comparison.finals(), comparison.budgets()
-    results = [one for budget in budgets.values() for one in budget.results]
-    as_it_is = RunFolder(study.folder / "untouched")
-    untouched = read_metrics(as_it_is) if as_it_is.finished else None
-    loss = None if untouched is None else untouched["evaluation"]["before"]["loss"]
-    command, scorer = f"smoa compare {study.folder / 'study.yaml'}", comparison.scorer or ""
-    place, _, digest = scorer.rpartition(" ")
-    if comparison.metric == OWN:
-        command += f" --metric {place}"
-        if untouched is not None:  # a mended function has scored it again
-            scores = [row["scored_before"] for row in read_rows(as_it_is, OWN, comparison.scorer).values()]
-            untouched["evaluation"]["before"][OWN] = finite(fmean(scores))
-        changed_plan(study, lambda plan: {"digests": {**plan.digests, "metric": scorer}})  # all is scored by it now
-    plan = comparison.plan
-    of_round = sum(comparison.seconds("final", name) for name in study.entries if name in plan.entries)
-    sentences = {
-        name: verdict(budget, plan, command, of_round / comparison.workers) for name, budget in budgets.items()
-    }
-    told = [" ".join([f"{name}:", *own][len(budgets) == 1 :]) for name, own in sentences.items()]
-    remedy = "the same command tries again; or take it out of the study's file"
-    told += [f"{name} failed: {error.rstrip('.')}; {remedy}." for name, error in plan.failed.items()]
-    told += unequal(comparison)
-    if left := comparison.progress([*study.entries]):
-        told.append(left)
-    is_cut = comparison.is_over and left and command not in " ".join(told)
-    if comparison.plan.limit is not None and (is_cut or (comparison.plan.listed and not told)):
-        seeds = max(FIRST_SEEDS, len(comparison.plan.seeds))
-        told.append(f"No more fits into {comparison.plan.minutes:g} minutes: `{command} --seeds {seeds}` goes on.")
-    methods, searches = {name: entry.method for name, entry in study.entries.items()}, comparison.searches()
-    drawn = (
-        charts.differences(budgets),
-        charts.searches(searches, methods),
-        charts.losses(results, finals),
-        charts.learned_and_forgotten([one for one in results if budgets[one.budget].round > 1], loss),
-    )
-    captioned = zip(CAPTIONS.items(), drawn, strict=True)
-    figures = {title: Figure(chart, caption) for (title, caption), chart in captioned if chart is not None}
-    sections: dict[str, Table | Figure] = {title: each for title, each in figures.items() if title == DIFFERENCES}
-    sections |= {f"{BUDGET}{name}": result_table(budget) for name, budget in budgets.items() if budget.round > 1}
-    sections |= figures
-    sections |= {"Learning rates": rate_table(searches)} if searches else {}
-    sections |= {"Runs": run_table(comparison, finals)} if finals else {}
-    missing = [name for name in study.entries if name not in finals]
-    notes = [*untouched_sentence(untouched), INTRODUCTION, *([OLDER] if plan.format < FORMAT else [])]
-    if comparison.metric == OWN:
-        notes.insert(-1, f"The score is the mean of {place} over rows; SHA-256 of the file: {digest[:16]}.")
-    if next(iter(comparison.configs.values())).data.recall:
-        notes.append("All rows are in each part (data.recall): what is measured is what was learned by heart.")
-    notes += [f"Not run yet: {', '.join(missing)}."] if missing else []
+    families, untouched = comparison.budgets(), untouched_metrics(comparison)
+    sentences, told = sentences_of(comparison, families)
+    charts = charts_of(comparison, families, untouched)
+    figures = {title: Figure(chart, CAPTIONS[title]) for title, chart in charts.items() if chart is not None}
+    results = [one for budget in families.values() if not budget.of_sizes for one in budget.results]
     made = Report(
         title=f"{study.folder.resolve().name}: {study.shared['model']['name']}",
         summary={
             "format": 4,
             "verdict": sentences,
             "entries": [one.as_json() for one in results],
-            "budgets": {name: budget.as_json() for name, budget in budgets.items()},
+            "budgets": {name: budget.as_json() for name, budget in families.items()},
             "untouched": untouched and untouched["evaluation"]["before"],
-            "answers": answers(finals, untouched),
+            "answers": answers(comparison.finals(), untouched),
         },
         verdict=told,
-        notes=notes,
-        sections=sections,
+        notes=notes_of(comparison, untouched),
+        sections={
+            **{title: figure for title, figure in figures.items() if title in PICTURES},
+            **{f"{BUDGET}{name}": result_table(budget) for name, budget in families.items() if budget.has_table},
+            **figures,
+            **run_tables(comparison),
+        },
     )
     text = json.dumps(made.summary, indent=1, ensure_ascii=False, allow_nan=False)
     write_whole(study.folder / "summary.json", text + "\n")
-    if DIFFERENCES in sections:
-        save_picture(drawn[0], study.folder / PICTURE)
+    for title, file in PICTURES.items():
+        if title in figures:
+            save_picture(charts[title], study.folder / file)
     write_whole(study.folder / "README.md", made.readme())
     write_whole(study.folder / "index.html", made.page())
     return made
 
 
+def untouched_metrics(comparison: Comparison) -> Metrics | None:
+    """Those of the untouched model, with what the user's metric makes of its answers by now; None before it is
+    scored."""
+    run = RunFolder(comparison.study.folder / "untouched")
+    if not run.finished:
+        return None
+    metrics = read_metrics(run)
+    if comparison.metric == OWN:
+        scores = [row["scored_before"] for row in read_rows(run, OWN).values()]
+        metrics["evaluation"]["before"][OWN] = finite(fmean(scores))
+    return metrics
+
+
+def sentences_of(comparison: Comparison, families: Mapping[str, Budget]) -> tuple[dict[str, list[str]], list[str]]:
+    """The verdict of each family, and all that is said of the study, in the order in which it is shown."""
+    study, plan = comparison.study, comparison.plan
+    command = f"smoa compare {study.folder / 'study.yaml'}"
+    if comparison.metric == OWN:
+        command += f" --metric {plan.digests.get('metric', '').rpartition(' ')[0]}"
+    of_round = sum(comparison.seconds("final", name) for name in study.entries if name in plan.entries)
+    of_round /= comparison.workers
+    sentences = {name: verdict(budget, plan, command, of_round) for name, budget in families.items()}
+    told = [" ".join([f"{name}:", *own][len(families) == 1 :]) for name, own in sentences.items()]
+    remedy = "the same command tries again; or take it out of the study's file"
+    told += [f"{name} failed: {error.rstrip('.')}; {remedy}." for name, error in plan.failed.items()]
+    rows = {
+        int(own.get("per_device_train_batch_size", 8)) * int(own.get("gradient_accumulation_steps", 1))
+        for own in (config.training for config in comparison.configs.values())
+    }
+    if len(rows) > 1:
+        each = f"{min(rows)} to {max(rows)} in each of the same number of steps"
+        told.append(f"Entries see unequal numbers of rows: {each}.")
+    if left := comparison.progress([*study.entries]):
+        told.append(left)
+    is_cut = comparison.is_over and left and command not in " ".join(told)
+    if plan.limit is not None and (is_cut or (plan.listed and not told)):
+        seeds = max(FIRST_SEEDS, len(plan.seeds))
+        told.append(f"No more fits into {plan.minutes:g} minutes: `{command} --seeds {seeds}` goes on.")
+    return sentences, told
+
+
+def charts_of(comparison: Comparison, families: Mapping[str, Budget], untouched: Metrics | None) -> dict[str, Any]:
+    """The charts by their titles, None where there is nothing to draw."""
+    study, finals = comparison.study, comparison.finals()
+    budgets = {name: budget for name, budget in families.items() if not budget.of_sizes}
+    results = [one for budget in budgets.values() for one in budget.results]
+    in_rounds = [one for one in results if budgets[one.budget].round > 1]
+    series = {name: series_of(name, entry.size) for name, entry in study.entries.items()}
+    methods = {name: entry.method for name, entry in study.entries.items()}
+    loss = None if untouched is None else untouched["evaluation"]["before"]["loss"]
+    return {
+        DIFFERENCES: study_charts.differences(budgets),
+        SIZES: study_charts.sizes(families[ALL_SIZES], budgets, series) if ALL_SIZES in families else None,
+        "Searches": study_charts.searches(comparison.searches(), methods),
+        "Loss and time": study_charts.losses(results, finals),
+        "Learned and forgotten": study_charts.learned_and_forgotten(in_rounds, loss),
+    }
+
+
+def notes_of(comparison: Comparison, untouched: Metrics | None) -> list[str]:
+    """How it was measured."""
+    study, plan = comparison.study, comparison.plan
+    notes = [*untouched_sentence(untouched), INTRODUCTION, *([OLDER] if plan.format < FORMAT else [])]
+    if comparison.metric == OWN:
+        place, _, digest = plan.digests.get("metric", "").rpartition(" ")
+        notes.insert(-1, f"The score is the mean of {place} over rows; SHA-256 of the file: {digest[:16]}.")
+    if next(iter(comparison.configs.values())).data.recall:
+        notes.append("All rows are in each part (data.recall): what is measured is what was learned by heart.")
+    finals = comparison.finals()
+    missing = [name for name in study.entries if name not in finals]
+    notes += [f"Not run yet: {', '.join(missing)}."] if missing else []
+    notes += [f"{name} is left out: {reason}." for name, reason in study.gaps.items()]
+    if len({one.machine for one in plan.entries.values()}) > 1:
+        notes.append("Steps were timed on several machines, so that parameters alone decide the order of cost.")
+    return notes
+
+
+def run_tables(comparison: Comparison) -> dict[str, Table]:
+    """What was searched, and the final runs."""
+    searches, finals = comparison.searches(), comparison.finals()
+    tables = {"Learning rates": rate_table(searches)} if searches else {}
+    return tables | ({"Runs": run_table(comparison, finals)} if finals else {})
+
+
 def result_table(budget: Budget) -> Table:
     """The entries of a budget, what decides best first."""
     results = budget.results
-    measures = [MEASURES[title] for title in results[0].values]
+    metrics = [METRICS[title] for title in results[0].values]
     header = ["entry", "trained", "lr", "seeds"]
-    for each in measures:
+    for each in metrics:
         header += [each.title, *(["worse by ≤"] if each.title in results[0].worst else [])]
     lines = []
     for one in results:
         rate = rate_text(one.chosen.learning_rate) + MARKS.get(one.chosen.place, "")
-        links = {str(seed): charts.final_run(one, seed) for seed in one.seeds}
+        links = {str(seed): study_charts.final_run(one, seed) for seed in one.seeds}
         share = "" if abs(one.share - 1) <= EQUAL else f" ({one.share:.0%})"
         line: list[Any] = [one.entry, Cell(f"{one.parameters:,}{share}", one.parameters), rate]
         line.append(Cell(str(len(one.seeds)), links=links))
-        for each in measures:
+        for each in metrics:
             mean, *spread = (f"{each.scale * value:.{each.digits}f}" for value in one.values[each.title])
             text = " ± ".join([mean, *spread][: len(one.seeds)])
             line.append(Cell("diverged" if one.diverged else text, one.values[each.title][0]))
@@ -208,17 +263,6 @@ def result_table(budget: Budget) -> Table:
         "its peak, MB the adapter's size."
     )
     return Table([*header, "forgot", "s a step", "GB", "MB"], lines, caption)
-
-
-def unequal(comparison: Comparison) -> list[str]:
-    """That entries see unequal numbers of rows in their steps, if they do."""
-    rows = {
-        int(own.get("per_device_train_batch_size", 8)) * int(own.get("gradient_accumulation_steps", 1))
-        for own in (config.training for config in comparison.configs.values())
-    }
-    if len(rows) == 1:
-        return []
-    return [f"Entries see unequal numbers of rows: {min(rows)} to {max(rows)} in each of the same number of steps."]
 
 
 def rate_table(searches: Mapping[str, Chosen]) -> Table:
@@ -240,7 +284,7 @@ def run_table(comparison: Comparison, finals: Mapping[str, Mapping[int, FinalRun
     """The lines that links lead to."""
     lines = []
     for run in (run for of_entry in finals.values() for run in of_entry.values()):
-        training, made, loss = run.metrics["training"], run.metrics["provenance"], measured(run.metrics)
+        training, made, loss = run.metrics["training"], run.metrics["provenance"], loss_of(run.metrics)
         name = Cell(run.folder.path.relative_to(comparison.study.folder).as_posix(), anchor=True)
         reached = "diverged" if loss is None else f"{loss:.4f}"
         where = [made.get("device", "–"), (made.get("commit") or "–")[:7]]

@@ -17,11 +17,11 @@ import pytest
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
-from smoa_lab.scoring.bounds import level_of
-from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.bounds import level_of
 from smoa_lab.study.plan import Plan
-from smoa_lab.study.report import report
+from smoa_lab.study.run_study import Comparison
 from smoa_lab.study.study import Job, Study, Tuning, load_study
+from smoa_lab.study.study_report import report
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.studies import WrittenRuns, compared, fake_time, finished
 
@@ -355,6 +355,32 @@ def test_time_that_ends_before_the_planned_rounds_is_told_with_the_command_that_
     assert (
         told == f"No more fits into {minutes} minutes: `smoa compare {many.folder / 'study.yaml'} --seeds 3` goes on."
     )
+
+
+def test_searches_that_the_time_ended_go_on_once_there_is_more(many: Study, written: WrittenRuns) -> None:
+    comparison = compared(many, 12)
+    written.slower = 2.6
+    comparison.run()
+    cut = {name for name, one in compared(many).chosen.items() if one.place == "cut"}
+    assert cut
+    assert "Give more --minutes, or raise tuning.max_runs" in " ".join(report(compared(many)).verdict)
+    written.slower = 1.0
+    more = compared(many, 120)
+    assert not cut & more.chosen.keys()
+    more.run()
+    assert all(one.place != "cut" for one in more.chosen.values())
+    assert len(written.ran) == len(set(written.ran))
+
+
+def test_no_seeds_are_bought_where_nobody_can_be_taken(many: Study, written: WrittenRuns) -> None:
+    far = {name: entry.model_copy(update={"learning_rate": 1e-6}) for name, entry in many.entries.items()}
+    study = many.model_copy(update={"entries": {name: far[name] for name in ("ours", "lora")}})
+    comparison = compared(study, 100)
+    comparison.run()
+    assert [one.place for one in comparison.chosen.values()] == ["edge", "edge"]
+    assert ran_seeds(study) == [set("012")] * 2
+    compared(study, number=5).run()
+    assert ran_seeds(study) == [set("01234")] * 2, "who asks for more gets more"
 
 
 def test_a_seed_that_another_process_bought_is_run_here_too(many: Study, written: WrittenRuns) -> None:

@@ -10,10 +10,12 @@ S seeds; w (G,) are the groups' tokens or rows, W = Σ w. The contrast of an ord
     v_S = (1 + (1 − τ)²) · max(pooled, own) / S                         error by the choice of seeds
     U   = θ + t(1 − level) · √(v_R + v_S)                               degrees by Satterthwaite
 
-*pooled* is the mean variance over seeds of all entries, with Σ (n − 1) degrees, *own* that of the pair. Where the
-pair's exceeds the others' by F's 90 % point, one wild entry may be its cause, and the pair has Welch's degrees, which
-are as few as that one's. V is part of how seeds differ, and is not counted twice. For shares of right answers v_R has
-one group more, which lies a whole answer off (+ 1 / W²): ten groups without an error don't show that there are none.
+*pooled* is the mean variance over seeds of all entries, with Σ (n − 1) degrees, *own* that of the pair. Several sizes
+are pooled each by itself, and a pair of two sizes has the variances of both pools, with Satterthwaite's degrees. Where
+the pair's exceeds the others' by F's 90 % point, one wild entry may be its cause, and the pair has Welch's degrees,
+which are as few as that one's. V is part of how seeds differ, and is not counted twice. For shares of right answers
+v_R has one group more, which lies a whole answer off (+ 1 / W²): ten groups without an error don't show that there are
+none.
 
 studies/calibration.py measures how often the bounds miss.
 """
@@ -28,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import fdtri, stdtrit
 
-from smoa_lab.scoring.calibrated import LEVELS
+from smoa_lab.study.calibrated import LEVELS
 
 Floats = NDArray[np.float64]
 WILD = 0.9
@@ -97,13 +99,20 @@ class Estimate:
 
 
 def contrast(
-    values: Floats, untouched: Floats, weights: Floats, of: int, other: int | None, kept: float, is_share: bool = False
+    values: Floats,
+    untouched: Floats,
+    weights: Floats,
+    of: int,
+    other: int | None,
+    kept: float,
+    is_share: bool = False,
+    pools: Sequence[int] = (),
 ) -> Estimate:
     """θ of two entries, or of one and the untouched model where ``other`` is None.
 
     ``values`` are (..., entries, seeds, groups), ``untouched`` (..., 1 or seeds, groups), ``weights`` (groups,), and
     ``kept`` is 1 − τ. There are two seeds and two groups or more. An entry with values that aren't finite has no
-    variance.
+    variance. ``pools`` are the sizes of entries, by default one.
     """
     entries, seeds, groups = values.shape[-3:]
     total = weights.sum()
@@ -123,9 +132,12 @@ def contrast(
     with np.errstate(invalid="ignore"):
         variances = (values.sum(axis=-1) / total).var(axis=-1, ddof=1)
     known = np.isfinite(variances)
-    pooled, freedom = _mean_of(variances, known, range(entries))
+    pools = pools or [0] * entries
+    pooled, freedom = _pooled(
+        variances, known, [[n for n in range(entries) if pools[n] == pools[i]] for i in pair], shares
+    )
     own = (shares * variances[..., pair]).sum(axis=-1) / shares.sum()
-    rest = [number for number in range(entries) if number not in pair]
+    rest = [n for n in range(entries) if n not in pair and pools[n] in [pools[i] for i in pair]]
     if rest or len(pair) == 2:  # with two entries, the larger variance against the smaller
         spread = variances[..., pair]
         others, others_known = _mean_of(variances, known, rest) if rest else (spread.min(axis=-1), np.ones_like(own))
@@ -140,6 +152,19 @@ def contrast(
     return Estimate(mean, of_rows, groups - 1.0, of_seeds, freedom * (seeds - 1))
 
 
+def _pooled(
+    variances: Floats, known: NDArray[np.bool_], pools: Sequence[Sequence[int]], shares: Floats
+) -> tuple[Floats, Floats]:
+    """The variance of a pair's mean entry by the pools of both, and its degrees in those of one seed."""
+    means, counts = zip(*(_mean_of(variances, known, pool) for pool in pools), strict=True)
+    if len({tuple(pool) for pool in pools}) == 1:
+        return means[0], counts[0]
+    parts = [share * mean for share, mean in zip(shares, means, strict=True)]
+    errs = sum(part**2 / count for part, count in zip(parts, counts, strict=True))
+    freedom = np.divide(sum(parts) ** 2, errs, where=errs > 0, out=np.asarray(sum(counts)))
+    return np.asarray(sum(parts) / shares.sum()), freedom
+
+
 def _mean_of(variances: Floats, known: NDArray[np.bool_], which: Sequence[int]) -> tuple[Floats, Floats]:
     """The mean of the known ones among them, and how many these are."""
     own, counts = known[..., list(which)], known[..., list(which)].sum(axis=-1)
@@ -152,7 +177,7 @@ class Family:
     """The entries of a table in one measure, lower is better; ``level`` is a look's, over all pairs of one entry.
 
     ``values`` are (entries, seeds, groups), infinite where a run diverged, ``untouched`` (1, groups) or None where it
-    was not scored; ``entries`` counts those that were dropped too.
+    was not scored; ``entries`` counts those that were dropped too; ``pools`` are the sizes of entries, by default one.
     """
 
     names: Sequence[str]
@@ -162,6 +187,7 @@ class Family:
     is_share: bool
     level: float
     entries: int
+    pools: Sequence[int] = ()
 
     @property
     def of_pair(self) -> float:
@@ -227,4 +253,4 @@ class Family:
         untouched = np.zeros((1, groups)) if self.untouched is None else self.untouched
         of, against = (None if each is None else list(self.names).index(each) for each in (name, other))
         assert of is not None
-        return contrast(self.values, untouched, self.weights, of, against, 1 - tolerance, self.is_share)
+        return contrast(self.values, untouched, self.weights, of, against, 1 - tolerance, self.is_share, self.pools)

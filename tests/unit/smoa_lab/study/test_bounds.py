@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import stdtrit
 
-from smoa_lab.scoring.bounds import Family, Floats, contrast, level_of
+from smoa_lab.study.bounds import Family, Floats, contrast, level_of
 
 ROWS = 40
 

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, pairwise
 from typing import Any
 
 import altair as alt
 
-from smoa_lab.pages.charts import DASHES, MUTED, color_of, colors, forest, lines, name_of, shapes, tooltip, values
-from smoa_lab.study.results import Budget, FinalRun, Result
+from smoa_lab.pages.charts import (
+    DASHES,
+    MUTED,
+    PAPER,
+    color_of,
+    colors,
+    forest,
+    lines,
+    name_of,
+    shapes,
+    tooltip,
+    values,
+)
+from smoa_lab.study.decision import Budget, Result
+from smoa_lab.study.results import FinalRun
 from smoa_lab.study.search import Chosen
 from smoa_lab.study.study import Job
 
 LOG = alt.Scale(type="log", nice=False)
 FREE = alt.Scale(zero=False)
+BESIDE = 13
+"""Pixels between methods of one size, whose numbers of parameters are about the same."""
 
 
 def final_run(result: Result, seed: int) -> str:
@@ -28,23 +43,22 @@ def differences(budgets: Mapping[str, Budget]) -> Any | None:
     with both one-sided bounds; None before there are any."""
     plots = []
     for title, budget in budgets.items():
-        family, measure, against = budget.family, budget.measure, budget.against
+        family, metric, against = budget.family, budget.metric, budget.against
         rows: list[dict[str, Any]] = []
-        if family is None or measure is None:
+        if family is None or metric is None:
             continue
         for one in (one for one in budget.results if one.entry != against):
             mean = family.mean(one.entry) - family.mean(against)
             ends = -family.upper(against, one.entry), family.upper(one.entry, against)
             if math.isfinite(mean):
-                low, high = sorted(-measure.sign * measure.scale * end for end in ends)
+                low, high = sorted(-metric.sign * metric.scale * end for end in ends)
                 known = {"low": low, "high": high}
-                name = name_of(one.method)
                 word = "better" if ends[1] < 0 else "worse" if ends[0] > 0 else "not told apart"
-                digits, shown = measure.digits, -measure.sign * measure.scale * mean
+                digits, shown = metric.digits, -metric.sign * metric.scale * mean
                 told = f" [{low:+.{digits}f}, {high:+.{digits}f}]" if math.isfinite(low) else ""
                 rows.append(
                     {
-                        "entry": name if one.entry == name.lower() else f"{name}: {one.entry}",
+                        "entry": _shown(one.entry, one.method),
                         "method": one.method,
                         "mean": shown,
                         **{end: value for end, value in known.items() if math.isfinite(value)},
@@ -55,10 +69,63 @@ def differences(budgets: Mapping[str, Budget]) -> Any | None:
                     }
                 )
         if rows:
-            side = "left" if measure.sign < 0 else "right"
-            axis = f"{measure.title} on held-out rows minus that of {against}; {side} is better"
+            side = "left" if metric.sign < 0 else "right"
+            axis = f"{metric.title} on held-out rows minus that of {against}; {side} is better"
             plots.append(forest(rows, axis).properties(title=f"Budget: {title}" if len(budgets) > 1 else ""))
     return alt.vconcat(*plots).resolve_scale(color="independent") if plots else None
+
+
+def sizes(whole: Budget, of_sizes: Mapping[str, Budget], series: Mapping[str, str]) -> Any | None:
+    """What decides against trainable parameters, a point for each entry, with both one-sided bounds of its difference
+    from the entry to take, or else from the smallest, whose level is dotted; those of a method, one of the ``series``,
+    differ in color and shape. A line joins the best of sizes, where bounds say that it is. None before there are any.
+    """
+    family, metric, against = whole.family, whole.metric, whole.against
+    if family is None or metric is None or not math.isfinite(family.mean(against)):
+        return None
+    scale, title = -metric.sign * metric.scale, f"{metric.title} on held-out rows"
+    looks = {one.entry: one.method for one in whole.results}
+    names = {entry: _shown(name, looks[entry]) for entry, name in series.items() if entry in looks}
+    methods, points = {name: looks[entry] for entry, name in names.items()}, list[dict[str, Any]]()
+    for one in whole.results:
+        low, high = -family.upper(against, one.entry), family.upper(one.entry, against)
+        ends = {"low": low, "high": high} if one.entry != against and math.isfinite(low + high) else {}
+        if math.isfinite(mean := family.mean(one.entry)):
+            level = family.mean(against)
+            points.append(
+                {"entry": one.entry, "method": names[one.entry], "parameters": one.parameters, "mean": scale * mean}
+                | {name: scale * (level + end) for name, end in ends.items()}
+                | {"clear": not ends or low > 0 or high < 0, "run": final_run(one, one.seeds[0])}
+            )
+    best = [
+        {"parameters": one.parameters, "mean": scale * family.mean(one.entry), "place": place}
+        for place, own in enumerate(of_sizes.values())
+        for one in own.results
+        if own.family is not None and len(own.order) > 1 and own.family.worst(one.entry) < 0
+    ]
+    scaled, ticks = alt.Scale(type="log", nice=False, padding=30), sorted({one["parameters"] for one in points})
+    axis = alt.Axis(format=".3~s", values=ticks, labelOverlap=True, grid=False)
+    x = alt.X("parameters:Q", scale=scaled, title="trainable parameters", axis=axis)
+    y = alt.Y("mean:Q", title=f"{title}; {'lower' if metric.sign < 0 else 'higher'} is better", scale=FREE)
+    legend = alt.Legend(title=None, orient="right", symbolType="circle", symbolOpacity=1)
+    layers = [alt.Chart(values([{"mean": scale * family.mean(against)}])).mark_rule(color=MUTED, strokeDash=[2, 3])]
+    layers[0] = layers[0].encode(y=y)
+    for first, second in pairwise(best):
+        if second["place"] == first["place"] + 1:
+            layers.append(alt.Chart(values([first, second])).mark_line(color=MUTED, strokeWidth=4, opacity=0.5))
+            layers[-1] = layers[-1].encode(x=x, y=y)
+    for place, name in enumerate(methods):
+        beside = BESIDE * (place - (len(methods) - 1) / 2)
+        own = alt.Chart(values(point for point in points if point["method"] == name)).encode(
+            x=x, color=colors(methods, "method", legend), tooltip=tooltip(entry="", parameters=",", mean=".4g")
+        )
+        shown = own.encode(y=y, shape=shapes(methods, "method", alt.Legend(title=None, orient="right")), href="run:N")
+        layers += [
+            own.mark_rule(strokeWidth=2, xOffset=beside).encode(y="low:Q", y2="high:Q"),
+            shown.mark_point(size=90, strokeWidth=2, fill=PAPER, opacity=1, xOffset=beside),
+            shown.transform_filter("datum.clear").mark_point(size=90, filled=True, opacity=1, xOffset=beside),
+        ]
+    return alt.layer(*layers).properties(width=480, height=260)
 
 
 def searches(searched: Mapping[str, Chosen], methods: Mapping[str, str]) -> Any | None:
@@ -118,6 +185,12 @@ def learned_and_forgotten(results: Sequence[Result], untouched_loss: float | Non
     )
     rule = alt.Chart(values([{"zero": 0}])).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(x="zero:Q")
     return alt.layer(rule, shown.mark_point(size=90, strokeWidth=2, opacity=1)).properties(width=440, height=220)
+
+
+def _shown(entry: str, method: str) -> str:
+    """What pictures call an entry: its method, and its own name where that is another."""
+    name = name_of(method)
+    return name if entry == name.lower() else f"{name}: {entry}"
 
 
 def _looks(methods: Mapping[str, str]) -> dict[str, tuple[str, list[int]]]:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from typing import Any
 
 from filelock import FileLock
 
-from smoa.atomic import write_whole
-from smoa.errors import ConfigError, DataError, SmoaError
-from smoa_lab.basics.plain import json_text
-from smoa_lab.basics.trust import TRUSTED
+from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
-from smoa_lab.data.answers import OWN
-from smoa_lab.data.own_metric import own_metric
 from smoa_lab.pages.tables import counted
+from smoa_lab.study.decision import Budget
 from smoa_lab.study.executor import Executor
+from smoa_lab.study.metrics import loss_of, read_metrics
 from smoa_lab.study.plan import (
     LEAST_SEEDS,
     MARGIN,
@@ -30,12 +28,15 @@ from smoa_lab.study.plan import (
     Take,
     changed_plan,
     duration,
+    error_text,
     other_config,
     other_inputs,
+    read_chosen,
+    write_chosen,
 )
-from smoa_lab.study.results import Budget, FinalRun, budgets_of, kept_by, measured, read_metrics, read_rows
+from smoa_lab.study.results import FinalRun, Found, kept_by, read_rows
 from smoa_lab.study.search import STARTS, Chosen, best_of, index_of, next_indices, rate
-from smoa_lab.study.study import Job, Stage, Study, read_stored
+from smoa_lab.study.study import Job, Stage, Study
 from smoa_lab.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -43,22 +44,14 @@ POLL_SECONDS = 1.0
 """How long a process that finds no free job waits before it looks again."""
 
 
-def read_chosen(study: Study) -> dict[str, Chosen]:
-    """The rates that were chosen, by entry, but those at the edge of a search that may go on."""
-    file = study.folder / "chosen.json"
-    values = read_stored(file) if file.is_file() else {}
-    try:
-        return {
-            name: Chosen(one["learning_rate"], {float(at): loss for at, loss in one["losses"].items()}, one["place"])
-            for name, one in values.items()
-            if name in study.entries and not (one["place"] == "edge" and len(one["losses"]) < study.tuning.max_runs)
-        }
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise DataError(f"{file}: is damaged ({error!r}); remove it, and rates are chosen again by the runs") from error
+def _try_again(plan: Plan) -> dict[str, Any]:
+    """What failed is tried again, but for entries whose steps could not be timed."""
+    failed = {name: told for name, told in plan.failed.items() if name not in plan.entries}
+    return {"failed": failed} if failed != plan.failed else {}
 
 
-def _taken(budget: str, take: Take, plan: Plan) -> dict[str, Any]:
-    return {"takes": {**plan.takes, budget: take}}
+def _taken(family: str, take: Take, plan: Plan) -> dict[str, Any]:
+    return {"takes": {**plan.takes, family: take}}
 
 
 class Comparison:
@@ -75,14 +68,11 @@ class Comparison:
         """What the finished jobs reached; None for those that diverged."""
         self.configs = {name: study.config(name) for name in study.entries}
         self.metric = next(iter(self.configs.values())).data.metric
-        self.scorer = (
-            own_metric().name if self.metric == OWN and TRUSTED.metric is not None else plan.digests.get("metric")
-        )
-        """What stored answers were scored by, or now are."""
         self.took: dict[tuple[Stage, str], float] = {}
         """Seconds of the latest job of each kind that this process ran."""
         self.workers = 1
         self._rows: dict[Job, FinalRun] = {}
+        self._estimate = 0.0
         self._counted = time.time()
 
     def run(
@@ -97,57 +87,40 @@ class Comparison:
         ``executor`` runs jobs, by default in this process; after each of them, ``show`` may tell of it. Other processes
         may run the same study meanwhile.
         """
-        names, taken, told, is_new = self.study.chosen(only), set[Job](), set[Job](), False
-        executor = executor or Executor()
-        self.workers = executor.workers
-        self._change(lambda plan: {"failed": {}} if plan.failed else {})  # what failed is tried again
-        self.catch_up(names)
-        if any(not job.is_untouched for job in self.losses):
-            logger.info("%s", self.progress(names) or "All runs are done")
-        estimate = self.plan.used + self.at_most_left(names)
-        if self.study.tuning.max_runs == 0:
-            self._choose({n: Chosen(self.study.entries[n].learning_rate, {}, "named") for n in names})
-        if not only:
-            self.decide()
+        names, executor = self.study.chosen(only), executor or Executor()
+        self._resume(names, executor.workers)
+        taken, told = set[Job](), set[Job]()  # which other processes run, and of which that was said
+        self._decide(only)
         while (jobs := self.ready(names) or self.further(names)) or executor.running:
-            if is_new:  # a seed that was bought is known by now
-                show(self)
-                is_new = False
             waiting = [job for job in jobs if job not in executor.running and job not in taken]
             if waiting and (metrics := self.stored(waiting[0])) is not None:
                 self.finish(waiting[0], metrics)
-                self.decide() if not only else None
+                self._drop_adapters(waiting[0])
+                self._decide(only)
             elif waiting and waiting[0].stage == "search" and self.must_choose(waiting[0]):
                 logger.info("Searches end here: what is left of the time is for two seeds")
-                self._choose({name: self._cut(name) for name in names if name not in self.chosen})
+                while open_ := self._to_search(names):
+                    self._choose({open_[0]: self._cut(open_[0])})
             elif waiting and len(executor.running) < executor.workers and not self.is_over:
                 executor.start(waiting[0], self.config(waiting[0]))
             elif executor.running:
                 job, found = executor.next_finished()
                 if found is None:
-                    taken.add(job)
                     if job not in told:
                         logger.info("%s: another process runs it", job.name)
-                        told.add(job)
+                    taken.add(job)
+                    told.add(job)
                     continue
                 taken.clear()
-                is_new = True
                 if isinstance(found, Exception):
                     self._fail(job, found)
-                    continue
-                self.finish(job, self._checked(job, found))
-                self.took[job.stage, job.entry] = found["wall_seconds"]
-                self._change(lambda plan: {})
-                loss, took = self.losses[job], duration(found["wall_seconds"])
-                left = min(self.at_most_left(names), max(0.0, (self.plan.limit or float("inf")) - self.plan.used))
-                reached = "diverged" if loss is None else f"loss {loss:.4f}"
-                logger.info("%s: %s (%s); at most %s left", job.name, reached, took, duration(left))
-                if not only:
-                    self.decide()
-                now = self.plan.used + left
-                if abs(now - estimate) > estimate / 10 and duration(now) != duration(estimate):
-                    logger.info("At most %s in all, not %s", duration(now), duration(estimate))
-                    estimate = now
+                else:
+                    self.finish(job, self._checked(job, found))
+                    self._drop_adapters(job)
+                    self._log(job, found["wall_seconds"], names)
+                    self._decide(only)
+                if self.ready(names) or self.further(names):  # by now with a seed that was bought
+                    show(self)
             elif self.is_over:
                 logger.info("The %g minutes are used, and nothing more starts", self.plan.minutes)
                 break
@@ -155,21 +128,50 @@ class Comparison:
                 time.sleep(POLL_SECONDS)
                 taken.clear()
 
+    def _resume(self, names: Sequence[str], workers: int) -> None:
+        """Note what has run, and try again what failed."""
+        self.workers = workers
+        self._change(_try_again)
+        self.catch_up(names)
+        for job in self.losses:
+            self._drop_adapters(job)
+        self._fix_starts()
+        if any(not job.is_untouched for job in self.losses):
+            logger.info("%s", self.progress(names) or "All runs are done")
+        self._estimate = self.plan.used + self.at_most_left(names)
+        if self.study.tuning.max_runs == 0:
+            self._choose({n: Chosen(self.study.entries[n].learning_rate, {}, "named") for n in names})
+
+    def _log(self, job: Job, seconds: float, names: Sequence[str]) -> None:
+        """Say what a finished job reached, and how long the rest takes; of the whole where that changed by a tenth."""
+        self.took[job.stage, job.entry] = seconds
+        self._change(lambda plan: {})
+        loss, limit = self.losses[job], math.inf if self.plan.limit is None else self.plan.limit
+        left = min(self.at_most_left(names), max(0.0, limit - self.plan.used))
+        reached = "diverged" if loss is None else f"loss {loss:.4f}"
+        logger.info("%s: %s (%s); at most %s left", job.name, reached, duration(seconds), duration(left))
+        now, before = self.plan.used + left, self._estimate
+        if abs(now - before) > before / 10 and duration(now) != duration(before):
+            logger.info("At most %s in all, not %s", duration(now), duration(before))
+            self._estimate = now
+
     def _fail(self, job: Job, error: Exception) -> None:
         """Note an entry that failed; raises the error where no entry could do without the job."""
         if job.is_untouched:
             raise error
-        told = f"{type(error).__name__}: {error}" if not isinstance(error, SmoaError) else str(error)
+        told = error_text(error)
         logger.error("%s: %s", job.name, told)
         self._change(lambda plan: {"failed": {**plan.failed, job.entry: told}})
+        self._fix_starts()
         if self.plan.failed.keys() >= self.study.entries.keys():
             raise error
 
-    def decide(self) -> None:
-        """Ask, round by round, for the answer of each budget that has none, and write it into the plan."""
-        if len(self.plan.seeds) < 2 or not any(job.stage == "final" for job in self.losses):
+    def _decide(self, only: Sequence[str] = ()) -> None:
+        """Ask, round by round, for the answer of each family that has none, and write it into the plan; nothing where
+        ``only`` some of the entries run."""
+        if only or len(self.plan.seeds) < 2 or not any(job.stage == "final" for job in self.losses):
             return
-        for name in {entry.budget for entry in self.study.entries.values()} - self.plan.takes.keys():
+        for name in self.study.families().keys() - self.plan.takes.keys():
             for number in self.plan.looked_at():
                 budget = self.budgets(number).get(name)
                 if budget is None or budget.round < number:
@@ -181,7 +183,13 @@ class Comparison:
 
     def budgets(self, most: int | None = None) -> dict[str, Budget]:
         """The results of each budget, up to so many rounds, by default to that of its answer or the last whole one."""
-        return budgets_of(self.study, self.plan, self.chosen, self.finals(), self.metric, self.scorer, most)
+        return self.found().budgets(most)
+
+    def found(self) -> Found:
+        """What final runs found."""
+        run = RunFolder(self.study.folder / "untouched")
+        untouched = read_rows(run, self.metric) if run.finished else {}
+        return Found(self.study, self.plan, self.chosen, self.finals(), self.metric, untouched)
 
     def finals(self) -> dict[str, dict[int, FinalRun]]:
         """The finished final runs by entry and seed."""
@@ -191,7 +199,7 @@ class Comparison:
                 job = self.final(name, seed)
                 if job not in self._rows and (metrics := self.stored(job)) is not None:
                     folder = RunFolder(self.study.folder / job.name)
-                    self._rows[job] = FinalRun(folder, metrics, read_rows(folder, self.metric, self.scorer))
+                    self._rows[job] = FinalRun(folder, metrics, read_rows(folder, self.metric))
                 if job in self._rows:
                     found.setdefault(name, {})[seed] = self._rows[job]
         return found
@@ -200,13 +208,16 @@ class Comparison:
         """Whether a search's job would take the time of two seeds of all entries."""
         if self.plan.limit is None or not self.plan.seeds:
             return False
-        rounds = LEAST_SEEDS * sum(self.seconds("final", name) for name in self.study.entries) / self.workers
+        rounds = LEAST_SEEDS * sum(self.seconds("final", name) for name in self._timed()) / self.workers
         now = self.plan.used + time.time() - self._counted
         return now + self.seconds("search", job.entry) + MARGIN * rounds > self.plan.limit
 
+    def _timed(self) -> list[str]:
+        return [name for name in self.study.entries if name in self.plan.entries]
+
     def _cut(self, name: str) -> Chosen:
         """What an entry takes whose search ends before its time."""
-        start, losses = self.study.entries[name].learning_rate, self._searched(name)
+        start, losses = self.plan.start(self.study, name), self._searched(name)
         found = Chosen.of(start, losses) if losses else Chosen(start, {}, "cut")
         return replace(found, place="cut") if found.place == "edge" else found
 
@@ -222,26 +233,55 @@ class Comparison:
 
     def ready(self, names: Sequence[str]) -> list[Job]:
         """What can be run now: the untouched model and searches, one rate of all entries at a time; once all rates are
-        chosen, final runs, one seed of all at a time, of the budgets without an answer."""
+        chosen, final runs, one seed of all at a time, of the families without an answer."""
         untouched = [self.untouched("untouched")] if self.plan.seeds else []
-        alive = [name for name in names if name not in self.plan.failed]
-        if all(name in self.chosen for name in alive):
-            open_ = [name for name in alive if self.study.entries[name].budget not in self.plan.takes]
+        if not (searched := self._to_search(names)):
+            open_ = [name for name in names if name in self.unanswered()]
             jobs = [self.final(name, seed) for seed in self.plan.seeds for name in open_]
         else:
-            wanted = {name: enumerate(self.search(name), start=len(self._searched(name))) for name in alive}
+            wanted = {name: enumerate(self.search(name), start=len(self._searched(name))) for name in searched}
             turns = sorted((turn for of_entry in wanted.values() for turn in of_entry), key=itemgetter(0))
             jobs = [self.untouched("untouched-validation"), *(job for _, job in turns)]
         return [job for job in [*untouched, *jobs] if job not in self.losses]
 
+    def unanswered(self) -> list[str]:
+        """The entries of families without an answer, but those that failed."""
+        wanted = {name for own in self._open_families() for name in own} - self.plan.failed.keys()
+        return [name for name in self.study.entries if name in wanted]
+
+    def _open_families(self) -> list[list[str]]:
+        return [own for family, own in self.study.families().items() if family not in self.plan.takes]
+
+    def _to_search(self, names: Sequence[str]) -> list[str]:
+        """Those of the entries whose rates are not chosen, each behind the one from whose rate its search starts."""
+        found: dict[str, None] = {}
+        for name in (each for each in names if each not in self.chosen and each not in self.plan.failed):
+            if name not in self.plan.starts:
+                found |= dict.fromkeys(self._to_search(self._size_before(name)))
+            found[name] = None
+        return list(found)
+
+    def _size_before(self, name: str) -> list[str]:
+        return [other for other in self.study.at_other_sizes(name) if other not in self.plan.failed][:1]
+
+    def _fix_starts(self) -> None:
+        """Write where the search of each entry with a size starts, once, as soon as the size before has chosen."""
+        found = {}
+        for name in (name for name, entry in self.study.entries.items() if entry.size and name not in self.plan.starts):
+            before = self._size_before(name)
+            if all(other in self.chosen for other in before):
+                rates = [self.chosen[other].learning_rate for other in before]
+                found[name] = (rates or [self.study.entries[name].learning_rate])[0]
+        if found:
+            self._change(lambda plan: {"starts": {**found, **plan.starts}})
+
     def further(self, names: Sequence[str]) -> list[Job]:
         """The next seed of all entries without an answer, if there is time for it by what runs took, whatever came out
         at them."""
-        known = self.plan.seeds
-        budgets = {entry.budget for entry in self.study.entries.values()} - self.plan.takes.keys()
-        entries = [
-            n for n, entry in self.study.entries.items() if entry.budget in budgets and n not in self.plan.failed
-        ]
+        known, entries = self.plan.seeds, self.unanswered()
+        at_edge = {name for name, one in self.chosen.items() if one.is_at_edge}
+        if all(len(at_edge & {*own}) > 1 for own in self._open_families()):
+            return []  # nobody is taken over two, whatever runs
         if self.plan.limit is None or self.ready([*self.study.entries]) or not entries:
             return []
         seconds = MARGIN * sum(self.seconds("final", name) for name in entries) / self.workers
@@ -287,12 +327,10 @@ class Comparison:
     def at_most_left(self, names: Sequence[str]) -> float:
         """Seconds of the jobs that are not finished, each search at its longest."""
         seconds = 0.0
-        for name in (each for each in names if each not in self.plan.failed and each in self.plan.entries):
-            searches = 0 if name in self.chosen else self.study.tuning.max_runs - len(self._searched(name))
+        for name in (each for each in self._to_search(names) if each in self.plan.entries):
+            seconds += (self.study.tuning.max_runs - len(self._searched(name))) * self.seconds("search", name)
+        for name in (each for each in self.unanswered() if each in names and each in self.plan.entries):
             finals = sum(job.stage == "final" and job.entry == name for job in self.losses)
-            if self.study.entries[name].budget in self.plan.takes:
-                finals = len(self.plan.seeds)
-            seconds += searches * self.seconds("search", name)
             seconds += (len(self.plan.seeds) - finals) * self.seconds("final", name)
         return seconds / self.workers
 
@@ -308,11 +346,11 @@ class Comparison:
     def searches(self) -> dict[str, Chosen]:
         """The searches that there are, those that are not over too."""
         found = {}
-        for name, entry in self.study.entries.items():
+        for name in self.study.entries:
             if name in self.chosen:
                 found[name] = self.chosen[name]
             elif losses := self._searched(name):
-                found[name] = replace(Chosen.of(entry.learning_rate, losses), place="open")
+                found[name] = replace(Chosen.of(self.plan.start(self.study, name), losses), place="open")
         return {name: one for name, one in found.items() if one.losses}
 
     def search(self, name: str) -> list[Job]:
@@ -321,13 +359,15 @@ class Comparison:
         losses, untouched = self._searched(name), self.untouched("untouched-validation")
         if name in self.chosen or (len(losses) >= STARTS and untouched not in self.losses):
             return []
-        start, tuning = self.study.entries[name].learning_rate, self.study.tuning
+        if self.study.entries[name].size and name not in self.plan.starts:
+            return []
+        start, tuning = self.plan.start(self.study, name), self.study.tuning
         indices = next_indices(losses, tuning.max_runs, self.losses.get(untouched))
         return [Job("search", name, rate(start, index), tuning.seed) for index in indices]
 
     def _searched(self, name: str) -> dict[int, float | None]:
         """The losses of an entry's search by index, as far as they are known."""
-        start = self.study.entries[name].learning_rate
+        start = self.plan.start(self.study, name)
         own = {job: loss for job, loss in self.losses.items() if (job.stage, job.entry) == ("search", name)}
         return {index_of(start, job.learning_rate): loss for job, loss in own.items()}
 
@@ -349,15 +389,11 @@ class Comparison:
         return metrics
 
     def finish(self, job: Job, metrics: Metrics) -> None:
-        """Note a finished job; choose the rates of searches that are over; drop the adapters that are not to be
-        kept."""
-        self.losses[job] = measured(metrics)
+        """Note a finished job, and choose the rates of searches that are over."""
+        self.losses[job] = loss_of(metrics)
         if job.stage in ("search", "untouched-validation") and self.untouched("untouched-validation") in self.losses:
             over = [name for name in self.searches() if name not in self.chosen and not self.search(name)]
-            starts = {name: self.study.entries[name].learning_rate for name in over}
-            self._choose({name: Chosen.of(start, self._searched(name)) for name, start in starts.items()})
-        if not job.is_untouched:
-            self._drop_adapters(job)
+            self._choose({name: Chosen.of(self.plan.start(self.study, name), self._searched(name)) for name in over})
 
     def _choose(self, chosen: dict[str, Chosen]) -> None:
         """Write the rates that were chosen, beside those that other processes chose."""
@@ -365,16 +401,16 @@ class Comparison:
             return
         with FileLock(self.study.folder / ".lock"):
             self.chosen = {**chosen, **read_chosen(self.study)}
-            values = {name: asdict(one) for name, one in self.chosen.items()}
-            write_whole(self.study.folder / "chosen.json", json_text(values) + "\n")
+            write_chosen(self.study, self.chosen)
+        self._fix_starts()
 
     def _drop_adapters(self, job: Job) -> None:
-        """Of final runs the study says what is kept. A search keeps none, but where no final runs follow."""
+        """Of runs like this one keep the adapters that the study says; of a search none, but where no final runs
+        follow."""
         keep = "none" if job.stage == "search" and self.study.seeds else self.study.keep
-        if keep == "all":
+        if keep == "all" or job.is_untouched:
             return
-        kind = job.stage, job.entry
-        alike = {other: loss for other, loss in self.losses.items() if (other.stage, other.entry) == kind}
+        alike = {each: loss for each, loss in self.losses.items() if (each.stage, each.entry) == (job.stage, job.entry)}
         if job.stage == "final" and self.metric is not None and keep == "best":
             known = self.finals()[job.entry]
             alike = {self.final(job.entry, seed): kept_by(run, self.metric) for seed, run in known.items()}

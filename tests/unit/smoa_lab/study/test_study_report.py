@@ -13,12 +13,12 @@ import pytest
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
-from smoa_lab.scoring.bounds import level_of
-from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.bounds import level_of
+from smoa_lab.study.decision import Result
 from smoa_lab.study.planning import prepare
-from smoa_lab.study.report import report
-from smoa_lab.study.results import Result
+from smoa_lab.study.run_study import Comparison
 from smoa_lab.study.study import Study, Tuning
+from smoa_lab.study.study_report import report
 from tests.support.metrics import named
 from tests.support.studies import WrittenRuns, compared, finished, page
 

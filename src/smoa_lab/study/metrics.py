@@ -1,0 +1,72 @@
+"""What studies compare, and what a search goes by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from smoa_lab.data.answers import OWN, RULES, MetricName
+from smoa_lab.study.plan import Metrics
+from smoa_lab.study.study import read_stored
+from smoa_lab.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is compared: a ``field`` of each held-out row, per token or per row; ``sign`` is 1 where higher is better.
+    It is shown ``scale`` times as large, in ``unit`` with so many digits. ``untouched`` is the field of a row that the
+    untouched model has, or its value for all rows."""
+
+    title: str
+    field: str
+    per_token: bool
+    sign: int
+    scale: float
+    digits: int
+    unit: str
+    untouched: str | float
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it counts right answers."""
+        return self.scale == 100
+
+
+LOSS = Metric("loss", "after", True, -1, 1, 4, "nats per token", "before")
+OF_CHOICES = Metric("accuracy %", "right_after", False, 1, 100, 1, "points", "right_before")
+OF_PREFERENCES = (
+    Metric("DPO loss", "dpo_loss", False, -1, 1, 4, "nats", math.log(2)),
+    Metric("margin", "margin", False, 1, 1, 3, "nats", 0.0),
+    Metric("won %", "won", False, 1, 100, 1, "points", 0.0),
+)
+SCORED = "scored_after"
+BY_NAME = {
+    name: Metric(f"{title} %", SCORED, False, 1, 100, 1, "points", "scored_before")
+    for name, title in {"choice": "accuracy", **{name: name for name in RULES}}.items()
+} | {OWN: Metric(OWN, SCORED, False, 1, 1, 3, "points of score", "scored_before")}
+METRICS = {each.title: each for each in (LOSS, OF_CHOICES, *OF_PREFERENCES, *BY_NAME.values())}
+"""All metrics by their titles."""
+
+
+def metrics_of(row: Mapping[str, Any], name: MetricName | None) -> Sequence[Metric]:
+    """What is compared on rows like this one, first what decides."""
+    if name is not None:
+        return BY_NAME[name], LOSS
+    if "dpo_loss" in row:
+        return OF_PREFERENCES
+    return (LOSS, OF_CHOICES) if "right_after" in row else (LOSS,)
+
+
+def read_metrics(folder: RunFolder) -> Metrics:
+    """The metrics of a finished run."""
+    metrics: Metrics = read_stored(folder.metrics)
+    return metrics
+
+
+def loss_of(metrics: Metrics) -> float | None:
+    """What a search goes by: the loss, for preferences DPO's; None for a run that diverged."""
+    scores = metrics["evaluation"].get("after") or metrics["evaluation"]["before"]
+    loss: float | None = scores.get("dpo_loss", scores["loss"])
+    return loss
