@@ -39,8 +39,10 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             {"dataloader_drop_last": True, "per_device_train_batch_size": 64},
             "dataloader_drop_last: drops the only batch",
         ),
+        ({"data_seed": 10**30}, "training.data_seed: should be at most"),
+        ({"neftune_noise_alpha": -1.0}, "training.neftune_noise_alpha: should be at least 0"),
     ],
-    ids=["seed", "metric", "liger", "offloading", "drop"],
+    ids=["seed", "metric", "liger", "offloading", "drop", "data seed", "noise"],
 )
 def test_training_that_would_fail_in_its_middle_is_refused(
     training: dict[str, Any], message: str, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -48,6 +50,20 @@ def test_training_that_would_fail_in_its_middle_is_refused(
     config["training"] |= training
     monkeypatch.setattr(run_module, "fit", lambda *_: pytest.fail("it began"))
     with pytest.raises(ConfigError, match=message):
+        run(check_config(config))
+
+
+def test_what_trl_refuses_in_its_first_step_is_one_error(config: dict[str, Any], tmp_path: Path) -> None:
+    config["data"] = {"train": str(write_rows(tmp_path / "pairs.jsonl", pairs(20))), "test_examples": 2}
+    config |= {"trainer": "dpo"}
+    config["training"] |= {"f_divergence_type": "foo"}
+    with pytest.raises(ConfigError, match="training: the first step fails: Unknown f_divergence_type: foo"):
+        run(check_config(config))
+
+
+def test_a_hub_that_is_not_there_is_one_error(config: dict[str, Any]) -> None:
+    config["training"] |= {"push_to_hub": True}
+    with pytest.raises(ConfigError, match="training: TRL, transformers or PEFT refuses: "):
         run(check_config(config))
 
 
