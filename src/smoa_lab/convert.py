@@ -21,7 +21,7 @@ from smoa.errors import ConfigError, SmoaError, UnsupportedModuleError, Unsuppor
 from smoa.files.names import PREFIX, adapter_layers
 from smoa_lab.base_models import RunModel, packaged_name
 from smoa_lab.basics.folders import check_place, new_folder
-from smoa_lab.merge import store_share
+from smoa_lab.merge import copy_tokenizer, store_share
 from smoa_lab.open_run import (
     adapter_config,
     adapter_of_run,
@@ -68,6 +68,7 @@ def convert_run(
         del run
     with new_folder(Path(output)) as written:
         report = {"folder": str(output), "loss": None, **_save_lora(source, rank, written, base)}
+        copy_tokenizer(source, written)
         store_share(written, 1 - report["error"] ** 2)  # of ‖ΔW‖²: a truncated decomposition is a projection
         with suppress(SmoaError, IndexError):  # of what is no language model, or has no tokenizer of its own
             share = verify(source, [str(written)], base=base)[-1].share
