@@ -60,6 +60,8 @@ def method_problems(values: dict[str, Any]) -> Iterable[Problem]:
         if init in FROM_DATA:
             found = f"{init} starts from the model's activations or gradients on data, which runs here don't collect"
             problems = [(("adapter", "init_lora_weights"), f"{found}; leave it out, or take pissa or olora")]
+        if adapter.get("task_type") not in (None, "CAUSAL_LM"):
+            problems.append((("adapter", "task_type"), "runs train causal language models; leave it out"))
         decided = method.preset.keys() & adapter.keys()
         problems += [(("adapter", key), f"is decided by method {name}; leave it out") for key in decided]
         yield from problems

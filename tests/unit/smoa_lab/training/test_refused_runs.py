@@ -74,6 +74,20 @@ def test_a_start_from_data_that_no_run_collects_is_refused(init: str, config: di
         check_config(config)
 
 
+def test_a_run_is_of_a_causal_language_model(config: dict[str, Any]) -> None:
+    config["adapter"] |= {"task_type": "SEQ_CLS"}
+    with pytest.raises(ConfigError, match=r"adapter.task_type: runs train causal language models; leave it out"):
+        check_config(config)
+    config["adapter"] |= {"task_type": "CAUSAL_LM"}
+    assert check_config(config).adapter["task_type"] == "CAUSAL_LM"
+
+
+def test_a_package_that_an_adapter_asks_for_and_is_not_there_is_one_error(config: dict[str, Any]) -> None:
+    config |= {"method": "lora", "adapter": {"target_modules": ["q_proj"], "megatron_config": {"a": 1}}}
+    with pytest.raises(ConfigError, match="adapter: No module named 'megatron'"):
+        run(check_config(config))
+
+
 def test_pissa_with_a_number_of_iterations_is_trained(config: dict[str, Any]) -> None:
     config |= {
         "method": "lora",
