@@ -21,20 +21,19 @@ from smoa.errors import ConfigError, SmoaError, UnsupportedModuleError, Unsuppor
 from smoa.files.names import PREFIX, adapter_layers
 from smoa_lab.base_models import RunModel, packaged_name
 from smoa_lab.basics.folders import check_place, new_folder
-from smoa_lab.merge import store_share
+from smoa_lab.merge import copy_tokenizer, store_share
 from smoa_lab.open_run import (
     adapter_config,
     adapter_of_run,
     model_of,
     open_run,
-    resize_as_saved,
     with_saved_adapter,
 )
 from smoa_lab.scoring.evaluation import Evaluation
 from smoa_lab.scoring.losses import Losses
-from smoa_lab.scoring.shares import logits_after, prompt_texts, share_and_noise
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder
+from smoa_lab.verify import verify
 
 
 def convert_run(
@@ -69,27 +68,15 @@ def convert_run(
         del run
     with new_folder(Path(output)) as written:
         report = {"folder": str(output), "loss": None, **_save_lora(source, rank, written, base)}
+        copy_tokenizer(source, written)
         store_share(written, 1 - report["error"] ** 2)  # of ‖ΔW‖²: a truncated decomposition is a projection
         with suppress(SmoaError, IndexError):  # of what is no language model, or has no tokenizer of its own
-            store_share(written, _share(source, written, base))
+            share = verify(source, [str(written)], base=base)[-1].share
+            store_share(written, 1.0 if share is None else share)
         if config is not None and held_out is not None and held_out.rows:
             lora = held_out.measure_once(with_saved_adapter(RunModel.of(config).load(), written)).losses
             report["loss"] = _loss(held_out.measured["before"].losses, held_out.measured["after"].losses, lora)
     return report
-
-
-def _share(source: Path, lora: Path, base: str | None) -> float:
-    """How much of what the adapter changes of logits the LoRA changes."""
-    wanted = model_of(source, base)
-    tokenizer: Any = wanted.tokenizer
-    ids = [tokenizer(text, return_tensors="pt").input_ids for text in prompt_texts()]
-    model = wanted.load()
-    resize_as_saved(model, source)
-    before = logits_after(model, ids)
-    own = logits_after(with_saved_adapter(model, source), ids)
-    del model
-    found = logits_after(with_saved_adapter(wanted.load(), lora), ids)
-    return share_and_noise(own - before, found - before)[0] if (own != before).any() else 1.0
 
 
 def _loss(before: Losses, adapter: Losses, lora: Losses) -> dict[str, Any]:

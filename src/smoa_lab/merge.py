@@ -296,13 +296,18 @@ def _save_other_files(section: ModelSection, adapter: Path, folder: Path) -> Non
         patterns = [*TOKENIZER, *COMPANIONS, *LEGAL]
         base = Path(snapshot_download(place, allow_patterns=patterns, **base_models.places(section.options)))
     if any(adapter.glob("tokenizer*")):
-        _copy(adapter, folder, (*TOKENIZER, "chat_template*"))
+        copy_tokenizer(adapter, folder)
     elif gguf_file:
         base_models.load_tokenizer(section).save_pretrained(folder)
     else:
         _copy(base, folder, TOKENIZER)
     if not gguf_file:  # else the folder may be anybody's
         _copy(base, folder, (*COMPANIONS, *LEGAL))
+
+
+def copy_tokenizer(adapter: Path, folder: Path) -> None:
+    """Copy the tokenizer that was saved with an adapter, whose chat template it was trained with, if there is one."""
+    _copy(adapter, folder, (*TOKENIZER, "chat_template*"))
 
 
 def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

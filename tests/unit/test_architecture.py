@@ -13,7 +13,7 @@ LIBRARY = ["errors", "compat", "atomic", "maths", "scores", "config", "layers", 
 LIBRARY += ["serving"]
 """Each may import what stands before it."""
 LAB = ["basics", "data", "config", "pages", "base_models", "scoring", "training", "open_run", "evaluate", "budget"]
-LAB += ["merge", "convert", "verify", "run_page", "inspect", "inspect_page", "chat", "init", "study", "cli"]
+LAB += ["merge", "verify", "convert", "run_page", "inspect", "inspect_page", "chat", "init", "study", "cli"]
 
 
 def module_of(file: Path) -> str:

@@ -177,7 +177,7 @@ def count_trained(empty: PreTrainedModel, wanted: PeftConfig) -> int:
         with warnings.catch_warnings(), empty.device:
             warnings.simplefilter("ignore")  # they come again with the weights
             model = get_peft_model(copy.deepcopy(empty), peft_config, low_cpu_mem_usage=empty.device.type == "meta")
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, re.error) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, ImportError, re.error) as error:
         raise ConfigError(f"adapter: {shorten(str(error), 1000)}") from error
     try:
         PeftConfig.from_peft_type(**peft_config.to_dict())

@@ -24,9 +24,9 @@ Problem = tuple[tuple[str, ...], str]
 """A key's path, by which its line is found, and what is wrong with it."""
 LEAST = dict.fromkeys(
     ("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1
-) | {"dataloader_num_workers": 0, "seed": 0}
+) | {"dataloader_num_workers": 0, "seed": 0, "neftune_noise_alpha": 0}
 """Numbers below which the Trainer would fail in the middle of a run, or take whole epochs."""
-MOST = {"seed": 2**32 - 1}
+MOST = {"seed": 2**32 - 1, "data_seed": 2**63 - 1}
 """Numbers above which it would."""
 INITS = re.compile(r"pissa_niter_\d+")
 """Values of ``init_lora_weights`` that PEFT takes and its types don't list."""
@@ -60,6 +60,8 @@ def method_problems(values: dict[str, Any]) -> Iterable[Problem]:
         if init in FROM_DATA:
             found = f"{init} starts from the model's activations or gradients on data, which runs here don't collect"
             problems = [(("adapter", "init_lora_weights"), f"{found}; leave it out, or take pissa or olora")]
+        if adapter.get("task_type") not in (None, "CAUSAL_LM"):
+            problems.append((("adapter", "task_type"), "runs train causal language models; leave it out"))
         decided = method.preset.keys() & adapter.keys()
         problems += [(("adapter", key), f"is decided by method {name}; leave it out") for key in decided]
         yield from problems
@@ -81,7 +83,9 @@ def training_problems(training: Any, training_class: type[TrainingArguments]) ->
     problems += [(("training", key), reason) for key, reason in UNWANTED.items() if training.get(key)]
     for key, least in LEAST.items():
         value = training.get(key)
-        if isinstance(value, int) and value < least and (key, value) != ("max_steps", -1):  # which is its default
+        if (
+            isinstance(value, int | float) and value < least and (key, value) != ("max_steps", -1)
+        ):  # which is its default
             problems.append((("training", key), f"should be at least {least}; got {value}"))
     for key, most in MOST.items():
         if isinstance(value := training.get(key), int) and value > most:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import TrainerCallback
 
-from smoa.errors import ConfigError, first_of
+from smoa.errors import ConfigError, SmoaError, first_of
 from smoa.layers.distributed import is_distributed
 from smoa_lab.data.encoding import IGNORED
 
@@ -74,8 +74,13 @@ class Guard(TrainerCallback):
             self.was_tried = True
             if (reason := _untried(trainer)) is not None:
                 logger.info("Not tried whether gradients reach what is trained: %s", reason)
-            else:
+                return
+            try:
                 try_gradients(trainer, step, trains)
+            except SmoaError:
+                raise
+            except (ValueError, TypeError, NotImplementedError) as error:  # not a lack of memory, which trainers handle
+                raise ConfigError(f"training: the first step fails: {error}") from error
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any

@@ -81,7 +81,7 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
         if arguments.world_size == 1:  # what it says of optimizer and scheduler comes before the scoring, too
             trainer.create_optimizer_and_scheduler(1)
             trainer.optimizer = trainer.lr_scheduler = None
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+    except Exception as error:  # of any kind: also of the Hub, for push_to_hub
         raise ConfigError(f"training: TRL, transformers or PEFT refuses: {error}") from error
     _check_arguments(trainer, config.trainer)
     if routers is not None:  # TRL asks mixtures for them in each step; with a cache of keys and values that fails

@@ -14,6 +14,7 @@ from smoa.errors import ConfigError, UnsupportedModuleError, UnsupportedVersionE
 from smoa_lab import base_models
 from smoa_lab.config.run import check_config
 from smoa_lab.convert import convert_run
+from smoa_lab.data.chat_templates import saved_chat_template
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.verify import verify
@@ -87,6 +88,17 @@ def test_an_adapter_that_learned_nothing_has_no_gain_to_keep(values: dict[str, A
     report = convert_run(run, tmp_path / "lora", 0.9)
     assert report["loss"]["gain_kept"] is None
     assert (report["rank"], report["error"]) == (1, 0.0)
+
+
+def test_the_lora_is_talked_to_through_the_template_that_the_adapter_was_trained_with(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    run = finished_run(values)
+    tokenizer = lab.byte_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}<eos>{% endfor %}"
+    tokenizer.save_pretrained(RunFolder(run).adapter)
+    convert_run(run, tmp_path / "lora", 3, score=False)
+    assert saved_chat_template(tmp_path / "lora") == tokenizer.chat_template
 
 
 @pytest.mark.parametrize("rank", [3, 0.7])

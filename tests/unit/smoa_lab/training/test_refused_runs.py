@@ -39,8 +39,10 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             {"dataloader_drop_last": True, "per_device_train_batch_size": 64},
             "dataloader_drop_last: drops the only batch",
         ),
+        ({"data_seed": 10**30}, "training.data_seed: should be at most"),
+        ({"neftune_noise_alpha": -1.0}, "training.neftune_noise_alpha: should be at least 0"),
     ],
-    ids=["seed", "metric", "liger", "offloading", "drop"],
+    ids=["seed", "metric", "liger", "offloading", "drop", "data seed", "noise"],
 )
 def test_training_that_would_fail_in_its_middle_is_refused(
     training: dict[str, Any], message: str, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -51,11 +53,39 @@ def test_training_that_would_fail_in_its_middle_is_refused(
         run(check_config(config))
 
 
+def test_what_trl_refuses_in_its_first_step_is_one_error(config: dict[str, Any], tmp_path: Path) -> None:
+    config["data"] = {"train": str(write_rows(tmp_path / "pairs.jsonl", pairs(20))), "test_examples": 2}
+    config |= {"trainer": "dpo"}
+    config["training"] |= {"f_divergence_type": "foo"}
+    with pytest.raises(ConfigError, match="training: the first step fails: Unknown f_divergence_type: foo"):
+        run(check_config(config))
+
+
+def test_a_hub_that_is_not_there_is_one_error(config: dict[str, Any]) -> None:
+    config["training"] |= {"push_to_hub": True}
+    with pytest.raises(ConfigError, match="training: TRL, transformers or PEFT refuses: "):
+        run(check_config(config))
+
+
 @pytest.mark.parametrize("init", ["eva", "EVA", "corda", "lora_ga"])
 def test_a_start_from_data_that_no_run_collects_is_refused(init: str, config: dict[str, Any]) -> None:
     config |= {"method": "lora", "adapter": {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": init}}
     with pytest.raises(ConfigError, match=r"adapter.init_lora_weights: .*activations or gradients on data"):
         check_config(config)
+
+
+def test_a_run_is_of_a_causal_language_model(config: dict[str, Any]) -> None:
+    config["adapter"] |= {"task_type": "SEQ_CLS"}
+    with pytest.raises(ConfigError, match=r"adapter.task_type: runs train causal language models; leave it out"):
+        check_config(config)
+    config["adapter"] |= {"task_type": "CAUSAL_LM"}
+    assert check_config(config).adapter["task_type"] == "CAUSAL_LM"
+
+
+def test_a_package_that_an_adapter_asks_for_and_is_not_there_is_one_error(config: dict[str, Any]) -> None:
+    config |= {"method": "lora", "adapter": {"target_modules": ["q_proj"], "megatron_config": {"a": 1}}}
+    with pytest.raises(ConfigError, match="adapter: No module named 'megatron'"):
+        run(check_config(config))
 
 
 def test_pissa_with_a_number_of_iterations_is_trained(config: dict[str, Any]) -> None:
