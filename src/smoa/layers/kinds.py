@@ -63,13 +63,6 @@ class Embedding(ReadByModels):
         """(num_embeddings, embedding_dim)."""
         return int(base.num_embeddings), int(base.embedding_dim)  # type: ignore[arg-type]
 
-    @classmethod
-    def refusal(cls, base: nn.Module) -> str | None:
-        """Refuse tables that change while they are used."""
-        if base.max_norm is None:
-            return None
-        return f"max_norm={base.max_norm} changes the table in every lookup, and ΔW is relative to it; set it to None"
-
     def _fill_factors(self, A: Tensor, B: Tensor, adapter_name: str, init: Initialization) -> None:
         super()._fill_factors(A, B, adapter_name, init)
         if init is True:  # variance K instead of K / 3n: LoRA's is 1 here, and a token uses n / K of the n columns
@@ -182,7 +175,11 @@ class Kind:
                     f"{owner.__name__} has a forward of its own, so it computes something else than "
                     f"{self.base_class.__name__}, to which ΔW would not apply"
                 )
-        return self.layer_class.refusal(base)
+        if getattr(base, "max_norm", None) is not None:  # of an embedding
+            return (
+                f"max_norm={base.max_norm} changes the table in every lookup, and ΔW is relative to it; set it to None"
+            )
+        return None
 
 
 KINDS = (
