@@ -161,28 +161,33 @@ class Derived:
         return own.shape == scale.shape and torch.equal(own.to(scale.device, scale.dtype), scale)
 
 
+@dataclass(eq=False)
 class Adapter:
     """One adapter in one layer: its settings there, its blocks and block scales.
 
-    The layer keeps row labels, column labels and block scales, in `stores`. `kinds` say how they are decided, `ranks`
-    is r_k of every block, ΔW is scaled by alpha / r, and `halves` is H in a layer with a stack of matrices.
+    Args:
+        stores: Where the layer keeps row labels, column labels and block scales.
+        name: The adapter's.
+        config: Its settings.
+        seed: Of a random partition.
+        ranks: r_k of every block.
+        alpha: ΔW is scaled by alpha / r.
+        halves: H in a layer with a stack of matrices.
     """
 
-    def __init__(
-        self,
-        stores: tuple[AdapterBuffers, AdapterBuffers, AdapterBuffers],
-        name: str,
-        config: SmoaConfig,
-        seed: int,
-        ranks: tuple[int, ...],
-        alpha: float,
-        halves: int = 1,
-    ) -> None:
-        self.stores, self.name, self.config = stores, name, config
-        self.kinds: Kinds = config.partition, config.scale, config.modulation, seed  # the config may change
-        self.ranks, self.halves = ranks, halves
-        self.r, self.modulation = sum(ranks), config.modulation
-        self.scaling = alpha / self.r
+    stores: tuple[AdapterBuffers, AdapterBuffers, AdapterBuffers]
+    name: str
+    config: SmoaConfig
+    seed: int
+    ranks: tuple[int, ...]
+    alpha: float
+    halves: int = 1
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.kinds: Kinds = config.partition, config.scale, config.modulation, self.seed  # the config may change
+        self.r, self.modulation = sum(self.ranks), config.modulation
+        self.scaling = self.alpha / self.r
         """As configured; the layer's own `scaling` may have been changed since."""
         self.pending = True
         """Whether labels and scales are not decided yet: they will be loaded, or computed when they are needed."""

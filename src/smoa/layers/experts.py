@@ -33,18 +33,12 @@ class ParamWrapper(SmoaLayer):
     """
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        parameter_name: str,
-        config: SmoaConfig,
-        key: str,
-        defer_partition: bool = False,
+        self, base_layer: nn.Module, adapter_name: str, config: SmoaConfig, module: str, **options: Any
     ) -> None:
-        self.parameter_name = self.weight_name = parameter_name
+        self.parameter_name = self.weight_name = module.rpartition(".")[2]
         self._in_call: dict[int, dict[str, Stack]] = {}
-        super().__init__(base_layer, adapter_name, config, key, defer_partition=defer_partition)
-        self.rows_unknown = f"{parameter_name} has adapted experts, which see the tokens of all samples at once"
+        super().__init__(base_layer, adapter_name, config, module, **options)
+        self.rows_unknown = f"{self.parameter_name} has adapted experts, which see the tokens of all samples at once"
 
     def _weight_shape(self) -> tuple[int, int]:
         self.layout = Layout.of(self.get_base_layer(), self.parameter_name)

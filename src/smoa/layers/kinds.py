@@ -26,9 +26,8 @@ from smoa.layers.linear import Linear
 from smoa.layers.quantized import QuantizedLinear, find_backend
 from smoa.layers.route import Route, casts_alike, in_autocast_dtype, is_instrumented
 from smoa.maths.factors import Initialization
-from smoa.maths.kernels import convolution as kernels
+from smoa.maths.kernels import formed
 from smoa.maths.kernels.autograd import recomputed
-from smoa.maths.kernels.lookup import Lookup
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
@@ -63,13 +62,6 @@ class Embedding(ReadByModels):
         """(num_embeddings, embedding_dim)."""
         return int(base.num_embeddings), int(base.embedding_dim)  # type: ignore[arg-type]
 
-    @classmethod
-    def refusal(cls, base: nn.Module) -> str | None:
-        """Refuse tables that change while they are used."""
-        if base.max_norm is None:
-            return None
-        return f"max_norm={base.max_norm} changes the table in every lookup, and ΔW is relative to it; set it to None"
-
     def _fill_factors(self, A: Tensor, B: Tensor, adapter_name: str, init: Initialization) -> None:
         super()._fill_factors(A, B, adapter_name, init)
         if init is True:  # variance K instead of K / 3n: LoRA's is 1 here, and a token uses n / K of the n columns
@@ -92,7 +84,7 @@ class Embedding(ReadByModels):
     def _rows(self, x: Tensor, adapter_name: str, adds_weight: bool = False) -> Tensor:
         gather(self, adapter_name)
         base: Any = self.get_base_layer()
-        route = Lookup(adds_weight, base.padding_idx, base.scale_grad_by_freq)
+        route = formed.Lookup(adds_weight, base.padding_idx, base.scale_grad_by_freq)
         return recomputed(route, self.update(adapter_name), x.reshape(-1), self.pristine_weight())
 
     def _scaled(self, rows: Tensor, x: Tensor) -> Tensor:
@@ -137,7 +129,7 @@ class Convolution(ReadByModels):
         shape, weight, update = self.stored_weight().shape, self.pristine_weight(), self.update(adapter_name)
         bias = base.bias.to(x.dtype) if adds_weight and base.bias is not None else None
         batch = x if x.dim() == len(shape) else x.unsqueeze(0)
-        route = kernels.Convolution(base._conv_forward, shape, adds_weight)
+        route = formed.Convolution(base._conv_forward, shape, adds_weight)
         y = recomputed(route, update, batch, weight, bias)
         return y if batch is x else y.squeeze(0)
 
@@ -182,7 +174,11 @@ class Kind:
                     f"{owner.__name__} has a forward of its own, so it computes something else than "
                     f"{self.base_class.__name__}, to which ΔW would not apply"
                 )
-        return self.layer_class.refusal(base)
+        if getattr(base, "max_norm", None) is not None:  # of an embedding
+            return (
+                f"max_norm={base.max_norm} changes the table in every lookup, and ΔW is relative to it; set it to None"
+            )
+        return None
 
 
 KINDS = (

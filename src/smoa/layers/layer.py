@@ -119,11 +119,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         """(out_features, in_features) of the matrix W in such a base layer, also while its weight is sharded."""
         raise NotImplementedError
 
-    @classmethod
-    def refusal(cls, base: nn.Module) -> str | None:
-        """Why such a base layer can't be adapted although its class can, and what to do; None if it can."""
-        return None
-
     keeps_blocks = False
     """Whether the layer takes the routes "kept" and "shared"."""
 

@@ -63,7 +63,7 @@ class Merging:
         names = [name for name in self._present(chosen) if name not in self.merged_adapters]
         if not names:
             return
-        with torch.no_grad():
+        with torch.no_grad(), onloaded_for(self, names):
             for _, _, merged in self.merged_matrices([*self.merged_adapters, *names]):
                 if not torch.isfinite(merged).all():
                     # The first sentences are PEFT's, whose users may match them.

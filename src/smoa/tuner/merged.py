@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
-from peft.tuners.tuners_utils import onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -55,23 +54,19 @@ def merged(model: M, *, lossy: bool = False, reports: bool = True) -> Iterator[M
         try:
             with losses_reported(model) if reports else nullcontext():
                 for layer in layers.values():
-                    with onload_layer(layer):
-                        layer.merge()
+                    layer.merge()
             yield model
         finally:
             for layer in smoa_layers(model).values():  # those of a model that was unloaded meanwhile stay merged
                 if layer.merged:
-                    with onload_layer(layer):
-                        layer.unmerge()
+                    layer.unmerge()
 
 
-@torch.no_grad()
 def check_all_finite(model: nn.Module, adapter_names: list[str] | None) -> None:
     """Raise MergeError if merging these adapters, None for the active ones, gives NaN or infinite weights."""
     for name, layer in smoa_layers(model).items():
         try:
-            with onload_layer(layer):  # accelerate may have offloaded its weights
-                layer.check_merge(adapter_names)
+            layer.check_merge(adapter_names)
         except MergeError as error:
             raise MergeError(f"{name}: {error}") from None
 

@@ -106,24 +106,22 @@ class SmoaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        loads, kind, backend = self._loads_labels, None, None
+        loads, kind, known = self._loads_labels, None, target if isinstance(target, SmoaLayer) else None
         if parameter_name is None:
             found = self._targets.get(current_key)
             kind, _, backend = found or check_target(current_key, target, peft_config, self.model)
-            known = target if isinstance(target, SmoaLayer) else None
+            peft_config.quantized_base |= backend is not None and known is None and not loads
             self._progress.update()
         else:
-            module_name, _, name = current_key.rpartition(".")
-            known = existing_wrapper(self.model, module_name, name)
+            known = existing_wrapper(self.model, current_key)
         try:
             if known is not None:
                 known.update_layer(adapter_name, peft_config, current_key, defer_partition=loads)
                 return
             if kind is None:
-                layer: SmoaLayer = ParamWrapper(target, adapter_name, name, peft_config, current_key, loads)
+                layer: SmoaLayer = ParamWrapper(target, adapter_name, peft_config, current_key, defer_partition=loads)
             else:
                 transposed = kind.fan_in_fan_out
-                peft_config.quantized_base |= backend is not None and not loads
                 layer = kind.layer_class(target, adapter_name, peft_config, current_key, transposed, loads, backend)
                 layer.rows_unknown = rows_unknown(self.model, current_key)
         except PartitionError as error:
@@ -132,7 +130,7 @@ class SmoaModel(BaseTuner):
             layer.requires_grad_(False)
         if not self.training:  # nor does a new layer's dropout act in a model that evaluates
             layer.eval()
-        self._replace_module(parent, target_name, layer, target if kind is not None else layer)
+        setattr(parent, target_name, layer)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # A SMoA layer is on its device already. PEFT would move it, which fails on the meta device, and assign the

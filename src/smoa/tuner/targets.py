@@ -73,8 +73,7 @@ def survey_targets(
                 refuse_other_uses(parameter.module_name, module, model, uses[id(module)])
                 shapes[key] = check_parameter(parameter, config)
                 if not loads_labels:
-                    known = existing_wrapper(model, parameter.module_name, parameter.name)
-                    _check_finite(key, parameter.tensor, known)
+                    _check_finite(key, parameter.tensor, existing_wrapper(model, key))
     if problems:
         raise type(problems[0])("; ".join(map(str, problems)))
     if not loads_labels:
@@ -229,20 +228,10 @@ class TargetParameter(NamedTuple):
         """Its shape, also while ZeRO-3 has partitioned it."""
         return tuple(getattr(self.tensor, "ds_shape", self.tensor.shape))
 
-    @property
-    def short(self) -> str:
-        """The last parts of its name, as one names it: `mlp.experts.down_proj`."""
-        return ".".join(self.key.split(".")[-3:])
 
-    @property
-    def holds_experts(self) -> bool:
-        """Whether it looks like a stack of matrices: not like a vector with room for a batch, nor a kernel."""
-        is_stack = len(self.shape) == 3 and min(self.shape) > 1
-        return is_stack and not isinstance(self.module, nn.Conv1d | nn.ConvTranspose1d)
-
-
-def existing_wrapper(model: nn.Module, module_name: str, name: str) -> ParamWrapper | None:
-    """The wrapper of the parameter `name` of a module, if it is adapted already."""
+def existing_wrapper(model: nn.Module, key: str) -> ParamWrapper | None:
+    """The wrapper of the parameter of this name in the model, if it is adapted already."""
+    module_name, _, name = key.rpartition(".")
     module = model.get_submodule(module_name)
     while isinstance(module, ParamWrapper):
         if module.parameter_name == name:
@@ -265,6 +254,17 @@ def parameters_of(model: nn.Module) -> Iterator[TargetParameter]:
             yield from (TargetParameter(module, plain, name) for name, _ in module.named_parameters(recurse=False))
 
 
+def _names_of_stacks(model: nn.Module) -> list[str]:
+    """What parameters are called that look like experts, by the last parts of their names: `mlp.experts.down_proj`."""
+    stacks = (  # neither a vector with room for a batch nor a kernel
+        target
+        for target in parameters_of(model)
+        if len(target.shape) == 3 and min(target.shape) > 1
+        if not isinstance(target.module, nn.Conv1d | nn.ConvTranspose1d)
+    )
+    return sorted({".".join(target.key.split(".")[-3:]) for target in stacks})
+
+
 def target_parameters(model: nn.Module, config: SmoaConfig) -> list[TargetParameter]:
     """The parameters that `target_parameters` names, whole or by their last parts, as PEFT matches them."""
     if not (named := config.target_parameters or []):
@@ -273,8 +273,7 @@ def target_parameters(model: nn.Module, config: SmoaConfig) -> list[TargetParame
     for name in named:
         if any(_matches(target.key, name) for target in targets):
             continue
-        stacks = sorted({target.short for target in parameters_of(model) if target.holds_experts})
-        near = difflib.get_close_matches(name, stacks, n=1, cutoff=0)
+        near = difflib.get_close_matches(name, _names_of_stacks(model), n=1, cutoff=0)
         remedy = f"did you mean {near[0]!r}?" if near else "it has no parameter of three dimensions; use target_modules"
         for module_name, module in model.named_modules():
             if any(_matches(f"{module_name}.{part}", name) for part in getattr(module, "parametrizations", ())):
@@ -326,8 +325,7 @@ def _report_experts(model: nn.Module, config: SmoaConfig) -> None:
     """Warn, once for each model, that "all-linear" leaves the experts out, and how to name them."""
     if config.target_modules != "all-linear" or config.target_parameters or model in _REPORTED:
         return
-    stacks = sorted({target.short for target in parameters_of(model) if target.holds_experts})
-    if stacks:
+    if stacks := _names_of_stacks(model):
         _REPORTED.add(model)
         warnings.warn(
             "target_modules='all-linear' takes linear layers only; the experts of this mixture are parameters and not "

@@ -119,10 +119,8 @@ class Branch:
             if dtype.itemsize == 2:  # in 16 bits strided operands take a CPU three to eight times as long
                 own_g = own_g.contiguous()
             beta = int(piece.skipped > 0)  # the first rows of a block overwrite, the others are added
-            entries, grad_delta = (
-                diagonal_blocks(blocks, piece, anchor, reuses=True),
-                SCRATCH.take("grad_delta", piece.shape, own_x),
-            )
+            entries = diagonal_blocks(blocks, piece, anchor, reuses=True)
+            grad_delta = SCRATCH.take("grad_delta", piece.shape, own_x)
             grad_delta = torch.bmm(own_g.mT, own_x, out=grad_delta).to(wide.dtype).mul_(entries)
             piece.of_A(grad_A).baddbmm_(piece.of_B(wide.B).mT, grad_delta, beta=beta)
             torch.bmm(grad_delta, piece.of_A(wide.A).mT, out=piece.of_B(grad_B))

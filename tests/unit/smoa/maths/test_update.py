@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from smoa.maths.kernels.autograd import recomputed
 from smoa.maths.kernels.blocks import block_deltas, product_dtype
-from smoa.maths.kernels.lookup import Lookup
+from smoa.maths.kernels.formed import Lookup
 from smoa.maths.update import Update
 from tests import reference
 from tests.support.tolerance import assert_close
