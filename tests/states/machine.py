@@ -475,7 +475,7 @@ class Machine(RuleBasedStateMachine):
         )
         for name in self.oracle.adapters:
             self.oracle.adapters[name] = read(self.m, name, self.oracle.adapters[name].config)
-        for key, parameter in self.m.named_parameters():
+        for key, parameter in self.m.named_parameters(remove_duplicate=False):
             name = plain(key)  # biases train on when another adapter is active
             if name in self.oracle.state and name.endswith(".bias") and parameter.requires_grad:
                 self.oracle.state[name] = parameter.detach().clone()
