@@ -65,8 +65,8 @@ MUTANTS = [
     ),
     Mutant(
         "merged-leaves-several", "merging", "tuner/merged.py",
-        "                if layer.merged:\n                    with onload_layer",
-        "                if len(layer.merged_adapters) == 1:\n                    with onload_layer",
+        "                if layer.merged:\n                    layer.unmerge",
+        "                if len(layer.merged_adapters) == 1:\n                    layer.unmerge",
     ),
     Mutant(
         "table-never-loaded", "loading", "files/names.py",
