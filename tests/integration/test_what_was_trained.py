@@ -13,14 +13,15 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from smoa import SmoaConfig
-from smoa_lab.base_models import load_weights
+from smoa_lab.base_models import RunModel, load_weights
 from smoa_lab.chat import Chat
 from smoa_lab.config.run import ModelSection, check_config
 from smoa_lab.convert import convert_run
 from smoa_lab.data.chat_templates import saved_chat_template
+from smoa_lab.evaluate import evaluate_run
 from smoa_lab.inspect import inspect_layers
 from smoa_lab.merge import merge_run
-from smoa_lab.open_run import adapter_of_run, model_of
+from smoa_lab.open_run import adapter_of_run, model_of, open_run
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.train import run
 from smoa_lab.verify import verify
@@ -53,6 +54,44 @@ def test_options_of_the_model_are_merged_and_verified_too(config: dict[str, Any]
         metrics["evaluation"]["after"]["loss"], abs=1e-5
     )
     assert all(verdict.agrees for verdict in verify(checked.folder, ["merged", str(tmp_path / "merged")]))
+
+
+def test_all_that_load_a_runs_model_take_it_whole(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its options, its chat template, and the end of its turns: none of them is the base's own."""
+    base = Path(config["model"]["name"])
+    tokenizer = lab.byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(base)
+    own = "{% for m in messages %}{{ m.role }}: {{ m.content }}<pad>{% endfor %}"
+    (tmp_path / "own.jinja").write_text(own)
+    config["model"]["options"] = ROPE
+    config["data"] = {"train": str(write_rows(tmp_path / "chats.jsonl", chats(20))), "test_examples": 2, "samples": 0}
+    config["data"]["template"] = str(tmp_path / "own.jinja")
+    checked = check_config(config)
+    loaded: list[tuple[Any, str | None]] = []
+    load = RunModel.load
+
+    def noted(self: RunModel) -> Any:
+        loaded.append((load(self), str(self.tokenizer.chat_template)))
+        return loaded[-1][0]
+
+    monkeypatch.setattr(RunModel, "load", noted)
+    run(checked)
+    evaluate_run(*open_run(checked.folder))
+    Chat(str(checked.folder), {})
+    Chat(str(checked.folder / "adapter"), {})
+    verify(checked.folder, ["merged"])
+    inspect_layers(checked.folder)
+    convert_run(checked.folder, tmp_path / "lora", 2)
+    assert len(loaded) >= 8
+    merge_run(checked.folder, tmp_path / "merged")
+    merged, _ = load_weights(ModelSection(name=str(tmp_path / "merged")))
+    loaded.append((merged, saved_chat_template(tmp_path / "merged")))
+    for model, template in loaded:
+        assert (model.config.rope_parameters["factor"], template) == (4, own)
+        assert tokenizer.pad_token_id in model.generation_config.eos_token_id
 
 
 @pytest.mark.parametrize("options", [{}, ROPE])
