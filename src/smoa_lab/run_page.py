@@ -17,7 +17,7 @@ from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.open_run import adapter_config
 from smoa_lab.pages.card import loading_code
 from smoa_lab.pages.run_report import ANSWERS, losses
-from smoa_lab.pages.tables import outcome, score_table, time_text
+from smoa_lab.pages.tables import metric_table, outcome, time_text
 from smoa_lab.pages.templates import Figure, code, page
 from smoa_lab.training.run_folder import RunFolder
 
@@ -52,7 +52,7 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
     loss, evaluation = losses(metrics["history"], metrics["evaluation"], method), metrics["evaluation"]
     sections: dict[str, list[Any]] = {
         "Learned and forgotten": outcome(metrics),
-        "Held-out scores": [score_table(evaluation, "Losses are in nats per token.")] if evaluation else [],
+        "Held-out scores": [metric_table(evaluation, "Losses are in nats per token.")] if evaluation else [],
         "Loss": [] if loss is None else [Figure(loss, "Loss by optimizer step.")],
         "Answers before and after": [
             {title: sample[name].strip() or "(nothing)" for name, title in NAMES.items() if name in sample}

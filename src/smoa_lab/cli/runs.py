@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from smoa_lab.cli.console import AsJson, Base, BaseDtype, Data, Metric, Model, Overrides, Trusted, print_json, reporting
-from smoa_lab.pages.tables import outcome, score_table, time_text
+from smoa_lab.pages.tables import metric_table, outcome, time_text
 
 CONFIG = Path(__file__).with_name("demo.yaml")
 """In a clone ``configs/demo.yaml`` is a link to it."""
@@ -95,7 +95,7 @@ def print_scores(metrics: dict[str, Any]) -> None:
     from rich.filesize import decimal
 
     if metrics["evaluation"]:
-        score_table(metrics["evaluation"]).print()
+        metric_table(metrics["evaluation"]).print()
         typer.echo()
     for line in outcome(metrics):
         typer.echo(line)
@@ -137,7 +137,7 @@ def evaluate(
         else:
             typer.echo(result["adapter"] or config.model.name)
             stages = {"before": result["before"], "after": result["scores"]}
-            table = score_table({stage: scores for stage, scores in stages.items() if scores})
+            table = metric_table({stage: scores for stage, scores in stages.items() if scores})
             (table if result["before"] else table.without("training")).print()
         if output is not None:  # last: whatever happens to the file, the scores are printed
             write_whole(output, json_text(result) + "\n")

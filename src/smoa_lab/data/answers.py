@@ -67,10 +67,10 @@ OWN: MetricName = "score"
 """What a function of the user's makes of answers; only the command names it: ``--metric FILE:NAME``."""
 ANSWERED = (*RULES, OWN)
 """The metrics that need answers."""
-SCORES = {"accuracy": "accuracy", **{name: f"right answers ({name})" for name in RULES}, OWN: OWN}
-"""The scores of rows beside the loss, and what they are called. All are shares of rows but the user's own."""
+METRICS = {"accuracy": "accuracy", **{name: f"right answers ({name})" for name in RULES}, OWN: OWN}
+"""The metrics of rows beside the loss, and what they are called. All are shares of rows but the user's own."""
 
 
 def shown_as(name: str) -> tuple[int, int, str]:
-    """How a score is shown: so many times as large, with so many digits, and a sign behind it."""
+    """How a metric is shown: so many times as large, with so many digits, and a sign behind it."""
     return (1, 3, "") if name == OWN else (100, 1, " %")

@@ -12,7 +12,7 @@ from peft import PeftConfig
 from smoa_lab.config.yaml_text import to_yaml
 from smoa_lab.pages.card import NamedBase, adapter_card
 from smoa_lab.pages.charts import INK, MUTED, WIDTH, color_of, tooltip, values
-from smoa_lab.pages.tables import score_table, time_text
+from smoa_lab.pages.tables import metric_table, time_text
 from smoa_lab.pages.templates import render
 
 ANSWERS = {"reference": "Reference", "before": "Before", "after": "After"}
@@ -32,7 +32,7 @@ def run_card(title: str, config: PeftConfig, base: NamedBase, metrics: dict[str,
         "run_card.md.jinja",
         metrics=metrics,
         stages=list(evaluation),
-        results=score_table(evaluation),
+        results=metric_table(evaluation),
         time=time_text(metrics["training"]),
         samples=samples_text(metrics["samples"][:2], level=3),
         config=to_yaml({key: value for key, value in metrics["config"].items() if key != "adapter"}),

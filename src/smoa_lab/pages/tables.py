@@ -1,4 +1,4 @@
-"""A table, built once and shown in the terminal, in Markdown and on a page; among them the table of scores."""
+"""A table, built once and shown in the terminal, in Markdown and on a page; among them the table of metrics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from smoa_lab.data.answers import SCORES, shown_as
+from smoa_lab.data.answers import METRICS, shown_as
 
 WIDEST = 100_000
 """Characters of a line in a pipe."""
@@ -71,8 +71,8 @@ class Table:
         return render("table.html.jinja", table=self)
 
 
-def score_table(evaluation: Mapping[str, Mapping[str, Any]], caption: str = "") -> Table:
-    """The scores at each stage of training, as ``metrics.json`` has them, with their standard errors."""
+def metric_table(evaluation: Mapping[str, Mapping[str, Any]], caption: str = "") -> Table:
+    """The metrics at each stage of training, as ``metrics.json`` has them, with their standard errors."""
     known = (name for scores in evaluation.values() for name, score in scores.items() if score is not None)
     names = list(dict.fromkeys(name for name in known if not name.endswith("_stderr")))
     header = ["training", *(name.replace("_", " ") for name in names)]
@@ -102,19 +102,19 @@ def outcome(metrics: Mapping[str, Any]) -> list[str]:
     if gain.get("loss") is not None:
         change = f"{gain['loss']:+.3f} ± {gain['loss_stderr']:.3f}"
         lines.append(f"The loss changed by {change} (standard error, paired by row).")
-    for name in (name for name in SCORES if name in gain):
+    for name in (name for name in METRICS if name in gain):
         (times, digits, _), stderr = shown_as(name), gain[f"{name}_stderr"]
         change = f"{times * gain[name]:+.{digits}f} ± {times * stderr:.{digits}f} points"
-        lines.append(f"{SCORES[name].capitalize()} changed by {change}.")
+        lines.append(f"{METRICS[name].capitalize()} changed by {change}.")
     if "won" in after:
         share = f"{100 * after['won']:.0f} % of the held-out rows"
         lines.append(f"The chosen answer gained on the rejected one in {share}.")
-    parts, known = [], [name for name in SCORES if name in after]
+    parts, known = [], [name for name in METRICS if name in after]
     if before and known:
         name = known[-1]  # answers that are scored before accuracy
         times, digits, sign = shown_as(name)
         early, late = (number(stage[name], digits, times) for stage in (before, after))
-        parts.append(f"learned: {SCORES[name]} {early} → {late}{sign}")
+        parts.append(f"learned: {METRICS[name]} {early} → {late}{sign}")
     elif before and after:
         parts.append(f"learned: perplexity {number(before['perplexity'], 2)} → {number(after['perplexity'], 2)}")
     if forgot.get("change") is not None:

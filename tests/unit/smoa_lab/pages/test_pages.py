@@ -15,7 +15,7 @@ from smoa import SmoaConfig
 from smoa_lab.pages.card import NamedBase, adapter_card, named_base
 from smoa_lab.pages.charts import PAPER, save_picture, values
 from smoa_lab.pages.run_report import losses, run_card, samples_text
-from smoa_lab.pages.tables import Cell, Table, score_table
+from smoa_lab.pages.tables import Cell, Table, metric_table
 from smoa_lab.pages.templates import Figure, code, page
 from tests.support.runs import stored_metrics
 
@@ -76,13 +76,13 @@ def test_one_table_is_shown_in_markdown_on_a_page_and_in_a_pipe(capsys: pytest.C
 
 def test_scores_have_a_row_for_each_stage_with_their_errors() -> None:
     before = {"rows": 1200, "loss": 1.5, "accuracy": 0.25, "accuracy_stderr": 0.0123, "majority": None}
-    table = score_table({"before": before, "after": {**before, "loss": None, "won": 0.5}})
+    table = metric_table({"before": before, "after": {**before, "loss": None, "won": 0.5}})
     assert table.header == ["training", "rows", "loss", "accuracy", "won"]
     assert table.rows == [
         ["before", "1,200", "1.500", "0.250 ± 0.012", "–"],
         ["after", "1,200", "–", "0.250 ± 0.012", "0.500"],
     ]
-    assert score_table({}).rows == []
+    assert metric_table({}).rows == []
 
 
 HISTORY = stored_metrics()["history"]
