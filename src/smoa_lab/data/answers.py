@@ -67,7 +67,7 @@ OWN: MetricName = "score"
 """What a function of the user's makes of answers; only the command names it: ``--metric FILE:NAME``."""
 ANSWERED = (*RULES, OWN)
 """The metrics that need answers."""
-METRICS = {"accuracy": "accuracy", **{name: f"right answers ({name})" for name in RULES}, OWN: OWN}
+TITLES = {"accuracy": "accuracy", **{name: f"right answers ({name})" for name in RULES}, OWN: OWN}
 """The metrics of rows beside the loss, and what they are called. All are shares of rows but the user's own."""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from smoa_lab.data.answers import METRICS, shown_as
+from smoa_lab.data.answers import TITLES, shown_as
 
 WIDEST = 100_000
 """Characters of a line in a pipe."""
@@ -102,19 +102,19 @@ def outcome(metrics: Mapping[str, Any]) -> list[str]:
     if gain.get("loss") is not None:
         change = f"{gain['loss']:+.3f} ± {gain['loss_stderr']:.3f}"
         lines.append(f"The loss changed by {change} (standard error, paired by row).")
-    for name in (name for name in METRICS if name in gain):
+    for name in (name for name in TITLES if name in gain):
         (times, digits, _), stderr = shown_as(name), gain[f"{name}_stderr"]
         change = f"{times * gain[name]:+.{digits}f} ± {times * stderr:.{digits}f} points"
-        lines.append(f"{METRICS[name].capitalize()} changed by {change}.")
+        lines.append(f"{TITLES[name].capitalize()} changed by {change}.")
     if "won" in after:
         share = f"{100 * after['won']:.0f} % of the held-out rows"
         lines.append(f"The chosen answer gained on the rejected one in {share}.")
-    parts, known = [], [name for name in METRICS if name in after]
+    parts, known = [], [name for name in TITLES if name in after]
     if before and known:
         name = known[-1]  # answers that are scored before accuracy
         times, digits, sign = shown_as(name)
         early, late = (number(stage[name], digits, times) for stage in (before, after))
-        parts.append(f"learned: {METRICS[name]} {early} → {late}{sign}")
+        parts.append(f"learned: {TITLES[name]} {early} → {late}{sign}")
     elif before and after:
         parts.append(f"learned: perplexity {number(before['perplexity'], 2)} → {number(after['perplexity'], 2)}")
     if forgot.get("change") is not None:

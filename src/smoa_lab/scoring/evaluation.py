@@ -270,7 +270,8 @@ class Evaluation:
             if self.margins:
                 margin = self.margins[number]
                 line |= {"margin": margin, "won": int(margin > 0)}
-                line |= {"dpo_loss": preferences[number]} if preferences else {}
+                if self.dpo_loss and preferences:
+                    line |= {"dpo_loss": preferences[number], "dpo_loss_before": self.dpo_loss(self.beta, 0.0, 0.0)}
             lines.append(line)
         return lines
 

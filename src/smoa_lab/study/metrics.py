@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from smoa_lab.data.answers import OWN, RULES, MetricName
@@ -55,7 +55,8 @@ def metrics_of(row: Mapping[str, Any], name: MetricName | None) -> Sequence[Metr
     if name is not None:
         return BY_NAME[name], LOSS
     if "dpo_loss" in row:
-        return OF_PREFERENCES
+        loss, *others = OF_PREFERENCES  # of older runs the loss is the sigmoid one
+        return replace(loss, untouched=row.get("dpo_loss_before", loss.untouched)), *others
     return (LOSS, OF_CHOICES) if "right_after" in row else (LOSS,)
 
 

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from smoa.atomic import write_whole
 from smoa_lab.basics.plain import finite
-from smoa_lab.data.answers import METRICS, OWN, shown_as
+from smoa_lab.data.answers import OWN, TITLES, shown_as
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.tables import Cell, Table, counted, number
 from smoa_lab.pages.templates import Figure, commands, page
@@ -311,7 +311,7 @@ def untouched_sentence(untouched: Metrics | None) -> list[str]:
         return []
     scores = untouched["evaluation"]["before"]
     text = f"The untouched model: loss {number(scores['loss'], 4)}"
-    for name, title in ((name, title) for name, title in METRICS.items() if name in scores):
+    for name, title in ((name, title) for name, title in TITLES.items() if name in scores):
         times, digits, sign = shown_as(name)
         text += f", {title} {number(scores[name], digits, times)}{sign}"
     if scores.get("majority") is not None:

@@ -28,7 +28,7 @@ from smoa_lab.data.formats import shape
 from smoa_lab.data.own_metric import own_metric
 from smoa_lab.data.row import Message, Row
 from smoa_lab.scoring import evaluation as evaluation_module
-from smoa_lab.scoring.evaluation import Evaluation, Forgetting, Measured, Stage, continue_prompts, ends_of
+from smoa_lab.scoring.evaluation import DPO_LOSSES, Evaluation, Forgetting, Measured, Stage, continue_prompts, ends_of
 from smoa_lab.scoring.losses import Losses, row_losses
 from tests.support import lab, tiny_models
 from tests.support.metrics import named
@@ -149,6 +149,9 @@ def test_a_preference_is_won_where_the_chosen_answer_gained_on_the_rejected_one(
     lines = evaluation.lines()
     assert [(line["margin"], line["won"], line["before"]) for line in lines] == [(2.0, 1, 10.0), (-3.0, 0, 12.0)]
     assert [line["dpo_loss"] for line in lines] == pytest.approx(losses)
+    assert {line["dpo_loss_before"] for line in lines} == {math.log(2)}
+    evaluation.dpo_loss = DPO_LOSSES["ipo"]
+    assert {line["dpo_loss_before"] for line in evaluation.lines()} == {25.0}  # 1 / (2 β) squared
     del evaluation.measured["before"]
     assert evaluation.margins == []
     assert "won" not in evaluation.scores()["after"]
