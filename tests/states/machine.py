@@ -221,7 +221,7 @@ class Machine(RuleBasedStateMachine):
             self.traits["tied"] = True
         if self.kind == "mini" and not masked("L6") and rarely(draw, 6):
             self.traits["twice"] = True
-        if self.kind == "llama" and rarely(draw, 4):
+        if self.kind == "llama" and not masked("L9") and rarely(draw, 4):
             self.traits["resized"] = 1
         if self.kind in ("mini", "llama") and not masked("L5") and rarely(draw, 6):
             self.traits["lora"] = "down" if self.kind == "mini" else "down_proj"
@@ -680,7 +680,7 @@ class Machine(RuleBasedStateMachine):
             own += ["float64", "bfloat16"]
         self.dtype = draw(st.sampled_from(own))
         is_resized = bool(self.traits.get("resized") and table)
-        low = low and not (masked("L9") and (self.dtype != was or was == "bfloat16" or is_resized))
+        low = low and not (masked("L9") and (self.dtype != was or was == "bfloat16"))
         if is_resized:
             self.traits["resized"] = 2
         self.begin_model()
