@@ -191,7 +191,7 @@ def test_the_pages_of_the_navigation_have_at_most_13_000_words() -> None:
     ],
 )
 def test_a_reference_page_has_every_key(prefix: str, section: type[BaseModel]) -> None:
-    text = "".join((DOCS / page).read_text(encoding="utf-8") for page in ("run-file.md", "which-adapter.md"))
+    text = "".join((DOCS / page).read_text(encoding="utf-8") for page in ("run-file.md", "study-file.md"))
     told = {
         key for cell in re.findall(r"^\| (`[^|]+`) \|", text, flags=re.MULTILINE) for key in re.findall("`(.+?)`", cell)
     }
