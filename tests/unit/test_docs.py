@@ -134,6 +134,16 @@ def test_local_links_lead_somewhere() -> None:
     assert [(name_of(document), link) for document, link in links if not (document.parent / link).exists()] == []
 
 
+def test_contributing_says_where_things_are_decided() -> None:
+    rows = re.findall(
+        r"^\| (.+\?) \| `(.+)` \| `(\w+)` \|$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert len(rows) == 11
+    for question, file, name in rows:
+        defined = rf"^ *(?:def|class) {name}\b|^{name}\b.* = "
+        assert re.search(defined, (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), question
+
+
 def github_slugs(path: Path) -> set[str]:
     """The anchors that GitHub gives to a page's headings."""
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
@@ -191,7 +201,7 @@ def test_the_pages_of_the_navigation_have_at_most_13_000_words() -> None:
     ],
 )
 def test_a_reference_page_has_every_key(prefix: str, section: type[BaseModel]) -> None:
-    text = "".join((DOCS / page).read_text(encoding="utf-8") for page in ("run-file.md", "which-adapter.md"))
+    text = "".join((DOCS / page).read_text(encoding="utf-8") for page in ("run-file.md", "study-file.md"))
     told = {
         key for cell in re.findall(r"^\| (`[^|]+`) \|", text, flags=re.MULTILINE) for key in re.findall("`(.+?)`", cell)
     }
