@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it lists no exports
 from peft import PeftConfig
 
+import smoa
 from smoa.config import SmoaConfig
 from smoa_lab.pages.templates import render
 
@@ -29,7 +30,11 @@ def adapter_card(title: str, config: PeftConfig, base: NamedBase, sections: str)
     if isinstance(config, SmoaConfig):
         by_layer = " in layers for which its config gives no other number" if config.num_blocks_pattern else ""
         paper = "[arXiv:2605.21147](https://arxiv.org/abs/2605.21147)"
-        intro = f"A SMoA adapter ({paper}) of `{base.text}`: r = {config.r}, {config.num_blocks} blocks{by_layer}."
+        intro = (
+            f"A SMoA adapter ({paper}) of `{base.text}`: r = {config.r}, {config.num_blocks} blocks{by_layer}. "
+            f"It needs smoa {smoa.__version__} or newer beside PEFT, by `pip install .` in a clone of smoa, and its "
+            "import: without it PEFT fails with `KeyError: 'SMOA'`."
+        )
     tags = [method_name(config).lower(), *([f"base_model:adapter:{base.hub_id}"] if base.hub_id else [])]
     front_matter = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": tags}
     return card_text(title, base, config, front_matter, intro, loading_code(config, base), sections, adapts=True)
