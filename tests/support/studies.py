@@ -18,7 +18,7 @@ from smoa_lab.basics.plain import portable
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import ANSWERED, OWN
 from smoa_lab.data.own_metric import own_metric
-from smoa_lab.study import executor, planning, run_study
+from smoa_lab.study import executor, planning, progress, run_study
 from smoa_lab.study.decision import Result
 from smoa_lab.study.executor import Executor
 from smoa_lab.study.planning import prepare
@@ -207,7 +207,7 @@ def write_runs(patch: pytest.MonkeyPatch) -> WrittenRuns:
 def fake_time(patch: pytest.MonkeyPatch, runs: WrittenRuns) -> None:
     """Time passes by runs alone, as long as they would take."""
     clock = SimpleNamespace(sleep=time.sleep, **dict.fromkeys(("monotonic", "perf_counter", "time"), lambda: runs.now))
-    for module in (run_study, executor, planning):
+    for module in (progress, run_study, executor, planning):
         patch.setattr(module, "time", clock)
 
 

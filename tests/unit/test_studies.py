@@ -17,7 +17,8 @@ from again import unpacked
 from stored import PACK, Run, compared, final_name, folders, runs_of, store, summary_of
 from study_page import study_page
 
-from smoa_lab.study.planning import prepare, study_file
+from smoa_lab.study.plan import study_file
+from smoa_lab.study.planning import prepare
 from smoa_lab.study.results import read_rows
 from smoa_lab.study.run_study import Comparison
 from smoa_lab.study.study_report import report

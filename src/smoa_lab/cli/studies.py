@@ -56,7 +56,8 @@ def compare(
         from smoa_lab.budget import method_settings
         from smoa_lab.study.default_study import default_study
         from smoa_lab.study.executor import Executor
-        from smoa_lab.study.planning import check_folder, outlook, prepare, study_file
+        from smoa_lab.study.plan import check_folder, study_file
+        from smoa_lab.study.planning import outlook, prepare
         from smoa_lab.study.ray_executor import RayExecutor
         from smoa_lab.study.run_study import Comparison
         from smoa_lab.study.study import load_study
@@ -129,7 +130,8 @@ def tune(
         from smoa_lab.pages.tables import Table, number
         from smoa_lab.study.default_study import tuning_study
         from smoa_lab.study.executor import Executor
-        from smoa_lab.study.planning import check_folder, prepare, study_file
+        from smoa_lab.study.plan import check_folder, study_file
+        from smoa_lab.study.planning import prepare
         from smoa_lab.study.run_study import Comparison
         from smoa_lab.study.search import rate_text
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
@@ -13,14 +15,16 @@ from pydantic import Field, ValidationError
 
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError, SmoaError
+from smoa_lab.basics.folders import check_place
 from smoa_lab.basics.plain import json_text, portable
 from smoa_lab.basics.section import Section
 from smoa_lab.config.run import RunConfig
+from smoa_lab.config.yaml_text import to_yaml
 from smoa_lab.data.answers import ANSWERED
 from smoa_lab.pages.tables import Table, counted
 from smoa_lab.study.bounds import level_of
 from smoa_lab.study.search import STARTS, Chosen, rate_text
-from smoa_lab.study.study import FORMAT, OLDER_DATA, Stage, Study, read_stored, series_of
+from smoa_lab.study.study import FORMAT, OLDER_DATA, Stage, Study, load_study, read_stored, series_of
 
 FIRST_SEEDS = 3
 """Seeds that come before more steps than these."""
@@ -297,3 +301,34 @@ def _differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
             yield from _differences(old.get(key), new.get(key), f"{place}.{key}" if place else str(key))
     elif old != new:
         yield f"{place}: {json.dumps(old)}, now {json.dumps(new)}"
+
+
+def check_folder(study: Study) -> None:
+    """Raise ConfigError if the study's folder has another study, or something else."""
+    file = study.folder / "study.yaml"
+    check_place(file)
+    if file.is_file():
+        refuse(f"{file}: says otherwise", changes(as_planned(load_study(file)), study))
+    elif not (study.folder / "plan.json").is_file() and (others := [path.name for path in study.folder.glob("[!.]*")]):
+        raise ConfigError(f"{study.folder}: contains {min(others)} and no study; choose another folder")
+
+
+@contextmanager
+def study_file(study: Study, given: Path | None = None) -> Iterator[None]:
+    """Write a study into its folder, unless the file there is the one that was ``given``, and plan it in the block. A
+    start that fails leaves the file that was there; an interrupted first one leaves its own to be edited, a refused
+    one none, by which the next would be refused."""
+    file = study.folder / "study.yaml"
+    if given is not None and given.resolve() == file.resolve():
+        yield
+        return
+    before = file.read_bytes() if file.exists() else None
+    write_whole(file, to_yaml(study.model_dump(mode="json", exclude_unset=True)))
+    try:
+        yield
+    except BaseException as error:
+        if before is not None:
+            write_whole(file, before)
+        elif isinstance(error, SmoaError):
+            file.unlink()
+        raise

@@ -10,20 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.base_models import empty_model
-from smoa_lab.basics.folders import check_place
 from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.config.methods import check_adapter
 from smoa_lab.config.run import RunConfig
-from smoa_lab.config.yaml_text import to_yaml
 from smoa_lab.data.answers import OWN, RULES
 from smoa_lab.data.own_metric import own_metric
 from smoa_lab.data.row import PARTS
@@ -57,7 +53,7 @@ from smoa_lab.study.plan import (
     write_plan,
 )
 from smoa_lab.study.results import stored_rows
-from smoa_lab.study.study import ALL_SIZES, FORMAT, Job, Stage, Study, load_study, read_stored
+from smoa_lab.study.study import ALL_SIZES, FORMAT, Job, Stage, Study, read_stored
 from smoa_lab.training.loaded_run import inputs
 from smoa_lab.training.run_folder import RunFolder
 
@@ -400,34 +396,3 @@ def fitted(plan: Plan, max_runs: int, seconds: float, workers: int = 1) -> Plan:
         of_step = max(lasts(number, fewest + 1) - lasts(number, fewest), 1e-9)
         steps = min(plan.steps, fewest + max(0, int((seconds - lasts(number, fewest)) / of_step)))
     return plan.model_copy(update={"seeds": seeds[:number], "steps": steps})
-
-
-def check_folder(study: Study) -> None:
-    """Raise ConfigError if the study's folder has another study, or something else."""
-    file = study.folder / "study.yaml"
-    check_place(file)
-    if file.is_file():
-        refuse(f"{file}: says otherwise", changes(as_planned(load_study(file)), study))
-    elif not (study.folder / "plan.json").is_file() and (others := [path.name for path in study.folder.glob("[!.]*")]):
-        raise ConfigError(f"{study.folder}: contains {min(others)} and no study; choose another folder")
-
-
-@contextmanager
-def study_file(study: Study, given: Path | None = None) -> Iterator[None]:
-    """Write a study into its folder, unless the file there is the one that was ``given``, and plan it in the block. A
-    start that fails leaves the file that was there; an interrupted first one leaves its own to be edited, a refused
-    one none, by which the next would be refused."""
-    file = study.folder / "study.yaml"
-    if given is not None and given.resolve() == file.resolve():
-        yield
-        return
-    before = file.read_bytes() if file.exists() else None
-    write_whole(file, to_yaml(study.model_dump(mode="json", exclude_unset=True)))
-    try:
-        yield
-    except BaseException as error:
-        if before is not None:
-            write_whole(file, before)
-        elif isinstance(error, SmoaError):
-            file.unlink()
-        raise

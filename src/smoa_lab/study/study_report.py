@@ -24,8 +24,8 @@ from smoa_lab.study import study_charts
 from smoa_lab.study.decision import EQUAL, Budget
 from smoa_lab.study.metrics import METRICS, loss_of, read_metrics
 from smoa_lab.study.plan import FIRST_SEEDS, Metrics
+from smoa_lab.study.progress import Progress
 from smoa_lab.study.results import FinalRun, read_rows
-from smoa_lab.study.run_study import Comparison
 from smoa_lab.study.search import Chosen, rate_text
 from smoa_lab.study.study import ALL_SIZES, FORMAT, series_of
 from smoa_lab.study.verdict import verdict
@@ -109,7 +109,7 @@ class Report:
         return "\n\n".join([*parts, f"## {MEASURED}", *self.notes]) + "\n"
 
 
-def report(comparison: Comparison) -> Report:
+def report(comparison: Progress) -> Report:
     """Write ``README.md``, ``index.html``, ``summary.json`` and the pictures of what has run into the study's
     folder."""
     study = comparison.study
@@ -148,7 +148,7 @@ def report(comparison: Comparison) -> Report:
     return made
 
 
-def untouched_metrics(comparison: Comparison) -> Metrics | None:
+def untouched_metrics(comparison: Progress) -> Metrics | None:
     """Those of the untouched model, with what the user's metric makes of its answers by now; None before it is
     scored."""
     run = RunFolder(comparison.study.folder / "untouched")
@@ -161,7 +161,7 @@ def untouched_metrics(comparison: Comparison) -> Metrics | None:
     return metrics
 
 
-def sentences_of(comparison: Comparison, families: Mapping[str, Budget]) -> tuple[dict[str, list[str]], list[str]]:
+def sentences_of(comparison: Progress, families: Mapping[str, Budget]) -> tuple[dict[str, list[str]], list[str]]:
     """The verdict of each family, and all that is said of the study, in the order in which it is shown."""
     study, plan = comparison.study, comparison.plan
     command = f"smoa compare {study.folder / 'study.yaml'}"
@@ -189,7 +189,7 @@ def sentences_of(comparison: Comparison, families: Mapping[str, Budget]) -> tupl
     return sentences, told
 
 
-def charts_of(comparison: Comparison, families: Mapping[str, Budget], untouched: Metrics | None) -> dict[str, Any]:
+def charts_of(comparison: Progress, families: Mapping[str, Budget], untouched: Metrics | None) -> dict[str, Any]:
     """The charts by their titles, None where there is nothing to draw."""
     study, finals = comparison.study, comparison.finals()
     budgets = {name: budget for name, budget in families.items() if not budget.of_sizes}
@@ -207,7 +207,7 @@ def charts_of(comparison: Comparison, families: Mapping[str, Budget], untouched:
     }
 
 
-def notes_of(comparison: Comparison, untouched: Metrics | None) -> list[str]:
+def notes_of(comparison: Progress, untouched: Metrics | None) -> list[str]:
     """How it was measured."""
     study, plan = comparison.study, comparison.plan
     notes = [*untouched_sentence(untouched), INTRODUCTION, *([OLDER] if plan.format < FORMAT else [])]
@@ -225,7 +225,7 @@ def notes_of(comparison: Comparison, untouched: Metrics | None) -> list[str]:
     return notes
 
 
-def run_tables(comparison: Comparison) -> dict[str, Table]:
+def run_tables(comparison: Progress) -> dict[str, Table]:
     """What was searched, and the final runs."""
     searches, finals = comparison.searches(), comparison.finals()
     tables = {"Learning rates": rate_table(searches)} if searches else {}
@@ -280,7 +280,7 @@ def rate_table(searches: Mapping[str, Chosen]) -> Table:
     return Table(["entry", *map(rate_text, rates), "chosen"], lines, caption)
 
 
-def run_table(comparison: Comparison, finals: Mapping[str, Mapping[int, FinalRun]]) -> Table:
+def run_table(comparison: Progress, finals: Mapping[str, Mapping[int, FinalRun]]) -> Table:
     """The lines that links lead to."""
     lines = []
     for run in (run for of_entry in finals.values() for run in of_entry.values()):

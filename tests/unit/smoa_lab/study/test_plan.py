@@ -9,8 +9,8 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import planning
 from smoa_lab.study.bounds import level_of
-from smoa_lab.study.plan import Plan, Timing
-from smoa_lab.study.planning import FEWEST, check_folder, fitted, prepare, study_file
+from smoa_lab.study.plan import Plan, Timing, check_folder, study_file
+from smoa_lab.study.planning import FEWEST, fitted, prepare
 from smoa_lab.study.study import Study, Tuning, load_study
 from smoa_lab.study.study_report import report
 from tests.support.studies import WrittenRuns, compared, entry, finished
