@@ -18,6 +18,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
@@ -72,7 +73,7 @@ def open_snapshot(layer: Any, names: Iterable[str], x: Tensor) -> Snapshot | Non
 
     Calls with gradients or active dropout, compiled models and transforms keep nothing.
     """
-    snapshot: Snapshot | None = getattr(_OPEN, "snapshot", None)
+    snapshot: Snapshot | None = None if torch.compiler.is_compiling() else getattr(_OPEN, "snapshot", None)
     if snapshot is None or layer not in snapshot.layers or not only_values(x):
         return None
     return None if any(map(layer.dropped, names)) else snapshot
