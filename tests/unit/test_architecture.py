@@ -1,14 +1,17 @@
 """Imports point one way."""
 
 import ast
+import pkgutil
 import re
+from collections import Counter
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "src"
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src"
 LIBRARY = ["errors", "compat", "atomic", "maths", "scores", "config", "layers", "files", "tuner", "integrations"]
 LIBRARY += ["serving"]
 """Each may import what stands before it."""
@@ -88,3 +91,27 @@ def test_the_design_page_draws_the_same_order(package: str, order: list[str]) ->
     drawing = page.split(f"src/{package}/ ")[1].split("\n\n")[0].split("```")[0]
     lines = re.findall(r"^  (\w+(?:, \w+)*)(?:  |$)", drawing, re.MULTILINE)
     assert [name for line in lines for name in line.split(", ")] == order
+
+
+def test_a_file_has_at_most_400_lines_and_a_name_of_its_own() -> None:
+    long = [module for module, file in MODULES.items() if len(file.read_text(encoding="utf-8").splitlines()) > 400]
+    assert long == []
+    names = Counter(file.name for file in MODULES.values())
+    twice = {name for name, count in names.items() if count > 1} - {"__init__.py", "__main__.py"}
+    assert twice <= {
+        "blocks.py",
+        "budget.py",
+    }  # ΔW's blocks and the products with them; the library's budget and its command
+
+
+def test_every_path_that_the_documents_name_can_be_imported() -> None:
+    documents = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    paths = {
+        path
+        for document in documents
+        if document.name != "experiment-log.md"
+        for path in re.findall(r"(?:^::: |`)(smoa(?:\.\w+)+)(?=[`(\s]|$)", document.read_text("utf-8"), re.MULTILINE)
+    }
+    assert {"smoa.budget", "smoa.hotswap.hotswap_adapter", "smoa.register_partition"} <= paths
+    for path in sorted(paths):
+        pkgutil.resolve_name(path)
