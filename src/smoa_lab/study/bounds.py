@@ -222,6 +222,10 @@ class Family:
         found = None if self.diverged(name) else self._estimate(name, other, 0.0)
         return -math.inf if found is None else float(found.lower(self.of_pair))
 
+    def between(self, name: str, other: str) -> tuple[float, float]:
+        """How much worse than another it is at least and at most."""
+        return -self.upper(other, name), self.upper(name, other)
+
     def worst(self, name: str, tolerance: float = 0.0, rounds: float | None = None) -> float:
         """The largest of its bounds against each other entry."""
         bounds = (self.upper(name, other, tolerance, rounds) for other in self.names if other != name)

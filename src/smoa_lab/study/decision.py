@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import permutations
 from typing import Any
 
 from smoa_lab.basics.plain import finite
@@ -109,14 +110,11 @@ class Budget:
 
     def as_json(self) -> Any:
         """What decides, in plain values."""
-        family, decided = self.family, self.decision()
-        pairs = [
-            [one, other, family.mean(one) - family.mean(other), family.upper(one, other)]
-            for one in (family.names if family else ())
-            for other in (family.names if family else ())
-            if one != other and family
-        ]
-        gains = {n: [-family.upper(n, None), -family.lower(n, None)] for n in family.names} if family else {}
+        family, decided, pairs, gains = self.family, self.decision(), list[Any](), dict[str, Any]()
+        if family is not None:
+            means = {name: family.mean(name) for name in family.names}
+            pairs = [[*two, means[two[0]] - means[two[1]], family.upper(*two)] for two in permutations(family.names, 2)]
+            gains = {name: [-family.upper(name, None), -family.lower(name, None)] for name in family.names}
         return finite(
             {
                 "measure": self.metric and self.metric.title,

@@ -157,12 +157,10 @@ class Comparison(Progress):
         """Whether a search's job would take the time of two seeds of all entries."""
         if self.plan.limit is None or not self.plan.seeds:
             return False
-        rounds = LEAST_SEEDS * sum(self.seconds("final", name) for name in self._timed()) / self.workers
+        timed = [name for name in self.study.entries if name in self.plan.entries]
+        rounds = LEAST_SEEDS * sum(self.seconds("final", name) for name in timed) / self.workers
         now = self.plan.used + time.time() - self._counted
         return now + self.seconds("search", job.entry) + MARGIN * rounds > self.plan.limit
-
-    def _timed(self) -> list[str]:
-        return [name for name in self.study.entries if name in self.plan.entries]
 
     def _cut(self, name: str) -> Chosen:
         """What an entry takes whose search ends before its time."""

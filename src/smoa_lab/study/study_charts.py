@@ -49,7 +49,7 @@ def differences(budgets: Mapping[str, Budget]) -> Any | None:
             continue
         for one in (one for one in budget.results if one.entry != against):
             mean = family.mean(one.entry) - family.mean(against)
-            ends = -family.upper(against, one.entry), family.upper(one.entry, against)
+            ends = family.between(one.entry, against)
             if math.isfinite(mean):
                 low, high = sorted(-metric.sign * metric.scale * end for end in ends)
                 known = {"low": low, "high": high}
@@ -88,7 +88,7 @@ def sizes(whole: Budget, of_sizes: Mapping[str, Budget], series: Mapping[str, st
     names = {entry: _shown(name, looks[entry]) for entry, name in series.items() if entry in looks}
     methods, points = {name: looks[entry] for entry, name in names.items()}, list[dict[str, Any]]()
     for one in whole.results:
-        low, high = -family.upper(against, one.entry), family.upper(one.entry, against)
+        low, high = family.between(one.entry, against)
         ends = {"low": low, "high": high} if one.entry != against and math.isfinite(low + high) else {}
         if math.isfinite(mean := family.mean(one.entry)):
             level = family.mean(against)
