@@ -12,7 +12,6 @@ import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
+from transformers.utils.logging import warning_once
 
 from smoa.atomic import write_whole
 from smoa.errors import DataError
@@ -57,11 +57,6 @@ class Sizes:
     train: int | None = None
     validation: int = 200
     test: int = 400
-
-
-@cache
-def _warn_once(text: str) -> None:
-    logger.warning(text)
 
 
 def length_summary(lengths: array[int]) -> dict[str, Any]:
@@ -207,7 +202,7 @@ class Reading:
                 "%d of %d %s rows are not used; data.%s_examples: %d takes all", number, every, part, part, every
             )
         if told := account.get("ungrouped"):
-            _warn_once(told)
+            warning_once(logger, told)
         return PreparedRows(folder, account)
 
     def _read_all(self, folder: Path) -> dict[str, Any]:
@@ -294,7 +289,9 @@ class Reading:
                     kinds = ("a conversation", "text") if self.is_text else ("text", "a conversation")
                     raise BadRow(None, f"is {kinds[0]}, where the rows before are {kinds[1]}; give each its own file")
                 if str(values.get("split")).lower() in PARTS and row.part is None:
-                    _warn_once("the column split is not read: call it part, and rows are in the parts that it names")
+                    warning_once(
+                        logger, "the column split is not read: call it part, and rows are in the parts that it names"
+                    )
                 group = row.asked if self.group is None else row.key
                 if isinstance(self.group, str):
                     if values.get(self.group) is None:

@@ -8,11 +8,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils.logging import warning_once
 
 from smoa.errors import DataError
 from smoa_lab.base_models import positions_of
@@ -62,11 +62,6 @@ class Measured:
     losses: Losses
     right: Sequence[bool] = ()
     rejected: Sequence[float] = ()
-
-
-@cache
-def _warn_once(text: str) -> None:
-    logger.warning(text)
 
 
 class Evaluation:
@@ -121,7 +116,7 @@ class Evaluation:
         unclear = sum(not is_one_number(prompt.reference) for prompt in self.prompts) if metric == "number" else 0
         if unclear:
             told = "have several numbers without ####, or none that is one; the last one is compared as it is written"
-            _warn_once(f"data.metric: number: {unclear} of {len(self.prompts)} completions {told}")
+            warning_once(logger, f"data.metric: number: {unclear} of {len(self.prompts)} completions {told}")
         lengths = [
             len(text_ids(self.encoder.tokenizer, prompt.reference)) + 1 for prompt in self.prompts
         ]  # and its end
@@ -131,7 +126,7 @@ class Evaluation:
             told = (
                 f"have more than {self.new_tokens} tokens, and no answer as long is written; raise data.answer_tokens"
             )
-            _warn_once(f"data.metric: {cut} of {len(lengths)} completions {told}")
+            warning_once(logger, f"data.metric: {cut} of {len(lengths)} completions {told}")
 
     def _scored(self, answers: Sequence[str]) -> list[float]:
         """What the metric makes of an answer to each row."""
