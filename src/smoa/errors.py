@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class SmoaError(Exception):
@@ -40,6 +41,17 @@ class DataError(SmoaError, ValueError):
 
 class UnsupportedVersionError(SmoaError, ImportError):
     """This release doesn't support the installed version of a required library."""
+
+
+@contextmanager
+def named(place: object) -> Iterator[None]:
+    """Put a place before the message of an error of ours in the block, unless the place is None."""
+    try:
+        yield
+    except SmoaError as error:
+        if place is None:
+            raise
+        raise type(error)(f"{place}: {error}") from None
 
 
 def first_of(names: Sequence[str], shown: int = 3) -> str:

@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from smoa.config import SmoaConfig
-from smoa.errors import AdapterFileError, PartitionError, first_of
+from smoa.errors import AdapterFileError, PartitionError, first_of, named
 from smoa.files.base import check_base, held_layers
 from smoa.files.loading import incoming, saved_config
 from smoa.files.names import (
@@ -168,15 +168,12 @@ def checked_tensors(
     layers, names = adapter_layers(model, adapter_name), saved_names(model)
     keys = {f"{names.get(n, n)}.{part}": key_of(n, part, adapter_name) for n, part in product(layers, PARTS)}
     keys |= {PREFIX + saved.removeprefix(PREFIX): key for saved, key in keys.items()}  # a file may lack or have it
-    named = {keys.get(key.replace(COMPILED, "."), key): tensor for key, tensor in state_dict.items()}
-    remapped, tables = split_tables(model, named)
-    try:
+    renamed = {keys.get(key.replace(COMPILED, "."), key): tensor for key, tensor in state_dict.items()}
+    remapped, tables = split_tables(model, renamed)
+    file = incoming()
+    with named(None if file is None else file.path):
         check_adapter_state(model, config, adapter_name, remapped, tables, layers)
         _check_base(model, config, adapter_name, remapped, tables, layers)
-    except AdapterFileError as error:
-        if (file := incoming()) is None:
-            raise
-        raise AdapterFileError(f"{file.path}: {error}") from None
     for name, layer in layers.items():
         refuse_writing(*layer.factors(adapter_name))
         layer.adapters[adapter_name].pending = False

@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from smoa.config import Shape, SmoaConfig
-from smoa.errors import AdapterFileError, ConfigError, first_of
+from smoa.errors import AdapterFileError, ConfigError, first_of, named
 from smoa.files.checks import check_layout, check_values
 from smoa.files.loading import read_adapter, saved_config, tensors_of
 from smoa.files.names import PARTS, PREFIX
@@ -172,7 +172,7 @@ def _checked(
         return ranks, config.alpha_of(path, sum(ranks), shape) / sum(ranks), saved_shapes(shape, ranks)
 
     layers, tensors = dict[str, SavedLayer](), dict[str, dict[str, Tensor]]()
-    try:
+    with named(source):
         for path, shape in shapes.items():
             if lacking := [part for part in PARTS if part not in found[path]]:
                 raise AdapterFileError(f"lacks {path}.{lacking[0]}; save or fetch the adapter again")
@@ -186,8 +186,6 @@ def _checked(
         if not (are_small and float(nn.utils.get_total_norm(values, torch.inf)) < SMALL):  # or one is NaN
             for path, layer in layers.items():
                 check_values(path, tensors[path], layer.ranks, layer.scaling, layer.A.dtype)
-    except AdapterFileError as error:
-        raise AdapterFileError(f"{source}: {error}") from None
     return layers
 
 

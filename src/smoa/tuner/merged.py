@@ -12,7 +12,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from smoa.errors import MergeError, UnsupportedModuleError
+from smoa.errors import MergeError, UnsupportedModuleError, named
 from smoa.layers.distributed import why_not_plain
 from smoa.layers.layer import SmoaLayer, smoa_layers
 from smoa.layers.merging import Loss, weight_id
@@ -65,10 +65,8 @@ def merged(model: M, *, lossy: bool = False, reports: bool = True) -> Iterator[M
 def check_all_finite(model: nn.Module, adapter_names: list[str] | None) -> None:
     """Raise MergeError if merging these adapters, None for the active ones, gives NaN or infinite weights."""
     for name, layer in smoa_layers(model).items():
-        try:
+        with named(name):
             layer.check_merge(adapter_names)
-        except MergeError as error:
-            raise MergeError(f"{name}: {error}") from None
 
 
 def check_merge_allowed(model: nn.Module) -> None:

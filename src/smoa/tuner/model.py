@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from smoa.compat import refuse_names
-from smoa.errors import PartitionError
+from smoa.errors import named
 from smoa.files.checks import checked_tensors
 from smoa.files.loading import incoming
 from smoa.files.names import (
@@ -114,7 +114,7 @@ class SmoaModel(BaseTuner):
             self._progress.update()
         else:
             known = existing_wrapper(self.model, current_key)
-        try:
+        with named(current_key):
             if known is not None:
                 known.update_layer(adapter_name, peft_config, current_key, defer_partition=loads)
                 return
@@ -124,8 +124,6 @@ class SmoaModel(BaseTuner):
                 transposed = kind.fan_in_fan_out
                 layer = kind.layer_class(target, adapter_name, peft_config, current_key, transposed, loads, backend)
                 layer.rows_unknown = rows_unknown(self.model, current_key)
-        except PartitionError as error:
-            raise PartitionError(f"{current_key}: {error}") from None
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         if not self.training:  # nor does a new layer's dropout act in a model that evaluates

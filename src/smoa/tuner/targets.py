@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from smoa.config import Shape, SmoaConfig
-from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModuleError, first_of
+from smoa.errors import ConfigError, SmoaError, UnsupportedModuleError, first_of, named
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_and_backend
@@ -118,13 +118,13 @@ class Target(NamedTuple):
 def check_target(name: str, module: nn.Module, config: SmoaConfig, model: nn.Module) -> Target:
     """What the module of a name is. Raises UnsupportedModuleError or PartitionError if it can't be adapted."""
     base = base_of(module)
-    try:
+    with named(name):
         kind, backend = kind_and_backend(base, model)
-    except UnsupportedModuleError as error:
-        raise UnsupportedModuleError(f"{name}: {error}") from error
-    refusal = _refusal(name, base, kind, model)
-    if refusal is not None:
-        raise refusal
+        if (reason := _refusal(name, base, kind, model)) is not None:
+            raise UnsupportedModuleError(
+                f"SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; {reason}; "
+                "remove it from target_modules or add it to exclude_modules"
+            )
     assert kind is not None, "a layer of no kind was refused"
     shape = kind.layer_class.shape_of(base)
     check_fit(name, shape, config)
@@ -146,27 +146,19 @@ def refuse_other_uses(name: str, module: nn.Module, model: nn.Module, uses: int)
         )
 
 
-def _refusal(name: str, base: nn.Module, kind: Kind | None, model: nn.Module) -> UnsupportedModuleError | None:
+def _refusal(name: str, base: nn.Module, kind: Kind | None, model: nn.Module) -> str | None:
     """Why a layer can't be adapted, or None: the one rule for named targets and for "all-linear"."""
     if kind is None:
-        reason: str | None = f"supported are {SUPPORTED}"
-    elif isinstance(base, NonDynamicallyQuantizableLinear):
-        reason = "MultiheadAttention uses its weight without calling it, so an adapter would do nothing"
-    elif torch.backends.mha.get_fastpath_enabled() and isinstance(
-        model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer
-    ):
-        reason = (
+        return f"supported are {SUPPORTED}"
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        return "MultiheadAttention uses its weight without calling it, so an adapter would do nothing"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if torch.backends.mha.get_fastpath_enabled() and isinstance(parent, nn.TransformerEncoderLayer):
+        return (
             "in evaluation a TransformerEncoderLayer uses its weight without calling it, unless you call "
             "torch.backends.mha.set_fastpath_enabled(False) first"
         )
-    else:
-        reason = kind.refusal(base)
-    if reason is None:
-        return None
-    return UnsupportedModuleError(
-        f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; {reason}; "
-        "remove it from target_modules or add it to exclude_modules"
-    )
+    return kind.refusal(base)
 
 
 def _leave_out(config: SmoaConfig, model: nn.Module) -> None:
@@ -197,10 +189,8 @@ def _check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:
         return
     with gather_params_ctx(stored):  # for DeepSpeed ZeRO-3
         weight = None if stored.is_meta else whole(stored if layer is None else layer.pristine_weight())
-        try:
+        with named(name):
             from_rank_zero(lambda: None if weight is None else float(finite_peak(weight)))
-        except PartitionError as error:
-            raise PartitionError(f"{name}: {error}") from None
 
 
 # Parameters of experts.
@@ -312,10 +302,8 @@ def check_parameter(target: TargetParameter, config: SmoaConfig) -> Shape:
 
 def check_fit(name: str, shape: Shape, config: SmoaConfig) -> None:
     """Raise PartitionError if K, as `num_blocks_pattern` sets it, is larger than a side of a matrix of this shape."""
-    try:
+    with named(name):
         check_num_blocks(config.num_blocks_of(name, shape), *shape)
-    except PartitionError as error:
-        raise PartitionError(f"{name}: {error}") from None
 
 
 # Warnings.

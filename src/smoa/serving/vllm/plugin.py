@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from smoa.config import SmoaConfig
-from smoa.errors import AdapterFileError, ConfigError
+from smoa.errors import ConfigError, named
 from smoa.files.base import Held, check_base
 from smoa.files.names import PREFIX
 from smoa.layers.batch import RowsBySlot
@@ -300,10 +300,8 @@ def _read(manager: Any, folder: str) -> dict[str, SavedLayer]:
     places, renamed, known = manager.smoa_places, manager.smoa_renamed, manager.smoa_templates
     layers = read_layers(folder, lambda path: places.get(renamed(path), "no LoRA layer of this engine"), known)
     found = {renamed(path): factors for path, factors in layers.items()}
-    try:
+    with named(folder):
         check_base(_held(manager, found), SmoaConfig.from_pretrained(folder), getattr(manager, "smoa_base", None))
-    except AdapterFileError as error:
-        raise AdapterFileError(f"{folder}: {error}") from None
     return found
 
 
