@@ -266,7 +266,7 @@ def of_searches() -> dict[str, dict[str, float]]:
 def noise() -> dict[str, tuple[float, float]]:
     """For each kind of measure, of the stored studies of `smoa compare`: the standard deviation of one seed's mean, and
     that of a row's difference between two entries; medians over pairs. Of losses in nats per token, of right answers in
-    standard deviations of the untouched model's, by its first 20 rows."""
+    standard deviations of the base model's, by its first 20 rows."""
     found: dict[str, list[tuple[float, float]]] = {}
     for folder in (each for each in compared() if (each / PACK).is_file()):
         runs = runs_of(folder)
@@ -319,7 +319,7 @@ NOISE: dict[str, tuple[float, float]] = {{
 {noises}
 }}
 """Standard deviations of a seed's mean, and of a row's difference between two entries: of losses in nats per token, of
-right answers in those of the untouched model's."""
+right answers in those of the base model's."""
 ''',
     )
 

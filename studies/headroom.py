@@ -1,6 +1,6 @@
 """Whether a task can show a difference between methods: full fine-tuning against a small LoRA, tuned alike.
 
-A study of it has the entries ``lora`` and ``full``, and the untouched model. The standard error of a difference in
+A study of it has the entries ``lora`` and ``full``, and the base model. The standard error of a difference in
 accuracy is √(s_q² + s_s²): s_q over questions, of the mean over seeds; s_s over seeds, of the mean over questions.
 """
 

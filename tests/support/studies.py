@@ -212,7 +212,7 @@ def fake_time(patch: pytest.MonkeyPatch, runs: WrittenRuns) -> None:
 
 
 def compared(study: Study, minutes: float | None = None, number: int | None = None) -> Comparison:
-    """The study with its plan; nothing of it is run yet but the untouched model."""
+    """The study with its plan; nothing of it is run yet but the base model."""
     return Comparison(study, prepare(study, Executor().result, minutes, number=number))
 
 

@@ -2,7 +2,7 @@
 
 Y_i (S, G) are an entry's values, lower is better: sums over each of G groups of rows that belong together, for each of
 S seeds; w (G,) are the groups' tokens or rows, W = Σ w. The contrast of an ordered pair asks whether i keeps a share
-1 − τ of what j gained over the untouched model, whose values are Y_0:
+1 − τ of what j gained over the base model, whose values are Y_0:
 
     d = Y_i − (1 − τ) Y_j − τ Y_0                                       θ = Σ d / (S W), below 0 where i does
     v_R = G / (G − 1) · Σ_g (d̄_g − w_g θ)² / W² − V                     error by the choice of groups, G − 1 degrees
@@ -108,7 +108,7 @@ def contrast(
     is_share: bool = False,
     pools: Sequence[int] = (),
 ) -> Estimate:
-    """θ of two entries, or of one and the untouched model where ``other`` is None.
+    """θ of two entries, or of one and the base model where ``other`` is None.
 
     ``values`` are (..., entries, seeds, groups), ``untouched`` (..., 1 or seeds, groups), ``weights`` (groups,), and
     ``kept`` is 1 − τ. There are two seeds and two groups or more. An entry with values that aren't finite has no
@@ -207,7 +207,7 @@ class Family:
         return float(of_seed.std(ddof=1)) if len(of_seed) > 1 and np.isfinite(of_seed).all() else 0.0
 
     def upper(self, name: str, other: str | None, tolerance: float = 0.0, rounds: float | None = None) -> float:
-        """How much worse than ``other``, or than the untouched model, an entry is at most, or would be found after so
+        """How much worse than ``other``, or than the base model, an entry is at most, or would be found after so
         many rounds; infinite where nothing bounds it."""
         if self.diverged(name) or (other is not None and self.diverged(other)):
             return math.inf if self.diverged(name) else -math.inf
@@ -236,7 +236,7 @@ class Family:
         return self.upper(name, None, rounds=rounds) < 0 and self.worst(name, tolerance, rounds) < 0
 
     def hurt(self) -> bool:
-        """Whether every entry is worse than the untouched model."""
+        """Whether every entry is worse than the base model."""
         return all(self.lower(name, None) > 0 for name in self.names)
 
     def kept(self, name: str, tolerance: float) -> float:

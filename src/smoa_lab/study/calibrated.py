@@ -14,4 +14,4 @@ NOISE: dict[str, tuple[float, float]] = {
     "loss": (0.0053, 0.034),
 }
 """Standard deviations of a seed's mean, and of a row's difference between two entries: of losses in nats per token, of
-right answers in those of the untouched model's."""
+right answers in those of the base model's."""

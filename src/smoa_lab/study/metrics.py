@@ -17,7 +17,7 @@ from smoa_lab.training.run_folder import RunFolder
 class Metric:
     """What is compared: a ``field`` of each held-out row, per token or per row; ``sign`` is 1 where higher is better.
     It is shown ``scale`` times as large, in ``unit`` with so many digits. ``untouched`` is the field of a row that the
-    untouched model has, or its value for all rows."""
+    base model has, or its value for all rows."""
 
     title: str
     field: str

@@ -231,7 +231,7 @@ def few_rows(number: int, rows: int | None = None) -> str:
 
 def other_config(known: dict[str, Any], config: RunConfig, is_untouched: bool) -> list[str]:
     """The keys by which a stored run's config, where an absent key is its default, is another than ``config``. Any
-    metric scores the same answers; the untouched model is the same whatever adapter is trained."""
+    metric scores the same answers; the base model is the same whatever adapter is trained."""
     known = {**known, "data": {**OLDER_DATA, **known["data"]}}
     old, new = (portable(each.model_dump(mode="json")) for each in (RunConfig.model_validate(known), config))
     for values in (old, new):

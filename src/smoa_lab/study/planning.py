@@ -1,4 +1,4 @@
-"""Plans a study: scores the untouched model, times a few steps of each entry that are thrown away, and fits what is
+"""Plans a study: scores the base model, times a few steps of each entry that are thrown away, and fits what is
 run into the time. A study that has a plan goes on with it."""
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def outlook(
     study: Study, execute: Execute, minutes: float | None, workers: int, number: int | None, began: float
 ) -> tuple[Plan, str]:
     """The plan that a study would get, by a few timed steps, and about which difference it will tell. Nothing is
-    scored, but for right answers 20 rows of the untouched model, and nothing is kept."""
+    scored, but for right answers 20 rows of the base model, and nothing is kept."""
     had = study.folder.exists()
     try:
         return Planner(study, execute, minutes, workers, number, began).outlook()
@@ -240,7 +240,7 @@ class Planner:
         return plan, f"By {counted(len(plan.seeds), 'round')} it will tell differences of about {told}."
 
     def _spread_of_answers(self, config: RunConfig, metric: str) -> float:
-        """That of right ones, by 20 answers of the untouched model."""
+        """That of right ones, by 20 answers of the base model."""
         name = next(iter(self.study.entries))
         few = config.data.model_copy(update={"test_examples": 20})
         training = {**config.training, "output_dir": str(self.study.folder / "timing" / "untouched")}
@@ -290,7 +290,7 @@ class Planner:
         return {}
 
     def _scored(self) -> tuple[float, float]:
-        """Score the untouched model, which counts. Seconds that a search's run takes to score, and that a final one
+        """Score the base model, which counts. Seconds that a search's run takes to score, and that a final one
         takes more, to answer and to score general text before and after too."""
         study, config = self.study, self._first_config()
         name, took, of_token = next(iter(study.entries)), [0.0, 0.0], 0.0

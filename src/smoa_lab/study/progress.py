@@ -83,7 +83,7 @@ class Progress:
                     self.finish(job, metrics)
 
     def ready(self, names: Sequence[str]) -> list[Job]:
-        """What can be run now: the untouched model and searches, one rate of all entries at a time; once all rates are
+        """What can be run now: the base model and searches, one rate of all entries at a time; once all rates are
         chosen, final runs, one seed of all at a time, of the families without an answer."""
         untouched = [self.untouched("untouched")] if self.plan.seeds else []
         if not (searched := self._to_search(names)):
@@ -186,7 +186,7 @@ class Progress:
         return {name: one for name, one in found.items() if one.losses}
 
     def search(self, name: str) -> list[Job]:
-        """The runs that an entry's search needs next; none when it is over, or goes on by what the untouched model
+        """The runs that an entry's search needs next; none when it is over, or goes on by what the base model
         reaches."""
         losses, untouched = self._searched(name), self.untouched("untouched-validation")
         if name in self.chosen or (len(losses) >= STARTS and untouched not in self.losses):

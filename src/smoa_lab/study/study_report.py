@@ -53,11 +53,11 @@ CAPTIONS = {
 INTRODUCTION = (
     "Every entry's learning rate is chosen by the loss on validation rows; the figures are from fresh seeds on the "
     "test part, in rounds of one seed of each entry. After each planned round from the second on it is asked which "
-    "entries keep enough of what each other gained over the untouched model; the first of them in order of cost is "
+    "entries keep enough of what each other gained over the base model; the first of them in order of cost is "
     "taken, and the study ends. Bounds are one-sided, over seeds and groups of rows that belong together, at a "
     "level by which all planned looks together take a wrong entry in 4 % of studies at most, and all others in "
     "another 1 %. 'Worse by' is an entry's bound against the others; below 0 it is better than all. ! marks a best "
-    "rate at the edge of its search, over which nobody is taken; ^ one at the vertex of the parabola through the "
+    "rate at the boundary of its search, over which nobody is taken; ^ one at the vertex of the parabola through the "
     "best that was tried and its neighbors. ± is the standard deviation over seeds; s a step is what was timed for "
     "the plan."
 )
@@ -149,7 +149,7 @@ def report(comparison: Progress) -> Report:
 
 
 def untouched_metrics(comparison: Progress) -> Metrics | None:
-    """Those of the untouched model, with what the user's metric makes of its answers by now; None before it is
+    """Those of the base model, with what the user's metric makes of its answers by now; None before it is
     scored."""
     run = RunFolder(comparison.study.folder / "untouched")
     if not run.finished:
@@ -276,7 +276,10 @@ def rate_table(searches: Mapping[str, Chosen]) -> Table:
             cells.append("" if rate not in one.losses else "diverged" if loss is None else f"{loss:.3f}{mark}")
         chosen = "" if one.place == "open" else rate_text(one.learning_rate) + MARKS.get(one.place, "")
         lines.append([name, *cells, chosen])
-    caption = "Validation loss of each run of the search; * is the best that was tried, ^ a vertex, ! at the edge."
+    caption = (
+        "Validation loss of each run of the search; * is the best that was tried, ^ the lowest point of a parabola, "
+        "! at the boundary."
+    )
     return Table(["entry", *map(rate_text, rates), "chosen"], lines, caption)
 
 
@@ -293,7 +296,7 @@ def run_table(comparison: Progress, finals: Mapping[str, Mapping[int, FinalRun]]
 
 
 def answers(finals: Mapping[str, Mapping[int, FinalRun]], untouched: Metrics | None) -> list[dict[str, str]]:
-    """For each sample prompt what was answered: the reference, the untouched model, and each entry."""
+    """For each sample prompt what was answered: the reference, the base model, and each entry."""
     before = {sample["question"]: sample.get("before") for sample in (untouched or {}).get("samples", [])}
     shown: dict[str, dict[str, str]] = {}
     for name, of_entry in finals.items():
@@ -306,11 +309,11 @@ def answers(finals: Mapping[str, Mapping[int, FinalRun]], untouched: Metrics | N
 
 
 def untouched_sentence(untouched: Metrics | None) -> list[str]:
-    """The untouched model's scores; nothing where it was not scored."""
+    """The base model's scores; nothing where it was not scored."""
     if untouched is None:
         return []
     scores = untouched["evaluation"]["before"]
-    text = f"The untouched model: loss {number(scores['loss'], 4)}"
+    text = f"The base model: loss {number(scores['loss'], 4)}"
     for name, title in ((name, title) for name, title in TITLES.items() if name in scores):
         times, digits, sign = shown_as(name)
         text += f", {title} {number(scores[name], digits, times)}{sign}"

@@ -57,7 +57,7 @@ def answer(budget: Budget, plan: Plan, command: str, of_round: float) -> str:
     decided, when = budget.decision(), f"after round {budget.round} of {max(budget.planned, budget.round)}"
     if decided is not None and decided.hurt:
         least = min(family.lower(name, None) for name in family.names)
-        return f"Training hurt: every entry is worse than the untouched model, by {amount(budget, least)}: take none."
+        return f"Training hurt: every entry is worse than the base model, by {amount(budget, least)}: take none."
     if decided is not None and decided.entry is None:
         return f"Training gained nothing that could be shown, {when}: take none."
     if decided is not None and decided.entry is not None:
@@ -65,7 +65,10 @@ def answer(budget: Budget, plan: Plan, command: str, of_round: float) -> str:
     if budget.at_edge and any(one.chosen.place == "cut" for one in budget.results):
         return "Undecided: the time ended searches. Give more --minutes, or raise tuning.max_runs: they go on."
     if budget.at_edge:
-        return "Undecided: search further. Raise tuning.max_runs in the study's file: searches at an edge go on."
+        return (
+            "Undecided: search further. Raise tuning.max_runs in the study's file: searches at the boundary of their "
+            "range go on."
+        )
     more = needed(budget, family, plan)
     if more is None:
         return (

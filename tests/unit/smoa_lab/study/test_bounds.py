@@ -16,7 +16,7 @@ def draws(*shape: int, seed: int = 0) -> Floats:
 
 
 def family(values: Floats, untouched: float | None = 5.0, level: float = 0.05, is_share: bool = False) -> Family:
-    """Entries a, b, …, each row of weight 1; the untouched model has the same value everywhere."""
+    """Entries a, b, …, each row of weight 1; the base model has the same value everywhere."""
     weights = np.ones(values.shape[-1])
     base = None if untouched is None else untouched * weights[None]
     return Family("abcdef"[: len(values)], values, base, weights, is_share, level, len(values))

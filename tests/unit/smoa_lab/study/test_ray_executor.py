@@ -195,7 +195,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def study_file(room: Path, name: str) -> Path:
-    """Two entries at two seeds, and the untouched model: five jobs, after a few steps of each."""
+    """Two entries at two seeds, and the base model: five jobs, after a few steps of each."""
     training = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "use_cpu": True}
     values = {
         "folder": str(room / name),

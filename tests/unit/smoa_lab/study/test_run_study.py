@@ -77,7 +77,7 @@ def test_final_runs_are_at_the_vertex_and_where_all_rates_are_too_high_the_searc
     def loss(config: RunConfig) -> float:
         return 2.0 + 8 * math.log10(config.training["learning_rate"] / best.get(config.method, 0.001)) ** 2
 
-    written.loss = loss  # of LoRA 6 and more around its start, and the untouched model reaches 4
+    written.loss = loss  # of LoRA 6 and more around its start, and the base model reaches 4
     written.untouched_loss = 4.0
     comparison = compared(study)
     comparison.run()

@@ -49,7 +49,7 @@ def test_a_study_is_reported_in_words_in_a_table_for_programs_and_on_a_page_with
         "small: ours gained at least 5 % more than lora, after round 2 of 3: take ours, the first in order of cost: "
     )
     text, html = page(study), (study.folder / "index.html").read_text()
-    for told in (made.verdict[0], "The untouched model: loss 4.0000.", "On 60 held-out rows, best first"):
+    for told in (made.verdict[0], "The base model: loss 4.0000.", "On 60 held-out rows, best first"):
         assert told in text
     assert html.index('<p style="font-size: 1.4rem') < html.index("<figure") < html.index("<h2>")
     for heading in ("How it was measured", "Searches", "Loss and time", "Learned and forgotten", "Answers", "Runs"):
@@ -211,7 +211,7 @@ def test_a_changed_tolerance_asks_again_without_another_look(study: Study, writt
 def test_training_that_hurts_is_told_as_such(study: Study, written: WrittenRuns) -> None:
     written.untouched_loss = 1.0
     made = report(finished(study))
-    assert "Training hurt: every entry is worse than the untouched model, by 0.9" in made.verdict[0]
+    assert "Training hurt: every entry is worse than the base model, by 0.9" in made.verdict[0]
     assert "take none." in made.verdict[0]
 
 

@@ -114,7 +114,7 @@ def test_where_training_gained_nothing_for_certain_none_is_taken_after_the_last_
     )
     assert told(budget(nothing, rounds=2, seeds=0.1)).startswith("Undecided")
     assert told(budget({"lora": -1.0, "smoa": -0.9})).startswith(
-        "Training hurt: every entry is worse than the untouched model, by 0."
+        "Training hurt: every entry is worse than the base model, by 0."
     )
     assert told(budget(nothing, untouched=False)).startswith("No verdict: what training gained isn't known")
 
@@ -124,7 +124,7 @@ def test_where_training_gained_nothing_for_certain_none_is_taken_after_the_last_
     [
         (
             "edge",
-            "search further. Raise tuning.max_runs in the study's file: searches at an edge go on",
+            "search further. Raise tuning.max_runs in the study's file: searches at the boundary of their range go on",
             "that was tried",
         ),
         (
