@@ -259,7 +259,7 @@ class Machine(RuleBasedStateMachine):
         given = ", ".join(f"{name}={value!r}" for name, value in {"dtype": self.dtype, **self.traits}.items())
         self.run(f"b = base({self.kind!r}, {given})")
         pure, state, self.own_dtype = known_base(self.kind, self.dtype, **self.traits)
-        self.oracle = Oracle(pure, dict(state))
+        self.oracle, self.parted = Oracle(pure, dict(state)), False
 
     def names(self, fresh: bool = False) -> st.SearchStrategy[str]:
         """Names that an adapter may have; half of them odd."""
@@ -608,7 +608,7 @@ class Machine(RuleBasedStateMachine):
             return  # PEFT's own: biases
         if facts.copies and self.merged_now:
             return  # PEFT's own: copies
-        is_tied = bool(facts.config.get("ensure_weight_tying"))
+        is_tied = bool(facts.config.get("ensure_weight_tying")) and not self.parted
         refusal = MUST_REFUSE if is_tied and trains and not masked("tied") else NO_REFUSAL
         if refusal == MUST_REFUSE and self.merged_now:
             return  # PEFT's own: tied
@@ -731,6 +731,7 @@ class Machine(RuleBasedStateMachine):
         if masked("L1") and self.kind == "golden":
             return
         self.run("m.load_state_dict({n: t.clone() for n, t in m.state_dict().items()}, assign=True)")
+        self.parted = True  # tied ends have memory of their own now
 
     def compile(self, draw: Any) -> None:
         self.run("l = m.base_model.model.model.layers; l[0] = torch.compile(l[0])")
