@@ -134,8 +134,9 @@ def default_study(
     apply_overrides(values, [change for change in changes if not change.startswith("shared.data.")])
     if (stored := Path(str(values["folder"]), "study.yaml")).is_file():
         before = load_study(stored)
-        if not any(change.startswith("seeds=") for change in changes):
-            values["seeds"] = before.seeds  # of a version that listed others
+        for key in before.model_fields_set & {"seeds", "keep", "tolerance"}:  # edited, or of another version
+            if not any(change.startswith(f"{key}=") for change in changes):
+                values[key] = getattr(before, key)
         run["data"].setdefault("metric", before.shared["data"].get("metric"))
     return checked_study(ConfigText(values, "smoa compare"), Path("study.yaml"))
 

@@ -135,7 +135,8 @@ class Plan(Section):
         """Seconds of all searches, each at its longest, and then of all final runs: of the work that workers share, or
         of the longest chain, since a search takes its runs after the first three one after the other, and a method's
         sizes are searched one after the other."""
-        searches, finals = ({name: self.seconds(stage, name) for name in self.entries} for stage in ("search", "final"))
+        names = [name for name in self.entries if name not in self.dropped]
+        searches, finals = ({name: self.seconds(stage, name) for name in names} for stage in ("search", "final"))
         of_chains: dict[str, float] = {}
         for name, seconds in searches.items():
             series = series_of(name, self.study.get("entries", {}).get(name, {}).get("size"))
@@ -147,7 +148,7 @@ class Plan(Section):
     def table(self, study: Study, workers: int = 1) -> Table:
         """A line for each entry, and what they share as caption."""
         lines = []
-        for name, one in self.entries.items():
+        for name, one in ((name, one) for name, one in self.entries.items() if name in study.entries):
             seconds = [duration(self.seconds(stage, name)) for stage in ("search", "final")]
             before = study.at_other_sizes(name)[:1] if study.tuning.max_runs and name not in self.starts else []
             rate = rate_text(self.start(study, name))
@@ -276,6 +277,8 @@ def changes(before: dict[str, Any], study: Study, planned: Sequence[int] = ()) -
         before.pop(key, None)
         now.pop(key, None)
     both = before["entries"].keys() & now["entries"].keys()
+    if before["entries"] and not both:  # no study that goes on: another one
+        return [f"entries: {', '.join(before['entries'])}, now {', '.join(now['entries'])}"]
     before["entries"], now["entries"] = (
         {name: entry for name, entry in values["entries"].items() if name in both} for values in (before, now)
     )

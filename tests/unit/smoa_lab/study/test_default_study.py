@@ -150,6 +150,22 @@ def test_an_entry_that_is_added_to_the_file_is_run_beside_the_others(room: Path,
     assert "shared.training.max_steps: 150, now 7" in smoa("compare", str(file), code=1).stderr
 
 
+def test_the_same_command_keeps_what_was_edited_and_refuses_another_study(room: Path, written: WrittenRuns) -> None:
+    words, file = ["compare", "--model", "base", "--data", "chats.jsonl"], room / "studies" / "chats" / "study.yaml"
+    smoa(*words, "--seeds", "2")
+    values = yaml.safe_load(file.read_text()) | {"keep": "all", "tolerance": 0.2}
+    del values["entries"]["lora"]
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    assert "lora" not in smoa("compare", "studies/chats").stderr  # neither in the plan's table
+    smoa(*words, "--methods", "smoa")
+    kept = yaml.safe_load(file.read_text())
+    assert (kept["keep"], kept["tolerance"], [*kept["entries"]]) == ("all", 0.2, ["smoa"])
+    before = file.read_bytes()
+    for other in (["--methods", "dora"], ["--sizes", "1,4"]):
+        assert "entries: smoa, now " in smoa(*words, *other, code=1).stderr
+        assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
