@@ -38,20 +38,20 @@ ROW_TILE = 1024
 
 
 def register_partition(name: str, labelling: Labelling) -> None:
-    """Let `SmoaConfig(partition=name)` cut weights by a function of your own.
+    """Let `SmoaConfig(partition=name)` cut weights by a function of your own; a later one of that name replaces it.
 
     A saved adapter holds its labels: to load, serve or merge it nobody needs the function.
 
     Args:
-        name: A new name.
+        name: Any name but those that smoa has.
         labelling: Takes the weight, (out_features, in_features), and K. Returns integers from 0 to K - 1, for each
             output and for each input coordinate; block k has as many as piece k of `torch.tensor_split`.
 
     Raises:
-        ConfigError: there is a partition of this name.
+        ConfigError: smoa has a partition of this name.
     """
-    if name in (*KINDS, *_registered):
-        raise ConfigError(f"register_partition: there is a partition {name!r}; take another name")
+    if name in KINDS:
+        raise ConfigError(f"register_partition: smoa has a partition {name!r}; take another name")
     _registered[name] = labelling
 
 
