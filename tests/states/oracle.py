@@ -159,12 +159,12 @@ class Oracle:
             if id(facts) not in leaves:
                 grown = {
                     layer: {
-                        part: tensor.double().requires_grad_() if part in PARTS[:2] else tensor
+                        part: tensor.detach().double().requires_grad_() if part in PARTS[:2] else tensor
                         for part, tensor in own.items()
                     }
                     for layer, own in facts.layers.items()
                 }
-                copies = {name: tensor.double().requires_grad_() for name, tensor in facts.copies.items()}
+                copies = {name: tensor.detach().double().requires_grad_() for name, tensor in facts.copies.items()}
                 leaves[id(facts)] = replace(facts, layers=grown, copies=copies)
         total = torch.zeros((), dtype=torch.float64)
         for group in {tuple(map(id, row)) for row in of_rows}:
