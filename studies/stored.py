@@ -21,7 +21,10 @@ KEPT = ("README.md", "study.yaml", "plan.json", "chosen.json", "differences.png"
 OF_RUN = ("config", "provenance", "digests", "parameters", "evaluation", "gain", "forgetting", "training")
 OF_PART = ("digest", "group", "copy")
 """What all runs on a part have in common; `rows_of` names the run that it is stored with."""
-OF_ROW = ("tokens", "before", "after", "scored_before", "scored_after")
+OF_ROW = (
+    *("tokens", "before", "after", "right_before", "right_after", "scored_before", "scored_after"),
+    *("margin", "won", "dpo_loss", "dpo_loss_before"),
+)
 Run = dict[str, Any]
 
 

@@ -75,7 +75,7 @@ def default_study(
         raise ConfigError("--sizes and --parameters both say how many each trains; leave one out")
     if wrong := [size for size in sizes if size < 1 or list(sizes).count(size) > 1]:
         raise ConfigError(f"--sizes: {wrong[0]} is no rank of LoRA, or named twice; give different ones, e.g. 1,4,16")
-    amounts = {f"-r{size}": f"{LORA}{size}" for size in sizes} or {"": parameters or PARAMETERS}
+    amounts = {f"-r{size}": f"{LORA}{size}" for size in sorted(sizes)} or {"": parameters or PARAMETERS}
     for name, own in (settings or {}).items():
         if name not in methods:
             raise ConfigError(f"--set {name}: is not one of --methods {','.join(methods)}; name it there too")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from smoa_lab.data.answers import OWN, RULES, MetricName
+from smoa_lab.scoring.evaluation import BETA, DPO_LOSSES
 from smoa_lab.study.plan import Metrics
 from smoa_lab.study.study import read_stored
 from smoa_lab.training.run_folder import RunFolder
@@ -50,13 +51,14 @@ METRICS = {each.title: each for each in (LOSS, OF_CHOICES, *OF_PREFERENCES, *BY_
 """All metrics by their titles."""
 
 
-def metrics_of(row: Mapping[str, Any], name: MetricName | None) -> Sequence[Metric]:
-    """What is compared on rows like this one, first what decides."""
+def metrics_of(row: Mapping[str, Any], name: MetricName | None, training: Mapping[str, Any]) -> Sequence[Metric]:
+    """What is compared on rows like this one of a run with this ``training`` block, first what decides."""
     if name is not None:
         return BY_NAME[name], LOSS
     if "dpo_loss" in row:
-        loss, *others = OF_PREFERENCES  # of older runs the loss is the sigmoid one
-        return replace(loss, untouched=row.get("dpo_loss_before", loss.untouched)), *others
+        loss, *others = OF_PREFERENCES
+        of_base = DPO_LOSSES["".join(training.get("loss_type", "sigmoid"))](training.get("beta", BETA), 0.0, 0.0)
+        return replace(loss, untouched=row.get("dpo_loss_before", of_base)), *others
     return (LOSS, OF_CHOICES) if "right_after" in row else (LOSS,)
 
 

@@ -189,7 +189,7 @@ class HeldOut:
         starts = np.flatnonzero(np.concatenate([[True], of_group[1:] != of_group[:-1]]))
         metrics = [
             each
-            for each in metrics_of(rows[keys[0]], metric)
+            for each in metrics_of(rows[keys[0]], metric, runs[0].metrics["config"]["training"])
             if each.field == SCORED
             or {None} <= (found := {run.rows[key][each.field] for run in runs for key in keys})
             or len(found) > 1
@@ -224,7 +224,7 @@ class HeldOut:
 def kept_by(run: FinalRun, name: MetricName | None) -> float | None:
     """What says which of an entry's adapters is kept: the mean of what decides, lower is better; None if it
     diverged."""
-    metric = metrics_of(next(iter(run.rows.values())), name)[0]
+    metric = metrics_of(next(iter(run.rows.values())), name, run.metrics["config"]["training"])[0]
     if metric.per_token or loss_of(run.metrics) is None:
         return loss_of(run.metrics)
     return fmean(-metric.sign * row[metric.field] for row in run.rows.values())

@@ -273,7 +273,7 @@ def test_wrong_entries_are_refused(entries: dict[str, Any], told: str, tmp_path:
 
 
 def test_the_command_writes_an_entry_for_each_method_and_size_and_gaps_with_their_reasons(room: Path) -> None:  # noqa: F811
-    study = default_study("base", "chats.jsonl", ["lora", "dora", "ln_tuning"], sizes=(1, 4))
+    study = default_study("base", "chats.jsonl", ["lora", "dora", "ln_tuning"], sizes=(4, 1))
     assert list(study.entries) == ["lora-r1", "lora-r4", "dora-r4"]
     assert [(entry.budget, entry.size, entry.adapter["r"]) for entry in study.entries.values()][:2] == [
         ("r = 1", 1, 1),
