@@ -228,17 +228,17 @@ def _meant(config: SmoaConfig, field: str) -> Any:
 
 @contextmanager
 def untouched(base: nn.Module) -> Iterator[None]:
-    """Take out of a model what an adapter that is refused in the context has put into it."""
-    modules = [(module, dict(vars(module)), dict(module._modules)) for module in base.modules()]
+    """Take out of a model what an adapter that is refused in the context has put into it, and activate again what was
+    active: attributes of its modules, and the contents of those that are dictionaries."""
+    modules = [(module, dict(vars(module))) for module in base.modules()]
+    tables = [(table, dict(table)) for _, own in modules for table in own.values() if isinstance(table, dict)]
     trained = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     try:
         yield
     except BaseException:
-        for module, own, children in modules if smoa_layers(base) else []:
-            vars(module).clear()
-            vars(module).update(own)
-            module._modules.clear()
-            module._modules.update(children)
+        for table, known in [*((vars(module), own) for module, own in modules), *tables] if smoa_layers(base) else []:
+            table.clear()
+            table.update(known)
         for parameter, trains in trained:
             parameter.requires_grad_(trains)
         raise
@@ -269,15 +269,9 @@ def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
                 over = taking_over(old, _alike(old, place, given.get("adapter_name"), options))
             if checks_nothing and file is not None:
                 given["adapter_state_dict"] = file.tensors
-            known = {*loaded}
-            base = args[0] if checks_nothing else given.get("model")
-            try:
-                with over, untouched(base) if isinstance(base, nn.Module) and not loaded else nullcontext():
-                    return original(*call.args, **call.kwargs)
-            except AdapterFileError:
-                if isinstance(args[0], PeftModel) and (new := {*loaded} - known):
-                    args[0].delete_adapter(new.pop())  # its tensors were refused
-                raise
+            base = args[0] if isinstance(args[0], nn.Module) else given.get("model")
+            with over, untouched(base) if isinstance(base, nn.Module) else nullcontext():
+                return original(*call.args, **call.kwargs)
 
     load.__smoa_door__ = True  # type: ignore[attr-defined]
     return load

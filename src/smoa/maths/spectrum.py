@@ -230,9 +230,15 @@ def make_partition(
     check_num_blocks(num_blocks, out_features, in_features)
     finite_peak(weight)
     if kind in _registered:
-        sides = [torch.as_tensor(side).cpu() for side in _registered[kind](weight.detach(), num_blocks)]
-        fits = [side.shape for side in sides] == [(out_features,), (in_features,)]
-        if not fits or any(side.is_floating_point() or side.min() < 0 or side.max() >= num_blocks for side in sides):
+        given = _registered[kind](weight.detach().clone(), num_blocks)
+        try:
+            sides = [torch.as_tensor(side).cpu() for side in given]
+            whole = not any(side.is_floating_point() or side.is_complex() for side in sides)
+            fits = whole and [side.shape for side in sides] == [(out_features,), (in_features,)]
+            fits = fits and all(side.min() >= 0 and side.max() < num_blocks for side in sides)
+        except (TypeError, ValueError, RuntimeError):  # no pair, or no tensors
+            fits = False
+        if not fits:
             raise PartitionError(
                 f"partition={kind!r}: its function must return ({out_features},) and ({in_features},) integers from 0 "
                 f"to {num_blocks - 1}"

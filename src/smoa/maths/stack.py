@@ -128,7 +128,7 @@ class Stack:
             matrices: Pristine W of all experts, (E, H, out_features, in_features).
             ends: int32 (E,), where the rows of each expert end.
         """
-        return recomputed(_Grouped(ends), self, x, matrices.detach())
+        return recomputed(_Grouped(ends), self, x, matrices)
 
     def by_block(self) -> tuple[Tensor, Tensor, Tensor]:
         """A, Bᵀ and their scale by half, block and expert, (H, K, E, rank, …), padded by zeros; differentiable."""

@@ -11,12 +11,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from smoa.config import SmoaConfig
+from smoa.config import FORMAT, SmoaConfig
 from smoa.errors import MergeError
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import slices
@@ -64,7 +64,8 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
             f"can't combine adapters of r={[config.r for config in configs]}: their block ranks add up to {total}, no "
             f"even split; combine adapters of which all but one have an r that num_blocks={first.num_blocks} divides"
         )
-    return replace(first, r=sum(total), alpha=None, alpha_pattern={}, use_rslora=False, scale="paper")
+    own: dict[str, Any] = {"alpha": None, "alpha_pattern": {}, "use_rslora": False, "scale": "paper"}
+    return replace(first, r=sum(total), **own, smoa_format=FORMAT)  # with the labels of adapters that there are
 
 
 def check_layer(name: str, layer: SmoaLayer, adapters: list[str]) -> None:

@@ -90,9 +90,11 @@ class SmoaModel(BaseTuner):
         if "bitsandbytes" in sys.modules and len(self.peft_config) == 1:  # later adapters find it done
             for module in model.modules():
                 keep_unpacked(module)
-        if not self._loads_labels:
-            check_partition(peft_config.partition)
+        if not self._loads_labels and sum(other is peft_config for other in self.peft_config.values()) < 2:
+            check_partition(peft_config.partition)  # another adapter of the same config gives its labels
         self._targets = survey_targets(model, peft_config, self._check_target_module_exists, self._loads_labels)
+        if not self._loads_labels:
+            peft_config.quantized_base = any(target.backend is not None for target in self._targets.values())
         hidden = True if self._loads_labels or peft_config.partition != "spectral" else None  # terminals only
         self._progress = tqdm(total=len(self._targets), desc="SMoA partitions", unit="layer", delay=1, disable=hidden)
 
@@ -110,7 +112,6 @@ class SmoaModel(BaseTuner):
         if parameter_name is None:
             found = self._targets.get(current_key)
             kind, _, backend = found or check_target(current_key, target, peft_config, self.model)
-            peft_config.quantized_base |= backend is not None and known is None and not loads
             self._progress.update()
         else:
             known = existing_wrapper(self.model, current_key)

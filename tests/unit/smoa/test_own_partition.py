@@ -73,8 +73,20 @@ def test_a_name_that_is_taken_or_unknown_is_refused() -> None:
     assert smoa.make_partition(torch.randn(6, 6), 2, "by_norm").num_blocks == 2
 
 
-@pytest.mark.parametrize("labels", [torch.zeros(10), torch.tensor([0, 1] * 4), torch.tensor([0] * 9 + [1])])
-def test_labels_that_are_no_partition_are_refused(labels: Tensor) -> None:
+def test_loaded_adapters_are_summed_and_copied_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    get_peft_model(Model(), config()).save_pretrained(tmp_path)
+    monkeypatch.setattr(spectrum, "_registered", {})
+    model = PeftModel.from_pretrained(Model(), tmp_path, is_trainable=True)
+    model.load_adapter(tmp_path, "two")
+    model.add_weighted_adapter(["default", "two"], [0.5, 0.5], "sum", combination_type="cat")
+    layer = model.base_model.model.linear
+    torch.testing.assert_close(layer.delta("sum"), layer.delta("default"))
+    model.add_adapter("ref", model.peft_config["default"])  # as TRL does, which then copies the factors
+    assert torch.equal(layer.blocks("ref").row_labels, layer.blocks("default").row_labels)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(10), torch.tensor([0, 1] * 4), torch.tensor([0] * 9 + [1]), None])
+def test_labels_that_are_no_partition_are_refused(labels: Tensor | None) -> None:
     register_partition("wrong", lambda weight, num_blocks: (labels, by_norm(weight, num_blocks)[1]))
     with pytest.raises(PartitionError):
         smoa.make_partition(torch.randn(10, 13), 2, "wrong")

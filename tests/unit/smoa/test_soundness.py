@@ -298,9 +298,9 @@ def test_another_base_is_refused_and_can_be_loaded_all_the_same(tmp_path: Path) 
 
 
 def test_an_adapter_of_a_quantized_base_is_held_to_what_quantizing_changes(tmp_path: Path) -> None:
-    made = config()
-    made.quantized_base = True
-    get_peft_model(llama(), made).save_pretrained(tmp_path)
+    made = get_peft_model(llama(), config())
+    made.peft_config["default"].quantized_base = True
+    made.save_pretrained(tmp_path)
     for change, taken in ((1.15, True), (1.4, False)):
         base = llama()
         for parameter in base.parameters():
@@ -330,6 +330,59 @@ def test_a_refused_load_leaves_nothing_in_the_base(tmp_path: Path, saved: str) -
         assert [parameter.requires_grad for parameter in base.parameters()] == trains
         assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in state.items())
         get_peft_model(base, config())
+
+
+def test_a_refused_second_load_leaves_the_first_adapter_as_it_was(tmp_path: Path) -> None:
+    get_peft_model(llama(), config(init_weights=False)).save_pretrained(tmp_path / "good")
+    get_peft_model(llama(seed=1), config(init_weights=False)).save_pretrained(tmp_path / "bad")
+    ids = torch.arange(6)[None]
+    for of_peft in (True, False):
+        base = llama()
+        if of_peft:
+            model: Any = PeftModel.from_pretrained(base, tmp_path / "good")
+        else:
+            model = base
+            model.load_adapter(str(tmp_path / "good"))
+        expected, state = model(ids).logits, bits(base)
+        with pytest.raises(AdapterFileError, match="trained on another base"):
+            model.load_adapter(str(tmp_path / "bad"), "two")
+        assert [*model.peft_config] == ["default"]
+        assert torch.equal(model(ids).logits, expected)
+        assert bits(base).keys() == state.keys()
+        model.load_adapter(str(tmp_path / "good"), "two")
+
+
+def test_each_adapter_that_is_made_on_a_quantized_base_says_so_and_no_other() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    packed, one = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, bias=False)).to("cpu"), config(target_modules=["0"])
+    model = get_peft_model(packed, one)
+    model.add_adapter("second", config(target_modules=["0"]))
+    assert [each.quantized_base for each in model.peft_config.values()] == [True, True]
+    get_peft_model(nn.Sequential(nn.Linear(64, 64)), one)
+    assert not one.quantized_base
+
+
+def test_the_gradient_of_experts_weights_has_both_parts() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 16, 12, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([nn.functional.linear(own, self.w[number]) for number, own in enumerate(x.chunk(3))])
+
+    adapter = config(target_modules=[], target_parameters=["experts.w"], init_weights=False)
+    experts = inject_adapter_in_model(adapter, nn.ModuleDict({"experts": Experts()}))["experts"].double()
+    weight, x = experts.get_base_layer().w, torch.randn(9, 12, dtype=torch.float64)
+    change = 1 + experts.delta("default").reshape(weight.shape).detach() / weight.detach()  # ΔW is linear in W
+
+    def whole(w: Tensor) -> Tensor:
+        return torch.cat([own @ each.T for own, each in zip(x.chunk(3), w * change, strict=True)]).square().sum()
+
+    expected = torch.func.grad(whole)(weight.detach())
+    weight.requires_grad_(True)
+    found = torch.autograd.grad(experts(x).square().sum(), weight)[0]
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("place", ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"])
