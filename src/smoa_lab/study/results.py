@@ -117,6 +117,8 @@ class Found:
 
     def _round(self, name: str, alive: Sequence[str], most: int | None) -> int:
         """How many whole rounds of a family are shown; between two looks those of the last one."""
+        if not alive:
+            return 0
         whole = [all(seed in self.finals.get(entry, {}) for entry in alive) for seed in self.plan.seeds]
         rounds, take = whole.index(False) if False in whole else len(whole), self.plan.takes.get(name)
         if most or take:

@@ -41,6 +41,8 @@ def verdict(budget: Budget, plan: Plan, command: str, of_round: float) -> list[s
 def answer(budget: Budget, plan: Plan, command: str, of_round: float) -> str:
     """The adapter to take, the first in order of cost that keeps enough of what each other gained; or why none."""
     family, seeds = budget.family, max(len(one.seeds) for one in budget.results)
+    if not budget.wanted:
+        return "No verdict: all entries failed."
     if family is None and budget.metric is None:
         return "No verdict: every run has the same values."
     if family is None and len(plan.seeds) < 2:

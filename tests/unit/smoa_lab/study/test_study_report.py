@@ -202,6 +202,20 @@ def test_an_entry_that_fails_is_named_and_the_others_get_their_verdict(study: St
     assert report(finished(study)).summary["budgets"]["small"]["pairs"], "it may come back"
 
 
+def test_a_budget_whose_entries_all_failed_after_a_final_run_says_so(study: Study, written: WrittenRuns) -> None:
+    usual = written.loss
+
+    def loss(config: RunConfig) -> float | None:
+        if config.method == "full" and config.training["seed"] == 1:
+            raise RuntimeError("CUDA out of memory")
+        return usual(config)
+
+    written.loss = loss
+    told = report(finished(study)).verdict
+    assert told[0].startswith("small: ours ")
+    assert told[1] == "large: No verdict: all entries failed."
+
+
 def test_a_changed_tolerance_asks_again_without_another_look(study: Study, written: WrittenRuns) -> None:
     finished(study)
     strict = compared(study.model_copy(update={"tolerance": 0.05, "keep": "all"}))
