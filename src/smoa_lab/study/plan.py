@@ -4,7 +4,7 @@ what was decided. Steps are fixed once, and no resume changes them."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -54,12 +54,18 @@ class Timing(Section):
 
 
 class Take(Section):
-    """What a budget's look decided: the ``entry`` to take, or none, at which round, level and tolerance."""
+    """What a budget's look decided: the ``entry`` to take, or none, at which round, level and tolerance, by which
+    ``entries`` with their rates. An older plan doesn't say those."""
 
     entry: str | None
     round: int
     level: float
     tolerance: float
+    entries: dict[str, float] = Field(default={})
+
+    def stands(self, rates: Mapping[str, float]) -> bool:
+        """Whether all of its entries still have their rates."""
+        return self.entries.items() <= rates.items()
 
 
 class Plan(Section):
@@ -121,6 +127,12 @@ class Plan(Section):
         number = min((take.round for take in self.takes.values()), default=len(self.seeds))
         more = {"seeds": self.seeds[:number], "extensions": [*self.extensions, number]}
         return {"planned": self.rounds, "takes": {}, **more}
+
+    def one_more_look(self, changed: Collection[str], rounds: int) -> dict[str, Any]:
+        """The changes for a look at so many rounds that was not planned, since the entries of ``changed`` families are
+        other ones."""
+        takes = {family: take for family, take in self.takes.items() if family not in changed}
+        return {"planned": self.rounds, "extensions": [*self.extensions, rounds], "takes": takes}
 
     def level(self, entries: int) -> float:
         """Of a look at so many entries."""
