@@ -147,7 +147,8 @@ class Found:
         return sum(budget in listed for budget in self.plan.dropped.values())
 
     def _result(self, name: str, runs: Mapping[int, FinalRun], budget: Budget, shown: int) -> Result:
-        kept = {seed: kept_by(run, self.metric) for seed, run in runs.items() if run.folder.adapter.is_dir()}
+        all_runs = self.finals[name]  # one of a later round than is shown may be the one that was kept
+        kept = {seed: kept_by(run, self.metric) for seed, run in all_runs.items() if run.folder.adapter.is_dir()}
         forgot: list[Any] = [(run.metrics["forgetting"] or {}).get("change") for run in runs.values()]
         first = next(iter(runs.values()))
         memories = [run.metrics["training"].get("peak_memory_bytes") for run in runs.values()]
@@ -176,7 +177,7 @@ class Found:
             memory=max((each for each in memories if each), default=None),
             size=first.metrics["parameters"].get("adapter_bytes"),
             forgotten=None if None in forgot else fmean(forgot),
-            kept=str(runs[best_of(kept)].folder.path) if kept else None,
+            kept=str(all_runs[best_of(kept)].folder.path) if kept else None,
         )
 
 

@@ -203,7 +203,7 @@ class Comparison(Progress):
         if keep == "all" or job.is_untouched:
             return
         alike = {each: loss for each, loss in self.losses.items() if (each.stage, each.entry) == (job.stage, job.entry)}
-        if job.stage == "final" and self.metric is not None and keep == "best":
+        if job.stage == "final" and keep == "best":
             known = self.finals()[job.entry]
             alike = {self.final(job.entry, seed): kept_by(run, self.metric) for seed, run in known.items()}
         for other in alike:

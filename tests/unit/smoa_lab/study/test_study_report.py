@@ -504,6 +504,20 @@ def test_other_work_beside_some_runs_makes_no_entry_dearer(study: Study, written
     assert {name: one.step_seconds for name, one in results(study).items()} == pytest.approx(before)
 
 
+def test_the_adapter_that_is_kept_is_the_one_that_is_named_also_of_a_round_that_is_not_shown(
+    study: Study, written: WrittenRuns
+) -> None:
+    usual = written.loss
+    written.loss = lambda config: (usual(config) or 0.0) - 0.001 * (config.training["seed"] == 2)
+    compared(study).run(["ours"])
+    made = finished(study)
+    assert made.plan.takes["small"].round == 2
+    report(made)
+    kept = [path.parent for path in study.folder.glob("ours/*/adapter")]
+    assert [str(path) for path in kept] == [results(study)["ours"].kept]
+    assert kept[0].name.endswith("seed-2")
+
+
 def test_by_a_metric_the_adapter_that_answers_best_is_kept(study: Study, written: WrittenRuns) -> None:
     usual, row = written.usual_loss, written._row
 
