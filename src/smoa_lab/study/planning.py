@@ -261,14 +261,9 @@ class Planner:
         beside = fmean(one.beside for one in plan.entries.values())
         timings, _, failed = self._timed(new, beside) if new else ({}, 0, {})
         failed |= {name: told for name, told in plan.failed.items() if name not in new}
-        dropped = plan.dropped | {n: entry.budget for n, entry in before.entries.items() if n not in study.entries}
-        back = [name for name in dropped if name in study.entries]
-        fresh = {*back, *(new.keys() - before.entries.keys())}
-        changed = {family for family, own in study.families().items() if fresh & {*own}}
-        decided_by = {family: {*take.entries, take.entry} - {None} for family, take in plan.takes.items()}
-        changed |= {family for family, names in decided_by.items() if names - study.entries.keys()}
+        changed = plan.changed(study, {*plan.dropped, *(new.keys() - before.entries.keys())})
         more: dict[str, Any] = {"study": as_planned(study), "seeds": asked, "entries": plan.entries | timings}
-        more |= {"final": final, "failed": failed, "dropped": {n: b for n, b in dropped.items() if n not in back}}
+        more |= {"final": final, "failed": failed, **plan.without(before, study)}
         more |= self._looks(plan, asked, changed)
         if self.minutes is not None and self.minutes != plan.minutes:
             more |= {"minutes": self.minutes, "limit": plan.used + self.left()}

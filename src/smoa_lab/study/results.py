@@ -144,7 +144,8 @@ class Found:
     def _dropped(self, name: str) -> int:
         """How many entries were dropped from a family."""
         listed = {self.study.entries[entry].budget for entry in self.study.families()[name]}
-        return sum(budget in listed for budget in self.plan.dropped.values())
+        sized = self.plan.dropped_sizes if name == ALL_SIZES else {}
+        return sum(entry in sized or budget in listed for entry, budget in self.plan.dropped.items())
 
     def _result(self, name: str, runs: Mapping[int, FinalRun], budget: Budget, shown: int) -> Result:
         all_runs = self.finals[name]  # one of a later round than is shown may be the one that was kept

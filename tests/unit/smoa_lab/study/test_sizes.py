@@ -222,6 +222,19 @@ def test_entries_go_on_as_long_as_one_of_their_families_is_open(
     assert len(folders(sized, "lora-r1/lr-*-seed-[012]")) == 3, "all sizes are not answered"
 
 
+def test_a_size_that_was_dropped_still_counts_among_all_sizes(sized: Study, written: WrittenRuns) -> None:
+    before = compared(sized)
+    before.run()
+    assert before.budgets()[ALL_SIZES].families["loss"].entries == 6
+    kept = without(sized, "smoa-r16", "lora-r16")
+    after = finished(kept)
+    assert after.plan.dropped_sizes == {"smoa-r16": 16, "lora-r16": 16}
+    of_sizes = after.budgets()
+    assert of_sizes[ALL_SIZES].families["loss"].entries == 6
+    assert of_sizes["r = 4"].families["loss"].entries == 2
+    assert finished(sized).plan.dropped_sizes == {}
+
+
 def test_the_smallest_that_keeps_enough_is_taken_across_sizes(sized: Study, written: WrittenRuns) -> None:
     def loss(config: RunConfig) -> float:
         away = abs(math.log10(config.training["learning_rate"] / BEST[size_of(config)]))
