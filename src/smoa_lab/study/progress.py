@@ -60,7 +60,8 @@ class Progress:
         return Found(self.study, self.plan, self.chosen, self.finals(), self.metric, untouched)
 
     def finals(self) -> dict[str, dict[int, FinalRun]]:
-        """The finished final runs by entry and seed."""
+        """The finished final runs by entry and seed, but those whose answers the user's metric failed to score: their
+        entries failed."""
         found: dict[str, dict[int, FinalRun]] = {}
         for name in (each for each in self.study.entries if each in self.chosen and each in self.plan.entries):
             for seed in self.plan.seeds:
@@ -68,9 +69,14 @@ class Progress:
                 if job not in self._rows and (metrics := self.stored(job)) is not None:
                     folder = RunFolder(self.study.folder / job.name)
                     self._rows[job] = FinalRun(folder, metrics, read_rows(folder, self.metric))
-                if job in self._rows:
+                if job in self._rows and self._rows[job].is_scored:
                     found.setdefault(name, {})[seed] = self._rows[job]
         return found
+
+    def unscored(self) -> set[str]:
+        """The entries that have a final run without all of its scores."""
+        self.finals()
+        return {job.entry for job, run in self._rows.items() if not run.is_scored}
 
     def catch_up(self, names: Sequence[str]) -> None:
         """Note what has run."""

@@ -34,6 +34,11 @@ class FinalRun:
     metrics: Metrics
     rows: dict[RowKey, dict[str, Any]]
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether no answer lacks the score that the metric gives it."""
+        return all(row.get(SCORED, 0.0) is not None for row in self.rows.values())
+
 
 def stored_rows(run: RunFolder) -> list[dict[str, Any]]:
     """What is stored of each held-out row."""

@@ -103,7 +103,7 @@ class Comparison(Progress):
     def _resume(self, names: Sequence[str], workers: int) -> None:
         """Note what has run, and try again what failed."""
         self.workers = workers
-        self._change(partial(_try_again, self.study.entries.keys() - {*names}))
+        self._change(partial(_try_again, (self.study.entries.keys() - {*names}) | self.unscored()))
         self.catch_up(names)
         for job in self.losses:
             self._drop_adapters(job)
@@ -204,7 +204,7 @@ class Comparison(Progress):
             return
         alike = {each: loss for each, loss in self.losses.items() if (each.stage, each.entry) == (job.stage, job.entry)}
         if job.stage == "final" and keep == "best":
-            known = self.finals()[job.entry]
+            known = self.finals().get(job.entry, {})
             alike = {self.final(job.entry, seed): kept_by(run, self.metric) for seed, run in known.items()}
         for other in alike:
             if keep == "none" or other != best_of(alike):

@@ -418,6 +418,30 @@ def test_a_users_metric_decides_and_a_mended_one_scores_the_stored_answers_again
     assert len(written.ran) == ran
 
 
+def test_an_entry_that_the_users_metric_fails_to_score_is_one_that_failed(
+    study: Study, written: WrittenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(config: RunConfig) -> dict[str, Any]:
+        metrics = written.run(config)
+        if config.method == "lora" and config.training["seed"] == 1:
+            place = config.folder.relative_to(study.folder)
+            rewritten(study, str(place), lambda row: {k: v for k, v in row.items() if not k.startswith("scored")})
+            raise DataError("the metric fails on an answer")
+        return metrics
+
+    monkeypatch.setattr("smoa_lab.study.executor.run", run)
+    own = by(study, "score")
+    with named(tmp_path / "own.py", RIGHT):
+        compared(own).run(show=report)
+    comparison = Comparison(own, prepare(own, None))
+    assert comparison.plan.takes["small"].entries.keys() == {"ours"}
+    assert "lora failed: the metric fails on an answer; the same" in " ".join(report(comparison).verdict)
+    with named(tmp_path / "own.py", RIGHT):  # now it scores that answer
+        again = finished(own)
+    assert again.plan.takes["small"].entries.keys() == {"ours", "lora"}
+    assert again.plan.failed == {}
+
+
 def test_a_function_that_fails_on_a_stored_answer_leaves_the_study_as_it_was_scored(
     study: Study, written: WrittenRuns, tmp_path: Path
 ) -> None:
