@@ -300,6 +300,23 @@ def test_rounds_that_an_open_budget_asks_for_leave_the_answers_of_others(study: 
     assert len(list(study.folder.glob("full/lr-*-seed-[0-9]"))) == 2
 
 
+def test_rounds_that_only_some_entries_at_a_time_ran_are_compared_by_a_command_without_only(
+    study: Study, written: WrittenRuns
+) -> None:
+    usual = written.loss
+    written.loss = lambda config: (
+        (usual(config) or 0.0) + 2.0 * (config.training["seed"] == 2) * (1 if config.method == "smoa" else -0.1)
+    )
+    for name in ("ours", "lora", "full"):
+        compared(study).run([name])
+    told = report(compared(study)).verdict[0]
+    assert told.startswith("small: No verdict yet: `smoa compare "), told
+    assert "`, without --only, compares the rounds that there are." in told
+    ran = len(written.ran)
+    made = report(finished(study))
+    assert (made.summary["budgets"]["small"]["take"], len(written.ran)) == ("ours", ran)
+
+
 def test_a_changed_tolerance_asks_again_without_another_look(study: Study, written: WrittenRuns) -> None:
     finished(study)
     strict = compared(study.model_copy(update={"tolerance": 0.05, "keep": "all"}))
