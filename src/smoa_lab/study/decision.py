@@ -64,7 +64,8 @@ class Budget:
     """The entries of a budget, or of all sizes, best first, after ``round`` whole rounds of the ``planned`` ones, 0
     before the second one is in. ``families`` have the bounds in each metric, first in the one that decides; ``order``
     is that of cost, of all sizes that of parameters.
-    ``done`` final runs of ``wanted`` are in. Nobody is taken over those ``at_edge``, which may do better beyond."""
+    ``done`` final runs of ``wanted`` are in. It ``was_planned`` where a look before any extension decided for good.
+    Nobody is taken over those ``at_edge``, which may do better beyond."""
 
     results: list[Result]
     families: dict[str, Family]
@@ -79,6 +80,7 @@ class Budget:
     tolerance: float
     is_last: bool
     of_sizes: bool = False
+    was_planned: bool = False
 
     @property
     def has_table(self) -> bool:

@@ -4,7 +4,7 @@ what was decided. Steps are fixed once, and no resume changes them."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -54,12 +54,18 @@ class Timing(Section):
 
 
 class Take(Section):
-    """What a budget's look decided: the ``entry`` to take, or none, at which round, level and tolerance."""
+    """What a budget's look decided: the ``entry`` to take, or none, at which round, level and tolerance, by which
+    ``entries`` with their rates. An older plan doesn't say those."""
 
     entry: str | None
     round: int
     level: float
     tolerance: float
+    entries: dict[str, float] = Field(default={})
+
+    def stands(self, rates: Mapping[str, float]) -> bool:
+        """Whether all of its entries still have their rates."""
+        return self.entries.items() <= rates.items()
 
 
 class Plan(Section):
@@ -69,10 +75,10 @@ class Plan(Section):
     ``planned`` rounds, a seed of all entries each, are looked at one after the other; ``extensions`` are the numbers of
     rounds of one look each, beyond them. ``starts`` are the rates from which searches of entries with a size start,
     fixed when that of the size before has chosen. ``takes`` are what families' looks decided, ``failed`` entries have
-    their errors, ``dropped`` ones their budgets. With ``minutes`` nothing starts once ``used``, the seconds until the
-    time ``counted`` in which a command ran, reaches ``limit``, and time that is left buys seeds of ``listed``. Entries
-    or seeds that somebody asks for later lift the limit. A plan of format 1 or 2 is looked at once, when all its seeds
-    are in; ``looks`` are its own.
+    their errors, ``dropped`` ones their budgets and sizes. With ``minutes`` nothing starts once ``used``, the seconds
+    until the time ``counted`` in which a command ran, reaches ``limit``, and time that is left buys seeds of
+    ``listed``. Entries or seeds that somebody asks for later lift the limit. A plan of format 1 or 2 is looked at once,
+    when all its seeds are in; ``looks`` are its own.
     """
 
     format: Literal[1, 2, 3] = 1
@@ -94,6 +100,7 @@ class Plan(Section):
     takes: dict[str, Take] = Field(default={})
     failed: dict[str, str] = Field(default={})
     dropped: dict[str, str] = Field(default={})
+    dropped_sizes: dict[str, int] = Field(default={})
     looks: dict[str, list[int]] = Field(default={})
 
     @property
@@ -121,6 +128,26 @@ class Plan(Section):
         number = min((take.round for take in self.takes.values()), default=len(self.seeds))
         more = {"seeds": self.seeds[:number], "extensions": [*self.extensions, number]}
         return {"planned": self.rounds, "takes": {}, **more}
+
+    def one_more_look(self, changed: Collection[str], rounds: int) -> dict[str, Any]:
+        """The changes for a look at so many rounds that was not planned, since the entries of ``changed`` families are
+        other ones."""
+        takes = {family: take for family, take in self.takes.items() if family not in changed}
+        return {"planned": self.rounds, "extensions": [*self.extensions, rounds], "takes": takes}
+
+    def changed(self, study: Study, fresh: Collection[str]) -> set[str]:
+        """The families that have ``fresh`` entries, or lost one by which they were decided."""
+        found = {family for family, own in study.families().items() if {*own} & {*fresh}}
+        decided_by = {family: {*take.entries, take.entry} - {None} for family, take in self.takes.items()}
+        return found | {family for family, names in decided_by.items() if names - study.entries.keys()}
+
+    def without(self, before: Study, study: Study) -> dict[str, Any]:
+        """The changes for entries of the study ``before`` that it has no more."""
+        sizes = {name: entry.size for name, entry in before.entries.items() if entry.size is not None}
+        dropped = self.dropped | {name: entry.budget for name, entry in before.entries.items()}
+        dropped = {name: budget for name, budget in dropped.items() if name not in study.entries}
+        sizes = {name: size for name, size in {**self.dropped_sizes, **sizes}.items() if name in dropped}
+        return {"dropped": dropped, "dropped_sizes": sizes}
 
     def level(self, entries: int) -> float:
         """Of a look at so many entries."""

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
@@ -261,15 +261,13 @@ class Planner:
         beside = fmean(one.beside for one in plan.entries.values())
         timings, _, failed = self._timed(new, beside) if new else ({}, 0, {})
         failed |= {name: told for name, told in plan.failed.items() if name not in new}
-        dropped = plan.dropped | {n: entry.budget for n, entry in before.entries.items() if n not in study.entries}
-        back = [name for name in dropped if name in study.entries]
-        added = bool(new.keys() - before.entries.keys() or back)
+        changed = plan.changed(study, {*plan.dropped, *(new.keys() - before.entries.keys())})
         more: dict[str, Any] = {"study": as_planned(study), "seeds": asked, "entries": plan.entries | timings}
-        more |= {"final": final, "failed": failed, "dropped": {n: b for n, b in dropped.items() if n not in back}}
-        more |= self._looks(plan, asked, added)
+        more |= {"final": final, "failed": failed, **plan.without(before, study)}
+        more |= self._looks(plan, asked, changed)
         if self.minutes is not None and self.minutes != plan.minutes:
             more |= {"minutes": self.minutes, "limit": plan.used + self.left()}
-        elif asked != plan.seeds or added or study.tuning.max_runs > before.tuning.max_runs:
+        elif asked != plan.seeds or changed or study.tuning.max_runs > before.tuning.max_runs:
             more["limit"] = None
         if "limit" in more:  # searches that the time ended go on
             write_chosen(study, {name: one for name, one in read_chosen(study).items() if one.place != "cut"})
@@ -277,16 +275,19 @@ class Planner:
         more["takes"] = {name: take for name, take in takes.items() if take.tolerance == study.tolerance}
         return plan.model_copy(update=more)
 
-    def _looks(self, plan: Plan, asked: Sequence[int], added: bool) -> dict[str, Any]:
-        """The changes for rounds beyond the planned ones, for ``added`` entries and for another metric."""
+    def _looks(self, plan: Plan, asked: Sequence[int], changed: Collection[str]) -> dict[str, Any]:
+        """The changes for rounds beyond the planned ones, for families of ``changed`` entries and for another metric.
+        Families that have their answer keep it, but where all have one and more rounds are asked for."""
         is_scored_again = other_metric(plan, self.study)
-        goes_on = len(asked) > plan.rounds or ((added or is_scored_again) and is_looked_at(plan, self.study))
+        goes_on = len(asked) > plan.rounds or ((changed or is_scored_again) and is_looked_at(plan, self.study))
         if plan.rounds == 0:
             return {"planned": len(asked), "listed": asked}
-        if is_scored_again and goes_on and asked == plan.seeds and not added:
+        if is_scored_again and goes_on and asked == plan.seeds and not changed:
             return plan.scored_again()
-        if goes_on and (added or plan.extensions[-1:] != [len(asked)]):
-            return {"planned": plan.rounds, "extensions": [*plan.extensions, len(asked)], "takes": {}}
+        if goes_on and (changed or plan.extensions[-1:] != [len(asked)]):
+            families = self.study.families().keys()
+            keeps = not is_scored_again and (changed or families - plan.takes.keys())
+            return plan.one_more_look(changed if keeps else plan.takes.keys(), len(asked))
         return {}
 
     def _scored(self) -> tuple[float, float]:

@@ -60,7 +60,8 @@ class Progress:
         return Found(self.study, self.plan, self.chosen, self.finals(), self.metric, untouched)
 
     def finals(self) -> dict[str, dict[int, FinalRun]]:
-        """The finished final runs by entry and seed."""
+        """The finished final runs by entry and seed, but those whose answers the user's metric failed to score: their
+        entries failed."""
         found: dict[str, dict[int, FinalRun]] = {}
         for name in (each for each in self.study.entries if each in self.chosen and each in self.plan.entries):
             for seed in self.plan.seeds:
@@ -68,9 +69,14 @@ class Progress:
                 if job not in self._rows and (metrics := self.stored(job)) is not None:
                     folder = RunFolder(self.study.folder / job.name)
                     self._rows[job] = FinalRun(folder, metrics, read_rows(folder, self.metric))
-                if job in self._rows:
+                if job in self._rows and self._rows[job].is_scored:
                     found.setdefault(name, {})[seed] = self._rows[job]
         return found
+
+    def unscored(self) -> set[str]:
+        """The entries that have a final run without all of its scores."""
+        self.finals()
+        return {job.entry for job, run in self._rows.items() if not run.is_scored}
 
     def catch_up(self, names: Sequence[str]) -> None:
         """Note what has run."""
@@ -101,7 +107,26 @@ class Progress:
         return [name for name in self.study.entries if name in wanted]
 
     def _open_families(self) -> list[list[str]]:
-        return [own for family, own in self.study.families().items() if family not in self.plan.takes]
+        return [own for family, own in self.study.families().items() if not self._is_answered(family, own)]
+
+    def _is_answered(self, family: str, own: Sequence[str]) -> bool:
+        """Whether it was decided by today's entries with today's rates, but for those that failed."""
+        take = self.plan.takes.get(family)
+        rates = {name: self.chosen[name].learning_rate if name in self.chosen else None for name in own}
+        if take is None or not take.entries:
+            return take is not None
+        return all(name in self.plan.failed or take.entries.get(name) == rate for name, rate in rates.items())
+
+    def outdated(self) -> list[str]:
+        """The families that were decided without an entry that by now has as many rounds, at the rate that it has."""
+        found, finals = [], self.finals()
+        for family, take in self.plan.takes.items():
+            seeds = {*self.plan.seeds[: take.round]}
+            whole = [name for name in self.study.families().get(family, []) if seeds <= finals.get(name, {}).keys()]
+            alive = [name for name in whole if name not in self.plan.failed]
+            if take.entries and any(take.entries.get(n) != self.chosen[n].learning_rate for n in alive):
+                found.append(family)
+        return found
 
     def _to_search(self, names: Sequence[str]) -> list[str]:
         """Those of the entries whose rates are not chosen, each behind the one from whose rate its search starts."""

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smoa_lab.data.answers import RULES, MetricName
-from smoa_lab.study.bounds import Family, Floats
+from smoa_lab.study.bounds import Family, Floats, level_of
 from smoa_lab.study.decision import Budget, Result, by_cost, by_size
 from smoa_lab.study.metrics import METRICS, SCORED, Metric, loss_of, metrics_of
-from smoa_lab.study.plan import Metrics, Plan
+from smoa_lab.study.plan import Metrics, Plan, Take
 from smoa_lab.study.search import Chosen, best_of
 from smoa_lab.study.study import ALL_SIZES, Study
 from smoa_lab.training.run_folder import RunFolder
@@ -33,6 +33,11 @@ class FinalRun:
     folder: RunFolder
     metrics: Metrics
     rows: dict[RowKey, dict[str, Any]]
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether no answer lacks the score that the metric gives it."""
+        return all(row.get(SCORED, 0.0) is not None for row in self.rows.values())
 
 
 def stored_rows(run: RunFolder) -> list[dict[str, Any]]:
@@ -73,12 +78,14 @@ class Found:
 
     def _budget(self, name: str, most: int | None) -> Budget:
         listed = self.study.families()[name]
-        alive = [entry for entry in listed if entry not in self.plan.failed]
-        number = self._round(name, alive, most)
+        take = None if most else self.take(name)
+        decided_by = (take and take.entries) or [entry for entry in listed if entry not in self.plan.failed]
+        alive = [entry for entry in listed if entry in decided_by]
+        number = self._round(alive, take.round if take else most)
         finals = self._of_rounds(listed if number < 2 else alive, number)
         held_out = HeldOut.of([run for own in finals.values() for run in own.values()], self.metric)
         dropped = self._dropped(name)
-        level = self.plan.level(len(listed) + dropped)
+        level = take.level if take else self.plan.level(len(listed) + dropped)
         sizes = [self.study.entries[entry].size or 0 for entry in finals]
         families = {
             each.title: Family(
@@ -106,8 +113,9 @@ class Found:
             wanted=len(self.plan.seeds) * len(alive),
             level=level,
             tolerance=self.study.tolerance,
-            is_last=bool(looked) and number >= looked[-1],
+            is_last=take is not None or (bool(looked) and number >= looked[-1]),
             of_sizes=name == ALL_SIZES,
+            was_planned=take is not None and take.level == level_of(len(listed) + dropped, self.plan.rounds),
         )
         shown = self.plan.entries[made.against].parameters
         results = [self._result(entry, own, made, shown) for entry, own in finals.items()]
@@ -115,12 +123,19 @@ class Found:
             results.sort(key=lambda one: families[held_out.metrics[0].title].mean(one.entry))
         return replace(made, results=results)
 
-    def _round(self, name: str, alive: Sequence[str], most: int | None) -> int:
+    def take(self, name: str) -> Take | None:
+        """What a family's look decided, as long as the entries that decided it have their rates."""
+        take = self.plan.takes.get(name)
+        return take if take and take.stands({name: one.learning_rate for name, one in self.chosen.items()}) else None
+
+    def _round(self, alive: Sequence[str], most: int | None) -> int:
         """How many whole rounds of a family are shown; between two looks those of the last one."""
+        if not alive:
+            return 0
         whole = [all(seed in self.finals.get(entry, {}) for entry in alive) for seed in self.plan.seeds]
-        rounds, take = whole.index(False) if False in whole else len(whole), self.plan.takes.get(name)
-        if most or take:
-            return min(rounds, most or (take.round if take else rounds))
+        rounds = whole.index(False) if False in whole else len(whole)
+        if most:
+            return min(rounds, most)
         looks = [each for each in self.plan.looked_at() if each <= rounds]
         return max(looks, default=0 if self.plan.extensions else rounds)
 
@@ -134,10 +149,12 @@ class Found:
     def _dropped(self, name: str) -> int:
         """How many entries were dropped from a family."""
         listed = {self.study.entries[entry].budget for entry in self.study.families()[name]}
-        return sum(budget in listed for budget in self.plan.dropped.values())
+        sized = self.plan.dropped_sizes if name == ALL_SIZES else {}
+        return sum(entry in sized or budget in listed for entry, budget in self.plan.dropped.items())
 
     def _result(self, name: str, runs: Mapping[int, FinalRun], budget: Budget, shown: int) -> Result:
-        kept = {seed: kept_by(run, self.metric) for seed, run in runs.items() if run.folder.adapter.is_dir()}
+        all_runs = self.finals[name]  # one of a later round than is shown may be the one that was kept
+        kept = {seed: kept_by(run, self.metric) for seed, run in all_runs.items() if run.folder.adapter.is_dir()}
         forgot: list[Any] = [(run.metrics["forgetting"] or {}).get("change") for run in runs.values()]
         first = next(iter(runs.values()))
         memories = [run.metrics["training"].get("peak_memory_bytes") for run in runs.values()]
@@ -166,7 +183,7 @@ class Found:
             memory=max((each for each in memories if each), default=None),
             size=first.metrics["parameters"].get("adapter_bytes"),
             forgotten=None if None in forgot else fmean(forgot),
-            kept=str(runs[best_of(kept)].folder.path) if kept else None,
+            kept=str(all_runs[best_of(kept)].folder.path) if kept else None,
         )
 
 

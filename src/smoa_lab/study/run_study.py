@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,9 +31,9 @@ POLL_SECONDS = 1.0
 """How long a process that finds no free job waits before it looks again."""
 
 
-def _try_again(plan: Plan) -> dict[str, Any]:
-    """What failed is tried again, but for entries whose steps could not be timed."""
-    failed = {name: told for name, told in plan.failed.items() if name not in plan.entries}
+def _try_again(others: Collection[str], plan: Plan) -> dict[str, Any]:
+    """What failed is tried again, but for these entries, and those whose steps could not be timed."""
+    failed = {name: told for name, told in plan.failed.items() if name in others or name not in plan.entries}
     return {"failed": failed} if failed != plan.failed else {}
 
 
@@ -103,7 +103,7 @@ class Comparison(Progress):
     def _resume(self, names: Sequence[str], workers: int) -> None:
         """Note what has run, and try again what failed."""
         self.workers = workers
-        self._change(_try_again)
+        self._change(partial(_try_again, (self.study.entries.keys() - {*names}) | self.unscored()))
         self.catch_up(names)
         for job in self.losses:
             self._drop_adapters(job)
@@ -140,16 +140,25 @@ class Comparison(Progress):
 
     def _decide(self, only: Sequence[str] = ()) -> None:
         """Ask, round by round, for the answer of each family that has none, and write it into the plan; nothing where
-        ``only`` some of the entries run."""
+        ``only`` some of the entries run. One whose entries or rates are others than those that decided gets one more
+        look."""
         if only or len(self.plan.seeds) < 2 or not any(job.stage == "final" for job in self.losses):
             return
+        if outdated := self.outdated():
+            self._change(lambda plan: plan.one_more_look(outdated, len(plan.seeds)))
         for name in self.study.families().keys() - self.plan.takes.keys():
             for number in self.plan.looked_at():
                 budget = self.budgets(number).get(name)
                 if budget is None or budget.round < number:
                     break
                 if (take := budget.decision()) is not None:
-                    found = Take(entry=take.entry, round=number, level=budget.level, tolerance=self.study.tolerance)
+                    found = Take(
+                        entry=take.entry,
+                        round=number,
+                        level=budget.level,
+                        tolerance=self.study.tolerance,
+                        entries={one.entry: one.chosen.learning_rate for one in budget.results},
+                    )
                     self._change(partial(_taken, name, found))
                     break
 
@@ -194,8 +203,8 @@ class Comparison(Progress):
         if keep == "all" or job.is_untouched:
             return
         alike = {each: loss for each, loss in self.losses.items() if (each.stage, each.entry) == (job.stage, job.entry)}
-        if job.stage == "final" and self.metric is not None and keep == "best":
-            known = self.finals()[job.entry]
+        if job.stage == "final" and keep == "best":
+            known = self.finals().get(job.entry, {})
             alike = {self.final(job.entry, seed): kept_by(run, self.metric) for seed, run in known.items()}
         for other in alike:
             if keep == "none" or other != best_of(alike):

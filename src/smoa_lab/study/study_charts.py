@@ -99,7 +99,7 @@ def sizes(whole: Budget, of_sizes: Mapping[str, Budget], series: Mapping[str, st
             )
     best = [
         {"parameters": one.parameters, "mean": scale * family.mean(one.entry), "place": place}
-        for place, own in enumerate(of_sizes.values())
+        for place, own in enumerate(each for each in of_sizes.values() if {*each.order} <= {*family.names})
         for one in own.results
         if own.family is not None and len(own.order) > 1 and own.family.worst(one.entry) < 0
     ]

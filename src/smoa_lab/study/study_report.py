@@ -170,6 +170,11 @@ def sentences_of(comparison: Progress, families: Mapping[str, Budget]) -> tuple[
     of_round = sum(comparison.seconds("final", name) for name in study.entries if name in plan.entries)
     of_round /= comparison.workers
     sentences = {name: verdict(budget, plan, command, of_round) for name, budget in families.items()}
+    for name, budget in families.items():
+        if name not in plan.takes and budget.family is not None and budget.decision() is None:
+            earlier = [comparison.budgets(number).get(name) for number in plan.looked_at() if number < budget.round]
+            if any(one is not None and one.decision() is not None for one in earlier):
+                sentences[name][0] = f"No verdict yet: `{command}`, without --only, compares the rounds that there are."
     told = [" ".join([f"{name}:", *own][len(families) == 1 :]) for name, own in sentences.items()]
     remedy = "the same command tries again; or take it out of the study's file"
     told += [f"{name} failed: {error.rstrip('.')}; {remedy}." for name, error in plan.failed.items()]

@@ -31,7 +31,7 @@ def verdict(budget: Budget, plan: Plan, command: str, of_round: float) -> list[s
     sized, diverged = [one for one in results if abs(one.share - 1) > EQUAL], [one for one in results if one.diverged]
     sentences += [f"{one.entry} has {100 * one.share:.0f} % of {budget.against}'s parameters." for one in sized]
     sentences += [f"{one.entry} diverged in {one.diverged} of {counted(len(one.seeds), 'run')}." for one in diverged]
-    if plan.extensions:
+    if plan.extensions and not budget.was_planned:
         errs = f"it errs in {100 * budget.level:.2g} %, and all looks in at most 5 %"
         sentences.append(f"This look was not planned at first: {errs}.")
     few = results[0].groups
@@ -41,6 +41,8 @@ def verdict(budget: Budget, plan: Plan, command: str, of_round: float) -> list[s
 def answer(budget: Budget, plan: Plan, command: str, of_round: float) -> str:
     """The adapter to take, the first in order of cost that keeps enough of what each other gained; or why none."""
     family, seeds = budget.family, max(len(one.seeds) for one in budget.results)
+    if not budget.wanted:
+        return "No verdict: all entries failed."
     if family is None and budget.metric is None:
         return "No verdict: every run has the same values."
     if family is None and len(plan.seeds) < 2:

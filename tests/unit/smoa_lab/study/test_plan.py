@@ -233,7 +233,8 @@ def test_an_entry_that_fails_while_its_steps_are_timed_is_one_that_failed(
     assert made.summary["budgets"]["small"]["level"] == level_of(2, 3)
     broken.clear()
     again = finished(study)
-    assert (again.plan.failed, again.plan.extensions) == ({}, []), "it was planned, and is no other look"
+    assert (again.plan.failed, again.plan.extensions) == ({}, [3]), "it was decided without it: one more look"
+    assert again.plan.takes["small"].entries.keys() == {"ours", "lora"}
     assert set(again.chosen) == set(study.entries)
     broken |= {"lora", "smoa", "full"}
     with pytest.raises(RuntimeError, match="CUDA out of memory"):

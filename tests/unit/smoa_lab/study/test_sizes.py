@@ -16,7 +16,7 @@ from smoa_lab.study.bounds import Family, contrast
 from smoa_lab.study.decision import by_size
 from smoa_lab.study.default_study import default_study
 from smoa_lab.study.plan import Timing, write_plan
-from smoa_lab.study.study import ALL_SIZES, Study, Tuning
+from smoa_lab.study.study import ALL_SIZES, Entry, Study, Tuning
 from smoa_lab.study.study_charts import sizes
 from smoa_lab.study.study_report import report
 from tests.support.studies import WrittenRuns, compared, fake_time, finished
@@ -222,6 +222,19 @@ def test_entries_go_on_as_long_as_one_of_their_families_is_open(
     assert len(folders(sized, "lora-r1/lr-*-seed-[012]")) == 3, "all sizes are not answered"
 
 
+def test_a_size_that_was_dropped_still_counts_among_all_sizes(sized: Study, written: WrittenRuns) -> None:
+    before = compared(sized)
+    before.run()
+    assert before.budgets()[ALL_SIZES].families["loss"].entries == 6
+    kept = without(sized, "smoa-r16", "lora-r16")
+    after = finished(kept)
+    assert after.plan.dropped_sizes == {"smoa-r16": 16, "lora-r16": 16}
+    of_sizes = after.budgets()
+    assert of_sizes[ALL_SIZES].families["loss"].entries == 6
+    assert of_sizes["r = 4"].families["loss"].entries == 2
+    assert finished(sized).plan.dropped_sizes == {}
+
+
 def test_the_smallest_that_keeps_enough_is_taken_across_sizes(sized: Study, written: WrittenRuns) -> None:
     def loss(config: RunConfig) -> float:
         away = abs(math.log10(config.training["learning_rate"] / BEST[size_of(config)]))
@@ -231,6 +244,26 @@ def test_the_smallest_that_keeps_enough_is_taken_across_sizes(sized: Study, writ
     made = report(finished(sized))
     assert made.verdict[3].startswith("all sizes: smoa-r4 keeps at least 9")
     assert "take smoa-r4, the smallest that does: " in made.verdict[3]
+
+
+def test_entries_without_a_size_stand_beside_those_with_one(sized: Study, written: WrittenRuns) -> None:
+    usual = written.loss
+    written.loss = lambda config: 3.0 if config.method == "full" else usual(config)
+    plain = {
+        name: Entry(method=method, adapter=adapter, learning_rate=0.02, budget="plain")
+        for name, method, adapter in (("base", "full", {}), ("own", "lora", {"r": 4, "target_modules": ["q_proj"]}))
+    }
+    mixed = sized.model_copy(update={"entries": {**plain, **sized.entries}})
+    comparison = finished(mixed)
+    budgets = comparison.budgets()
+    made = report(comparison)
+    assert made.verdict[0].startswith("plain: own gained")
+    of_sizes = {name: budget for name, budget in budgets.items() if not budget.of_sizes}
+    chart = sizes(budgets[ALL_SIZES], of_sizes, {name: name.split("-")[0] for name in mixed.entries})
+    assert chart is not None
+    plain_alone = {name: budget for name, budget in of_sizes.items() if name != "plain"}
+    again = sizes(budgets[ALL_SIZES], plain_alone, {name: name.split("-")[0] for name in mixed.entries})
+    assert len(chart.layer) == len(again.layer)
 
 
 def test_entries_are_ordered_by_size_and_within_two_percent_by_cost() -> None:

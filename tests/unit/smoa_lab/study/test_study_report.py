@@ -158,6 +158,7 @@ def test_bounds_are_those_of_whole_rounds_and_seeds_beyond_the_plan_are_looked_a
         "round": 2,
         "level": level_of(2, 3),
         "tolerance": 0.1,
+        "entries": {name: one.learning_rate for name, one in first.chosen.items()},
     }
     assert len(list(study.folder.glob("*/lr-*-seed-[0-9]"))) == 4, "it ended as soon as it knew"
     more = compared(study, number=5)
@@ -200,6 +201,120 @@ def test_an_entry_that_fails_is_named_and_the_others_get_their_verdict(study: St
     assert not any("failed" in told for told in dropped.verdict)
     written.loss = written.usual_loss
     assert report(finished(study)).summary["budgets"]["small"]["pairs"], "it may come back"
+
+
+def test_a_budget_whose_entries_all_failed_after_a_final_run_says_so(study: Study, written: WrittenRuns) -> None:
+    usual = written.loss
+
+    def loss(config: RunConfig) -> float | None:
+        if config.method == "full" and config.training["seed"] == 1:
+            raise RuntimeError("CUDA out of memory")
+        return usual(config)
+
+    written.loss = loss
+    told = report(finished(study)).verdict
+    assert told[0].startswith("small: ours ")
+    assert told[1] == "large: No verdict: all entries failed."
+
+
+def test_an_entry_that_failed_and_now_works_is_compared_by_one_more_look(study: Study, written: WrittenRuns) -> None:
+    usual, broken = written.loss, {"lora": 1}
+
+    def loss(config: RunConfig) -> float | None:
+        if config.training["seed"] == broken.get(config.method):
+            raise RuntimeError("CUDA out of memory")
+        return 1.5 if config.method == "lora" and config.training["seed"] < 100 else usual(config)
+
+    written.loss = loss
+    first = finished(study)
+    takes = first.plan.takes
+    assert takes["small"].entries.keys() == {"ours"}
+    again = finished(study)
+    assert (again.plan.takes, again.plan.extensions) == (takes, []), "as long as it fails there is no other look"
+    compared(study).run(["full"])
+    assert compared(study).plan.failed.keys() == {"lora"}, "only others were to run"
+    assert report(again).summary["budgets"]["small"]["take"] == "ours"
+    broken.clear()
+    works = finished(study)
+    made = report(works)
+    assert works.plan.extensions == [3]
+    assert works.plan.takes["small"].entry == made.summary["budgets"]["small"]["take"] == "lora"
+    assert works.plan.takes["large"] == takes["large"], "nothing of it changed"
+    large = made.summary["budgets"]["large"]
+    assert (large["take"], large["level"], large["round"]) == ("full", takes["large"].level, 2)
+    assert "not planned at first" in made.verdict[0]
+    assert "not planned at first" not in made.verdict[1]
+
+
+def test_a_taken_entry_that_is_dropped_is_taken_no_more(study: Study, written: WrittenRuns) -> None:
+    finished(study)
+    kept = study.model_copy(update={"entries": {n: e for n, e in study.entries.items() if n != "ours"}})
+    dropped = finished(kept)
+    assert dropped.plan.extensions == [3]
+    assert dropped.plan.takes["small"].entry == "lora"
+    assert report(dropped).summary["budgets"]["small"]["take"] == "lora"
+
+
+def test_an_entry_whose_rate_changed_is_run_and_compared_again(study: Study, written: WrittenRuns) -> None:
+    entries = {name: study.entries[name] for name in ("ours", "lora")}
+    entries["ours"] = entries["ours"].model_copy(update={"learning_rate": 0.01 / 30})
+    study = study.model_copy(update={"entries": entries})
+    usual = written.loss
+    written.loss = lambda config: (usual(config) or 0.0) + (2.0 if config.method == "lora" else 0.0)
+    first = finished(study)
+    assert (first.chosen["ours"].place, first.plan.takes["small"].entry) == ("edge", "ours")
+    more = finished(study.model_copy(update={"tuning": Tuning(max_runs=12)}))
+    rate = more.chosen["ours"].learning_rate
+    assert rate != first.chosen["ours"].learning_rate
+    assert more.plan.takes["small"].entries["ours"] == rate
+    assert more.plan.extensions == [3]
+    assert report(more).summary["budgets"]["small"]["take"] == "ours"
+
+
+def test_what_an_older_plan_decided_stands(study: Study, written: WrittenRuns) -> None:
+    takes = finished(study).plan.takes
+    file = study.folder / "plan.json"
+    stored = json.loads(file.read_text())
+    for take in stored["takes"].values():
+        del take["entries"]
+    file.write_text(json.dumps(stored))
+    ran = len(written.ran)
+    again = finished(study)
+    assert {name: take.entry for name, take in again.plan.takes.items()} == {n: t.entry for n, t in takes.items()}
+    assert (len(written.ran), again.plan.extensions) == (ran, [])
+    assert report(again).summary["budgets"]["small"]["take"] == "ours"
+
+
+def test_rounds_that_an_open_budget_asks_for_leave_the_answers_of_others(study: Study, written: WrittenRuns) -> None:
+    usual = written.loss
+    written.loss = lambda config: (
+        (usual(config) or 0.0)
+        + 0.3 * (config.method != "full") * ((int(config.training["seed"]) + (config.method == "lora")) % 3)
+    )
+    takes = finished(study).plan.takes
+    assert takes.keys() == {"large"}
+    more = compared(study, number=6)
+    assert (more.plan.extensions, more.plan.takes) == ([6], takes)
+    more.run()
+    assert report(more).summary["budgets"]["large"]["level"] == takes["large"].level
+    assert len(list(study.folder.glob("full/lr-*-seed-[0-9]"))) == 2
+
+
+def test_rounds_that_only_some_entries_at_a_time_ran_are_compared_by_a_command_without_only(
+    study: Study, written: WrittenRuns
+) -> None:
+    usual = written.loss
+    written.loss = lambda config: (
+        (usual(config) or 0.0) + 2.0 * (config.training["seed"] == 2) * (1 if config.method == "smoa" else -0.1)
+    )
+    for name in ("ours", "lora", "full"):
+        compared(study).run([name])
+    told = report(compared(study)).verdict[0]
+    assert told.startswith("small: No verdict yet: `smoa compare "), told
+    assert "`, without --only, compares the rounds that there are." in told
+    ran = len(written.ran)
+    made = report(finished(study))
+    assert (made.summary["budgets"]["small"]["take"], len(written.ran)) == ("ours", ran)
 
 
 def test_a_changed_tolerance_asks_again_without_another_look(study: Study, written: WrittenRuns) -> None:
@@ -320,6 +435,30 @@ def test_a_users_metric_decides_and_a_mended_one_scores_the_stored_answers_again
     assert len(written.ran) == ran
 
 
+def test_an_entry_that_the_users_metric_fails_to_score_is_one_that_failed(
+    study: Study, written: WrittenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(config: RunConfig) -> dict[str, Any]:
+        metrics = written.run(config)
+        if config.method == "lora" and config.training["seed"] == 1:
+            place = config.folder.relative_to(study.folder)
+            rewritten(study, str(place), lambda row: {k: v for k, v in row.items() if not k.startswith("scored")})
+            raise DataError("the metric fails on an answer")
+        return metrics
+
+    monkeypatch.setattr("smoa_lab.study.executor.run", run)
+    own = by(study, "score")
+    with named(tmp_path / "own.py", RIGHT):
+        compared(own).run(show=report)
+    comparison = Comparison(own, prepare(own, None))
+    assert comparison.plan.takes["small"].entries.keys() == {"ours"}
+    assert "lora failed: the metric fails on an answer; the same" in " ".join(report(comparison).verdict)
+    with named(tmp_path / "own.py", RIGHT):  # now it scores that answer
+        again = finished(own)
+    assert again.plan.takes["small"].entries.keys() == {"ours", "lora"}
+    assert again.plan.failed == {}
+
+
 def test_a_function_that_fails_on_a_stored_answer_leaves_the_study_as_it_was_scored(
     study: Study, written: WrittenRuns, tmp_path: Path
 ) -> None:
@@ -404,6 +543,20 @@ def test_other_work_beside_some_runs_makes_no_entry_dearer(study: Study, written
         metrics["training"]["seconds"] *= 3
         (run / "metrics.json").write_text(json.dumps(metrics))
     assert {name: one.step_seconds for name, one in results(study).items()} == pytest.approx(before)
+
+
+def test_the_adapter_that_is_kept_is_the_one_that_is_named_also_of_a_round_that_is_not_shown(
+    study: Study, written: WrittenRuns
+) -> None:
+    usual = written.loss
+    written.loss = lambda config: (usual(config) or 0.0) - 0.001 * (config.training["seed"] == 2)
+    compared(study).run(["ours"])
+    made = finished(study)
+    assert made.plan.takes["small"].round == 2
+    report(made)
+    kept = [path.parent for path in study.folder.glob("ours/*/adapter")]
+    assert [str(path) for path in kept] == [results(study)["ours"].kept]
+    assert kept[0].name.endswith("seed-2")
 
 
 def test_by_a_metric_the_adapter_that_answers_best_is_kept(study: Study, written: WrittenRuns) -> None:
