@@ -230,20 +230,7 @@ def make_partition(
     check_num_blocks(num_blocks, out_features, in_features)
     finite_peak(weight)
     if kind in _registered:
-        given = _registered[kind](weight.detach().clone(), num_blocks)
-        try:
-            sides = [torch.as_tensor(side).cpu() for side in given]
-            whole = not any(side.is_floating_point() or side.is_complex() for side in sides)
-            fits = whole and [side.shape for side in sides] == [(out_features,), (in_features,)]
-            fits = fits and all(side.min() >= 0 and side.max() < num_blocks for side in sides)
-        except (TypeError, ValueError, RuntimeError):  # no pair, or no tensors
-            fits = False
-        if not fits:
-            raise PartitionError(
-                f"partition={kind!r}: its function must return ({out_features},) and ({in_features},) integers from 0 "
-                f"to {num_blocks - 1}"
-            )
-        row_labels, col_labels = (side.to(weight.device, torch.uint8) for side in sides)
+        row_labels, col_labels = _registered_labels(kind, weight, num_blocks)
         return Blocks(row_labels, col_labels, num_blocks)
     if kind == "contiguous":
         scores = torch.zeros(out_features), torch.zeros(in_features)
@@ -256,6 +243,25 @@ def make_partition(
             scores = scores_of(weight, True)
     row_labels, col_labels = (labels_from_scores(s, num_blocks).to(weight.device) for s in scores)
     return Blocks(row_labels, col_labels, num_blocks)
+
+
+def _registered_labels(kind: str, weight: Tensor, num_blocks: int) -> list[Tensor]:
+    """Those that a registered function gives to a copy of the weight, uint8, on its device."""
+    given = _registered[kind](weight.detach().clone(), num_blocks)
+    try:
+        sides = [torch.as_tensor(side).cpu() for side in given]
+        is_whole = not any(side.is_floating_point() or side.is_complex() for side in sides)
+        has_shape = [side.shape for side in sides] == [(size,) for size in weight.shape]
+        fits = is_whole and has_shape and all(side.min() >= 0 and side.max() < num_blocks for side in sides)
+    except (TypeError, ValueError, RuntimeError):  # no pair, or no tensors
+        fits = False
+    if not fits:
+        raise PartitionError(
+            "partition={!r}: its function must return ({},) and ({},) integers from 0 to {}".format(
+                kind, *weight.shape, num_blocks - 1
+            )
+        )
+    return [side.to(weight.device, torch.uint8) for side in sides]
 
 
 @cache

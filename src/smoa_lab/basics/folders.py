@@ -72,15 +72,15 @@ def content_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_stored(file: Path, keys: Set[str] = frozenset()) -> dict[str, Any]:
-    """The object in a JSON file, which has these ``keys``; raises DataError, with the file's name, where it is
-    damaged."""
+def read_stored(file: Path, keys: Set[str] = frozenset(), remedy: str = "put back a copy") -> dict[str, Any]:
+    """The object in a JSON file, which has these ``keys``; raises DataError, with the file's name and the ``remedy``,
+    where it is damaged."""
     try:
         stored: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: is damaged ({error}); put back a copy") from error
+        raise DataError(f"{file}: is damaged ({error}); {remedy}") from error
     if not isinstance(stored, dict) or keys - stored.keys():
-        raise DataError(f"{file}: is damaged: lacks what the lab wrote; put back a copy")
+        raise DataError(f"{file}: is damaged: lacks what the lab wrote; {remedy}")
     return stored
 
 

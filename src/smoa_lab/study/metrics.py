@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from smoa_lab.basics.folders import read_stored
 from smoa_lab.data.answers import OWN, RULES, MetricName
 from smoa_lab.scoring.evaluation import BETA, DPO_LOSSES
 from smoa_lab.study.plan import Metrics
-from smoa_lab.study.study import read_stored
 from smoa_lab.training.run_folder import RunFolder
 
 
@@ -64,8 +64,8 @@ def metrics_of(row: Mapping[str, Any], name: MetricName | None, training: Mappin
 
 def read_metrics(folder: RunFolder) -> Metrics:
     """The metrics of a finished run."""
-    metrics: Metrics = read_stored(folder.metrics)
-    return metrics
+    again = "put back a copy, or remove this run's folder, and it is run again"
+    return read_stored(folder.metrics, {"config", "evaluation"}, again)
 
 
 def loss_of(metrics: Metrics) -> float | None:

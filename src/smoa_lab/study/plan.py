@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError, SmoaError
-from smoa_lab.basics.folders import check_place
+from smoa_lab.basics.folders import check_place, read_stored
 from smoa_lab.basics.plain import json_text, portable
 from smoa_lab.basics.section import Section
 from smoa_lab.config.run import RunConfig
@@ -24,7 +24,7 @@ from smoa_lab.data.answers import ANSWERED
 from smoa_lab.pages.tables import Table, counted
 from smoa_lab.study.bounds import level_of
 from smoa_lab.study.search import STARTS, Chosen, rate_text
-from smoa_lab.study.study import FORMAT, OLDER_DATA, Stage, Study, load_study, read_stored, series_of
+from smoa_lab.study.study import FORMAT, OLDER_DATA, OR_REMOVE, Stage, Study, load_study, series_of
 
 FIRST_SEEDS = 3
 """Seeds that come before more steps than these."""
@@ -196,7 +196,7 @@ def read_plan(study: Study) -> Plan | None:
     if not file.is_file():
         return None
     try:
-        return Plan.model_validate(read_stored(file))
+        return Plan.model_validate(read_stored(file, remedy=OR_REMOVE))
     except ValidationError as error:
         found = f"is no plan of this smoa ({error.errors()[0]['msg']} at {error.errors()[0]['loc']})"
         raise DataError(f"{file}: {found}; put back a copy of it, or use a new folder") from error
@@ -221,7 +221,7 @@ def write_plan(study: Study, plan: Plan) -> Plan:
 def read_chosen(study: Study) -> dict[str, Chosen]:
     """The rates that were chosen, by entry, but those at the edge of a search that may go on."""
     file = study.folder / "chosen.json"
-    values = read_stored(file) if file.is_file() else {}
+    values = read_stored(file, remedy=OR_REMOVE) if file.is_file() else {}
     try:
         return {
             name: Chosen(one["learning_rate"], {float(at): loss for at, loss in one["losses"].items()}, one["place"])

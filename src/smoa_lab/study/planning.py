@@ -27,6 +27,7 @@ from smoa_lab.pages.tables import counted
 from smoa_lab.study.bounds import expected_width, spread_of
 from smoa_lab.study.calibrated import NOISE
 from smoa_lab.study.executor import TIMED, TIMED_SECONDS
+from smoa_lab.study.metrics import read_metrics
 from smoa_lab.study.plan import (
     FEW_ROWS,
     FIRST_SEEDS,
@@ -53,7 +54,7 @@ from smoa_lab.study.plan import (
     write_plan,
 )
 from smoa_lab.study.results import stored_rows
-from smoa_lab.study.study import ALL_SIZES, FORMAT, Job, Stage, Study, read_stored
+from smoa_lab.study.study import ALL_SIZES, FORMAT, Job, Stage, Study
 from smoa_lab.training.loaded_run import inputs
 from smoa_lab.training.run_folder import RunFolder
 
@@ -299,9 +300,9 @@ class Planner:
             if not wanted:
                 continue
             job = Job(UNTOUCHED[place], name, study.entries[name].learning_rate, 0)
-            job_config, file = study.job_config(config, job), study.folder / job.name / "metrics.json"
-            if file.is_file() and other_config(read_stored(file)["config"], job_config, True):
-                shutil.rmtree(file.parent)  # of a start that was interrupted, before the file was edited
+            job_config, run = study.job_config(config, job), RunFolder(study.folder / job.name)
+            if run.finished and other_config(read_metrics(run)["config"], job_config, True):
+                shutil.rmtree(run.path)  # of a start that was interrupted, before the file was edited
             metrics = self.execute(job, job_config)
             scores = metrics["evaluation"]["before"]
             is_finite = scores["loss"] is not None and math.isfinite(scores["loss"])

@@ -146,11 +146,12 @@ class Comparison(Progress):
             return
         if outdated := self.outdated():
             self._change(lambda plan: plan.one_more_look(outdated, len(plan.seeds)))
-        for name in self.study.families().keys() - self.plan.takes.keys():
-            for number in self.plan.looked_at():
-                budget = self.budgets(number).get(name)
+        for number in self.plan.looked_at():
+            budgets = self.budgets(number)
+            for name in self.study.families().keys() - self.plan.takes.keys():
+                budget = budgets.get(name)
                 if budget is None or budget.round < number:
-                    break
+                    continue
                 if (take := budget.decision()) is not None:
                     found = Take(
                         entry=take.entry,
@@ -160,7 +161,6 @@ class Comparison(Progress):
                         entries={one.entry: one.chosen.learning_rate for one in budget.results},
                     )
                     self._change(partial(_taken, name, found))
-                    break
 
     def must_choose(self, job: Job) -> bool:
         """Whether a search's job would take the time of two seeds of all entries."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from smoa.errors import ConfigError, DataError
+from smoa.errors import ConfigError
+from smoa_lab.basics.folders import read_stored
 from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.methods import MethodName, find_method
 from smoa_lab.config.run import ConfigText, RunConfig, check_config
@@ -28,6 +28,8 @@ SEEDS = ("random_seed", "random_loc_seed", "projection_prng_key", "projection_se
 """Keys of PEFT's methods by which they draw what is not trained; without one, all seeds of a run draw the same."""
 ALL_SIZES = "all sizes"
 """The family of all entries with a size."""
+OR_REMOVE = "put back a copy, or remove it"
+"""What to do where a file of a study is damaged."""
 Stage = Literal["timing", "untouched", "untouched-validation", "search", "final"]
 DECIDED = {
     "method": "is what an entry has",
@@ -199,7 +201,7 @@ class Study(Section):
     def format(self) -> int:
         """The format in which it was planned, or now would be."""
         file = self.folder / "plan.json"
-        return int(read_stored(file).get("format", 1)) if file.is_file() else FORMAT
+        return int(read_stored(file, remedy=OR_REMOVE).get("format", 1)) if file.is_file() else FORMAT
 
     def config(self, name: str, place: str = "study") -> RunConfig:
         """The run of an entry at its own rate, scored on the test part; raises ConfigError with all problems of it."""
@@ -236,15 +238,6 @@ class Study(Section):
 def series_of(name: str, size: int | None) -> str:
     """What an entry's name has in common with those of its method at other sizes."""
     return name if size is None else name.removesuffix(f"-r{size}")
-
-
-def read_stored(file: Path) -> Any:
-    """What a JSON file of the study's folder has; raises DataError with its name if it is damaged."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        what = "this run's folder, and it is run again" if file.name == "metrics.json" else "it"
-        raise DataError(f"{file}: is damaged ({error}); put back a copy, or remove {what}") from error
 
 
 def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
