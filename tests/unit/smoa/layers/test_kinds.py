@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
@@ -49,6 +50,25 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward() -> None:
     assert y.requires_grad
     large = [pointer for pointer in kept if pointer not in pointers]
     assert large == [x.data_ptr()]
+
+
+class Convolutions(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_a_step_convolves_once_and_its_backward_only_backward(mode: str) -> None:
+    layer = adapted_layer(nn.Conv2d(4, 6, 3, padding=1, padding_mode=mode), r=4, num_blocks=2)
+    with Convolutions() as seen:
+        layer(torch.randn(2, 4, 5, 5, requires_grad=True)).sum().backward()
+    assert seen.names == ["convolution", "convolution_backward"]
 
 
 @pytest.mark.parametrize("route", ROUTES)
