@@ -210,23 +210,23 @@ def gpu() -> str:
     return "\n\n".join(sections)
 
 
-def size_rows(*parts: str) -> list[dict[str, Any]]:
+def size_rows(*parts: str, files: str = "size_*") -> list[dict[str, Any]]:
     """The rows of these parts that benchmarks/size.py stored, with their base in words."""
-    rows = [row for content in load("size_*").values() for row in content["rows"] if row["part"] in parts]
+    rows = [row for content in load(files).values() for row in content["rows"] if row["part"] in parts]
     for row in rows:
         kind = "4 bits" if row["part"] == "4bit" else row["dtype"]
         row["base"] = f"{row['size'].upper()}, {row['layers']} layers, {kind}"
     return rows
 
 
-def size_seconds() -> dict[str, dict[str, float]]:
+def size_seconds(files: str = "size_*") -> dict[str, dict[str, float]]:
     """Seconds of each method's phases by base: taken in turn, or else those of processes of their own."""
     times: dict[str, dict[str, float]] = {}
-    for row in size_rows("memory", "4bit"):
+    for row in size_rows("memory", "4bit", files=files):
         alone = {f"{row['method']} {phase}": of["seconds"] for phase, of in row.items() if isinstance(of, dict)}
         times.setdefault(row["base"], {}).update(alone)
-    for row in size_rows("times"):
-        times[row["base"]].update(row.get("seconds", {}))
+    for row in size_rows("times", files=files):
+        times.setdefault(row["base"], {}).update(row.get("seconds", {}))
     return times
 
 
@@ -255,6 +255,20 @@ def size_steps() -> str:
         rows.append(cells)
     columns = ["s", "÷ frozen", "÷ LoRA", "GB"]
     return section(["base", "", *columns, *(f"checkpointed, {column}" for column in columns)], rows, load("size_*"))
+
+
+def step_1b() -> str:
+    """A 1B model's step ÷ the frozen one's, since one product computes it, without and with checkpointing."""
+    results, rows = load("step_1b_*"), []
+    for name, content in results.items():
+        for base, seconds in size_seconds(name).items():
+            for method in ("lora", "smoa-4", "smoa-8"):
+                steps = (
+                    seconds[f"{method} {phase}"] / seconds[f"frozen {phase}"] for phase in ("step", "checkpointed")
+                )
+                cells = (f"{of_frozen:.2f}" for of_frozen in steps)
+                rows.append([base, content["provenance"]["bfloat16"], SIZE_METHODS[method], *cells])
+    return section(["base", "instructions", "", "step", "checkpointed"], rows, results)
 
 
 def size_rest() -> str:
@@ -519,6 +533,7 @@ def main() -> None:
             "whole-step": whole_step(),
             "size-making": size_making(),
             "size-steps": size_steps(),
+            "step-1b": step_1b(),
             "size-rest": size_rest(),
             "weight-sync": weight_sync(),
         },
