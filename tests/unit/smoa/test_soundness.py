@@ -332,24 +332,29 @@ def test_a_refused_load_leaves_nothing_in_the_base(tmp_path: Path, saved: str) -
         get_peft_model(base, config())
 
 
-def test_a_refused_second_load_leaves_the_first_adapter_as_it_was(tmp_path: Path) -> None:
-    get_peft_model(llama(), config(init_weights=False)).save_pretrained(tmp_path / "good")
-    get_peft_model(llama(seed=1), config(init_weights=False)).save_pretrained(tmp_path / "bad")
+@pytest.mark.parametrize("besides", [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}])
+def test_a_refused_second_load_leaves_the_first_adapter_as_it_was(tmp_path: Path, besides: dict[str, Any]) -> None:
+    get_peft_model(llama(), config(init_weights=False, **besides)).save_pretrained(tmp_path / "good")
+    get_peft_model(llama(seed=1), config(init_weights=False, **besides)).save_pretrained(tmp_path / "bad")
+    get_peft_model(llama(), config(init_weights=False)).save_pretrained(tmp_path / "plain")
     ids = torch.arange(6)[None]
     for of_peft in (True, False):
         base = llama()
         if of_peft:
-            model: Any = PeftModel.from_pretrained(base, tmp_path / "good")
+            model: Any = PeftModel.from_pretrained(base, tmp_path / "good", is_trainable=True)
         else:
             model = base
             model.load_adapter(str(tmp_path / "good"))
         expected, state = model(ids).logits, bits(base)
+        trains = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
         with pytest.raises(AdapterFileError, match="trained on another base"):
             model.load_adapter(str(tmp_path / "bad"), "two")
         assert [*model.peft_config] == ["default"]
         assert torch.equal(model(ids).logits, expected)
         assert bits(base).keys() == state.keys()
-        model.load_adapter(str(tmp_path / "good"), "two")
+        assert [(name, parameter.requires_grad) for name, parameter in model.named_parameters()] == trains
+        # PEFT looks for new tokens in the file of every adapter, LoRA's too
+        model.load_adapter(str(tmp_path / ("good" if "trainable_token_indices" in besides else "plain")), "two")
 
 
 def test_each_adapter_that_is_made_on_a_quantized_base_says_so_and_no_other() -> None:
