@@ -246,7 +246,7 @@ def untouched(base: nn.Module) -> Iterator[None]:
 
 
 def _outside_adapters(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and those in it, without the factors of adapters: they may be many, and no other adapter changes them."""
+    """A module and those in it, without the factors of adapters: they may be many, and no other one changes them."""
     yield module
     for name, child in module.named_children():
         is_store = isinstance(module, SmoaLayer) and name != "base_layer"

@@ -517,10 +517,15 @@ def test_a_model_of_regions_that_accelerate_compiles_is_saved(tmp_path: Path) ->
         assert torch.equal(out(PeftModel.from_pretrained(llama(), tmp_path).eval()), expected)
 
 
-@pytest.mark.parametrize("name", ["smoa_c", "smoa_A", "smoa_block_scale"])
-def test_an_adapter_named_like_a_part_of_the_method_keeps_its_copies(tmp_path: Path, name: str) -> None:  # L15
-    model = get_peft_model(llama(), config(modules_to_save=["lm_head"]), adapter_name=name).eval()
-    model.base_model.model.lm_head.modules_to_save[name].weight.data.add_(1.0)
+@pytest.mark.parametrize("name", ["smoa_c", "smoa_A", "smoa_block_scale", "bias", "trainable_tokens_delta"])
+@pytest.mark.parametrize("copies", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}])
+def test_an_adapter_named_like_a_part_of_the_method_keeps_its_copies(  # L15
+    tmp_path: Path, copies: dict[str, Any], name: str
+) -> None:
+    model = get_peft_model(llama(), config(bias="all", **copies), adapter_name=name).eval()
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad and "smoa_" not in key.removesuffix(name):
+            parameter.data.add_(1.0)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path / name, adapter_name=name).eval()
     assert torch.equal(out(loaded), out(model))
