@@ -86,8 +86,10 @@ def _padded(place: str, layer: SmoaLayer, adapter: str, A: Tensor, B: Tensor, co
         said = f"block ranks {list(ranks)}, more than the {list(slot)} of the loaded adapter"
         raise ConfigError(f"{place} has {said}; load the adapter of the largest rank first")
     ratio = config.alpha_of(name, sum(ranks), shape) / sum(ranks) / layer.adapters[adapter].scaling
+    dtype = torch.promote_types(B.dtype, layer.factors(adapter)[1].dtype)  # the file's may round what the slot can hold
     used = [own.start + rank for own, r in zip(slices(slot), ranks, strict=True) for rank in range(r)]
-    wide_A, wide_B = A.new_zeros(count, sum(slot), A.shape[1]), B.new_zeros(B.shape[0], count, sum(slot))
+    wide_A = A.new_zeros(count, sum(slot), A.shape[1])
+    wide_B = B.new_zeros(B.shape[0], count, sum(slot), dtype=dtype)
     wide_A[:, used] = A.view(count, -1, A.shape[1])
-    wide_B[:, :, used] = B.view(B.shape[0], count, -1) * ratio
+    wide_B[:, :, used] = B.view(B.shape[0], count, -1).to(dtype) * ratio
     return [wide_A.flatten(0, 1), wide_B.flatten(1)]

@@ -31,7 +31,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.base import taking_over
-from smoa.layers.layer import smoa_layers
+from smoa.layers.layer import SmoaLayer, smoa_layers
 
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "repo_type")
 
@@ -229,19 +229,28 @@ def _meant(config: SmoaConfig, field: str) -> Any:
 @contextmanager
 def untouched(base: nn.Module) -> Iterator[None]:
     """Take out of a model what an adapter that is refused in the context has put into it, and activate again what was
-    active: attributes of its modules, and the contents of those that are dictionaries."""
-    modules = [(module, dict(vars(module))) for module in base.modules()]
-    tables = [(table, dict(table)) for _, own in modules for table in own.values() if isinstance(table, dict)]
+    active: attributes of its modules, and the contents of those that are dictionaries or sets."""
+    owners = [vars(module) for module in _outside_adapters(base)]
+    tables = [own for owner in owners for own in (owner, *owner.values()) if isinstance(own, dict | set)]
+    before = [(table, table.copy()) for table in tables]
     trained = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     try:
         yield
     except BaseException:
-        for table, known in [*((vars(module), own) for module, own in modules), *tables] if smoa_layers(base) else []:
+        for table, known in before if smoa_layers(base) else []:
             table.clear()
             table.update(known)
         for parameter, trains in trained:
             parameter.requires_grad_(trains)
         raise
+
+
+def _outside_adapters(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and those in it, without the factors of adapters: they may be many, and no other one changes them."""
+    yield module
+    for name, child in module.named_children():
+        is_store = isinstance(module, SmoaLayer) and name != "base_layer"
+        yield from (child,) if is_store else _outside_adapters(child)
 
 
 def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:

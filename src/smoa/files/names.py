@@ -23,6 +23,8 @@ PREFIX = BASE_PREFIX
 COMPILED = "._orig_mod."
 """What `torch.compile` adds to the names of what is in a module."""
 _OWN = re.compile(r"\.smoa_(A|B|row_labels|col_labels|block_scale)(\.|$)")
+_OF_PEFT = re.compile(r"\.(modules_to_save|trainable_tokens_\w+)\.")
+"""Parts of a name after which PEFT puts an adapter's."""
 PARTS = ("smoa_A.weight", "smoa_B.weight", *PARTITION)
 """The tensors of every saved layer: A, B, row labels, column labels and block scales."""
 
@@ -46,9 +48,10 @@ def saved_names(model: nn.Module) -> dict[str, str]:
 
 
 def is_own(key: str) -> bool:
-    """Whether a key is that of a factor, label or scale, and not of a copy in an adapter whose name is like one."""
+    """Whether a key is that of a factor, label or scale, and not of what PEFT has for an adapter whose name is like
+    one."""
     own = _OWN.search(key)
-    return own is not None and ".modules_to_save." not in key[: own.start() + 1]
+    return own is not None and _OF_PEFT.search(key, 0, own.start() + 1) is None
 
 
 def without_adapter(key: str, adapter_name: str) -> str:
@@ -67,7 +70,8 @@ def trained_biases(model: nn.Module, state: Mapping[str, Tensor], config: SmoaCo
     """The biases that the adapter of this config and name trains."""
     if config.bias == "none":
         return {}
-    biases = {key: tensor for key, tensor in state.items() if key.rpartition(".")[2] == "bias"}
+    named = {key: each for key, each in state.items() if key.endswith(".bias")}  # as an adapter may be called
+    biases = {key: each for key, each in named.items() if not is_own(key) and ".trainable_tokens_" not in key}
     if config.bias == "all":
         saved, own = ".modules_to_save.", f".modules_to_save.{name}."
         return {key: tensor for key, tensor in biases.items() if saved not in key or own in key}

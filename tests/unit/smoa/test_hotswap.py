@@ -75,6 +75,23 @@ def test_a_scale_that_was_set_goes_on_acting(tmp_path: Path) -> None:
     assert_close(logits(model), logits(new))
 
 
+@pytest.mark.parametrize(("file", "slot"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_a_file_of_a_narrow_dtype_is_scaled_in_the_dtype_of_the_slot(
+    file: torch.dtype, slot: torch.dtype, tmp_path: Path
+) -> None:
+    def linear(alpha: float, dtype: torch.dtype) -> PeftModel:
+        torch.manual_seed(0)
+        config = SmoaConfig(r=4, num_blocks=2, alpha=alpha, target_modules=["0"], init_weights=False)
+        return get_peft_model(nn.Sequential(nn.Linear(24, 18)).to(dtype), config, autocast_adapter_dtype=False)
+
+    linear(7.0, file).save_pretrained(tmp_path)
+    loaded, swapped = linear(7.0, slot), linear(3.0, slot)
+    loaded.load_adapter(tmp_path, "default", autocast_adapter_dtype=False)
+    hotswap_adapter(swapped, tmp_path)
+    (expected,), (found,) = ([layer.delta("default") for layer in layers_of(model)] for model in (loaded, swapped))
+    assert_close(found, expected)
+
+
 def test_modules_and_biases_that_were_trained_besides_are_swapped(tmp_path: Path) -> None:
     besides = {"target_modules": ["c_attn"], "bias": "smoa_only", "modules_to_save": ["ln_f"]}
     model, new = adapted(1, "gpt2", **besides), saved(tmp_path, family="gpt2", **besides)

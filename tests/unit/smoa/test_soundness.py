@@ -332,24 +332,29 @@ def test_a_refused_load_leaves_nothing_in_the_base(tmp_path: Path, saved: str) -
         get_peft_model(base, config())
 
 
-def test_a_refused_second_load_leaves_the_first_adapter_as_it_was(tmp_path: Path) -> None:
-    get_peft_model(llama(), config(init_weights=False)).save_pretrained(tmp_path / "good")
-    get_peft_model(llama(seed=1), config(init_weights=False)).save_pretrained(tmp_path / "bad")
+@pytest.mark.parametrize("besides", [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}])
+def test_a_refused_second_load_leaves_the_first_adapter_as_it_was(tmp_path: Path, besides: dict[str, Any]) -> None:
+    get_peft_model(llama(), config(init_weights=False, **besides)).save_pretrained(tmp_path / "good")
+    get_peft_model(llama(seed=1), config(init_weights=False, **besides)).save_pretrained(tmp_path / "bad")
+    get_peft_model(llama(), config(init_weights=False)).save_pretrained(tmp_path / "plain")
     ids = torch.arange(6)[None]
     for of_peft in (True, False):
         base = llama()
         if of_peft:
-            model: Any = PeftModel.from_pretrained(base, tmp_path / "good")
+            model: Any = PeftModel.from_pretrained(base, tmp_path / "good", is_trainable=True)
         else:
             model = base
             model.load_adapter(str(tmp_path / "good"))
         expected, state = model(ids).logits, bits(base)
+        trains = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
         with pytest.raises(AdapterFileError, match="trained on another base"):
             model.load_adapter(str(tmp_path / "bad"), "two")
         assert [*model.peft_config] == ["default"]
         assert torch.equal(model(ids).logits, expected)
         assert bits(base).keys() == state.keys()
-        model.load_adapter(str(tmp_path / "good"), "two")
+        assert [(name, parameter.requires_grad) for name, parameter in model.named_parameters()] == trains
+        # PEFT looks for new tokens in the file of every adapter, LoRA's too
+        model.load_adapter(str(tmp_path / ("good" if "trainable_token_indices" in besides else "plain")), "two")
 
 
 def test_each_adapter_that_is_made_on_a_quantized_base_says_so_and_no_other() -> None:
@@ -512,10 +517,15 @@ def test_a_model_of_regions_that_accelerate_compiles_is_saved(tmp_path: Path) ->
         assert torch.equal(out(PeftModel.from_pretrained(llama(), tmp_path).eval()), expected)
 
 
-@pytest.mark.parametrize("name", ["smoa_c", "smoa_A", "smoa_block_scale"])
-def test_an_adapter_named_like_a_part_of_the_method_keeps_its_copies(tmp_path: Path, name: str) -> None:  # L15
-    model = get_peft_model(llama(), config(modules_to_save=["lm_head"]), adapter_name=name).eval()
-    model.base_model.model.lm_head.modules_to_save[name].weight.data.add_(1.0)
+@pytest.mark.parametrize("name", ["smoa_c", "smoa_A", "smoa_block_scale", "bias", "trainable_tokens_delta"])
+@pytest.mark.parametrize("copies", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}])
+def test_an_adapter_named_like_a_part_of_the_method_keeps_its_copies(  # L15
+    tmp_path: Path, copies: dict[str, Any], name: str
+) -> None:
+    model = get_peft_model(llama(), config(bias="all", **copies), adapter_name=name).eval()
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad and "smoa_" not in key.removesuffix(name):
+            parameter.data.add_(1.0)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path / name, adapter_name=name).eval()
     assert torch.equal(out(loaded), out(model))
