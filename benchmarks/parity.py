@@ -1,28 +1,34 @@
 """Trainer against rollout in bfloat16: how far the log-probabilities of the two differ.
 
-    python benchmarks/parity.py parity [--steps 50]
+    python benchmarks/parity.py parity
+    python benchmarks/parity.py parity --vllm    # in the environment of `make serve-test`
 
-A small real model is trained by GRPO. Then it samples, and each sampled token's log-probability is compared with the
-trainer's, which scores whole sequences unmerged: of the merged model for whole sequences, and of `generate`, which
-decodes with a cache. What the base model differs by from itself, by the cache alone, stands beside it.
+A small real model, SmolLM2 135M as `smoa` unpacks it, is trained by GRPO. Then it samples, and each sampled token's
+log-probability is compared with the trainer's, which scores whole sequences unmerged: of the merged model for whole
+sequences, of `generate`, which decodes with a cache, and of vLLM, with merged weights and with the adapter. What the
+base model differs by from itself stands beside it.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
+import os
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 from _common import run
+from _vllm import BASE, ENVIRONMENT, TARGETS
 from peft import HiraConfig, LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import smoa
 from smoa import SmoaConfig
-from smoa_lab.base_models import prepare_packaged_model
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 QUESTIONS = ("Name a colour.", "What is the capital of France?", "Why is the sky blue?", "Count to five.")
 
 
@@ -86,10 +92,10 @@ def parity(
     rows: int = 40,
     tokens: int = 56,
     group: int = 8,
+    vllm: bool = False,
 ) -> dict[str, Any]:
     """SmolLM2-135M-Instruct after so many steps of GRPO with each method, 2,240 sampled tokens."""
-    folder = prepare_packaged_model("smollm2-135m")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     texts = [[{"role": "user", "content": question}] for question in QUESTIONS]
     ids = [tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=False) for text in texts]
     shortest = min(map(len, ids))
@@ -97,7 +103,7 @@ def parity(
     results = {}
     for method in methods:
         torch.manual_seed(0)
-        model = adapted(method, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
+        model = adapted(method, AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16))
         if method != "base":
             trained(model.train(), prompts, steps, rate, group, 12)
         model.eval()
@@ -109,6 +115,10 @@ def parity(
             sequences, own = sampled(model, given, tokens)
             trainer = scored(model, sequences, shortest)
             found["generate"] = difference(own, trainer)
+            if vllm:
+                for way, by_engine in rollouts(method, model, given.tolist(), tokens).items():
+                    drawn, own = map(torch.tensor, by_engine)
+                    found[way] = difference(own, scored(model, drawn, shortest))
             if method != "base":
                 with model.disable_adapter():
                     found["moved by the adapter"] = difference(scored(model, sequences, shortest), trainer)
@@ -120,6 +130,47 @@ def parity(
         del model
         gc.collect()
     return {"tokens": rows * tokens, "results": results}
+
+
+def rollouts(method: str, model: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    """What vLLM samples of the base, of merged weights and, where it can, with the adapter, in a process for each."""
+    with tempfile.TemporaryDirectory() as room:
+        ways: dict[str, tuple[str, str | None]] = {"vllm": (str(BASE), None)}
+        if method != "base":
+            ways = {"vllm, merged": (f"{room}/merged", None), "vllm, adapter": (str(BASE), f"{room}/adapter")}
+            model.save_pretrained(f"{room}/adapter")
+            copy.deepcopy(model).merge_and_unload().save_pretrained(f"{room}/merged")
+        if method == "hira":
+            del ways["vllm, adapter"]
+        found = {}
+        for way, (weights, adapter) in ways.items():
+            with ProcessPoolExecutor(1, get_context("spawn")) as own:
+                found[way] = own.submit(by_vllm, weights, adapter, prompts, tokens).result()
+        return found
+
+
+def by_vllm(
+    weights: str, adapter: str | None, prompts: list[list[int]], tokens: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Sequences that vLLM samples, and the log-probabilities of their new tokens."""
+    os.environ.update(ENVIRONMENT)
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    settings: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8} if adapter else {}
+    engine = LLM(
+        weights, dtype="bfloat16", enforce_eager=True, max_model_len=256, seed=0, skip_tokenizer_init=True, **settings
+    )
+    sampling = SamplingParams(
+        temperature=1, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False
+    )
+    request = LoRARequest("own", 1, adapter) if adapter else None
+    given: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = [each.outputs[0] for each in engine.generate(given, sampling, lora_request=request, use_tqdm=False)]
+    sequences = [[*prompt, *one.token_ids] for prompt, one in zip(prompts, outputs, strict=True)]
+    return sequences, [
+        [place[token].logprob for place, token in zip(one.logprobs, one.token_ids, strict=True)] for one in outputs
+    ]
 
 
 def sampled_again(model: Any, sequences: Tensor, given: int) -> Tensor:
