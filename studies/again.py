@@ -16,7 +16,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -30,7 +31,7 @@ from smoa_lab.basics.plain import json_text
 from smoa_lab.study.planning import prepare
 from smoa_lab.study.results import Found
 from smoa_lab.study.run_study import Comparison
-from smoa_lab.study.study import Study, load_study
+from smoa_lab.study.study import FORMAT, Study, load_study
 from smoa_lab.study.study_report import PICTURES, report
 
 REPLAY = STUDIES / "replay.json"
@@ -69,33 +70,45 @@ def write(folder: Path) -> None:
 
 
 def replay(folder: Path) -> dict[str, Any]:
-    """In every order of the seeds, planned in today's format: after which round the study would have ended, what it
-    would have taken, and its minutes as a share of those of all rounds, searches included."""
+    """In every order of the seeds that all entries ran, planned in today's format: after which round the study would
+    have ended, what it would have taken of each family, and its minutes as a share of those of all rounds, searches
+    included. A family that has its answer runs no further."""
     with unpacked(folder) as study:
         comparison = Comparison(study, prepare(study, None))
-        found, plan = comparison.found(), comparison.plan
+        found, plan, families = comparison.found(), comparison.plan, study.families()
         searches = sum(len(one.losses) * plan.seconds("search", name) for name, one in comparison.chosen.items())
-        of_round = sum(plan.seconds("final", name) for name in plan.entries)
-        ends = [ended(found, order) for order in permutations(plan.seeds)]
-        whole = searches + len(plan.seeds) * of_round
-        takes = sorted({str(entry) for entry, _ in ends})
+        seconds = {name: plan.seconds("final", name) for name in found.finals}
+        seeds = [seed for seed in plan.seeds if all(seed in own for own in found.finals.values())]
+        ends = [ended(found, order) for order in permutations(seeds, min(len(seeds), plan.rounds))]
+        whole = searches + min(len(seeds), plan.rounds) * sum(seconds.values())
+
+        def minutes(end: dict[str, tuple[str, int]]) -> float:
+            rounds = {name: max(end[f][1] for f, own in families.items() if name in own) for name in seconds}
+            return (searches + sum(rounds[name] * seconds[name] for name in seconds)) / whole
+
         return {
-            "rounds": {str(number): [end for _, end in ends].count(number) for number in {end for _, end in ends}},
-            "takes": {take: [str(entry) for entry, _ in ends].count(take) for take in takes},
-            "minutes": fmean((searches + end * of_round) / whole for _, end in ends),
+            "rounds": _counts(max(number for _, number in end.values()) for end in ends),
+            "takes": _counts(
+                take if len(families) == 1 else f"{family}: {take}" for end in ends for family, (take, _) in end.items()
+            ),
+            "minutes": fmean(map(minutes, ends)),
         }
 
 
-def ended(found: Found, order: tuple[int, ...]) -> tuple[str | None, int]:
-    """What is taken, and after which round; all of them where nothing is."""
-    changed = found.plan.model_copy(
-        update={"format": 3, "seeds": list(order), "listed": list(order), "planned": len(order)}
-    )
-    for number in changed.looked_at():
-        budget = replace(found, plan=changed).budgets(number)["all"]
-        if (decision := budget.decision()) is not None:
-            return decision.entry, number
-    return None, len(order)
+def _counts(found: Iterable[Any]) -> dict[str, int]:
+    return {str(each): number for each, number in sorted(Counter(found).items())}
+
+
+def ended(found: Found, order: tuple[int, ...]) -> dict[str, tuple[str, int]]:
+    """Of each family what is taken, and after which round; all of them where nothing is."""
+    seeds = {"seeds": list(order), "listed": list(order), "planned": len(order)}
+    as_planned = replace(found, plan=found.plan.model_copy(update={"format": FORMAT, "extensions": [], **seeds}))
+    ends: dict[str, tuple[str, int]] = {}
+    for number in as_planned.plan.looked_at():
+        for family, budget in as_planned.budgets(number).items():
+            if family not in ends and (decision := budget.decision()) is not None:
+                ends[family] = str(decision.entry), number
+    return {family: ends.get(family, (str(None), len(order))) for family in found.study.families()}
 
 
 def main(names: list[str]) -> None:

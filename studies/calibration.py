@@ -158,10 +158,22 @@ def smallest(random: np.random.Generator, entries: int, ratio: float) -> Floats:
         for of in range(max(1, entries - 1)):
             other = entries - 1 if entries > 1 else None
             pair = contrast(values[:, :, :seeds], np.zeros((1, groups)), np.ones(groups), of, other, 1.0)
-            errs = np.sqrt(pair.of_rows + pair.of_seeds)
-            least = np.minimum(least, stdtr(np.minimum(pair.freedom, 1e9), pair.mean / errs))
+            least = np.minimum(least, passing(pair))
         found.append(least)
     return np.array(found)
+
+
+def passing(found: Estimate) -> Floats:
+    """The least level at which the upper bound is below 0."""
+    if not np.any(found.is_few):
+        errs = np.sqrt(found.of_rows + found.of_seeds)
+        return np.asarray(stdtr(np.minimum(found.freedom, 1e9), found.mean / errs))
+    low, high = np.zeros(DRAWS), np.ones(DRAWS)
+    for _ in range(40):
+        middle = (low + high) / 2
+        passes = found.upper(middle) < 0
+        low, high = np.where(passes, low, middle), np.where(passes, middle, high)
+    return high
 
 
 def levels() -> dict[int, list[float]]:

@@ -46,7 +46,7 @@ BOUNDS = (
     "an intraclass correlation of 0.5, of rows with 0 to 1 times the variance of a seed, of two, three and five "
     "seeds and of two and four entries; right answers of shares from 0.05 to 0.98. *Skewed* rows have a gamma "
     "distribution of skew 1; *one side* is the worse one. *Two seeds of two* entries, on both sides, stand apart: "
-    "where these two agree by chance, t falls; the levels of whole studies count it in."
+    "their t is weighted by Cochran and Cox."
 )
 WHOLE = (
     "Whole studies at the levels of their looks: how many take an entry that keeps just too little (*wrong*), such "

@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from smoa_lab.basics.folders import read_stored_lines
+
 STUDIES = Path(__file__).parent
 PACK = "runs.jsonl.gz"
 KEPT = ("README.md", "study.yaml", "plan.json", "chosen.json", "differences.png", "sizes.png")
@@ -47,8 +49,8 @@ def summary_of(folder: Path) -> Any:
 def runs_of(folder: Path) -> dict[str, Run]:
     """All runs by name: ``untouched``, ``tuning/ENTRY/lr-RATE-seed-SEED`` and ``final/…``, sorted; of `smoa compare` by
     their folders."""
-    with gzip.open(folder / PACK, "rt", encoding="utf-8") as lines:
-        runs: dict[str, Run] = {run["name"]: run for run in map(json.loads, lines)}
+    stored = read_stored_lines(folder / PACK, {"name"}, f"put it back: git checkout {folder / PACK}")
+    runs: dict[str, Run] = {run["name"]: run for run in stored}
     for run in (run for run in runs.values() if "rows_of" in run):
         whole = runs[run.pop("rows_of")]["rows"]
         run["rows"] = {key: whole[key] for key in OF_PART if key in whole} | run["rows"]

@@ -21,7 +21,7 @@ from smoa.errors import ConfigError, UnknownSettingError, nearest
 from smoa.maths.blocks import MAX_BLOCKS
 from smoa.maths.factors import Initialization, split_rank
 from smoa.maths.scale import DEFAULT_SCALE, ModulationKind, ScaleKind
-from smoa.maths.spectrum import check_partition
+from smoa.maths.spectrum import partition_problems
 
 Bias = Literal["none", "all", "smoa_only"]
 Shape = tuple[int, int]
@@ -124,20 +124,13 @@ class SmoaConfig(PeftConfig):
         problems = list(value_problems("smoa_format", smoa_format, int))
         problems += self._rename("alpha", "lora_alpha", lora_alpha)
         problems += self._rename("smoa_dropout", "lora_dropout", lora_dropout)
-        problems += config_problems(self) or self._partition_problems(smoa_format)
+        # a saved one may load labels that a function elsewhere has made
+        problems += config_problems(self) or ([] if smoa_format else partition_problems(self.partition))
         if problems:
             raise ConfigError("SmoaConfig: " + "; ".join(problems))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
-
-    def _partition_problems(self, smoa_format: int) -> list[str]:
-        """A new config needs a known partition; a saved one may load labels that a function elsewhere has made."""
-        try:
-            check_partition(self.partition)
-        except ConfigError as error:
-            return [] if smoa_format else [str(error)]
-        return []
 
     def _rename(self, ours: str, theirs: str, value: float | None) -> list[str]:
         """Take a value given under LoRA's name. Return its problems."""

@@ -43,7 +43,8 @@ def convert_run(
 
     ``loss``, if ``place`` is a run's folder, has the mean negative log-likelihood, in nats, of a token over the run's
     held-out rows: of the base, the adapter and the LoRA; what the conversion adds, row by row, with its standard error;
-    and the share of the adapter's gain over the base that is kept, None without a gain.
+    and the share of the adapter's gain over the base that is kept, None without a gain. ``options`` are those with
+    which the run loads its base: PEFT's files have no place for them.
 
     ``rank`` is that of every layer, or of its smaller side if that is less; or, as a float in (0, 1], the share of
     ‖ΔW‖² that each layer keeps at the least rank that does.
@@ -67,7 +68,8 @@ def convert_run(
         held_out.measure(with_saved_adapter(run.base, source), "after")
         del run
     with new_folder(Path(output)) as written:
-        report = {"folder": str(output), "loss": None, **_save_lora(source, rank, written, base)}
+        options = {key: own for key, own in model_of(source, base).section.options.items() if key != "revision"}
+        report = {"folder": str(output), "loss": None, "options": options, **_save_lora(source, rank, written, base)}
         copy_tokenizer(source, written)
         store_share(written, 1 - report["error"] ** 2)  # of ‖ΔW‖²: a truncated decomposition is a projection
         with suppress(SmoaError, IndexError):  # of what is no language model, or has no tokenizer of its own

@@ -49,7 +49,7 @@ def open_run(
     folder = RunFolder(path)
     if not folder.finished:
         raise ConfigError(f"{path}: is neither a config file nor the folder of a finished run (with metrics.json)")
-    is_older = "\n  group:" not in folder.config.read_text(encoding="utf-8")  # when each row stood for itself
+    is_older = "group" not in (ConfigText.read(folder.config).values.get("data") or {})  # each row stood for itself
     config = load_config(folder.config, [*(["data.group=false"] if is_older else []), *overrides])
     if config.method == "full" and not untouched:
         model = config.model.model_copy(update={"name": str(folder.adapter)})

@@ -13,7 +13,8 @@ from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import described_base
 from smoa_lab.basics.folders import check_place, read_stored
-from smoa_lab.config.yaml_text import parse_yaml, to_yaml
+from smoa_lab.config.run import ConfigText
+from smoa_lab.config.yaml_text import to_yaml
 from smoa_lab.open_run import adapter_config
 from smoa_lab.pages.card import loading_code
 from smoa_lab.pages.run_report import ANSWERS, losses
@@ -34,7 +35,7 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
         raise ConfigError(f"{place}: is not the folder of a run: contains no config.yaml")
     file = output or folder.report
     check_place(file, is_new=output is not None)
-    config = parse_yaml(folder.config.read_text(encoding="utf-8"), folder.config)
+    config = ConfigText.read(folder.config).values
     method = str(config.get("method", "smoa"))
     metrics: dict[str, Any] = {"history": [], "evaluation": {}, "gain": None, "forgetting": None, "samples": []}
     introduction = "The run is not finished. Run the same smoa train again to go on with it."

@@ -169,9 +169,11 @@ def verify(
             rounded[dtype] = logits_after(model, ids)
         expected = stored_share(Path(target))
         share, noise = share_and_noise(own - before, other - rounded[dtype])
+        note = ""
         if kinds[target] == "adapter" and expected is not None:  # it differs by what a conversion left out
             allowed = max(allowed, changed * (1 + SHARE_TOLERANCE))
-        return Verdict(target, difference, allowed, "", share, 1.0 if expected is None else expected, noise)
+            note = "a converted LoRA may differ by all that the adapter changes, and a tenth"
+        return Verdict(target, difference, allowed, note, share, 1.0 if expected is None else expected, noise)
 
     found: dict[str, Verdict] = {}
     for target in (target for target, kind in kinds.items() if kind == "server"):

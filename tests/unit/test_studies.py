@@ -13,7 +13,7 @@ from typing import Any
 import gallery
 import pytest
 import results_page
-from again import unpacked
+from again import replay, unpacked
 from stored import PACK, Run, compared, final_name, folders, runs_of, store, summary_of
 from study_page import study_page
 
@@ -126,6 +126,48 @@ def test_a_study_is_stored_with_the_digests_of_a_part_once(tmp_path: Path, monke
     with unpacked(tmp_path / "stored") as again:
         made = report(Comparison(again, prepare(again, None)))
     assert made.summary["budgets"] == report(comparison).summary["budgets"]
+
+
+def test_a_study_that_was_extended_is_replayed_as_it_was_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = write_runs(monkeypatch)
+    usual = runs.loss  # seeds differ too much for two rounds to tell
+    runs.loss = lambda config: (usual(config) or 0.0) + 0.2 * (-1) ** int(config.training["seed"])
+    entries = {name: {"method": name, "learning_rate": rate} for name, rate in (("smoa", 0.01), ("lora", 0.002))}
+    study = tiny_study(tmp_path / "study", seeds=[0, 1, 2], entries=entries)
+    with study_file(study):
+        report(finished(study))
+    store(study.folder, tmp_path / "stored")
+    whole = replay(tmp_path / "stored")
+    extended = tiny_study(tmp_path / "study", seeds=[0, 1, 2, 3, 4], entries=entries)
+    report(finished(extended))
+    assert json.loads((study.folder / "plan.json").read_text())["extensions"] == [5]
+    store(study.folder, tmp_path / "extended")
+    found = replay(tmp_path / "extended")
+    assert sum(found["rounds"].values()) == 60, "orders of three of the five seeds"
+    assert set(found["rounds"]) <= {"2", "3"}
+    assert set(whole["rounds"]) <= {"2", "3"}
+    assert 0 < found["minutes"] <= 1
+
+
+def test_a_study_with_sizes_is_replayed_by_its_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_runs(monkeypatch)
+    entries = {
+        f"{method}-r{size}": {"method": method, "learning_rate": rate, "budget": f"r = {size}", "size": size}
+        for size in (4, 1)
+        for method, rate in (("smoa", 0.01), ("lora", 0.002))
+    }
+    study = tiny_study(tmp_path / "study", seeds=[0, 1, 2], entries=entries)
+    with study_file(study):
+        made = report(finished(study))
+    store(study.folder, tmp_path / "stored")
+    with unpacked(tmp_path / "stored") as again:
+        assert report(Comparison(again, prepare(again, None))).summary["budgets"] == made.summary["budgets"]
+        assert (again.folder / "sizes.png").is_file()
+    found = replay(tmp_path / "stored")
+    assert {take.partition(":")[0] for take in found["takes"]} == {"r = 1", "r = 4", "all sizes"}
+    assert sum(found["takes"].values()) == 3 * sum(found["rounds"].values())
 
 
 @pytest.mark.parametrize(

@@ -163,10 +163,9 @@ class Factors:
         return whole_scale(self.rank_scale, self.scaling, dtype)
 
     def wide(self, dtype: torch.dtype | None = None) -> Factors:
-        """The factors in `dtype` (default: float32 or wider), with the scale multiplied into B."""
-        dtype = dtype or self.dtype
-        B = self.B.to(dtype) * self.scale(dtype)
-        return replace(self, A=self.A.to(dtype), B=B, scaling=1.0, rank_scale=torch.ones_like(self.rank_scale))
+        """The factors in `dtype` (default: float32 or wider), with the scale multiplied into B as by `scaled`."""
+        A, B = self.scaled(dtype or self.dtype)
+        return replace(self, A=A, B=B, scaling=1.0, rank_scale=torch.ones_like(self.rank_scale))
 
     def runs(self) -> tuple[BlockRun, ...]:
         """The runs of blocks of one shape, in order."""

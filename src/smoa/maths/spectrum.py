@@ -55,13 +55,18 @@ def register_partition(name: str, labelling: Labelling) -> None:
     _registered[name] = labelling
 
 
+def partition_problems(kind: str) -> list[str]:
+    """Why weights can't be cut by this name: none if they can."""
+    if kind in (known := (*KINDS, *_registered)):
+        return []
+    names = ", ".join(map(repr, known))
+    return [f"partition={kind!r} must be one of {names}, or be registered first: smoa.register_partition"]
+
+
 def check_partition(kind: str) -> None:
     """Raise ConfigError unless weights can be cut by this name."""
-    if kind not in (known := (*KINDS, *_registered)):
-        raise ConfigError(
-            f"partition={kind!r} must be one of {', '.join(map(repr, known))}, or be registered first: "
-            "smoa.register_partition"
-        )
+    if problems := partition_problems(kind):
+        raise ConfigError(problems[0])
 
 
 def spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,13 @@ A kill or a full disk leaves none or the new one.
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from itertools import count
@@ -75,11 +77,23 @@ def content_of(file: Path) -> str:
 def read_stored(file: Path, keys: Set[str] = frozenset(), remedy: str = "put back a copy") -> dict[str, Any]:
     """The object in a JSON file, which has these ``keys``; raises DataError, with the file's name and the ``remedy``,
     where it is damaged."""
+    (stored,) = read_stored_lines(file, keys, remedy)
+    return stored
+
+
+def read_stored_lines(
+    file: Path, keys: Set[str] = frozenset(), remedy: str = "put back a copy"
+) -> list[dict[str, Any]]:
+    """The objects in the lines of a gzipped file, or the one of a JSON file, as :func:`read_stored`."""
     try:
-        stored: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        if file.suffix == ".gz":
+            with gzip.open(file, "rt", encoding="utf-8") as lines:
+                stored = list(map(json.loads, lines))
+        else:
+            stored = [json.loads(file.read_text(encoding="utf-8"))]
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise DataError(f"{file}: is damaged ({error}); {remedy}") from error
-    if not isinstance(stored, dict) or keys - stored.keys():
+    if not stored or any(not isinstance(each, dict) or keys - each.keys() for each in stored):
         raise DataError(f"{file}: is damaged: lacks what the lab wrote; {remedy}")
     return stored
 

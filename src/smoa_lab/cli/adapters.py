@@ -79,6 +79,8 @@ def convert(
             f"{result['folder']}: LoRA of rank {result['rank']}, {result['parameters']:,} parameters (the adapter has "
             f"{result['adapter_parameters']:,}); ‖ΔW − BA‖/‖ΔW‖ = {result['error']:.3f} over all layers."
         )
+        if result["options"]:
+            typer.echo(f"The adapter's base was loaded with {result['options']}; load the LoRA's base with them too.")
         if (loss := result["loss"]) is not None:
             gain = loss["gain_kept"]
             share = "" if gain is None else f"; {100 * gain:.0f} % of the adapter's gain is kept"

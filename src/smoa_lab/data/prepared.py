@@ -24,7 +24,7 @@ from transformers.utils.logging import warning_once
 
 from smoa.atomic import write_whole
 from smoa.errors import DataError
-from smoa_lab.basics.folders import cache_folder, check_place, new_folder
+from smoa_lab.basics.folders import cache_folder, check_place, new_folder, read_stored
 from smoa_lab.basics.plain import portable
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.formats import BadRow, Format, recognize, shape
@@ -195,7 +195,9 @@ class Reading:
                     with new_folder(folder) as temporary:
                         account = self._read_all(temporary)
                         write_whole(temporary / "account.json", json.dumps(account, ensure_ascii=False))
-        account = json.loads((folder / "account.json").read_text(encoding="utf-8"))
+        account = read_stored(
+            folder / "account.json", {"parts", "unused"}, "run smoa data clear, and rows are read again"
+        )
         for part, number in account["unused"].items():
             every = account["parts"][part] + number
             logger.warning(

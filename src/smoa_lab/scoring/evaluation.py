@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,8 +49,15 @@ DPO_LOSSES: dict[str, Callable[[float, float, float], float]] = {
     "ipo": lambda beta, _, by_token: (by_token - 1 / (2 * beta)) ** 2,  # arXiv:2310.12036, equation 17
 }
 """TRL's losses of preferences by ``loss_type``: of β, the margin, and the margin of log-likelihoods per token."""
+CHANGES_LOSS = {"ld_alpha": None, "use_weighting": False, "loss_weights": None, "f_divergence_type": "reverse_kl"}
+"""Keys of TRL's DPO that make another loss of these, and the values that don't."""
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 """Without what a model's generation config may have for sampling alone."""
+
+
+def changes_loss(training: Mapping[str, Any]) -> list[str]:
+    """The keys of a ``training`` block that make another loss of :data:`DPO_LOSSES`."""
+    return [key for key, usual in CHANGES_LOSS.items() if training.get(key) not in (None, usual)]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ S seeds; w (G,) are the groups' tokens or rows, W = Σ w. The contrast of an ord
 *pooled* is the mean variance over seeds of all entries, with Σ (n − 1) degrees, *own* that of the pair. Several sizes
 are pooled each by itself, and a pair of two sizes has the variances of both pools, with Satterthwaite's degrees. Where
 the pair's exceeds the others' by F's 90 % point, one wild entry may be its cause, and the pair has Welch's degrees,
-which are as few as that one's. V is part of how seeds differ, and is not counted twice. For shares of right answers
+which are as few as that one's. Where the pooled variance has two degrees or fewer, as with two seeds of two entries,
+Satterthwaite's are too many where these agree by chance; then t is the mean of both parts' own, weighted by their
+variances (Cochran and Cox, 1950). V is part of how seeds differ, and is not counted twice. For shares of right answers
 v_R has one group more, which lies a whole answer off (+ 1 / W²): ten groups without an error don't show that there are
 none.
 
@@ -36,6 +38,8 @@ Floats = NDArray[np.float64]
 WILD = 0.9
 """The point of F's distribution beyond which a pair's variance is its own; of two entries, the larger variance is
 compared with the smaller, either of which may be the wild one."""
+FEW = 2
+"""Degrees of freedom of the pooled variance up to which each part has its own t."""
 FIRST_EXTENSION = 0.005
 """The level of the first look beyond the planned rounds; each further one has half of it."""
 
@@ -50,7 +54,8 @@ def expected_width(entries: int, rounds: int, groups: int, noise: tuple[float, f
     """About which difference such a study tells in its last round, by the ``noise`` of a seed's mean and of a row."""
     of_rows, of_seeds = np.asarray(noise[1] ** 2 / groups), np.asarray(2 * noise[0] ** 2 / rounds)
     level = level_of(entries, rounds) / max(1, entries - 1)
-    found = Estimate(np.zeros(()), of_rows, max(1, groups - 1), of_seeds, np.asarray(entries * (rounds - 1.0)))
+    freedom = np.asarray(entries * (rounds - 1.0))
+    found = Estimate(np.zeros(()), of_rows, max(1, groups - 1), of_seeds, freedom, freedom <= FEW)
     return float(found.upper(level))
 
 
@@ -67,13 +72,14 @@ def level_of(entries: int, planned: int, extensions: int = 0) -> float:
 @dataclass(frozen=True)
 class Estimate:
     """A contrast θ, of one study or of many (arrays): with the variances that rows and seeds give it, and their
-    degrees of freedom."""
+    degrees of freedom; ``is_few`` where the pool of seeds has :data:`FEW`."""
 
     mean: Floats
     of_rows: Floats
     rows_freedom: float
     of_seeds: Floats
     seeds_freedom: Floats
+    is_few: NDArray[np.bool_] | bool = False
 
     @property
     def freedom(self) -> Floats:
@@ -82,20 +88,27 @@ class Estimate:
         whole = (self.of_rows + self.of_seeds) ** 2
         return np.asarray(np.divide(whole, parts, where=parts > 0, out=np.full_like(whole, np.inf)))
 
-    def upper(self, level: float) -> Floats:
+    def upper(self, level: float | Floats) -> Floats:
         """θ is above it in a share ``level`` of studies."""
         return np.asarray(self.mean + self._width(level))
 
-    def lower(self, level: float) -> Floats:
+    def lower(self, level: float | Floats) -> Floats:
         return np.asarray(self.mean - self._width(level))
 
-    def _width(self, level: float) -> Floats:
-        return np.asarray(stdtrit(np.minimum(self.freedom, 1e9), 1 - level) * np.sqrt(self.of_rows + self.of_seeds))
+    def _width(self, level: float | Floats) -> Floats:
+        whole = self.of_rows + self.of_seeds
+        together = stdtrit(np.minimum(self.freedom, 1e9), 1 - level) * np.sqrt(whole)
+        if not np.any(self.is_few):
+            return np.asarray(together)
+        of_rows, of_seeds = (stdtrit(each, 1 - level) for each in (self.rows_freedom, self.seeds_freedom))
+        apart = (of_rows * self.of_rows + of_seeds * self.of_seeds) / np.sqrt(np.where(whole > 0, whole, 1.0))
+        return np.asarray(np.where(self.is_few, apart, together))
 
     def after(self, rounds: float, seeds: int) -> Estimate:
         """What is to be expected after so many rounds in place of ``seeds``."""
-        more = self.seeds_freedom * (rounds - 1) / (seeds - 1)
-        return Estimate(self.mean, self.of_rows, self.rows_freedom, self.of_seeds * seeds / rounds, np.asarray(more))
+        more = np.asarray(self.seeds_freedom * (rounds - 1) / (seeds - 1))
+        is_few = self.is_few & (more <= FEW)
+        return Estimate(self.mean, self.of_rows, self.rows_freedom, self.of_seeds * seeds / rounds, more, is_few)
 
 
 def contrast(
@@ -136,6 +149,7 @@ def contrast(
     pooled, freedom = _pooled(
         variances, known, [[n for n in range(entries) if pools[n] == pools[i]] for i in pair], shares
     )
+    is_few = freedom * (seeds - 1) <= FEW
     own = (shares * variances[..., pair]).sum(axis=-1) / shares.sum()
     rest = [n for n in range(entries) if n not in pair and pools[n] in [pools[i] for i in pair]]
     if rest or len(pair) == 2:  # with two entries, the larger variance against the smaller
@@ -149,7 +163,7 @@ def contrast(
         welch = np.divide((shares * spread).sum(axis=-1) ** 2, parts, where=parts > 0, out=np.ones_like(parts))
         freedom = np.where(is_wild, welch, freedom)
     of_seeds = shares.sum() * np.maximum(pooled, own) / seeds
-    return Estimate(mean, of_rows, groups - 1.0, of_seeds, freedom * (seeds - 1))
+    return Estimate(mean, of_rows, groups - 1.0, of_seeds, freedom * (seeds - 1), is_few)
 
 
 def _pooled(

@@ -51,6 +51,10 @@ METRICS = {each.title: each for each in (LOSS, OF_CHOICES, *OF_PREFERENCES, *BY_
 """All metrics by their titles."""
 
 
+RUN_AGAIN = "put back a copy, or remove this run's folder, and it is run again"
+"""What to do where a file of a run is damaged."""
+
+
 def metrics_of(row: Mapping[str, Any], name: MetricName | None, training: Mapping[str, Any]) -> Sequence[Metric]:
     """What is compared on rows like this one of a run with this ``training`` block, first what decides."""
     if name is not None:
@@ -64,12 +68,17 @@ def metrics_of(row: Mapping[str, Any], name: MetricName | None, training: Mappin
 
 def read_metrics(folder: RunFolder) -> Metrics:
     """The metrics of a finished run."""
-    again = "put back a copy, or remove this run's folder, and it is run again"
-    return read_stored(folder.metrics, {"config", "evaluation"}, again)
+    return read_stored(folder.metrics, {"config", "evaluation"}, RUN_AGAIN)
 
 
 def loss_of(metrics: Metrics) -> float | None:
     """What a search goes by: the loss, for preferences DPO's; None for a run that diverged."""
-    scores = metrics["evaluation"].get("after") or metrics["evaluation"]["before"]
+    scores = scores_of(metrics)
     loss: float | None = scores.get("dpo_loss", scores["loss"])
     return loss
+
+
+def scores_of(metrics: Metrics) -> dict[str, Any]:
+    """Those of a run on held-out rows after its training; of the base model as it is."""
+    scores: dict[str, Any] = metrics["evaluation"].get("after") or metrics["evaluation"]["before"]
+    return scores

@@ -17,7 +17,6 @@ from filelock import FileLock, Timeout
 
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.base_models import empty_model
-from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.config.methods import check_adapter
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import OWN, RULES
@@ -38,7 +37,6 @@ from smoa_lab.study.plan import (
     Plan,
     Timing,
     as_planned,
-    changed_plan,
     changes,
     duration,
     error_text,
@@ -53,7 +51,7 @@ from smoa_lab.study.plan import (
     write_chosen,
     write_plan,
 )
-from smoa_lab.study.results import stored_rows
+from smoa_lab.study.score_again import score_again
 from smoa_lab.study.study import ALL_SIZES, FORMAT, Job, Stage, Study
 from smoa_lab.training.loaded_run import inputs
 from smoa_lab.training.run_folder import RunFolder
@@ -108,27 +106,6 @@ def outlook(
         shutil.rmtree(study.folder / "timing", ignore_errors=True)
         if not had:
             shutil.rmtree(study.folder, ignore_errors=True)
-
-
-def score_again(study: Study, plan: Plan) -> Plan:
-    """Let the user's metric, if the command names one, score stored answers that another function scored, and note it.
-    Where it fails on one, all stay as they are."""
-    if study.shared["data"].get("metric") != OWN or TRUSTED.metric is None:
-        return plan
-    own, scored = own_metric(), dict[RunFolder, list[dict[str, Any]]]()
-    for run in (RunFolder(file.parent) for file in sorted(study.folder.rglob("metrics.json"))):
-        rows = stored_rows(run)
-        by_metric = [row for row in rows if "own" in row]
-        answered = [(row, stage) for row in by_metric for stage in ("before", "after") if f"answer_{stage}" in row]
-        if any(row.get("scored_by") != own.name for row, _ in answered):
-            for row, stage in answered:
-                row[f"scored_{stage}"] = own.score(row[f"answer_{stage}"], row["own"], row["where"])
-            scored[run] = rows
-    for run, rows in scored.items():
-        run.write_rows({**row, "scored_by": own.name} for row in rows)
-    if plan.digests.get("metric") == own.name:
-        return plan
-    return changed_plan(study, lambda plan: {"digests": {**plan.digests, "metric": own.name}})
 
 
 def _refuse_another(study: Study, plan: Plan, found: dict[str, str] | None = None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from smoa_lab.basics.folders import read_stored_lines
 from smoa_lab.data.answers import RULES, MetricName
 from smoa_lab.study.bounds import Family, Floats, level_of
 from smoa_lab.study.decision import Budget, Result, by_cost, by_size
-from smoa_lab.study.metrics import METRICS, SCORED, Metric, loss_of, metrics_of
+from smoa_lab.study.metrics import METRICS, RUN_AGAIN, SCORED, Metric, loss_of, metrics_of
 from smoa_lab.study.plan import Metrics, Plan, Take
 from smoa_lab.study.search import Chosen, best_of
 from smoa_lab.study.study import ALL_SIZES, Study
@@ -42,8 +41,7 @@ class FinalRun:
 
 def stored_rows(run: RunFolder) -> list[dict[str, Any]]:
     """What is stored of each held-out row."""
-    with gzip.open(run.rows, "rt", encoding="utf-8") as lines:
-        return list(map(json.loads, lines))
+    return read_stored_lines(run.rows, {"digest", "copy", "tokens"}, RUN_AGAIN)
 
 
 def read_rows(run: RunFolder, name: MetricName | None = None) -> dict[RowKey, dict[str, Any]]:

@@ -11,10 +11,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from smoa_lab.data.answers import TITLES, shown_as
+from smoa_lab.pages import tables
 from smoa_lab.study.executor import Executor
+from smoa_lab.study.metrics import scores_of
 from smoa_lab.study.plan import (
     LEAST_SEEDS,
     MARGIN,
+    Metrics,
     Plan,
     Take,
     duration,
@@ -23,7 +27,7 @@ from smoa_lab.study.plan import (
 from smoa_lab.study.progress import Progress
 from smoa_lab.study.results import kept_by
 from smoa_lab.study.search import Chosen, best_of
-from smoa_lab.study.study import Job
+from smoa_lab.study.study import Job, Stage
 from smoa_lab.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -67,7 +71,7 @@ class Comparison(Progress):
             waiting = [job for job in jobs if job not in executor.running and job not in taken]
             if waiting and (metrics := self.stored(waiting[0])) is not None:
                 self.finish(waiting[0], metrics)
-                self._drop_adapters(waiting[0])
+                self._drop_adapters(waiting[0].stage, waiting[0].entry)
                 self._decide(only)
             elif waiting and waiting[0].stage == "search" and self.must_choose(waiting[0]):
                 logger.info("Searches end here: what is left of the time is for two seeds")
@@ -88,8 +92,8 @@ class Comparison(Progress):
                     self._fail(job, found)
                 else:
                     self.finish(job, self._checked(job, found))
-                    self._drop_adapters(job)
-                    self._log(job, found["wall_seconds"], names)
+                    self._drop_adapters(job.stage, job.entry)
+                    self._log(job, found, names)
                     self._decide(only)
                 if self.ready(names) or self.further(names):  # by now with a seed that was bought
                     show(self)
@@ -105,8 +109,8 @@ class Comparison(Progress):
         self.workers = workers
         self._change(partial(_try_again, (self.study.entries.keys() - {*names}) | self.unscored()))
         self.catch_up(names)
-        for job in self.losses:
-            self._drop_adapters(job)
+        for stage, entry in {(job.stage, job.entry) for job in self.losses}:
+            self._drop_adapters(stage, entry)
         self._fix_starts()
         if any(not job.is_untouched for job in self.losses):
             logger.info("%s", self.progress(names) or "All runs are done")
@@ -114,13 +118,16 @@ class Comparison(Progress):
         if self.study.tuning.max_runs == 0:
             self._choose({n: Chosen(self.study.entries[n].learning_rate, {}, "named") for n in names})
 
-    def _log(self, job: Job, seconds: float, names: Sequence[str]) -> None:
+    def _log(self, job: Job, metrics: Metrics, names: Sequence[str]) -> None:
         """Say what a finished job reached, and how long the rest takes; of the whole where that changed by a tenth."""
-        self.took[job.stage, job.entry] = seconds
+        self.took[job.stage, job.entry] = seconds = metrics["wall_seconds"]
         self._change(lambda plan: {})
         loss, limit = self.losses[job], math.inf if self.plan.limit is None else self.plan.limit
         left = min(self.at_most_left(names), max(0.0, limit - self.plan.used))
         reached = "diverged" if loss is None else f"loss {loss:.4f}"
+        if loss is not None and self.metric in (scores := scores_of(metrics)):
+            times, digits, sign = shown_as(self.metric)
+            reached = f"{TITLES[self.metric]} {tables.number(scores[self.metric], digits, times)}{sign}, {reached}"
         logger.info("%s: %s (%s); at most %s left", job.name, reached, duration(seconds), duration(left))
         now, before = self.plan.used + left, self._estimate
         if abs(now - before) > before / 10 and duration(now) != duration(before):
@@ -196,16 +203,16 @@ class Comparison(Progress):
         self._change(bought)
         return self.ready(names)
 
-    def _drop_adapters(self, job: Job) -> None:
-        """Of runs like this one keep the adapters that the study says; of a search none, but where no final runs
-        follow."""
-        keep = "none" if job.stage == "search" and self.study.seeds else self.study.keep
-        if keep == "all" or job.is_untouched:
+    def _drop_adapters(self, stage: Stage, entry: str) -> None:
+        """Of an entry's runs of this stage keep the adapters that the study says; of a search none, but where no final
+        runs follow."""
+        keep = "none" if stage == "search" and self.study.seeds else self.study.keep
+        if keep == "all" or stage not in ("search", "final"):
             return
-        alike = {each: loss for each, loss in self.losses.items() if (each.stage, each.entry) == (job.stage, job.entry)}
-        if job.stage == "final" and keep == "best":
-            known = self.finals().get(job.entry, {})
-            alike = {self.final(job.entry, seed): kept_by(run, self.metric) for seed, run in known.items()}
+        alike = {job: loss for job, loss in self.losses.items() if (job.stage, job.entry) == (stage, entry)}
+        if stage == "final" and keep == "best":
+            known = self.finals().get(entry, {})
+            alike = {self.final(entry, seed): kept_by(run, self.metric) for seed, run in known.items()}
         for other in alike:
             if keep == "none" or other != best_of(alike):
                 shutil.rmtree(RunFolder(self.study.folder / other.name).adapter, ignore_errors=True)

@@ -17,7 +17,7 @@ from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.methods import MethodName, find_method
 from smoa_lab.config.run import ConfigText, RunConfig, check_config
 from smoa_lab.config.validation import Problem, block_problems
-from smoa_lab.scoring.evaluation import DPO_LOSSES
+from smoa_lab.scoring.evaluation import CHANGES_LOSS, DPO_LOSSES, changes_loss
 from smoa_lab.study.search import rate_text
 
 FORMAT = 3
@@ -43,7 +43,9 @@ DECIDED = {
 """Keys of a run that no block of a study may have, and why."""
 SHARED = {
     **dict.fromkeys(("max_steps", "num_train_epochs"), "all entries take the same steps"),
-    **dict.fromkeys(("beta", "loss_type", "label_smoothing"), "all entries are compared by the same loss"),
+    **dict.fromkeys(
+        ("beta", "loss_type", "label_smoothing", *CHANGES_LOSS), "all entries are compared by the same loss"
+    ),
     **dict.fromkeys(("assistant_only_loss", "completion_only_loss", "packing"), "all entries learn the same tokens"),
 }
 """Keys of training that only the shared block may have, and why."""
@@ -161,12 +163,13 @@ class Study(Section):
                     yield (*place, *path), f"{reason}; leave it out"
                 if place != ("shared",) and path[-1] in SHARED:
                     yield (*place, *path), f"{SHARED[path[-1]]}; set it under shared"
-        loss_type = (self.shared.get("training") or {}).get("loss_type", "sigmoid")
-        if self.shared.get("trainer") == "dpo" and "".join(loss_type) not in DPO_LOSSES:
-            yield (
-                ("shared", "training", "loss_type"),
-                f"entries are compared by {', '.join(DPO_LOSSES)}; take one of them",
-            )
+        training: dict[str, Any] = self.shared.get("training") or {}
+        if self.shared.get("trainer") == "dpo":
+            known = f"entries are compared by {', '.join(DPO_LOSSES)}"
+            if "".join(training.get("loss_type", "sigmoid")) not in DPO_LOSSES:
+                yield ("shared", "training", "loss_type"), f"{known}; take one of them"
+            for key in changes_loss(training):
+                yield ("shared", "training", key), f"{known}, of which it makes another loss; leave it out"
         for name in (name for name, entry in self.entries.items() if "name" in entry.model):
             yield ("entries", name, "model", "name"), "all entries adapt the same base; make another study for it"
 

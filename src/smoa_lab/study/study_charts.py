@@ -97,9 +97,11 @@ def sizes(whole: Budget, of_sizes: Mapping[str, Budget], series: Mapping[str, st
                 | {name: scale * (level + end) for name, end in ends.items()}
                 | {"clear": not ends or low > 0 or high < 0, "run": final_run(one, one.seeds[0])}
             )
+    sized = [each for each in of_sizes.values() if {*each.order} <= {*family.names}]
+    sized.sort(key=lambda each: min(map(whole.order.index, each.order)))  # a file may list them in any order
     best = [
         {"parameters": one.parameters, "mean": scale * family.mean(one.entry), "place": place}
-        for place, own in enumerate(each for each in of_sizes.values() if {*each.order} <= {*family.names})
+        for place, own in enumerate(sized)
         for one in own.results
         if own.family is not None and len(own.order) > 1 and own.family.worst(one.entry) < 0
     ]

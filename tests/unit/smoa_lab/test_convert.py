@@ -8,10 +8,12 @@ import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from typer.testing import CliRunner
 
 from smoa import SmoaConfig
 from smoa.errors import ConfigError, UnsupportedModuleError, UnsupportedVersionError
 from smoa_lab import base_models
+from smoa_lab.cli.main import app
 from smoa_lab.config.run import check_config
 from smoa_lab.convert import convert_run
 from smoa_lab.data.chat_templates import saved_chat_template
@@ -81,6 +83,13 @@ def test_the_lora_of_a_run_in_bfloat16_is_that_of_the_weights_which_verify_takes
     run = finished_run(values)
     convert_run(run, tmp_path / "lora", 999)
     assert verify(run, [str(tmp_path / "lora")])[-1].agrees
+
+
+def test_options_of_the_run_that_a_lora_has_no_place_for_are_told(values: dict[str, Any], tmp_path: Path) -> None:
+    values["model"]["options"] = {"attn_implementation": "eager", "revision": "main"}
+    run, told = finished_run(values), "The adapter's base was loaded with {'attn_implementation': 'eager'}; load the"
+    words = [str(run), str(tmp_path / "lora"), "--rank", "2", "--no-score"]
+    assert told in CliRunner().invoke(app, ["convert", *words]).stdout
 
 
 def test_an_adapter_that_learned_nothing_has_no_gain_to_keep(values: dict[str, Any], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 Gradients = tuple[Tensor | None, Tensor, Tensor]
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 class Route(Protocol):
@@ -115,10 +116,10 @@ def is_transformed(*tensors: Tensor) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    modes = torch._C._get_tracing_state(), torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    if torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(_FAKE) is not None:
+        return True
     is_batched = torch._C._functorch.is_legacy_batchedtensor
-    are_on = any(mode is not None for mode in modes)
-    return are_on or any(isinstance(each, FakeTensor) or is_batched(each) for each in tensors)
+    return any(isinstance(each, FakeTensor) or is_batched(each) for each in tensors)
 
 
 def only_values(x: Tensor) -> bool:

@@ -69,6 +69,17 @@ def test_bounds_miss_as_often_as_they_say_with_few_rows(groups: int, most: float
     assert ((found.upper(0.025) < 0) | (found.lower(0.025) > 0)).mean() < most
 
 
+@pytest.mark.parametrize("groups", [20, 200])
+def test_two_seeds_of_two_entries_miss_as_often_as_they_say(groups: int) -> None:
+    """Satterthwaite's degrees missed 7.5 % and more."""
+    random = np.random.default_rng(1)
+    values = random.normal(size=(20_000, 2, 2, 1)) + np.zeros(groups)
+    values[:, :1] += (0.1 * groups) ** 0.5 * random.normal(size=(20_000, 1, 1, groups))
+    found = contrast(values, np.zeros((1, groups)), np.ones(groups), 0, 1, 1.0)
+    assert ((found.upper(0.025) < 0) | (found.lower(0.025) > 0)).mean() < 0.06
+    assert (found.after(3, 2).upper(0.025) < found.upper(0.025)).all()
+
+
 def test_an_entry_that_varies_more_than_the_others_has_the_degrees_of_its_own_seeds() -> None:
     of_seed = draws(4, 3, 1) * np.array([50.0, 1, 1, 1])[:, None, None]
     values = of_seed + np.zeros(2)

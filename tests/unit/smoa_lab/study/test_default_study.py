@@ -73,7 +73,7 @@ def test_every_start_rate_has_its_source_and_is_of_a_method_that_there_is() -> N
 def test_the_command_writes_a_study_runs_it_and_goes_on_with_it(room: Path, written: WrittenRuns) -> None:
     words = ["compare", "--model", "base", "--data", "chats.jsonl"]
     ran = smoa(*words)
-    assert "smoa gained at least 5 % more than lora, after round 2 of 5: take smoa, the first in order" in ran.stdout
+    assert "smoa gained at least 4 % more than lora, after round 2 of 5: take smoa, the first in order" in ran.stdout
     assert "of cost: studies/chats/smoa/lr-" in ran.stdout
     assert ran.stdout.splitlines()[-1] == "Page, table and runs: studies/chats"
     assert "a final run" in ran.stderr
@@ -203,7 +203,7 @@ def test_a_study_by_a_users_metric_is_reported_without_it_and_goes_on_with_it(ro
     (room / "own.py").write_text("def score(answer, row): return float(answer == '4')")
     words = ["compare", "--model", "base", "--data", "chats.jsonl", "seeds=[0,1]"]
     first = smoa(*words, "--metric", "own.py:score").stdout
-    assert "smoa gained at least 45 % more than lora" in first
+    assert "smoa gained at least 50 % more than lora" in first
     number = len(written.ran)
     for place in (words, ["compare", "studies/chats/study.yaml"]):
         refused = smoa(*place, code=1).stderr

@@ -17,6 +17,7 @@ import pytest
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
+from smoa_lab.study import run_study
 from smoa_lab.study.bounds import level_of
 from smoa_lab.study.plan import Plan
 from smoa_lab.study.run_study import Comparison
@@ -152,6 +153,34 @@ def test_adapters_are_kept_as_the_study_says_and_none_of_a_search(
     assert kept == folders(study, "lora/lr-2e-3-seed-[012]/adapter")
     if keep == "best":
         assert kept == ["lora/lr-2e-3-seed-1/adapter"]
+
+
+def test_a_resumed_study_looks_at_the_rows_of_each_run_once(
+    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = study.model_copy(update={"seeds": list(range(8))})
+    compared(many).run()
+    asked: list[Path] = []
+    usual = run_study.kept_by
+    monkeypatch.setattr(run_study, "kept_by", lambda run, *rest: asked.append(run.folder.path) or usual(run, *rest))
+    compared(many).run()
+    assert len(asked) == len(set(asked)) == 3 * 8
+
+
+def test_a_finished_run_tells_what_decides(
+    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(config: RunConfig) -> dict[str, Any]:
+        metrics = written.run(config)
+        metrics["evaluation"]["after"] |= {} if config.data.metric is None else {config.data.metric: 0.75}
+        return metrics
+
+    monkeypatch.setattr("smoa_lab.study.executor.run", run)
+    caplog.set_level("INFO")
+    data = {"train": "chats.jsonl", "metric": "exact"}
+    compared(study.model_copy(update={"shared": {**study.shared, "data": data}})).run(["lora"])
+    assert "lora/lr-2e-3-seed-100: loss 2.1000 (" in caplog.text, "the loss chooses the rate"
+    assert "lora/lr-2e-3-seed-0: right answers (exact) 75.0 %, loss 2.1000 (" in caplog.text
 
 
 def test_a_search_without_final_runs_keeps_the_best_adapter(study: Study, written: WrittenRuns) -> None:

@@ -391,6 +391,15 @@ def test_quality_is_drawn_against_size_and_a_line_joins_only_what_is_the_best_fo
     assert '"type": "log"' in titles
 
 
+def test_sizes_that_a_file_lists_in_another_order_are_joined_as_neighbors() -> None:
+    gained = {"lora-r1": 0.5, "smoa-r1": 0.9, "lora-r4": 0.8, "smoa-r4": 1.2, "lora-r16": 1.1, "smoa-r16": 1.5}
+    series = {name: name.partition("-r")[0] for name in gained}
+    own = {f"r = {rank}": budget({n: by for n, by in gained.items() if n.endswith(f"-r{rank}")}) for rank in (16, 1, 4)}
+    chart = sizes(budget(gained), own, series)
+    joined = [rows for rows in chart.to_dict()["datasets"].values() if "place" in rows[0]]
+    assert [[round(row["mean"], 3) for row in rows] for rows in joined] == [[4.1, 3.8], [3.8, 3.5]]
+
+
 def test_points_have_bounds_of_their_difference_from_the_entry_to_take() -> None:
     chart = of_sizes({"lora-r1": 0.5, "smoa-r1": 1.5, "lora-r4": 1.5, "smoa-r4": 1.5})
     points = [row for rows in chart.to_dict()["datasets"].values() for row in rows if "entry" in row]

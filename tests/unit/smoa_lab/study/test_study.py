@@ -56,12 +56,22 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         )
         for keys, reason in (
             ({"max_steps": 1, "num_train_epochs": 1}, "all entries take the same steps; set it under shared"),
-            ({"beta": 1, "loss_type": "ipo", "label_smoothing": 0.1}, "all entries are compared by the same loss"),
+            (
+                {"beta": 1, "loss_type": "ipo", "label_smoothing": 0.1, "ld_alpha": 0.5, "loss_weights": [2.0]},
+                "all entries are compared by the same loss",
+            ),
             (dict.fromkeys(("assistant_only_loss", "completion_only_loss", "packing"), False), "all entries learn the"),
         )
         for key, value in keys.items()
     ),
     ({"entries": {"lora": {**LORA, "model": {"name": "other"}}}}, r"model\.name: all entries adapt the same base"),
+    *(
+        (
+            with_shared(trainer="dpo", training={key: value}),
+            rf"shared\.training\.{key}: entries are compared by sigmoid, .* another loss; leave it out",
+        )
+        for key, value in {"ld_alpha": 0.5, "use_weighting": True, "f_divergence_type": "forward_kl"}.items()
+    ),
     (with_shared(forgeting={}), "forgeting: unknown key; did you mean 'forgetting'"),
 ]
 

@@ -19,6 +19,7 @@ from smoa_lab.study.planning import prepare
 from smoa_lab.study.run_study import Comparison
 from smoa_lab.study.study import Study, Tuning
 from smoa_lab.study.study_report import report
+from smoa_lab.training.run_folder import RunFolder
 from tests.support.metrics import named
 from tests.support.studies import WrittenRuns, compared, finished, page
 
@@ -347,6 +348,18 @@ def test_a_damaged_file_is_named(study: Study, written: WrittenRuns) -> None:
         file.write_text(whole)
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.95])
+def test_rows_that_were_cut_off_are_named(kept: float, study: Study, written: WrittenRuns) -> None:
+    finished(study)
+    file = study.folder / "lora" / "lr-2e-3-seed-0" / "rows.jsonl.gz"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(DataError, match=r"seed-0/rows\.jsonl\.gz: is damaged.*; put back a copy, or remove this run's"):
+        report(compared(study))
+    rmtree(file.parent)
+    finished(study)
+
+
 def test_a_study_is_shown_after_each_run_without_differences_and_a_resumed_one_says_first_what_is_done(
     study: Study, written: WrittenRuns, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -469,6 +482,48 @@ def test_a_function_that_fails_on_a_stored_answer_leaves_the_study_as_it_was_sco
     with named(tmp_path / "own.py", failing), pytest.raises(DataError, match=told):
         report(Comparison(own, prepare(own, None)))
     assert report(Comparison(own, prepare(own, None))).summary == made.summary
+
+
+def test_answers_that_another_function_began_to_score_again_are_never_mixed(
+    study: Study, written: WrittenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = by(study, "score")
+    with named(tmp_path / "own.py", RIGHT):
+        report(finished(own))
+    whole = RunFolder.write_rows
+
+    def killed(run: RunFolder, lines: Any) -> None:
+        if run.path.name == "lr-2e-3-seed-1":
+            raise KeyboardInterrupt
+        whole(run, lines)
+
+    monkeypatch.setattr(RunFolder, "write_rows", killed)
+    with named(tmp_path / "own.py", LEVELS), pytest.raises(KeyboardInterrupt):
+        prepare(own, None)
+    monkeypatch.setattr(RunFolder, "write_rows", whole)
+    with pytest.raises(DataError, match=r"began to score its answers again, .*; give --metric own\.py:score, and it"):
+        prepare(own, None)
+    with named(tmp_path / "own.py", LEVELS):
+        again = report(Comparison(own, prepare(own, None)))
+    assert {pair[2] for pair in again.summary["budgets"]["small"]["pairs"]} == {0.0}
+    assert again.summary["budgets"]["small"]["level"] == 0.005, "another function is another look"
+    assert report(Comparison(own, prepare(own, None))).summary == again.summary
+
+
+def test_answers_that_a_users_function_began_to_score_after_a_rule_say_what_to_give(
+    study: Study, written: WrittenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(by(study, "exact"))
+    own = by(study, "score")
+    whole = RunFolder.write_rows
+    monkeypatch.setattr(RunFolder, "write_rows", lambda *_: exec("raise KeyboardInterrupt"))
+    with named(tmp_path / "own.py", LEVELS), pytest.raises(KeyboardInterrupt):
+        prepare(own, None)
+    monkeypatch.setattr(RunFolder, "write_rows", whole)
+    with pytest.raises(DataError, match=r"give --metric FILE\.py:NAME, and it goes on"):
+        prepare(own, None)
+    with named(tmp_path / "own.py", LEVELS):
+        assert report(Comparison(own, prepare(own, None))).summary["untouched"]["score"] == 1.0
 
 
 def test_a_search_goes_on_with_the_seeds_asked_for_and_has_a_verdict(study: Study, written: WrittenRuns) -> None:

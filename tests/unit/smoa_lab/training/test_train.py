@@ -124,6 +124,17 @@ def test_preferences_have_margins_and_the_loss_that_trl_itself_computes(
     assert evaluate_run(*open_run(config.folder), RunFolder(config.folder))["scores"] == scores
 
 
+def test_a_loss_of_preferences_that_is_known_to_trl_alone_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    rows, training = lab.write_rows(tmp_path / "pairs.jsonl", pairs(20)), {"ld_alpha": 0.5, "max_steps": 1}
+    config = rows_config(tmp_path, rows, rows_base(tmp_path / "base"), trainer="dpo", training=training)
+    evaluation = run(config)["evaluation"]
+    assert "margin" in evaluation["after"]
+    assert not any("dpo_loss" in scores for scores in evaluation.values())
+
+
 def test_a_whole_model_that_was_trained_on_preferences_is_compared_with_its_base_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
