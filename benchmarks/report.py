@@ -131,10 +131,12 @@ def layer_step() -> str:
 
 
 PARITY_WAYS = {
-    "merged, whole sequences": "the merged model, whole sequences",
-    "merged, generate": "the merged model, decoding with a cache",
-    "generate": '`generate` as it is (SMoA: with "merged")',
-    "moved by the adapter": "what the adapter changes",
+    "the merged model, whole sequences": ("merged, whole sequences",),
+    "the merged model, decoding with a cache": ("merged, generate",),
+    '`generate` as it is (SMoA: with "merged")': ("generate",),
+    "vLLM, merged weights": ("vllm, merged", "vllm"),
+    "vLLM, the adapter": ("vllm, adapter",),
+    "what the adapter changes": ("moved by the adapter",),
 }
 
 
@@ -145,11 +147,11 @@ def parity() -> str:
     methods = {"base": "the base model", "lora": "LoRA, r = 8", "hira": "HiRA, r = 8", "smoa": "SMoA, r = 32, K = 4"}
     shown = [method for method in methods if method in found]
 
-    def cell(method: str, way: str) -> str:
-        one = found[method].get(way)
+    def cell(method: str, ways: tuple[str, ...]) -> str:
+        one = next((found[method][way] for way in ways if way in found[method]), None)
         return "–" if one is None else f"{one['mean']:.3g}, {one['largest']:.2g}"
 
-    rows = [[name, *(cell(method, way) for method in shown)] for way, name in PARITY_WAYS.items()]
+    rows = [[name, *(cell(method, ways) for method in shown)] for name, ways in PARITY_WAYS.items()]
     tokens, steps = results["parity"]["tokens"], results["parity"]["config"]["steps"]
     note = f"{tokens:,} sampled tokens of SmolLM2-135M-Instruct after {steps} steps of GRPO."
     return section(["rollout", *(methods[method] for method in shown)], rows, results, note)
