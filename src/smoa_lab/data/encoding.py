@@ -207,6 +207,8 @@ class Encoder:
             if message.role != "assistant":
                 continue
             before = self._chat(messages[:place], add_generation_prompt=True)
+            if self.max_length is not None and len(before) >= self.max_length:
+                break  # what follows is cut
             until = self._chat(messages[: place + 1])
             if ids[: len(until)] != until or until[: len(before)] != before:
                 raise DataError(

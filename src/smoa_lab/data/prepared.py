@@ -233,6 +233,7 @@ class Reading:
         parts = dict[str, int]()
         held_out = ((part, self.named.count(part) - len(chosen[part])) for part in PARTS if part != "train")
         unused = {part: number for part, number in held_out if number > 0 and len(chosen[part])}
+        logger.info("Making tokens of %d rows", sum(map(len, chosen.values())))
         for part in PARTS:
             with ArrowWriter(path=str(folder / f"{part}.arrow"), features=columns) as writer:
                 bar = tqdm(chosen[part], desc=f"tokens, {part}", unit=" rows", leave=False, disable=None)

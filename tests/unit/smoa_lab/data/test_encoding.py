@@ -1,5 +1,6 @@
 """Which tokens of a row are trained: read back as text, and compared with TRL's own preparation."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.data.chat_templates import alpaca
 from smoa_lab.data.encoding import Encoder, Tokens, text_ids, trained_pieces
 from smoa_lab.data.formats import recognize, shape
-from smoa_lab.data.row import Row
+from smoa_lab.data.row import Message, Row
 from tests.support.lab import byte_tokenizer
 from tests.support.own_rows import MARKED, PLAIN, STRICT, TRIMMED, chat, tiny_chat_model, tokenizer_with, trl_template
 
@@ -87,6 +88,22 @@ def test_a_template_that_changes_what_was_said_before_is_refused() -> None:
     assert trained(encoder, {"messages": chat("Open?", "Yes.")}) == ["Yes.<|im_end|>"]
     encoder.assistant_only = False
     assert len(trained(encoder, row)) == 1
+
+
+def test_no_turn_is_looked_for_that_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, rendered = Encoder(tokenizer_with(PLAIN), max_length=64), list[int]()
+    row = example_of({"messages": chat(*["Open?", "Yes."] * 50)})
+    whole = Encoder(encoder.tokenizer, max_length=None).encode(row)
+    original = Encoder._chat
+
+    def counted(self: Encoder, messages: Sequence[Message], **options: Any) -> list[int]:
+        rendered.append(len(messages))
+        return original(self, messages, **options)
+
+    monkeypatch.setattr(Encoder, "_chat", counted)
+    found = encoder.encode(row)
+    assert (found.input_ids, found.labels) == (whole.input_ids[:64], whole.labels[:64])
+    assert len(rendered) < 12
 
 
 def test_a_template_that_refuses_a_row_says_so_in_one_line() -> None:
