@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -136,11 +135,15 @@ def model_of(adapter: Path, base: str | None = None) -> RunModel:
 
 def with_saved_adapter(base: PreTrainedModel, adapter: Path) -> Any:
     """The base with the saved adapter of any method. It isn't the base model any more, switched off or unloaded
-    either: some adapters train its biases, or take a part of its weights."""
+    either: some adapters train its biases, or take a part of its weights. Raises DataError where it doesn't fit."""
     check_weights(adapter)
     resize_as_saved(base, adapter)
-    with loading_adapter(adapter):
+    try:
         return PeftModel.from_pretrained(base, str(adapter))
+    except SmoaError:
+        raise
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # whatever PEFT and PyTorch raise
+        raise DataError(f"{adapter}: cannot be loaded into this base: {shorten(str(error), 300)}") from error
 
 
 def resize_as_saved(model: PreTrainedModel, adapter: Path) -> None:
@@ -153,17 +156,6 @@ def resize_as_saved(model: PreTrainedModel, adapter: Path) -> None:
                 torch.manual_seed(0)  # the rows of new tokens, which the adapter has, are the same in each base
                 model.resize_token_embeddings(len(own), mean_resizing=False)
             break  # it resizes both
-
-
-@contextmanager
-def loading_adapter(place: str | Path) -> Iterator[None]:
-    """Raise DataError for whatever PEFT and PyTorch raise where an adapter does not fit its base."""
-    try:
-        yield
-    except SmoaError:
-        raise
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"{place}: cannot be loaded into this base: {shorten(str(error), 300)}") from error
 
 
 def check_weights(adapter: Path) -> None:

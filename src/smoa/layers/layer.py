@@ -36,6 +36,7 @@ from smoa.maths.update import Update
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
+_NOTHING = nullcontext()
 RANDOM_SIZE = 0.1
 """rms of ΔW relative to W for an adapter made with `init_weights=False`: visible, not huge."""
 
@@ -319,12 +320,13 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
             return self._forward_of(call, x, *args, **kwargs)
         active = [] if self.merged else self._present(self.active_adapters)
         for name in active:
-            self.decide_partition(name)
+            if self.adapters[name].pending:
+                self.decide_partition(name)
         routes = [route_of(self, x, name, alone=len(active) == 1) for name in active]
         if "one product" in routes:
             return self.in_one_product(x, active[0])
         result = self.base_layer(x, *args, **kwargs)
-        with onloaded_for(self, active) if "kept" not in routes else nullcontext():  # which is asked for every token
+        with _NOTHING if "kept" in routes else onloaded_for(self, active):  # for every token
             for name, route in zip(active, routes, strict=True):
                 result = result + self.branch_output(x.to(result.device), name, route).to(result.dtype)
         return result

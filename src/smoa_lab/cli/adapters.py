@@ -15,7 +15,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from smoa_lab.cli.console import Adapter, AsJson, Base, BaseDtype, Settings, Trusted, failed, print_json, reporting
+from smoa_lab.cli.console import (
+    Adapter,
+    AsJson,
+    Base,
+    BaseDtype,
+    Settings,
+    Trusted,
+    failed,
+    print_json,
+    reporting,
+    show,
+)
 
 MergedDtype = Literal["auto", "float32", "bfloat16", "float16"]
 """The choices of smoa_lab.merge, whose import would make ``--help`` wait for torch."""
@@ -110,10 +121,7 @@ def verify(
         from smoa_lab.verify import verify as compared
 
         verdicts = compared(adapter, against or ["merged"], served_name, tokens, base)
-        if json:
-            print_json([verdict.to_dict() for verdict in verdicts])
-        else:
-            typer.echo("\n".join(verdict.line() for verdict in verdicts))
+        show("\n".join(verdict.line() for verdict in verdicts), [verdict.to_dict() for verdict in verdicts], json)
         if code := exit_code(verdicts):
             raise typer.Exit(code)
 
@@ -167,10 +175,7 @@ def report(
         from smoa_lab.run_page import report_run
 
         page = report_run(run, output)
-        if json:
-            print_json({"page": str(page)})
-        else:
-            typer.echo(f"Page: {page}")
+        show(f"Page: {page}", {"page": str(page)}, json)
 
 
 def chat(

@@ -114,3 +114,8 @@ def failed(message: str) -> typer.Exit:
 def print_json(value: Any) -> None:
     """Print JSON and nothing else to stdout."""
     typer.echo(json_text(value))
+
+
+def show(text: str, value: Any, as_json: bool) -> None:
+    """Print what a command did in words or, where that is asked for, as JSON."""
+    typer.echo(json_text(value) if as_json else text)

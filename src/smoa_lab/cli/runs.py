@@ -10,7 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
-from smoa_lab.cli.console import AsJson, Base, BaseDtype, Data, Metric, Model, Overrides, Trusted, print_json, reporting
+from smoa_lab.cli.console import (
+    AsJson,
+    Base,
+    BaseDtype,
+    Data,
+    Metric,
+    Model,
+    Overrides,
+    Trusted,
+    print_json,
+    reporting,
+    show,
+)
 from smoa_lab.pages.tables import metric_table, outcome, time_text
 
 CONFIG = Path(__file__).with_name("demo.yaml")
@@ -43,10 +55,7 @@ def init(
         values = init.first_values(model, data, parameters, dtype)
         values["training"]["output_dir"] = f"runs/{file.stem}"
         write_whole(file, init.config_text(file, values))
-        if json:
-            print_json({"file": str(file), "config": values})
-        else:
-            typer.echo(f"{file}: written\nTrain: smoa train {file}")
+        show(f"{file}: written\nTrain: smoa train {file}", {"file": str(file), "config": values}, json)
 
 
 def train(
@@ -234,7 +243,7 @@ def clear(json: AsJson = False) -> None:
         folder = cache_folder() / "rows"
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         shutil.rmtree(folder, ignore_errors=True)
-        print_json({"removed": size}) if json else typer.echo(f"{folder}: {decimal(size)} removed")
+        show(f"{folder}: {decimal(size)} removed", {"removed": size}, json)
 
 
 def _print_account(place: str, model: str, account: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import warning_once
 
@@ -206,34 +207,29 @@ class Evaluation:
             if self.dpo_loss and self.prefers and stage == "before":
                 scores["dpo_loss"] = self.dpo_loss(self.beta, 0.0, 0.0)
             every[stage] = scores
-        if margins := self.margins:
-            if preferences := self._dpo_losses():
-                every["after"]["dpo_loss"] = sum(preferences) / len(preferences)
-            every["after"]["margin"] = sum(margins) / len(margins)
-            every["after"]["won"] = sum(margin > 0 for margin in margins) / len(margins)
+        if rows := self.preferences:
+            every["after"] |= {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         return every
 
     @property
-    def margins(self) -> list[float]:
-        """Of preferences, by how much the odds of the better completion against the other rose, as logarithms: DPO's
-        margin divided by β; none before both stages are scored."""
-        return self._margins([(1, 1)] * len(self.rows))
-
-    def _margins(self, sizes: Sequence[tuple[int, int]]) -> list[float]:
-        """The margins, each completion's part divided by its size."""
+    def preferences(self) -> list[dict[str, float]]:
+        """Of each row with a preference the trainer's loss, where it is known here; by how much the odds of the better
+        completion against the other rose, as logarithms: DPO's margin divided by β; and whether they did. None before
+        both stages are scored."""
         if not self.prefers or len(self.measured) < 2:
             return []
-        before, after = (
-            [bad / n - good / m for good, bad, (m, n) in zip(stage.losses.nll, stage.rejected, sizes, strict=True)]
-            for stage in (self.measured["before"], self.measured["after"])
+        (good, bad), (good_after, bad_after) = (
+            (np.array(self.measured[stage].losses.nll), np.array(self.measured[stage].rejected))
+            for stage in ("before", "after")
         )
-        return [late - early for early, late in zip(before, after, strict=True)]
-
-    def _dpo_losses(self) -> list[float]:
-        """The trainer's loss of each row; none where it isn't known here."""
-        sizes = [(good.trained, bad.trained) for good, bad in zip(self.tokens, self.rejected, strict=False)]
-        pairs = zip(self.margins, self._margins(sizes), strict=True)
-        return [] if self.dpo_loss is None else [self.dpo_loss(self.beta, *pair) for pair in pairs]
+        m, n = (np.array([each.trained for each in tokens]) for tokens in (self.tokens, self.rejected))
+        margins = (bad_after - good_after) - (bad - good)
+        by_token = (bad_after / n - good_after / m) - (bad / n - good / m)
+        return [
+            ({"dpo_loss": self.dpo_loss(self.beta, *pair)} if self.dpo_loss else {})
+            | {"margin": pair[0], "won": int(pair[0] > 0)}
+            for pair in zip(margins.tolist(), by_token.tolist(), strict=True)
+        ]
 
     @property
     def gain(self) -> dict[str, float] | None:
@@ -254,7 +250,7 @@ class Evaluation:
         copies: Counter[str] = Counter()
         lines = []
         tokens = next(iter(self.measured.values())).losses.tokens if self.measured else []
-        preferences = self._dpo_losses()
+        preferences = self.preferences
         for number, (row, count) in enumerate(zip(self.rows, tokens, strict=False)):
             digest = row.digest
             line: dict[str, Any] = {"digest": digest, "copy": copies[digest], "part": self.part, "tokens": count}
@@ -269,11 +265,9 @@ class Evaluation:
                     line[f"answer_{stage}"] = self.written[stage][number]
                 if self.metric == OWN and stage in self.scored:
                     line |= {f"scored_{stage}": self.scored[stage][number], "scored_by": own_metric().name}
-            if self.margins:
-                margin = self.margins[number]
-                line |= {"margin": margin, "won": int(margin > 0)}
-                if self.dpo_loss and preferences:
-                    line |= {"dpo_loss": preferences[number], "dpo_loss_before": self.dpo_loss(self.beta, 0.0, 0.0)}
+            if preferences:
+                before = {"dpo_loss_before": self.dpo_loss(self.beta, 0.0, 0.0)} if self.dpo_loss else {}
+                line |= preferences[number] | before
             lines.append(line)
         return lines
 

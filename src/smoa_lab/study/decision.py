@@ -10,7 +10,7 @@ from typing import Any
 from smoa_lab.basics.plain import finite
 from smoa_lab.study.bounds import Family
 from smoa_lab.study.metrics import Metric
-from smoa_lab.study.plan import Timing
+from smoa_lab.study.plan import Take, Timing
 from smoa_lab.study.search import Chosen
 
 NEAR, EQUAL = 0.1, 0.02
@@ -103,6 +103,14 @@ class Budget:
                 return Decision(name)
         gained = any(family.upper(name, None) < 0 for name in family.names)
         return Decision(None) if self.is_last and not gained else None
+
+    def take(self) -> Take | None:
+        """What a plan keeps of the decision."""
+        decided = self.decision()
+        if decided is None:
+            return None
+        rates = {one.entry: one.chosen.learning_rate for one in self.results}
+        return Take(entry=decided.entry, round=self.round, level=self.level, tolerance=self.tolerance, entries=rates)
 
     @property
     def against(self) -> str:

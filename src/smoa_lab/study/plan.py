@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from filelock import FileLock
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError, SmoaError
@@ -41,6 +41,7 @@ INPUTS = {
     "forgetting": "the text of forgetting.text",
 }
 Metrics = dict[str, Any]
+Read = TypeVar("Read")
 
 
 class Timing(Section):
@@ -193,13 +194,18 @@ class Plan(Section):
 def read_plan(study: Study) -> Plan | None:
     """The plan in a study's folder, if there is one."""
     file = study.folder / "plan.json"
-    if not file.is_file():
-        return None
+    return _validated(file, Plan, "put back a copy of it, or use a new folder") if file.is_file() else None
+
+
+def _validated(file: Path, kind: type[Read], remedy: str) -> Read:
+    """What the file has, of this kind; raises DataError with the first key that isn't."""
     try:
-        return Plan.model_validate(read_stored(file, remedy=OR_REMOVE))
+        return TypeAdapter(kind).validate_python(read_stored(file, remedy=OR_REMOVE))
     except ValidationError as error:
-        found = f"is no plan of this smoa ({error.errors()[0]['msg']} at {error.errors()[0]['loc']})"
-        raise DataError(f"{file}: {found}; put back a copy of it, or use a new folder") from error
+        first = error.errors()[0]
+        raise DataError(
+            f"{file}: is damaged, or of another smoa ({first['msg']} at {first['loc']}); {remedy}"
+        ) from error
 
 
 def changed_plan(study: Study, change: Callable[[Plan], dict[str, Any]]) -> Plan:
@@ -220,16 +226,14 @@ def write_plan(study: Study, plan: Plan) -> Plan:
 
 def read_chosen(study: Study) -> dict[str, Chosen]:
     """The rates that were chosen, by entry, but those at the edge of a search that may go on."""
-    file = study.folder / "chosen.json"
-    values = read_stored(file, remedy=OR_REMOVE) if file.is_file() else {}
-    try:
-        return {
-            name: Chosen(one["learning_rate"], {float(at): loss for at, loss in one["losses"].items()}, one["place"])
-            for name, one in values.items()
-            if name in study.entries and not (one["place"] == "edge" and len(one["losses"]) < study.tuning.max_runs)
-        }
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise DataError(f"{file}: is damaged ({error!r}); remove it, and rates are chosen again by the runs") from error
+    file, remedy = study.folder / "chosen.json", "remove it, and rates are chosen again by the runs"
+    every = _validated(file, dict[str, Chosen], remedy) if file.is_file() else {}
+    most = study.tuning.max_runs
+    return {
+        name: one
+        for name, one in every.items()
+        if name in study.entries and not (one.place == "edge" and len(one.losses) < most)
+    }
 
 
 def write_chosen(study: Study, chosen: Mapping[str, Chosen]) -> None:

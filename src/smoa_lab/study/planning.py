@@ -219,11 +219,11 @@ class Planner:
 
     def _spread_of_answers(self, config: RunConfig, metric: str) -> float:
         """That of right ones, by 20 answers of the base model."""
-        name = next(iter(self.study.entries))
         few = config.data.model_copy(update={"test_examples": 20})
         training = {**config.training, "output_dir": str(self.study.folder / "timing" / "untouched")}
-        job = Job("untouched", name, self.study.entries[name].learning_rate, 0)
-        metrics = self.execute(job, config.model_copy(update={"data": few, "training": training}))
+        metrics = self.execute(
+            self.study.untouched("untouched"), config.model_copy(update={"data": few, "training": training})
+        )
         return spread_of([metrics["evaluation"]["before"][metric]] * 20)
 
     def _continued(self, plan: Plan, new: dict[str, RunConfig]) -> Plan:
@@ -271,12 +271,11 @@ class Planner:
     def _scored(self) -> tuple[float, float]:
         """Score the base model, which counts. Seconds that a search's run takes to score, and that a final one
         takes more, to answer and to score general text before and after too."""
-        study, config = self.study, self._first_config()
-        name, took, of_token = next(iter(study.entries)), [0.0, 0.0], 0.0
+        study, config, took, of_token = self.study, self._first_config(), [0.0, 0.0], 0.0
         for place, wanted in enumerate((self.seeds, study.tuning.max_runs)):
             if not wanted:
                 continue
-            job = Job(UNTOUCHED[place], name, study.entries[name].learning_rate, 0)
+            job = study.untouched(UNTOUCHED[place])
             job_config, run = study.job_config(config, job), RunFolder(study.folder / job.name)
             if run.finished and other_config(read_metrics(run)["config"], job_config, True):
                 shutil.rmtree(run.path)  # of a start that was interrupted, before the file was edited

@@ -91,14 +91,14 @@ class Progress:
     def ready(self, names: Sequence[str]) -> list[Job]:
         """What can be run now: the base model and searches, one rate of all entries at a time; once all rates are
         chosen, final runs, one seed of all at a time, of the families without an answer."""
-        untouched = [self.untouched("untouched")] if self.plan.seeds else []
+        untouched = [self.study.untouched("untouched")] if self.plan.seeds else []
         if not (searched := self._to_search(names)):
             open_ = [name for name in names if name in self.unanswered()]
             jobs = [self.final(name, seed) for seed in self.plan.seeds for name in open_]
         else:
             wanted = {name: enumerate(self.search(name), start=len(self._searched(name))) for name in searched}
             turns = sorted((turn for of_entry in wanted.values() for turn in of_entry), key=itemgetter(0))
-            jobs = [self.untouched("untouched-validation"), *(job for _, job in turns)]
+            jobs = [self.study.untouched("untouched-validation"), *(job for _, job in turns)]
         return [job for job in [*untouched, *jobs] if job not in self.losses]
 
     def unanswered(self) -> list[str]:
@@ -170,11 +170,6 @@ class Progress:
     def final(self, name: str, seed: int) -> Job:
         return Job("final", name, self.chosen[name].learning_rate, seed)
 
-    def untouched(self, stage: Stage) -> Job:
-        """The model as it is, in any entry's config."""
-        first = next(iter(self.study.entries))
-        return Job(stage, first, self.study.entries[first].learning_rate, 0)
-
     def seconds(self, stage: Stage, entry: str) -> float:
         """About how long a job takes: as its latest one did, else what was planned, by the pace of those that ran."""
         planned = sum(self.plan.seconds(*kind) for kind in self.took)
@@ -213,7 +208,7 @@ class Progress:
     def search(self, name: str) -> list[Job]:
         """The runs that an entry's search needs next; none when it is over, or goes on by what the base model
         reaches."""
-        losses, untouched = self._searched(name), self.untouched("untouched-validation")
+        losses, untouched = self._searched(name), self.study.untouched("untouched-validation")
         if name in self.chosen or (len(losses) >= STARTS and untouched not in self.losses):
             return []
         if self.study.entries[name].size and name not in self.plan.starts:
@@ -248,7 +243,10 @@ class Progress:
     def finish(self, job: Job, metrics: Metrics) -> None:
         """Note a finished job, and choose the rates of searches that are over."""
         self.losses[job] = loss_of(metrics)
-        if job.stage in ("search", "untouched-validation") and self.untouched("untouched-validation") in self.losses:
+        if (
+            job.stage in ("search", "untouched-validation")
+            and self.study.untouched("untouched-validation") in self.losses
+        ):
             over = [name for name in self.searches() if name not in self.chosen and not self.search(name)]
             self._choose({name: Chosen.of(self.plan.start(self.study, name), self._searched(name)) for name in over})
 

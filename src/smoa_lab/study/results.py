@@ -187,12 +187,12 @@ class Found:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out rows of runs, which all have the same: their ``keys``, group by group, and where each group
+    """The held-out ``rows`` of runs, which all have the same: their ``keys``, group by group, and where each group
     ``starts``; and what is compared on them."""
 
+    rows: Mapping[RowKey, Mapping[str, Any]]
     keys: Sequence[RowKey]
     starts: NDArray[np.intp]
-    tokens: Floats
     metrics: Sequence[Metric]
 
     @classmethod
@@ -209,8 +209,7 @@ class HeldOut:
             or {None} <= (found := {run.rows[key][each.field] for run in runs for key in keys})
             or len(found) > 1
         ]
-        made = cls(keys, starts, np.empty(0), metrics)
-        return replace(made, tokens=made._sums([rows], "tokens")[0])
+        return cls(rows, keys, starts, metrics)
 
     def _sums(self, runs: Sequence[Mapping[RowKey, Mapping[str, Any]]], field: str) -> Floats:
         """(runs, groups), infinite where a run diverged."""
@@ -219,7 +218,9 @@ class HeldOut:
         return np.asarray(np.add.reduceat(values, self.starts, axis=1))
 
     def weights(self, metric: Metric) -> Floats:
-        return self.tokens if metric.per_token else np.diff([*self.starts, len(self.keys)]).astype(float)
+        if metric.per_token:
+            return np.asarray(self._sums([self.rows], "tokens")[0])
+        return np.diff([*self.starts, len(self.keys)]).astype(float)
 
     def values(self, metric: Metric, finals: Mapping[str, Mapping[int, FinalRun]]) -> Floats:
         """(entries, seeds, groups), lower is better, as many seeds as each entry has."""

@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,14 +35,14 @@ POLL_SECONDS = 1.0
 """How long a process that finds no free job waits before it looks again."""
 
 
+def _with(takes: Mapping[str, Take], plan: Plan) -> dict[str, Any]:
+    return {"takes": {**plan.takes, **takes}}
+
+
 def _try_again(others: Collection[str], plan: Plan) -> dict[str, Any]:
     """What failed is tried again, but for these entries, and those whose steps could not be timed."""
     failed = {name: told for name, told in plan.failed.items() if name in others or name not in plan.entries}
     return {"failed": failed} if failed != plan.failed else {}
-
-
-def _taken(family: str, take: Take, plan: Plan) -> dict[str, Any]:
-    return {"takes": {**plan.takes, family: take}}
 
 
 class Comparison(Progress):
@@ -154,20 +154,11 @@ class Comparison(Progress):
         if outdated := self.outdated():
             self._change(lambda plan: plan.one_more_look(outdated, len(plan.seeds)))
         for number in self.plan.looked_at():
-            budgets = self.budgets(number)
-            for name in self.study.families().keys() - self.plan.takes.keys():
-                budget = budgets.get(name)
-                if budget is None or budget.round < number:
-                    continue
-                if (take := budget.decision()) is not None:
-                    found = Take(
-                        entry=take.entry,
-                        round=number,
-                        level=budget.level,
-                        tolerance=self.study.tolerance,
-                        entries={one.entry: one.chosen.learning_rate for one in budget.results},
-                    )
-                    self._change(partial(_taken, name, found))
+            known = self.plan.takes
+            whole = {n: one for n, one in self.budgets(number).items() if n not in known and one.round >= number}
+            takes = {name: take for name, budget in whole.items() if (take := budget.take()) is not None}
+            if takes:
+                self._change(partial(_with, takes))
 
     def must_choose(self, job: Job) -> bool:
         """Whether a search's job would take the time of two seeds of all entries."""

@@ -200,6 +200,11 @@ class Study(Section):
         found = {other: own for other, own in sizes.items() if own and series_of(other, own) == series}
         return sorted(found, key=lambda other: abs(math.log(found[other] / size)))
 
+    def untouched(self, stage: Stage) -> Job:
+        """The model as it is, in any entry's config."""
+        first = next(iter(self.entries))
+        return Job(stage, first, self.entries[first].learning_rate, 0)
+
     @property
     def format(self) -> int:
         """The format in which it was planned, or now would be."""

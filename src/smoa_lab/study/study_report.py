@@ -116,7 +116,7 @@ def report(comparison: Progress) -> Report:
     comparison.catch_up([*study.entries])
     families, untouched = comparison.budgets(), untouched_metrics(comparison)
     sentences, told = sentences_of(comparison, families)
-    charts = charts_of(comparison, families, untouched)
+    charts, searches, finals = charts_of(comparison, families, untouched), comparison.searches(), comparison.finals()
     figures = {title: Figure(chart, CAPTIONS[title]) for title, chart in charts.items() if chart is not None}
     results = [one for budget in families.values() if not budget.of_sizes for one in budget.results]
     made = Report(
@@ -127,7 +127,7 @@ def report(comparison: Progress) -> Report:
             "entries": [one.as_json() for one in results],
             "budgets": {name: budget.as_json() for name, budget in families.items()},
             "untouched": untouched and untouched["evaluation"]["before"],
-            "answers": answers(comparison.finals(), untouched),
+            "answers": answers(finals, untouched),
         },
         verdict=told,
         notes=notes_of(comparison, untouched),
@@ -135,7 +135,8 @@ def report(comparison: Progress) -> Report:
             **{title: figure for title, figure in figures.items() if title in PICTURES},
             **{f"{BUDGET}{name}": result_table(budget) for name, budget in families.items() if budget.has_table},
             **figures,
-            **run_tables(comparison),
+            **({"Learning rates": rate_table(searches)} if searches else {}),
+            **({"Runs": run_table(comparison, finals)} if finals else {}),
         },
     )
     text = json.dumps(made.summary, indent=1, ensure_ascii=False, allow_nan=False)
@@ -215,7 +216,8 @@ def charts_of(comparison: Progress, families: Mapping[str, Budget], untouched: M
 def notes_of(comparison: Progress, untouched: Metrics | None) -> list[str]:
     """How it was measured."""
     study, plan = comparison.study, comparison.plan
-    notes = [*untouched_sentence(untouched), INTRODUCTION, *([OLDER] if plan.format < FORMAT else [])]
+    notes = [] if untouched is None else [untouched_sentence(untouched["evaluation"]["before"])]
+    notes += [INTRODUCTION, *([OLDER] if plan.format < FORMAT else [])]
     if comparison.metric == OWN:
         place, _, digest = plan.digests.get("metric", "").rpartition(" ")
         notes.insert(-1, f"The score is the mean of {place} over rows; SHA-256 of the file: {digest[:16]}.")
@@ -228,13 +230,6 @@ def notes_of(comparison: Progress, untouched: Metrics | None) -> list[str]:
     if len({one.machine for one in plan.entries.values()}) > 1:
         notes.append("Steps were timed on several machines, so that parameters alone decide the order of cost.")
     return notes
-
-
-def run_tables(comparison: Progress) -> dict[str, Table]:
-    """What was searched, and the final runs."""
-    searches, finals = comparison.searches(), comparison.finals()
-    tables = {"Learning rates": rate_table(searches)} if searches else {}
-    return tables | ({"Runs": run_table(comparison, finals)} if finals else {})
 
 
 def result_table(budget: Budget) -> Table:
@@ -313,15 +308,12 @@ def answers(finals: Mapping[str, Mapping[int, FinalRun]], untouched: Metrics | N
     return list(shown.values())
 
 
-def untouched_sentence(untouched: Metrics | None) -> list[str]:
-    """The base model's scores; nothing where it was not scored."""
-    if untouched is None:
-        return []
-    scores = untouched["evaluation"]["before"]
+def untouched_sentence(scores: Mapping[str, Any]) -> str:
+    """The base model's scores."""
     text = f"The base model: loss {number(scores['loss'], 4)}"
     for name, title in ((name, title) for name, title in TITLES.items() if name in scores):
         times, digits, sign = shown_as(name)
         text += f", {title} {number(scores[name], digits, times)}{sign}"
     if scores.get("majority") is not None:
         text += f"; the commonest label is right in {100 * scores['majority']:.1f} %"
-    return [f"{text}."]
+    return f"{text}."

@@ -108,18 +108,18 @@ def trainable_rows_of(
     encoder, rows = read_rows_of(config, tokenizer)
     account = rows.account
     require_good_rows(account, config.data.skip_bad_rows)
-    if trains and (metric := config.data.metric):
+    if not trains:
+        return encoder, rows
+    if metric := config.data.metric:
         Evaluation(encoder, rows.rows(config.scoring.part), metric=metric, answer_tokens=config.data.answer_tokens)
-    if trains:
-        check_trainer(config, account["format"])
-    if trains and not account["parts"].get("train"):
+    check_trainer(config, account["format"])
+    if not account["parts"].get("train"):
         raise DataError(
             f"{config.data.title}: leaves no rows to train on: {account['also_held_out']} are held out too, "
             f"{account['dropped']} have nothing trained within {account['max_length']} tokens, "
             f"{account['parts'].get('test', 0)} are held out, {account['bad']} are bad"
         )
-    if trains:
-        _check_tokens(config, tokenizer, row_from_json(rows.part("train")[0]["row"]))
+    _check_tokens(config, tokenizer, row_from_json(rows.part("train")[0]["row"]))
     return encoder, rows
 
 

@@ -139,7 +139,7 @@ def test_a_preference_is_won_where_the_chosen_answer_gained_on_the_rejected_one(
     before = Measured(Losses([10.0, 12.0], [4, 6]), rejected=[9.0, 15.0])
     after = Measured(Losses([9.0, 13.0], [4, 6]), rejected=[10.0, 2015.0])
     evaluation = given(PAIRS, before, after, of_turns())
-    assert evaluation.margins == [2.0, 1999.0]
+    assert [row["margin"] for row in evaluation.preferences] == [2.0, 1999.0]
     after.rejected[1] = 13.0  # type: ignore[index]
     scores = evaluation.scores()
     losses = [math.log1p(math.exp(-0.1 * margin)) for margin in (2.0, -3.0)]
@@ -153,7 +153,7 @@ def test_a_preference_is_won_where_the_chosen_answer_gained_on_the_rejected_one(
     evaluation.dpo_loss = DPO_LOSSES["ipo"]
     assert {line["dpo_loss_before"] for line in evaluation.lines()} == {25.0}  # 1 / (2 β) squared
     del evaluation.measured["before"]
-    assert evaluation.margins == []
+    assert evaluation.preferences == []
     assert "won" not in evaluation.scores()["after"]
 
 
