@@ -25,5 +25,5 @@ def test_the_machine_finds_nothing(machine: type[RuleBasedStateMachine], example
 
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
 def test_each_mutant_fits_the_source(mutant: mutants.Mutant) -> None:
-    text = (mutants.SOURCE / "smoa" / mutant.file).read_text(encoding="utf-8")
+    text = (mutants.SOURCE / mutant.file).read_text(encoding="utf-8")
     assert text.count(mutant.old) == 1
