@@ -4,7 +4,6 @@ bitsandbytes is always there; torchao and HQQ are tested where they are installe
 """
 
 import copy
-import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,29 +62,6 @@ def test_values_and_gradients_are_the_oracles_on_the_dequantized_weight(kind: st
     assert_close(y, expected, torch.float32)
     for mine, theirs in zip(own, torch.autograd.grad(expected, leaves, gradient.double()), strict=True):
         assert_close(mine, theirs, torch.float32)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_of_the_weights_size_is_kept_for_the_backward(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = adapted(quantized_layer(kind, 96, 128)).train()
-    dense: list[weakref.ref[Tensor]] = []
-    sizes: list[int] = []
-    dequantized = quantized.dequantized
-
-    def recorded(*arguments: Any) -> Tensor:
-        dense.append(weakref.ref(weight := dequantized(*arguments)))
-        return weight
-
-    monkeypatch.setattr(quantized, "dequantized", recorded)
-    x = torch.randn(3, 128, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
-        y = layer.branch_output(x, "default")
-    assert len(dense) == 1
-    assert dense[0]() is None
-    assert max(sizes) < 96 * 128 // 3
-    y.sum().backward()
-    assert len(dense) == 2  # dequantized again
-    assert dense[1]() is None
 
 
 @pytest.mark.parametrize(
