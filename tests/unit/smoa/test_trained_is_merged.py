@@ -13,7 +13,6 @@ import smoa
 from smoa import SmoaConfig, UnsupportedModuleError, keep_in_generate
 from smoa.layers.layer import smoa_layers
 from smoa.layers.route import route_of
-from smoa.maths.kernels import one_product
 from smoa.maths.update import Update
 from tests.support.kinds import KINDS, input_of, kind_of_layer
 from tests.support.layers import adapted_layer, take_route
@@ -103,19 +102,6 @@ def test_what_keeps_base_and_blocks_apart(why: str, monkeypatch: pytest.MonkeyPa
     if why == "dropout":
         model.eval()(input_ids=tokens(4))
         assert len(products) == len(smoa_layers(model))
-
-
-@torch.no_grad()
-def test_a_cut_that_differs_from_the_merges_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of more than one piece: another cut gives them the same bits, so nothing depends on where it is."""
-    layer = adapted_layer(nn.Linear(512, 512, dtype=torch.bfloat16), r=8, num_blocks=4, route="one product")
-    monkeypatch.setattr(one_product, "PIECE", 1 << 14)
-    layer.merge()
-    cut = layer.base_weight().clone()
-    layer.unmerge()
-    monkeypatch.setattr(one_product, "PIECE", 1 << 22)
-    layer.merge()
-    assert torch.equal(layer.base_weight(), cut)
 
 
 # generate

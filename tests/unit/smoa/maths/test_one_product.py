@@ -99,17 +99,18 @@ def test_it_is_the_oracles_rounded_once(dtype: torch.dtype) -> None:
     assert bool(((found - exact).abs() <= tolerance).all())
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("ranks", [(2, 2, 2), (40, 40, 40)], ids=["spread", "stacked"])
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
 def test_entries_off_the_blocks_are_the_weights_whatever_the_factors_hold(
-    dtype: torch.dtype, broken: float, ranks: tuple[int, ...]
+    dtype: torch.dtype, broken: float, ranks: tuple[int, ...], count: int
 ) -> None:
     weight, factors = made((40, 30), ranks, dtype)
     weight[::3, ::2] = -0.0
     factors.B[0, 0], factors.A[-1, 0] = broken, broken
-    found = Effective(weight, factors).whole()
+    found = Effective(weight, *[factors] * count).whole()
     off = factors.blocks.row_labels[:, None] != factors.blocks.col_labels
     assert torch.equal(found[off], weight[off])
     assert not found.isfinite().all()
