@@ -316,21 +316,6 @@ def test_each_expert_has_the_oracles_blocks_and_scales_of_unit_rms(family: str) 
         assert_close(scales, torch.stack([1 / block.square().mean().sqrt() for block in blocks]), torch.float32)
 
 
-def test_experts_adapted_on_the_meta_device_are_partitioned_once_weights_are_there() -> None:
-    with torch.device("meta"):
-        base = nn.ModuleDict({"experts": build_mixture("qwen3_moe").model.layers[0].mlp.experts})
-    model = inject_adapter_in_model(SmoaConfig(target_modules=[], target_parameters=EXPERTS, **SETTINGS), base)
-    model.to_empty(device="cpu")
-    ready = wrappers(experts_of("qwen3_moe"))
-    for name, wrapper in wrappers(model).items():
-        with torch.no_grad():
-            wrapper.stored_weight().copy_(ready[name].stored_weight())
-        own, expected = wrapper.stack("default"), ready[name].stack("default")
-        assert torch.equal(own.rows.labels, expected.rows.labels)
-        assert torch.equal(own.cols.labels, expected.cols.labels)
-        assert_close(own.rank_scale, expected.rank_scale)
-
-
 def test_a_parameter_that_fsdp1_has_flattened_is_refused() -> None:
     wrapper = wrappers(experts_of("qwen3_moe"))["down_proj"]
     base: nn.Module = wrapper.get_base_layer()

@@ -169,30 +169,6 @@ def test_a_spoiled_adapter_is_refused_whoever_loads_it(
     assert incoming() is None
 
 
-def test_a_refused_file_leaves_the_base_of_a_model_as_it_was(saved: PeftModel, tmp_path: Path) -> None:
-    loaded, plain = by_peft_model(tmp_path), tiny_models.build("llama")
-    with_a_tensor_of_the_base(tmp_path / "adapter")
-    for model in (loaded, plain):
-        (weight,) = (p for name, p in model.named_parameters() if "layers.0.mlp.down_proj.weight" in name)
-        before = weight.clone()
-        with pytest.raises(AdapterFileError, match="down_proj"):
-            model.load_adapter(str(tmp_path / "adapter"), "default")
-        assert torch.equal(weight, before)
-
-
-def test_a_refused_adapter_is_not_left_in_the_model(saved: PeftModel, tmp_path: Path) -> None:
-    model = by_peft_model(tmp_path)
-    with_nan(tmp_path / "adapter")
-    with pytest.raises(AdapterFileError, match="NaN"):
-        model.load_adapter(str(tmp_path / "adapter"), "other")
-    assert list(model.peft_config) == ["default"]
-    assert not [name for name, _ in model.named_parameters() if "other" in name]
-    assert model.active_adapters == ["default"]
-    with pytest.raises(AdapterFileError, match="NaN"):
-        model.load_adapter(str(tmp_path / "adapter"), "default")
-    assert list(model.peft_config) == ["default"]
-
-
 @pytest.mark.parametrize("load", [by_peft_model, by_transformers])
 def test_a_config_that_breaks_a_rule_is_refused_with_its_file(
     load: Callable[[Path], nn.Module], saved: PeftModel, tmp_path: Path
@@ -308,10 +284,3 @@ def test_guarding_again_puts_up_no_second_door() -> None:
     for function, again in zip(before, (PeftModel.load_adapter, PeftAdapterMixin.load_adapter), strict=True):
         assert inspect.unwrap(again) is function.__wrapped__
     assert isinstance(PeftModel.__dict__["from_pretrained"], classmethod)
-
-
-def test_an_adapter_may_be_called_as_a_part_of_the_names_of_tensors(tmp_path: Path) -> None:
-    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(**SETTINGS), adapter_name="model")
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "model")
-    assert torch.equal(tiny_models.logits(loaded), tiny_models.logits(model.eval()))
