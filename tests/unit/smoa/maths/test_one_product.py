@@ -58,7 +58,7 @@ def test_a_cut_covers_each_row_once_in_multiples_of_16_and_leaves_no_short_rest(
     [
         ((513, 1025), (8, 8)),
         ((257, 513), (1, 2, 3, 1)),
-        ((1025, 257), (30, 30, 30)),
+        ((1025, 257), (40, 30, 40)),  # stacked
         ((64, 10), (1,)),
         ((9, 33), (2, 2)),
     ],

@@ -1,6 +1,5 @@
 """Each call has its own names, in inference and training, in every thread, and in what a checkpoint computes again."""
 
-import copy
 import functools
 import sys
 import threading
@@ -9,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.checkpoint import CheckpointError
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, XLNetConfig, XLNetLMHeadModel
 
 from smoa import SmoaConfig
 from smoa.layers import by_name as calls
-from smoa.layers.batch import RowsBySlot
 from smoa.layers.by_name import rows_unknown
 from tests.support import tiny_mixtures, tiny_models
 from tests.support.adapted_models import adapted, add_adapter
@@ -137,15 +135,6 @@ def test_a_checkpoint_that_would_lose_the_names_is_an_error(
             loss_of(model, names, tokens).backward()
 
 
-def test_a_checkpoint_of_ones_own_that_is_not_reentrant_raises_pytorchs_error() -> None:
-    model = gang()
-    layer = model.base_model.model.model.layers[0].mlp
-    forward = layer.forward
-    layer.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
-    with pytest.raises(CheckpointError):
-        loss_of(model, ["a1", "a2", "a1"]).backward()
-
-
 @pytest.mark.parametrize("r", [2, 4])  # at rank 1 of a block inference never forms ΔW
 def test_a_checkpoint_draws_the_same_dropout_again(r: int) -> None:
     found = []
@@ -158,17 +147,6 @@ def test_a_checkpoint_draws_the_same_dropout_again(r: int) -> None:
         assert other.keys() == found[0].keys()
         for name, gradient in other.items():
             assert_close(gradient, found[0][name])
-
-
-def test_a_checkpoint_takes_the_same_route_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken, plan = list[Any](), RowsBySlot.plan
-    monkeypatch.setattr(RowsBySlot, "plan", lambda *args: taken.append(plan(*args)) or taken[-1])
-    model = gang(2, True, num_blocks=2, r=2, modulation="hadamard")
-    loss = loss_of(model, ["a0", "a1", "a0", "a1"], 140)
-    first = set(taken)
-    taken.clear()
-    loss.backward()
-    assert set(taken) == first
 
 
 def test_a_backward_within_a_call_with_names_computes_a_plain_call_again_without_them() -> None:
@@ -186,6 +164,17 @@ def test_a_backward_within_a_call_with_names_computes_a_plain_call_again_without
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert_close(gradient, expected[name])
+
+
+def test_autocast_multiplies_a_mixed_batch_in_its_dtype() -> None:
+    model, names = gang().float(), [*NAMES[:4]]
+    loss_of(model, names).backward()
+    exact = gradients(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(input_ids=ids(len(names)), adapter_names=names).logits.float().square().sum()
+    loss.backward()
+    for name, gradient in gradients(model).items():
+        assert (gradient - exact[name]).norm() < 0.1 * exact[name].norm()  # 0.085 on CPUs without its instructions
 
 
 def test_a_frozen_adapter_is_refused_in_training() -> None:
@@ -291,34 +280,6 @@ def test_a_plain_forward_beside_and_inside_a_generate_with_names_takes_the_activ
     assert len(found) > 12
     for logits in found:
         assert_close(logits, expected)
-
-
-def test_a_call_with_names_inside_a_plain_generate_beside_another_with_names_leaves_both_alone() -> None:
-    model, inside, done = gang(3).eval(), threading.Event(), threading.Event()
-    x, plain = ids(2, 3), {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(input_ids=x, **plain)
-
-    def wait(*_: Any) -> None:
-        if threading.current_thread() is thread:
-            inside.set()
-            done.wait(60)
-
-    def during(tokens: Tensor, scores: Tensor) -> Tensor:
-        loss_of(model, ["a1", "a2"])
-        return scores
-
-    handle = model.base_model.model.model.layers[0].register_forward_hook(wait)
-    thread = threading.Thread(target=loss_of, args=(model, ["a0", "a1"]))
-    thread.start()
-    inside.wait(60)
-    try:
-        found = model.generate(input_ids=x, logits_processor=[during], **plain)
-    finally:
-        done.set()
-        thread.join()
-        handle.remove()
-    assert torch.equal(found, expected)
-    assert not calls.OPEN
 
 
 def test_two_threads_that_train_by_names_are_refused_and_backward_elsewhere_is_not() -> None:
@@ -438,26 +399,7 @@ def test_a_module_that_only_some_adapters_save_is_the_base_models_for_the_others
         assert_close(model(input_ids=x, adapter_names=["plain", "a0"]).logits, model(input_ids=x).logits)
 
 
-def test_names_may_come_one_by_one() -> None:
-    model = gang(2).eval()
-    with torch.no_grad():
-        given = model(input_ids=ids(2), adapter_names=(name for name in ("a0", "a1"))).logits
-        assert_close(given, model(input_ids=ids(2), adapter_names=["a0", "a1"]).logits)
-
-
 @pytest.mark.parametrize("names", ["a0", [None, "a0"], [0, 1], []])
 def test_names_that_are_no_list_of_names_are_refused(names: Any) -> None:
     with pytest.raises(ValueError, match="adapter_names"):
         gang(1).eval()(input_ids=ids(2), adapter_names=names)
-
-
-def test_a_copy_made_in_a_call_with_names_has_none(tmp_path: Any) -> None:
-    model, made = gang(2).eval(), list[PeftModel]()
-    handle = model.base_model.model.model.layers[0].register_forward_hook(lambda *_: made.append(copy.deepcopy(model)))
-    with torch.no_grad():
-        loss_of(model, ["a1", "a1"])
-        handle.remove()
-        for layer in made[0].base_model.model.model.layers:
-            layer._forward_hooks.clear()
-        assert_close(made[0](input_ids=ids(2)).logits, model(input_ids=ids(2)).logits)
-    torch.save(model, tmp_path / "model")

@@ -1,6 +1,5 @@
 import copy
 import gc
-import inspect
 import pickle
 import threading
 import weakref
@@ -21,7 +20,7 @@ from smoa.maths.kernels.blocks import Deltas, block_deltas, diagonal_blocks
 from smoa.maths.update import Update
 from tests.support import tiny_models
 from tests.support.adapted_models import SETTINGS, adapted, add_adapter
-from tests.support.layers import Wrapper, layers_of, take_route
+from tests.support.layers import layers_of, take_route
 from tests.support.tolerance import assert_close
 
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "gemma3": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
@@ -121,28 +120,6 @@ def test_in_float32_logits_are_those_of_the_plain_route_to_the_last_bit(
     assert torch.equal(logits, plain_logits)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "modulation"),
-    [(torch.float64, "hadamard"), (torch.float32, "none"), (torch.bfloat16, "hadamard")],
-)
-def test_the_text_is_that_of_the_plain_route(dtype: torch.dtype, modulation: str) -> None:
-    model = model_of(dtype=dtype, modulation=modulation)
-    plain_tokens, plain_logits = plain_answer(model)
-    tokens, logits = answer(model)
-    if dtype != torch.bfloat16:
-        assert torch.equal(tokens, plain_tokens)
-    assert_close(logits[0], plain_logits[0], dtype)
-
-
-def test_autocast_is_followed(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smoa.maths.kernels.shared.FEW_PRODUCTS", 0)  # the plain route forms ΔW too
-    model = model_of()
-    with torch.autocast("cpu", torch.bfloat16):
-        (_, logits), (_, plain_logits) = answer(model), plain_answer(model)
-    assert_close(logits[0], plain_logits[0], torch.bfloat16)  # some CPUs sum one row in another order than many
-    assert spy.fills == len(layers_of(model))
-
-
 DOORS: dict[str, Callable[[], Any]] = {
     "a task": model_of,
     "no task": lambda: adapted(tiny_models.build("llama"), r=5, num_blocks=3),
@@ -218,12 +195,6 @@ def test_two_active_adapters_are_both_kept(spy: Spy) -> None:
 # what changes
 
 
-def train_a_little(model: Any) -> None:
-    with torch.no_grad():
-        for layer in layers_of(model):
-            layer.smoa_B["default"].weight.mul_(-1)
-
-
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "set_adapter": lambda model: model.set_adapter("other"),
     "merge": lambda model: model.merge_adapter(),
@@ -243,23 +214,6 @@ def test_a_change_while_it_generates_is_seen_then_and_in_the_next_call(change: s
     assert torch.equal(own[0], plain[0])
     for one, other in zip(own[1:], plain[1:], strict=True):
         assert_close(one, other, torch.float32)
-
-
-def test_factors_that_change_while_it_generates_count_from_the_next_call(spy: Spy) -> None:
-    model = two_adapters()
-    unchanged, _ = answer(model)
-    inner: list[Tensor] = []
-
-    def change() -> None:
-        train_a_little(model)
-        inner.append(answer(model)[0])
-
-    during, _ = answer(model, logits_processor=[During(change)])
-    assert torch.equal(during, unchanged)
-    assert torch.equal(inner[0], answer(model)[0])
-    assert torch.equal(inner[0], plain_answer(model)[0])
-    assert not torch.equal(inner[0], unchanged)
-    assert_nothing_kept(spy)
 
 
 @pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
@@ -282,15 +236,6 @@ def test_an_exception_frees_everything(spy: Spy) -> None:
     assert spy.fills
     assert_nothing_kept(spy)
     answer(model)
-
-
-def test_a_nested_call_keeps_its_own(spy: Spy) -> None:
-    model = model_of()
-    inner: list[tuple[Tensor, Tensor]] = []
-    outer = answer(model, logits_processor=[During(lambda: inner.append(answer(model)))])
-    assert spy.fills == 2 * len(layers_of(model))
-    assert torch.equal(inner[0][0], outer[0])
-    assert_nothing_kept(spy)
 
 
 def test_threads_may_generate_at_once(spy: Spy) -> None:
@@ -375,11 +320,6 @@ def test_a_setting_that_does_not_exist_is_refused() -> None:
 # the method
 
 
-def test_a_class_that_cannot_generate_gets_no_method() -> None:
-    model = inject_adapter_in_model(SmoaConfig(target_modules=["layer"]), Wrapper(nn.Linear(8, 8)))
-    assert not hasattr(model, "generate")
-
-
 def test_the_method_outlives_the_name_of_its_model() -> None:
     config = SmoaConfig(**SETTINGS, init_weights=False)
     generate = inject_adapter_in_model(config, tiny_models.build("llama")).generate
@@ -394,12 +334,6 @@ def test_a_generate_of_the_models_own_stays() -> None:
     assert model.generate() == "its own"
     model.unload()
     assert base.generate() == "its own"
-
-
-def test_what_others_look_up_on_the_method_is_there() -> None:
-    base = model_of().get_base_model()
-    assert base.generate.__self__ is base
-    assert next(iter(inspect.signature(base.generate).parameters)) != "self"
 
 
 @pytest.mark.parametrize(
