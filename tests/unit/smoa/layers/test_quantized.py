@@ -115,19 +115,6 @@ def parts_of(layer: SmoaLayer) -> tuple[list[Tensor], list[Tensor]]:
 # merge and unmerge
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_merged_layer_is_the_requantized_sum(kind: str) -> None:
-    base = quantized_layer(kind)
-    layer = adapted(base)
-    exact = weight_of(layer) + delta_of(layer)
-    step = requantization_step(kind, exact)
-    layer.merge()
-    assert ((layer.base_weight().double() - exact).abs() <= step).all()
-    x = torch.randn(5, 64)
-    assert torch.equal(layer(x), layer.get_base_layer()(x))
-    assert layer.get_base_layer().bias is base.bias
-
-
 def requantization_step(kind: str, weight: Tensor) -> Tensor:
     """An upper bound of what quantizing `weight` once more changes: half the widest gap of the code, of each block."""
     peak = weight.abs().reshape(len(weight), -1, 64).amax(-1, keepdim=True).expand(-1, -1, 64).reshape(weight.shape)
@@ -135,13 +122,16 @@ def requantization_step(kind: str, weight: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_unmerging_puts_back_every_quantized_byte(kind: str) -> None:
+def test_the_merged_layer_is_the_requantized_sum_and_unmerging_puts_back_every_byte(kind: str) -> None:
     base = quantized_layer(kind)
     layer = adapted(base)
     before, x, names = stored_bits(base), torch.randn(5, 64), layer.state_dict().keys()
-    expected = layer(x)
+    expected, exact = layer(x), weight_of(layer) + delta_of(layer)
     for _ in range(2):
         layer.merge()
+        assert ((layer.base_weight().double() - exact).abs() <= requantization_step(kind, exact)).all()
+        assert torch.equal(layer(x), layer.get_base_layer()(x))
+        assert layer.get_base_layer().bias is base.bias
         assert layer.state_dict().keys() == names
         assert base not in list(layer.modules())
         assert layer.get_base_layer() is not base
