@@ -116,7 +116,9 @@ def _run_near(mutant: Mutant, source: Path, said: Any) -> None:
         failure = FirstFailure()
         try:
             options = ["-x", "-q", "-p", "no:cacheprovider", "--assert=plain"]  # what is imported can't be rewritten
-            pytest.main([*options, *PLACES[mutant.place]], plugins=[failure])
+            for tests in PLACES[mutant.place]:  # collected one after the other, as most mutants need but one
+                if failure.name is None:
+                    pytest.main([*options, tests], plugins=[failure])
             json.dump(failure.name, said)
             said.flush()
         finally:

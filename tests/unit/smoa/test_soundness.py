@@ -5,7 +5,9 @@ import copy
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from smoa import AdapterFileError, ConfigError, SmoaConfig, SmoaError, UnsupportedModuleError
 from smoa.hotswap import hotswap_adapter
 from tests.support import golden
-from tests.support.layers import smoa_layers
+from tests.support.layers import smoa_layers, stored_bits
 from tests.support.tiny_mixtures import build_mixture, tokens
 
 pytestmark = [
@@ -53,22 +55,18 @@ def out(model: nn.Module, x: Tensor = X, **kwargs: Any) -> Tensor:
     return found.logits.clone() if hasattr(found, "logits") else found.clone()
 
 
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 # Weights that merging touches.
 
 
 def test_unmerging_restores_both_ends_of_a_tied_adapter_also_where_they_share_no_memory() -> None:  # L1
     model = PeftModel.from_pretrained(golden.base("gemma3"), TIED).eval()
     model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
-    before, state = out(model), bits(model)
+    before, state = out(model), stored_bits(model)
     model.merge_adapter()
     torch.testing.assert_close(out(model), before, rtol=1e-3, atol=1e-3)
     model.unmerge_adapter()
     assert torch.equal(out(model), before)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert stored_bits(model) == state
 
 
 def test_a_failed_merge_of_one_end_leaves_each_end_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:  # L1
@@ -105,7 +103,7 @@ def test_a_merge_into_a_parameter_of_a_tied_head_leaves_the_embedding_alone() ->
 def test_a_layer_that_another_method_adapts_is_refused(targets: dict[str, Any]) -> None:  # L5
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = inject_adapter_in_model(lora, llama(), "lora").eval()
-    before = bits(model)
+    before = stored_bits(model)
     with pytest.raises(SmoaError, match=r"q_proj: a peft\.tuners\.lora.* adapts it.*merge_and_unload"):
         get_peft_model(model, config(**targets))
     assert before.keys() == model.state_dict().keys()
@@ -157,10 +155,10 @@ def test_a_safe_merge_of_an_adapter_of_some_layers_passes_the_others_over() -> N
 def test_a_load_over_a_name_compares_settings(tmp_path: Path, other: dict[str, Any]) -> None:  # L2
     get_peft_model(llama(), config(**other)).save_pretrained(tmp_path)
     model = get_peft_model(llama(), config()).eval()
-    before = bits(model)
+    before = stored_bits(model)
     with pytest.raises(ConfigError, match=rf"has {next(iter(other))}=.* as the loaded 'default'"):
         model.load_adapter(tmp_path, "default")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert stored_bits(model) == before
 
 
 def test_a_load_over_a_name_of_the_same_settings_replaces_it(tmp_path: Path) -> None:
@@ -282,7 +280,7 @@ def test_a_refused_load_leaves_nothing_in_the_base(tmp_path: Path, saved: str) -
     for load in (lambda base: PeftModel.from_pretrained(base, tmp_path), lambda base: base.load_adapter(str(tmp_path))):
         base = llama()
         known = [(name, type(module), {*vars(module)}) for name, module in base.named_modules()]
-        trains, state = [parameter.requires_grad for parameter in base.parameters()], bits(base)
+        trains, state = [parameter.requires_grad for parameter in base.parameters()], stored_bits(base)
         if saved == "here":
             load(base)
             continue
@@ -290,7 +288,7 @@ def test_a_refused_load_leaves_nothing_in_the_base(tmp_path: Path, saved: str) -
             load(base)
         assert [(name, type(module), {*vars(module)}) for name, module in base.named_modules()] == known
         assert [parameter.requires_grad for parameter in base.parameters()] == trains
-        assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in state.items())
+        assert stored_bits(base) == state
         get_peft_model(base, config())
 
 
@@ -307,13 +305,13 @@ def test_a_refused_second_load_leaves_the_first_adapter_as_it_was(tmp_path: Path
         else:
             model = base
             model.load_adapter(str(tmp_path / "good"))
-        expected, state = model(ids).logits, bits(base)
+        expected, state = model(ids).logits, stored_bits(base)
         trains = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
         with pytest.raises(AdapterFileError, match="trained on another base"):
             model.load_adapter(str(tmp_path / "bad"), "two")
         assert [*model.peft_config] == ["default"]
         assert torch.equal(model(ids).logits, expected)
-        assert bits(base).keys() == state.keys()
+        assert stored_bits(base) == state
         assert [(name, parameter.requires_grad) for name, parameter in model.named_parameters()] == trains
         # PEFT looks for new tokens in the file of every adapter, LoRA's too
         model.load_adapter(str(tmp_path / ("good" if "trainable_token_indices" in besides else "plain")), "two")
@@ -352,14 +350,39 @@ def test_the_gradient_of_experts_weights_has_both_parts() -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("place", ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"])
-@pytest.mark.parametrize("scale", ["lora", "block", "layer"])
-def test_one_changed_kind_of_layer_is_seen(tmp_path: Path, place: str, scale: str) -> None:  # L12
-    get_peft_model(llama(), config(scale=scale)).save_pretrained(tmp_path)
-    base = llama()
-    base.get_submodule(place).weight.data *= 0.5
-    with pytest.raises(AdapterFileError, match="trained on another base"):
-        PeftModel.from_pretrained(base, tmp_path)
+def changed(name: str, factor: float, make: Callable[[], Any]) -> Any:
+    base = make()
+    base.get_parameter(name).data *= factor
+    return base
+
+
+def narrow() -> Any:
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+
+
+DOWN, VALUE = "model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.v_proj.weight"
+EXPERTS: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+mixture = partial(build_mixture, "qwen3_moe")
+BASES: dict[str, tuple[dict[str, Any], Callable[[], Any], bool]] = {
+    "the same in 16 bits": ({}, lambda: llama(dtype=torch.bfloat16), True),
+    "another, without modulation": ({"modulation": "none"}, lambda: llama(seed=1), True),
+    "another, relative to it": ({"scale": "paper"}, lambda: llama(seed=1), True),
+    "one changed layer": ({}, lambda: changed(DOWN, 0.5, llama), False),
+    "one changed layer, by block": ({"scale": "block"}, lambda: changed(VALUE, 0.5, llama), False),
+    "one changed layer, by layer": ({"scale": "layer"}, lambda: changed(DOWN, 0.5, llama), False),
+    "the same experts": (EXPERTS, mixture, True),
+    "changed experts": (EXPERTS, lambda: changed("model.layers.0.mlp.experts.down_proj", 2, mixture), False),
+    "other shapes": ({}, narrow, False),
+}
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_another_base_is_seen_where_the_update_depends_on_it(tmp_path: Path, case: str) -> None:  # L12, L21
+    settings, base, fits = BASES[case]
+    get_peft_model(mixture() if settings is EXPERTS else llama(), config(**settings)).save_pretrained(tmp_path)
+    with nullcontext() if fits else pytest.raises(AdapterFileError, match="trained on another base"):
+        PeftModel.from_pretrained(base(), tmp_path)
 
 
 def test_a_base_that_is_a_little_other_warns_by_names(tmp_path: Path) -> None:  # L12
@@ -376,34 +399,6 @@ def test_a_base_that_is_a_little_other_warns_by_names(tmp_path: Path) -> None:  
             PeftModel.from_pretrained(tuned, tmp_path)
         found = [str(warning.message) for warning in seen if "not quite the same" in str(warning.message)]
         assert bool(found) is warns, (name, factor, found)
-
-
-def test_the_same_base_in_other_dtypes_and_without_a_scale_says_nothing(tmp_path: Path) -> None:  # L12
-    get_peft_model(llama(), config()).save_pretrained(tmp_path / "lora")
-    PeftModel.from_pretrained(llama(dtype=torch.bfloat16), tmp_path / "lora")
-    get_peft_model(llama(), config(modulation="none")).save_pretrained(tmp_path / "none")
-    PeftModel.from_pretrained(llama(seed=1), tmp_path / "none")
-    get_peft_model(llama(), config(scale="paper")).save_pretrained(tmp_path / "paper")
-    PeftModel.from_pretrained(llama(seed=1), tmp_path / "paper")
-
-
-def test_another_base_of_experts_is_seen(tmp_path: Path) -> None:  # L12
-    targets = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-    get_peft_model(build_mixture("qwen3_moe"), config(**targets)).save_pretrained(tmp_path)
-    PeftModel.from_pretrained(build_mixture("qwen3_moe"), tmp_path)
-    base = build_mixture("qwen3_moe")
-    base.model.layers[0].mlp.experts.down_proj.data *= 2
-    with pytest.raises(AdapterFileError, match="trained on another base"):
-        PeftModel.from_pretrained(base, tmp_path)
-
-
-def test_a_base_of_other_shapes_is_named_as_such(tmp_path: Path) -> None:  # L21
-    get_peft_model(llama(), config()).save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
-    other = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
-    with pytest.raises(AdapterFileError, match="trained on another base"):
-        PeftModel.from_pretrained(other, tmp_path)
 
 
 # Names.

@@ -19,7 +19,7 @@ from smoa.layers.layer import SmoaLayer
 from smoa.layers.quantized import QuantizedLinear
 from smoa.tuner.generation import keeping
 from tests import reference
-from tests.support.layers import Wrapper, clone_leaf, factors, labels, oracle_delta
+from tests.support.layers import Wrapper, clone_leaf, factors, labels, oracle_delta, stored_bits
 from tests.support.quantized import (
     KINDS,
     adapted,
@@ -27,7 +27,6 @@ from tests.support.quantized import (
     in_4_bits,
     quantized_layer,
     same_layout_on_every_cpu,
-    stored_bits,
     weight_of,
     wrapped,
 )
