@@ -28,7 +28,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 KNOWN = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-PLACES: dict[str, list[str]] = KNOWN["places"]
+NEAR: dict[str, list[str]] = KNOWN["near"]
 BEFORE = ("torch", "transformers", "peft", "accelerate", "hypothesis")
 """What is imported once, before a process for each mutant imports smoa and runs tests."""
 
@@ -116,7 +116,7 @@ def _run_near(mutant: Mutant, source: Path, said: Any) -> None:
         failure = FirstFailure()
         try:
             options = ["-x", "-q", "-p", "no:cacheprovider", "--assert=plain"]  # what is imported can't be rewritten
-            for tests in PLACES[mutant.place]:  # collected one after the other, as most mutants need but one
+            for tests in NEAR[mutant.file]:  # collected one after the other, as most mutants need but one
                 if failure.name is None:
                     pytest.main([*options, tests], plugins=[failure])
             json.dump(failure.name, said)
@@ -141,15 +141,17 @@ def run_near(mutants: list[Mutant], file: Path, limit: float) -> None:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", metavar="NAME", help="only this mutant; may be given several times")
-    parser.add_argument("--place", action="append", choices=PLACES, help="only mutants of this place")
+    parser.add_argument("--place", action="append", help="only mutants of this place")
     parser.add_argument("--limit", type=float, default=1200, help="seconds for each")
     parser.add_argument("--near", type=Path, help="run the tests near each mutant, and keep a line of JSON here")
     parser.add_argument("--table", type=Path, help="a JSON file of a command's outcomes; what it has is not run again")
     parser.add_argument("--column", default="command", help="what the command is called there")
     parser.add_argument("command", nargs="*", help="after --: what may find them; without one, they are listed")
     given = parser.parse_args(arguments)
-    places = given.place or [*PLACES]
-    chosen = [each for each in MUTANTS if each.name in (given.only or [each.name]) and each.place in places]
+    names, places = given.only, given.place
+    chosen = [
+        each for each in MUTANTS if each.name in (names or [each.name]) and each.place in (places or [each.place])
+    ]
     if given.near is not None:
         run_near(chosen, given.near, given.limit)
         return

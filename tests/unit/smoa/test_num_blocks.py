@@ -1,31 +1,25 @@
-"""K by layer: as `num_blocks_pattern` gives it, and in layers narrower than num_blocks, which take fewer blocks.
+"""K by layer: as `num_blocks_pattern` gives it, and in layers narrower than num_blocks, which take fewer blocks."""
 
-Both live like any other through save, merge and swap.
-"""
-
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from smoa import PartitionError, SmoaConfig
 from tests import reference
-from tests.support import tiny_models
-from tests.support.layers import base_weight, factors, oracle_delta, randomise, smoa_layers
+from tests.support.layers import base_weight, factors, randomise, smoa_layers
 from tests.support.tolerance import assert_close
 
 NARROW = "num_blocks=.* is larger than a side of"
-TARGETS = ["q_proj", "v_proj", "down_proj"]
 RANKS = [(8, 4, None), (7, 3, 9.5), (2, 4, 9.5), (12, 6, None)]
 """(r, num_blocks, alpha): even, a remainder that some blocks get, less than a rank for each block."""
 
 
 class Heads(nn.Module):
-    """A wide layer before heads of one, two and three outputs, and one of one input."""
+    """A wide layer, heads of one, two and three outputs, and one of one input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,11 +30,6 @@ class Heads(nn.Module):
         self.back = nn.Linear(1, 10)
         nn.init.normal_(self.two.weight)
         self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.wide(x)
-        hidden = hidden + self.back(self.one(hidden))
-        return torch.cat([self.two(hidden), self.three(hidden)], dim=-1)
 
 
 SIDES = {"wide": 10, "one": 1, "two": 2, "three": 3, "back": 1}
@@ -55,35 +44,6 @@ def heads(**config: Any) -> PeftModel:
     for layer in smoa_layers(model).values():
         randomise(layer)
     return model.eval()
-
-
-PATTERNS: list[dict[str, Any]] = [
-    {"r": 8, "num_blocks": 4, "num_blocks_pattern": {"v_proj": 2, "layers.1.mlp.down_proj": 6}},
-    {
-        "r": 8,
-        "num_blocks": 4,
-        "num_blocks_pattern": {"v_proj": 2},
-        "rank_pattern": {"v_proj": 3},
-        "alpha_pattern": {"v_proj": 5.0},
-    },
-]
-
-
-def llama(seed: int = 1, **config: Any) -> PeftModel:
-    """A tiny Llama whose v_proj has 16 outputs, less than its 20 blocks."""
-    torch.manual_seed(seed)
-    options = {"r": 30, "num_blocks": 20, "alpha": 45.0, "target_modules": TARGETS, "init_weights": False}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", NARROW)
-        return get_peft_model(tiny_models.build("llama"), SmoaConfig(**options | config)).eval()
-
-
-def test_a_pattern_sets_the_blocks_of_the_layers_it_names() -> None:
-    for name, layer in smoa_layers(llama(**PATTERNS[0])).items():
-        expected = 2 if name.endswith("v_proj") else 6 if name.endswith("1.mlp.down_proj") else 4
-        assert len(layer.adapters["default"].ranks) == expected
-        assert layer.adapters["default"].r == 8
-        assert_close(layer.delta("default").double(), oracle_delta(layer), dtype=torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore:r is smaller than num_blocks:UserWarning")
