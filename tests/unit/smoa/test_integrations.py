@@ -200,6 +200,11 @@ def test_another_method_is_refused(factory: Factory) -> None:
         factory({"finetuning_type": "full"}).main()
 
 
+def test_what_only_lora_has_is_refused_in_llamafactorys_file(factory: Factory) -> None:
+    with pytest.raises(ConfigError, match=r"^smoa: use_unsloth: a setting of LoRA that SMoA does not have"):
+        factory({"use_unsloth": 2}).main()
+
+
 @pytest.mark.parametrize(("words", "shown"), [([], "no arguments"), (["--stage", "sft"], "--stage sft")])
 def test_words_that_name_no_file_are_refused(factory: Factory, words: list[str], shown: str) -> None:
     with pytest.raises(ConfigError, match=f"^{shown}: name a .yaml or .json file"):

@@ -3,6 +3,7 @@ import importlib
 import json
 import pickle
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,10 +25,11 @@ from smoa import (
     UnsupportedModuleError,
     UnsupportedVersionError,
     compat,
+    registration,
 )
 from smoa.compat import BitsAndBytesBackend, find_quantization_backend
 from smoa.layers.quantized import find_backend
-from smoa.registration import check_peft_version, register
+from smoa.registration import check_peft_version, ensure_peft_type, register
 from tests.support import tiny_models
 from tests.support.layers import stored_bits
 from tests.support.quantized import BITSANDBYTES, quantized_layer
@@ -76,6 +78,19 @@ def test_a_config_survives_saving(tmp_path: Path, loader: type[PeftConfig]) -> N
     assert isinstance(again, SmoaConfig)
     assert again.to_dict() == {**CONFIG.to_dict(), "inference_mode": again.inference_mode}
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SMOA"
+
+
+def test_an_enum_that_takes_no_member_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Changed(StrEnum):
+        SMOA = "another value"
+
+        @classmethod
+        def _missing_(cls, value: object) -> "Changed":
+            return cls.SMOA
+
+    monkeypatch.setattr(registration, "PeftType", Changed)
+    with pytest.raises(UnsupportedVersionError, match="PEFT has changed its enum"):
+        ensure_peft_type()
 
 
 def test_old_versions_of_peft_are_refused_and_newer_ones_tried_with_a_warning() -> None:

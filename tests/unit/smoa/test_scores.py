@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -186,3 +188,20 @@ def test_a_user_without_a_home_keeps_nothing_on_disk(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Path, "expanduser", homeless)
     rows, cols = cached_spectral_scores(torch.randn(12, 10))
     assert (len(rows), len(cols)) == (12, 10)
+
+
+def test_processes_that_write_the_same_scores_at_once_disturb_nobody(folder: Path) -> None:
+    script = (
+        "import torch; from smoa.scores import cached_spectral_scores as of, clear_spectrum_cache as clear\n"
+        "torch.manual_seed(0); torch.set_num_threads(1)\n"
+        "for weight in [torch.randn(40, 30) for _ in range(5)] * 4: print(of(weight)[0].tolist()); clear()"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-W", "error", "-c", script], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert said[0] == said[1]
+    assert len(said[0].splitlines()) == 20
+    assert len(files_in(folder)) == 5

@@ -659,6 +659,39 @@ def test_a_weight_whose_inputs_have_a_fixed_scale_is_read_as_it_is_or_refused(la
 
 
 @pytest.mark.usefixtures("names")
+def test_layers_of_one_prefix_keep_a_name_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = fake_vllm.BaseLinearLayerWithLoRA.__init__
+
+    def without_prefix(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self.base_layer.prefix = ""
+
+    monkeypatch.setattr(fake_vllm.BaseLinearLayerWithLoRA, "__init__", without_prefix)
+    engine = Engine()
+    layers = [layer for layer in engine.manager.modules.values() if hasattr(layer, "smoa")]
+    context = engine.config.compilation_config.static_forward_context
+    assert len({layer.smoa_name for layer in layers}) == len(layers)
+    assert all(context[layer.smoa_name] is layer for layer in layers)
+
+
+@pytest.mark.usefixtures("names")
+@torch.no_grad()
+def test_an_activation_that_fails_half_way_leaves_nothing_active(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    adapter = engine.load(folder / "anna", 7)
+    last = [layer for layer in engine.manager.modules.values() if hasattr(layer, "smoa")][-1]
+    monkeypatch.setattr(last.smoa, "set", lambda *args: (_ for _ in ()).throw(MemoryError("none left")))
+    with pytest.raises(MemoryError):
+        engine.manager.activate(adapter, 0)
+    assert 7 not in engine.manager.lora_index_to_id
+    assert 7 not in engine.manager.adapters
+    for layer in engine.manager.modules.values():
+        if hasattr(layer, "smoa"):
+            assert not any(stack.members for stack in layer.smoa.stacks.values())
+    monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("names")
 def test_a_projection_that_vllm_reads_without_calling_it_is_refused(folder: Path) -> None:
     module: Any = importlib.import_module("smoa.serving.vllm.plugin")
     engine = Engine()
@@ -676,6 +709,20 @@ def test_compiled_encoders_are_refused(option: str, folder: Path, monkeypatch: p
     monkeypatch.setattr(kind, option, True, raising=False)
     with pytest.raises(ConfigError, match=option):
         Engine().load(folder / "anna")
+
+
+def test_reserved_kinds_of_one_partition_take_no_more_after_a_clear() -> None:
+    case = problem(12, 10, (2, 1))
+    other = case._replace(ranks=(1, 1), A=torch.randn(2, 5), B=torch.randn(6, 2))
+    layer = one_rank([12], case.weight.float())
+    for kind in (case, other):
+        layer.reserve([part(kind)], 2)
+    before = layer.nbytes(2)
+    layer.clear()
+    layer.set(0, [part(case)])
+    assert (layer.nbytes(2), layer.is_new) == (before, False)
+    layer.set(1, [part(other)])
+    assert (layer.nbytes(2), layer.is_new) == (before, False)
 
 
 @pytest.mark.usefixtures("names")

@@ -1,5 +1,6 @@
 """Each call has its own names, in inference and training, in every thread, and in what a checkpoint computes again."""
 
+import copy
 import functools
 import sys
 import threading
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, XLNetConfig, XLNetLMHeadModel
@@ -399,7 +400,26 @@ def test_a_module_that_only_some_adapters_save_is_the_base_models_for_the_others
         assert_close(model(input_ids=x, adapter_names=["plain", "a0"]).logits, model(input_ids=x).logits)
 
 
+def test_names_may_come_one_by_one() -> None:
+    model = gang(2).eval()
+    with torch.no_grad():
+        given = model(input_ids=ids(2), adapter_names=(name for name in ("a0", "a1"))).logits
+        assert_close(given, model(input_ids=ids(2), adapter_names=["a0", "a1"]).logits)
+
+
 @pytest.mark.parametrize("names", ["a0", [None, "a0"], [0, 1], []])
 def test_names_that_are_no_list_of_names_are_refused(names: Any) -> None:
     with pytest.raises(ValueError, match="adapter_names"):
         gang(1).eval()(input_ids=ids(2), adapter_names=names)
+
+
+def test_a_copy_made_in_a_call_with_names_has_none(tmp_path: Any) -> None:
+    model, made = gang(2).eval(), list[PeftModel]()
+    handle = model.base_model.model.model.layers[0].register_forward_hook(lambda *_: made.append(copy.deepcopy(model)))
+    with torch.no_grad():
+        loss_of(model, ["a1", "a1"])
+        handle.remove()
+        for layer in made[0].base_model.model.model.layers:
+            layer._forward_hooks.clear()
+        assert_close(made[0](input_ids=ids(2)).logits, model(input_ids=ids(2)).logits)
+    torch.save(model, tmp_path / "model")

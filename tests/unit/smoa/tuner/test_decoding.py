@@ -1,5 +1,6 @@
 import copy
 import gc
+import inspect
 import pickle
 import threading
 import weakref
@@ -20,7 +21,7 @@ from smoa.maths.kernels.blocks import Deltas, block_deltas, diagonal_blocks
 from smoa.maths.update import Update
 from tests.support import tiny_models
 from tests.support.adapted_models import SETTINGS, adapted, add_adapter
-from tests.support.layers import layers_of, take_route
+from tests.support.layers import Wrapper, layers_of, take_route
 from tests.support.tolerance import assert_close
 
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "gemma3": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
@@ -320,6 +321,11 @@ def test_a_setting_that_does_not_exist_is_refused() -> None:
 # the method
 
 
+def test_a_class_that_cannot_generate_gets_no_method() -> None:
+    model = inject_adapter_in_model(SmoaConfig(target_modules=["layer"]), Wrapper(nn.Linear(8, 8)))
+    assert not hasattr(model, "generate")
+
+
 def test_the_method_outlives_the_name_of_its_model() -> None:
     config = SmoaConfig(**SETTINGS, init_weights=False)
     generate = inject_adapter_in_model(config, tiny_models.build("llama")).generate
@@ -334,6 +340,12 @@ def test_a_generate_of_the_models_own_stays() -> None:
     assert model.generate() == "its own"
     model.unload()
     assert base.generate() == "its own"
+
+
+def test_what_others_look_up_on_the_method_is_there() -> None:
+    base = model_of().get_base_model()
+    assert base.generate.__self__ is base
+    assert next(iter(inspect.signature(base.generate).parameters)) != "self"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Samples of one batch with different adapters: what each adapter alone gives, and its own gradient."""
+"""Samples of one batch with different adapters: each gets what its adapter alone gives."""
 
 from typing import Any
 

@@ -257,6 +257,20 @@ def test_an_average_of_buffers_is_not_saved(tiny_llama: PreTrainedModel) -> None
 # --- the ways in -----------------------------------------------------------------------------------------------------
 
 
+def test_a_deep_copy_of_a_merged_model_unmerges_on_its_own(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama)
+    expected = logits(model)
+    model.merge_adapter()
+    twin = copy.deepcopy(model)
+    twin.unmerge_adapter()
+    assert torch.equal(logits(twin), expected)
+    assert all(layer.merged for layer in smoa_layers(model).values())
+    for layer in smoa_layers(twin).values():
+        randomise(layer)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+
+
 def test_transformers_own_adapter_interface_takes_smoa(tmp_path: Path) -> None:
     model = tiny_models.build("llama")
     model.add_adapter(SmoaConfig(r=4, num_blocks=2, target_modules=QV), "mine")
