@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from smoa import SmoaConfig
 from smoa.layers import by_name as calls
+from smoa.layers.batch import RowsBySlot
 from smoa.layers.by_name import rows_unknown
 from tests.support import tiny_mixtures, tiny_models
 from tests.support.adapted_models import adapted, add_adapter
@@ -150,6 +151,17 @@ def test_a_checkpoint_draws_the_same_dropout_again(r: int) -> None:
             assert_close(gradient, found[0][name])
 
 
+def test_a_checkpoint_takes_the_same_route_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, plan = list[Any](), RowsBySlot.plan
+    monkeypatch.setattr(RowsBySlot, "plan", lambda *args: taken.append(plan(*args)) or taken[-1])
+    model = gang(2, True, num_blocks=2, r=2, modulation="hadamard")
+    loss = loss_of(model, ["a0", "a1", "a0", "a1"], 140)
+    first = set(taken)
+    taken.clear()
+    loss.backward()
+    assert set(taken) == first
+
+
 def test_a_backward_within_a_call_with_names_computes_a_plain_call_again_without_them() -> None:
     model = gang(2, reentrant=True)
     loss_of(model, ["a0", "a1"])  # its checkpoints take names along from now on
@@ -281,6 +293,34 @@ def test_a_plain_forward_beside_and_inside_a_generate_with_names_takes_the_activ
     assert len(found) > 12
     for logits in found:
         assert_close(logits, expected)
+
+
+def test_a_call_with_names_inside_a_plain_generate_beside_another_with_names_leaves_both_alone() -> None:
+    model, inside, done = gang(3).eval(), threading.Event(), threading.Event()
+    x, plain = ids(2, 3), {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(input_ids=x, **plain)
+
+    def wait(*_: Any) -> None:
+        if threading.current_thread() is thread:
+            inside.set()
+            done.wait(60)
+
+    def during(tokens: Tensor, scores: Tensor) -> Tensor:
+        loss_of(model, ["a1", "a2"])
+        return scores
+
+    handle = model.base_model.model.model.layers[0].register_forward_hook(wait)
+    thread = threading.Thread(target=loss_of, args=(model, ["a0", "a1"]))
+    thread.start()
+    inside.wait(60)
+    try:
+        found = model.generate(input_ids=x, logits_processor=[during], **plain)
+    finally:
+        done.set()
+        thread.join()
+        handle.remove()
+    assert torch.equal(found, expected)
+    assert not calls.OPEN
 
 
 def test_two_threads_that_train_by_names_are_refused_and_backward_elsewhere_is_not() -> None:
