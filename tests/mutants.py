@@ -1,14 +1,15 @@
-"""Twenty faults, planted one at a time into a copy of src/smoa, and whether something finds them. Written before
-tests/states.py, so that the machine could not be fitted to them.
+"""Faults, planted one at a time into a copy of src, and whether something finds them. `tests/mutants.toml` has them.
 
     python -m tests.mutants                                    # list them, and check that each still fits the source
+    python -m tests.mutants --near tests.jsonl --place maths   # the tests near each, until one fails
     python -m tests.mutants --only unmerge-restores-one -- python -m tests.states --minutes 15
 
-A command finds a fault if it fails within the limit. With `--table FILE` outcomes are kept, and a run that was stopped
-goes on.
+A command finds a fault if it fails within the limit. With `--near FILE` or `--table FILE` outcomes are kept, and a run
+that was stopped goes on.
 """
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -16,122 +17,52 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
+KNOWN = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+NEAR: dict[str, list[str]] = KNOWN["near"]
+BEFORE = ("torch", "transformers", "peft", "accelerate", "hypothesis")
+"""What is imported once, before a process for each mutant imports smoa and runs tests."""
 
 
 class Mutant(NamedTuple):
-    """One edit of a file of src/smoa: `old`, which stands there once, becomes `new`."""
+    """One edit of a file: `old`, which stands there once, becomes `new`. The `first` came before tests/states."""
 
     name: str
     place: str
     file: str
     old: str
     new: str
+    why: str
+    first: bool = False
 
-    def plant(self, source: Path) -> None:
-        path = source / "smoa" / self.file
-        text = path.read_text(encoding="utf-8")
-        assert text.count(self.old) == 1, f"{self.name}: stands {text.count(self.old)} times in {self.file}"
-        path.write_text(text.replace(self.old, self.new), encoding="utf-8")
+    @contextmanager
+    def planted(self) -> Iterator[Path]:
+        """A copy of src with the edit."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "src")
+            shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("__pycache__"))
+            path = source / self.file
+            text = path.read_text(encoding="utf-8")
+            assert text.count(self.old) == 1, f"{self.name}: stands {text.count(self.old)} times in {self.file}"
+            path.write_text(text.replace(self.old, self.new), encoding="utf-8")
+            yield source
 
 
-MUTANTS = [
-    Mutant(
-        "merge-forgets-merged", "merging", "layers/merging.py",
-        "chosen = [*self.merged_adapters, *names]", "chosen = [*names]",
-    ),
-    Mutant(
-        "unmerge-restores-one", "merging", "layers/merging.py",
-        "for kept in own.blocks.values():", "for kept in [*own.blocks.values()][:1]:",
-    ),
-    Mutant(
-        "shared-weight-in-place", "merging", "layers/merging.py",
-        "if self.shares_weight and own.replaced is None:", "if False:",
-    ),
-    Mutant(
-        "safe-merge-half-way", "merging", "tuner/model.py",
-        "        if safe_merge:\n            check_all_finite", "        if False:\n            check_all_finite",
-    ),
-    Mutant(
-        "anchor-is-merged", "merging", "layers/layer.py",
-        "return self.unmerged(self.base_weight(number), number)", "return self.base_weight(number)",
-    ),
-    Mutant(
-        "disabled-stays-merged", "merging", "layers/layer.py",
-        "            if self.merged:\n                self.unmerge()\n", "",
-    ),
-    Mutant(
-        "merged-leaves-several", "merging", "tuner/merged.py",
-        "                if layer.merged:\n                    layer.unmerge",
-        "                if len(layer.merged_adapters) == 1:\n                    layer.unmerge",
-    ),
-    Mutant(
-        "table-never-loaded", "loading", "files/names.py",
-        "    return torch.equal(own.to(narrow), saved.to(own.device, narrow))", "    return True",
-    ),
-    Mutant(
-        "refused-load-stays", "loading", "files/loading.py",
-        "            table.update(known)", "            pass",
-    ),
-    Mutant(
-        "stale-blocks", "loading", "layers/adapter.py",
-        "if is_same and self.versions == _versions(saved):", "if is_same:",
-    ),
-    Mutant(
-        "hotswap-keeps-absent", "loading", "hotswap.py",
-        "state[A], state[B] = map(torch.zeros_like, layer.factors(adapter_name))",
-        "state[A], state[B] = map(torch.clone, layer.factors(adapter_name))",
-    ),
-    Mutant(
-        "hotswap-forgets-alpha", "loading", "hotswap.py",
-        "ratio = config.alpha_of(name, sum(ranks), shape) / sum(ranks) / layer.adapters[adapter].scaling",
-        "ratio = 1.0",
-    ),
-    Mutant(
-        "broken-file-loads", "loading", "files/checks.py",
-        "    if not math.isfinite(largest):", "    if False:",
-    ),
-    Mutant(
-        "biases-not-saved", "saving", "files/names.py",
-        'if config.bias == "none":', 'if config.bias != "all":',
-    ),
-    Mutant(
-        "merged-table-saved", "saving", "files/saving.py",
-        "if isinstance(layer, SmoaLayer):  # PEFT saves its table too", "if False:",
-    ),
-    Mutant(
-        "active-is-saved", "saving", "files/saving.py",
-        "if (key := key_of(name, part, adapter_name)) in state_dict:",
-        "if (key := key_of(name, part, layers[name].active_adapters[0])) in state_dict:",
-    ),
-    Mutant(
-        "name-is-a-part", "names", "files/names.py",
-        "if adapter_name in layer.smoa_A}", "if any(name.startswith(adapter_name) for name in layer.smoa_A)}",
-    ),
-    Mutant(
-        "names-outlive-call", "calls", "layers/by_name.py",
-        "OPEN.pop(thread, None)  # a call within this one may have left none", "pass",
-    ),
-    Mutant(
-        "base-rows-adapted", "calls", "layers/by_name.py",
-        "slot_of.get(name, -1)", "slot_of.get(name, 0)",
-    ),
-    Mutant(
-        "beams-not-repeated", "calls", "layers/by_name.py",
-        "return 1 if module in self.once else self.copies", "return 1",
-    ),
-]  # fmt: skip
+MUTANTS = [Mutant(**each) for each in KNOWN["mutant"]]
 
 
 def run(mutant: Mutant, command: list[str], limit: float) -> str:
     """Run a command with the mutant in place of smoa: "found", "missed" or "timeout", and seconds of a processor."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "src")
-        shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("__pycache__"))
-        mutant.plant(source)
+    with mutant.planted() as source:
         before, environment = processor_seconds(), os.environ | {"PYTHONPATH": str(source)}
         try:
             code = subprocess.run(command, env=environment, timeout=limit, check=False).returncode
@@ -146,18 +77,86 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+class FirstFailure:
+    """Notes which test fails."""
+
+    name: str | None = None
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and self.name is None:
+            self.name = report.nodeid
+
+    def pytest_collectreport(self, report: Any) -> None:
+        self.pytest_runtest_logreport(report)
+
+
+def caught_by(mutant: Mutant, limit: float) -> str | None:
+    """The first of the tests near a mutant that fails, run in a fork of this process; None if all pass."""
+    with mutant.planted() as source, tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        if (process := os.fork()) == 0:
+            _run_near(mutant, source, said)
+        end = time.monotonic() + limit
+        while os.waitpid(process, os.WNOHANG) == (0, 0):
+            if time.monotonic() > end:
+                os.kill(process, 9)
+                os.waitpid(process, 0)
+                return "no test: it hangs"
+            time.sleep(0.1)
+        said.seek(0)
+        outcome: str | None = json.loads(said.read() or '"no test: it crashes"')
+        return outcome
+
+
+def _run_near(mutant: Mutant, source: Path, said: Any) -> None:
+    os.environ["PYTHONPATH"] = str(source)
+    sys.path.insert(0, str(source))
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+        failure = FirstFailure()
+        try:
+            options = ["-x", "-q", "-p", "no:cacheprovider", "--assert=plain"]  # what is imported can't be rewritten
+            for tests in NEAR[mutant.file]:  # collected one after the other, as most mutants need but one
+                if failure.name is None:
+                    pytest.main([*options, tests], plugins=[failure])
+            json.dump(failure.name, said)
+            said.flush()
+        finally:
+            os._exit(0)
+
+
+def run_near(mutants: list[Mutant], file: Path, limit: float) -> None:
+    """Append a line for each mutant that the file does not have yet."""
+    known = [json.loads(line)["mutant"] for line in file.read_text().splitlines()] if file.exists() else []
+    for module in BEFORE:
+        importlib.import_module(module)
+    for mutant in mutants:
+        if mutant.name not in known:
+            started = time.monotonic()
+            row = {"mutant": mutant.name, "place": mutant.place, "caught by": caught_by(mutant, limit)}
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row | {"seconds": round(time.monotonic() - started)}) + "\n")
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", metavar="NAME", help="only this mutant; may be given several times")
+    parser.add_argument("--place", action="append", help="only mutants of this place")
     parser.add_argument("--limit", type=float, default=1200, help="seconds for each")
-    parser.add_argument("--table", type=Path, help="a JSON file of outcomes; what it has is not run again")
+    parser.add_argument("--near", type=Path, help="run the tests near each mutant, and keep a line of JSON here")
+    parser.add_argument("--table", type=Path, help="a JSON file of a command's outcomes; what it has is not run again")
     parser.add_argument("--column", default="command", help="what the command is called there")
     parser.add_argument("command", nargs="*", help="after --: what may find them; without one, they are listed")
     given = parser.parse_args(arguments)
+    names, places = given.only, given.place
+    chosen = [
+        each for each in MUTANTS if each.name in (names or [each.name]) and each.place in (places or [each.place])
+    ]
+    if given.near is not None:
+        run_near(chosen, given.near, given.limit)
+        return
     table = json.loads(given.table.read_text()) if given.table is not None and given.table.exists() else {}
-    for mutant in MUTANTS:
-        if given.only and mutant.name not in given.only:
-            continue
+    for mutant in chosen:
         row = table.setdefault(mutant.name, {})
         if not given.command:
             print(f"{mutant.place:8} {mutant.name:24} {row or run(mutant, ['true'], 60).split()[0]}")  # noqa: T201

@@ -123,13 +123,11 @@ LEFT_OUT: dict[str, str] = {
     "(?<!alt_)weight_tying_(tied_model|enc_dec)_target_modules|tied_model_target_modules_lora.*(4-T|5-F)": (
         f"{LORAS}factors of the two ends transposed; test_tying.py"
     ),
-    "config_tie_false": (
-        f"{LORAS}ties by the model's config; test_layers_of_one_weight_are_found_before_and_after_they_are_adapted"
-    ),
+    "config_tie_false": (f"{LORAS}ties by the model's config; test_tying.py"),
     "rslora_scaling|scaling_with_rslora": (
         f"{LORAS}alpha / √r; test_rank_stabilized_scaling_is_loras_at_equal_parameters has smoa's"
     ),
-    "lora_embedding_(default|false)": f"{LORAS}normal numbers in B of an embedding; test_blocks.py has A and B",
+    "lora_embedding_(default|false)": f"{LORAS}normal numbers in B of an embedding; test_kernels.py has A and B",
     "rank_not_divisible_by_groups": f"{LORAS}a rank of each group; test_kinds.py has grouped convolutions",
     "rank_pattern_for_moe": (
         f"{LORAS}one matrix for gate and up; test_patterns_go_by_the_parameters_name has the pattern of experts"

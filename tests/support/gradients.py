@@ -40,10 +40,3 @@ def assert_path(layer: SmoaLayer, y: Tensor, x: Tensor, *adapters: str) -> None:
     expected = oracle_gradients(layer, x, gradient, *adapters)
     for own, oracles in zip(own_gradients(layer, y, x, gradient, *adapters), expected, strict=True):
         assert_close(own, oracles)
-
-
-def assert_layer_is_the_oracles(*, conv1d: bool = False, **config: object) -> None:
-    """Output and gradients of a layer of 45 to 70 features."""
-    layer = adapted_layer(base_layer(70, 45, conv1d=conv1d), **config)
-    x = torch.randn(9, 45, dtype=torch.float64, requires_grad=True)
-    assert_path(layer, layer(x), x)

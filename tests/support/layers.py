@@ -159,3 +159,15 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def stored_bits(module: nn.Module) -> dict[str, bytes]:
+    """Every byte that a module keeps: weights, and of quantized ones scales, their statistics and biases."""
+    return {name: _bytes(value) for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not nn.Parameter:
+        names, _ = tensor.__tensor_flatten__()
+        return b"".join(_bytes(getattr(tensor, name)) for name in names)
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

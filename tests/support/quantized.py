@@ -106,18 +106,6 @@ def adapted(base: nn.Module, **config: Any) -> SmoaLayer:
     return layer
 
 
-def stored_bits(layer: nn.Module) -> dict[str, bytes]:
-    """Every byte that the layer keeps: packed weight, scales, statistics of the scales, bias."""
-    return {name: _bytes(value) for name, value in layer.state_dict().items() if isinstance(value, Tensor)}
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not nn.Parameter:
-        names, _ = tensor.__tensor_flatten__()
-        return b"".join(_bytes(getattr(tensor, name)) for name in names)
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
 def quantized_model(folder: Path, family: str = "llama", **options: Any) -> PreTrainedModel:
     """The tiny model of the family, loaded by bitsandbytes with `options` of BitsAndBytesConfig, by default in NF4."""
     if not (folder / "config.json").is_file():

@@ -36,8 +36,8 @@ class Problem(NamedTuple):
         rank_scale = [s for s, rank in zip(block_scale, self.ranks, strict=True) for _ in range(rank)]
         return Factors(self.A, self.B, self.ranks, scaling, torch.tensor(rank_scale), self.partition)
 
-    def update(self, modulation: str, scaling: float = 1.0) -> Update:
-        return Update(**{**vars(self.factors(scaling)), "modulation": modulation})  # type: ignore[arg-type]
+    def update(self, modulation: str, scaling: float = 1.0, block_scale: Sequence[float] | None = None) -> Update:
+        return Update(**{**vars(self.factors(scaling, block_scale)), "modulation": modulation})  # type: ignore[arg-type]
 
     def smoa(self, modulation: str, scaling: float = 1.0) -> Tensor:
         return self.update(modulation, scaling).delta(self.weight)

@@ -97,19 +97,3 @@ def test_a_slot_that_took_an_adapter_of_another_scale_is_saved_and_loaded_again(
     again = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "again").eval()
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
-def test_an_adapter_may_be_called_modules_to_save(tmp_path: Path) -> None:
-    name = "modules_to_save"
-    get_peft_model(tiny_models.build("llama"), config(), adapter_name=name).save_pretrained(tmp_path)
-    PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / name, adapter_name=name)
-
-
-def test_compiled_regions_are_saved_from_a_state_dict_that_names_none(tmp_path: Path) -> None:
-    model = get_peft_model(tiny_models.build("llama"), config())
-    layers = model.base_model.model.model.layers
-    for number, layer in enumerate(layers):
-        layers[number] = torch.compile(layer, backend="eager")
-    state = {key.replace("_orig_mod.", ""): tensor for key, tensor in model.state_dict().items()}
-    model.save_pretrained(tmp_path, state_dict=state)
-    PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path)

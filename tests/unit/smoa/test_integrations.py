@@ -131,10 +131,12 @@ def test_a_saved_adapter_is_loaded(axolotl: ModuleType, tmp_path: Path, inferenc
     assert any(parameter.requires_grad for parameter in model.parameters()) is not inference
 
 
-def test_other_adapters_are_left_alone(axolotl: ModuleType) -> None:
-    cfg = registered(axolotl, adapter="lora", load_in_4bit=True)
-    assert cfg == {"adapter": "lora", "lora_r": 8, "load_in_4bit": True}
+@pytest.mark.parametrize("block", [{}, {"smoa": {"num_blocks": 4}}], ids=str)  # L22: one that was left over
+@pytest.mark.parametrize("adapter", ["lora", None])
+def test_other_adapters_are_left_alone(axolotl: ModuleType, adapter: str | None, block: dict[str, Any]) -> None:
+    cfg = registered(axolotl, adapter=adapter, load_in_4bit=True, **block)
     axolotl.SmoaPlugin().pre_lora_load(cfg, None)
+    assert {**cfg, "smoa": None} == {"adapter": adapter, "lora_r": 8, "load_in_4bit": True, "smoa": None}
     assert axolotl.SmoaPlugin().load_adapter(None, cfg) is None
 
 

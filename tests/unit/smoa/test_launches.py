@@ -13,8 +13,8 @@ from tests.support.launches import SORTS_OR_WAITS, count
 from tests.support.layers import adapted_layer, base_layer, factors, take_route
 
 PARTITIONS = ["spectral", "contiguous"]
-LAUNCHES_FORWARD, LAUNCHES_BACKWARD = 16, 28
-ONE_PRODUCT_FORWARD, ONE_PRODUCT_BACKWARD = 26, 50
+LAUNCHES = {"apart": (16, 28), "one product": (26, 50)}
+"""Of a forward and of a backward, at most."""
 
 
 @pytest.fixture(autouse=True)
@@ -43,34 +43,20 @@ def launches_of(layer: SmoaLayer, x: Tensor, g: Tensor, patch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("route", "dtype"), [("apart", torch.bfloat16), ("apart", torch.float32), ("one product", torch.bfloat16)]
+)
 def test_a_step_starts_few_operations_whatever_the_number_of_blocks(
-    dtype: torch.dtype, partition: str, monkeypatch: pytest.MonkeyPatch
+    route: str, dtype: torch.dtype, partition: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = set()
-    for num_blocks in (2, 8, 16):
-        forward, backward = launches_of(*adapted(dtype, num_blocks=num_blocks, partition=partition), monkeypatch)
-        assert len(forward) <= LAUNCHES_FORWARD, forward
-        assert len(backward) <= LAUNCHES_BACKWARD, backward
-        assert not SORTS_OR_WAITS & {*forward, *backward}
-        found.add((len(forward), len(backward)))
-    assert len(found) == 1
-
-
-@pytest.mark.parametrize("partition", PARTITIONS)
-def test_a_step_by_one_product_starts_as_many_for_any_number_of_blocks(
-    partition: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    take_route("one product")
+    take_route(route)
     monkeypatch.setattr(one_product, "PIECE", 1 << 60)
     monkeypatch.setattr(one_product, "is_finite", lambda *_: True)  # which waits, on a CPU alone
-    found = set()
+    most, found = LAUNCHES[route], set()
     for num_blocks in (2, 8, 16):
-        forward, backward = launches_of(
-            *adapted(torch.bfloat16, num_blocks=num_blocks, partition=partition), monkeypatch
-        )
-        assert len(forward) <= ONE_PRODUCT_FORWARD, forward
-        assert len(backward) <= ONE_PRODUCT_BACKWARD, backward
+        forward, backward = launches_of(*adapted(dtype, num_blocks=num_blocks, partition=partition), monkeypatch)
+        assert len(forward) <= most[0], forward
+        assert len(backward) <= most[1], backward
         assert not SORTS_OR_WAITS & {*forward, *backward}
         found.add((len(forward), len(backward)))
     assert len(found) == 1
@@ -80,8 +66,8 @@ def test_ragged_blocks_start_four_times_as_much_at_most(monkeypatch: pytest.Monk
     layer = adapted_layer(base_layer(97, 67, dtype=torch.bfloat16), r=7, num_blocks=5)
     x, g = torch.randn(5, 67).bfloat16().requires_grad_(), torch.randn(5, 97).bfloat16()
     forward, backward = launches_of(layer, x, g, monkeypatch)
-    assert len(forward) <= 4 * LAUNCHES_FORWARD
-    assert len(backward) <= 4 * LAUNCHES_BACKWARD
+    assert len(forward) <= 4 * LAUNCHES["apart"][0]
+    assert len(backward) <= 4 * LAUNCHES["apart"][1]
 
 
 @pytest.mark.slow  # compiles C++

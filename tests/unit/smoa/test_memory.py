@@ -1,11 +1,14 @@
-"""What is held at once while adapters are made, merged and loaded, in bytes of tensors, on small shapes."""
+"""What is held at once while adapters are made, trained, merged and loaded, on small shapes."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from smoa import SmoaConfig, clear_spectrum_cache
 from smoa.layers import merging
@@ -13,7 +16,9 @@ from smoa.layers.adapter import labels_and_scales
 from smoa.maths import spectrum
 from smoa.maths.kernels import one_product
 from smoa.maths.kernels.blocks import SCRATCH
+from tests.support.layers import ROUTES, adapted_layer, add_adapter, base_layer, factors
 from tests.support.live_bytes import LiveBytes
+from tests.support.quantized import BITSANDBYTES, quantized_layer
 
 SMALL = 1.1
 """Vectors, tiles of rows and factors, which are no small part at these shapes, are allowed a tenth of a matrix."""
@@ -59,6 +64,47 @@ def test_making_a_model_s_adapter_takes_no_more_than_its_largest_layer() -> None
         adapted(model, "spectral")
     assert held.peak <= (3 + SMALL - 1) * 4 * 384 * 512
     assert held.live <= 0.1 * 4 * 384 * 512  # factors and labels
+
+
+KEPT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = {
+    "linear": (lambda: base_layer(96, 80, dtype=torch.float32), (4, 80), {}),
+    "conv1d of gpt2, dropout": (
+        lambda: base_layer(96, 80, conv1d=True, dtype=torch.float32),
+        (4, 80),
+        {"smoa_dropout": 0.1},
+    ),
+    "bfloat16, dropout": (lambda: base_layer(96, 80, dtype=torch.bfloat16), (4, 80), {"smoa_dropout": 0.1}),
+    "autocast": (lambda: base_layer(96, 80, dtype=torch.bfloat16), (4, 80), {}),
+    "without modulation": (lambda: base_layer(96, 80, dtype=torch.float32), (4, 80), {"modulation": "none"}),
+    "convolution": (lambda: nn.Conv2d(64, 64, 3, padding=1), (1, 64, 4, 4), {}),
+    **{kind: (partial(quantized_layer, kind, 96, 128), (4, 128), {}) for kind in BITSANDBYTES},
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+@pytest.mark.parametrize("how", [*ROUTES, "by names"])
+def test_nothing_of_the_weights_size_is_kept_for_the_backward(case: str, how: str) -> None:
+    make, shape, settings = KEPT[case]
+    layer = adapted_layer(make(), r=2, num_blocks=2, route=how if how in ROUTES else None, **settings).train()
+    add_adapter(layer, "other", r=2, num_blocks=2, **settings)
+    layer.set_adapter("default")
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
+    dtype = torch.float32 if case == "autocast" else next(layer.smoa_A.parameters()).dtype
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[id(tensor)] = tensor.numel()
+        return tensor
+
+    options = {"adapter_names": ["default", "other", "default", "other"][: len(x)]} if how == "by names" else {}
+    rounded = torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast")
+    with rounded, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x, **options)
+    assert y.requires_grad
+    small = 4 * (x.numel() + y.numel() + sum(factor.numel() for factor in factors(layer)))
+    assert sum(kept.values()) <= small < layer.out_features * layer.in_features
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -12,13 +12,13 @@ from smoa import MergeError, SmoaConfig, UnsupportedModuleError, merged
 from tests import reference
 from tests.support.layers import (
     adapted_layer,
-    add_adapter,
     base_layer,
     base_weight,
     factors,
     layers_of,
     oracle_delta,
     randomise,
+    stored_bits,
 )
 from tests.support.tolerance import assert_close
 
@@ -48,54 +48,13 @@ def adapted_model(*adapters: str, dtype: torch.dtype = torch.float64) -> PeftMod
     return model.eval()
 
 
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert [name for name in first if bits(first[name]) != bits(second[name])] == []
-
-
-@pytest.mark.parametrize(
-    ("dtype", "conv1d", "modulation"),
-    [
-        (torch.float64, False, "hadamard"),
-        (torch.float32, True, "none"),
-        (torch.bfloat16, True, "hadamard"),
-        (torch.float16, False, "none"),
-    ],
-)
-def test_the_merged_layer_gives_the_output_of_the_unmerged_one(
-    dtype: torch.dtype, conv1d: bool, modulation: str
-) -> None:
-    layer = adapted_layer(base_layer(11, 13, conv1d=conv1d, dtype=dtype), r=7, num_blocks=3, modulation=modulation)
-    x = torch.randn(5, 13).to(dtype)
-    expected = layer(x)
-    layer.merge()
-    assert layer.merged
-    assert_close(layer(x), expected)
-    once = base_weight(layer).clone()
-    with pytest.warns(UserWarning, match="already merged|Already following"):
-        layer.merge()
-    assert torch.equal(base_weight(layer), once)
-    assert layer.merged_adapters == ["default"]
-    layer.enable_adapters(False)  # which unmerges
-    assert torch.equal(layer(x), layer.get_base_layer()(x))
-    assert not layer.merged
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
 def test_the_merged_weight_is_the_oracles_rounded_once_and_unmerges_bit_for_bit(
     dtype: torch.dtype, conv1d: bool
 ) -> None:
     layer = adapted_layer(base_layer(11, 13, conv1d=conv1d, dtype=dtype), r=7, num_blocks=3, alpha=2.0)
-    before = state(layer.get_base_layer())
+    before = stored_bits(layer.get_base_layer())
     delta = oracle_delta(layer)
     exact = reference.effective_weight(base_weight(layer).double(), [delta])
     layer.merge()
@@ -106,45 +65,8 @@ def test_the_merged_weight_is_the_oracles_rounded_once_and_unmerges_bit_for_bit(
     for _ in range(20):
         randomise(layer)  # what the factors are by then does not count
         layer.unmerge()
-        assert_same_bits(state(layer.get_base_layer()), before)
+        assert stored_bits(layer.get_base_layer()) == before
         layer.merge()
-
-
-# PEFT's own, when a second adapter is merged later
-@pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
-@pytest.mark.parametrize(("order", "together"), [(["default", "other"], True), (["other", "default"], False)])
-def test_every_merged_adapter_is_anchored_on_the_pristine_weight(order: list[str], together: bool) -> None:
-    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
-    add_adapter(layer, "other", r=4, num_blocks=2, alpha=3.0)
-    before = base_weight(layer).clone()
-    expected = reference.effective_weight(before, [oracle_delta(layer), oracle_delta(layer, "other")])
-    for names in [order] if together else [[name] for name in order]:
-        layer.merge(adapter_names=names)
-    assert_close(base_weight(layer), expected)
-    assert layer.merged_adapters == order
-    layer.unmerge()
-    assert torch.equal(base_weight(layer), before)
-
-
-@pytest.mark.parametrize("kind", ["spectral", "contiguous"])
-def test_an_adapter_added_while_another_is_merged_is_anchored_on_the_pristine_weight(kind: str) -> None:
-    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
-    pristine = base_weight(layer).clone()
-    merged_delta = oracle_delta(layer)
-    layer.merge()
-    with pytest.warns(UserWarning, match="Unmerging the model first"):
-        add_adapter(layer, "late", r=4, num_blocks=2, partition=kind)
-    assert torch.equal(base_weight(layer), pristine)
-    late_delta = oracle_delta(layer, "late", weight=pristine)
-    if kind == "spectral":
-        partition = layer.blocks("late")
-        own = partition.row_labels.tolist(), partition.col_labels.tolist()
-        assert own == reference.spectral_labels(pristine, 2)
-    layer.merge()
-    assert_close(layer.get_delta_weight("late"), late_delta)
-    assert_close(base_weight(layer), pristine + merged_delta + late_delta)
-    layer.unmerge()
-    assert torch.equal(base_weight(layer), pristine)
 
 
 @pytest.mark.parametrize(("route", "value"), [("merge_adapter", float("nan")), ("merge_and_unload", float("inf"))])
@@ -153,10 +75,10 @@ def test_a_broken_layer_is_refused_under_safe_merge_and_nothing_is_changed_anywh
     first, second = layers_of(model)
     with torch.no_grad():
         factors(second)[1][0, 0] = value
-    before = state(model)
+    before = stored_bits(model)
     with pytest.raises(MergeError, match=r"second.*(NaN|infinite)"):
         getattr(model, route)(safe_merge=True)
-    assert_same_bits(state(model), before)
+    assert stored_bits(model) == before
     assert not first.merged
     assert not second.merged
     assert layers_of(model) == [first, second]
@@ -182,35 +104,25 @@ def test_a_layer_cast_while_merged_unmerges_to_the_cast_weight() -> None:
     assert torch.equal(layer.get_base_layer().weight, before.to(torch.bfloat16))
 
 
-def test_a_weight_shared_by_two_adapted_layers_is_not_merged_twice() -> None:
-    base = TwoLayers()
-    base.second = nn.Linear(10, 12, dtype=torch.float64)
-    base.second.weight = base.first.weight
-    model = get_peft_model(base, SmoaConfig(r=4, num_blocks=2, target_modules=["first", "second"]))
-    before = state(model)
-    with pytest.raises(MergeError, match=r"first.*second|second.*first"):
-        model.merge_adapter()
-    assert_same_bits(state(model), before)
-
-
 # for a while
 
 
 def test_a_model_is_merged_for_a_while_and_restored_bit_for_bit() -> None:
-    model, x = adapted_model(), torch.randn(5, 10, dtype=torch.float64)
-    before, expected = state(model), model(x)
+    model, x = adapted_model("one", "two"), torch.randn(5, 10, dtype=torch.float64)
+    model.base_model.set_adapter(["one", "two"])
+    before, expected = stored_bits(model), model(x)
     with contextlib.suppress(ZeroDivisionError), merged(model) as same:
         assert same is model
         assert all(layer.merged for layer in layers_of(model))
         assert_close(model(x), expected)
         raise ZeroDivisionError
-    assert_same_bits(state(model), before)
+    assert stored_bits(model) == before
     assert torch.equal(model(x), expected)
 
 
 def test_a_merge_that_fails_on_the_way_leaves_nothing_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted_model()
-    before = state(model)
+    before = stored_bits(model)
     second = layers_of(model)[1]
     write = second._write_matrix
 
@@ -222,7 +134,7 @@ def test_a_merge_that_fails_on_the_way_leaves_nothing_merged(monkeypatch: pytest
     monkeypatch.setattr(second, "_write_matrix", fail)
     with pytest.raises(MemoryError), merged(model):
         pass
-    assert_same_bits(state(model), before)
+    assert stored_bits(model) == before
     with merged(model):
         assert second.merged
 
@@ -258,16 +170,22 @@ def test_offloaded_weights_are_merged_for_a_while_if_asked_for() -> None:
     assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("call", "dtype"),
+    [("merged", torch.bfloat16), ("merge_adapter", torch.float16), ("merge_and_unload", torch.bfloat16)],
+)
 @torch.no_grad()
-def test_one_warning_says_what_rounding_takes(dtype: torch.dtype) -> None:
+def test_one_warning_says_what_rounding_takes(call: str, dtype: torch.dtype) -> None:
     model = adapted_model(dtype=dtype)
-    for layer in layers_of(model):
+    layers = layers_of(model)
+    for layer in layers:
         layer.smoa_B["default"].weight.mul_(1e-4)
-    before = torch.cat([base_weight(layer).double().flatten() for layer in layers_of(model)])
-    delta = torch.cat([oracle_delta(layer).flatten() for layer in layers_of(model)])
-    with pytest.warns(UserWarning, match="rounded to 16 bits") as warned, merged(model):
-        after = torch.cat([base_weight(layer).double().flatten() for layer in layers_of(model)])
+    before = torch.cat([base_weight(layer).double().flatten() for layer in layers])
+    delta = torch.cat([oracle_delta(layer).flatten() for layer in layers])
+    opened = merged(model)
+    with pytest.warns(UserWarning, match="rounded to 16 bits") as warned:
+        opened.__enter__() if call == "merged" else getattr(model, call)()
+    after = torch.cat([base_weight(layer).double().flatten() for layer in layers])
     (told,) = (float(str(each.message).split("16 bits: ")[1].split("%")[0]) for each in warned)
     lost = 1 - float((after - before) @ delta / delta.square().sum())
     assert lost > 0.1

@@ -1,7 +1,6 @@
 """Mixtures of experts through the life of an adapter: trained, saved, loaded, merged, and beside other adapters."""
 
 import copy
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from smoa import MergeError, SmoaConfig, UnsupportedModuleError
+from smoa import SmoaConfig, UnsupportedModuleError
 from smoa.hotswap import hotswap_adapter
 from tests import reference
 from tests.support.decompositions import NoDecomposition
@@ -159,18 +158,6 @@ def test_a_weighted_sum_of_adapters_of_experts_is_exact(family: str) -> None:
         assert_close(wrapper.delta("scaled"), -2.0 * wrapper.delta("second"))
 
 
-def test_adapters_of_experts_with_other_partitions_are_not_combined() -> None:
-    model = adapted("mixtral")
-    random = {"r": 6, "num_blocks": 3, "partition": "random"}
-    model.add_adapter("second", SmoaConfig(target_modules=[], target_parameters=EXPERTS, **random))
-    with pytest.raises(MergeError, match=r"experts.*adapters default, second have different partitions"):
-        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
-    model.add_adapter("third", SmoaConfig(target_modules=[], target_parameters=EXPERTS[1:], num_blocks=3))
-    with pytest.raises(MergeError, match="different target_parameters"):
-        model.add_weighted_adapter(["default", "third"], [1.0, 1.0], "sum")
-    assert "sum" not in model.peft_config
-
-
 @pytest.mark.parametrize(
     ("family", "other"),
     [
@@ -244,15 +231,6 @@ def test_outputs_and_gradients_are_those_of_the_oracles_weights(family: str, set
         assert_close(found, oracles)
 
 
-def test_an_expert_that_no_token_chooses_gets_no_gradient() -> None:
-    wrapped = experts_of("qwen3_moe")
-    wrapped["experts"](*inputs(wrapped)).sum().backward()
-    A = wrappers(wrapped)["down_proj"].smoa_A["default"].weight
-    of_experts = A.grad.unflatten(0, (5, -1)).flatten(1).abs().sum(1)
-    assert (of_experts[:4] > 0).all()
-    assert of_experts[4] == 0
-
-
 def test_two_active_adapters_add_up() -> None:
     wrapped = experts_of("gpt_oss")
     plain = copy.deepcopy(wrapped["experts"].get_base_layer())
@@ -272,25 +250,6 @@ def test_the_parameter_is_itself_again_after_a_call_and_after_a_failed_one() -> 
         wrapped["experts"](arguments[0], arguments[1] + 100, arguments[2])
     assert type(base.gate_up_proj) is nn.Parameter
     assert type(base.down_proj) is nn.Parameter
-
-
-def test_threads_that_share_a_model_get_the_same_output() -> None:
-    wrapped = experts_of("qwen3_moe")
-    arguments = inputs(wrapped)
-    expected = wrapped["experts"](*arguments).detach()
-    found: list[Tensor] = []
-
-    def call() -> None:
-        with torch.no_grad():
-            found.extend(wrapped["experts"](*arguments) for _ in range(5))
-
-    threads = [threading.Thread(target=call) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 15
-    assert all(torch.equal(output, expected) for output in found)
 
 
 def test_compiled_experts_give_the_same_output() -> None:
@@ -313,12 +272,6 @@ def test_experts_that_accelerate_offloads_are_adapted_and_merged(tmp_path: Path)
     assert_close(logits(model), expected)
     with model.disable_adapter():
         assert_close(logits(model), logits(build_mixture(family)))
-
-
-def test_an_adapter_for_each_sample_is_refused() -> None:
-    model = get_peft_model(build_mixture("qwen3_moe"), SmoaConfig(target_modules=[], target_parameters=EXPERTS))
-    with pytest.raises(ValueError, match=r"_proj has adapted experts.*one adapter"):
-        model.eval()(input_ids=torch.ones(2, 3, dtype=torch.long), adapter_names=["default", "__base__"])
 
 
 class InputsFirst(nn.Module):
@@ -363,43 +316,12 @@ def test_each_expert_has_the_oracles_blocks_and_scales_of_unit_rms(family: str) 
         assert_close(scales, torch.stack([1 / block.square().mean().sqrt() for block in blocks]), torch.float32)
 
 
-def test_experts_adapted_on_the_meta_device_are_partitioned_once_weights_are_there() -> None:
-    with torch.device("meta"):
-        base = nn.ModuleDict({"experts": build_mixture("qwen3_moe").model.layers[0].mlp.experts})
-    model = inject_adapter_in_model(SmoaConfig(target_modules=[], target_parameters=EXPERTS, **SETTINGS), base)
-    model.to_empty(device="cpu")
-    ready = wrappers(experts_of("qwen3_moe"))
-    for name, wrapper in wrappers(model).items():
-        with torch.no_grad():
-            wrapper.stored_weight().copy_(ready[name].stored_weight())
-        own, expected = wrapper.stack("default"), ready[name].stack("default")
-        assert torch.equal(own.rows.labels, expected.rows.labels)
-        assert torch.equal(own.cols.labels, expected.cols.labels)
-        assert_close(own.rank_scale, expected.rank_scale)
-
-
 def test_a_parameter_that_fsdp1_has_flattened_is_refused() -> None:
     wrapper = wrappers(experts_of("qwen3_moe"))["down_proj"]
     base: nn.Module = wrapper.get_base_layer()
     base.register_parameter("down_proj", None)
     with pytest.raises(UnsupportedModuleError, match=r"down_proj: FSDP1 has flattened this parameter.*use FSDP2"):
         wrapper.stored_weight()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_merged_weight_is_the_oracles_of_each_expert_and_unmerging_restores_every_bit(family: str) -> None:
-    wrapped = experts_of(family)
-    for wrapper in wrappers(wrapped).values():
-        before, halves = wrapper.stored_weight().detach().clone(), wrapper.layout.halves
-        pairs = [
-            (matrix_of(wrapper, number // halves, number % halves) + delta).detach()
-            for number, delta in enumerate(oracle_deltas(wrapper))
-        ]
-        wrapper.merge()
-        for number, expected in enumerate(pairs):
-            assert_close(matrix_of(wrapper, number // halves, number % halves), expected)
-        wrapper.unmerge()
-        assert torch.equal(wrapper.stored_weight(), before)
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -1,34 +1,25 @@
-"""K by layer: as `num_blocks_pattern` gives it, and in layers narrower than num_blocks, which take fewer blocks.
+"""K by layer: as `num_blocks_pattern` gives it, and in layers narrower than num_blocks, which take fewer blocks."""
 
-Both live like any other through save, merge and swap.
-"""
-
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from smoa import MergeError, PartitionError, SmoaConfig
+from smoa import PartitionError, SmoaConfig
 from tests import reference
-from tests.support import tiny_models
-from tests.support.decompositions import NoDecomposition
-from tests.support.layers import base_weight, factors, oracle_delta, randomise, smoa_layers
-from tests.support.tiny_models import logits
+from tests.support.layers import base_weight, factors, randomise, smoa_layers
 from tests.support.tolerance import assert_close
 
 NARROW = "num_blocks=.* is larger than a side of"
-TARGETS = ["q_proj", "v_proj", "down_proj"]
 RANKS = [(8, 4, None), (7, 3, 9.5), (2, 4, 9.5), (12, 6, None)]
 """(r, num_blocks, alpha): even, a remainder that some blocks get, less than a rank for each block."""
 
 
 class Heads(nn.Module):
-    """A wide layer before heads of one, two and three outputs, and one of one input."""
+    """A wide layer, heads of one, two and three outputs, and one of one input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,11 +30,6 @@ class Heads(nn.Module):
         self.back = nn.Linear(1, 10)
         nn.init.normal_(self.two.weight)
         self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.wide(x)
-        hidden = hidden + self.back(self.one(hidden))
-        return torch.cat([self.two(hidden), self.three(hidden)], dim=-1)
 
 
 SIDES = {"wide": 10, "one": 1, "two": 2, "three": 3, "back": 1}
@@ -58,35 +44,6 @@ def heads(**config: Any) -> PeftModel:
     for layer in smoa_layers(model).values():
         randomise(layer)
     return model.eval()
-
-
-PATTERNS: list[dict[str, Any]] = [
-    {"r": 8, "num_blocks": 4, "num_blocks_pattern": {"v_proj": 2, "layers.1.mlp.down_proj": 6}},
-    {
-        "r": 8,
-        "num_blocks": 4,
-        "num_blocks_pattern": {"v_proj": 2},
-        "rank_pattern": {"v_proj": 3},
-        "alpha_pattern": {"v_proj": 5.0},
-    },
-]
-
-
-def llama(seed: int = 1, **config: Any) -> PeftModel:
-    """A tiny Llama whose v_proj has 16 outputs, less than its 20 blocks."""
-    torch.manual_seed(seed)
-    options = {"r": 30, "num_blocks": 20, "alpha": 45.0, "target_modules": TARGETS, "init_weights": False}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", NARROW)
-        return get_peft_model(tiny_models.build("llama"), SmoaConfig(**options | config)).eval()
-
-
-def test_a_pattern_sets_the_blocks_of_the_layers_it_names() -> None:
-    for name, layer in smoa_layers(llama(**PATTERNS[0])).items():
-        expected = 2 if name.endswith("v_proj") else 6 if name.endswith("1.mlp.down_proj") else 4
-        assert len(layer.adapters["default"].ranks) == expected
-        assert layer.adapters["default"].r == 8
-        assert_close(layer.delta("default").double(), oracle_delta(layer), dtype=torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore:r is smaller than num_blocks:UserWarning")
@@ -134,49 +91,3 @@ def test_blocks_that_can_not_be_taken_fewer_of_are_refused_and_nothing_is_replac
     with pytest.raises(PartitionError, match=words):
         get_peft_model(model, SmoaConfig(target_modules=list(SIDES), **settings))
     assert [type(module) for module in model.children()] == [nn.Linear, nn.Linear, Conv1D, nn.Linear, nn.Linear]
-
-
-@pytest.mark.parametrize(
-    ("config", "low_memory"), [({}, True), ({"rank_pattern": {"v_proj": 50}}, False), (PATTERNS[1], True)], ids=str
-)
-def test_a_saved_adapter_loads_to_the_same_bits_without_a_warning(
-    config: dict[str, Any], low_memory: bool, tmp_path: Path
-) -> None:
-    model = llama(**config)
-    model.save_pretrained(tmp_path)
-    with NoDecomposition():
-        again = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path, low_cpu_mem_usage=low_memory).eval()
-    assert torch.equal(logits(again), logits(model))
-
-
-def two_adapters(r: int, other: int) -> PeftModel:
-    model = heads(r=r, num_blocks=3, alpha=5.0)
-    with pytest.warns(UserWarning, match=NARROW):
-        model.add_adapter("other", SmoaConfig(r=other, num_blocks=3, alpha=4.0, target_modules=list(SIDES)))
-    for layer in smoa_layers(model).values():
-        randomise(layer, "other")
-    return model
-
-
-@pytest.mark.parametrize(("r", "other"), [(6, 7), (8, 3)])
-def test_a_sum_of_adapters_is_exact_and_loads_to_the_same_bits(r: int, other: int, tmp_path: Path) -> None:
-    model = two_adapters(r, other)
-    model.add_weighted_adapter(["default", "other"], [0.7, -1.3], "sum")
-    model.add_weighted_adapter(["other"], [-2.0], "scaled", combination_type="linear")
-    for layer in smoa_layers(model).values():
-        assert_close(layer.delta("scaled"), -2 * layer.delta("other"))
-        assert layer.adapters["scaled"].r == layer.adapters["other"].r
-        assert_close(layer.delta("sum"), 0.7 * layer.delta("default") - 1.3 * layer.delta("other"))
-    model.set_adapter("sum")
-    model.save_pretrained(tmp_path, selected_adapters=["sum"])
-    torch.manual_seed(3)
-    again = PeftModel.from_pretrained(Heads(), tmp_path / "sum").eval()
-    x = torch.randn(5, 12, dtype=torch.float64)
-    assert torch.equal(again(x), model.eval()(x))
-
-
-def test_a_sum_whose_ranks_do_not_split_evenly_is_refused_and_not_added() -> None:
-    model = two_adapters(7, 7)
-    with pytest.raises(MergeError, match=r"of r=\[7, 7\]: their block ranks add up to \(6, 4, 4\), no even split"):
-        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
-    assert "sum" not in model.peft_config

@@ -1,14 +1,9 @@
 """A small update survives half precision and rounded products, in layers/linear.py and layers/kept.py."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-
 import pytest
 import torch
 
-from smoa.layers.kept import snapshot_of
 from smoa.layers.layer import SmoaLayer
-from smoa.maths.kernels.blocks import multiply
 from tests.support.layers import adapted_layer, base_layer, base_weight, factors, labels, oracle_delta
 from tests.support.tolerance import relative_error
 
@@ -113,32 +108,3 @@ def test_gradients_of_the_factors_survive_half_precision(dtype: torch.dtype) -> 
     (x.double() @ oracle_delta(layer, A=A, B=B).T).backward(gradient.double())
     assert relative_error(factors(layer)[0].grad, A.grad) <= 0.01
     assert relative_error(factors(layer)[1].grad, B.grad) <= 0.01
-
-
-ROUNDING = [
-    pytest.param(lambda: torch.autocast("cpu", torch.bfloat16), id="autocast"),
-    pytest.param(lambda: matmul_precision("high"), id="TF32"),
-    pytest.param(lambda: matmul_precision("medium"), id="bf16 products"),
-]
-
-
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.parametrize("rounding", ROUNDING)
-def test_generate_keeps_the_update_apart_where_products_are_rounded(
-    rounding: Callable[[], AbstractContextManager[None]],
-) -> None:
-    layer = layer_of_relative_size(torch.float32, 1e-3, factors_in_float32=True)
-    x = torch.randn(200, 64)
-    with torch.no_grad(), snapshot_of([layer]) as snapshot, rounding():
-        layer(x)
-        (kept,) = snapshot.kept.values()
-        assert relative_error(multiply(x, *kept), x.double() @ oracle_delta(layer).T) <= 0.01

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from smoa import SmoaConfig, UnsupportedModuleError, merged, scores
 from smoa.layers.quantized import QuantizedLinear
 from tests.support import tiny_models
-from tests.support.layers import labels, layers_of, oracle_delta, randomise
-from tests.support.quantized import delta_of, quantized_model, same_layout_on_every_cpu, stored_bits, weight_of
+from tests.support.layers import labels, layers_of, oracle_delta, randomise, stored_bits
+from tests.support.quantized import delta_of, quantized_model, same_layout_on_every_cpu, weight_of
 from tests.support.tolerance import assert_close
 
 LOST = "relative error of ΔW"

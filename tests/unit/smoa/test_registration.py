@@ -31,7 +31,8 @@ from smoa.compat import BitsAndBytesBackend, find_quantization_backend
 from smoa.layers.quantized import find_backend
 from smoa.registration import check_peft_version, ensure_peft_type, register
 from tests.support import tiny_models
-from tests.support.quantized import BITSANDBYTES, quantized_layer, stored_bits
+from tests.support.layers import stored_bits
+from tests.support.quantized import BITSANDBYTES, quantized_layer
 
 CONFIG = SmoaConfig(r=7, num_blocks=3, alpha=2.5, target_modules=["q_proj", "v_proj"], smoa_dropout=0.1)
 

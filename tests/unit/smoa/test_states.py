@@ -23,7 +23,8 @@ def test_the_machine_finds_nothing(machine: type[RuleBasedStateMachine], example
     run_state_machine_as_test(machine, settings=chosen)
 
 
-@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
-def test_each_mutant_fits_the_source(mutant: mutants.Mutant) -> None:
-    text = (mutants.SOURCE / "smoa" / mutant.file).read_text(encoding="utf-8")
-    assert text.count(mutant.old) == 1
+def test_each_mutant_fits_the_source_and_has_tests_near_it() -> None:
+    texts = {file: (mutants.SOURCE / file).read_text(encoding="utf-8") for file in mutants.NEAR}
+    assert [each.name for each in mutants.MUTANTS if texts[each.file].count(each.old) != 1] == []
+    near = {tests.partition("::")[0] for of_file in mutants.NEAR.values() for tests in of_file}
+    assert [name for name in sorted(near) if not (mutants.SOURCE.parent / name).exists()] == []

@@ -13,16 +13,11 @@ import smoa
 from smoa import SmoaConfig, UnsupportedModuleError, keep_in_generate
 from smoa.layers.layer import smoa_layers
 from smoa.layers.route import route_of
-from smoa.maths.kernels import one_product
 from smoa.maths.update import Update
 from tests.support.kinds import KINDS, input_of, kind_of_layer
-from tests.support.layers import adapted_layer, take_route
+from tests.support.layers import adapted_layer, stored_bits, take_route
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.int16 if tensor.dtype.itemsize == 2 else torch.int32)
 
 
 def llama(dtype: torch.dtype, hidden: int = 64, **config: Any) -> Any:
@@ -44,13 +39,13 @@ def test_a_model_in_training_gives_the_merged_ones_logits(dtype: torch.dtype, nu
     model = llama(dtype, num_blocks=num_blocks, partition=partition)
     ids = tokens(4)
     logits = model(input_ids=ids).logits
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    before = stored_bits(model)
     with smoa.merged(model, reports=False):
         assert torch.equal(model(input_ids=ids).logits, logits)
     model.merge_adapter()
     assert torch.equal(model(input_ids=ids).logits, logits)
     model.unmerge_adapter()
-    assert all(torch.equal(bits(parameter), bits(before[name])) for name, parameter in model.named_parameters())
+    assert stored_bits(model) == before
     assert torch.equal(copy.deepcopy(model).merge_and_unload()(input_ids=ids).logits, logits)
 
 
@@ -105,25 +100,12 @@ def test_what_keeps_base_and_blocks_apart(why: str, monkeypatch: pytest.MonkeyPa
         assert len(products) == len(smoa_layers(model))
 
 
-@torch.no_grad()
-def test_a_cut_that_differs_from_the_merges_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of more than one piece: another cut gives them the same bits, so nothing depends on where it is."""
-    layer = adapted_layer(nn.Linear(512, 512, dtype=torch.bfloat16), r=8, num_blocks=4, route="one product")
-    monkeypatch.setattr(one_product, "PIECE", 1 << 14)
-    layer.merge()
-    cut = layer.base_weight().clone()
-    layer.unmerge()
-    monkeypatch.setattr(one_product, "PIECE", 1 << 22)
-    layer.merge()
-    assert torch.equal(layer.base_weight(), cut)
-
-
 # generate
 
 
 def test_generate_can_compute_with_the_trained_weights_and_gives_every_bit_back() -> None:
     model = llama(torch.bfloat16)
-    before = {name: bits(parameter).clone() for name, parameter in model.named_parameters()}
+    before = stored_bits(model)
     seen: list[bool] = []
     hook = model.base_model.model.model.register_forward_hook(
         lambda *_: seen.append(all(layer.merged for layer in smoa_layers(model).values()))
@@ -135,7 +117,7 @@ def test_generate_can_compute_with_the_trained_weights_and_gives_every_bit_back(
     assert all(seen)
     hook.remove()
     assert not any(layer.merged for layer in smoa_layers(model).values())
-    assert all(torch.equal(bits(parameter), before[name]) for name, parameter in model.named_parameters())
+    assert stored_bits(model) == before
     with model.disable_adapter():
         model.generate(input_ids=tokens(2, 8), **settings)
     named = model.generate(input_ids=answer[:, :8], adapter_names=["default", "__base__"], **settings)
@@ -145,7 +127,7 @@ def test_generate_can_compute_with_the_trained_weights_and_gives_every_bit_back(
 def test_generate_gives_the_weights_back_after_an_error() -> None:
     model = llama(torch.bfloat16)
     keep_in_generate(model, "merged")
-    before = {name: bits(parameter).clone() for name, parameter in model.named_parameters()}
+    before = stored_bits(model)
 
     def fail(*args: Any) -> None:
         raise RuntimeError("stop")
@@ -153,7 +135,7 @@ def test_generate_gives_the_weights_back_after_an_error() -> None:
     model.base_model.model.model.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="stop"):
         model.generate(input_ids=tokens(2, 8), max_new_tokens=2)
-    assert all(torch.equal(bits(parameter), before[name]) for name, parameter in model.named_parameters())
+    assert stored_bits(model) == before
 
 
 # 4 bits

@@ -92,7 +92,10 @@ CHANGED: dict[str, tuple[Change, str]] = {
     "bias": (lambda t: t.update({UP.replace("up", "left") + "base_layer.bias": torch.ones(10)}), "unknown.*left.*bias"),
     "missing": (lambda t: t.pop(A), r"lacks 1 tensor\(s\).*smoa_A"),
     "missing scales": (lambda t: t.pop(UP + "smoa_block_scale"), r"lacks 1 tensor\(s\).*smoa_block_scale"),
-    "of fewer rows": (lambda t: t.update({A: t[A][:2]}), r"smoa_A.*shape"),
+    "of fewer rows": (
+        lambda t: t.update({A: t[A][:2]}),
+        r"smoa_A.*shape.*doesn't fit the layer.*adapter_config\.json come from another save",
+    ),
     "of integers": (lambda t: t.update({A: t[A].long()}), "smoa_A.*int64.*floating point"),
     "of labels of one block": (lambda t: t[UP + "smoa_row_labels"].zero_(), r"up\.smoa_row_labels"),
     "of fewer labels": (

@@ -32,36 +32,32 @@ def two_adapters(kind: str, dtype: torch.dtype = torch.float64) -> tuple[PeftMod
     return model.eval(), layer
 
 
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")  # PEFT's own
+@pytest.mark.filterwarnings("ignore:All adapters are already merged:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @every_kind
-def test_the_merged_weight_is_the_oracles_and_unmerging_restores_every_bit(kind: str) -> None:
-    model, layer = two_adapters(kind)
-    weight, x = layer.get_base_layer().weight, input_of(kind)
-    before, expected = weight.clone(), oracle_of(layer, x, "one", "two")
-    with model.disable_adapter():
-        assert torch.equal(layer(x), layer.get_base_layer()(x))
+def test_the_merged_weight_is_the_oracles_and_unmerging_restores_every_bit(kind: str, dtype: torch.dtype) -> None:
+    model, layer = two_adapters(kind, dtype)
+    weight, x = layer.get_base_layer().weight, input_of(kind, dtype)
+    before, expected, delta = weight.clone(), oracle_of(layer, x, "one", "two"), layer.delta("one")
     model.base_model.set_adapter(["one", "two"])
     assert_close(layer(x), expected)
-    model.base_model.set_adapter("one")
-    model.merge_adapter(["one", "two"], safe_merge=True)
-    assert_close(layer.get_base_layer()(x), expected)
-    model.unmerge_adapter()
+    for order in ([["one", "two"], ["two"]], [["two"], ["one"]]):  # together, again, and one after the other
+        for names in order:
+            model.merge_adapter(names, safe_merge=True)
+        assert_close(layer.get_base_layer()(x), expected)
+        assert_close(layer.delta("one"), delta)  # of the pristine weight
+        assert sorted(layer.merged_adapters) == ["one", "two"]
+        model.unmerge_adapter()
+        assert torch.equal(weight, before)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(layer(x), layer.get_base_layer()(x))
     assert torch.equal(weight, before)
     layer.smoa_A["one"].weight.data.fill_(float("nan"))
     with pytest.raises(MergeError, match="layer: NaNs detected"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(weight, before)
-
-
-@every_kind
-def test_half_precision_is_merged_rounded_once_and_restored(kind: str) -> None:
-    model, layer = two_adapters(kind, torch.bfloat16)
-    before, x = layer.get_base_layer().weight.clone(), input_of(kind, torch.bfloat16)
-    expected = oracle_of(layer, x, "one")
-    assert_close(model(x), expected)
-    model.merge_adapter()
-    assert_close(layer.get_base_layer()(x), expected)
-    model.unmerge_adapter()
-    assert torch.equal(layer.get_base_layer().weight, before)
 
 
 @every_kind

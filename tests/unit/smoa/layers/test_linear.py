@@ -4,15 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from smoa import UnsupportedModuleError
 from tests import reference
 from tests.support.gradients import assert_path, inputs, layer_13_to_11, oracle_gradients, own_gradients
 from tests.support.layers import (
-    Wrapper,
     adapted_layer,
     base_layer,
     base_weight,
@@ -179,12 +176,6 @@ def test_a_compiled_layer_of_changing_batch_size_is_the_oracles(route: str, modu
     for tokens in (5, 9):
         x = inputs(tokens)
         assert_path(layer, compiled(x), x)
-
-
-def test_a_layer_that_another_method_wraps_is_refused() -> None:
-    lora = inject_adapter_in_model(LoraConfig(r=2, target_modules=["layer"]), Wrapper(base_layer(8, 6))).layer
-    with pytest.raises(UnsupportedModuleError, match="adapts it"):
-        adapted_layer(lora, r=4, num_blocks=2)
 
 
 @whole_runs

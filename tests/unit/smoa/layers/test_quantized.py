@@ -4,7 +4,6 @@ bitsandbytes is always there; torchao and HQQ are tested where they are installe
 """
 
 import copy
-import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +19,7 @@ from smoa.layers.layer import SmoaLayer
 from smoa.layers.quantized import QuantizedLinear
 from smoa.tuner.generation import keeping
 from tests import reference
-from tests.support.layers import Wrapper, clone_leaf, factors, labels, oracle_delta
+from tests.support.layers import Wrapper, clone_leaf, factors, labels, oracle_delta, stored_bits
 from tests.support.quantized import (
     KINDS,
     adapted,
@@ -28,7 +27,6 @@ from tests.support.quantized import (
     in_4_bits,
     quantized_layer,
     same_layout_on_every_cpu,
-    stored_bits,
     weight_of,
     wrapped,
 )
@@ -63,29 +61,6 @@ def test_values_and_gradients_are_the_oracles_on_the_dequantized_weight(kind: st
     assert_close(y, expected, torch.float32)
     for mine, theirs in zip(own, torch.autograd.grad(expected, leaves, gradient.double()), strict=True):
         assert_close(mine, theirs, torch.float32)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_of_the_weights_size_is_kept_for_the_backward(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = adapted(quantized_layer(kind, 96, 128)).train()
-    dense: list[weakref.ref[Tensor]] = []
-    sizes: list[int] = []
-    dequantized = quantized.dequantized
-
-    def recorded(*arguments: Any) -> Tensor:
-        dense.append(weakref.ref(weight := dequantized(*arguments)))
-        return weight
-
-    monkeypatch.setattr(quantized, "dequantized", recorded)
-    x = torch.randn(3, 128, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
-        y = layer.branch_output(x, "default")
-    assert len(dense) == 1
-    assert dense[0]() is None
-    assert max(sizes) < 96 * 128 // 3
-    y.sum().backward()
-    assert len(dense) == 2  # dequantized again
-    assert dense[1]() is None
 
 
 @pytest.mark.parametrize(
@@ -139,19 +114,6 @@ def parts_of(layer: SmoaLayer) -> tuple[list[Tensor], list[Tensor]]:
 # merge and unmerge
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_merged_layer_is_the_requantized_sum(kind: str) -> None:
-    base = quantized_layer(kind)
-    layer = adapted(base)
-    exact = weight_of(layer) + delta_of(layer)
-    step = requantization_step(kind, exact)
-    layer.merge()
-    assert ((layer.base_weight().double() - exact).abs() <= step).all()
-    x = torch.randn(5, 64)
-    assert torch.equal(layer(x), layer.get_base_layer()(x))
-    assert layer.get_base_layer().bias is base.bias
-
-
 def requantization_step(kind: str, weight: Tensor) -> Tensor:
     """An upper bound of what quantizing `weight` once more changes: half the widest gap of the code, of each block."""
     peak = weight.abs().reshape(len(weight), -1, 64).amax(-1, keepdim=True).expand(-1, -1, 64).reshape(weight.shape)
@@ -159,13 +121,16 @@ def requantization_step(kind: str, weight: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_unmerging_puts_back_every_quantized_byte(kind: str) -> None:
+def test_the_merged_layer_is_the_requantized_sum_and_unmerging_puts_back_every_byte(kind: str) -> None:
     base = quantized_layer(kind)
     layer = adapted(base)
     before, x, names = stored_bits(base), torch.randn(5, 64), layer.state_dict().keys()
-    expected = layer(x)
+    expected, exact = layer(x), weight_of(layer) + delta_of(layer)
     for _ in range(2):
         layer.merge()
+        assert ((layer.base_weight().double() - exact).abs() <= requantization_step(kind, exact)).all()
+        assert torch.equal(layer(x), layer.get_base_layer()(x))
+        assert layer.get_base_layer().bias is base.bias
         assert layer.state_dict().keys() == names
         assert base not in list(layer.modules())
         assert layer.get_base_layer() is not base

@@ -1,35 +1,145 @@
-"""Every kernel gives the oracle's values and gradients, keeps nothing of a weight's size, and shares no memory."""
+"""Blocks, factors, and x ΔWᵀ by every route: values and gradients are the oracle's, and nothing shares memory."""
 
 import copy
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from smoa.errors import PartitionError
 from smoa.layers.kept import snapshot_of
-from smoa.layers.layer import SmoaLayer
-from smoa.maths.blocks import Blocks
-from smoa.maths.factors import Factors, saved_shapes
-from smoa.maths.kernels.blocks import SCRATCH, Branch, block_deltas, plain_branch, product_dtype
-from smoa.maths.kernels.one_product import OneProduct
+from smoa.maths.blocks import Blocks, Orders, ascend, block_sizes, check_num_blocks
+from smoa.maths.factors import Factors, init_factors, saved_shapes, split_rank
+from smoa.maths.kernels.blocks import SCRATCH, Branch, block_deltas, product_dtype
+from smoa.maths.kernels.shared import MOST_ON_GPU, Diagonal, Gathered, _pieces, add_shared, formed, gathered, shared
 from smoa.maths.spectrum import make_partition
 from tests import reference
-from tests.support.gradients import assert_layer_is_the_oracles
 from tests.support.layers import ROUTES, adapted_layer, base_layer, factors, oracle_output
 from tests.support.live_bytes import LiveBytes
 from tests.support.tolerance import assert_close
 from tests.support.updates import CASES, Problem, problem
 
+cases = pytest.mark.parametrize(("out_features", "in_features", "ranks"), CASES)
 
-def operands(case: Problem) -> tuple[list[float], Tensor, Tensor]:
-    """A scale for each block, x and the gradient g of an output."""
-    out_features, in_features = case.weight.shape
-    x = torch.randn(5, in_features, dtype=torch.float64, requires_grad=True)
-    return [1.0 + k for k in range(len(case.ranks))], x, torch.randn(5, out_features, dtype=torch.float64)
+
+# blocks
+
+
+def shuffled_labels(size: int, num_blocks: int) -> Tensor:
+    return torch.tensor(reference.contiguous_labels(size, num_blocks), dtype=torch.uint8)[torch.randperm(size)]
+
+
+def shuffled(out_features: int, in_features: int, num_blocks: int) -> Blocks:
+    """Blocks of coordinates in random places."""
+    return Blocks(shuffled_labels(out_features, num_blocks), shuffled_labels(in_features, num_blocks), num_blocks)
+
+
+@given(size=st.integers(1, 300), num_blocks=st.integers(1, 255))
+def test_coordinates_and_ranks_are_split_as_by_tensor_split(size: int, num_blocks: int) -> None:
+    expected = [len(part) for part in torch.tensor_split(torch.empty(size), num_blocks)]
+    assert list(block_sizes(size, num_blocks)) == list(split_rank(size, num_blocks)) == expected
+
+
+@pytest.mark.parametrize(
+    ("row_labels", "col_labels"),
+    [
+        pytest.param([0, 0, 0, 1], [0, 0, 1], id="blocks of other sizes"),
+        pytest.param([0, 0, 1, 2], [0, 0, 1], id="a label that is not a block"),
+        pytest.param([0, 0, 1, 1], [0, 1, 1], id="the longer block last"),
+        pytest.param([0, 0, 1, 255], [0, 0, 1], id="an undecided label"),
+    ],
+)
+def test_labels_that_are_no_partition_are_refused(row_labels: list[int], col_labels: list[int]) -> None:
+    rows, cols = (torch.tensor(labels, dtype=torch.uint8) for labels in (row_labels, col_labels))
+    with pytest.raises(PartitionError):
+        Blocks(rows, cols, num_blocks=2)
+    with pytest.raises(PartitionError, match="uint8"):
+        Blocks(rows.long(), cols.long(), num_blocks=2)
+    orders = Orders.of(rows, cols)  # with which they count as checked
+    assert Blocks(rows, cols, 2, orders).orders is orders
+
+
+@pytest.mark.parametrize("num_blocks", [0, 6])
+def test_a_number_of_blocks_that_does_not_fit_is_refused_with_the_limit(num_blocks: int) -> None:
+    with pytest.raises(PartitionError, match=rf"num_blocks={num_blocks} must be between 1 and 5 .*\(9, 5\)"):
+        check_num_blocks(num_blocks, 9, 5)
+    check_num_blocks(255, 300, 300)
+    with pytest.raises(PartitionError, match="between 1 and 255"):  # a byte
+        check_num_blocks(256, 300, 300)
+
+
+# Even, tall and ragged, wide and ragged, one block, as many as there are rows.
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "num_blocks"), [(12, 12, 3), (17, 10, 4), (9, 16, 5), (8, 5, 1), (6, 7, 6)]
+)
+def test_blocks_are_read_and_written_at_their_coordinates_and_nowhere_else(
+    out_features: int, in_features: int, num_blocks: int
+) -> None:
+    blocks = shuffled(out_features, in_features, num_blocks)
+    matrix, source = torch.randn(out_features, in_features), torch.randn(out_features, in_features)
+    before = matrix.clone()
+    blocks.write(matrix, blocks.of(source))
+    is_own = blocks.row_labels[:, None] == blocks.col_labels
+    assert torch.equal(matrix, torch.where(is_own, source, before))
+    for k, block in enumerate(blocks.of(source)):
+        rows, cols = ((labels == k).nonzero()[:, 0] for labels in (blocks.row_labels, blocks.col_labels))
+        assert torch.equal(blocks.rows(k), rows)
+        assert torch.equal(blocks.cols(k), cols)
+        assert torch.equal(block, source[rows][:, cols])
+    rows, rows_inverse, cols, cols_inverse = blocks.orders
+    assert rows[rows_inverse].tolist() == list(range(out_features))
+    assert cols[cols_inverse].tolist() == list(range(in_features))
+
+
+def test_blocks_are_contiguous_where_the_labels_of_both_sides_ascend() -> None:
+    ascending = torch.tensor(reference.contiguous_labels(9, 4), dtype=torch.uint8)
+    other = torch.tensor(reference.contiguous_labels(6, 4), dtype=torch.uint8)
+    assert Blocks(ascending, other, 4).is_contiguous
+    assert not Blocks(ascending.roll(1), other, 4).is_contiguous
+    assert not Blocks(ascending, other.roll(1), 4).is_contiguous
+    assert shuffled(9, 7, 1).is_contiguous
+    assert not ascend(ascending.to("meta"))
+    x, blocks = torch.randn(2, 3, 9), Blocks(ascending, ascending, 4)
+    assert blocks.sort_inputs(x) is x
+    assert blocks.unsort_outputs(x) is x
+
+
+# factors
+
+
+@pytest.mark.parametrize("init", [True, False, "zero_A"])
+def test_factors_start_with_the_size_of_their_block_and_zero_padding(init: Any) -> None:
+    sizes, ranks, relative_size = (401, 301), (40, 10, 0, 30), 2.0
+    A, B = (torch.full(shape, float("nan"), dtype=torch.float64) for shape in saved_shapes(sizes, ranks)[:2])
+    init_factors(A, B, sizes, ranks, init, relative_size)
+    in_A, in_B = reference.real_entries(*sizes, ranks)
+    assert (A[~in_A] == 0).all()
+    assert (B[~in_B] == 0).all()
+    heights, widths = (reference.block_sizes(size, len(ranks)) for size in sizes)
+    runs = [slice(*ends) for ends in pairwise([0, 40, 50, 50, 80])]
+    for height, width, run, rank in zip(heights, widths, runs, ranks, strict=True):
+        own_A, own_B = A[run, :width], B[:height, run]
+        if rank == 0:
+            continue
+        if init is False:
+            assert float((own_B @ own_A).square().mean().sqrt()) == pytest.approx(relative_size, rel=0.15)
+            continue
+        uniform, zero, limit = (own_B, own_A, rank**-0.5) if init == "zero_A" else (own_A, own_B, width**-0.5)
+        assert not zero.any()
+        assert 0.99 * limit < uniform.abs().max() <= limit
+        assert abs(uniform.mean()) < 0.03 * limit
+        assert abs(uniform.std() / limit - 3**-0.5) < 0.03
+
+
+# every route
 
 
 def assert_all_close(found: Any, expected: Any) -> None:
@@ -37,66 +147,67 @@ def assert_all_close(found: Any, expected: Any) -> None:
         assert_close(own, theirs)
 
 
-# values and gradients
+def assert_is_the_oracles(case: Problem, modulation: str, transposed: bool = False, tokens: int = 5) -> None:
+    """ΔW, its blocks, and values and gradients by every route, of a weight that is stored, made anew, or trained."""
+    (m, n), scale = case.weight.shape, [1.0 + k for k in range(len(case.ranks))]
+    update, delta = case.update(modulation, 0.5, scale), case.oracle(modulation, [s / 2 for s in scale])
+    weight, trained = case.weight.T.contiguous().T if transposed else case.weight, case.weight.clone().requires_grad_()
+    x, g = torch.randn(tokens, n, dtype=torch.float64, requires_grad=True), torch.randn(tokens, m, dtype=torch.float64)
+    bias, of_update, reads = torch.randn(m, dtype=torch.float64, requires_grad=True), x @ delta.T, list[int]()
 
+    def read() -> Tensor:
+        reads.append(1)
+        return weight
 
-@pytest.mark.usefixtures("pieces")
-@pytest.mark.parametrize(("kind", "transposed"), [("spectral", False), ("contiguous", True), ("spectral", True)])
-@pytest.mark.parametrize("sizes", CASES)
-def test_values_gradients_and_blocks_are_the_oracles(
-    sizes: tuple[int, int, tuple[int, ...]], transposed: bool, kind: str
-) -> None:
-    case = problem(*sizes, kind)
-    scale, x, g = operands(case)
-    delta = case.oracle("hadamard", [0.5 * s for s in scale])
-    expected = torch.autograd.grad(x @ delta.T, (x, case.A, case.B), g)
-    weight = case.weight.T.contiguous().T if transposed else case.weight
-    forward, backward = Branch().forward, Branch().backward
+    def check(y: Tensor, expected: Tensor, *leaves: Tensor) -> None:
+        assert_close(y, expected)
+        oracles = torch.autograd.grad(expected, leaves, g, retain_graph=True)
+        assert_all_close(torch.autograd.grad(y, leaves, g), oracles)
+
+    assert tuple(factor.shape for factor in (case.A, case.B)) == saved_shapes((m, n), case.ranks)[:2]
+    check_delta = torch.autograd.grad(update.delta(weight).sum(), (case.A, case.B), retain_graph=True)
+    assert_close(update.delta(weight), delta)
+    assert_all_close(check_delta, torch.autograd.grad(delta.sum(), (case.A, case.B), retain_graph=True))
+    check(update.apply(x, weight), of_update, x, case.A, case.B)
+    check(update.apply(x.detach(), read), of_update, case.A, case.B)
+    if modulation == "none":
+        return
+    assert len(reads) == 2  # for the backward again, so that it need not be kept
     with torch.no_grad():
-        assert_close(forward(case.factors(0.5, scale), x, weight), x @ delta.T)
-        assert_all_close(backward(case.factors(0.5, scale), g, x, weight, True), expected)
-        grad_x, *of_factors = backward(case.factors(0.5, scale), g, x, weight, False)
-        kept = block_deltas(case.factors(0.5, scale), weight, torch.float64)
+        kept = block_deltas(update, weight, torch.float64)
         assert_all_close([block for _, stacked in kept for block in stacked], case.partition.of(delta))
-    assert grad_x.numel() == 0
-    assert_all_close(of_factors, expected[1:])
+    check(update.apply_with_base(x, weight, bias, transposed), x @ (weight + delta).T + bias, x, case.A, case.B, bias)
+    check(update.apply_with_base(x.detach(), weight, None, transposed), x @ (weight + delta).T, case.A, case.B)
+    of_trained = x @ case._replace(weight=trained).oracle(modulation, [s / 2 for s in scale]).T
+    check(update.apply(x, trained), of_trained, x, case.A, case.B, trained)
 
 
 @pytest.mark.usefixtures("pieces")
-@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("sizes", CASES)
-def test_one_products_values_and_gradients_are_those_of_the_sum_of_weight_and_update(
-    sizes: tuple[int, int, tuple[int, ...]], transposed: bool
+@pytest.mark.parametrize(
+    ("kind", "modulation", "transposed"),
+    [("spectral", "hadamard", False), ("contiguous", "hadamard", True), ("random", "none", False)],
+)
+@cases
+def test_every_route_is_the_oracles(
+    out_features: int, in_features: int, ranks: tuple[int, ...], kind: str, modulation: str, transposed: bool
 ) -> None:
-    case = problem(*sizes)
-    scale, x, g = operands(case)
-    bias = torch.randn(case.weight.shape[0], dtype=torch.float64)
-    weight = case.weight.T.contiguous().T if transposed else case.weight
-    y, route = x @ (case.weight + case.oracle("hadamard", [0.5 * s for s in scale])).T, OneProduct(transposed)
-    expected = torch.autograd.grad(y, (x, case.A, case.B), g)
-    with torch.no_grad():
-        assert_close(route.forward(case.factors(0.5, scale), x, weight, None), y)
-        assert_close(route.forward(case.factors(0.5, scale), x, weight, bias), y + bias)
-        of_all = route.backward(case.factors(0.5, scale), g, x, weight, True)
-        no_x, *of_factors = route.backward(case.factors(0.5, scale), g, x, weight, False)
-    assert_all_close(of_all, expected)
-    assert_all_close(of_factors, expected[1:])
-    assert no_x is None
+    assert_is_the_oracles(problem(out_features, in_features, ranks, kind), modulation, transposed)
 
 
-@pytest.mark.parametrize("anchored", [True, False], ids=["anchor", "none"])
-@pytest.mark.parametrize("sizes", CASES)
-def test_the_plain_branch_is_the_oracles_with_an_anchor_and_without(
-    sizes: tuple[int, int, tuple[int, ...]], anchored: bool
-) -> None:
-    case = problem(*sizes)
-    scale, x, g = operands(case)
-    leaves = [case.A, case.B, *([case.weight.requires_grad_()] if anchored else [])]
-    y = plain_branch(case.factors(0.5, scale), x[None], case.weight if anchored else None)[0]
-    expected = x @ case.oracle("hadamard" if anchored else "none", [0.5 * s for s in scale]).T
-    assert_close(y, expected)
-    assert_all_close(torch.autograd.grad(y, leaves, g), torch.autograd.grad(expected, leaves, g))
-    assert plain_branch(case.factors(), x.float(), case.weight).dtype == torch.float32
+@pytest.mark.usefixtures("pieces")
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_every_route_is_the_oracles_whatever_the_sizes(data: st.DataObject) -> None:
+    out_features, in_features = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 14))
+    num_blocks = data.draw(st.integers(1, min(out_features, in_features)))
+    ranks = data.draw(st.lists(st.integers(0, 4), min_size=num_blocks, max_size=num_blocks).filter(any))
+    kind = data.draw(st.sampled_from(["spectral", "random", "contiguous"]))
+    case = problem(out_features, in_features, tuple(ranks), kind)
+    assert_is_the_oracles(case, "hadamard", data.draw(st.booleans()), data.draw(st.integers(0, 5)))
+
+
+def test_more_ranks_than_pay_to_be_spread_are_stacked() -> None:
+    assert_is_the_oracles(problem(70, 45, (40, 30, 40)), "hadamard")
 
 
 @pytest.mark.usefixtures("pieces")
@@ -104,13 +215,25 @@ def test_the_plain_branch_is_the_oracles_with_an_anchor_and_without(
 def test_padding_has_no_effect_and_gets_no_gradient() -> None:
     case, forward, backward = problem(11, 13, (2, 2, 2)), Branch().forward, Branch().backward
     in_A, in_B = reference.real_entries(11, 13, case.ranks)
-    _, x, g = operands(case)
+    x, g = torch.randn(5, 13, dtype=torch.float64), torch.randn(5, 11, dtype=torch.float64)
     before = forward(case.factors(), x, case.weight)
     case.A[~in_A], case.B[~in_B] = 1e6, 1e6
     assert torch.equal(forward(case.factors(), x, case.weight), before)
     _, grad_A, grad_B = backward(case.factors(), g, x, case.weight, False)
     assert (grad_A[~in_A] == 0).all()
     assert (grad_B[~in_B] == 0).all()
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+def test_modulation_lifts_the_rank_above_the_budget_up_to_the_bound(modulation: str) -> None:
+    case = problem(48, 40, (2, 2))
+    labels = case.partition.row_labels.tolist(), case.partition.col_labels.tolist()
+    rank = int(torch.linalg.matrix_rank(case.smoa(modulation)))
+    assert rank == reference.rank_bound(case.weight, *labels, case.ranks, modulation)
+    assert (rank > 4) == (modulation == "hadamard")
+
+
+# 16 bits
 
 
 @pytest.mark.usefixtures("pieces")
@@ -125,21 +248,32 @@ def test_half_precision_rounds_the_update_once(dtype: torch.dtype, kind: str) ->
     delta = single.double().oracle("hadamard", 0.5)
     assert_close(y, x.double() @ delta.T)
     assert_close(grad_x, g.double() @ delta)
+    halves = single._replace(A=single.A.to(dtype), B=single.B.to(dtype))
+    assert halves.smoa("hadamard").dtype == torch.float32
+    assert_close(halves.smoa("hadamard"), halves.double().oracle("hadamard"))
 
 
-@pytest.mark.usefixtures("pieces")
-@pytest.mark.parametrize(("route", "conv1d"), [("one product", True), ("apart", False)])
-@pytest.mark.parametrize(("r", "num_blocks"), [(7, 1), (7, 3), (110, 3)])
-def test_whole_and_cut_runs_of_rows_give_the_oracles_values_and_gradients(
-    r: int, num_blocks: int, route: str, conv1d: bool
-) -> None:
-    assert_layer_is_the_oracles(r=r, num_blocks=num_blocks, alpha=3.0, route=route, conv1d=conv1d)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_blocks_are_rounded_to_the_dtype_of_products(dtype: torch.dtype) -> None:
+    case = problem(11, 13, (1, 4, 2))
+    update, weight = case.update("hadamard"), case.weight.to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # which does not reach the factors
+        found = [block for _, blocks in block_deltas(update, weight, dtype) for block in blocks]
+        for own, theirs in zip(found, case.partition.of(update.delta(weight.double())), strict=True):
+            assert own.dtype == product_dtype(dtype, "cpu")
+            assert_close(own, theirs, dtype)
 
 
-# which kernel is taken
+def test_a_pytorch_without_onednn_trains_and_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(torch.ops.__dict__, "mkldnn", SimpleNamespace())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    layer = adapted_layer(base_layer(8, 8, dtype=torch.bfloat16), r=4, num_blocks=2)
+    layer(torch.ones(2, 8, dtype=torch.bfloat16)).sum().backward()
+    assert all(factor.grad.any() for factor in factors(layer))
+    assert product_dtype(torch.bfloat16, "cpu") == torch.float32
 
 
-# memory
+# buffers
 
 
 def test_threads_and_calls_share_no_memory() -> None:
@@ -181,7 +315,7 @@ def test_a_call_with_fake_tensors_changes_nothing_for_later_ones(route: str, dty
 def test_a_step_holds_at_most_three_times_the_diagonal_blocks(dtype: torch.dtype, num_blocks: int, kind: str) -> None:
     weight = torch.randn(512, 768).to(dtype)  # beside which the factors and two tokens are small
     A, B = (torch.randn(shape) for shape in saved_shapes((512, 768), (1,) * num_blocks)[:2])
-    blocks: Blocks = make_partition(weight, num_blocks, kind)  # type: ignore[arg-type]
+    blocks: Blocks = make_partition(weight, num_blocks, kind)
     given = Factors(A, B, (1,) * num_blocks, 1.0, torch.ones(num_blocks), blocks)
     x, g = torch.randn(2, 768).to(dtype), torch.randn(2, 512).to(dtype)
     Branch().backward(given, g, x, weight, True)  # makes the buffers that a CPU keeps
@@ -195,47 +329,107 @@ def test_a_step_holds_at_most_three_times_the_diagonal_blocks(dtype: torch.dtype
         assert weight.nbytes / num_blocks < peak <= 3 / num_blocks * weight.nbytes + small
 
 
-def kept_for_backward(layer: SmoaLayer, x: Tensor) -> list[Tensor]:
-    """Tensors that autograd keeps from the forward, without the frozen parameters themselves."""
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        layer(x).sum().backward()
-    frozen = {p.untyped_storage().data_ptr() for p in layer.get_base_layer().parameters()}
-    return [t for t in kept if t.untyped_storage().data_ptr() not in frozen]
+# many adapters in one product
+
+SLOTS = torch.tensor([2, 0, 0, 1])  # one adapter in two groups, one in none
+SCALING = 0.5
 
 
-@pytest.mark.usefixtures("pieces")
+def adapters(out_features: int, in_features: int, ranks: tuple[int, ...], kind: str = "spectral") -> list[Problem]:
+    """Four of one weight."""
+    first, *others = (problem(out_features, in_features, ranks, kind) for _ in range(4))
+    return [first, *(first._replace(A=other.A, B=other.B) for other in others)]
+
+
+def stacked(own: Sequence[Problem], slots: Tensor | None = None) -> Gathered:
+    """The factors of adapters, each with a scale of its own."""
+    of_each = [case.factors(SCALING * (number + 1)) for number, case in enumerate(own)]
+    scale = torch.stack([each.scale(torch.promote_types(each.B.dtype, torch.float32)) for each in of_each])
+    return gathered(of_each[0].runs(), [each.A for each in of_each], [each.B for each in of_each], scale, slots)
+
+
+def diagonal_of(case: Problem, modulation: str = "hadamard", dtype: torch.dtype = torch.float64) -> Diagonal:
+    runs, weight = case.factors().runs(), case.weight.to(dtype)
+    entries = [run.of_matrix(weight, case.partition) for run in runs] if modulation == "hadamard" else None
+    return Diagonal(case.partition, runs, entries)
+
+
+def each_alone(own: list[Problem], x: Tensor, modulation: str = "hadamard") -> Tensor:
+    deltas = [case.oracle(modulation, SCALING * (number + 1)) for number, case in enumerate(own)]
+    return torch.stack([x[group] @ deltas[slot].T for group, slot in enumerate(SLOTS.tolist())])
+
+
 @pytest.mark.parametrize(
-    ("dtype", "conv1d", "dropout", "modulation"),
-    [
-        (torch.float32, False, 0.0, "hadamard"),
-        (torch.float32, True, 0.1, "hadamard"),
-        (torch.bfloat16, False, 0.1, "hadamard"),
-        (torch.bfloat16, True, 0.0, "hadamard"),
-        (torch.float32, True, 0.0, "none"),
-        (torch.bfloat16, False, 0.1, "none"),
-    ],
+    ("kind", "modulation"), [("spectral", "hadamard"), ("contiguous", "hadamard"), ("spectral", "none")]
 )
-def test_nothing_of_the_weights_size_is_kept_for_the_backward(
-    dtype: torch.dtype, conv1d: bool, dropout: float, modulation: str
+@cases
+def test_each_group_gets_what_its_own_adapter_gives_and_each_adapter_its_own_gradient(
+    out_features: int,
+    in_features: int,
+    ranks: tuple[int, ...],
+    kind: str,
+    modulation: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    base = base_layer(96, 80, conv1d=conv1d, dtype=dtype)
-    layer = adapted_layer(base, r=4, num_blocks=2, smoa_dropout=dropout, modulation=modulation).train()
-    x = torch.randn(3, 80, dtype=dtype, requires_grad=True)
-    largest = max(factor.numel() for factor in factors(layer)) + x.numel()
-    assert 0 < max(t.numel() for t in kept_for_backward(layer, x)) <= largest
-    if dtype == torch.bfloat16:
-        with torch.autocast("cpu", dtype):
-            assert max(t.numel() for t in kept_for_backward(layer, x.detach().float().requires_grad_())) <= largest
+    own = adapters(out_features, in_features, ranks, kind)
+    x = torch.randn(4, 5, in_features, dtype=torch.float64, requires_grad=True)
+    g, diagonal = torch.randn(4, 5, out_features, dtype=torch.float64), diagonal_of(own[0], modulation)
+    inputs = [x, *(part for case in own for part in (case.A, case.B))]
+    found, expected = shared(x, lambda: stacked(own, SLOTS), lambda: diagonal), each_alone(own, x, modulation)
+    assert_close(found, expected)
+    options = {"materialize_grads": True, "allow_unused": True}
+    assert_all_close(
+        torch.autograd.grad(found, inputs, g, **options), torch.autograd.grad(expected, inputs, g, **options)
+    )
+    with torch.no_grad():
+        for most in (1 << 20, 2 * max(ranks), 10 * max(ranks)):  # all, two tokens of a group, more than one group
+            monkeypatch.setattr("smoa.maths.kernels.shared.MOST_PRODUCTS", most)
+            total = g.clone()
+            add_shared(total, x, stacked(own, SLOTS), diagonal)
+            assert_close(total, g + expected)
+        if modulation == "hadamard":
+            assert_close(formed(x[0], stacked(own, SLOTS[:1]), diagonal), expected[0])
 
 
-# transforms
+def test_gradients_of_a_shared_product_can_be_differentiated_again() -> None:
+    own = adapters(6, 8, (1, 2))
+    x = torch.randn(4, 2, 8, dtype=torch.float64, requires_grad=True)
+
+    def double(y: Tensor) -> Tensor:
+        (first,) = torch.autograd.grad(y.square().sum(), own[0].A, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    found = shared(x, lambda: stacked(own, SLOTS), lambda: diagonal_of(own[0]))
+    assert_close(double(found), double(each_alone(own, x)))
 
 
-def test_a_pytorch_without_onednn_trains_and_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(torch.ops.__dict__, "mkldnn", SimpleNamespace())
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    layer = adapted_layer(base_layer(8, 8, dtype=torch.bfloat16), r=4, num_blocks=2)
-    layer(torch.ones(2, 8, dtype=torch.bfloat16)).sum().backward()
-    assert all(factor.grad.any() for factor in factors(layer))
-    assert product_dtype(torch.bfloat16, "cpu") == torch.float32
+@pytest.mark.parametrize("kind", ["spectral", "contiguous"])
+def test_bfloat16_is_multiplied_as_such_and_summed_in_float32(kind: str) -> None:
+    own = adapters(48, 64, (4, 4), kind)
+    x, diagonal = torch.randn(4, 5, 64).bfloat16(), diagonal_of(own[0], dtype=torch.bfloat16)
+    found = shared(x, lambda: stacked([case.double() for case in own], SLOTS), lambda: diagonal)
+    assert found.dtype == torch.bfloat16
+    expected = each_alone(own, x.double())
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < 6e-3  # a rounding of u, of z and of y, each 2^-9 at most
+
+
+def test_many_adapters_start_no_more_operations_than_one() -> None:
+    own = adapters(12, 12, (2, 2, 2)) * 8
+    counts = []
+    for slots in (torch.zeros(32, dtype=torch.int64), torch.arange(32)):
+        x, given = torch.randn(32, 1, 12, dtype=torch.float64), stacked(own, slots)
+        with torch.no_grad(), torch.autograd.profiler.profile() as profile:
+            add_shared(torch.zeros_like(x), x, given, diagonal_of(own[0]))
+        counts.append(len(profile.function_events))
+    assert counts[0] == counts[1]
+
+
+def test_a_gpu_takes_a_long_prompt_in_pieces_that_its_memory_holds() -> None:
+    """A meta tensor is not on a CPU either."""
+    taken = torch.zeros(32, 2 * MOST_ON_GPU)
+    for groups, tokens in _pieces(torch.empty(*taken.shape, 8, device="meta"), rank=2):
+        taken[groups, tokens] += 1
+        assert 2 * taken[groups, tokens].numel() <= MOST_ON_GPU
+    assert torch.equal(taken, torch.ones_like(taken))
+    assert len(_pieces(torch.empty(32, 1, 8, device="meta"), rank=8)) == 1  # a token of each of 32 adapters

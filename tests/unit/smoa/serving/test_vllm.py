@@ -281,24 +281,6 @@ def test_blocks_of_a_weight_that_is_stored_plainly_are_views_of_it() -> None:
     assert stack.blocks.nbytes == 0
 
 
-def test_a_reserved_kind_stays_and_takes_no_more() -> None:
-    case = problem(12, 10, (2, 1))
-    other = problem(12, 10, (2, 1, 1))
-    layer = one_rank([12], case.weight.float())
-    layer.reserve([part(case)], 3)
-    (stack,) = layer.stacks.values()
-    places = [own.data_ptr() for pair in stack.factors for own in pair]
-    for slot in range(3):
-        layer.set(slot, [part(case)])
-    assert not layer.is_new
-    for slot in range(3):
-        layer.reset(slot)
-        layer.set(slot, [part(other)])
-    assert layer.is_new
-    assert stack in layer.stacks.values()
-    assert places == [own.data_ptr() for pair in stack.factors for own in pair]
-
-
 # In vLLM's manager.
 
 

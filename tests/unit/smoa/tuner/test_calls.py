@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.checkpoint import CheckpointError
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, XLNetConfig, XLNetLMHeadModel
 
 from smoa import SmoaConfig
@@ -137,15 +137,6 @@ def test_a_checkpoint_that_would_lose_the_names_is_an_error(
             loss_of(model, names, tokens).backward()
 
 
-def test_a_checkpoint_of_ones_own_that_is_not_reentrant_raises_pytorchs_error() -> None:
-    model = gang()
-    layer = model.base_model.model.model.layers[0].mlp
-    forward = layer.forward
-    layer.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
-    with pytest.raises(CheckpointError):
-        loss_of(model, ["a1", "a2", "a1"]).backward()
-
-
 @pytest.mark.parametrize("r", [2, 4])  # at rank 1 of a block inference never forms ΔW
 def test_a_checkpoint_draws_the_same_dropout_again(r: int) -> None:
     found = []
@@ -186,6 +177,17 @@ def test_a_backward_within_a_call_with_names_computes_a_plain_call_again_without
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert_close(gradient, expected[name])
+
+
+def test_autocast_multiplies_a_mixed_batch_in_its_dtype() -> None:
+    model, names = gang().float(), [*NAMES[:4]]
+    loss_of(model, names).backward()
+    exact = gradients(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(input_ids=ids(len(names)), adapter_names=names).logits.float().square().sum()
+    loss.backward()
+    for name, gradient in gradients(model).items():
+        assert (gradient - exact[name]).norm() < 0.1 * exact[name].norm()  # 0.085 on CPUs without its instructions
 
 
 def test_a_frozen_adapter_is_refused_in_training() -> None:

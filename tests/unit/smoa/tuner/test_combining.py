@@ -11,11 +11,13 @@ from tests.support.layers import Wrapper, base_layer, randomise
 from tests.support.tolerance import assert_close
 
 
-def model_with(first: dict[str, object], second: dict[str, object], conv1d: bool = False) -> PeftModel:
+def model_with(
+    first: dict[str, object], second: dict[str, object], conv1d: bool = False, out_features: int = 13
+) -> PeftModel:
     def config(settings: dict[str, object]) -> SmoaConfig:
         return SmoaConfig(target_modules=["layer"], num_blocks=3, **settings)
 
-    model = get_peft_model(Wrapper(base_layer(13, 11, conv1d=conv1d)), config(first), "one")
+    model = get_peft_model(Wrapper(base_layer(out_features, 11, conv1d=conv1d)), config(first), "one")
     model.add_adapter("two", config(second))
     for name in ("one", "two"):
         randomise(layer_of(model), name)
@@ -26,13 +28,18 @@ def layer_of(model: PeftModel) -> nn.Module:
     return model.base_model.model.layer
 
 
-@pytest.mark.parametrize(("modulation", "conv1d"), [("hadamard", True), ("none", False)])
-def test_concatenation_is_exact_with_any_weights(modulation: str, conv1d: bool) -> None:
-    model = model_with({"r": 5, "alpha": 7, "modulation": modulation}, {"r": 3, "modulation": modulation}, conv1d)
+@pytest.mark.filterwarnings("ignore:num_blocks=3 is larger than a side:UserWarning")
+@pytest.mark.parametrize(
+    ("modulation", "conv1d", "out_features", "r"),
+    [("hadamard", True, 13, 8), ("none", False, 13, 8), ("hadamard", False, 2, 6)],
+)
+def test_concatenation_is_exact_with_any_weights(modulation: str, conv1d: bool, out_features: int, r: int) -> None:
+    first, second = {"r": 5, "alpha": 7, "modulation": modulation}, {"r": 3, "modulation": modulation}
+    model = model_with(first, second, conv1d, out_features)
     model.add_weighted_adapter(["one", "two"], [0.7, -1.3], "sum")
     layer = layer_of(model)
     assert_close(layer.delta("sum"), 0.7 * layer.delta("one") - 1.3 * layer.delta("two"))
-    assert layer.adapters["sum"].r == 8
+    assert layer.adapters["sum"].r == r
 
 
 @pytest.mark.parametrize(("combination", "normalized"), [("cat", {"scale": "layer"}), ("linear", {"scale": "block"})])
@@ -65,6 +72,7 @@ def test_a_combined_adapter_saves_and_loads(tmp_path: object) -> None:
         ({"r": 5}, (["one"], [1.0], "two", "cat"), "a new name"),
         ({"r": 5}, (["one", "two"], [1.0, 1.0], "sum", "svd"), "combination_type='svd'"),
         ({"r": 5}, (["one", "two"], [1.0, 1.0], "sum", "linear"), "equal block ranks"),
+        ({"r": 5}, (["one", "two"], [1.0, 1.0], "sum", "cat"), r"add up to \(4, 3, 2\), no even split"),
         ({"r": 3, "partition": "random"}, (["one", "two"], [1.0, 1.0], "sum", "cat"), "different partitions"),
         ({"r": 4, "rank_pattern": {"layer": 5}}, (["one", "two"], [1.0, 1.0], "sum", "cat"), "rank_pattern"),
     ],

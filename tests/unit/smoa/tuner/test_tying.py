@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from smoa import ConfigError, MergeError, SmoaConfig
 from smoa.hotswap import hotswap_adapter
-from smoa.tuner.tying import tied_groups
 from tests.support import golden, tiny_models
 from tests.support.layers import smoa_layers
 from tests.support.tiny_models import logits
@@ -123,9 +122,3 @@ def test_a_tied_adapter_is_swapped_for_a_tied_one_alone(tmp_path: Path) -> None:
     get_peft_model(golden.base("gemma3"), untied).save_pretrained(tmp_path / "untied")
     with pytest.raises(ConfigError, match="has ensure_weight_tying=False, not True"):
         hotswap_adapter(model, tmp_path / "untied")
-
-
-def test_layers_of_one_weight_are_found_before_and_after_they_are_adapted() -> None:
-    assert tied_groups(tiny_models.build("gemma3")) == [["model.embed_tokens", "lm_head"]]
-    assert tied_groups(tied().base_model.model) == [["model.embed_tokens", "lm_head"]]
-    assert tied_groups(tiny_models.build("llama")) == []
