@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
 import tomllib
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,18 +44,38 @@ PLACES = {
     ],
 }
 """The tests of each place, of which those named as the file with the fault run first."""
-SECONDS = 600
-"""How long the tests of a fault may take: one that lets them wait for ever was found."""
+FIRST = {
+    "loaded_run": "trainer",
+    "evaluate": "train",
+    "planning": "plan",
+    "decision": "verdict",
+    "progress": "run_study",
+    "results": "study_report",
+    "executor": "run_study",
+    "base_models": "base_model",
+    "run_report": "pages",
+    "tables": "pages",
+    "templates": "pages",
+    "card": "pages",
+    "validation": "run",
+    "folders": "basics",
+    "plain": "basics",
+}
+"""Files of source whose tests have another name."""
+SECONDS = 300
+"""Of computing that the tests of a fault may take: one that lets them loop for ever was found."""
 
 
 class Fault(NamedTuple):
-    """In ``file`` of src/smoa_lab, ``old``, which stands there once, becomes ``new``."""
+    """In ``file`` of src/smoa_lab, ``old``, which stands there once, becomes ``new``. Files with ``tests`` in the name
+    run first, by default those named as ``file``."""
 
     place: str
     file: str
     old: str
     new: str
     reason: str
+    tests: str = ""
 
     def plant(self, source: Path) -> None:
         path = source / "smoa_lab" / self.file
@@ -86,17 +107,18 @@ class Finder:
             self.found = report.nodeid
 
 
-def tests_of(fault: Fault, tree: Path) -> list[str]:
-    """Files of a place, those first that are named as the file with the fault."""
+def tests_of(fault: Fault, tree: Path) -> list[list[str]]:
+    """The files of a place that are named as the file with the fault, and the others."""
     files = []
     for place in PLACES[fault.place]:
         files += sorted((tree / place).rglob("test_*.py")) if (tree / place).is_dir() else [tree / place]
     stem = Path(fault.file).stem
-    first = [file for file in files if stem.removesuffix("s") in file.stem]
-    return [str(file.relative_to(tree)) for file in [*first, *(file for file in files if file not in first)]]
+    wanted = fault.tests or FIRST.get(stem, stem)
+    named = [str(file.relative_to(tree)) for file in files if wanted in file.name]
+    return [named, [name for file in files if (name := str(file.relative_to(tree))) not in named]]
 
 
-def _test(fault: Fault, tree: Path, source: Path, told: Path) -> None:
+def _test(fault: Fault, tree: Path, source: Path, told: Path, known: str | None) -> None:
     """What the process of a fault does, which ends with it."""
     os.chdir(tree)
     os.environ["PYTHONPATH"] = str(source)
@@ -104,17 +126,25 @@ def _test(fault: Fault, tree: Path, source: Path, told: Path) -> None:
     sys.path[:] = [str(source), str(tree), *(each for each in sys.path if each not in ours)]
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    finder = Finder()
+    finder, busy = Finder(), time.process_time()
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
     try:
-        pytest.main([*options, *tests_of(fault, tree)], plugins=[finder])
-        told.write_text(json.dumps({"found_by": finder.found, "tests": finder.number}), encoding="utf-8")
+        for tests in [[known] if known else [], *tests_of(fault, tree)]:
+            if tests and not (finder.found and finder.number):
+                finder.found = None
+                pytest.main([*options, *tests], plugins=[finder])
+        told.write_text(
+            json.dumps({"found_by": finder.found, "tests": finder.number, "cpu": round(time.process_time() - busy, 1)}),
+            encoding="utf-8",
+        )
     finally:
         os._exit(0)
 
 
-def find(fault: Fault, tree: Path) -> dict[str, Any]:
-    """Plant a fault and run its place's tests in a process of their own, which has what they import already."""
+def find(fault: Fault, tree: Path, known: str | None) -> dict[str, Any]:
+    """Plant a fault and run its place's tests, first the one that is ``known`` to find it, in a process of their own,
+    which has what they import already."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as room:
         source, told = Path(room, "src"), Path(room, "told.json")
@@ -122,15 +152,18 @@ def find(fault: Fault, tree: Path) -> dict[str, Any]:
         fault.plant(source)
         child = os.fork()
         if child == 0:
-            _test(fault, tree, source, told)
-        while os.waitpid(child, os.WNOHANG) == (0, 0):
-            time.sleep(0.1)
-            if time.monotonic() - began > SECONDS:
-                os.kill(child, signal.SIGKILL)
-        ended = time.monotonic() - began > SECONDS
+            _test(fault, tree, source, told, known)
+        _, status = os.waitpid(child, 0)
+        ended = os.WIFSIGNALED(status) and not told.is_file()
         assert ended or told.is_file(), f"{fault.reason}: its tests could not be run"
-        known = json.loads(told.read_text()) if told.is_file() else {"found_by": "the time limit", "tests": None}
-    return {"place": fault.place, "reason": fault.reason, **known, "seconds": round(time.monotonic() - began, 1)}
+        known_now = {"found_by": "the time limit", "tests": None} if ended else json.loads(told.read_text())
+    return {"place": fault.place, "reason": fault.reason, **known_now, "seconds": round(time.monotonic() - began, 1)}
+
+
+def in_turns() -> list[Fault]:
+    """Those of all places in turns, so that a run that is ended early has some of each."""
+    by_place = ([fault for fault in FAULTS if fault.place == place] for place in PLACES)
+    return [fault for turn in zip_longest(*by_place) for fault in turn if fault is not None]
 
 
 def main() -> None:
@@ -138,18 +171,30 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("--place", choices=PLACES)
     parser.add_argument("--tree", type=Path, default=ROOT)
+    parser.add_argument(
+        "--after", type=Path, help="an earlier table, whose tests run first; faults that it lacks aren't planted"
+    )
     given = parser.parse_args()
     lines = given.table.read_text(encoding="utf-8").splitlines() if given.table.is_file() else []
     known = {(line["place"], line["reason"]) for line in map(json.loads, lines)}
+    earlier = given.after.read_text(encoding="utf-8").splitlines() if given.after else []
+    before = {(line["place"], line["reason"]): line["found_by"] for line in map(json.loads, earlier)}
     import datasets  # noqa: F401 - before the fork: they take seconds, and no fault is in them
     import peft  # noqa: F401
+    import scipy.special  # noqa
     import transformers  # noqa: F401
     import trl.trainer.dpo_trainer
     import trl.trainer.sft_trainer  # noqa: F401
 
-    for fault in FAULTS:
-        if (fault.place, fault.reason) not in known and given.place in (None, fault.place):
-            line = find(fault, given.tree.resolve())
+    sys.path.insert(0, str(given.tree / "src"))
+    import smoa  # noqa: F401 - the library has no fault
+
+    assert "smoa_lab" not in sys.modules
+    for fault in in_turns():
+        name = fault.place, fault.reason
+        wanted = given.place in (None, fault.place) and (given.after is None or name in before)
+        if wanted and name not in known:
+            line = find(fault, given.tree.resolve(), before.get(name))
             with given.table.open("a", encoding="utf-8") as table:
                 table.write(json.dumps(line) + "\n")
 
