@@ -70,21 +70,3 @@ def test_the_demo_needs_no_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     assert "far enough" in CliRunner().invoke(app, ["demo"]).output
     assert started == [load_config(DEMO)]
-
-
-def test_a_second_demo_gives_the_same_scores_and_leaves_the_first_as_it_is(
-    finished: tuple[str, Path], overrides: list[str]
-) -> None:
-    first = (finished[1] / "metrics.json").read_bytes()
-    result = CliRunner().invoke(app, ["demo", str(DEMO), *overrides], catch_exceptions=False)
-    assert result.exit_code == 0
-    assert "run-2" in result.output
-    assert (finished[1] / "metrics.json").read_bytes() == first
-    scores = [
-        json.loads((finished[1].with_name(name) / "metrics.json").read_text())["evaluation"]
-        for name in ("run", "run-2")
-    ]
-    assert scores[0] == scores[1]
-    refused = CliRunner().invoke(app, ["train", str(DEMO), *overrides])
-    assert refused.exit_code == 1
-    assert "contains a finished run" in refused.output

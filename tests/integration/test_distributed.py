@@ -1,6 +1,5 @@
 """Two processes over gloo against one that accumulates as much: through accelerate and PyTorch, no engine of ours."""
 
-import copy
 import json
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from tests.integration.workers.strategies import (
     labels,
     micro_batches,
     train_alone,
-    with_biases,
     with_embedding_and_convolution,
     with_experts,
 )
@@ -73,13 +71,6 @@ def test_the_loss_curve_is_that_of_one_process_with_twice_the_accumulation(
     assert first["labels"] == second["labels"] == labels(one_process[0])
     assert first.get("pending", True)
     assert second.get("pending", True)
-
-
-def test_a_base_that_is_sharded_already_is_gathered_to_be_decomposed(
-    ranks: list[dict[str, Any]], one_process: tuple[PeftModel, list[float]]
-) -> None:
-    for result in of_strategy(ranks, "sharded_base"):
-        assert result["labels"] == labels(one_process[0])
 
 
 def test_a_merge_under_fsdp2_adds_the_adapter_and_its_undo_restores_every_bit(ranks: list[dict[str, Any]]) -> None:
@@ -138,25 +129,6 @@ def test_other_kinds_of_layers_under_fsdp2_follow_one_process(
     ranks: list[dict[str, Any]], folder: Path, strategy: str, build: Callable[[], PeftModel], tmp_path: Path
 ) -> None:
     assert_is_one_process(ranks, folder, strategy, train_alone(build()), tmp_path)
-
-
-@pytest.mark.parametrize("bias", ["smoa_only", "all"])
-def test_biases_trained_under_fsdp2_load_back_on_one_process(
-    ranks: list[dict[str, Any]], folder: Path, tmp_path: Path, bias: str
-) -> None:
-    first, second = of_strategy(ranks, "fsdp2_biases")
-    model, losses = train_alone(with_biases(bias))
-    assert first["losses"][bias] == second["losses"][bias] == pytest.approx(losses, rel=CURVE_TOLERANCE)
-    model.save_pretrained(tmp_path)
-    expected = load_file(tmp_path / "adapter_model.safetensors")
-    assert_same_adapter(load_file(folder / "fsdp2_biases" / bias / "adapter_model.safetensors"), expected)
-    base = tiny_models.build("gpt2")
-    reloaded = PeftModel.from_pretrained(copy.deepcopy(base), folder / "fsdp2_biases" / bias)
-    assert_same_logits(reloaded, model)
-    before, trained = dict(base.named_parameters()), reloaded.base_model.model.named_parameters()
-    changed = {n for n, p in trained if n.endswith("bias") and not torch.equal(p, before[n.replace(".base_layer", "")])}
-    assert any(".base_layer." in name for name in changed)
-    assert any(".base_layer." not in name for name in changed) == (bias == "all")
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "adapter_only"])

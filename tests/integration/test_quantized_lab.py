@@ -63,7 +63,11 @@ def test_a_run_trains_on_the_quantized_model_and_is_scored_again_from_its_folder
     full, _ = load_weights(ModelSection(name=config["model"]["name"]))
     packed = metrics["parameters"]
     assert packed["total"] - packed["trainable"] == sum(weight.numel() for weight in full.parameters())
-    merge_run(run.folder, run.folder.with_name("merged"))
+    found = merge_run(run.folder, run.folder.with_name("merged"))
+    assert any("dequantized" in note for note in found.notes)
+    assert found.dtype_name == "float32"  # not what the base computes in
+    assert "dequantized" in (run.folder.with_name("merged") / "README.md").read_text()
+    assert merge_run(run.folder, run.folder.with_name("plain"), base=config["model"]["name"]).notes == ()
     verdict = verify_merged(run.folder, run.folder.with_name("merged"))  # both on the weights that were quantized
     assert not isinstance(verdict, str)
     assert verdict.agrees, verdict.line()

@@ -30,7 +30,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "group_by_length": {"training": {"train_sampling_strategy": "group_by_length"}},
     "AdaLoRA": {"method": "adalora", "adapter": ADALORA},
     "NEFTune": {"training": {"neftune_noise_alpha": 5.0}},
+    "last step": {"killed_after": 4, "training": {"lr_scheduler_type": "polynomial"}},  # which divides by the steps
+    "no patience left": {
+        "killed_after": 3,
+        "training": {**VALIDATED, "learning_rate": 0.0, "max_steps": 8},
+        "early_stopping": 2,
+    },
 }
+STEPS = {"early stopping": 3, "no patience left": 3}
+"""Of a run that ends before its fourth step."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -38,7 +46,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    of_kind = KINDS[kind]
+    of_kind = dict(KINDS[kind])
+    killed_after = of_kind.pop("killed_after", 2)
     rows = write_rows(tmp_path / "rows.jsonl", pairs(40) if kind == "DPO" else chats(40))
     training = {"max_steps": 4, "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 1, "warmup_steps": 1}
     sections = {
@@ -56,12 +65,12 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(
         for name in ("whole", "broken")
     )
     expected = train(whole)
-    with killed_after_saving(2, monkeypatch):
+    with killed_after_saving(killed_after, monkeypatch):
         train(broken)
     found = train(broken)
     assert found["training"]["resumed"]
     assert "tokens_per_second" in expected["training"].keys() - found["training"].keys()
-    assert found["training"]["steps"] == expected["training"]["steps"] == (3 if kind == "early stopping" else 4)
+    assert found["training"]["steps"] == expected["training"]["steps"] == STEPS.get(kind, 4)
     assert losses(found) == losses(expected)
     assert found["evaluation"] == expected["evaluation"]
     saved, unbroken = (load_file(one.folder / "adapter" / "adapter_model.safetensors") for one in (broken, whole))

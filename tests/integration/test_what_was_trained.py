@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 from smoa import SmoaConfig
 from smoa_lab.base_models import RunModel, load_weights
@@ -21,8 +21,7 @@ from smoa_lab.data.chat_templates import saved_chat_template
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.inspect import inspect_layers
 from smoa_lab.merge import merge_run
-from smoa_lab.open_run import adapter_of_run, model_of, open_run
-from smoa_lab.training.loaded_run import load_run
+from smoa_lab.open_run import model_of, open_run
 from smoa_lab.training.train import run
 from smoa_lab.verify import verify
 from tests.support import lab
@@ -35,25 +34,6 @@ ROPE = {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "facto
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     training = lab.steps(6, learning_rate=0.05)
     return lab.tiny_run(tmp_path, monkeypatch, train=20, test=4, training=training, forgetting={"tokens": 0})
-
-
-def test_options_of_the_model_are_merged_and_verified_too(config: dict[str, Any], tmp_path: Path) -> None:
-    config["model"]["options"] = ROPE
-    checked = check_config(config)
-    metrics = run(checked)
-    section = model_of(adapter_of_run(checked.folder)).section
-    assert section.options == ROPE
-    assert section.dtype == "float32"
-    elsewhere = model_of(adapter_of_run(checked.folder), str(tmp_path / "base")).section
-    assert elsewhere.options == ROPE
-    merge_run(checked.folder, tmp_path / "merged")
-    assert AutoConfig.from_pretrained(tmp_path / "merged").rope_parameters["factor"] == 4
-    merged, _ = load_weights(ModelSection(name=str(tmp_path / "merged"), dtype="float32"))
-    evaluation, _ = load_run(checked, trains=False).evaluation(answers=False)
-    assert evaluation.measure_once(merged).losses.mean == pytest.approx(
-        metrics["evaluation"]["after"]["loss"], abs=1e-5
-    )
-    assert all(verdict.agrees for verdict in verify(checked.folder, ["merged", str(tmp_path / "merged")]))
 
 
 def test_all_that_load_a_runs_model_take_it_whole(
@@ -79,6 +59,7 @@ def test_all_that_load_a_runs_model_take_it_whole(
 
     monkeypatch.setattr(RunModel, "load", noted)
     run(checked)
+    assert model_of(checked.folder / "adapter", str(base)).section.options == ROPE
     evaluate_run(*open_run(checked.folder))
     Chat(str(checked.folder), {})
     Chat(str(checked.folder / "adapter"), {})
@@ -94,60 +75,15 @@ def test_all_that_load_a_runs_model_take_it_whole(
         assert tokenizer.pad_token_id in model.generation_config.eos_token_id
 
 
-@pytest.mark.parametrize("options", [{}, ROPE])
-def test_the_reference_of_a_whole_model_is_the_model_that_is_trained(
-    options: dict[str, Any], config: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_reference_of_a_whole_model_is_the_model_that_is_trained(config: dict[str, Any], tmp_path: Path) -> None:
     del config["adapter"]
     config["data"] = {"train": str(write_rows(tmp_path / "pairs.jsonl", pairs(20))), "test_examples": 4}
-    config["model"]["options"] = options
+    config["model"]["options"] = ROPE
     config["training"]["learning_rate"] = 1e-3
     history = run(check_config({**config, "method": "full", "trainer": "dpo"}))["history"]
     assert history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
     assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert history[-2]["rewards/margins"] != 0
-
-
-TURNS = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def test_a_merged_model_stops_where_chat_does(config: dict[str, Any], tmp_path: Path) -> None:
-    tokenizer = lab.byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    lab.saved(lab.tiny_llama(len(tokenizer), 512), tokenizer, tmp_path / "chat")
-    template = tmp_path / "turns.jinja"
-    template.write_text(TURNS)
-    config["model"]["name"] = str(tmp_path / "chat")
-    config["data"] = {"train": str(write_rows(tmp_path / "chats.jsonl", chats(20))), "template": str(template)}
-    checked = check_config({**config, "data": {**config["data"], "samples": 0, "test_examples": 2}})
-    run(checked)
-    merge_run(checked.folder, tmp_path / "merged")
-    stops = GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id
-    assert stops == [2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == TURNS
-
-
-@pytest.mark.parametrize("way", ["jinja", "config", "named"])
-def test_a_template_is_read_and_no_code_is_needed(way: str, tmp_path: Path) -> None:
-    own = {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["x.X", None]}}
-    found: Any = (
-        TURNS if way == "config" else [{"name": "rag", "template": "x"}, {"name": "default", "template": TURNS}]
-    )
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps(own | ({"chat_template": found} if way != "jinja" else {}))
-    )
-    if way == "jinja":
-        (tmp_path / "chat_template.jinja").write_text(TURNS)
-    assert saved_chat_template(tmp_path) == TURNS
-
-
-def test_a_folder_without_a_template_has_none(tmp_path: Path) -> None:
-    assert saved_chat_template(tmp_path) is None
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    assert saved_chat_template(tmp_path) is None
 
 
 @pytest.mark.parametrize("command", [["chat"], ["merge"], ["verify"], ["eval"], ["inspect"]])

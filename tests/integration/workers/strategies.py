@@ -20,7 +20,6 @@ from accelerate.utils import DistributedType, load_fsdp_model, save_fsdp_model
 from peft import PeftModel, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 
 import smoa.layers.adapter
 from smoa import PartitionError, SmoaConfig, make_partition, merged
@@ -47,11 +46,6 @@ def adapted(base: nn.Module | None = None, targets: list[str] = TARGETS, **optio
     torch.manual_seed(0)
     settings = {"r": 4, "num_blocks": 2, "alpha": 8, "target_modules": targets} | options
     return get_peft_model(base, SmoaConfig(**settings))
-
-
-def with_biases(bias: str) -> PeftModel:
-    """A model of another family, whose layers have biases, some of which are trained."""
-    return adapted(tiny_models.build("gpt2"), targets=["c_attn", "c_proj"], bias=bias)
 
 
 def with_experts() -> PeftModel:
@@ -192,13 +186,6 @@ def broken_weights(folder: Path) -> Result:
     return {"error": None}
 
 
-def sharded_base(folder: Path) -> Result:
-    """The adapter is injected into weights that FSDP2 has sharded already."""
-    base = tiny_models.build("llama")
-    fully_shard(base)
-    return {"labels": labels(adapted(base))}
-
-
 def fsdp2(folder: Path, **options: Any) -> Result:
     accelerator = fresh_accelerator(fsdp_plugin=plugin(2, **options))
     loads_on_rank_zero = bool(options.get("cpu_ram_efficient_loading"))
@@ -273,16 +260,6 @@ def _merges(model: Any) -> list[float]:
     return [*distances, float((model(input_ids=ids).logits - before).abs().max())]
 
 
-def fsdp2_biases(folder: Path) -> Result:
-    """Losses by the biases that are trained."""
-    losses = {}
-    for bias in ("smoa_only", "all"):
-        accelerator = fresh_accelerator(fsdp_plugin=plugin(2, transformer_cls_names_to_wrap=["GPT2Block"]))
-        model, _, losses[bias] = train(accelerator, with_biases(bias))
-        save_adapter(accelerator, model, folder / bias)
-    return {"losses": losses}
-
-
 def fsdp2_experts(folder: Path) -> Result:
     accelerator = fresh_accelerator(fsdp_plugin=plugin(2, transformer_cls_names_to_wrap=["Qwen3MoeDecoderLayer"]))
     model, _, losses = train(accelerator, with_experts())
@@ -320,11 +297,9 @@ SCENARIOS: list[Callable[[Path], Result]] = [
     ddp,
     disagreeing_weights,
     broken_weights,
-    sharded_base,
     fsdp2_full,
     fsdp2_sharded,
     fsdp2_documented,
-    fsdp2_biases,
     fsdp2_experts,
     fsdp2_embedding_and_convolution,
     fsdp1_flat,

@@ -129,18 +129,6 @@ def test_a_packaged_model_that_arrives_broken_leaves_nothing(tmp_path: Path, mon
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_marks_that_a_gguf_file_leaves_on_a_model_are_taken_off(tmp_path: Path) -> None:
-    model, _ = load_weights(ModelSection(name=str(lab.tiny_base(tmp_path))))
-    model.config.quantization_config = model.hf_quantizer = object()
-    model.is_quantized, model.quantization_method = True, "gguf"
-    base_models._unmark_gguf(model)
-    base_models._unmark_gguf(model)  # where there are none
-    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
-        assert not getattr(model, mark, None)
-    model.save_pretrained(tmp_path / "again")
-    assert "quantization_config" not in (tmp_path / "again" / "config.json").read_text()
-
-
 def test_the_tokenizer_comes_from_the_same_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = lab.tokenizer_revisions(monkeypatch)
     load_tokenizer(

@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smoa.errors import ConfigError, DataError, SmoaError
+from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import RunModel
 from smoa_lab.chat import COMMANDS
 from smoa_lab.config.run import ModelSection, check_config
@@ -18,7 +16,7 @@ from smoa_lab.data.chat_templates import alpaca
 from smoa_lab.open_run import find_model
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.chats import KeptChat, chat_base, saved_adapter, written
-from tests.support.lab import byte_tokenizer, tiny_base
+from tests.support.lab import tiny_base
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -149,45 +147,11 @@ def test_an_adapter_and_its_base_each_write_their_own_text(tmp_path: Path, base:
     assert said(KeptChat(tmp_path / "lora")) == by_generate(base, tmp_path / "lora") != texts["base"]
 
 
-def damage(adapter: Path) -> None:
-    """Give its factors a shape that fits no layer."""
-    file = adapter / "adapter_model.safetensors"
-    tensors = load_file(file)
-    save_file({name: torch.cat([one, one], -1) if "smoa_B" in name else one for name, one in tensors.items()}, file)
-
-
-def test_an_adapter_that_cannot_work_is_an_error_of_ours(tmp_path: Path, base: Path, mine: Path) -> None:
-    cut, unfit, lora = (Path(shutil.copytree(mine, tmp_path / name)) for name in ("cut", "unfit", "lora"))
-    file = cut / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:100])
-    damage(unfit)
-    config = LoraConfig(r=2, target_modules=["nothing"], base_model_name_or_path=str(base))
-    config.save_pretrained(lora)
-    for place, told in (
-        (cut, "is not a whole safetensors file"),
-        (unfit, "doesn't fit the layer"),
-        (lora, "lora: cannot be loaded"),
-    ):
-        with pytest.raises(SmoaError, match=told):
-            KeptChat(place)
-
-
 def test_an_adapter_in_a_folder_called_base_has_another_name(tmp_path: Path, mine: Path) -> None:
     talk = KeptChat(Path(shutil.copytree(mine, tmp_path / "base")))
     assert talk.name == "base-2"
     talk.base()
     assert talk.name == "base"
-
-
-def test_an_answer_stops_where_the_template_saved_with_the_adapter_ends_a_turn(tmp_path: Path, mine: Path) -> None:
-    mine = Path(shutil.copytree(mine, tmp_path / "mine"))
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
-    tokenizer.save_pretrained(mine)
-    model = KeptChat(mine)
-    assert model.tokenizer.chat_template == tokenizer.chat_template
-    ends: Any = model.base_model.generation_config
-    assert tokenizer.pad_token_id in ends.eos_token_id
 
 
 def test_the_model_sees_the_system_prompt_and_all_turns(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.verify import verify
 from tests.support import lab, tiny_models
 from tests.support.tolerance import assert_close
+from tests.unit.smoa_lab.test_merge import saved
 
 pytestmark = pytest.mark.skipif(not hasattr(peft, "convert_to_lora"), reason="this PEFT has no convert_to_lora")
 ADAPTER = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}
@@ -134,21 +135,6 @@ def test_the_errors_that_are_reported_are_those_of_the_loaded_lora(
     assert report["parameters"] == sum(p.numel() for name, p in theirs.named_parameters() if ".lora_" in name)
 
 
-def saved_adapter(folder: Path, family: str = "llama", **config: Any) -> PeftModel:
-    """An adapter in ``folder``, whose biases and whole modules were trained too, and its base in ``folder/base``."""
-    base = tiny_models.build(family)
-    base.save_pretrained(folder / "base")
-    lab.byte_tokenizer().save_pretrained(folder / "base")
-    base.name_or_path = str(folder / "base")
-    options = {"r": 4, "num_blocks": 2, "init_weights": False, "task_type": "CAUSAL_LM"} | config
-    model = get_peft_model(base, SmoaConfig(**options)).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "smoa_" not in name:
-            nn.init.normal_(parameter)
-    model.save_pretrained(folder)
-    return model
-
-
 @pytest.mark.parametrize(
     ("family", "config"),
     [
@@ -158,8 +144,7 @@ def saved_adapter(folder: Path, family: str = "llama", **config: Any) -> PeftMod
     ],
 )
 def test_what_was_trained_besides_comes_along(family: str, config: dict[str, Any], tmp_path: Path) -> None:
-    model = saved_adapter(tmp_path / "adapter", family, **config)
-    base = str(tmp_path / "adapter" / "base")
+    model, base = saved(tmp_path / "base", tmp_path / "adapter", family, **config), str(tmp_path / "base")
     convert_run(tmp_path / "adapter", tmp_path / "lora", 999, base=base)
     lora = PeftModel.from_pretrained(tiny_models.build(family), tmp_path / "lora").eval()
     own = lora.peft_config["default"]
@@ -169,7 +154,7 @@ def test_what_was_trained_besides_comes_along(family: str, config: dict[str, Any
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 def test_layers_that_are_not_linear_are_refused_with_the_remedy(tmp_path: Path) -> None:
-    saved_adapter(tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
+    saved(tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
     with pytest.raises(UnsupportedModuleError, match=r"embed_tokens: PEFT converts linear layers only; merge"):
         convert_run(tmp_path / "adapter", tmp_path / "lora", 2)
     assert not (tmp_path / "lora").exists()

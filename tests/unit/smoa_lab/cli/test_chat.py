@@ -1,4 +1,3 @@
-import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -111,17 +110,6 @@ def test_ctrl_c_ends_a_pipe(base: Path, monkeypatch: pytest.MonkeyPatch) -> None
     done = talk(base, "one", "two")
     assert done.exit_code == 130
     assert "resume" not in done.output
-
-
-def test_what_is_wrong_with_the_place_is_one_line_and_an_unknown_dtype_a_usage_error(
-    tmp_path: Path, base: Path
-) -> None:
-    done = talk(tmp_path / "nowhere")
-    assert done.exit_code == 1
-    assert done.stdout == ""
-    assert re.match("error: .*nowhere.* Give a Hub id, a folder", done.stderr)
-    assert done.stderr.count("\n") == 1
-    assert talk(base, options=("--dtype", "float8")).exit_code == 2
 
 
 def test_a_system_prompt_is_checked_before_the_first_line_is_read(base: Path) -> None:

@@ -6,7 +6,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from smoa_lab.cli.main import app
-from tests.support.own_rows import chat, chats, pairs, rows_base, rows_values, write_rows
+from tests.support.own_rows import chat, chats, rows_base, rows_values, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +58,6 @@ def test_rows_that_are_all_bad_are_listed_too_and_json_has_the_account_alone(bas
     assert account["format"] == "messages"
 
 
-def test_preferences_and_other_templates_are_shown(base: Path, tmp_path: Path) -> None:
-    done = check(write_rows(tmp_path / "pairs.jsonl", pairs(3)), base, "--examples", "1")
-    assert "preference" in done.stdout
-    assert ", I think.<eos>⟧" in done.stdout
-    done = check(write_rows(tmp_path / "rows.jsonl", chats(3)), base, "--template", "alpaca", "--examples", "1")
-    assert "### Response:" in done.stdout
-
-
 def test_a_runs_file_says_model_and_rows(base: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", chats(5))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(rows_values(tmp_path, file, base, data={"max_length": 40})))
@@ -76,19 +68,3 @@ def test_a_runs_file_says_model_and_rows(base: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     done = check(tmp_path / "run.yaml", Path("nowhere"))
     assert (done.exit_code, "1 bad rows" in done.stdout) == (0, True)
-
-
-@pytest.mark.parametrize("options", [("--format", "chat"), ("--template", "alpacca"), ("--model", "nowhere")])
-def test_what_cannot_be_used_is_one_clear_error(options: tuple[str, str], base: Path, tmp_path: Path) -> None:
-    done = check(write_rows(tmp_path / "rows.jsonl", chats(5)), base, *options)
-    assert done.exit_code == 1
-    assert done.stderr.count("error: ") == 1
-    assert isinstance(done.exception, SystemExit)
-
-
-def test_an_empty_place_is_not_the_current_folder(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "rows.jsonl", chats(3))
-    done = check("", base)
-    assert done.exit_code == 1
-    assert "data: give either train, a file, a folder or a name, or hub" in done.stderr

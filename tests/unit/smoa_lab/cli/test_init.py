@@ -50,11 +50,6 @@ def test_plain_text_and_pairs_of_texts_need_no_template_and_pairs_of_turns_do() 
     assert (found["format"], found["template"]) == ("preference", "alpaca")
 
 
-def test_the_length_at_which_preferences_are_cut_is_that_of_the_longer_answer() -> None:
-    found = data_block([{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No. " * 40} for i in range(20)])
-    assert found["max_length"] == 192
-
-
 def test_preferences_get_their_trainer_and_choices_a_template(tmp_path: Path) -> None:
     write_rows(Path("rows.jsonl"), [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(20)])
     assert first_values("base", "rows.jsonl")["trainer"] == "dpo"
@@ -147,9 +142,6 @@ BOTH = "give the YAML file of a run, which names model and data, or both --model
         ((), BOTH),
         (("--model", "base"), BOTH),
         (("run.yaml", "--data", "talks.jsonl"), BOTH),
-        (("--model", "base", "--data", "none.jsonl"), "none.jsonl: no such file"),
-        (("--model", "base", "--data", "odd.jsonl"), "odd.jsonl"),
-        (("--model", "nowhere/at/all", "--data", "talks.jsonl"), "cannot load 'nowhere/at/all'"),
         ((*GIVEN[:4], "adapter.rr=4"), "adapter.rr"),
         ((*GIVEN[:4], "model.trust_remote_code=true"), "if you trust it, give --trust-remote-code"),
     ],
@@ -157,7 +149,6 @@ BOTH = "give the YAML file of a run, which names model and data, or both --model
 def test_what_cannot_be_trained_without_a_file_is_one_error(
     tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    write_rows(tmp_path / "odd.jsonl", [{"columns": "unknown"}])
     refused = train(*arguments)
     assert refused.exit_code == 1
     assert message in refused.stderr
@@ -177,9 +168,6 @@ def test_model_and_data_are_asked_for(tmp_path: Path) -> None:
     [
         (("mine.txt", *GIVEN), "mine.txt: the name of a config ends in .yaml"),
         (("talks.jsonl/mine.yaml", *GIVEN), "mine.yaml: cannot be written (Not a directory); choose another place"),
-        ((*GIVEN, "--parameters", "1"), "too small"),
-        (("--model", "nowhere/at/all", "--data", "talks.jsonl"), "cannot load 'nowhere/at/all'"),
-        (("--model", "base", "--data", "none.jsonl"), "none.jsonl"),
         (("--model", "base", "--data", "bad.jsonl"), "1 bad row; nothing is trained"),
     ],
 )

@@ -1,7 +1,6 @@
 """`smoa train` on rows: what it prints, and that a damaged file is one clear error."""
 
 import copy
-import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from smoa_lab.cli.main import app
 from tests.support.lab import questions
 from tests.support.metrics import ALIKE
 from tests.support.own_rows import MARKED, chats, rows_values, tiny_chat_model, tokenizer_with, write_rows
-
-GOOD = [{"text": f"The shop opens at {i}."} for i in range(6)]
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +67,6 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_model_is_loaded(
     monkeypatch.setenv("SMOA_CACHE", str(rows))
     monkeypatch.setattr(base_models, "load_weights", pytest.fail)
     assert_refused(command(room, rows), room, "cannot be written (Not a directory); choose another place")
-
-
-def test_the_same_command_runs_once_the_file_is_fixed(room: Path) -> None:
-    rows, content = room / "rows.jsonl.gz", gzip.compress("".join(json.dumps(row) + "\n" for row in GOOD).encode())
-    for damage in (b"", content[:-4]):
-        rows.write_bytes(damage)
-        assert command(room, rows).exit_code == 1
-        assert not (room / "run").exists()
-    rows.write_bytes(content)
-    done = command(room, rows, "--json", data={"test_examples": 0})
-    assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout)["training"]["steps"] == 2
 
 
 def test_the_result_of_rows_is_printed(room: Path) -> None:

@@ -49,6 +49,7 @@ from smoa_lab.data.answers import RULES
         ("contains", "female", "male", False),
         ("contains", "14", "4", False),
         ("contains", "1.4", "4", False),
+        ("contains", "4.5", "4", False),
         ("contains", "-4", "4", False),
         ("contains", "not toxic", "toxic", False),
         ("contains", "It isn't toxic", "toxic", False),

@@ -1,4 +1,6 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import GenerationConfig
@@ -109,12 +111,21 @@ def test_without_such_a_token_generation_stops_where_it_did(template: str) -> No
     assert model.generation_config.eos_token_id == 2
 
 
-def test_the_template_beside_an_adapter_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["jinja", "config", "named"])
+def test_the_template_beside_an_adapter_is_read_and_no_code_is_needed(way: str, tmp_path: Path) -> None:
+    named = [{"name": "rag", "template": "x"}, {"name": "default", "template": MARKED}]
+    own: dict[str, Any] = {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["x.X", None]}}
+    own |= {"config": {"chat_template": MARKED}, "named": {"chat_template": named}}.get(way, {})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+    if way == "jinja":
+        (tmp_path / "chat_template.jinja").write_text(MARKED)
+    assert saved_chat_template(tmp_path) == MARKED
+
+
+def test_a_folder_without_a_template_has_none(tmp_path: Path) -> None:
     assert saved_chat_template(tmp_path) is None
-    tokenizer_with(MARKED).save_pretrained(tmp_path / "with")
-    tokenizer_with(None).save_pretrained(tmp_path / "without")
-    assert saved_chat_template(tmp_path / "with") == MARKED
-    assert saved_chat_template(tmp_path / "without") is None
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    assert saved_chat_template(tmp_path) is None
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])

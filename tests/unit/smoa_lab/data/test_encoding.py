@@ -266,12 +266,16 @@ def test_a_choice_that_would_change_the_prompts_tokens_stands_apart() -> None:
     assert [tokenizer.decode(choice.answer) for choice in (first, second)] == ["x", "y"]
 
 
-def test_choices_that_are_too_long_lose_the_prompts_head_and_stay_different() -> None:
+def test_choices_that_are_too_long_lose_the_prompts_head_but_bos_and_stay_different() -> None:
     question = {"prompt": "Why? " * 40, "choices": ["no, it isn't", "no, it is"], "label": 1}
-    first, second = Encoder(tokenizer_with(PLAIN), 64).choices(example_of(question))
-    assert max(len(one.input_ids) for one in (first, second)) == 64
+    cut, endless = (Encoder(tokenizer_with(CLOSING["alpaca"][0]), length) for length in (64, None))
+    first, second = cut.choices(example_of(question))
     assert first.answer != second.answer
-    whole = Encoder(tokenizer_with(PLAIN), None).choices(example_of(question))
-    assert [one.cut for one in (first, second)] == [len(one.input_ids) - 64 for one in whole]
-    (long, _) = Encoder(tokenizer_with(PLAIN), 64).choices(example_of({**question, "choices": ["no " * 99, "no"]}))
-    assert (len(long.input_ids), long.start) == (64, 0)
+    (long, _) = cut.choices(example_of({**question, "choices": ["no " * 99, "no"]}))
+    assert (len(long.input_ids), long.start) == (64, 1)
+    for found in (first, second, long, cut.encode(example_of(question))):
+        assert len(found.input_ids) == 64
+        assert found.input_ids[0] == cut.tokenizer.bos_token_id
+    assert [one.cut for one in (first, second)] == [
+        len(one.input_ids) - 64 for one in endless.choices(example_of(question))
+    ]

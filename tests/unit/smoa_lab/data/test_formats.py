@@ -271,6 +271,7 @@ COLUMNS: list[tuple[dict[str, Any], str | None, str]] = [
     ({**QUESTION, "prompt": CHAT}, "prompt[1]", "assistant.*user"),
     ({**QUESTION, "choices": "Yes.|No."}, "choices", "in CSV as JSON"),
     ({**QUESTION, "choices": ["Yes."]}, "choices", "two texts or more"),
+    ({**QUESTION, "choices": "[" * 100_000}, "choices", "expected a list"),
     ({**QUESTION, "choices": ["Yes.", " "]}, "choices[1]", "blank"),
     ({**QUESTION, "tools": ["a"]}, "tools", "SFTTrainer"),
 ]

@@ -43,10 +43,6 @@ def alpaca_encoder(max_length: int | None) -> Encoder:
     return Encoder(tokenizer, max_length)
 
 
-def test_the_golden_files_have_every_set() -> None:
-    assert ON_HUB.keys() == SETS.keys()
-
-
 @pytest.mark.parametrize("name", SETS)
 def test_the_rows_of_a_set_become_the_same_tokens(name: str, asked: list[Any]) -> None:
     """Nothing differs in Alpaca's template: a request in words, such as WinoGrande's, or BoolQ's passage are part of

@@ -142,6 +142,14 @@ def test_held_out_rows_keep_their_own_fields_and_their_place_and_no_digest_has_t
     assert found.where == "rows.jsonl, row 1"
 
 
+def test_rows_that_are_held_out_and_not_used_are_counted_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    own = [{"text": f"Text {i}.", "part": "test"} for i in range(6)]
+    for most, told in ((4, True), (6, False)):
+        caplog.clear()
+        prepare(Listed([*own, {"text": "a"}]), sizes=Sizes(test=most))
+        assert ("2 of 6 test rows are not used; data.test_examples: 6 takes all" in caplog.text) is told
+
+
 def test_a_row_is_repeated_whatever_its_white_space_and_case() -> None:
     rows = prepare(Listed(texts(20) + [{"text": f"  TEXT number\t{i}."} for i in range(20)]))
     assert rows.account["repeated"] == 20

@@ -76,6 +76,13 @@ def test_blank_lines_are_passed_over_and_counted_but_not_in_a_table(tmp_path: Pa
     assert list(read_rows(tmp_path / "a.csv")) == [(f"{tmp_path}/a.csv, row 1", {"text": "a", "id": "1"})]
 
 
+@pytest.mark.parametrize("mark", [";", ",", "\t"])
+def test_a_table_has_the_separator_of_its_first_line(mark: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f'prompt{mark}completion\n"a{mark}b"{mark}"c, d; e"\n')
+    assert [row for _, row in read_rows(file)] == [{"prompt": f"a{mark}b", "completion": "c, d; e"}]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 def test_a_mark_before_utf_8_is_no_part_of_the_first_column(tmp_path: Path, name: str) -> None:
     file = written(tmp_path / name)
@@ -102,6 +109,7 @@ UNREADABLE = {
     "object.json": (b'{"text": "a"}', "expected a list"),
     "latin.json": ('[{"text": "Café"}]'.encode("latin-1"), "UTF-8"),
     "empty-list.json": (b"[]", "no rows"),
+    "deep.json": (b"[" * 100_000 + b"]" * 100_000, "cannot be read"),
     "blank.jsonl": (b"\n\n  \n", "no rows"),
     "empty.csv": (b"", "no rows"),
     "quote.csv": (b'text\na\n"b\nc\n', "after row 1"),
@@ -134,6 +142,7 @@ BAD_ROWS = {
     "digits.jsonl": (b'{"text": ' + b"1" * 5000 + b"}", "digits"),
     "latin.jsonl": (LINE.decode().encode("latin-1"), "byte 0xe9"),
     "number.json": (b"3", "expected an object"),
+    "deep.jsonl": (b"[" * 100_000 + b"]" * 100_000, "is not JSON"),
     "many.csv": (b"a,b", "header.*quotes"),
 }
 

@@ -207,16 +207,6 @@ def test_the_folder_of_a_local_base_stays_out_of_the_card(tmp_path: Path) -> Non
     assert "of `base`: r = 8" in text
 
 
-def test_a_base_that_comes_from_elsewhere_is_loaded_from_there() -> None:
-    config = SmoaConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM", base_model_name_or_path="/cache/base")
-    card = ModelCard(adapter_card("mine", config, NamedBase("org/base (from GGUF)", "org/base"), "## More\n\n"))
-    assert card.data.base_model == "org/base"
-    assert "of `org/base (from GGUF)`: r = 8" in card.text
-    assert 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("org/base"), "PATH")' in card.text
-    assert card.text.index("## More") < card.text.index("## Adapter")
-    assert "/cache" not in card.content
-
-
 def test_an_adapter_of_another_method_is_loaded_without_smoa() -> None:
     config = LoraConfig(r=3, base_model_name_or_path="org/base")
     card = ModelCard(adapter_card("mine", config, named_base("org/base"), ""))

@@ -341,12 +341,6 @@ def test_a_number_that_is_not_the_only_one_is_warned_of(caplog: pytest.LogCaptur
     assert "2 of 3 completions have several numbers without ####, or none that is one" in caplog.text
 
 
-def test_the_answer_to_the_last_turn_is_scored_also_where_its_prompt_is_longer_than_rows_may_be() -> None:
-    turns = ("user", "One?"), ("assistant", "first"), ("user", "word " * 60), ("assistant", "second")
-    row = Row((), tuple(Message(*turn) for turn in turns))
-    assert Evaluation(of_turns(max_length=40), [row], metric="exact").prompts[0].reference == "second"
-
-
 def test_a_users_metric_sees_the_answer_alone_and_the_rows_own_fields(tmp_path: Path) -> None:
     source = (
         "asked = []\ndef score(answer, row):\n    asked.append((answer, row))\n    return row['weight'] * len(answer)"

@@ -126,30 +126,6 @@ def test_the_folder_of_a_study_names_it(room: Path, written: WrittenRuns) -> Non
     assert first.endswith(smoa("compare", "studies/chats", "--report-only").stdout)
 
 
-def test_seeds_that_are_named_later_are_run_and_need_not_be_named_again(room: Path, written: WrittenRuns) -> None:
-    words, file = ["compare", "--model", "base", "--data", "chats.jsonl"], ["compare", "studies/chats/study.yaml"]
-    smoa(*words, "seeds=[0,1]")
-    smoa(*words, "seeds=[0,1,2]")
-    smoa(*file, "seeds=[0,1,2,3]")
-    assert {path.name[-1] for path in (room / "studies" / "chats").glob("*/lr-*-seed-?")} == set("0123")
-    assert smoa(*file).stdout == smoa(*words).stdout
-    assert "seeds: [0, 1, 2], now [0, 1]" in smoa(*words, "seeds=[0,1]", code=1).stderr
-
-
-def test_an_entry_that_is_added_to_the_file_is_run_beside_the_others(room: Path, written: WrittenRuns) -> None:
-    smoa("compare", "--model", "base", "--data", "chats.jsonl")
-    file = room / "studies" / "chats" / "study.yaml"
-    values = yaml.safe_load(file.read_text())
-    values["entries"]["again"] = values["entries"]["lora"]
-    file.write_text(yaml.safe_dump(values, sort_keys=False))
-    number = len(written.ran)
-    assert "again" in smoa("compare", str(file)).stdout
-    assert len([path for path in written.ran[number:] if "again" in path]) == 3 + 5
-    values["shared"]["training"]["max_steps"] = 7
-    file.write_text(yaml.safe_dump(values, sort_keys=False))
-    assert "shared.training.max_steps: 150, now 7" in smoa("compare", str(file), code=1).stderr
-
-
 def test_the_same_command_keeps_what_was_edited_and_refuses_another_study(room: Path, written: WrittenRuns) -> None:
     words, file = ["compare", "--model", "base", "--data", "chats.jsonl"], room / "studies" / "chats" / "study.yaml"
     smoa(*words, "--seeds", "2")
@@ -199,19 +175,13 @@ def run_file(room: Path, **training: Any) -> Path:
     return room / "own.yaml"
 
 
-def test_a_study_by_a_users_metric_is_reported_without_it_and_goes_on_with_it(room: Path, written: WrittenRuns) -> None:
+def test_a_study_by_a_users_metric_is_reported_without_it_and_goes_on_with_it(room: Path) -> None:
     (room / "own.py").write_text("def score(answer, row): return float(answer == '4')")
     words = ["compare", "--model", "base", "--data", "chats.jsonl", "seeds=[0,1]"]
     first = smoa(*words, "--metric", "own.py:score").stdout
     assert "smoa gained at least 50 % more than lora" in first
-    number = len(written.ran)
-    for place in (words, ["compare", "studies/chats/study.yaml"]):
-        refused = smoa(*place, code=1).stderr
-        assert "data.metric: score is a function that only the command names: give --metric own.py:score" in refused
-        assert first.endswith(smoa(*place, "--report-only").stdout)
-    (room / "own.py").write_text("def score(answer, row): return 1.0")
-    assert "Training gained nothing that could be shown" in smoa(*words, "--metric", "own.py:score").stdout
-    assert len(written.ran) == number
+    assert first.endswith(smoa(*words, "--report-only").stdout)
+    assert "only the command names: give --metric own.py:score" in smoa(*words, code=1).stderr
 
 
 def test_tune_is_a_study_of_one_entry_without_final_runs(room: Path, written: WrittenRuns) -> None:
@@ -226,8 +196,6 @@ def test_tune_is_a_study_of_one_entry_without_final_runs(room: Path, written: Wr
     number = len(written.ran)
     assert '"interior": true' in smoa("tune", str(file), "--json").stdout
     assert len(written.ran) == number
-    smoa("compare", str(folder / "study.yaml"), "seeds=[0,1]")  # goes on with it
-    assert len(list(folder.glob("lora/lr-1.9e-3-seed-[01]"))) == 2
 
 
 def test_tune_starts_at_the_rate_of_the_models_size_and_tries_as_many_as_it_may(

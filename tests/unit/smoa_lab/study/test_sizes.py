@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
-from smoa_lab.study.bounds import Family, contrast
+from smoa_lab.study.bounds import contrast
 from smoa_lab.study.decision import by_size
 from smoa_lab.study.default_study import default_study
 from smoa_lab.study.plan import Timing, write_plan
@@ -410,19 +410,6 @@ def test_points_have_bounds_of_their_difference_from_the_entry_to_take() -> None
     assert worse["low"] < worse["mean"] < worse["high"]
     assert worse["clear"]
     assert not by_entry["lora-r4"]["clear"]
-
-
-def test_a_family_across_sizes_bounds_pairs_by_both_pools() -> None:
-    random = np.random.default_rng(1)
-    scale = np.array([0.01, 0.01, 0.2, 0.2])[:, None, None]
-    values = 3 + scale * random.normal(size=(4, 3, 1)) + 0.01 * random.normal(size=(4, 3, 50))
-    names = ["a-r1", "b-r1", "a-r4", "b-r4"]
-    facts: dict[str, Any] = {"untouched": np.full((1, 50), 5.0), "weights": np.ones(50), "is_share": False}
-    own = Family(names, values, level=0.03, entries=4, pools=[1, 1, 4, 4], **facts)
-    one = Family(names, values, level=0.03, entries=4, **facts)
-    assert own.upper("a-r1", "b-r1") - own.mean("a-r1") + own.mean("b-r1") < 0.2 * (
-        one.upper("a-r1", "b-r1") - one.mean("a-r1") + one.mean("b-r1")
-    )
 
 
 def test_at_other_sizes_names_the_nearest_before(sized: Study) -> None:

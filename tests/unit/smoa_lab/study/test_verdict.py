@@ -1,5 +1,6 @@
 """The verdict in words, from values that are made up."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -155,6 +156,7 @@ def test_one_seed_gets_no_verdict_but_the_command_that_goes_on() -> None:
         "goes on, for about 27 min."
     )
     assert told(ones) == "2 of 8 final runs are done, and bounds are shown from the second round on."
+    assert told(dataclasses.replace(ones, wanted=0)) == "No verdict: all entries failed."
 
 
 def test_what_limits_a_verdict_is_part_of_it() -> None:

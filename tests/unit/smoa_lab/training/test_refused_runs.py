@@ -12,6 +12,7 @@ from smoa_lab.config.run import check_config
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.init import default_run
 from smoa_lab.open_run import open_run
+from smoa_lab.training import loaded_run
 from smoa_lab.training import train as run_module
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder
@@ -28,29 +29,48 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return lab.tiny_run(tmp_path, monkeypatch, train=20, test=4, training=lab.steps(2), forgetting={"tokens": 0})
 
 
-@pytest.mark.parametrize(
-    ("training", "message"),
-    [
-        ({"seed": 99999999999}, "training.seed: should be at most 4294967295"),
-        ({"metric_for_best_model": "foo", **VALIDATED}, "training.metric_for_best_model: .* measures no 'foo'"),
-        ({"use_liger_kernel": True}, "training.use_liger_kernel: the package liger-kernel is missing"),
-        ({"activation_offloading": True}, "training.activation_offloading: .* there is none"),
-        (
-            {"dataloader_drop_last": True, "per_device_train_batch_size": 64},
-            "dataloader_drop_last: drops the only batch",
-        ),
-        ({"data_seed": 10**30}, "training.data_seed: should be at most"),
-        ({"neftune_noise_alpha": -1.0}, "training.neftune_noise_alpha: should be at least 0"),
-    ],
-    ids=["seed", "metric", "liger", "offloading", "drop", "data seed", "noise"],
-)
-def test_training_that_would_fail_in_its_middle_is_refused(
-    training: dict[str, Any], message: str, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "seed": ({"training": {"seed": 99999999999}}, "training.seed: should be at most 4294967295"),
+    "data seed": ({"training": {"data_seed": 10**30}}, "training.data_seed: should be at most"),
+    "noise": ({"training": {"neftune_noise_alpha": -1.0}}, "neftune_noise_alpha: should be at least 0"),
+    "metric": (
+        {"training": {"metric_for_best_model": "foo", **VALIDATED}},
+        "training.metric_for_best_model: .* measures no 'foo'",
+    ),
+    "liger": ({"training": {"use_liger_kernel": True}}, "the package liger-kernel is missing"),
+    "offloading": ({"training": {"activation_offloading": True}}, "training.activation_offloading: .* there is none"),
+    "drop": (
+        {"training": {"per_device_train_batch_size": 64, "dataloader_drop_last": True}},
+        "dataloader_drop_last: drops the only batch",
+    ),
+    "optimizer": ({"training": {"optim": "nonsense"}}, r"training.*nonsense"),
+    "optimizer's package": ({"training": {"optim": "grokadamw"}}, "training: .*grokadamw"),
+    "schedule": ({"training": {"lr_scheduler_type": "warmup_stable_decay"}}, "training: .*num_decay_steps"),
+    "report's package": ({"training": {"report_to": "comet_ml"}}, "training: .*Comet"),
+    "hub": ({"training": {"push_to_hub": True}}, "training: TRL, transformers or PEFT refuses: "),
+    "validation": ({"training": VALIDATED, "data": {"validation_examples": 0}}, "training: .*eval_dataset"),
+    "trainer": ({"trainer": "dpo"}, "trainer: dpo is not for rows of the format choices; set it to sft"),
+    "layer": ({"adapter": {"target_modules": ["q_prj"]}}, "did you mean 'q_proj'"),
+    "adapter's package": (
+        {"method": "lora", "adapter": {"num_blocks": None, "megatron_config": {"a": 1}}},
+        "adapter: No module named 'megatron'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_comes_before_any_scoring_and_leaves_nothing(
+    change: dict[str, Any], message: str, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config["training"] |= training
-    monkeypatch.setattr(run_module, "fit", lambda *_: pytest.fail("it began"))
+    for key, own in change.items():
+        config[key] = {**config[key], **own} if isinstance(own, dict) else own
+    config["adapter"] = {key: value for key, value in config["adapter"].items() if value is not None}
+    for place in (run_module, loaded_run):
+        monkeypatch.setattr(place, "Evaluation", pytest.fail)
     with pytest.raises(ConfigError, match=message):
         run(check_config(config))
+    folder = Path(config["training"]["output_dir"])
+    assert not folder.exists() or not any(folder.iterdir())
 
 
 def test_what_trl_refuses_in_its_first_step_is_one_error(config: dict[str, Any], tmp_path: Path) -> None:
@@ -58,33 +78,6 @@ def test_what_trl_refuses_in_its_first_step_is_one_error(config: dict[str, Any],
     config |= {"trainer": "dpo"}
     config["training"] |= {"f_divergence_type": "foo"}
     with pytest.raises(ConfigError, match="training: the first step fails: Unknown f_divergence_type: foo"):
-        run(check_config(config))
-
-
-def test_a_hub_that_is_not_there_is_one_error(config: dict[str, Any]) -> None:
-    config["training"] |= {"push_to_hub": True}
-    with pytest.raises(ConfigError, match="training: TRL, transformers or PEFT refuses: "):
-        run(check_config(config))
-
-
-@pytest.mark.parametrize("init", ["eva", "EVA", "corda", "lora_ga"])
-def test_a_start_from_data_that_no_run_collects_is_refused(init: str, config: dict[str, Any]) -> None:
-    config |= {"method": "lora", "adapter": {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": init}}
-    with pytest.raises(ConfigError, match=r"adapter.init_lora_weights: .*activations or gradients on data"):
-        check_config(config)
-
-
-def test_a_run_is_of_a_causal_language_model(config: dict[str, Any]) -> None:
-    config["adapter"] |= {"task_type": "SEQ_CLS"}
-    with pytest.raises(ConfigError, match=r"adapter.task_type: runs train causal language models; leave it out"):
-        check_config(config)
-    config["adapter"] |= {"task_type": "CAUSAL_LM"}
-    assert check_config(config).adapter["task_type"] == "CAUSAL_LM"
-
-
-def test_a_package_that_an_adapter_asks_for_and_is_not_there_is_one_error(config: dict[str, Any]) -> None:
-    config |= {"method": "lora", "adapter": {"target_modules": ["q_proj"], "megatron_config": {"a": 1}}}
-    with pytest.raises(ConfigError, match="adapter: No module named 'megatron'"):
         run(check_config(config))
 
 
@@ -110,18 +103,6 @@ def test_every_method_is_trained_on_a_model_and_data_alone(method: str, config: 
 # folders
 
 
-def test_a_users_own_config_is_not_a_run(config: dict[str, Any], tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    (folder / "adapter").mkdir(parents=True)
-    (folder / "adapter" / "mine.txt").write_text("precious")
-    text = check_config(config).to_yaml()
-    (folder / "config.yaml").write_text(f"# mine\n{text}")
-    with pytest.raises(ConfigError, match="is not empty and contains no run of smoa's"):
-        run(check_config(config))
-    assert (folder / "adapter" / "mine.txt").read_text() == "precious"
-    assert (folder / "config.yaml").read_text() == f"# mine\n{text}"
-
-
 def test_a_link_in_the_place_of_the_adapter_is_refused_before_training(config: dict[str, Any], tmp_path: Path) -> None:
     checked = check_config(config)
     folder = RunFolder(checked.folder)
@@ -132,27 +113,7 @@ def test_a_link_in_the_place_of_the_adapter_is_refused_before_training(config: d
         run(checked)
 
 
-def test_pages_replace_no_file_that_is_named(config: dict[str, Any], tmp_path: Path) -> None:
-    run(check_config(config))
-    file = tmp_path / "mine.html"
-    file.write_text("mine")
-    for command in (["report", "--output"], ["inspect", "--html"]):
-        done = CliRunner().invoke(app, [command[0], str(tmp_path / "run"), command[1], str(file)])
-        assert done.exit_code == 1
-        assert "exists and is not overwritten" in done.stderr
-    assert file.read_text() == "mine"
-    for _ in range(2):  # its own page is made anew
-        assert CliRunner().invoke(app, ["report", str(tmp_path / "run")]).exit_code == 0
-
-
 # what is reported
-
-
-def test_provenance_has_the_seed_that_was_taken(config: dict[str, Any]) -> None:
-    checked = check_config(config)
-    assert run(checked)["provenance"]["seed"] == 42
-    found = open_run(checked.folder)
-    assert evaluate_run(*found, RunFolder(checked.folder))["provenance"]["seed"] == 42
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "sigmoid_norm"])
@@ -161,17 +122,25 @@ def test_the_loss_of_preferences_is_the_trainers(loss_type: str, config: dict[st
     config["data"]["validation_examples"] = 4
     config["training"] |= {"loss_type": [loss_type], "beta": 0.3, "learning_rate": 0.01, "max_steps": 6}
     config["training"] |= {"eval_strategy": "steps", "eval_steps": 6, "per_device_eval_batch_size": 4}
-    checked = check_config({**config, "trainer": "dpo", "scoring": {"part": "validation"}})
+    scoring = {"part": "validation", "before": False}  # which the loss needs all the same
+    checked = check_config({**config, "trainer": "dpo", "scoring": scoring})
     metrics = run(checked)
     by_trainer = next(entry["eval_loss"] for entry in metrics["history"] if "eval_loss" in entry)
-    assert metrics["evaluation"]["after"]["dpo_loss"] == pytest.approx(by_trainer, rel=1e-3)
-    assert metrics["evaluation"]["before"]["dpo_loss"] != metrics["evaluation"]["after"]["dpo_loss"]
+    before, after = (metrics["evaluation"][stage] for stage in ("before", "after"))
+    assert after["dpo_loss"] == pytest.approx(by_trainer, rel=1e-3)
+    assert before["dpo_loss"] != after["dpo_loss"]
+    assert evaluate_run(*open_run(checked.folder), RunFolder(checked.folder))["scores"] == after
 
 
-def test_a_loss_that_is_not_known_here_is_not_reported(config: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("training", [{"loss_type": ["apo_zero"]}, {"ld_alpha": 0.5}], ids=["loss", "its key"])
+def test_a_loss_of_preferences_that_is_known_to_trl_alone_is_not_measured(
+    training: dict[str, Any], config: dict[str, Any], tmp_path: Path
+) -> None:
     config["data"] = {"train": str(write_rows(tmp_path / "pairs.jsonl", pairs(12))), "test_examples": 4}
-    config["training"] |= {"loss_type": ["apo_zero"]}
-    assert "dpo_loss" not in run(check_config({**config, "trainer": "dpo"}))["evaluation"]["after"]
+    config["training"] |= training
+    evaluation = run(check_config({**config, "trainer": "dpo"}))["evaluation"]
+    assert "margin" in evaluation["after"]
+    assert not any("dpo_loss" in scores for scores in evaluation.values())
 
 
 def test_texts_and_conversations_are_no_preferences_together(config: dict[str, Any], tmp_path: Path) -> None:

@@ -3,9 +3,7 @@
 import gzip
 import json
 import logging
-import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,30 +54,6 @@ def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
     return float(sum(row[key] for row in rows) / len(rows))
 
 
-def test_the_rows_of_a_run_add_up_to_its_metrics_and_pair_it_with_any_other(values: dict[str, Any]) -> None:
-    extra = Path(values["data"]["train"])
-    extra.write_text(extra.read_text() + json.dumps(lab.questions(1, "test")[0]) + "\n")  # one twice
-    lora = {**values, "adapter": {"r": 2, "target_modules": ["q_proj"]}, "method": "lora"}
-    first, second = changed(values, adapter={"bias": "smoa_only"}), changed(lora, "other")
-    metrics, others = run(first), run(second)
-    assert metrics == json.loads(RunFolder(first.folder).metrics.read_text())
-    assert metrics["format"] == 2
-    rows, paired = rows_of(first), rows_of(second)
-    assert Counter(row["part"] for row in rows) == {"test": 4}
-    assert sorted(row["copy"] for row in rows) == [0, 0, 0, 1]
-    assert metrics["digests"] == others["digests"]
-    for key in ("digest", "copy", "tokens", "before", "right_before"):
-        assert [row[key] for row in rows] == [row[key] for row in paired]
-    assert [row["after"] for row in rows] != [row["after"] for row in paired]
-    for stage in ("before", "after"):
-        scores = metrics["evaluation"][stage]
-        assert (scores["rows"], scores["tokens"]) == (4, sum(row["tokens"] for row in rows))
-        assert scores["loss"] == pytest.approx(sum(row[stage] for row in rows) / scores["tokens"])
-        assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
-        assert scores["accuracy"] == mean(rows, f"right_{stage}")
-        assert scores["majority"] == 1
-
-
 def test_the_digests_change_with_what_they_are_of_alone(values: dict[str, Any], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("one " * 130)
@@ -93,46 +67,6 @@ def test_the_digests_change_with_what_they_are_of_alone(values: dict[str, Any], 
         text.write_text(("one " if what != "forgetting" else "other ") * 130)
         other = load_run(changed(values, **change)).digests
         assert [name for name in own if own[name] != other[name]] == [what]
-
-
-def test_preferences_have_margins_and_the_loss_that_trl_itself_computes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    rows = [row | {"part": "validation" if number < 5 else "train"} for number, row in enumerate(pairs(12))]
-    training = {"beta": 0.3, "learning_rate": 0.02, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
-    config = rows_config(
-        tmp_path,
-        lab.write_rows(tmp_path / "pairs.jsonl", rows),
-        rows_base(tmp_path / "base"),
-        trainer="dpo",
-        scoring={"part": "validation", "before": False},  # which the loss needs all the same
-        training=training,
-    )
-    metrics, lines = run(config), rows_of(config)
-    scores = metrics["evaluation"]["after"]
-    (theirs,) = (entry["eval_loss"] for entry in metrics["history"] if "eval_loss" in entry)
-    assert scores["dpo_loss"] == pytest.approx(theirs, abs=1e-5)
-    assert abs(theirs - math.log(2)) > 1e-3
-    assert scores["rows"] == len(lines) == 5
-    for name, key in (("dpo_loss", "dpo_loss"), ("margin", "margin"), ("won", "won")):
-        assert scores[name] == pytest.approx(mean(lines, key))
-    for line in lines:
-        assert line["won"] == (line["margin"] > 0)
-        assert line["dpo_loss"] == pytest.approx(math.log1p(math.exp(-0.3 * line["margin"])))
-    assert set(metrics["evaluation"]) == {"before", "after"}
-    assert evaluate_run(*open_run(config.folder), RunFolder(config.folder))["scores"] == scores
-
-
-def test_a_loss_of_preferences_that_is_known_to_trl_alone_is_not_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    rows, training = lab.write_rows(tmp_path / "pairs.jsonl", pairs(20)), {"ld_alpha": 0.5, "max_steps": 1}
-    config = rows_config(tmp_path, rows, rows_base(tmp_path / "base"), trainer="dpo", training=training)
-    evaluation = run(config)["evaluation"]
-    assert "margin" in evaluation["after"]
-    assert not any("dpo_loss" in scores for scores in evaluation.values())
 
 
 def test_a_whole_model_that_was_trained_on_preferences_is_compared_with_its_base_again(
@@ -186,35 +120,6 @@ def test_a_run_that_is_told_so_scores_validation_once_and_nothing_else(
     assert "eval_loss" in log
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "an optimizer that does not exist": ({"training": {"optim": "nonsense"}}, r"training.*nonsense"),
-    "an optimizer whose package is missing": ({"training": {"optim": "grokadamw"}}, "training: .*grokadamw"),
-    "a schedule that needs more": (
-        {"training": {"lr_scheduler_type": "warmup_stable_decay"}},
-        "training: .*num_decay_steps",
-    ),
-    "a report whose package is missing": ({"training": {"report_to": "comet_ml"}}, "training: .*Comet"),
-    "validation without rows": (
-        {"training": {"eval_strategy": "epoch"}, "data": {"validation_examples": 0}},
-        "training: .*eval_dataset",
-    ),
-    "another trainer's rows": ({"trainer": "dpo"}, "trainer: dpo is not for rows of the format choices; set it to sft"),
-    "an adapter that does not fit": ({"adapter": {"target_modules": ["q_prj"]}}, "did you mean 'q_proj'"),
-}
-
-
-@pytest.mark.parametrize(("change", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused_comes_before_any_scoring_and_leaves_nothing(
-    change: dict[str, Any], words: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = Path(values["training"]["output_dir"])
-    monkeypatch.setattr(run_module, "Evaluation", pytest.fail)
-    monkeypatch.setattr("smoa_lab.training.loaded_run.Evaluation", pytest.fail)
-    with pytest.raises(ConfigError, match=words):
-        run(changed(values, **change))
-    assert not folder.exists() or not any(folder.iterdir())
-
-
 def test_without_held_out_rows_a_run_is_trained_and_a_line_says_that_it_is_not_scored(values: dict[str, Any]) -> None:
     config = changed(values, data={"test_examples": 0})
     model = config.model.model_copy(update={"options": {"revision": "v2"}})
@@ -250,10 +155,14 @@ def test_a_run_is_scored_again_from_its_folder_which_shares_nothing_of_this_mach
     named = {"adapter/adapter_config.json"} if method != "full" else set()  # as PEFT does
     assert lab.files_with(tmp_path, tmp_path / "run") == own | named
     assert (metrics["parameters"]["trainable"] == metrics["parameters"]["total"]) == (method == "full")
+    assert "## Prompt 2" in (tmp_path / "run" / "samples.md").read_text()
     again = evaluate_run(*open_run(tmp_path / "run"), RunFolder(tmp_path / "run"))
     assert again["scores"] == metrics["evaluation"]["after"]
     assert again["trained_on"] == 0
     assert (again["format"], again["digests"]["encoder"]) == (2, metrics["digests"]["encoder"])
+    assert again["provenance"]["seed"] == metrics["provenance"]["seed"] == 42  # the trainer's, as none is named
+    base = evaluate_run(*open_run(tmp_path / "run" / "config.yaml"))
+    assert base["scores"] == metrics["evaluation"]["before"] or method == "full"
 
 
 def test_rows_that_a_run_was_trained_on_are_counted_and_not_scored_as_held_out(
@@ -275,28 +184,6 @@ def test_rows_that_a_run_was_trained_on_are_counted_and_not_scored_as_held_out(
     assert evaluate_run(*open_run(folder.path, [*one, "data.test_examples=400"]), folder)["trained_on"] is None
     with pytest.raises(DataError, match=r"nothing is held out that could be scored; give other rows as data\.test"):
         evaluate_run(*open_run(folder.path))
-
-
-def test_held_out_rows_are_scored_before_and_after_and_the_card_says_what_was_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    base, talks = rows_base(tmp_path / "base"), tmp_path / "chats.jsonl"
-    lab.write_rows(talks, [*chats(20), {"messages": []}])
-    data = {"samples": 2, "skip_bad_rows": True}
-    metrics = run(rows_config(tmp_path, talks, base, data=data, training={"learning_rate": 0.05, "max_steps": 6}))
-    before, after = (metrics["evaluation"][stage] for stage in ("before", "after"))
-    assert before["rows"] == after["rows"] == metrics["data"]["parts"]["test"] == 4
-    assert metrics["data"]["bad"] == 1
-    assert metrics["gain"]["loss"] == pytest.approx(after["loss"] - before["loss"], abs=1e-6)
-    assert metrics["gain"]["loss"] < 0
-    assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}] * 2
-    folder = tmp_path / "run"
-    assert "## Prompt 2" in (folder / "samples.md").read_text()
-    card = (folder / "adapter" / "README.md").read_text()
-    loss_of_stages = (f"{stage['loss']:.3f}" for stage in (before, after))
-    for said in ("`chats.jsonl`, in the format messages: ", "tokens, ", *loss_of_stages, "```text"):
-        assert said in card
 
 
 def test_a_second_start_while_a_run_trains_is_refused_before_any_work(
@@ -400,13 +287,8 @@ def test_a_metric_that_fails_after_training_leaves_the_run_whole_and_names_the_r
     assert open_run(config.folder)[0].data.metric is None  # and other commands need no function
 
 
-@pytest.mark.parametrize(("kind", "metric"), [("text", "exact"), ("preference", "number"), ("chats", "choice")])
-def test_a_metric_that_these_rows_have_nothing_for_is_refused_when_they_are_read(
-    tmp_path: Path, kind: str, metric: str
-) -> None:
-    made = {"text": [{"text": f"The number {i}."} for i in range(20)], "preference": pairs(20), "chats": chats(20)}
-    rows = lab.write_rows(tmp_path / "rows.jsonl", made[kind])
-    trainer = "dpo" if kind == "preference" else "sft"
-    config = rows_config(tmp_path, rows, rows_base(tmp_path / "base"), data={"metric": metric}, trainer=trainer)
-    with pytest.raises(DataError, match=rf"data\.metric: {metric} scores .*, and these rows have none; leave it out"):
+def test_a_metric_that_these_rows_have_nothing_for_is_refused_when_they_are_read(tmp_path: Path) -> None:
+    rows = lab.write_rows(tmp_path / "rows.jsonl", chats(20))
+    config = rows_config(tmp_path, rows, rows_base(tmp_path / "base"), data={"metric": "choice"})
+    with pytest.raises(DataError, match=r"data\.metric: choice scores .*, and these rows have none; leave it out"):
         inputs(config)

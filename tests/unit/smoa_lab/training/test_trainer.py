@@ -10,11 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import trl
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import smoa
@@ -26,8 +24,7 @@ from smoa_lab.training import trainer as trainer_module
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.train import run as train
 from smoa_lab.training.trainer import ProgressReport, make_trainer
-from tests.support.kills import killed_after_saving
-from tests.support.lab import byte_tokenizer, steps, tiny_gpt2, tiny_run
+from tests.support.lab import byte_tokenizer, tiny_gpt2
 from tests.support.own_rows import (
     chat,
     chats,
@@ -124,35 +121,7 @@ def test_preferences_begin_at_log_2_and_follow_trls_own_curve(preferences: Path,
     assert not [entry for entry in (tmp_path / "run" / "adapter").iterdir() if entry.is_dir()]  # no reference is saved
 
 
-@pytest.mark.parametrize(("method", "kind"), [("full", "talks"), ("adalora", "preferences")])
-def test_other_methods_train_on_rows(
-    method: str, kind: str, base: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    adapter = {} if method == "full" else {"target_modules": ["q_proj", "v_proj"]}
-    adapter |= {"total_step": 2} if method == "adalora" else {}
-    own = {"method": method, "adapter": adapter, "trainer": "sft" if kind == "talks" else "dpo"}
-    metrics = train(rows_config(tmp_path, request.getfixturevalue(kind), base, **own))
-    if kind == "preferences":
-        assert losses(metrics)[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert metrics["config"]["training"].get("learning_rate") == (None if method == "full" else 2e-3)
-    assert (metrics["parameters"]["percent"] == 100) == (method == "full")
-
-
 STOPPING = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 8, "per_device_eval_batch_size": 64}
-
-
-def test_a_resumed_run_has_the_patience_that_was_left(
-    talks: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = VALIDATED | {"samples": 0}
-    training = {**STOPPING, "learning_rate": 0.0, "save_strategy": "steps"}
-    config = rows_config(tmp_path, talks, base, data=data, training=training, early_stopping=3)
-    with killed_after_saving(4, monkeypatch):
-        train(config)
-    metrics = train(config)
-    assert metrics["training"]["resumed"]
-    assert metrics["training"]["steps"] == 4
-    assert [entry["step"] for entry in metrics["history"] if "eval_loss" in entry] == [1, 2, 3, 4]
 
 
 def test_the_best_adapter_is_kept_and_not_the_last(talks: Path, base: Path, tmp_path: Path) -> None:
@@ -175,13 +144,6 @@ def refused(config: RunConfig, error: type[SmoaError] = ConfigError) -> str:
     assert not config.folder.exists()
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def test_a_base_model_without_a_template_is_refused_and_trains_with_alpaca(talks: Path, tmp_path: Path) -> None:
-    base = rows_base(tmp_path / "plain", template=None)
-    assert "this model has no chat template" in refused(rows_config(tmp_path, talks, base))
-    assert "did you mean 'qwen3'" in refused(rows_config(tmp_path, talks, base, data={"template": "qwen-3"}))
-    assert train(rows_config(tmp_path, talks, base, data={"template": "alpaca"}))["training"]["steps"] == 2
 
 
 def test_a_tokenizer_is_refused_that_lacks_a_token_which_trl_takes_or_ends_prompts(
@@ -245,26 +207,6 @@ def test_processes_that_accelerate_does_not_count_don_t_train(
     config = rows_config(tmp_path, talks, base)
     with pytest.raises(ConfigError, match=r"accelerate counts 1 of 2 processes, .*; leave deepspeed out"):
         make_trainer(load_run(config), config.peft_config())
-
-
-def test_a_run_that_was_killed_after_its_last_step_takes_no_other_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    training = steps(2, save_steps=1, learning_rate=0.1, lr_scheduler_type="polynomial")  # divides by the steps
-    values = tiny_run(tmp_path, monkeypatch, train=20, test=2, training=training, forgetting={"tokens": 0})
-    whole, killed = (
-        check_config({**values, "training": {**values["training"], "output_dir": str(tmp_path / name)}})
-        for name in ("whole", "killed")
-    )
-    expected = train(whole)
-    with killed_after_saving(2, monkeypatch):
-        train(killed)
-    metrics = train(killed)
-    assert metrics["training"]["resumed"]
-    assert metrics["training"]["steps"] == expected["training"]["steps"] == 2
-    adapters = [load_file(one.folder / "adapter" / "adapter_model.safetensors") for one in (whole, killed)]
-    assert adapters[0].keys() == adapters[1].keys()
-    assert all(torch.equal(adapters[1][name], tensor) for name, tensor in adapters[0].items())
 
 
 @pytest.mark.parametrize("on_terminal", [True, False])
