@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 VERSION = 9
 """Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
+LONG = 1000
+"""Rows from which it is said that their tokens are made: a minute of conversations with many turns."""
 FIRST = 16
 """Tokens: the bound of the shortest rows in a histogram."""
 QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}
@@ -233,7 +235,8 @@ class Reading:
         parts = dict[str, int]()
         held_out = ((part, self.named.count(part) - len(chosen[part])) for part in PARTS if part != "train")
         unused = {part: number for part, number in held_out if number > 0 and len(chosen[part])}
-        logger.info("Making tokens of %d rows", sum(map(len, chosen.values())))
+        if (used := sum(map(len, chosen.values()))) > LONG:
+            logger.info("Making tokens of %d rows", used)
         for part in PARTS:
             with ArrowWriter(path=str(folder / f"{part}.arrow"), features=columns) as writer:
                 bar = tqdm(chosen[part], desc=f"tokens, {part}", unit=" rows", leave=False, disable=None)
