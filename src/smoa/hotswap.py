@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError
 from smoa.files.base import taking_over
+from smoa.files.checks import FACTOR_DTYPES
 from smoa.files.loading import door, read_adapter, tensors_of, unlike
 from smoa.files.names import PARTS, PREFIX, adapter_layers, embeddings_of, is_own, saved_names
 from smoa.layers.distributed import refuse_writing
@@ -85,6 +86,8 @@ def _padded(place: str, layer: SmoaLayer, adapter: str, A: Tensor, B: Tensor, co
     if any(theirs > ours for theirs, ours in zip(ranks, slot, strict=True)):
         said = f"block ranks {list(ranks)}, more than the {list(slot)} of the loaded adapter"
         raise ConfigError(f"{place} has {said}; load the adapter of the largest rank first")
+    if B.dtype not in FACTOR_DTYPES:
+        raise AdapterFileError(f"{place} has factors in {B.dtype}, floating point expected")
     ratio = config.alpha_of(name, sum(ranks), shape) / sum(ranks) / layer.adapters[adapter].scaling
     dtype = torch.promote_types(B.dtype, layer.factors(adapter)[1].dtype)  # the file's may round what the slot can hold
     used = [own.start + rank for own, r in zip(slices(slot), ranks, strict=True) for rank in range(r)]

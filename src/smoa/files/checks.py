@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence, Set
 from itertools import product
 from typing import Any
@@ -96,7 +97,7 @@ def _compare_others(model: nn.Module, config: SmoaConfig, adapter: str, keys: Se
     state = model.state_dict()
     own = {key.removeprefix(PREFIX) for key in state}
     trained = trained_biases(model, state, config, adapter)
-    biases = {key.removeprefix(PREFIX) for key in trained if ".modules_to_save." not in key}
+    biases = {key.removeprefix(PREFIX) for key in trained}
     embeddings = embeddings_of(model)
     others = tuple(
         plain_name(name).removeprefix(PREFIX) + "."
@@ -104,10 +105,10 @@ def _compare_others(model: nn.Module, config: SmoaConfig, adapter: str, keys: Se
         if isinstance(module, AuxiliaryTrainingWrapper) or name in embeddings
     )
     given = {key.removeprefix(PREFIX) for key in keys}
-    # PEFT saves biases of modules_to_save (bias="all") and resized embeddings among them a second time, under a name
-    # that nothing reads.
-    twice = (".modules_to_save.bias", ".modules_to_save.weight")
-    unread = {key for key in given if key.startswith(others) and key.endswith(twice)}
+    # PEFT saves resized embeddings of modules_to_save a second time, as early files have biases (bias="all"), under
+    # a name that nothing reads.
+    twice = re.compile(r"\.modules_to_save\.([^.]+\.)?(bias|weight)$")
+    unread = {key for key in given if key.startswith(others) and twice.search(key) and twice.sub(r".\2", key) in given}
     known = {key for key in own if "bias" in key or key.startswith(others)} | unread
     return sorted(biases - given), sorted(given - known)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -231,7 +232,7 @@ def untouched(base: nn.Module) -> Iterator[None]:
     """Take out of a model what an adapter that is refused in the context has put into it, and activate again what was
     active: attributes of its modules, and the contents of those that are dictionaries or sets."""
     owners = [vars(module) for module in _outside_adapters(base)]
-    tables = [own for owner in owners for own in (owner, *owner.values()) if isinstance(own, dict | set)]
+    tables = [own for owner in owners for own in (owner, *owner.values()) if type(own) in (dict, set, OrderedDict)]
     before = [(table, table.copy()) for table in tables]
     trained = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     try:

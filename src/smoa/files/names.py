@@ -70,11 +70,10 @@ def trained_biases(model: nn.Module, state: Mapping[str, Tensor], config: SmoaCo
     """The biases that the adapter of this config and name trains."""
     if config.bias == "none":
         return {}
-    named = {key: each for key, each in state.items() if key.endswith(".bias")}  # as an adapter may be called
+    named = {key: each for key, each in state.items() if key.rpartition(".")[2] == "bias"}
     biases = {key: each for key, each in named.items() if not is_own(key) and ".trainable_tokens_" not in key}
     if config.bias == "all":
-        saved, own = ".modules_to_save.", f".modules_to_save.{name}."
-        return {key: tensor for key, tensor in biases.items() if saved not in key or own in key}
+        return {key: each for key, each in biases.items() if ".modules_to_save." not in key}  # PEFT saves those
     of_layers = (f"{layer}.base_layer.bias" for layer in adapter_layers(model, name))
     return {key: biases[key] for key in of_layers if key in biases}
 

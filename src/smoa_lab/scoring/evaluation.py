@@ -43,14 +43,20 @@ def _softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
-DPO_LOSSES: dict[str, Callable[[float, float, float], float]] = {
+DpoLoss = Callable[[float, float, float], float]
+DPO_LOSSES: dict[str, DpoLoss] = {
     "sigmoid": lambda beta, margin, _: _softplus(-beta * margin),  # arXiv:2305.18290, equation 7
     "sigmoid_norm": lambda beta, _, by_token: _softplus(-beta * by_token),
-    "hinge": lambda beta, margin, _: max(0.0, 1 - beta * margin),
+    "hinge": lambda beta, margin, _: max(1 - beta * margin, 0.0),  # in this order NaN stays
     "ipo": lambda beta, _, by_token: (by_token - 1 / (2 * beta)) ** 2,  # arXiv:2310.12036, equation 17
 }
 """TRL's losses of preferences by ``loss_type``: of β, the margin, and the margin of log-likelihoods per token."""
-CHANGES_LOSS = {"ld_alpha": None, "use_weighting": False, "loss_weights": None, "f_divergence_type": "reverse_kl"}
+CHANGES_LOSS: dict[str, tuple[Any, ...]] = {
+    "ld_alpha": (None, 1.0),
+    "use_weighting": (None, False),
+    "loss_weights": (None, [1.0]),
+    "f_divergence_type": (None, "reverse_kl"),
+}
 """Keys of TRL's DPO that make another loss of these, and the values that don't."""
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 """Without what a model's generation config may have for sampling alone."""
@@ -58,7 +64,15 @@ GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None
 
 def changes_loss(training: Mapping[str, Any]) -> list[str]:
     """The keys of a ``training`` block that make another loss of :data:`DPO_LOSSES`."""
-    return [key for key, usual in CHANGES_LOSS.items() if training.get(key) not in (None, usual)]
+    return [key for key, usual in CHANGES_LOSS.items() if training.get(key) not in usual]
+
+
+def dpo_loss_of(training: Mapping[str, Any]) -> DpoLoss | None:
+    """The loss of preferences of a ``training`` block: TRL's default without a ``loss_type``, None where it is another
+    than :data:`DPO_LOSSES`."""
+    named = training.get("loss_type") or "sigmoid"
+    name = named[0] if isinstance(named, list) and len(named) == 1 else named
+    return DPO_LOSSES.get(name) if isinstance(name, str) and not changes_loss(training) else None
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,7 @@ class Measured:
 class Evaluation:
     """Measures a model on held-out ``rows`` of a ``part`` before and after training, and lets it answer the first
     ``samples``, or all for a ``metric`` of answers, each in at most ``answer_tokens``. Each row is tokenized once.
-    ``beta`` is DPO's."""
+    ``beta`` is DPO's, as is the loss, None where it is not known."""
 
     def __init__(
         self,
@@ -85,11 +99,11 @@ class Evaluation:
         part: str = "test",
         beta: float = BETA,
         metric: MetricName | None = None,
-        loss_type: Any = "sigmoid",
+        dpo_loss: DpoLoss | None = DPO_LOSSES["sigmoid"],
         answer_tokens: int | None = None,
     ) -> None:
         self.encoder, self.rows, self.part, self.beta = encoder, rows, part, beta
-        self.dpo_loss = DPO_LOSSES.get("".join(loss_type))  # of a list of one, that
+        self.dpo_loss = dpo_loss
         self.prefers = bool(rows) and rows[0].rejected is not None
         self.chooses = bool(rows) and bool(rows[0].choices)
         self.choices = [encoder.choices(row) for row in rows] if self.chooses else []
@@ -222,9 +236,10 @@ class Evaluation:
             (np.array(self.measured[stage].losses.nll), np.array(self.measured[stage].rejected))
             for stage in ("before", "after")
         )
-        m, n = (np.array([each.trained for each in tokens]) for tokens in (self.tokens, self.rejected))
-        margins = (bad_after - good_after) - (bad - good)
-        by_token = (bad_after / n - good_after / m) - (bad / n - good / m)
+        m, n = (np.array([max(1, each.trained) for each in tokens]) for tokens in (self.tokens, self.rejected))
+        with np.errstate(invalid="ignore"):  # of a run that diverged
+            margins = (bad_after - good_after) - (bad - good)
+            by_token = (bad_after / n - good_after / m) - (bad / n - good / m)
         return [
             ({"dpo_loss": self.dpo_loss(self.beta, *pair)} if self.dpo_loss else {})
             | {"margin": pair[0], "won": int(pair[0] > 0)}

@@ -9,7 +9,7 @@ from typing import Any
 
 from smoa_lab.basics.folders import read_stored
 from smoa_lab.data.answers import OWN, RULES, MetricName
-from smoa_lab.scoring.evaluation import BETA, DPO_LOSSES
+from smoa_lab.scoring.evaluation import BETA, DPO_LOSSES, dpo_loss_of
 from smoa_lab.study.plan import Metrics
 from smoa_lab.training.run_folder import RunFolder
 
@@ -61,8 +61,9 @@ def metrics_of(row: Mapping[str, Any], name: MetricName | None, training: Mappin
         return BY_NAME[name], LOSS
     if "dpo_loss" in row:
         loss, *others = OF_PREFERENCES
-        of_base = DPO_LOSSES["".join(training.get("loss_type", "sigmoid"))](training.get("beta", BETA), 0.0, 0.0)
-        return replace(loss, untouched=row.get("dpo_loss_before", of_base)), *others
+        known = dpo_loss_of(training) or DPO_LOSSES["sigmoid"]  # a run with another loss has no such row
+        of_base = row.get("dpo_loss_before", known(training.get("beta", BETA), 0.0, 0.0))
+        return replace(loss, untouched=of_base), *others
     return (LOSS, OF_CHOICES) if "right_after" in row else (LOSS,)
 
 

@@ -88,10 +88,11 @@ def prepare(
     if plan is None:
         raise DataError(f"{study.folder}: nothing has run yet; run smoa compare on this study first")
     _refuse_another(study, plan)
-    if other_metric(plan, study) and is_looked_at(plan, study):
+    is_counted = other_metric(plan, study) and is_looked_at(plan, study)
+    if is_counted:
         again = {"study": {**plan.study, "shared": as_planned(study)["shared"]}} | plan.scored_again()
         plan = write_plan(study, plan.model_copy(update=again))
-    return score_again(study, plan)
+    return score_again(study, plan, is_counted)
 
 
 def outlook(
@@ -142,7 +143,7 @@ class Planner:
             now = time.time()
             used = plan.used + min(time.monotonic() - self.began, now - plan.counted)
             plan = write_plan(study, plan.model_copy(update={"used": used, "counted": now}))
-        return score_again(study, plan)
+        return score_again(study, plan, before is not None and other_metric(before, study))
 
     def _inputs(self) -> dict[str, Any]:
         """Digests and numbers of the study's rows; raises ConfigError where a part has none, and warns of few."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from smoa.errors import DataError
 from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.data.answers import OWN
@@ -12,10 +14,10 @@ from smoa_lab.study.study import Study
 from smoa_lab.training.run_folder import RunFolder
 
 
-def score_again(study: Study, plan: Plan) -> Plan:
+def score_again(study: Study, plan: Plan, is_counted: bool) -> Plan:
     """Let the user's metric, if the command names one, score stored answers that another function scored, and note it:
-    another look. Where it fails on one, all stay as they are. Raises DataError where that was interrupted before, and
-    the command names none."""
+    another look, unless this command ``is_counted`` as one already. Where it fails on one, all stay as they are. Raises
+    DataError where that was interrupted before, and the command names none."""
     if study.shared["data"].get("metric") != OWN:
         return plan
     rows = {run: stored_rows(run) for run in (RunFolder(file.parent) for file in study.folder.rglob("metrics.json"))}
@@ -37,7 +39,12 @@ def score_again(study: Study, plan: Plan) -> Plan:
             scored.append(run)
     for run in scored:
         run.write_rows({**row, "scored_by": own.name} for row in rows[run])
-    if known == own.name:
-        return plan
-    looks = plan.scored_again() if known is not None and is_looked_at(plan, study) else {}
-    return changed_plan(study, lambda plan: {**looks, "digests": {**plan.digests, "metric": own.name}})
+
+    def noted(plan: Plan) -> dict[str, Any]:
+        before = plan.digests.get("metric")
+        if before == own.name:
+            return {}
+        looks = plan.scored_again() if before is not None and not is_counted and is_looked_at(plan, study) else {}
+        return {**looks, "digests": {**plan.digests, "metric": own.name}}
+
+    return changed_plan(study, noted)

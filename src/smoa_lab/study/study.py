@@ -17,7 +17,7 @@ from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.methods import MethodName, find_method
 from smoa_lab.config.run import ConfigText, RunConfig, check_config
 from smoa_lab.config.validation import Problem, block_problems
-from smoa_lab.scoring.evaluation import CHANGES_LOSS, DPO_LOSSES, changes_loss
+from smoa_lab.scoring.evaluation import CHANGES_LOSS, DPO_LOSSES, changes_loss, dpo_loss_of
 from smoa_lab.study.search import rate_text
 
 FORMAT = 3
@@ -165,11 +165,11 @@ class Study(Section):
                     yield (*place, *path), f"{SHARED[path[-1]]}; set it under shared"
         training: dict[str, Any] = self.shared.get("training") or {}
         if self.shared.get("trainer") == "dpo":
-            known = f"entries are compared by {', '.join(DPO_LOSSES)}"
-            if "".join(training.get("loss_type", "sigmoid")) not in DPO_LOSSES:
-                yield ("shared", "training", "loss_type"), f"{known}; take one of them"
-            for key in changes_loss(training):
+            known, changed = f"entries are compared by {', '.join(DPO_LOSSES)}", changes_loss(training)
+            for key in changed:
                 yield ("shared", "training", key), f"{known}, of which it makes another loss; leave it out"
+            if not changed and dpo_loss_of(training) is None:
+                yield ("shared", "training", "loss_type"), f"{known}; take one of them"
         for name in (name for name, entry in self.entries.items() if "name" in entry.model):
             yield ("entries", name, "model", "name"), "all entries adapt the same base; make another study for it"
 

@@ -17,7 +17,7 @@ from smoa_lab.data.encoding import Encoder, ends_texts
 from smoa_lab.data.general_text import STORY, passages
 from smoa_lab.data.prepared import PreparedRows, Reading, require_good_rows
 from smoa_lab.data.row import PARTS, Row, row_from_json
-from smoa_lab.scoring.evaluation import BETA, Evaluation, changes_loss
+from smoa_lab.scoring.evaluation import BETA, Evaluation, dpo_loss_of
 from smoa_lab.training.run_folder import RunFolder
 
 
@@ -56,8 +56,7 @@ class LoadedRun:
             rows, trained_on = folder.not_trained_on(rows)
         training = self.config.training
         beta = float(training.get("beta", BETA))
-        loss_type = "" if changes_loss(training) else training.get("loss_type", "sigmoid")  # "": none that is known
-        told = section.metric, loss_type, section.answer_tokens
+        told = section.metric, dpo_loss_of(training), section.answer_tokens
         return Evaluation(self.encoder, rows, section.samples * answers, part, beta, *told), trained_on
 
 

@@ -5,6 +5,7 @@ import copy
 import sys
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -644,3 +645,43 @@ def test_autocast_does_not_round_the_product_of_the_factors_where_the_weight_tra
         ((x @ (weight + layer.update("default").delta(weight)).T) * g).sum().backward()
         errors.append(float((found - A.grad.double()).norm() / A.grad.double().norm()))
     assert errors[1] <= 1.3 * errors[0]
+
+
+def test_copies_with_biases_are_loaded_under_another_name(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 8), nn.LayerNorm(8))
+
+    settings = {"target_modules": ["0"], "bias": "all", "modules_to_save": ["2"], "init_weights": False}
+    model = get_peft_model(base(), SmoaConfig(r=4, num_blocks=2, **settings), adapter_name="one").eval()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "smoa_" not in name:
+            parameter.data.add_(1.0)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 12)
+    for name in ("one", "default", "two"):
+        loaded = PeftModel.from_pretrained(base(), tmp_path / "one", adapter_name=name).eval()
+        assert torch.equal(loaded(x), model(x)), name
+
+
+def test_a_bias_at_the_root_of_a_model_is_saved() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.bias = nn.Linear(12, 8), nn.Parameter(torch.zeros(8))
+
+    model = inject_adapter_in_model(SmoaConfig(r=4, num_blocks=2, target_modules=["layer"], bias="all"), Root())
+    assert {"bias", "layer.base_layer.bias"} <= get_peft_model_state_dict(model, adapter_name="default").keys()
+
+
+def test_a_refused_load_leaves_tables_that_refuse_to_change(tmp_path: Path) -> None:
+    class Frozen(OrderedDict):
+        def update(self, *args: Any, **kwargs: Any) -> None:
+            raise TypeError("frozen")
+
+    get_peft_model(llama(seed=1), config()).save_pretrained(tmp_path)
+    base = llama()
+    base.own = Frozen(a=1)
+    with pytest.raises(AdapterFileError, match="trained on another base"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert dict(base.own) == {"a": 1}

@@ -28,7 +28,16 @@ from smoa_lab.data.formats import shape
 from smoa_lab.data.own_metric import own_metric
 from smoa_lab.data.row import Message, Row
 from smoa_lab.scoring import evaluation as evaluation_module
-from smoa_lab.scoring.evaluation import DPO_LOSSES, Evaluation, Forgetting, Measured, Stage, continue_prompts, ends_of
+from smoa_lab.scoring.evaluation import (
+    DPO_LOSSES,
+    Evaluation,
+    Forgetting,
+    Measured,
+    Stage,
+    continue_prompts,
+    dpo_loss_of,
+    ends_of,
+)
 from smoa_lab.scoring.losses import Losses, row_losses
 from tests.support import lab, tiny_models
 from tests.support.metrics import named
@@ -397,3 +406,23 @@ def test_a_metric_refuses_rows_that_it_cant_score(rows: list[Row], metric: Any, 
 def test_by_choice_nothing_is_written() -> None:
     evaluation = Evaluation(of_questions(), QUESTIONS, metric="choice")
     assert (evaluation.prompts, evaluation.metric) == ([], None)
+
+
+@pytest.mark.parametrize("name", DPO_LOSSES)
+def test_a_loss_of_preferences_of_what_is_not_a_number_is_none(name: str) -> None:
+    assert math.isnan(DPO_LOSSES[name](0.1, math.nan, math.nan))
+
+
+@pytest.mark.parametrize(
+    ("training", "known"),
+    [
+        ({}, "sigmoid"),
+        ({"loss_type": None, "loss_weights": [1.0], "ld_alpha": 1.0}, "sigmoid"),
+        ({"loss_type": ["hinge"]}, "hinge"),
+        ({"loss_type": ["sigmoid", 1]}, None),
+        ({"loss_type": 3}, None),
+        ({"ld_alpha": 0.5}, None),
+    ],
+)
+def test_the_loss_of_preferences_is_known_by_the_keys_that_make_it(training: dict[str, Any], known: str | None) -> None:
+    assert dpo_loss_of(training) is (None if known is None else DPO_LOSSES[known])
