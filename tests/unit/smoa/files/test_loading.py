@@ -268,3 +268,17 @@ def test_guarding_again_puts_up_no_second_door() -> None:
     for function, again in zip(before, (PeftModel.load_adapter, PeftAdapterMixin.load_adapter), strict=True):
         assert inspect.unwrap(again) is function.__wrapped__
     assert isinstance(PeftModel.__dict__["from_pretrained"], classmethod)
+
+
+@pytest.mark.parametrize(("file", "model"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_factors_have_the_dtype_that_the_model_gives_them_and_not_the_files(
+    file: torch.dtype, model: torch.dtype, low_cpu_mem_usage: bool, tmp_path: Path
+) -> None:
+    config = SmoaConfig(r=4, num_blocks=2, target_modules=["0"], init_weights=False)
+    saved = get_peft_model(nn.Sequential(nn.Linear(12, 8, dtype=file)), config, autocast_adapter_dtype=False)
+    saved.save_pretrained(tmp_path)
+    base = nn.Sequential(nn.Linear(12, 8, dtype=model))
+    base.load_state_dict(saved.unload().state_dict())
+    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {model}
