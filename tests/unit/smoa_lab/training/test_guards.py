@@ -8,17 +8,28 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
+from typer.testing import CliRunner
 
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, SmoaError
 from smoa_lab.base_models import RunModel
+from smoa_lab.cli.main import app
 from smoa_lab.config.run import check_config
+from smoa_lab.config.yaml_text import to_yaml
+from smoa_lab.merge import merge_run
 from smoa_lab.study.executor import perform
 from smoa_lab.study.metrics import loss_of, read_metrics
 from smoa_lab.study.study import Job
@@ -27,14 +38,53 @@ from smoa_lab.training import train as run_module
 from smoa_lab.training.guards import Diverged, Guard
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train import run, time_steps
+from smoa_lab.verify import verify
 from tests.support import lab
 from tests.support.own_rows import pairs, write_rows
+
+IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def opt(vocabulary: int) -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=vocabulary, word_embed_proj_dim=32, max_position_embeddings=512, init_std=0.2, **sizes, **IDS
+        )
+    )
+
+
+def falcon(vocabulary: int) -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
+    return FalconForCausalLM(
+        FalconConfig(vocab_size=vocabulary, parallel_attn=True, initializer_range=0.2, **sizes, **IDS)
+    )
+
+
+def gptj(vocabulary: int) -> PreTrainedModel:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 4}
+    return GPTJForCausalLM(GPTJConfig(vocab_size=vocabulary, initializer_range=0.2, **sizes, **IDS))
+
+
+FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
+    "llama": lambda vocabulary: lab.tiny_llama(vocabulary, 512),
+    "falcon": falcon,
+    "gptj": gptj,
+    "opt": opt,
+}
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     training = lab.steps(4, learning_rate=0.01, seed=3)
     return lab.tiny_run(tmp_path, monkeypatch, train=20, test=2, training=training, forgetting={"tokens": 0})
+
+
+def of_family(config: dict[str, Any], family: str, folder: Path) -> dict[str, Any]:
+    tokenizer = lab.byte_tokenizer()
+    torch.manual_seed(0)
+    lab.saved(FAMILIES[family](len(tokenizer)), tokenizer, folder)
+    return {**config, "model": {"name": str(folder), "dtype": "float32"}}
 
 
 @pytest.fixture
@@ -52,17 +102,13 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.mark.parametrize("method", ["smoa", "lora"])
-def test_a_model_that_adds_in_place_passes_the_trial(
-    method: str, config: dict[str, Any], tmp_path: Path, tried: list[bool]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_that_train_pass_the_trial(
+    family: str, method: str, config: dict[str, Any], tmp_path: Path, tried: list[bool]
 ) -> None:
-    tokenizer = lab.byte_tokenizer()
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
-    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    torch.manual_seed(0)
-    falcon = FalconConfig(vocab_size=len(tokenizer), parallel_attn=True, initializer_range=0.2, **sizes, **ends)
-    lab.saved(FalconForCausalLM(falcon), tokenizer, tmp_path / "falcon")
-    config["model"]["name"] = str(tmp_path / "falcon")
-    metrics = run(check_config({**config, "method": method, "adapter": {"r": 4, "target_modules": "all-linear"}}))
+    config = of_family(config, family, tmp_path / family)
+    targets = {"adapter": {"r": 4, "target_modules": "all-linear"}}
+    metrics = run(check_config({**config, "method": method, **targets}))
     assert tried == [True]
     assert metrics["training"]["steps"] == 4
 
@@ -209,6 +255,15 @@ def test_a_run_that_diverges_stops_and_can_be_started_again_at_another_rate(conf
     assert math.isfinite(metrics["evaluation"]["after"]["loss"])
 
 
+def test_the_command_ends_with_exit_code_1(config: dict[str, Any], tmp_path: Path) -> None:
+    config["training"] |= {"learning_rate": 1e20, "max_steps": 12}
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    result = CliRunner().invoke(app, ["train", str(file)])
+    assert result.exit_code == 1
+    assert "the run diverged, and no adapter is saved" in result.stderr
+
+
 @pytest.mark.parametrize("prefers", [False, True])
 def test_a_search_takes_the_rate_as_diverged(prefers: bool, config: dict[str, Any], tmp_path: Path) -> None:
     if prefers:
@@ -267,6 +322,26 @@ def stop() -> None:
     raise AssertionError
 
 
+def test_the_scaler_of_fp16_settles_first() -> None:
+    scale = [2.0**16]
+
+    def halve(steps: int) -> None:
+        for _ in range(steps):
+            assert math.isnan(stepped(guard, [math.nan], optimizer)[0])  # the scaler skips the step
+            scale[0] /= 2
+
+    guard, optimizer = Guard(), SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: scale[0]))
+    halve(16 + 2)
+    with pytest.raises(Diverged):
+        halve(1)
+    guard, scale = Guard(), [2.0**16]
+    halve(5)
+    assert stepped(guard, [1.0], optimizer) == [1]
+    halve(2)
+    with pytest.raises(Diverged):
+        halve(1)
+
+
 @pytest.mark.parametrize(("rate", "diverges"), [(0.01, False), (1e30, True)])
 def test_a_run_under_the_scaler_of_fp16_ends_only_once_the_scale_has_settled(
     rate: float, diverges: bool, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -288,3 +363,21 @@ def test_a_run_under_the_scaler_of_fp16_ends_only_once_the_scale_has_settled(
     else:
         assert run(check_config(config))["training"]["steps"] == 24
         assert 2.0**44 < scaler.get_scale() < 2.0**65  # more than three steps were skipped, and not all
+
+
+@pytest.mark.parametrize("method", ["smoa", "lora"])
+def test_a_broken_adapter_is_said_to_be_broken_and_nothing_else(
+    method: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    run(check_config({**config, "method": method, "adapter": {"r": 4, "target_modules": ["q_proj"]}}))
+    folder = RunFolder(Path(config["training"]["output_dir"]))
+    file = folder.adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(tensor for name, tensor in tensors.items() if "B" in name)[0] = math.nan
+    save_file(tensors, file)
+    for use in (lambda: merge_run(folder.path, tmp_path / "merged"), lambda: verify(folder.path, ["merged"])):
+        with pytest.raises(SmoaError, match=r"holds NaN or infinite values; the adapter is broken$"):
+            use()
+    if method == "smoa":
+        with pytest.raises(SmoaError, match=r"holds NaN or infinite values; the adapter is broken$"):
+            PeftModel.from_pretrained(lab.tiny_llama(len(lab.byte_tokenizer()), 512), str(folder.adapter))
