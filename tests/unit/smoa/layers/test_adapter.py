@@ -179,8 +179,9 @@ def test_labels_that_happen_to_ascend_are_recognized(monkeypatch: pytest.MonkeyP
         step(layer, x)
     assert not found
     assert_path(layer, layer(x), x)
-    layer.load_state_dict({"smoa_row_labels.default": layer.smoa_row_labels["default"].roll(1)}, strict=False)
-    assert_path(layer, layer(x), x)
+    for side in ("smoa_row_labels", "smoa_col_labels"):  # one alone
+        layer.load_state_dict({f"{side}.default": getattr(layer, side)["default"].roll(1)}, strict=False)
+        assert_path(layer, layer(x), x)
 
 
 @pytest.mark.parametrize("inference", [False, True])
