@@ -279,9 +279,11 @@ class Machine(RuleBasedStateMachine):
         if self.traits.get("tied") and "lm_head.weight" in targets:
             return MAY_REFUSE
         keys = self.m.state_dict() if hasattr(self, "m") else {}
-        wrapped = ("lm_head.original_module.", "lm_head.base_layer.")
-        if "lm_head.weight" in targets and any(each in key for key in keys for each in wrapped):
-            return MAY_REFUSE  # an adapter of it was deleted: PEFT leaves its wrapper, LoRA's too
+        # An adapter of it was deleted: PEFT leaves its wrapper, LoRA's too.
+        if "lm_head" in own and any("lm_head.original_module." in key for key in keys):
+            return MAY_REFUSE
+        if "lm_head.weight" in targets and any("lm_head.base_layer." in key for key in keys):
+            return MAY_REFUSE
         return NO_REFUSAL
 
     @property
