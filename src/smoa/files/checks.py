@@ -96,8 +96,7 @@ def _compare_others(model: nn.Module, config: SmoaConfig, adapter: str, keys: Se
         return [], []
     state = model.state_dict()
     own = {key.removeprefix(PREFIX) for key in state}
-    trained = trained_biases(model, state, config, adapter)
-    biases = {key.removeprefix(PREFIX) for key in trained}
+    biases = {key.removeprefix(PREFIX) for key in trained_biases(model, state, config, adapter)}
     embeddings = embeddings_of(model)
     others = tuple(
         plain_name(name).removeprefix(PREFIX) + "."
@@ -105,8 +104,8 @@ def _compare_others(model: nn.Module, config: SmoaConfig, adapter: str, keys: Se
         if isinstance(module, AuxiliaryTrainingWrapper) or name in embeddings
     )
     given = {key.removeprefix(PREFIX) for key in keys}
-    # PEFT saves resized embeddings of modules_to_save a second time, as early files have biases (bias="all"), under
-    # a name that nothing reads.
+    # PEFT saves resized embeddings of modules_to_save a second time, under a name that nothing reads. So did earlier
+    # versions of smoa with biases of modules_to_save (bias="all").
     twice = re.compile(r"\.modules_to_save\.([^.]+\.)?(bias|weight)$")
     unread = {key for key in given if key.startswith(others) and twice.search(key) and twice.sub(r".\2", key) in given}
     known = {key for key in own if "bias" in key or key.startswith(others)} | unread

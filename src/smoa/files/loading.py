@@ -230,7 +230,8 @@ def _meant(config: SmoaConfig, field: str) -> Any:
 @contextmanager
 def untouched(base: nn.Module) -> Iterator[None]:
     """Take out of a model what an adapter that is refused in the context has put into it, and activate again what was
-    active: attributes of its modules, and the contents of those that are dictionaries or sets."""
+    active: attributes of its modules, and the contents of those that are dictionaries or sets. Subclasses of these may
+    refuse to change, as diffusers' configs do, and are left alone."""
     owners = [vars(module) for module in _outside_adapters(base)]
     tables = [own for owner in owners for own in (owner, *owner.values()) if type(own) in (dict, set, OrderedDict)]
     before = [(table, table.copy()) for table in tables]

@@ -70,10 +70,11 @@ def trained_biases(model: nn.Module, state: Mapping[str, Tensor], config: SmoaCo
     """The biases that the adapter of this config and name trains."""
     if config.bias == "none":
         return {}
-    named = {key: each for key, each in state.items() if key.rpartition(".")[2] == "bias"}
-    biases = {key: each for key, each in named.items() if not is_own(key) and ".trainable_tokens_" not in key}
+    named = {key: tensor for key, tensor in state.items() if key.rpartition(".")[2] == "bias"}
+    # PEFT saves its own; and an adapter may be called bias
+    biases = {key: tensor for key, tensor in named.items() if not (is_own(key) or _OF_PEFT.search(key))}
     if config.bias == "all":
-        return {key: each for key, each in biases.items() if ".modules_to_save." not in key}  # PEFT saves those
+        return biases
     of_layers = (f"{layer}.base_layer.bias" for layer in adapter_layers(model, name))
     return {key: biases[key] for key in of_layers if key in biases}
 

@@ -320,13 +320,13 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
             return self._forward_of(call, x, *args, **kwargs)
         active = [] if self.merged else self._present(self.active_adapters)
         for name in active:
-            if self.adapters[name].pending:
+            if self.adapters[name].pending:  # asked here, as decoding calls this for every token
                 self.decide_partition(name)
         routes = [route_of(self, x, name, alone=len(active) == 1) for name in active]
         if "one product" in routes:
             return self.in_one_product(x, active[0])
         result = self.base_layer(x, *args, **kwargs)
-        with _NOTHING if "kept" in routes else onloaded_for(self, active):  # for every token
+        with _NOTHING if "kept" in routes else onloaded_for(self, active):
             for name, route in zip(active, routes, strict=True):
                 result = result + self.branch_output(x.to(result.device), name, route).to(result.dtype)
         return result

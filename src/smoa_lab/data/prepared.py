@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 VERSION = 9
 """Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
 LONG = 1000
-"""Rows from which it is said that their tokens are made: a minute of conversations with many turns."""
+"""More rows than these are announced: the tokens of long conversations may take half a minute."""
 FIRST = 16
 """Tokens: the bound of the shortest rows in a histogram."""
 QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}

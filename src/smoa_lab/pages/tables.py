@@ -127,6 +127,12 @@ def number(value: float | None, digits: int = 3, scale: float = 1) -> str:
     return "–" if value is None else f"{scale * value:.{digits}f}"
 
 
+def score_text(name: str, value: float | None) -> str:
+    """A metric's title and value: ``right answers (exact) 75.0 %``."""
+    times, digits, sign = shown_as(name)
+    return f"{TITLES[name]} {number(value, digits, times)}{sign}"
+
+
 def counted(number: int, what: str) -> str:
     """``1 row``, ``1,200 rows``."""
     return f"{number:,} {what}{'s' * (number != 1)}"

@@ -11,8 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from smoa_lab.data.answers import TITLES, shown_as
-from smoa_lab.pages import tables
+from smoa_lab.pages.tables import score_text
 from smoa_lab.study.executor import Executor
 from smoa_lab.study.metrics import scores_of
 from smoa_lab.study.plan import (
@@ -126,8 +125,7 @@ class Comparison(Progress):
         left = min(self.at_most_left(names), max(0.0, limit - self.plan.used))
         reached = "diverged" if loss is None else f"loss {loss:.4f}"
         if loss is not None and self.metric in (scores := scores_of(metrics)):
-            times, digits, sign = shown_as(self.metric)
-            reached = f"{TITLES[self.metric]} {tables.number(scores[self.metric], digits, times)}{sign}, {reached}"
+            reached = f"{score_text(self.metric, scores[self.metric])}, {reached}"
         logger.info("%s: %s (%s); at most %s left", job.name, reached, duration(seconds), duration(left))
         now, before = self.plan.used + left, self._estimate
         if abs(now - before) > before / 10 and duration(now) != duration(before):

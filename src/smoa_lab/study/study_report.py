@@ -16,9 +16,9 @@ from markupsafe import Markup
 
 from smoa.atomic import write_whole
 from smoa_lab.basics.plain import finite
-from smoa_lab.data.answers import OWN, TITLES, shown_as
+from smoa_lab.data.answers import OWN, TITLES
 from smoa_lab.pages.charts import save_picture
-from smoa_lab.pages.tables import Cell, Table, counted, number
+from smoa_lab.pages.tables import Cell, Table, counted, number, score_text
 from smoa_lab.pages.templates import Figure, commands, page
 from smoa_lab.study import study_charts
 from smoa_lab.study.decision import EQUAL, Budget
@@ -311,9 +311,7 @@ def answers(finals: Mapping[str, Mapping[int, FinalRun]], untouched: Metrics | N
 def untouched_sentence(scores: Mapping[str, Any]) -> str:
     """The base model's scores."""
     text = f"The base model: loss {number(scores['loss'], 4)}"
-    for name, title in ((name, title) for name, title in TITLES.items() if name in scores):
-        times, digits, sign = shown_as(name)
-        text += f", {title} {number(scores[name], digits, times)}{sign}"
+    text += "".join(f", {score_text(name, scores[name])}" for name in TITLES if name in scores)
     if scores.get("majority") is not None:
         text += f"; the commonest label is right in {100 * scores['majority']:.1f} %"
     return f"{text}."

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import re
+from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
 from shutil import rmtree
@@ -444,23 +445,28 @@ def test_a_function_that_fails_on_a_stored_answer_leaves_the_study_as_it_was_sco
     assert report(Comparison(own, prepare(own, None))).summary == made.summary
 
 
+def begin_to_score_again(own: Study, metric: Path, killed_at: str) -> None:
+    """Let LEVELS score stored answers, until the command is killed before it writes the rows of a run of this name."""
+    whole = RunFolder.write_rows
+
+    def write_rows(run: RunFolder, lines: Any) -> None:
+        if fnmatch(run.path.name, killed_at):
+            raise KeyboardInterrupt
+        whole(run, lines)
+
+    with pytest.MonkeyPatch.context() as patch, named(metric, LEVELS):
+        patch.setattr(RunFolder, "write_rows", write_rows)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(own, None)
+
+
 def test_answers_that_another_function_began_to_score_again_are_never_mixed(
-    study: Study, written: WrittenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Study, written: WrittenRuns, tmp_path: Path
 ) -> None:
     own = by(study, "score")
     with named(tmp_path / "own.py", RIGHT):
         report(finished(own))
-    whole = RunFolder.write_rows
-
-    def killed(run: RunFolder, lines: Any) -> None:
-        if run.path.name == "lr-2e-3-seed-1":
-            raise KeyboardInterrupt
-        whole(run, lines)
-
-    monkeypatch.setattr(RunFolder, "write_rows", killed)
-    with named(tmp_path / "own.py", LEVELS), pytest.raises(KeyboardInterrupt):
-        prepare(own, None)
-    monkeypatch.setattr(RunFolder, "write_rows", whole)
+    begin_to_score_again(own, tmp_path / "own.py", "lr-2e-3-seed-1")
     with pytest.raises(DataError, match=r"began to score its answers again, .*; give --metric own\.py:score, and it"):
         prepare(own, None)
     with named(tmp_path / "own.py", LEVELS):
@@ -471,15 +477,11 @@ def test_answers_that_another_function_began_to_score_again_are_never_mixed(
 
 
 def test_answers_that_a_users_function_began_to_score_after_a_rule_say_what_to_give(
-    study: Study, written: WrittenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Study, written: WrittenRuns, tmp_path: Path
 ) -> None:
     finished(by(study, "exact"))
     own = by(study, "score")
-    whole = RunFolder.write_rows
-    monkeypatch.setattr(RunFolder, "write_rows", lambda *_: exec("raise KeyboardInterrupt"))
-    with named(tmp_path / "own.py", LEVELS), pytest.raises(KeyboardInterrupt):
-        prepare(own, None)
-    monkeypatch.setattr(RunFolder, "write_rows", whole)
+    begin_to_score_again(own, tmp_path / "own.py", "*")
     with pytest.raises(DataError, match=r"give --metric FILE\.py:NAME, and it goes on"):
         prepare(own, None)
     with named(tmp_path / "own.py", LEVELS):
