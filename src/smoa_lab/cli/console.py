@@ -60,13 +60,13 @@ Data = Annotated[str | None, typer.Option(help="Without a file: rows, as a file,
 
 
 @contextmanager
-def reporting(of: str = "smoa_lab") -> Iterator[None]:
-    """Show the log ``of`` the lab, or of a package in it and all warnings, on stderr; an error of smoa's ends the
+def reporting(*of: str) -> Iterator[None]:
+    """Show the log of the lab, or ``of`` packages in it and all warnings, on stderr; an error of smoa's ends the
     command with one message and exit code 1."""
     from smoa.errors import SmoaError
 
     try:
-        with _logging(of):
+        with _logging(of or ("smoa_lab",)):
             yield
     except SmoaError as error:
         raise failed(str(error)) from error
@@ -81,7 +81,7 @@ def reporting(of: str = "smoa_lab") -> Iterator[None]:
 
 
 @contextmanager
-def _logging(of: str) -> Iterator[None]:
+def _logging(of: tuple[str, ...]) -> Iterator[None]:
     """Show the lab's log on stderr; on a terminal in color, elsewhere as plain lines and without progress bars."""
     import transformers
     from rich.console import Console

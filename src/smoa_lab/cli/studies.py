@@ -24,6 +24,9 @@ from smoa_lab.cli.console import (
     reporting,
 )
 
+SHOWN = ("smoa_lab.study", "smoa_lab.data", "smoa_lab.base_models")
+"""Whose log a study shows: what its runs tell lies in their folders."""
+
 
 def compare(
     study: Annotated[str | None, typer.Argument(help="YAML file of a study. Or give --model and --data.")] = None,
@@ -51,7 +54,7 @@ def compare(
 
     With --model and --data it needs no file: it writes one, studies/NAME/study.yaml, which you can edit and run again.
     """
-    with reporting("smoa_lab.study"):
+    with reporting(*SHOWN):
         from smoa.errors import ConfigError
         from smoa_lab.budget import method_settings
         from smoa_lab.study.default_study import default_study
@@ -125,7 +128,7 @@ def tune(
     json: AsJson = False,
 ) -> None:
     """Find the learning rate with the lowest loss on validation rows; print the line for the config."""
-    with reporting("smoa_lab.study"):
+    with reporting(*SHOWN):
         from smoa_lab.config.run import load_config
         from smoa_lab.pages.tables import Table, number
         from smoa_lab.study.default_study import tuning_study

@@ -8,7 +8,7 @@ conversation adds to a shorter one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -201,25 +201,36 @@ class Encoder:
     def _by_turns(self, messages: Sequence[Message]) -> Tokens:
         """The tokens under a template without marks: trained is what each answer adds to the conversation before it,
         blanks at its end aside, which separate turns."""
-        ids = self._chat(messages)
-        labels = [IGNORED] * len(ids)
-        for place, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            before = self._chat(messages[:place], add_generation_prompt=True)
-            if self.max_length is not None and len(before) >= self.max_length:
-                break  # what follows is cut
-            until = self._chat(messages[: place + 1])
-            if ids[: len(until)] != until or until[: len(before)] != before:
+        whole = str(self._apply(messages, tokenize=False))
+        ids, seen, characters = self._of_template(whole), list[int](), 0
+
+        def tokens_of(*said: Message, **options: Any) -> int:
+            """How many tokens this beginning of the conversation has: those of the one before, and of what it adds."""
+            nonlocal characters
+            text = str(self._apply(said, tokenize=False, **options))
+            seen.extend(self._of_template(text[characters:]))
+            characters = len(text)
+            if seen != ids[: len(seen)] or not whole.startswith(text):  # some tokenizers join what two texts have
+                seen[:] = self._of_template(text)
+            if seen != ids[: len(seen)]:
                 raise DataError(
                     "data.template: under this model's template the assistant's turns can't be told apart: a longer "
                     "conversation doesn't begin with the tokens of a shorter one; name another template, or set "
                     "training.assistant_only_loss: false to train on whole conversations"
                 )
-            end = len(until)
-            while end > len(before) and not str(self.tokenizer.decode(ids[end - 1])).strip():
+            return len(seen)
+
+        labels = [IGNORED] * len(ids)
+        for place, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            start = tokens_of(*messages[:place], add_generation_prompt=True)
+            if self.max_length is not None and start >= self.max_length:
+                break  # what follows is cut
+            end = tokens_of(*messages[: place + 1])
+            while end > start and not str(self.tokenizer.decode(ids[end - 1])).strip():
                 end -= 1
-            labels[len(before) : end] = ids[len(before) : end]
+            labels[start:end] = ids[start:end]
         return Tokens(ids, labels)
 
     def _of_template(self, text: str) -> list[int]:
@@ -236,7 +247,7 @@ class Encoder:
                 "which suits every base model, a model's family (gemma3, qwen3, llama3, …), or a .jinja file"
             )
         try:
-            return self.tokenizer.apply_chat_template([asdict(message) for message in messages], **options)
+            return self.tokenizer.apply_chat_template([{**vars(message)} for message in messages], **options)
         except (TemplateError, TypeError) as error:
             raise DataError(f"the chat template refuses this row: {error}; change the row or data.template") from error
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import trl
 from datasets import Dataset
+from tokenizers import normalizers
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.data.chat_templates import alpaca
@@ -90,20 +91,35 @@ def test_a_template_that_changes_what_was_said_before_is_refused() -> None:
     assert len(trained(encoder, row)) == 1
 
 
-def test_no_turn_is_looked_for_that_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, rendered = Encoder(tokenizer_with(PLAIN), max_length=64), list[int]()
+def test_a_conversation_is_tokenized_twice_however_many_turns_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, rendered, tokenized = Encoder(tokenizer_with(PLAIN), max_length=None), list[int](), list[str]()
     row = example_of({"messages": chat(*["Open?", "Yes."] * 50)})
-    whole = Encoder(encoder.tokenizer, max_length=None).encode(row)
-    original = Encoder._chat
+    render, tokenize = Encoder._apply, Encoder._of_template
 
-    def counted(self: Encoder, messages: Sequence[Message], **options: Any) -> list[int]:
+    def counted(self: Encoder, messages: Sequence[Message], **options: Any) -> Any:
         rendered.append(len(messages))
-        return original(self, messages, **options)
+        return render(self, messages, **options)
 
-    monkeypatch.setattr(Encoder, "_chat", counted)
+    def measured(self: Encoder, text: str) -> list[int]:
+        tokenized.append(text)
+        return tokenize(self, text)
+
+    monkeypatch.setattr(Encoder, "_apply", counted)
+    monkeypatch.setattr(Encoder, "_of_template", measured)
+    whole = encoder.encode(row)
+    assert tokenized[0] == "".join(tokenized[1:])
+    rendered.clear()
+    encoder.max_length = 64
     found = encoder.encode(row)
     assert (found.input_ids, found.labels) == (whole.input_ids[:64], whole.labels[:64])
-    assert len(rendered) < 12
+    assert len(rendered) < 12  # no turn is looked for that is cut
+
+
+def test_turns_are_found_where_a_tokenizer_begins_each_text_with_a_blank() -> None:
+    tokenizer = tokenizer_with(PLAIN)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    found = trained(Encoder(tokenizer), {"messages": TALKS["several turns"]})
+    assert found == [f"{said}<|im_end|>" for said in ("Yes.", "From nine.", "Welcome.")]
 
 
 def test_a_template_that_refuses_a_row_says_so_in_one_line() -> None:
