@@ -92,6 +92,8 @@ def method_settings(words: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise ConfigError(f"--set {name}: write METHOD.KEY=VALUE, e.g. ia3.feedforward_modules=[down_proj]")
         problems = method_problems({"method": name, "adapter": block})
         ConfigText({}, "--set").refuse(((name, *path[1:]), reason) for path, reason in problems)
+        if (key := find_method(name).budget_key) is not None and key in block:
+            raise ConfigError(f"--set {name}.{key}: the number of parameters decides it; leave it out")
     return settings
 
 

@@ -33,7 +33,7 @@ def compare(
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. seeds=[0,1].")] = None,
     model: Model = None,
     data: Data = None,
-    methods: Annotated[str, typer.Option(help="Without a file: what is compared, by commas.")] = "smoa,lora",
+    methods: Annotated[str, typer.Option(help="Without a file: what is compared, by commas.")] = "lora,smoa",
     parameters: Annotated[
         str | None, typer.Option(help="Without a file: how many each trains, as for smoa init.", show_default="lora:8")
     ] = None,

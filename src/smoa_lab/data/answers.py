@@ -25,7 +25,11 @@ NUMBER = re.compile(
 )
 """A number with its sign, fraction and grouping: 1,234.5 and 1 234,5, 3,5 and 3/4, -2 and 6e23; not the 2 of m2. A time
 or a date is no number, and is taken as it is written."""
-BEFORE = r"(?<![\w\-−–])(?<!\d[.,:/])" + "".join(rf"(?<!\b{word} )" for word in ("not", "no", "never")) + "(?<!n't )"
+BEFORE = (
+    r"(?<![\w\-−–])(?<!\d[.,:/])"
+    + "".join(rf"(?<!\b(?i:{word}) )" for word in ("not", "no", "never"))
+    + "(?<!(?i:n't) )"
+)
 """What may stand before words that an answer contains: no part of a longer word, and no word that denies them."""
 
 

@@ -33,7 +33,7 @@ from smoa_lab.data.sources import RowSource
 
 logger = logging.getLogger(__name__)
 
-VERSION = 9
+VERSION = 10
 """Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
 LONG = 1000
 """More rows than these are announced: the tokens of long conversations may take half a minute."""
@@ -43,6 +43,11 @@ QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}
 """The quantiles of the rows' lengths that an account has."""
 SHOWN = 10
 """Bad rows that are listed; the rest are counted."""
+LOST = {
+    "also_held_out": "held-out rows are the same, or have their prompt",
+    "dropped": "nothing that is trained is left of them within data.max_length",
+}
+"""Why rows are in no part."""
 HELD_OUT = {"test": 5, "validation": 10}
 """Of so many different rows one is held out."""
 FEWEST_GROUPS, LARGEST_GROUP = 10, 0.1
@@ -202,11 +207,14 @@ class Reading:
         )
         for part, number in account["unused"].items():
             every = account["parts"][part] + number
-            logger.warning(
-                "%d of %d %s rows are not used; data.%s_examples: %d takes all", number, every, part, part, every
+            warning_once(
+                logger, f"{number} of {every} {part} rows are not used; data.{part}_examples: {every} takes all"
             )
         if told := account.get("ungrouped"):
             warning_once(logger, told)
+        for key, why in LOST.items():
+            if number := account[key]:
+                warning_once(logger, f"{number} rows are left out: {why}")
         return PreparedRows(folder, account)
 
     def _read_all(self, folder: Path) -> dict[str, Any]:
@@ -233,8 +241,9 @@ class Reading:
         grouped = () if self.group is False else ("group",)
         columns = datasets.Features(tokens | dict.fromkeys(("row", *KEPT, *grouped), text))
         parts = dict[str, int]()
-        held_out = ((part, self.named.count(part) - len(chosen[part])) for part in PARTS if part != "train")
-        unused = {part: number for part, number in held_out if number > 0 and len(chosen[part])}
+        named = {part: self.named.count(part) for part in PARTS if part != "train"}
+        cut = {part: number for part, number in named.items() if number > getattr(self.sizes, part)}
+        unused = {part: cut[part] - len(chosen[part]) for part in cut if 0 < len(chosen[part]) < cut[part]}
         if (used := sum(map(len, chosen.values()))) > LONG:
             logger.info("Making tokens of %d rows", used)
         for part in PARTS:
@@ -265,15 +274,15 @@ class Reading:
 
     def _split(self, keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], dict[Part, NDArray[np.int64]], int, str]:
         """By what each row is split, and into which part, how many are left out, and why prompts make no groups."""
-        if self.recall:
-            return keys, dict.fromkeys(PARTS, np.arange(len(keys))), 0, ""
         groups = np.array(self.groups, np.uint64)
         whole = units_of(keys, groups)
         units = whole if self.group is not None else units_of(keys, groups, LARGEST_GROUP)
         told = "" if (units == whole).all() else f"a prompt has more than {LARGEST_GROUP:.0%} of all rows"
         chosen, left_out = split(keys, self.named, self.sizes, units)
+        if self.recall:
+            chosen, left_out = dict.fromkeys(PARTS, np.arange(len(keys))[: self.sizes.train]), 0
         held_out: tuple[Part, ...] = ("test", "validation")
-        for part in held_out if self.group is None else ():
+        for part in held_out if self.group is None and not self.recall else ():
             own = units[chosen[part]]
             if len(np.unique(own)) < FEWEST_GROUPS and (own != keys[chosen[part]]).any():
                 told, units = f"the {part} part has fewer than {FEWEST_GROUPS} prompts", keys

@@ -143,7 +143,7 @@ class Evaluation:
             len(text_ids(self.encoder.tokenizer, prompt.reference)) + 1 for prompt in self.prompts
         ]  # and its end
         usual = max(LEAST_TOKENS, math.ceil(ROOM * sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]))
-        self.new_tokens = usual if most is None else min(most, max(lengths))
+        self.new_tokens = usual if most is None else most
         if cut := sum(length > self.new_tokens for length in lengths):
             told = (
                 f"have more than {self.new_tokens} tokens, and no answer as long is written; raise data.answer_tokens"

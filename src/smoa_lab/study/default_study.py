@@ -21,7 +21,7 @@ from smoa_lab.init import file_for, first_values
 from smoa_lab.study.study import Study, Tuning, checked_study, load_study
 from smoa_lab.training.loaded_run import inputs
 
-METHODS, PARAMETERS = ("smoa", "lora"), "lora:8"
+METHODS, PARAMETERS = ("lora", "smoa"), "lora:8"
 STEPS, PASSES, BATCH = 300, 3, 8
 """At most so many steps, of so many rows, and passes over the rows."""
 MOST_SEEDS = {1: 5, 2: 5, 3: 4, 4: 4}
@@ -115,7 +115,7 @@ def default_study(
         of_size = {"budget": f"r = {suffix[2:]}", "size": int(suffix[2:])} if sizes else {}
         entries[f"{name}{suffix}"] = of_size | {
             "method": name,
-            "adapter": {**block, **sized.adapter, **dict.fromkeys(alphas, 2 * sized.adapter.get("r", 0))},
+            "adapter": {**dict.fromkeys(alphas, 2 * sized.adapter.get("r", 0)), **block, **sized.adapter},
             "learning_rate": float(f"{TIMES_LORA.get(name, (1, ''))[0] * lora_rate:.1e}"),
             "parameters": sized.parameters,
         }

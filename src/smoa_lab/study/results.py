@@ -91,7 +91,7 @@ class Found:
                 values=held_out.values(each, finals),
                 untouched=held_out.untouched(each, self.untouched),
                 weights=held_out.weights(each),
-                is_share=each.is_share,
+                is_share=held_out.counts(each, finals),
                 level=level,
                 entries=len(listed) + dropped,
                 pools=sizes,
@@ -228,6 +228,11 @@ class HeldOut:
         sums = [self._sums([run.rows for run in own.values()], metric.field)[:width] for own in finals.values()]
         values = -metric.sign * np.array(sums)
         return np.where(np.isfinite(values), values, np.inf)
+
+    def counts(self, metric: Metric, finals: Mapping[str, Mapping[int, FinalRun]]) -> bool:
+        """Whether the metric counts right answers, as a user's own may."""
+        runs = (run for own in finals.values() for run in own.values())
+        return metric.is_share or {run.rows[key][metric.field] for run in runs for key in self.keys} <= {0, 1, None}
 
     def untouched(self, metric: Metric, rows: Mapping[RowKey, Mapping[str, Any]]) -> Floats | None:
         """(1, groups), None where it is not known."""

@@ -59,8 +59,8 @@ class Guard(TrainerCallback):
         self.trains = True
         """Whether every batch of this step has a token that is trained; ``without`` counts those that have none."""
         self.without = 0
-        self.bad = self.steps = 0
-        """Steps in a row without finite gradients, and all of them; ``was_finite`` says that one had them."""
+        self.bad = self.skipped = self.steps = 0
+        """Steps in a row without finite gradients, all of these, and all steps; ``was_finite``: one had them."""
         self.was_finite = False
         self.unreached: dict[str, nn.Parameter] | None = None
 
@@ -98,6 +98,7 @@ class Guard(TrainerCallback):
                 each.grad = None
         has_settled = scaler is None or self.was_finite or scaler.get_scale() <= 1
         self.bad += trains and has_settled
+        self.skipped += trains and has_settled
         if self.bad >= MOST_BAD:
             found = (
                 f"the gradients of {MOST_BAD} steps in a row, up to step {state.global_step + 1} of {state.max_steps}"
@@ -108,6 +109,9 @@ class Guard(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.without:
             logger.warning("%d batches had no token that is trained", self.without)
+        if self.skipped:
+            told = "had gradients that are not finite, and changed nothing"
+            logger.warning("%d of %d steps %s", self.skipped, self.steps, told)
 
     def _name_unreached(self, parameters: dict[str, nn.Parameter]) -> None:
         if self.unreached is None:

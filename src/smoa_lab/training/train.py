@@ -30,7 +30,7 @@ from smoa_lab.pages.run_report import losses, run_card, samples_text
 from smoa_lab.scoring.evaluation import Evaluation, Forgetting
 from smoa_lab.training.guards import Diverged
 from smoa_lab.training.loaded_run import LoadedRun, load_run
-from smoa_lab.training.run_folder import RunFolder, is_first_process, peak_memory, provenance
+from smoa_lab.training.run_folder import RunFolder, is_first_process, peak_memory, provenance, reset_peak_memory
 from smoa_lab.training.trainer import Stopwatch, fit, make_trainer
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     folder.check(text)
     if peft_config is not None:
         check_adapter(empty_model(config.model), peft_config)
+    reset_peak_memory()
     loaded = load_run(config)
     forgetting = Forgetting(config.forgetting.text, config.forgetting.tokens, loaded.tokenizer, loaded.base.config)
     trainer = make_trainer(loaded, peft_config)

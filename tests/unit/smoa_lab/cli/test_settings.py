@@ -39,7 +39,7 @@ def test_a_method_that_needs_more_keys_is_sized_with_them(base: Path) -> None:
         ("ia3.fan_in_fan_out=17.5", "ia3.fan_in_fan_out: should be a valid boolean; got 17.5"),
         ("ia4.x=1", "there is no method 'ia4'"),
         ("ia3=1", "write METHOD.KEY=VALUE"),
-        ("lora.r=2", "name the method too"),
+        ("lora.use_rslora=true", "name the method too"),
     ],
 )
 def test_keys_are_checked_like_a_runs(setting: str, message: str, base: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_comparison_has_them_in_its_entries_and_in_one_place_only(base: Path, 
     twice = invoke(*words, "entries.lora.adapter.use_rslora=false")
     assert twice.exit_code == 1
     assert "--set lora: entries.lora.adapter.use_rslora says it too" in twice.stderr
-    other = invoke(*words, "--set", "dora.r=3")
+    other = invoke(*words, "--set", "dora.use_rslora=true")
     assert "--set dora: is not one of --methods lora,smoa" in other.stderr
     with_file = invoke("compare", tmp_path / "study.yaml", "--set", "lora.use_rslora=true")
     assert "with which --set and --sizes go" in with_file.stderr

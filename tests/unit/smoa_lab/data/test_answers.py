@@ -53,6 +53,8 @@ from smoa_lab.data.answers import RULES
         ("contains", "-4", "4", False),
         ("contains", "not toxic", "toxic", False),
         ("contains", "It isn't toxic", "toxic", False),
+        ("contains", "No toxic words.", "toxic", False),
+        ("contains", "NOT toxic", "toxic", False),
         ("contains", "It is not toxic", "not toxic", True),
         ("contains", "non-toxic", "toxic", False),
         ("contains", "C++", "C++", True),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers.utils.logging import warning_once
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.data.encoding import Encoder, Tokens
@@ -22,7 +23,8 @@ from tests.support.own_rows import MARKED, STRICT, chat, chats, tokenizer_with, 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache folder of a test."""
+    """The cache folder of a test, in which nothing was warned of."""
+    warning_once.cache_clear()
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "rows"
 
@@ -161,10 +163,17 @@ def test_the_content_of_an_account_is_exact() -> None:
     assert [one["sha256"] == accounts[0]["sha256"] for one in accounts] == [True, False, True]
 
 
-def test_training_rows_that_the_test_data_have_are_left_out() -> None:
+def test_rows_that_repeat_other_parts_are_not_called_unused(caplog: pytest.LogCaptureFixture) -> None:
+    named = [{"text": f"Text {i}.", "part": part} for part in ("test", "validation") for i in range(6)]
+    prepare(Listed([*named, {"text": "Another.", "part": "validation"}, {"text": "a"}]))
+    assert "are not used" not in caplog.text
+
+
+def test_training_rows_that_the_test_data_have_are_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     rows = prepare(Listed(texts(10)), Listed(texts(5, start=8), name="test"))
     assert rows.account["parts"] == {"test": 5, "train": 8}
     assert (rows.account["also_held_out"], rows.account["repeated"]) == (2, 2)
+    assert "2 rows are left out: held-out rows are the same, or have their prompt" in caplog.text
 
 
 def test_labels_and_ids_are_those_of_the_encoder_and_are_cut() -> None:
@@ -194,11 +203,12 @@ def test_choices_count_where_they_are_scored() -> None:
     assert lengths[0] < 100 < lengths[1]
 
 
-def test_rows_of_which_nothing_trained_is_left_are_dropped() -> None:
+def test_rows_of_which_nothing_trained_is_left_are_dropped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     long = {"messages": chat("a" * 500, "Yes.")}
     exactly = {"messages": chat("b" * (100 - 52), "Yes.")}
     rows = prepare(Listed([*chats(3), long, exactly]), sizes=ALL, max_length=100)
     assert rows.account["dropped"] == 1
+    assert "1 rows are left out: nothing that is trained is left of them within data.max_length" in caplog.text
     assert rows.account["parts"] == {"train": 4}
     assert all(any(label >= 0 for label in labels[1:]) for labels in rows.part("train")["labels"])
     tokenizer = tokenizer_with(None)
@@ -355,11 +365,12 @@ def test_rows_of_a_prompt_that_the_test_data_have_are_not_trained_on() -> None:
     assert found.account["also_held_out"] == 20
 
 
-def test_to_measure_recall_all_rows_are_in_each_part() -> None:
-    read = Reading(
-        [Listed(asked(30, 1))], [], None, Sizes(None, 3, 5), Encoder(tokenizer_with(MARKED), None), None, True
-    )
-    found = read.prepare()
-    assert found.account["parts"] == {"train": 30, "validation": 30, "test": 30}
+@pytest.mark.parametrize(("most", "kept"), [(None, 30), (12, 12)])
+def test_to_measure_recall_all_rows_are_in_each_part_and_in_their_groups(most: int | None, kept: int) -> None:
+    rows = [{**row, "of": number // 2} for number, row in enumerate(asked(30, 1))]
+    encoder = Encoder(tokenizer_with(MARKED), None)
+    found = Reading([Listed(rows)], [], None, Sizes(most, 3, 5), encoder, "of", recall=True).prepare()
+    assert found.account["parts"] == {"train": kept, "validation": kept, "test": kept}
     assert prompts(found, "train") == prompts(found, "validation") == prompts(found, "test")
-    assert found.account["also_held_out"] == 0
+    assert len({row.group for row in found.rows("test")}) == kept // 2
+    assert (found.account["also_held_out"], found.account["unused"]) == (0, {})

@@ -341,6 +341,8 @@ def test_answers_have_room_for_all_references_but_the_longest_and_what_is_cut_is
     assert f"1 of 150 completions have more than {evaluation.new_tokens} tokens" in caplog.text
     older = Evaluation(of_turns(max_length=None), rows, metric="exact", answer_tokens=128)
     assert older.new_tokens == 128, "as a study goes on that was planned before"
+    room = Evaluation(of_turns(max_length=None), [talk("2 + 2?", "4")], metric="number", answer_tokens=256)
+    assert room.new_tokens == 256, "an answer may show its way"
 
 
 def test_a_number_that_is_not_the_only_one_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -352,13 +352,13 @@ def test_the_command_goes_on_with_more_sizes(room: Path, written: WrittenRuns, m
     )
     words = ["compare", "--model", "base", "--data", "chats.jsonl", "--seeds", "2", "--sizes"]
     told = smoa(*words, "1").stdout
-    assert "take smoa-r1" in told
+    assert "take lora-r1" in told
     assert "Budget: r = 1" in told
     more = smoa(*words, "1,4").stdout
     assert more.count("Budget: r = ") == 2
     assert "all sizes: " in more
     stored = yaml.safe_load((room / "studies" / "chats" / "study.yaml").read_text())
-    assert list(stored["entries"]) == ["smoa-r1", "lora-r1", "smoa-r4", "lora-r4"]
+    assert list(stored["entries"]) == ["lora-r1", "smoa-r1", "lora-r4", "smoa-r4"]
     assert smoa("compare", "studies/chats", "--report-only").stdout == more
     assert "smoa-r1" in smoa(*words, "1,4", "folder=studies/other", "--plan").stdout
 

@@ -309,6 +309,13 @@ def test_the_optimizer_gets_no_gradient_that_is_not_finite() -> None:
         stepped(Guard(), [1.0, math.nan, math.inf, math.nan])
 
 
+def test_steps_that_changed_nothing_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    guard = Guard()
+    stepped(guard, [1.0, math.nan, math.inf, 2.0, math.nan])
+    guard.on_train_end(None, None, None)
+    assert "3 of 5 steps had gradients that are not finite, and changed nothing" in caplog.text
+
+
 def test_a_batch_without_trained_tokens_does_not_count() -> None:
     guard = Guard()
     for _ in range(5):
