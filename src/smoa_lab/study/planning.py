@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -100,13 +102,11 @@ def outlook(
 ) -> tuple[Plan, str]:
     """The plan that a study would get, by a few timed steps, and about which difference it will tell. Nothing is
     scored, but for right answers 20 rows of the base model, and nothing is kept."""
-    had = study.folder.exists()
-    try:
+    above = study.folder.parent  # where a cluster's machines see it too; another process may run in the study's folder
+    above.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{study.folder.name}-", dir=above, ignore_cleanup_errors=True) as folder:
+        study = study.model_copy(update={"folder": Path(folder)})
         return Planner(study, execute, minutes, workers, number, began).outlook()
-    finally:
-        shutil.rmtree(study.folder / "timing", ignore_errors=True)
-        if not had:
-            shutil.rmtree(study.folder, ignore_errors=True)
 
 
 def _refuse_another(study: Study, plan: Plan, found: dict[str, str] | None = None) -> None:
@@ -157,8 +157,8 @@ class Planner:
                 raise ConfigError(f"shared.data: leaves no {part} rows, by which {use} are compared; give more rows")
         if (rows := found["rows"]["validation"]) < FEW_TO_CHOOSE and self.study.tuning.max_runs:
             logger.warning("Only %s chooses the rates, much by chance; give more", counted(rows, "validation row"))
-        if self.seeds and found["rows"]["test"] < FEW_ROWS:
-            logger.warning(few_rows(found["rows"]["test"]))
+        if self.seeds and found["groups"] < FEW_ROWS:
+            logger.warning(few_rows(found["groups"], found["rows"]["test"]))
         return {**found, "digests": found["digests"] | scored_by}
 
     @property
@@ -191,7 +191,8 @@ class Planner:
         self, found: dict[str, Any], entries: dict[str, Timing], steps: int, failed: dict[str, str], final: float
     ) -> Plan:
         """The plan of a study that has none, with what fits into the time."""
-        seeds, facts = self.seeds[: self.number], {"study": as_planned(self.study), "entries": entries, **found}
+        facts = {key: found[key] for key in ("digests", "rows")} | {"study": as_planned(self.study), "entries": entries}
+        seeds = self.seeds[: self.number]
         rounds: dict[str, Any] = {"format": FORMAT, "seeds": seeds, "listed": seeds, "planned": len(seeds)}
         plan = Plan(steps=steps, final=final, minutes=self.minutes, failed=failed, **rounds, **facts)
         if self.minutes is None:
@@ -208,13 +209,13 @@ class Planner:
         beside = of_rows["validation"]
         timings = {n: one.model_copy(update={"beside": one.beside + beside}) for n, one in timings.items()}
         plan, metric = self._made(found, timings, steps, failed, of_rows["test"]), first.data.metric
-        if len(plan.seeds) < 2 or metric not in (None, *RULES):
+        if len(plan.seeds) < 2 or first.trainer == "dpo" or metric not in (None, *RULES):
             return plan, "Which difference it will tell is not known beforehand."
         scale = 1.0 if metric is None else self._spread_of_answers(first, metric)
         noise = NOISE["loss" if metric is None else "scored"]
         together = max(len(own) for name, own in self.study.families().items() if name != ALL_SIZES)
         of_seeds, of_row = (scale * each for each in noise)
-        width = expected_width(together, len(plan.seeds), found["rows"]["test"], (of_seeds, of_row))
+        width = expected_width(together, len(plan.seeds), found["groups"], (of_seeds, of_row))
         told = f"{width:.3f} nats per token" if metric is None else f"{100 * width:.1f} points"
         return plan, f"By {counted(len(plan.seeds), 'round')} it will tell differences of about {told}."
 

@@ -1,6 +1,7 @@
 """The plan of a study: what it takes, what no resume changes, what a folder may have."""
 
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import planning
 from smoa_lab.study.bounds import level_of
+from smoa_lab.study.executor import Executor
 from smoa_lab.study.plan import Plan, Timing, check_folder, study_file
-from smoa_lab.study.planning import FEWEST, fitted, prepare
+from smoa_lab.study.planning import FEWEST, fitted, outlook, prepare
 from smoa_lab.study.study import Study, Tuning, load_study
 from smoa_lab.study.study_report import report
 from tests.support.studies import WrittenRuns, compared, entry, finished
@@ -178,10 +180,47 @@ def test_what_is_missing_is_said_before_anything_runs(
     written.rows["test"] = 49
     compared(study)
     assert "Only 49 rows are held out" in caplog.text
+    written.groups = 48
+    compared(study)
+    assert "Only 48 groups are held out" in caplog.text
     for part, told in (("validation", "by which rates are compared"), ("test", "by which entries are compared")):
         written.rows = {"train": 1, "validation": 1, "test": 1, part: 0}
         with pytest.raises(ConfigError, match=f"leaves no {part} rows, {told}"):
             compared(study)
+
+
+def told_beforehand(study: Study) -> str:
+    """What a plan alone says that the study will tell."""
+    return outlook(study, Executor().result, None, 1, None, time.monotonic())[1]
+
+
+def test_a_plan_alone_leaves_a_study_that_runs_meanwhile(
+    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = written.time_steps
+
+    def timed(config: RunConfig, most: int, seconds: float) -> dict[str, Any]:
+        if not study.folder.exists():  # in another terminal
+            monkeypatch.setattr("smoa_lab.study.executor.time_steps", usual)
+            compared(study).run()
+        return usual(config, most, seconds)
+
+    monkeypatch.setattr("smoa_lab.study.executor.time_steps", timed)
+    told_beforehand(study)
+    assert len(list(study.folder.glob("*/lr-*/metrics.json"))) == len(written.ran) - 2 > 0
+    assert [path.name for path in study.folder.parent.iterdir()] == ["study"]
+
+
+def test_the_difference_it_will_tell_goes_by_groups_of_rows_and_is_not_known_of_preferences(
+    study: Study, written: WrittenRuns
+) -> None:
+    by_rows = told_beforehand(study)
+    written.groups = 6
+    few, many = (float(told.split()[-4]) for told in (told_beforehand(study), by_rows))
+    assert few > 2 * many
+    del study.entries["full"]
+    preferences = study.model_copy(update={"shared": {**study.shared, "trainer": "dpo"}})
+    assert told_beforehand(preferences) == "Which difference it will tell is not known beforehand."
 
 
 def test_bad_rows_and_an_entry_that_cannot_be_made_are_told_before_the_first_run(
