@@ -245,9 +245,10 @@ class Planner:
         more: dict[str, Any] = {"study": as_planned(study), "seeds": asked, "entries": plan.entries | timings}
         more |= {"final": final, "failed": failed, **plan.without(before, study)}
         more |= self._looks(plan, asked, changed)
-        if self.minutes is not None and self.minutes != plan.minutes:
-            more |= {"minutes": self.minutes, "limit": plan.used + self.left()}
-        elif asked != plan.seeds or changed or study.tuning.max_runs > before.tuning.max_runs:
+        grew = asked != plan.seeds or changed or study.tuning.max_runs > before.tuning.max_runs
+        if self.minutes is not None and (grew or plan.limit is None or self.minutes != plan.minutes):
+            more |= {"minutes": self.minutes, "limit": plan.used + 60 * self.minutes}
+        elif grew:
             more["limit"] = None
         if "limit" in more:  # searches that the time ended go on
             write_chosen(study, {name: one for name, one in read_chosen(study).items() if one.place != "cut"})

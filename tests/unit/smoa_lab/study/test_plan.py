@@ -15,7 +15,7 @@ from smoa_lab.study.plan import Plan, Timing, check_folder, study_file
 from smoa_lab.study.planning import FEWEST, fitted, outlook, prepare
 from smoa_lab.study.study import Study, Tuning, load_study
 from smoa_lab.study.study_report import report
-from tests.support.studies import WrittenRuns, compared, entry, finished
+from tests.support.studies import WrittenRuns, compared, entry, fake_time, finished
 
 
 def planned(steps: int = 300, seeds: int = 3) -> Plan:
@@ -108,6 +108,24 @@ def test_other_minutes_are_for_what_is_left(minutes: float, study: Study, writte
     plan, again = compared(study, minutes=3).plan, compared(study, minutes=minutes).plan
     assert (again.steps, again.minutes) == (plan.steps, minutes)
     assert again.limit == pytest.approx(plan.used + 60 * minutes, abs=2)
+
+
+@pytest.mark.parametrize("minutes", [3, 60])
+def test_minutes_beside_something_new_are_for_all_that_is_left(
+    minutes: float, study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_time(monkeypatch, written)
+    plan = compared(study, minutes=3).plan
+    more = study.model_copy(update={"entries": {**study.entries, "dora": entry("lora")}})
+    for asked, number in ((more, None), (more, 6), (more.model_copy(update={"tuning": Tuning(max_runs=9)}), 6)):
+        used, began = plan.used, written.now
+        plan = compared(asked, minutes, number).plan
+        assert plan.limit == pytest.approx(used + 60 * minutes)
+        assert plan.used == pytest.approx(used + written.now - began), "what planning takes counts once"
+        assert unused(compared(asked, minutes, number).plan) == unused(plan), "given again it goes on"
+    lifted = compared(asked, number=7).plan
+    assert (lifted.minutes, lifted.limit) == (minutes, None)
+    assert compared(asked, minutes).plan.limit == pytest.approx(lifted.used + 60 * minutes)
 
 
 def test_seeds_beyond_the_planned_rounds_are_one_more_look(study: Study, written: WrittenRuns) -> None:
