@@ -225,15 +225,19 @@ def write_plan(study: Study, plan: Plan) -> Plan:
 
 
 def read_chosen(study: Study) -> dict[str, Chosen]:
-    """The rates that were chosen, by entry, but those at the edge of a search that may go on."""
-    file, remedy = study.folder / "chosen.json", "remove it, and rates are chosen again by the runs"
-    every = _validated(file, dict[str, Chosen], remedy) if file.is_file() else {}
+    """The rates that were chosen, by entry of the study, but those at the edge of a search that may go on."""
     most = study.tuning.max_runs
     return {
         name: one
-        for name, one in every.items()
+        for name, one in stored_chosen(study).items()
         if name in study.entries and not (one.place == "edge" and len(one.losses) < most)
     }
+
+
+def stored_chosen(study: Study) -> dict[str, Chosen]:
+    """All rates that are written, also of entries that only the file of another process has."""
+    file, remedy = study.folder / "chosen.json", "remove it, and rates are chosen again by the runs"
+    return _validated(file, dict[str, Chosen], remedy) if file.is_file() else {}
 
 
 def write_chosen(study: Study, chosen: Mapping[str, Chosen]) -> None:

@@ -47,9 +47,9 @@ from smoa_lab.study.plan import (
     other_config,
     other_inputs,
     other_metric,
-    read_chosen,
     read_plan,
     refuse,
+    stored_chosen,
     write_chosen,
     write_plan,
 )
@@ -135,7 +135,8 @@ class Planner:
             before = read_plan(study)  # another process may have made it
             if before is not None:
                 _refuse_another(study, before, found["digests"])
-            new = {n: config for n, config in self._configs().items() if before is None or n not in before.entries}
+            known = set[str]() if before is None else before.entries.keys() - before.dropped.keys()
+            new = {name: config for name, config in self._configs().items() if name not in known}
             for config in new.values():
                 if (wanted := config.peft_config()) is not None:
                     check_adapter(empty_model(config.model), wanted)
@@ -230,7 +231,7 @@ class Planner:
 
     def _continued(self, plan: Plan, new: dict[str, RunConfig]) -> Plan:
         """A plan for what was added to its study since. Entries, another metric and seeds beyond the planned rounds
-        take one more look."""
+        take one more look. An entry that was dropped and comes back may be another one, and is planned anew."""
         study, before = self.study, Study.model_validate({"folder": self.study.folder, **plan.study})
         final = plan.final
         asked = [*plan.seeds, *(seed for seed in study.seeds if seed not in plan.known)]
@@ -241,8 +242,10 @@ class Planner:
         beside = fmean(one.beside for one in plan.entries.values())
         timings, _, failed = self._timed(new, beside) if new else ({}, 0, {})
         failed |= {name: told for name, told in plan.failed.items() if name not in new}
-        changed = plan.changed(study, {*plan.dropped, *(new.keys() - before.entries.keys())})
-        more: dict[str, Any] = {"study": as_planned(study), "seeds": asked, "entries": plan.entries | timings}
+        fresh = new.keys() - before.entries.keys()
+        changed = plan.changed(study, fresh)
+        timings = {name: timing for name, timing in plan.entries.items() if name not in new} | timings
+        more: dict[str, Any] = {"study": as_planned(study), "seeds": asked, "entries": timings}
         more |= {"final": final, "failed": failed, **plan.without(before, study)}
         more |= self._looks(plan, asked, changed)
         grew = asked != plan.seeds or changed or study.tuning.max_runs > before.tuning.max_runs
@@ -250,8 +253,10 @@ class Planner:
             more |= {"minutes": self.minutes, "limit": plan.used + 60 * self.minutes}
         elif grew:
             more["limit"] = None
-        if "limit" in more:  # searches that the time ended go on
-            write_chosen(study, {name: one for name, one in read_chosen(study).items() if one.place != "cut"})
+        if "limit" in more:  # searches that the time ended go on, and those of entries that came back begin again
+            more["starts"] = {name: rate for name, rate in plan.starts.items() if name not in fresh}
+            stored = stored_chosen(study).items()
+            write_chosen(study, {name: one for name, one in stored if one.place != "cut" and name not in fresh})
         takes = more.get("takes", plan.takes)
         more["takes"] = {name: take for name, take in takes.items() if take.tolerance == study.tolerance}
         return plan.model_copy(update=more)

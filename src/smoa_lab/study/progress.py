@@ -23,6 +23,7 @@ from smoa_lab.study.plan import (
     other_config,
     other_inputs,
     read_chosen,
+    stored_chosen,
     write_chosen,
 )
 from smoa_lab.study.results import FinalRun, Found, read_rows
@@ -256,5 +257,5 @@ class Progress:
             return
         with FileLock(self.study.folder / ".lock"):
             self.chosen = {**chosen, **read_chosen(self.study)}
-            write_chosen(self.study, self.chosen)
+            write_chosen(self.study, {**stored_chosen(self.study), **self.chosen})
         self._fix_starts()
