@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -39,6 +40,7 @@ from smoa_lab.study.plan import (
     Plan,
     Timing,
     as_planned,
+    changed_plan,
     changes,
     duration,
     error_text,
@@ -82,7 +84,8 @@ def prepare(
     """The plan of a study in its folder, made if there is none, and completed for entries and seeds that were added.
 
     It is for so many ``minutes`` of ``workers`` since ``began``. ``number`` is that of all seeds that are run, those
-    first that were left out. Without ``execute``, which runs jobs, the plan is what it is, and no rows are read.
+    first that were left out. Without ``execute``, which runs jobs, the plan is what it is, but for another metric and
+    entries that were dropped, and no rows are read.
     """
     if execute is not None:
         return Planner(study, execute, minutes, workers, number, time.monotonic() if began is None else began).plan()
@@ -91,10 +94,18 @@ def prepare(
         raise DataError(f"{study.folder}: nothing has run yet; run smoa compare on this study first")
     _refuse_another(study, plan)
     is_counted = other_metric(plan, study) and is_looked_at(plan, study)
-    if is_counted:
-        again = {"study": {**plan.study, "shared": as_planned(study)["shared"]}} | plan.scored_again()
-        plan = write_plan(study, plan.model_copy(update=again))
+    if is_counted or plan.study["entries"].keys() - study.entries.keys():
+        plan = changed_plan(study, partial(_as_reported, study))
     return score_again(study, plan, is_counted)
+
+
+def _as_reported(study: Study, plan: Plan) -> dict[str, Any]:
+    """The changes for a report by another metric, or without some entries. What was added waits until it is run."""
+    before = Study.model_validate({"folder": study.folder, **plan.study})
+    left = {name: study.entries[name] for name in before.entries if name in study.entries}
+    known = study.model_copy(update={"entries": left, "seeds": before.seeds, "tuning": before.tuning})
+    looks = _looks(known, plan, plan.seeds, plan.changed(known, ()))
+    return {"study": as_planned(known), **plan.without(before, known), **looks}
 
 
 def outlook(
@@ -247,7 +258,7 @@ class Planner:
         timings = {name: timing for name, timing in plan.entries.items() if name not in new} | timings
         more: dict[str, Any] = {"study": as_planned(study), "seeds": asked, "entries": timings}
         more |= {"final": final, "failed": failed, **plan.without(before, study)}
-        more |= self._looks(plan, asked, changed)
+        more |= _looks(study, plan, asked, changed)
         grew = asked != plan.seeds or changed or study.tuning.max_runs > before.tuning.max_runs
         if self.minutes is not None and (grew or plan.limit is None or self.minutes != plan.minutes):
             more |= {"minutes": self.minutes, "limit": plan.used + 60 * self.minutes}
@@ -260,21 +271,6 @@ class Planner:
         takes = more.get("takes", plan.takes)
         more["takes"] = {name: take for name, take in takes.items() if take.tolerance == study.tolerance}
         return plan.model_copy(update=more)
-
-    def _looks(self, plan: Plan, asked: Sequence[int], changed: Collection[str]) -> dict[str, Any]:
-        """The changes for rounds beyond the planned ones, for families of ``changed`` entries and for another metric.
-        Families that have their answer keep it, but where all have one and more rounds are asked for."""
-        is_scored_again = other_metric(plan, self.study)
-        goes_on = len(asked) > plan.rounds or ((changed or is_scored_again) and is_looked_at(plan, self.study))
-        if plan.rounds == 0:
-            return {"planned": len(asked), "listed": asked}
-        if is_scored_again and goes_on and asked == plan.seeds and not changed:
-            return plan.scored_again()
-        if goes_on and (changed or plan.extensions[-1:] != [len(asked)]):
-            families = self.study.families().keys()
-            keeps = not is_scored_again and (changed or families - plan.takes.keys())
-            return plan.one_more_look(changed if keeps else plan.takes.keys(), len(asked))
-        return {}
 
     def _scored(self) -> tuple[float, float]:
         """Score the base model, which counts. Seconds that a search's run takes to score, and that a final one
@@ -341,6 +337,21 @@ class Planner:
                 f"comparison, take {duration(least)} or more, and {duration(max(0.0, now))} are left; give more, or "
                 "fewer --methods or shorter rows"
             )
+
+
+def _looks(study: Study, plan: Plan, asked: Sequence[int], changed: Collection[str]) -> dict[str, Any]:
+    """The changes for rounds beyond the planned ones, for families of ``changed`` entries and for another metric.
+    Families that have their answer keep it, but where all have one and more rounds are asked for."""
+    is_scored_again = other_metric(plan, study)
+    goes_on = len(asked) > plan.rounds or ((changed or is_scored_again) and is_looked_at(plan, study))
+    if plan.rounds == 0:
+        return {"planned": len(asked), "listed": asked}
+    if is_scored_again and goes_on and asked == plan.seeds and not changed:
+        return plan.scored_again()
+    if goes_on and (changed or plan.extensions[-1:] != [len(asked)]):
+        keeps = not is_scored_again and (changed or study.families().keys() - plan.takes.keys())
+        return plan.one_more_look(changed if keeps else plan.takes.keys(), len(asked))
+    return {}
 
 
 def _check_parameters(name: str, trained: int, declared: int | None) -> None:

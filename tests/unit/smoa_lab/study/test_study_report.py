@@ -227,6 +227,32 @@ def test_a_taken_entry_that_is_dropped_is_taken_no_more(study: Study, written: W
     assert report(dropped).summary["budgets"]["small"]["take"] == "lora"
 
 
+def test_a_report_without_some_entries_counts_them_and_its_look_as_a_run_would(
+    study: Study, written: WrittenRuns
+) -> None:
+    finished(study)
+    full = compared(study).plan
+    kept = study.model_copy(update={"entries": {"lora": study.entries["lora"]}, "seeds": [0, 1, 2, 3]})
+    for _ in range(2):
+        reported = Comparison(kept, prepare(kept, None))
+        small = report(reported).summary["budgets"]["small"]
+        assert (reported.plan.dropped, reported.plan.extensions) == ({"ours": "small", "full": "large"}, [3])
+        assert (small["level"], small["take"], reported.plan.seeds) == (0.005, None, full.seeds)
+        assert reported.budgets()["small"].families["loss"].entries == 2
+    again = compared(study).plan
+    assert (again.dropped, again.extensions) == ({}, [3, 3]), "what comes back is one more"
+
+
+def test_a_report_with_an_entry_that_came_back_leaves_it_to_be_planned(study: Study, written: WrittenRuns) -> None:
+    finished(study)
+    names = ("lora", "full")
+    finished(study.model_copy(update={"entries": {name: study.entries[name] for name in names}}))
+    timed = len(written.timed)
+    prepare(study.model_copy(update={"entries": {name: study.entries[name] for name in ("ours", "lora")}}), None)
+    assert finished(study).plan.dropped == {}
+    assert len(written.timed) == timed + 2
+
+
 def test_an_entry_whose_rate_changed_is_run_and_compared_again(study: Study, written: WrittenRuns) -> None:
     entries = {name: study.entries[name] for name in ("ours", "lora")}
     entries["ours"] = entries["ours"].model_copy(update={"learning_rate": 0.01 / 30})
