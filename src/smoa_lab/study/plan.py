@@ -330,7 +330,8 @@ def refuse(title: str, changed: Sequence[str]) -> None:
     """Raise ConfigError with all that was changed, if anything was."""
     if changed:
         lines = "\n  ".join([title, *changed])
-        raise ConfigError(f"{lines}\n  put that back, or use a new folder (folder=studies/NAME)")
+        new = "use a new folder (folder=studies/NAME), or for smoa tune another training.output_dir"
+        raise ConfigError(f"{lines}\n  put that back, or {new}")
 
 
 def _differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
@@ -341,23 +342,29 @@ def _differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
         yield f"{place}: {json.dumps(old)}, now {json.dumps(new)}"
 
 
-def check_folder(study: Study) -> None:
-    """Raise ConfigError if the study's folder has another study, or something else."""
+def check_folder(study: Study, given: Path | None = None) -> None:
+    """Raise ConfigError if the study's folder has another study, or something else; or if its file has entries, which a
+    user may have added, that a study without a file ``given`` lacks."""
     file = study.folder / "study.yaml"
     check_place(file)
     if file.is_file():
-        refuse(f"{file}: says otherwise", changes(as_planned(load_study(file)), study))
+        stored = load_study(file)
+        refuse(f"{file}: says otherwise", changes(as_planned(stored), study))
+        if given is None and (added := [name for name in stored.entries if name not in study.entries]):
+            told = f"has {', '.join(added)} too, which this command would take out"
+            raise ConfigError(f"{file}: {told}; run smoa compare {study.folder}, or take them out of the file first")
     elif not (study.folder / "plan.json").is_file() and (others := [path.name for path in study.folder.glob("[!.]*")]):
         raise ConfigError(f"{study.folder}: contains {min(others)} and no study; choose another folder")
 
 
 @contextmanager
 def study_file(study: Study, given: Path | None = None) -> Iterator[None]:
-    """Write a study into its folder, unless the file there is the one that was ``given``, and plan it in the block. A
-    start that fails leaves the file that was there; an interrupted first one leaves its own to be edited, a refused
-    one none, by which the next would be refused."""
+    """Write a study into its folder, unless the file there is the one that was ``given`` or says the same, and plan it
+    in the block. A start that fails leaves the file that was there; an interrupted first one leaves its own to be
+    edited, a refused one none, by which the next would be refused."""
     file = study.folder / "study.yaml"
-    if given is not None and given.resolve() == file.resolve():
+    is_given = given is not None and given.resolve() == file.resolve()
+    if is_given or (file.is_file() and as_planned(load_study(file)) == as_planned(study)):
         yield
         return
     before = file.read_bytes() if file.exists() else None
