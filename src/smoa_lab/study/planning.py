@@ -248,6 +248,8 @@ class Planner:
         asked = [*plan.seeds, *(seed for seed in study.seeds if seed not in plan.known)]
         if self.number is not None and (self.minutes is None or self.number > len(plan.listed)):
             asked += [seed for seed in self.seeds if seed not in asked][: max(0, self.number - len(asked))]
+        if {*before.seeds} - {*study.seeds} or (self.number or math.inf) < len(plan.seeds):
+            logger.warning("Seeds that were planned run all the same: their number fixed the level of each look")
         if self.seeds and not (plan.seeds or plan.study["seeds"]):  # as of smoa tune
             _, final = self._scored()
         beside = fmean(one.beside for one in plan.entries.values())

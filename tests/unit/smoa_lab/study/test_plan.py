@@ -138,6 +138,19 @@ def test_seeds_beyond_the_planned_rounds_are_one_more_look(study: Study, written
         assert (more.looked_at(), more.level(2)) == ([number], level)
 
 
+def test_seeds_that_are_taken_out_after_the_plan_run_all_the_same_and_it_is_said(
+    study: Study, written: WrittenRuns, caplog: pytest.LogCaptureFixture
+) -> None:
+    compared(study)
+    compared(study, number=3)
+    fewer, told = study.model_copy(update={"seeds": [0, 1]}), "Seeds that were planned run all the same"
+    assert told not in caplog.text
+    for asked, number in ((fewer, None), (study, 2)):
+        caplog.clear()
+        assert compared(asked, number=number).plan.seeds == [0, 1, 2]
+        assert caplog.text.count(told) == 1
+
+
 def test_entries_and_seeds_may_be_added_and_run_at_the_plans_steps(study: Study, written: WrittenRuns) -> None:
     plan = compared(study, minutes=3).plan
     entries = {**study.entries, "dora": entry("lora")}
