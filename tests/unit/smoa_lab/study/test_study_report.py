@@ -19,6 +19,7 @@ from smoa_lab.study.decision import Result
 from smoa_lab.study.planning import prepare
 from smoa_lab.study.run_study import Comparison
 from smoa_lab.study.study import Study, Tuning
+from smoa_lab.study.study_charts import losses
 from smoa_lab.study.study_report import report
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.metrics import named
@@ -216,6 +217,28 @@ def test_an_entry_that_failed_and_now_works_is_compared_by_one_more_look(study: 
     assert (large["take"], large["level"], large["round"]) == ("full", takes["large"].level, 2)
     assert "not planned at first" in made.verdict[0]
     assert "not planned at first" not in made.verdict[1]
+
+
+def test_two_processes_count_an_entry_that_works_again_once(
+    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(config: RunConfig) -> float | None:
+        if config.method == "lora":
+            raise RuntimeError("CUDA out of memory")
+        return written.usual_loss(config)
+
+    written.loss = loss
+    finished(study)
+    written.loss = written.usual_loss
+    both = compared(study), compared(study)
+    with monkeypatch.context() as patch:
+        patch.setattr(Comparison, "_decide", lambda self, only=(): None)
+        for each in both:
+            each.run()
+    for each in both:
+        each._decide()
+    assert both[1].plan.extensions == [3]
+    assert both[1].plan.takes["small"].entries.keys() == {"ours", "lora"}
 
 
 def test_a_taken_entry_that_is_dropped_is_taken_no_more(study: Study, written: WrittenRuns) -> None:
@@ -574,6 +597,20 @@ def test_other_work_beside_some_runs_makes_no_entry_dearer(study: Study, written
         metrics["training"]["seconds"] *= 3
         (run / "metrics.json").write_text(json.dumps(metrics))
     assert {name: one.step_seconds for name, one in results(study).items()} == pytest.approx(before)
+
+
+def test_a_resumed_run_is_drawn_at_the_pace_of_the_plan_and_its_seconds_are_left_out(
+    study: Study, written: WrittenRuns
+) -> None:
+    step = finished(study).plan.entries["lora"].step
+    file = study.folder / "lora" / "lr-2e-3-seed-0" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    file.write_text(json.dumps({**metrics, "training": {**metrics["training"], "seconds": 1.0, "resumed": True}}))
+    lora = results(study)["lora"]
+    (points,) = losses([lora], compared(study).finals()).to_dict()["datasets"].values()
+    assert points[-1]["seconds"] == pytest.approx(100 * step)
+    assert re.search(r"lora/lr-2e-3-seed-0 \|.*\| 100 \| – \|", page(study))
+    assert re.search(r"lora/lr-2e-3-seed-1 \|.*\| 100 \| 10 \|", page(study))
 
 
 def test_the_adapter_that_is_kept_is_the_one_that_is_named_also_of_a_round_that_is_not_shown(
