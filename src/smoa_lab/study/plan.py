@@ -78,8 +78,8 @@ class Plan(Section):
     fixed when that of the size before has chosen. ``takes`` are what families' looks decided, ``failed`` entries have
     their errors, ``dropped`` ones their budgets and sizes. With ``minutes`` nothing starts once ``used``, the seconds
     until the time ``counted`` in which a command ran, reaches ``limit``, and time that is left buys seeds of
-    ``listed``. Entries or seeds that somebody asks for later lift the limit. A plan of format 1 or 2 is looked at once,
-    when all its seeds are in; ``looks`` are its own.
+    ``listed``. Entries or seeds that somebody asks for later without minutes lift the limit. A plan of format 1 or 2 is
+    looked at once, when all its seeds are in; ``looks`` are its own.
     """
 
     format: Literal[1, 2, 3] = 1
