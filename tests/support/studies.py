@@ -75,6 +75,8 @@ class WrittenRuns:
         self.parameters = 1000
         self.digests = {"data": "d", "base": "b", "encoder": "e", "forgetting": "f"}
         self.rows = {"train": 400, "validation": 40, "test": ROWS}
+        self.groups = 0
+        """Of rows of the test part that belong together; 0 where each counts by itself."""
 
     def usual_loss(self, config: RunConfig) -> float | None:
         """The lower the nearer the rate is to the best of the method."""
@@ -83,7 +85,8 @@ class WrittenRuns:
 
     def inputs(self, config: RunConfig, trains: bool = True) -> dict[str, Any]:
         """The data's digests and sizes."""
-        return {"digests": dict(self.digests), "rows": dict(self.rows)}
+        groups = self.groups or self.rows["test"]
+        return {"digests": dict(self.digests), "rows": dict(self.rows), "groups": groups}
 
     def run(self, config: RunConfig) -> dict[str, Any]:
         """A run, unless the folder is another process's or has one."""

@@ -192,7 +192,9 @@ def check(
         str | None, typer.Option(help="Model, or folder of a tokenizer; by default smollm2-135m, if it is here.")
     ] = None,
     format: Annotated[str | None, typer.Option(help="data.format, if the columns do not show it.")] = None,
-    max_length: Annotated[int, typer.Option(min=8, help="data.max_length: tokens at which a row is cut.")] = 1024,
+    max_length: Annotated[
+        int | None, typer.Option(min=8, help="data.max_length: tokens at which a row is cut.", show_default="1024")
+    ] = None,
     template: Annotated[str | None, typer.Option(help="data.template instead of the model's own, e.g. alpaca.")] = None,
     examples: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
     trust_remote_code: Trusted = False,
@@ -208,13 +210,19 @@ def check(
         from smoa_lab.config.run import check_config, load_config
         from smoa_lab.training.loaded_run import check_trainer, read_rows_of
 
+        data = {"format": format, "max_length": max_length, "template": template}
+        data = {key: value for key, value in data.items() if value is not None}
         if place.endswith((".yaml", ".yml")):
+            if model is not None or data:
+                raise ConfigError(
+                    f"{place}: says these itself; leave out --model, --format, --max-length and --template"
+                )
             config = load_config(place)
         else:
             if model is None and not is_here(DEFAULT):
                 raise ConfigError("give --model, a model or a tokenizer's folder: nothing is downloaded unasked")
-            data = {"train": place, "format": format, "template": template, "max_length": max_length}
-            config = check_config({"model": {"name": model or DEFAULT}, "data": data, "training": {}}, place)
+            values = {"model": {"name": model or DEFAULT}, "data": {"train": place, **data}, "training": {}}
+            config = check_config(values, place)
         tokenizer = RunModel.of(config).tokenizer
         _, rows = read_rows_of(config, tokenizer)
         account, trained = rows.account, rows.account["parts"].get("train", 0)

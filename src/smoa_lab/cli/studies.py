@@ -33,7 +33,9 @@ def compare(
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. seeds=[0,1].")] = None,
     model: Model = None,
     data: Data = None,
-    methods: Annotated[str, typer.Option(help="Without a file: what is compared, by commas.")] = "lora,smoa",
+    methods: Annotated[
+        str | None, typer.Option(help="Without a file: what is compared, by commas.", show_default="lora,smoa")
+    ] = None,
     parameters: Annotated[
         str | None, typer.Option(help="Without a file: how many each trains, as for smoa init.", show_default="lora:8")
     ] = None,
@@ -71,20 +73,21 @@ def compare(
             ranks = [int(rank) for rank in sizes.split(",")] if sizes else []
         except ValueError as error:
             raise ConfigError(f"--sizes {sizes}: write ranks of LoRA by commas, e.g. 1,4,16") from error
-        if model is None and data is None and study is not None and not settings and not ranks:
+        if report_only and (only or plan or seeds is not None or minutes is not None):
+            raise ConfigError("--report-only runs nothing: leave out --only, --plan, --seeds and --minutes")
+        if study is not None and not any((model, data, methods, parameters, ranks, settings)):
             given = Path(study, "study.yaml") if Path(study).is_dir() else Path(study)
             checked = load_study(given, overrides)
         elif model is None or data is None or (study is not None and "=" not in study):
-            raise ConfigError(
-                "give the YAML file of a study, or both --model and --data, with which --set and --sizes go"
-            )
+            of_file = "--methods, --parameters, --sizes and --set"
+            raise ConfigError(f"give the YAML file of a study, or both --model and --data, with which {of_file} go")
         else:
             words = [*([] if study is None else [study]), *overrides]
-            names = [name.strip().lower() for name in methods.split(",")]
+            names = [name.strip().lower() for name in (methods or "smoa,lora").split(",")]
             own = method_settings(settings or [])
             checked, given = default_study(model, data, names, parameters, words, own, ranks), None
         checked.chosen(only or [])
-        check_folder(checked)
+        check_folder(checked, given)
         if checked.references:
             typer.echo("references: is ignored; each entry is compared with every other", err=True)
         with redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout, which is kept free for results

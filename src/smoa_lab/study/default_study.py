@@ -137,7 +137,8 @@ def default_study(
         for key in before.model_fields_set & {"seeds", "keep", "tolerance"}:  # edited, or of another version
             if not any(change.startswith(f"{key}=") for change in changes):
                 values[key] = getattr(before, key)
-        run["data"].setdefault("metric", before.shared["data"].get("metric"))
+        if (metric := before.shared["data"].get("metric")) is not None:
+            run["data"].setdefault("metric", metric)
     return checked_study(ConfigText(values, "smoa compare"), Path("study.yaml"))
 
 

@@ -26,6 +26,8 @@ from smoa_lab.study.bounds import level_of
 from smoa_lab.study.search import STARTS, Chosen, rate_text
 from smoa_lab.study.study import FORMAT, OLDER_DATA, OR_REMOVE, Stage, Study, load_study, series_of
 
+FEWEST = 30
+"""Steps below which a plan takes fewer seeds instead: fewer hardly tell one rate from another."""
 FIRST_SEEDS = 3
 """Seeds that come before more steps than these."""
 LEAST_SEARCH, LEAST_SEEDS = 3, 2
@@ -78,8 +80,8 @@ class Plan(Section):
     fixed when that of the size before has chosen. ``takes`` are what families' looks decided, ``failed`` entries have
     their errors, ``dropped`` ones their budgets and sizes. With ``minutes`` nothing starts once ``used``, the seconds
     until the time ``counted`` in which a command ran, reaches ``limit``, and time that is left buys seeds of
-    ``listed``. Entries or seeds that somebody asks for later lift the limit. A plan of format 1 or 2 is looked at once,
-    when all its seeds are in; ``looks`` are its own.
+    ``listed``. Entries or seeds that somebody asks for later without minutes lift the limit. A plan of format 1 or 2 is
+    looked at once, when all its seeds are in; ``looks`` are its own.
     """
 
     format: Literal[1, 2, 3] = 1
@@ -218,6 +220,23 @@ def changed_plan(study: Study, change: Callable[[Plan], dict[str, Any]]) -> Plan
         return plan
 
 
+def fitted(plan: Plan, max_runs: int, seconds: float, workers: int = 1) -> Plan:
+    """The plan with the most of its first seeds, two at least, and then steps, that ``seconds`` are enough for.
+    Searches end before they take the time of two seeds; what they leave buys others."""
+    seeds, fewest = plan.seeds[:FIRST_SEEDS], min(FEWEST, plan.steps)
+
+    def lasts(number: int, steps: int) -> float:
+        return MARGIN * plan.model_copy(update={"seeds": seeds[:number], "steps": steps}).longest(max_runs, workers)
+
+    least = min(LEAST_SEEDS, len(seeds))
+    number = next((each for each in range(len(seeds), least, -1) if lasts(each, fewest) <= seconds), least)
+    steps = fewest
+    if number == len(seeds):
+        of_step = max(lasts(number, fewest + 1) - lasts(number, fewest), 1e-9)
+        steps = min(plan.steps, fewest + max(0, int((seconds - lasts(number, fewest)) / of_step)))
+    return plan.model_copy(update={"seeds": seeds[:number], "steps": steps})
+
+
 def write_plan(study: Study, plan: Plan) -> Plan:
     """Write it whole."""
     write_whole(study.folder / "plan.json", json_text(plan.model_dump(mode="json")) + "\n")
@@ -225,15 +244,19 @@ def write_plan(study: Study, plan: Plan) -> Plan:
 
 
 def read_chosen(study: Study) -> dict[str, Chosen]:
-    """The rates that were chosen, by entry, but those at the edge of a search that may go on."""
-    file, remedy = study.folder / "chosen.json", "remove it, and rates are chosen again by the runs"
-    every = _validated(file, dict[str, Chosen], remedy) if file.is_file() else {}
+    """The rates that were chosen, by entry of the study, but those at the edge of a search that may go on."""
     most = study.tuning.max_runs
     return {
         name: one
-        for name, one in every.items()
+        for name, one in stored_chosen(study).items()
         if name in study.entries and not (one.place == "edge" and len(one.losses) < most)
     }
+
+
+def stored_chosen(study: Study) -> dict[str, Chosen]:
+    """All rates that are written, also of entries that only the file of another process has."""
+    file, remedy = study.folder / "chosen.json", "remove it, and rates are chosen again by the runs"
+    return _validated(file, dict[str, Chosen], remedy) if file.is_file() else {}
 
 
 def write_chosen(study: Study, chosen: Mapping[str, Chosen]) -> None:
@@ -326,7 +349,8 @@ def refuse(title: str, changed: Sequence[str]) -> None:
     """Raise ConfigError with all that was changed, if anything was."""
     if changed:
         lines = "\n  ".join([title, *changed])
-        raise ConfigError(f"{lines}\n  put that back, or use a new folder (folder=studies/NAME)")
+        new = "use a new folder (folder=studies/NAME), or for smoa tune another training.output_dir"
+        raise ConfigError(f"{lines}\n  put that back, or {new}")
 
 
 def _differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
@@ -337,23 +361,29 @@ def _differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
         yield f"{place}: {json.dumps(old)}, now {json.dumps(new)}"
 
 
-def check_folder(study: Study) -> None:
-    """Raise ConfigError if the study's folder has another study, or something else."""
+def check_folder(study: Study, given: Path | None = None) -> None:
+    """Raise ConfigError if the study's folder has another study, or something else; or if its file has entries, which a
+    user may have added, that a study without a file ``given`` lacks."""
     file = study.folder / "study.yaml"
     check_place(file)
     if file.is_file():
-        refuse(f"{file}: says otherwise", changes(as_planned(load_study(file)), study))
+        stored = load_study(file)
+        refuse(f"{file}: says otherwise", changes(as_planned(stored), study))
+        if given is None and (added := [name for name in stored.entries if name not in study.entries]):
+            told = f"has {', '.join(added)} too, which this command would take out"
+            raise ConfigError(f"{file}: {told}; run smoa compare {study.folder}, or take them out of the file first")
     elif not (study.folder / "plan.json").is_file() and (others := [path.name for path in study.folder.glob("[!.]*")]):
         raise ConfigError(f"{study.folder}: contains {min(others)} and no study; choose another folder")
 
 
 @contextmanager
 def study_file(study: Study, given: Path | None = None) -> Iterator[None]:
-    """Write a study into its folder, unless the file there is the one that was ``given``, and plan it in the block. A
-    start that fails leaves the file that was there; an interrupted first one leaves its own to be edited, a refused
-    one none, by which the next would be refused."""
+    """Write a study into its folder, unless the file there is the one that was ``given`` or says the same, and plan it
+    in the block. A start that fails leaves the file that was there; an interrupted first one leaves its own to be
+    edited, a refused one none, by which the next would be refused."""
     file = study.folder / "study.yaml"
-    if given is not None and given.resolve() == file.resolve():
+    is_given = given is not None and given.resolve() == file.resolve()
+    if is_given or (file.is_file() and as_planned(load_study(file)) == as_planned(study)):
         yield
         return
     before = file.read_bytes() if file.exists() else None

@@ -7,10 +7,13 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -29,25 +32,26 @@ from smoa_lab.study.executor import TIMED, TIMED_SECONDS
 from smoa_lab.study.metrics import read_metrics
 from smoa_lab.study.plan import (
     FEW_ROWS,
-    FIRST_SEEDS,
+    FEWEST,
     LEAST_SEARCH,
     LEAST_SEEDS,
-    MARGIN,
     Metrics,
     Plan,
     Timing,
     as_planned,
+    changed_plan,
     changes,
     duration,
     error_text,
     few_rows,
+    fitted,
     is_looked_at,
     other_config,
     other_inputs,
     other_metric,
-    read_chosen,
     read_plan,
     refuse,
+    stored_chosen,
     write_chosen,
     write_plan,
 )
@@ -58,8 +62,6 @@ from smoa_lab.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-FEWEST = 30
-"""Steps below which a plan takes fewer seeds instead: fewer hardly tell one rate from another."""
 FEW_TO_CHOOSE = 10
 """Validation rows below which chance chooses the rates."""
 PARAMETER_TOLERANCE = 0.02
@@ -80,7 +82,8 @@ def prepare(
     """The plan of a study in its folder, made if there is none, and completed for entries and seeds that were added.
 
     It is for so many ``minutes`` of ``workers`` since ``began``. ``number`` is that of all seeds that are run, those
-    first that were left out. Without ``execute``, which runs jobs, the plan is what it is, and no rows are read.
+    first that were left out. Without ``execute``, which runs jobs, the plan is what it is, but for another metric and
+    entries that were dropped, and no rows are read.
     """
     if execute is not None:
         return Planner(study, execute, minutes, workers, number, time.monotonic() if began is None else began).plan()
@@ -89,10 +92,18 @@ def prepare(
         raise DataError(f"{study.folder}: nothing has run yet; run smoa compare on this study first")
     _refuse_another(study, plan)
     is_counted = other_metric(plan, study) and is_looked_at(plan, study)
-    if is_counted:
-        again = {"study": {**plan.study, "shared": as_planned(study)["shared"]}} | plan.scored_again()
-        plan = write_plan(study, plan.model_copy(update=again))
+    if is_counted or plan.study["entries"].keys() - study.entries.keys():
+        plan = changed_plan(study, partial(_as_reported, study))
     return score_again(study, plan, is_counted)
+
+
+def _as_reported(study: Study, plan: Plan) -> dict[str, Any]:
+    """The changes for a report by another metric, or without some entries. What was added waits until it is run."""
+    before = Study.model_validate({"folder": study.folder, **plan.study})
+    left = {name: study.entries[name] for name in before.entries if name in study.entries}
+    known = study.model_copy(update={"entries": left, "seeds": before.seeds, "tuning": before.tuning})
+    looks = _looks(known, plan, plan.seeds, plan.changed(known, ()))
+    return {"study": as_planned(known), **plan.without(before, known), **looks}
 
 
 def outlook(
@@ -100,13 +111,11 @@ def outlook(
 ) -> tuple[Plan, str]:
     """The plan that a study would get, by a few timed steps, and about which difference it will tell. Nothing is
     scored, but for right answers 20 rows of the base model, and nothing is kept."""
-    had = study.folder.exists()
-    try:
+    above = study.folder.parent  # where a cluster's machines see it too; another process may run in the study's folder
+    above.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{study.folder.name}-", dir=above, ignore_cleanup_errors=True) as folder:
+        study = study.model_copy(update={"folder": Path(folder)})
         return Planner(study, execute, minutes, workers, number, began).outlook()
-    finally:
-        shutil.rmtree(study.folder / "timing", ignore_errors=True)
-        if not had:
-            shutil.rmtree(study.folder, ignore_errors=True)
 
 
 def _refuse_another(study: Study, plan: Plan, found: dict[str, str] | None = None) -> None:
@@ -135,7 +144,8 @@ class Planner:
             before = read_plan(study)  # another process may have made it
             if before is not None:
                 _refuse_another(study, before, found["digests"])
-            new = {n: config for n, config in self._configs().items() if before is None or n not in before.entries}
+            known = set[str]() if before is None else before.entries.keys() - before.dropped.keys()
+            new = {name: config for name, config in self._configs().items() if name not in known}
             for config in new.values():
                 if (wanted := config.peft_config()) is not None:
                     check_adapter(empty_model(config.model), wanted)
@@ -157,8 +167,8 @@ class Planner:
                 raise ConfigError(f"shared.data: leaves no {part} rows, by which {use} are compared; give more rows")
         if (rows := found["rows"]["validation"]) < FEW_TO_CHOOSE and self.study.tuning.max_runs:
             logger.warning("Only %s chooses the rates, much by chance; give more", counted(rows, "validation row"))
-        if self.seeds and found["rows"]["test"] < FEW_ROWS:
-            logger.warning(few_rows(found["rows"]["test"]))
+        if self.seeds and found["groups"] < FEW_ROWS:
+            logger.warning(few_rows(found["groups"], found["rows"]["test"]))
         return {**found, "digests": found["digests"] | scored_by}
 
     @property
@@ -180,8 +190,10 @@ class Planner:
     def _first(self, found: dict[str, Any]) -> Plan:
         """A first plan. One that is refused leaves nothing: the next study here may be another."""
         try:
+            timings, steps, failed = self._timed(self._configs())
             beside, final = self._scored()
-            return self._made(found, *self._timed(self._configs(), beside), final)
+            self._check_time([one.step for one in timings.values()], len(timings), steps)
+            return self._made(found, _later(timings, beside), steps, failed, final)
         except SmoaError:
             for stage in UNTOUCHED:
                 shutil.rmtree(self.study.folder / stage, ignore_errors=True)
@@ -191,7 +203,8 @@ class Planner:
         self, found: dict[str, Any], entries: dict[str, Timing], steps: int, failed: dict[str, str], final: float
     ) -> Plan:
         """The plan of a study that has none, with what fits into the time."""
-        seeds, facts = self.seeds[: self.number], {"study": as_planned(self.study), "entries": entries, **found}
+        facts = {key: found[key] for key in ("digests", "rows")} | {"study": as_planned(self.study), "entries": entries}
+        seeds = self.seeds[: self.number]
         rounds: dict[str, Any] = {"format": FORMAT, "seeds": seeds, "listed": seeds, "planned": len(seeds)}
         plan = Plan(steps=steps, final=final, minutes=self.minutes, failed=failed, **rounds, **facts)
         if self.minutes is None:
@@ -202,19 +215,18 @@ class Planner:
     def outlook(self) -> tuple[Plan, str]:
         """As :func:`outlook`."""
         first, found = self._first_config(), inputs(self._first_config())
-        timings, steps, failed = self._timed(self._configs(), 0.0)
+        timings, steps, failed = self._timed(self._configs())
         batch = 3 * int(first.training.get("per_device_train_batch_size", 8))  # a step takes three times a scoring
         of_rows = {part: found["rows"][part] / batch * max(one.step for one in timings.values()) for part in PARTS}
-        beside = of_rows["validation"]
-        timings = {n: one.model_copy(update={"beside": one.beside + beside}) for n, one in timings.items()}
+        timings = _later(timings, of_rows["validation"])
         plan, metric = self._made(found, timings, steps, failed, of_rows["test"]), first.data.metric
-        if len(plan.seeds) < 2 or metric not in (None, *RULES):
+        if len(plan.seeds) < 2 or first.trainer == "dpo" or metric not in (None, *RULES):
             return plan, "Which difference it will tell is not known beforehand."
         scale = 1.0 if metric is None else self._spread_of_answers(first, metric)
         noise = NOISE["loss" if metric is None else "scored"]
         together = max(len(own) for name, own in self.study.families().items() if name != ALL_SIZES)
         of_seeds, of_row = (scale * each for each in noise)
-        width = expected_width(together, len(plan.seeds), found["rows"]["test"], (of_seeds, of_row))
+        width = expected_width(together, len(plan.seeds), found["groups"], (of_seeds, of_row))
         told = f"{width:.3f} nats per token" if metric is None else f"{100 * width:.1f} points"
         return plan, f"By {counted(len(plan.seeds), 'round')} it will tell differences of about {told}."
 
@@ -229,49 +241,42 @@ class Planner:
 
     def _continued(self, plan: Plan, new: dict[str, RunConfig]) -> Plan:
         """A plan for what was added to its study since. Entries, another metric and seeds beyond the planned rounds
-        take one more look."""
+        take one more look. An entry that was dropped and comes back may be another one, and is planned anew."""
         study, before = self.study, Study.model_validate({"folder": self.study.folder, **plan.study})
         final = plan.final
         asked = [*plan.seeds, *(seed for seed in study.seeds if seed not in plan.known)]
         if self.number is not None and (self.minutes is None or self.number > len(plan.listed)):
             asked += [seed for seed in self.seeds if seed not in asked][: max(0, self.number - len(asked))]
+        if {*before.seeds} - {*study.seeds} or (self.number or math.inf) < len(plan.seeds):
+            logger.warning("Seeds that were planned run all the same: their number fixed the level of each look")
         if self.seeds and not (plan.seeds or plan.study["seeds"]):  # as of smoa tune
             _, final = self._scored()
         beside = fmean(one.beside for one in plan.entries.values())
-        timings, _, failed = self._timed(new, beside) if new else ({}, 0, {})
+        timings, _, failed = self._timed(new) if new else ({}, 0, {})
         failed |= {name: told for name, told in plan.failed.items() if name not in new}
-        changed = plan.changed(study, {*plan.dropped, *(new.keys() - before.entries.keys())})
-        more: dict[str, Any] = {"study": as_planned(study), "seeds": asked, "entries": plan.entries | timings}
+        fresh = new.keys() - before.entries.keys()
+        changed = plan.changed(study, fresh)
+        timings = {name: timing for name, timing in plan.entries.items() if name not in new} | _later(timings, beside)
+        more: dict[str, Any] = {"study": as_planned(study), "seeds": asked, "entries": timings}
         more |= {"final": final, "failed": failed, **plan.without(before, study)}
-        more |= self._looks(plan, asked, changed)
-        if self.minutes is not None and self.minutes != plan.minutes:
-            more |= {"minutes": self.minutes, "limit": plan.used + self.left()}
-        elif asked != plan.seeds or changed or study.tuning.max_runs > before.tuning.max_runs:
+        more |= _looks(study, plan, asked, changed)
+        grew = asked != plan.seeds or changed or study.tuning.max_runs > before.tuning.max_runs
+        if self.minutes is not None and (grew or plan.limit is None or self.minutes != plan.minutes):
+            more |= {"minutes": self.minutes, "limit": plan.used + 60 * self.minutes}
+        elif grew:
             more["limit"] = None
-        if "limit" in more:  # searches that the time ended go on
-            write_chosen(study, {name: one for name, one in read_chosen(study).items() if one.place != "cut"})
+        if "limit" in more:  # searches that the time ended go on, and those of entries that came back begin again
+            more["starts"] = {name: rate for name, rate in plan.starts.items() if name not in fresh}
+            stored = stored_chosen(study).items()
+            write_chosen(study, {name: one for name, one in stored if one.place != "cut" and name not in fresh})
         takes = more.get("takes", plan.takes)
         more["takes"] = {name: take for name, take in takes.items() if take.tolerance == study.tolerance}
         return plan.model_copy(update=more)
 
-    def _looks(self, plan: Plan, asked: Sequence[int], changed: Collection[str]) -> dict[str, Any]:
-        """The changes for rounds beyond the planned ones, for families of ``changed`` entries and for another metric.
-        Families that have their answer keep it, but where all have one and more rounds are asked for."""
-        is_scored_again = other_metric(plan, self.study)
-        goes_on = len(asked) > plan.rounds or ((changed or is_scored_again) and is_looked_at(plan, self.study))
-        if plan.rounds == 0:
-            return {"planned": len(asked), "listed": asked}
-        if is_scored_again and goes_on and asked == plan.seeds and not changed:
-            return plan.scored_again()
-        if goes_on and (changed or plan.extensions[-1:] != [len(asked)]):
-            families = self.study.families().keys()
-            keeps = not is_scored_again and (changed or families - plan.takes.keys())
-            return plan.one_more_look(changed if keeps else plan.takes.keys(), len(asked))
-        return {}
-
     def _scored(self) -> tuple[float, float]:
         """Score the base model, which counts. Seconds that a search's run takes to score, and that a final one
         takes more, to answer and to score general text before and after too."""
+        logger.info("The base model is scored")
         study, config, took, of_token = self.study, self._first_config(), [0.0, 0.0], 0.0
         for place, wanted in enumerate((self.seeds, study.tuning.max_runs)):
             if not wanted:
@@ -293,7 +298,7 @@ class Planner:
         test, validation = took
         return validation, test + 2 * config.forgetting.tokens * of_token - validation if self.seeds else 0.0
 
-    def _timed(self, configs: dict[str, RunConfig], beside: float) -> tuple[dict[str, Timing], int, dict[str, str]]:
+    def _timed(self, configs: dict[str, RunConfig]) -> tuple[dict[str, Timing], int, dict[str, str]]:
         """What a few steps of each entry take, how many a whole run has, and what ended those that failed. No folder
         is left. Raises what ended the last one if all failed."""
         logger.info("%d steps of each entry are timed, and thrown away", TIMED)
@@ -314,7 +319,7 @@ class Planner:
                     continue
                 took, trained = metrics["seconds"], metrics["parameters"]["trainable"]
                 _check_parameters(name, trained, study.entries[name].parameters)
-                known = {"beside": metrics["loading"] + beside, "machine": metrics.get("machine", "")}
+                known = {"beside": metrics["loading"], "machine": metrics.get("machine", "")}
                 timings[name] = Timing(parameters=trained, step=fmean(took[1:] or took), **known)
                 quickest.append(min(took))
                 steps.append(metrics["steps"])  # other batches make other numbers of an epoch; all take the fewest
@@ -334,6 +339,26 @@ class Planner:
                 f"comparison, take {duration(least)} or more, and {duration(max(0.0, now))} are left; give more, or "
                 "fewer --methods or shorter rows"
             )
+
+
+def _later(timings: Mapping[str, Timing], seconds: float) -> dict[str, Timing]:
+    """The times of runs that take so much longer beside their steps."""
+    return {name: one.model_copy(update={"beside": one.beside + seconds}) for name, one in timings.items()}
+
+
+def _looks(study: Study, plan: Plan, asked: Sequence[int], changed: Collection[str]) -> dict[str, Any]:
+    """The changes for rounds beyond the planned ones, for families of ``changed`` entries and for another metric.
+    Families that have their answer keep it, but where all have one and more rounds are asked for."""
+    is_scored_again = other_metric(plan, study)
+    goes_on = len(asked) > plan.rounds or ((changed or is_scored_again) and is_looked_at(plan, study))
+    if plan.rounds == 0:
+        return {"planned": len(asked), "listed": asked}
+    if is_scored_again and goes_on and asked == plan.seeds and not changed:
+        return plan.scored_again()
+    if goes_on and (changed or plan.extensions[-1:] != [len(asked)]):
+        keeps = not is_scored_again and (changed or study.families().keys() - plan.takes.keys())
+        return plan.one_more_look(changed if keeps else plan.takes.keys(), len(asked))
+    return {}
 
 
 def _check_parameters(name: str, trained: int, declared: int | None) -> None:
@@ -358,20 +383,3 @@ def _alone(study: Study) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def fitted(plan: Plan, max_runs: int, seconds: float, workers: int = 1) -> Plan:
-    """The plan with the most of its first seeds, two at least, and then steps, that ``seconds`` are enough for.
-    Searches end before they take the time of two seeds; what they leave buys others."""
-    seeds, fewest = plan.seeds[:FIRST_SEEDS], min(FEWEST, plan.steps)
-
-    def lasts(number: int, steps: int) -> float:
-        return MARGIN * plan.model_copy(update={"seeds": seeds[:number], "steps": steps}).longest(max_runs, workers)
-
-    least = min(LEAST_SEEDS, len(seeds))
-    number = next((each for each in range(len(seeds), least, -1) if lasts(each, fewest) <= seconds), least)
-    steps = fewest
-    if number == len(seeds):
-        of_step = max(lasts(number, fewest + 1) - lasts(number, fewest), 1e-9)
-        steps = min(plan.steps, fewest + max(0, int((seconds - lasts(number, fewest)) / of_step)))
-    return plan.model_copy(update={"seeds": seeds[:number], "steps": steps})

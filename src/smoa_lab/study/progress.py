@@ -23,6 +23,7 @@ from smoa_lab.study.plan import (
     other_config,
     other_inputs,
     read_chosen,
+    stored_chosen,
     write_chosen,
 )
 from smoa_lab.study.results import FinalRun, Found, read_rows
@@ -117,13 +118,13 @@ class Progress:
             return take is not None
         return all(name in self.plan.failed or take.entries.get(name) == rate for name, rate in rates.items())
 
-    def outdated(self) -> list[str]:
+    def outdated(self, plan: Plan) -> list[str]:
         """The families that were decided without an entry that by now has as many rounds, at the rate that it has."""
         found, finals = [], self.finals()
-        for family, take in self.plan.takes.items():
-            seeds = {*self.plan.seeds[: take.round]}
+        for family, take in plan.takes.items():
+            seeds = {*plan.seeds[: take.round]}
             whole = [name for name in self.study.families().get(family, []) if seeds <= finals.get(name, {}).keys()]
-            alive = [name for name in whole if name not in self.plan.failed]
+            alive = [name for name in whole if name not in plan.failed]
             if take.entries and any(take.entries.get(n) != self.chosen[n].learning_rate for n in alive):
                 found.append(family)
         return found
@@ -256,5 +257,5 @@ class Progress:
             return
         with FileLock(self.study.folder / ".lock"):
             self.chosen = {**chosen, **read_chosen(self.study)}
-            write_chosen(self.study, self.chosen)
+            write_chosen(self.study, {**stored_chosen(self.study), **self.chosen})
         self._fix_starts()

@@ -149,8 +149,10 @@ class Comparison(Progress):
         look."""
         if only or len(self.plan.seeds) < 2 or not any(job.stage == "final" for job in self.losses):
             return
-        if outdated := self.outdated():
-            self._change(lambda plan: plan.one_more_look(outdated, len(plan.seeds)))
+        if self.outdated(self.plan):  # which another process may have noted by now
+            self._change(
+                lambda plan: plan.one_more_look(names, len(plan.seeds)) if (names := self.outdated(plan)) else {}
+            )
         for number in self.plan.looked_at():
             known = self.plan.takes
             whole = {n: one for n, one in self.budgets(number).items() if n not in known and one.round >= number}

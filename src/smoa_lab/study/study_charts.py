@@ -151,13 +151,13 @@ def searches(searched: Mapping[str, Chosen], methods: Mapping[str, str]) -> Any 
 
 
 def losses(results: Sequence[Result], finals: Mapping[str, Mapping[int, FinalRun]]) -> Any | None:
-    """The training loss of each entry's first seed against the seconds since its start; None where none was logged."""
+    """The training loss of each entry's first seed against the seconds since its start, by the pace timed for the plan,
+    as a resumed run knows its last part alone; None where none was logged."""
     rows = []
     for one in results:
         metrics = finals[one.entry][one.seeds[0]].metrics
-        second = metrics["training"]["seconds"] / max(1, metrics["training"]["steps"])
         rows += [
-            {"name": one.entry, "seconds": entry["step"] * second, "training loss": entry["loss"]}
+            {"name": one.entry, "seconds": entry["step"] * one.step_seconds, "training loss": entry["loss"]}
             for entry in metrics["history"]
             if entry.get("loss") is not None  # as of a run that diverged
         ]

@@ -47,7 +47,7 @@ CAPTIONS = {
         "line joins the best of neighboring sizes, where bounds show that they are."
     ),
     "Searches": "Validation loss at each learning rate that was tried; an upright line is at a chosen vertex.",
-    "Loss and time": "Training loss of each entry's first seed, against the seconds of its training.",
+    "Loss and time": "Training loss of each entry's first seed, against seconds, by the pace timed for the plan.",
     "Learned and forgotten": "Loss on held-out rows against the change of the loss on general text.",
 }
 INTRODUCTION = (
@@ -65,7 +65,10 @@ OLDER = (
     "It was planned by an older smoa: each row counts by itself, and seeds did not reach what some methods draw and "
     "don't train."
 )
-WHERE = "A run's folder within the study's has its config, metrics, log and the losses of its rows."
+WHERE = (
+    "A run's folder within the study's has its config, metrics, log and the losses of its rows. – is the time of one "
+    "that was resumed: only that of its last part is known."
+)
 
 
 @dataclass(frozen=True)
@@ -291,7 +294,8 @@ def run_table(comparison: Progress, finals: Mapping[str, Mapping[int, FinalRun]]
         name = Cell(run.folder.path.relative_to(comparison.study.folder).as_posix(), anchor=True)
         reached = "diverged" if loss is None else f"{loss:.4f}"
         where = [made.get("device", "–"), (made.get("commit") or "–")[:7]]
-        lines.append([name, reached, str(training["steps"]), f"{training['seconds']:.0f}", *where])
+        took = "–" if training.get("resumed") else f"{training['seconds']:.0f}"
+        lines.append([name, reached, str(training["steps"]), took, *where])
     return Table(["run", "loss", "steps", "s", "machine", "commit"], lines, WHERE)
 
 

@@ -75,10 +75,12 @@ def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
 
 
 def inputs(config: RunConfig, trains: bool = True) -> dict[str, Any]:
-    """What a run would start from, without its weights: ``digests`` and, of each part, how many ``rows`` there are."""
+    """What a run would start from, without its weights: ``digests``, how many ``rows`` each part has, and how many
+    ``groups`` of rows that belong together the test part."""
     encoder, rows = trainable_rows_of(config, RunModel.of(config).tokenizer, trains)
-    parts = rows.account["parts"]
-    return {"digests": digests_of(config, encoder, rows), "rows": {part: parts.get(part, 0) for part in PARTS}}
+    test, numbers = rows.part("test"), {part: rows.account["parts"].get(part, 0) for part in PARTS}
+    groups = len({*test["group"]}) if "group" in test.column_names else numbers["test"]
+    return {"digests": digests_of(config, encoder, rows), "rows": numbers, "groups": groups}
 
 
 def digests_of(config: RunConfig, encoder: Encoder, rows: PreparedRows) -> dict[str, str]:

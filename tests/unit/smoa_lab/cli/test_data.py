@@ -61,10 +61,13 @@ def test_rows_that_are_all_bad_are_listed_too_and_json_has_the_account_alone(bas
 def test_a_runs_file_says_model_and_rows(base: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", chats(5))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(rows_values(tmp_path, file, base, data={"max_length": 40})))
-    done = check(tmp_path / "run.yaml", Path("nowhere"))
+    for option in (["--model", str(base)], ["--max-length", "80"], ["--format", "messages"], ["--template", "alpaca"]):
+        done = CliRunner().invoke(app, ["data", "check", str(tmp_path / "run.yaml"), *option])
+        assert (done.exit_code, "run.yaml: says these itself; leave out --model" in done.stderr) == (1, True)
+    done = CliRunner().invoke(app, ["data", "check", str(tmp_path / "run.yaml")])
     assert done.exit_code == 0, done.stderr
     assert "5 rows are cut at 40 tokens" in done.stdout
     values = rows_values(tmp_path, write_rows(file, [*chats(5), {"a": 1}]), base, data={"skip_bad_rows": True})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    done = check(tmp_path / "run.yaml", Path("nowhere"))
+    done = CliRunner().invoke(app, ["data", "check", str(tmp_path / "run.yaml")])
     assert (done.exit_code, "1 bad rows" in done.stdout) == (0, True)

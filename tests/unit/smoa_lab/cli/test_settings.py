@@ -60,7 +60,7 @@ def test_a_comparison_has_them_in_its_entries_and_in_one_place_only(base: Path, 
     other = invoke(*words, "--set", "dora.use_rslora=true")
     assert "--set dora: is not one of --methods lora,smoa" in other.stderr
     with_file = invoke("compare", tmp_path / "study.yaml", "--set", "lora.use_rslora=true")
-    assert "with which --set and --sizes go" in with_file.stderr
+    assert "with which --methods, --parameters, --sizes and --set go" in with_file.stderr
 
 
 def test_a_look_at_data_downloads_nothing_unasked(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,22 @@ def test_the_same_command_keeps_what_was_edited_and_refuses_another_study(room: 
         assert file.read_bytes() == before
 
 
+def test_the_first_command_given_again_takes_nothing_out_of_the_file(room: Path, written: WrittenRuns) -> None:
+    words, file = ["compare", "--model", "base", "--data", "chats.jsonl"], room / "studies" / "chats" / "study.yaml"
+    smoa(*words, "--seeds", "2")
+    file.write_text("# Mine.\n" + file.read_text())
+    smoa(*words)
+    assert file.read_text().startswith("# Mine.\n"), "it says the same"
+    values = yaml.safe_load(file.read_text())
+    values["entries"]["second"] = values["entries"]["lora"]
+    file.write_text(edited := "# Mine.\n" + yaml.safe_dump(values, sort_keys=False))
+    for more in ([], ["--report-only"], ["--plan"]):
+        told = smoa(*words, *more, code=1).stderr
+        assert "studies/chats/study.yaml: has second too, which this command would take out; run smoa compare" in told
+        assert file.read_text() == edited
+    assert "\nsecond " in smoa("compare", "studies/chats").stderr
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -161,6 +177,9 @@ def test_the_same_command_keeps_what_was_edited_and_refuses_another_study(room: 
         (["--ray-address", "x"], "--ray-address x: does not answer"),
         (["--methods", "smoa,nobody"], "there is no method 'nobody'"),
         (["--set", "lora.r=3"], "--set lora.r: the number of parameters decides it; leave it out"),
+        (["--report-only", "--seeds", "2"], "--report-only runs nothing: leave out --only, --plan, --seeds and"),
+        (["--report-only", "--minutes", "2"], "--report-only runs nothing"),
+        (["--report-only", "--plan"], "--report-only runs nothing"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_any_work(
@@ -170,7 +189,16 @@ def test_options_that_do_not_fit_are_refused_before_any_work(
     assert written.ran == []
 
 
-@pytest.mark.parametrize("words", [[], ["--model", "base"], ["study.yaml", "--model", "base", "--data", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--model", "base"],
+        ["study.yaml", "--model", "base", "--data", "x"],
+        ["study.yaml", "--methods", "smoa,hira"],
+        ["study.yaml", "--parameters", "lora:64"],
+    ],
+)
 def test_a_comparison_is_of_a_file_or_of_a_model_and_data(words: list[str], room: Path) -> None:
     assert "give the YAML file of a study, or both --model and --data" in smoa("compare", *words, code=1).stderr
 
@@ -208,6 +236,15 @@ def test_tune_is_a_study_of_one_entry_without_final_runs(room: Path, written: Wr
     number = len(written.ran)
     assert '"interior": true' in smoa("tune", str(file), "--json").stdout
     assert len(written.ran) == number
+
+
+def test_tune_says_what_to_change_where_its_folder_has_another_search(room: Path) -> None:
+    file = str(run_file(room))
+    smoa("tune", file)
+    told = smoa("tune", file, "training.max_steps=40", code=1).stderr
+    assert "shared.training.max_steps: 30, now 40" in told
+    assert "or for smoa tune another training.output_dir" in told
+    smoa("tune", file, "training.max_steps=40", "training.output_dir=runs/other")
 
 
 def test_tune_starts_at_the_rate_of_the_models_size_and_tries_as_many_as_it_may(

@@ -1,6 +1,7 @@
 """The plan of a study: what it takes, what no resume changes, what a folder may have."""
 
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import planning
 from smoa_lab.study.bounds import level_of
-from smoa_lab.study.plan import Plan, Timing, check_folder, study_file
-from smoa_lab.study.planning import FEWEST, fitted, prepare
+from smoa_lab.study.executor import Executor
+from smoa_lab.study.plan import FEWEST, Plan, Timing, check_folder, fitted, study_file
+from smoa_lab.study.planning import outlook, prepare
 from smoa_lab.study.study import Study, Tuning, load_study
 from smoa_lab.study.study_report import report
-from tests.support.studies import WrittenRuns, compared, entry, finished
+from tests.support.studies import WrittenRuns, compared, entry, fake_time, finished
 
 
 def planned(steps: int = 300, seeds: int = 3) -> Plan:
@@ -108,6 +110,24 @@ def test_other_minutes_are_for_what_is_left(minutes: float, study: Study, writte
     assert again.limit == pytest.approx(plan.used + 60 * minutes, abs=2)
 
 
+@pytest.mark.parametrize("minutes", [3, 60])
+def test_minutes_beside_something_new_are_for_all_that_is_left(
+    minutes: float, study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_time(monkeypatch, written)
+    plan = compared(study, minutes=3).plan
+    more = study.model_copy(update={"entries": {**study.entries, "dora": entry("lora")}})
+    for asked, number in ((more, None), (more, 6), (more.model_copy(update={"tuning": Tuning(max_runs=9)}), 6)):
+        used, began = plan.used, written.now
+        plan = compared(asked, minutes, number).plan
+        assert plan.limit == pytest.approx(used + 60 * minutes)
+        assert plan.used == pytest.approx(used + written.now - began), "what planning takes counts once"
+        assert unused(compared(asked, minutes, number).plan) == unused(plan), "given again it goes on"
+    lifted = compared(asked, number=7).plan
+    assert (lifted.minutes, lifted.limit) == (minutes, None)
+    assert compared(asked, minutes).plan.limit == pytest.approx(lifted.used + 60 * minutes)
+
+
 def test_seeds_beyond_the_planned_rounds_are_one_more_look(study: Study, written: WrittenRuns) -> None:
     plan = compared(study, minutes=3, number=4).plan
     assert (len(plan.listed), plan.rounds, plan.looked_at()) == (4, 4, [2, 3, 4])
@@ -116,6 +136,19 @@ def test_seeds_beyond_the_planned_rounds_are_one_more_look(study: Study, written
         more = compared(study, number=number).plan
         assert (len(more.seeds), more.rounds, more.extensions) == (number, 4, extensions)
         assert (more.looked_at(), more.level(2)) == ([number], level)
+
+
+def test_seeds_that_are_taken_out_after_the_plan_run_all_the_same_and_it_is_said(
+    study: Study, written: WrittenRuns, caplog: pytest.LogCaptureFixture
+) -> None:
+    compared(study)
+    compared(study, number=3)
+    fewer, told = study.model_copy(update={"seeds": [0, 1]}), "Seeds that were planned run all the same"
+    assert told not in caplog.text
+    for asked, number in ((fewer, None), (study, 2)):
+        caplog.clear()
+        assert compared(asked, number=number).plan.seeds == [0, 1, 2]
+        assert caplog.text.count(told) == 1
 
 
 def test_entries_and_seeds_may_be_added_and_run_at_the_plans_steps(study: Study, written: WrittenRuns) -> None:
@@ -178,10 +211,47 @@ def test_what_is_missing_is_said_before_anything_runs(
     written.rows["test"] = 49
     compared(study)
     assert "Only 49 rows are held out" in caplog.text
+    written.groups = 48
+    compared(study)
+    assert "Only 48 groups are held out" in caplog.text
     for part, told in (("validation", "by which rates are compared"), ("test", "by which entries are compared")):
         written.rows = {"train": 1, "validation": 1, "test": 1, part: 0}
         with pytest.raises(ConfigError, match=f"leaves no {part} rows, {told}"):
             compared(study)
+
+
+def told_beforehand(study: Study) -> str:
+    """What a plan alone says that the study will tell."""
+    return outlook(study, Executor().result, None, 1, None, time.monotonic())[1]
+
+
+def test_a_plan_alone_leaves_a_study_that_runs_meanwhile(
+    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = written.time_steps
+
+    def timed(config: RunConfig, most: int, seconds: float) -> dict[str, Any]:
+        if not study.folder.exists():  # in another terminal
+            monkeypatch.setattr("smoa_lab.study.executor.time_steps", usual)
+            compared(study).run()
+        return usual(config, most, seconds)
+
+    monkeypatch.setattr("smoa_lab.study.executor.time_steps", timed)
+    told_beforehand(study)
+    assert len(list(study.folder.glob("*/lr-*/metrics.json"))) == len(written.ran) - 2 > 0
+    assert [path.name for path in study.folder.parent.iterdir()] == ["study"]
+
+
+def test_the_difference_it_will_tell_goes_by_groups_of_rows_and_is_not_known_of_preferences(
+    study: Study, written: WrittenRuns
+) -> None:
+    by_rows = told_beforehand(study)
+    written.groups = 6
+    few, many = (float(told.split()[-4]) for told in (told_beforehand(study), by_rows))
+    assert few > 2 * many
+    del study.entries["full"]
+    preferences = study.model_copy(update={"shared": {**study.shared, "trainer": "dpo"}})
+    assert told_beforehand(preferences) == "Which difference it will tell is not known beforehand."
 
 
 def test_bad_rows_and_an_entry_that_cannot_be_made_are_told_before_the_first_run(

@@ -19,12 +19,12 @@ from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import run_study
 from smoa_lab.study.bounds import level_of
-from smoa_lab.study.plan import Plan
+from smoa_lab.study.plan import Plan, read_chosen
 from smoa_lab.study.run_study import Comparison
 from smoa_lab.study.study import Job, Study, Tuning, load_study
 from smoa_lab.study.study_report import report
 from smoa_lab.training.run_folder import RunFolder
-from tests.support.studies import WrittenRuns, compared, fake_time, finished
+from tests.support.studies import WrittenRuns, compared, entry, fake_time, finished
 
 pytestmark = pytest.mark.usefixtures("no_looks")
 
@@ -272,6 +272,41 @@ def carried_out(study: Study, plan: Plan, written: WrittenRuns, workers: int, se
         done.append(job)
     (study.folder / "chosen.json").unlink()
     return done
+
+
+def test_an_entry_that_comes_back_is_timed_and_searched_again_and_finds_its_runs(
+    study: Study, written: WrittenRuns
+) -> None:
+    finished(study)
+    kept = study.model_copy(update={"entries": {n: one for n, one in study.entries.items() if n != "lora"}})
+    finished(kept)
+    ran = len(written.ran)
+    finished(study)
+    assert (len(written.timed), len(written.ran)) == (4, ran)
+    finished(kept)
+    written.parameters, written.step_seconds["lora"] = 4000, 0.9
+    written.loss = lambda config: written.usual_loss(config) + 9 * (config.training["learning_rate"] == 0.002)
+    large = study.entries["lora"].model_copy(update={"adapter": {"r": 64}})
+    other = study.model_copy(update={"entries": {**study.entries, "lora": large}})
+    with pytest.raises(ConfigError, match="was run with other values of adapter; move it away"):
+        finished(other)
+    shutil.rmtree(study.folder / "lora")
+    timing = finished(other).plan.entries["lora"]
+    assert (timing.parameters, timing.step) == (4000, pytest.approx(0.9))
+    assert not folders(study, "lora/lr-2e-3-seed-[012]"), "the rate is not the one of before"
+
+
+def test_a_process_with_an_older_file_keeps_the_rates_of_entries_that_it_does_not_know(
+    study: Study, written: WrittenRuns
+) -> None:
+    older = compared(study)
+    more = study.model_copy(update={"entries": {**study.entries, "dora": entry("lora")}})
+    compared(more).run(["dora"])
+    chosen = read_chosen(more)["dora"]
+    older.run()
+    assert read_chosen(more)["dora"] == chosen
+    compared(study, minutes=60)
+    assert set(read_chosen(more)) == {*study.entries, "dora"}
 
 
 def test_the_time_left_is_never_underestimated_and_ends_at_none(study: Study, written: WrittenRuns) -> None:

@@ -335,7 +335,7 @@ def test_sizes_that_cannot_be_are_refused_before_any_work(
 ) -> None:
     assert told in smoa("compare", "--model", "base", "--data", "chats.jsonl", *words, code=1).stderr
     assert (
-        "both --model and --data, with which --set and --sizes go"
+        "with which --methods, --parameters, --sizes and --set go"
         in smoa("compare", "x", "--sizes", "1", code=1).stderr
     )
     assert written.ran == []

@@ -19,6 +19,7 @@ from smoa_lab.study.decision import Result
 from smoa_lab.study.planning import prepare
 from smoa_lab.study.run_study import Comparison
 from smoa_lab.study.study import Study, Tuning
+from smoa_lab.study.study_charts import losses
 from smoa_lab.study.study_report import report
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.metrics import named
@@ -218,6 +219,28 @@ def test_an_entry_that_failed_and_now_works_is_compared_by_one_more_look(study: 
     assert "not planned at first" not in made.verdict[1]
 
 
+def test_two_processes_count_an_entry_that_works_again_once(
+    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(config: RunConfig) -> float | None:
+        if config.method == "lora":
+            raise RuntimeError("CUDA out of memory")
+        return written.usual_loss(config)
+
+    written.loss = loss
+    finished(study)
+    written.loss = written.usual_loss
+    both = compared(study), compared(study)
+    with monkeypatch.context() as patch:
+        patch.setattr(Comparison, "_decide", lambda self, only=(): None)
+        for each in both:
+            each.run()
+    for each in both:
+        each._decide()
+    assert both[1].plan.extensions == [3]
+    assert both[1].plan.takes["small"].entries.keys() == {"ours", "lora"}
+
+
 def test_a_taken_entry_that_is_dropped_is_taken_no_more(study: Study, written: WrittenRuns) -> None:
     finished(study)
     kept = study.model_copy(update={"entries": {n: e for n, e in study.entries.items() if n != "ours"}})
@@ -225,6 +248,32 @@ def test_a_taken_entry_that_is_dropped_is_taken_no_more(study: Study, written: W
     assert dropped.plan.extensions == [3]
     assert dropped.plan.takes["small"].entry == "lora"
     assert report(dropped).summary["budgets"]["small"]["take"] == "lora"
+
+
+def test_a_report_without_some_entries_counts_them_and_its_look_as_a_run_would(
+    study: Study, written: WrittenRuns
+) -> None:
+    finished(study)
+    full = compared(study).plan
+    kept = study.model_copy(update={"entries": {"lora": study.entries["lora"]}, "seeds": [0, 1, 2, 3]})
+    for _ in range(2):
+        reported = Comparison(kept, prepare(kept, None))
+        small = report(reported).summary["budgets"]["small"]
+        assert (reported.plan.dropped, reported.plan.extensions) == ({"ours": "small", "full": "large"}, [3])
+        assert (small["level"], small["take"], reported.plan.seeds) == (0.005, None, full.seeds)
+        assert reported.budgets()["small"].families["loss"].entries == 2
+    again = compared(study).plan
+    assert (again.dropped, again.extensions) == ({}, [3, 3]), "what comes back is one more"
+
+
+def test_a_report_with_an_entry_that_came_back_leaves_it_to_be_planned(study: Study, written: WrittenRuns) -> None:
+    finished(study)
+    names = ("lora", "full")
+    finished(study.model_copy(update={"entries": {name: study.entries[name] for name in names}}))
+    timed = len(written.timed)
+    prepare(study.model_copy(update={"entries": {name: study.entries[name] for name in ("ours", "lora")}}), None)
+    assert finished(study).plan.dropped == {}
+    assert len(written.timed) == timed + 2
 
 
 def test_an_entry_whose_rate_changed_is_run_and_compared_again(study: Study, written: WrittenRuns) -> None:
@@ -548,6 +597,20 @@ def test_other_work_beside_some_runs_makes_no_entry_dearer(study: Study, written
         metrics["training"]["seconds"] *= 3
         (run / "metrics.json").write_text(json.dumps(metrics))
     assert {name: one.step_seconds for name, one in results(study).items()} == pytest.approx(before)
+
+
+def test_a_resumed_run_is_drawn_at_the_pace_of_the_plan_and_its_seconds_are_left_out(
+    study: Study, written: WrittenRuns
+) -> None:
+    step = finished(study).plan.entries["lora"].step
+    file = study.folder / "lora" / "lr-2e-3-seed-0" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    file.write_text(json.dumps({**metrics, "training": {**metrics["training"], "seconds": 1.0, "resumed": True}}))
+    lora = results(study)["lora"]
+    (points,) = losses([lora], compared(study).finals()).to_dict()["datasets"].values()
+    assert points[-1]["seconds"] == pytest.approx(100 * step)
+    assert re.search(r"lora/lr-2e-3-seed-0 \|.*\| 100 \| – \|", page(study))
+    assert re.search(r"lora/lr-2e-3-seed-1 \|.*\| 100 \| 10 \|", page(study))
 
 
 def test_the_adapter_that_is_kept_is_the_one_that_is_named_also_of_a_round_that_is_not_shown(

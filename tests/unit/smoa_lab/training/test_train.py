@@ -287,6 +287,14 @@ def test_a_metric_that_fails_after_training_leaves_the_run_whole_and_names_the_r
     assert open_run(config.folder)[0].data.metric is None  # and other commands need no function
 
 
+def test_what_a_run_starts_from_counts_rows_of_one_prompt_once(tmp_path: Path) -> None:
+    asked = [{"prompt": f"What is {i // 2}?", "completion": f" {i}."} for i in range(200)]
+    rows, base = lab.write_rows(tmp_path / "rows.jsonl", asked), rows_base(tmp_path / "base")
+    found, by_row = (inputs(rows_config(tmp_path, rows, base, data=data)) for data in ({}, {"group": False}))
+    assert (found["rows"]["test"], found["groups"]) == (40, 20)
+    assert by_row["rows"]["test"] == by_row["groups"] == 40
+
+
 def test_a_metric_that_these_rows_have_nothing_for_is_refused_when_they_are_read(tmp_path: Path) -> None:
     rows = lab.write_rows(tmp_path / "rows.jsonl", chats(20))
     config = rows_config(tmp_path, rows, rows_base(tmp_path / "base"), data={"metric": "choice"})
