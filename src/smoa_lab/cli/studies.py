@@ -59,7 +59,7 @@ def compare(
     with reporting(*SHOWN):
         from smoa.errors import ConfigError
         from smoa_lab.budget import method_settings
-        from smoa_lab.study.default_study import default_study
+        from smoa_lab.study.default_study import METHODS, default_study
         from smoa_lab.study.executor import Executor
         from smoa_lab.study.plan import check_folder, study_file
         from smoa_lab.study.planning import outlook, prepare
@@ -83,7 +83,7 @@ def compare(
             raise ConfigError(f"give the YAML file of a study, or both --model and --data, with which {of_file} go")
         else:
             words = [*([] if study is None else [study]), *overrides]
-            names = [name.strip().lower() for name in (methods or "smoa,lora").split(",")]
+            names = [name.strip().lower() for name in methods.split(",")] if methods else METHODS
             own = method_settings(settings or [])
             checked, given = default_study(model, data, names, parameters, words, own, ranks), None
         checked.chosen(only or [])
