@@ -115,7 +115,7 @@ def print_scores(metrics: dict[str, Any]) -> None:
     typer.echo(
         f"\n{parameters['trainable']:,} trainable parameters, {parameters['percent']} % of {parameters['total']:,}; "
         f"{decimal(parameters['adapter_bytes'])} on disk; {training['steps']} steps of {training['trainer']}"
-        f"{time_text(training)}{speed}; at most {decimal(training['peak_memory_bytes'])} of memory"
+        f"{time_text(training)}{speed}; at most {decimal(training['peak_memory'])} of memory"
     )
 
 

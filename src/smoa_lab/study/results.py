@@ -155,7 +155,7 @@ class Found:
         kept = {seed: kept_by(run, self.metric) for seed, run in all_runs.items() if run.folder.adapter.is_dir()}
         forgot: list[Any] = [(run.metrics["forgetting"] or {}).get("change") for run in runs.values()]
         first = next(iter(runs.values()))
-        memories = [run.metrics["training"].get("peak_memory_bytes") for run in runs.values()]
+        memories = [run.metrics["training"].get("peak_memory") for run in runs.values()]  # older ones: the process's
         families, timing = budget.families, self.plan.entries[name]
         return Result(
             entry=name,

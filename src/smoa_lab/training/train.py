@@ -137,7 +137,7 @@ def _train(
         "steps": trainer.state.global_step,
         "processes": arguments.world_size,
         **speed,
-        "peak_memory_bytes": peak_memory(arguments.device),
+        "peak_memory": peak_memory(arguments.device),
         "resumed": bool(checkpoint),
     }
     metrics["history"] = history
