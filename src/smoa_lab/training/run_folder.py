@@ -6,6 +6,8 @@ by no other.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import gzip
 import importlib.metadata
 import json
@@ -248,9 +250,11 @@ def provenance(seed: int, device: torch.device) -> dict[str, Any]:
 
 def reset_peak_memory() -> None:
     """Count :func:`peak_memory` from here, where the system can: else a study's runs all have the largest one's."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 

@@ -10,7 +10,7 @@ import torch
 from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.training import run_folder
-from smoa_lab.training.run_folder import RunFolder, in_free_folder
+from smoa_lab.training.run_folder import RunFolder, in_free_folder, peak_memory, reset_peak_memory
 
 SMOA, LORA = (f"method: {method}\ntraining: {{output_dir: run}}\n" for method in ("smoa", "lora"))
 """Configs as runs write them, but for what does not matter here."""
@@ -160,3 +160,12 @@ def test_an_interrupted_run_that_was_renamed_is_resumed(tmp_path: Path) -> None:
     old.rename(new)
     text = f"method: smoa\ntraining: {{output_dir: {new}}}\n"
     assert RunFolder(new).start(text, {"data": "a"}) == str(new / "checkpoint-2")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can't be reset here")
+def test_the_peak_of_memory_is_a_runs_own() -> None:
+    held = torch.ones(2**28, dtype=torch.uint8)
+    before = peak_memory(held.device)
+    del held
+    reset_peak_memory()
+    assert peak_memory(torch.device("cpu")) < before - 2**27
