@@ -77,7 +77,7 @@ def test_a_start_that_was_interrupted_goes_on_and_scores_the_base_again_only_if_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("smoa_lab.study.executor.time_steps", interrupted)
+        patch.setattr("smoa_lab.study.planning.write_plan", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compared(study)
     assert len(written.ran) == 2
@@ -300,7 +300,7 @@ def test_an_entry_that_fails_while_its_steps_are_timed_is_one_that_failed(
 
 
 @pytest.mark.parametrize(("stage", "loss"), [("test", None), ("validation", float("nan"))])
-def test_a_base_model_whose_loss_is_not_finite_is_refused_before_anything_trains(
+def test_a_base_model_whose_loss_is_not_finite_is_refused_before_any_run(
     stage: str, loss: float | None, study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def untouched(config: RunConfig) -> dict[str, Any]:
@@ -312,7 +312,6 @@ def test_a_base_model_whose_loss_is_not_finite_is_refused_before_anything_trains
     monkeypatch.setattr("smoa_lab.study.executor.score_untouched", untouched)
     with pytest.raises(ConfigError, match=rf"the base model's loss on {stage} rows is not finite, and nothing can be"):
         compared(study)
-    assert written.timed == []
     assert not (study.folder / "plan.json").exists()
 
 
