@@ -339,6 +339,13 @@ def test_a_column_may_say_what_belongs_together() -> None:
     assert grouped(asked(3, 1), "family").account["bad"] == 3
 
 
+def test_a_unit_of_several_rows_is_taken_whole_or_not_at_all() -> None:
+    keys, units = np.array([10, 20, 21], np.uint64), np.array([1, 2, 2], np.uint64)
+    for most, taken in ((3, [0, 1, 2]), (2, [0])):
+        chosen, _ = split(keys, ["test"] * 3, Sizes(test=most), units)
+        assert chosen["test"].tolist() == taken
+
+
 @pytest.mark.parametrize(
     ("rows", "told"),
     [

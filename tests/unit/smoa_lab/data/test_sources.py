@@ -303,7 +303,7 @@ def test_the_packaged_story_has_no_notes_of_its_editors() -> None:
 
 
 def test_a_file_is_cut_into_passages_of_enough_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(general_text, "WORDS", 4)
+    monkeypatch.setattr(general_text, "WORDS", 5)
     file = tmp_path / "own.txt"
     file.write_text("One two\nthree.\n\nFour five.\n\nSix seven eight nine ten.\n\nA rest.")
     assert passages(str(file)) == ["One two three.\nFour five.", "Six seven eight nine ten."]
