@@ -201,7 +201,8 @@ def _watched(model: nn.Module) -> Iterator[list[list[Any]]]:
             if not (tensor.is_floating_point() and tensor.requires_grad):
                 return tensor
             running[name] = call
-            return watched(call, 2, tensor.view_as(tensor))  # Full backward hooks fail where Falcon adds in place.
+            # A tensor of its own: other layers share the input, and full backward hooks fail where Falcon adds in place
+            return watched(call, 2, tensor.view_as(tensor))
 
         running.pop(name, None)
         return tree_map_only(Tensor, entering, (args, kwargs)) if torch.is_grad_enabled() else None

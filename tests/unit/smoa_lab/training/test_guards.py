@@ -168,22 +168,34 @@ def zeroed(module: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("forward", [cut_off, zeroed])
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("method", "layers", "told"),
+    [
+        ("lora", "o_proj|down_proj", r"layers.0.self_attn.o_proj, .*down_proj"),
+        ("dora", "o_proj|down_proj", r"layers.0.self_attn.o_proj, .*down_proj"),
+        ("lora", "gate_proj", r"layers.0.mlp.gate_proj"),  # whose input up_proj has too
+    ],
+)
 def test_a_layer_that_gradients_do_not_pass_stops_a_run(
-    method: str, forward: Callable[..., Tensor], config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    method: str,
+    layers: str,
+    told: str,
+    forward: Callable[..., Tensor],
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     original = RunModel.load
 
     def broken(self: RunModel) -> Any:
         base: Any = original(self)
-        for layer in base.model.layers:
-            layer.mlp.down_proj.forward = forward.__get__(layer.mlp.down_proj)
-            layer.self_attn.o_proj.forward = forward.__get__(layer.self_attn.o_proj)
+        for name, layer in base.named_modules():
+            if name.endswith(tuple(layers.split("|"))):
+                layer.forward = forward.__get__(layer)
         return base
 
     monkeypatch.setattr(RunModel, "load", broken)
     config |= {"method": method, "adapter": {"r": 4, "target_modules": ["q_proj", "v_proj"]}}
-    with pytest.raises(ConfigError, match=r"no gradient passes .*layers.0.self_attn.o_proj, .*down_proj"):
+    with pytest.raises(ConfigError, match=rf"no gradient passes .*{told}"):
         run(check_config(config))
     folder = RunFolder(Path(config["training"]["output_dir"]))
     assert not folder.finished
