@@ -124,8 +124,9 @@ class Comparison(Progress):
         loss, limit = self.losses[job], math.inf if self.plan.limit is None else self.plan.limit
         left = min(self.at_most_left(names), max(0.0, limit - self.plan.used))
         reached = "diverged" if loss is None else f"loss {loss:.4f}"
-        if loss is not None and self.metric in (scores := scores_of(metrics)):
-            reached = f"{score_text(self.metric, scores[self.metric])}, {reached}"
+        name = "accuracy" if self.metric == "choice" else str(self.metric)
+        if loss is not None and name in (scores := scores_of(metrics)):
+            reached = f"{score_text(name, scores[name])}, {reached}"
         logger.info("%s: %s (%s); at most %s left", job.name, reached, duration(seconds), duration(left))
         now, before = self.plan.used + left, self._estimate
         if abs(now - before) > before / 10 and duration(now) != duration(before):

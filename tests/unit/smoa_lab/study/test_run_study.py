@@ -155,20 +155,29 @@ def test_a_resumed_study_looks_at_the_rows_of_each_run_once(
     assert len(asked) == len(set(asked)) == 3 * 8
 
 
+@pytest.mark.parametrize(
+    ("metric", "key", "told"), [("exact", "exact", "right answers (exact)"), ("choice", "accuracy", "accuracy")]
+)
 def test_a_finished_run_tells_what_decides(
-    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    metric: str,
+    key: str,
+    told: str,
+    study: Study,
+    written: WrittenRuns,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def run(config: RunConfig) -> dict[str, Any]:
         metrics = written.run(config)
-        metrics["evaluation"]["after"] |= {} if config.data.metric is None else {config.data.metric: 0.75}
+        metrics["evaluation"]["after"] |= {} if config.data.metric is None else {key: 0.75}
         return metrics
 
     monkeypatch.setattr("smoa_lab.study.executor.run", run)
     caplog.set_level("INFO")
-    data = {"train": "chats.jsonl", "metric": "exact"}
+    data = {"train": "chats.jsonl", "metric": metric}
     compared(study.model_copy(update={"shared": {**study.shared, "data": data}})).run(["lora"])
     assert "lora/lr-2e-3-seed-100: loss 2.1000 (" in caplog.text, "the loss chooses the rate"
-    assert "lora/lr-2e-3-seed-0: right answers (exact) 75.0 %, loss 2.1000 (" in caplog.text
+    assert f"lora/lr-2e-3-seed-0: {told} 75.0 %, loss 2.1000 (" in caplog.text
 
 
 def test_a_search_without_final_runs_keeps_the_best_adapter(study: Study, written: WrittenRuns) -> None:
