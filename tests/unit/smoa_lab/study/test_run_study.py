@@ -175,7 +175,8 @@ def test_a_finished_run_tells_what_decides(
     monkeypatch.setattr("smoa_lab.study.executor.run", run)
     caplog.set_level("INFO")
     data = {"train": "chats.jsonl", "metric": metric}
-    compared(study.model_copy(update={"shared": {**study.shared, "data": data}})).run(["lora"])
+    shared = {**study.shared, "data": data}
+    compared(study.model_copy(update={"shared": shared, "keep": "all"})).run(["lora"])
     assert "lora/lr-2e-3-seed-100: loss 2.1000 (" in caplog.text, "the loss chooses the rate"
     assert f"lora/lr-2e-3-seed-0: {told} 75.0 %, loss 2.1000 (" in caplog.text
 
