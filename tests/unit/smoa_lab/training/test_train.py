@@ -93,6 +93,7 @@ def test_the_untouched_model_is_scored_as_before_a_run_and_nothing_is_trained(va
     kept = ("digest", "copy", "part", "tokens", "group", "before", "right_before")
     assert rows_of(untouched) == [{key: row[key] for key in kept} for row in rows_of(trained)]
     assert not RunFolder(untouched.folder).adapter.exists()
+    assert not any(RunFolder(config.folder).lock.exists() for config in (trained, untouched))
     with pytest.raises(ConfigError, match="contains a finished run"):
         score_untouched(untouched)
 
