@@ -282,7 +282,8 @@ class Machine(RuleBasedStateMachine):
         # An adapter of it was deleted: PEFT leaves its wrapper, LoRA's too.
         if "lm_head" in own and any("lm_head.original_module." in key for key in keys):
             return MAY_REFUSE
-        if "lm_head.weight" in targets and any("lm_head.base_layer." in key for key in keys):
+        of_parameters = {each.removesuffix(".weight") for each in targets if each.endswith(".weight")}
+        if any(f"{name}.base_layer." in key for name in of_parameters for key in keys):
             return MAY_REFUSE
         return NO_REFUSAL
 
