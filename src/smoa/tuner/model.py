@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 from smoa.compat import refuse_names
 from smoa.errors import named
 from smoa.files.checks import checked_tensors
-from smoa.files.loading import incoming
+from smoa.files.loading import incoming, untouched
 from smoa.files.names import (
     PREFIX,
     is_own,
@@ -31,6 +32,7 @@ from smoa.tuner.combining import Combination, check_combination, check_layer, co
 from smoa.tuner.generation import watch_generate
 from smoa.tuner.merged import check_all_finite, check_merge_allowed, losses_reported
 from smoa.tuner.targets import check_target, existing_wrapper, survey_targets
+from smoa.tuner.tying import ties_more_than_ends
 
 
 class SmoaModel(BaseTuner):
@@ -70,7 +72,8 @@ class SmoaModel(BaseTuner):
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._progress: tqdm[Any] = tqdm(disable=True)
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with untouched(model):  # PEFT would take layers that are left for those of a second adapter
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._progress.close()
             del self._progress  # it holds the terminal, which can't be copied or pickled
@@ -154,8 +157,14 @@ class SmoaModel(BaseTuner):
     ) -> Any:
         if merge and safe_merge:
             check_all_finite(self.model, adapter_names)
-        with losses_reported(self.model):
-            return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        stays_tied = ties_more_than_ends(self.model)
+        with losses_reported(self.model), warnings.catch_warnings():
+            if stays_tied:
+                warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+            unloaded: Any = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        if stays_tied:
+            unloaded.config.tie_word_embeddings = True
+        return unloaded
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: Combination = "cat"
@@ -174,15 +183,12 @@ class SmoaModel(BaseTuner):
         layers = {n: layer for n, layer in smoa_layers(self.model).items() if {*adapters} & {*layer.smoa_A}}
         for name, layer in layers.items():
             check_layer(name, layer, adapters)
-        self.peft_config[adapter_name] = config
         self._loads_labels = True  # they come from the parts
-        try:
+        with untouched(self):
+            self.peft_config[adapter_name] = config
             self._inject(self.model, adapter_name)
-        except Exception:
-            del self.peft_config[adapter_name]
-            raise
-        for layer in layers.values():
-            fill_combined(layer, adapters, weights, adapter_name, combination_type)
+            for layer in layers.values():
+                fill_combined(layer, adapters, weights, adapter_name, combination_type)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
