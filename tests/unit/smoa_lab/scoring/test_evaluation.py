@@ -183,6 +183,11 @@ def test_a_question_is_right_where_its_choice_is_the_likeliest_of_all(model: Pre
     assert scores["accuracy_stderr"] == pytest.approx((share * (1 - share) / (len(right) - 1)) ** 0.5)
 
 
+def test_equal_choices_are_equally_right(model: PreTrainedModel) -> None:
+    row = dataclasses.replace(QUESTIONS[0], choices=("Same.", "Same."), label=1)
+    assert Evaluation(of_questions(), [row]).measure_once(model).right == [True]
+
+
 TEXTS = ["A short text.", "A text that is rather longer than the others are.", "Another text."]
 
 
@@ -299,9 +304,11 @@ class Writer(torch.nn.Module):
         self.weight, self.config, self.asked = torch.nn.Parameter(torch.zeros(1)), GPT2Config(), list[int]()
         self.generation_config: Any = dataclasses.make_dataclass("Own", ["eos_token_id"])(None)
         self.ids = torch.tensor(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
+        self.read = list[list[int]]()
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, **_: Any) -> Tensor:
         self.asked.append(max_new_tokens)
+        self.read += input_ids.tolist()
         return torch.cat([input_ids, self.ids.expand(len(input_ids), -1)], dim=1)
 
 
@@ -328,6 +335,15 @@ def test_a_metric_sees_the_answer_alone_and_not_the_prompt() -> None:
     assert set(writer.asked) == {32}
     again, _ = answered([talk("Is it six?", "seven"), rows[1]], "seven", "contains")
     assert (again.scores()["after"]["contains"], again.gain and again.gain["contains"]) == (0.5, 0.0)
+
+
+def test_an_answer_takes_half_of_the_positions_and_a_long_prompt_keeps_bos_and_its_end() -> None:
+    encoder = of_turns()
+    writer, bos = Writer(encoder, "yes"), encoder.tokenizer.bos_token_id
+    writer.config = GPT2Config(n_positions=16)
+    assert continue_prompts(writer, encoder.tokenizer, [[bos, *range(10, 30)], [*range(10, 30)]], 100) == ["yes"] * 2
+    assert writer.asked == [8]
+    assert sorted(writer.read) == sorted([[bos, *range(23, 30)], [*range(22, 30)]])
 
 
 def test_answers_have_room_for_all_references_but_the_longest_and_what_is_cut_is_counted(

@@ -85,6 +85,7 @@ def test_an_entry_that_varies_more_than_the_others_has_the_degrees_of_its_own_se
     values = of_seed + np.zeros(2)
     wild = contrast(values, np.zeros((1, 2)), np.ones(2), 0, 1, 1.0)
     assert wild.seeds_freedom == pytest.approx(2, abs=0.1)
+    assert wild.of_seeds == pytest.approx(of_seed[:2].var(axis=1, ddof=1).sum() / 3), "and their variance"
     assert contrast(values, np.zeros((1, 2)), np.ones(2), 2, 3, 1.0).seeds_freedom == 8
 
 

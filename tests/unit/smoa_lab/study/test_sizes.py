@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,16 @@ def test_each_search_starts_at_the_rate_that_was_chosen_at_the_size_before(sized
     of_lora = [path.split("/")[-2] for path in ran if "/lora" in path]
     assert of_lora == sorted(of_lora, key=lambda name: int(name.partition("-r")[2])), "sizes one after the other"
     assert len(written.ran) == len(set(written.ran))
+
+
+@pytest.mark.usefixtures("no_looks")
+def test_a_start_that_another_process_wrote_stays(sized: Study, written: WrittenRuns) -> None:
+    comparison = finished(sized)
+    before = plan_of(sized)["starts"]
+    comparison.plan = comparison.plan.model_copy(update={"starts": {}})
+    comparison.chosen = {n: replace(one, learning_rate=0.5) for n, one in comparison.chosen.items()}
+    comparison._fix_starts()
+    assert plan_of(sized)["starts"] == before
 
 
 @pytest.mark.usefixtures("no_looks")

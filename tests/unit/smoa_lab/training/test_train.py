@@ -244,6 +244,17 @@ def test_a_run_is_not_resumed_on_other_rows_or_another_base(
         run(check_config(values))
 
 
+def test_what_a_killed_save_left_is_no_part_of_the_next(values: dict[str, Any]) -> None:
+    config = check_config(values)
+    run(config)
+    folder = RunFolder(config.folder)
+    folder.metrics.unlink()
+    (folder.adapter / "half.safetensors").write_bytes(b"")
+    run(config)
+    assert folder.finished
+    assert not (folder.adapter / "half.safetensors").exists()
+
+
 def test_a_diverged_run_has_null_in_what_it_returns_and_writes(values: dict[str, Any]) -> None:
     config = changed(values, training={"learning_rate": 1e30, "max_steps": 4, "logging_steps": 1})
     with pytest.raises(Diverged) as raised:
