@@ -26,7 +26,7 @@ def main() -> None:
         module = str(error.name).partition(".")[0]
         if module not in EXTRAS:
             raise
-        sys.exit(f"error: {module} is not installed: pip install 'smoa[{EXTRAS[module]}]'")
+        sys.exit(f"error: {module} is not installed: pip install '.[{EXTRAS[module]}]' in a clone of smoa")
 
 
 if __name__ == "__main__":

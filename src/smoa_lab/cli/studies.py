@@ -105,6 +105,9 @@ def compare(
                         table.print()
                         typer.echo(table.caption)
                         comparison.run(only or [], executor, report)
+        if plan and json:
+            print_json({**planned.model_dump(mode="json"), "outlook": told})
+            return
         if plan:
             table = planned.table(checked, workers)
             table.print()

@@ -214,7 +214,7 @@ class Planner:
 
     def outlook(self) -> tuple[Plan, str]:
         """As :func:`outlook`."""
-        first, found = self._first_config(), inputs(self._first_config())
+        first, found = self._first_config(), self._inputs()
         timings, steps, failed = self._timed(self._configs())
         batch = 3 * int(first.training.get("per_device_train_batch_size", 8))  # a step takes three times a scoring
         of_rows = {part: found["rows"][part] / batch * max(one.step for one in timings.values()) for part in PARTS}

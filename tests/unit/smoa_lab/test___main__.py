@@ -46,7 +46,7 @@ def test_a_missing_package_is_one_line_that_names_its_extra(
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     with pytest.raises(SystemExit) as ended, without_packages.command(command, package):
         import_module("smoa_lab.__main__").main()
-    assert str(ended.value) == f"error: {package} is not installed: pip install 'smoa[{extra}]'"
+    assert str(ended.value) == f"error: {package} is not installed: pip install '.[{extra}]' in a clone of smoa"
     assert [place for place in tmp_path.rglob("*") if place.is_file()] == []
 
 

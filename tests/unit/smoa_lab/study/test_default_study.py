@@ -1,5 +1,6 @@
 """The studies that commands write."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,10 @@ def test_a_plan_alone_times_steps_says_what_it_will_tell_and_keeps_nothing(room:
     assert (written.ran, len(written.timed)) == ([], 2)
     assert not (room / "studies").exists() or not list((room / "studies").iterdir())
     assert "By 3 rounds it will tell" in smoa(*words, "--minutes", "3").stdout
+    planned = json.loads(smoa(*words, "--json").stdout)
+    assert (planned["steps"], planned["outlook"][:11]) == (150, "By 5 rounds")
+    written.rows["test"] = 0
+    assert "shared.data: leaves no test rows" in smoa(*words, code=1).stderr
 
 
 def test_the_folder_of_a_study_names_it(room: Path, written: WrittenRuns) -> None:
