@@ -75,6 +75,8 @@ def compare(
             raise ConfigError(f"--sizes {sizes}: write ranks of LoRA by commas, e.g. 1,4,16") from error
         if report_only and (only or plan or seeds is not None or minutes is not None):
             raise ConfigError("--report-only runs nothing: leave out --only, --plan, --seeds and --minutes")
+        if plan and only:
+            raise ConfigError("--plan is of all entries: leave out --only")
         if study is not None and not any((model, data, methods, parameters, ranks, settings)):
             given = Path(study, "study.yaml") if Path(study).is_dir() else Path(study)
             checked = load_study(given, overrides)

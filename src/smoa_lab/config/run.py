@@ -256,7 +256,7 @@ class ConfigText:
         if isinstance(model, dict) and "dtype" not in model and is_fast and trains_own_dtype(values):
             # in 16 bits most steps would round away
             values = {**values, "model": {**model, "dtype": "float32"}}
-            defaults |= autocast()
+            defaults |= {"bf16": True} | ({} if torch.accelerator.is_available() else {"use_cpu": True})
         if given is None or isinstance(given, dict):
             values = {**values, "training": {**defaults, **training}}
         decided = [(("training", key), f"is not for rows: {DECIDED[key]}") for key in DECIDED.keys() & training.keys()]
@@ -290,11 +290,6 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """Read ``path``, apply ``key.key=value`` overrides and check everything; a ConfigError lists *all* problems, each
     with its line and the nearest valid key or value."""
     return ConfigText.read(path, overrides).checked()
-
-
-def autocast() -> dict[str, Any]:
-    """What a ``training`` block says where float32 weights are trained under bfloat16 autocast."""
-    return {"bf16": True} | ({} if torch.accelerator.is_available() else {"use_cpu": True})
 
 
 def check_config(values: dict[str, Any], place: str = "config") -> RunConfig:

@@ -212,7 +212,8 @@ class Encoder:
             characters = len(text)
             if seen != ids[: len(seen)] or not whole.startswith(text):  # some tokenizers join what two texts have
                 seen[:] = self._of_template(text)
-            if seen != ids[: len(seen)]:
+            is_cut = bool(options) and self.max_length is not None and len(seen) >= self.max_length
+            if seen != ids[: len(seen)] and not is_cut:
                 raise DataError(
                     "data.template: under this model's template the assistant's turns can't be told apart: a longer "
                     "conversation doesn't begin with the tokens of a shorter one; name another template, or set "

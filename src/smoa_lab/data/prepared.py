@@ -44,7 +44,7 @@ QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}
 SHOWN = 10
 """Bad rows that are listed; the rest are counted."""
 LOST = {
-    "also_held_out": "held-out rows are the same, or have their prompt",
+    "also_held_out": "held-out rows are the same, or belong together with them",
     "dropped": "nothing that is trained is left of them within data.max_length",
 }
 """Why rows are in no part."""

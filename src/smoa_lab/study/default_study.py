@@ -14,7 +14,7 @@ from typing import Any
 from smoa.errors import ConfigError
 from smoa_lab.base_models import empty_model, with_rate
 from smoa_lab.budget import ALL_LINEAR, FIRST_BLOCKS, LORA, MOST, budget_parameters, shapes_of, size_method
-from smoa_lab.config.methods import OTHER_LAYERS, find_method
+from smoa_lab.config.methods import OTHER_LAYERS, find_method, trains_own_dtype
 from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, check_config
 from smoa_lab.config.yaml_text import apply_overrides
 from smoa_lab.init import file_for, first_values
@@ -118,6 +118,7 @@ def default_study(
             "adapter": {**dict.fromkeys(alphas, 2 * sized.adapter.get("r", 0)), **block, **sized.adapter},
             "learning_rate": float(f"{TIMES_LORA.get(name, (1, ''))[0] * lora_rate:.1e}"),
             "parameters": sized.parameters,
+            **({"model": {"dtype": "float32"}} if trains_own_dtype({"method": name, "adapter": block}) else {}),
         }
     if not entries:
         raise ConfigError(f"--sizes: no method can have one of them: {'; '.join(gaps.values())}")
@@ -134,6 +135,7 @@ def default_study(
     apply_overrides(values, [change for change in changes if not change.startswith("shared.data.")])
     if (stored := Path(str(values["folder"]), "study.yaml")).is_file():
         before = load_study(stored)
+        values["entries"] = {name: entries[name] for name in before.entries if name in entries} | entries
         for key in before.model_fields_set & {"seeds", "keep", "tolerance"}:  # edited, or of another version
             if not any(change.startswith(f"{key}=") for change in changes):
                 values[key] = getattr(before, key)

@@ -369,7 +369,8 @@ def check_folder(study: Study, given: Path | None = None) -> None:
     if file.is_file():
         stored = load_study(file)
         refuse(f"{file}: says otherwise", changes(as_planned(stored), study))
-        if given is None and (added := [name for name in stored.entries if name not in study.entries]):
+        is_another = given is None or given.resolve() != file.resolve()
+        if is_another and (added := [name for name in stored.entries if name not in study.entries]):
             told = f"has {', '.join(added)} too, which this command would take out"
             raise ConfigError(f"{file}: {told}; run smoa compare {study.folder}, or take them out of the file first")
     elif not (study.folder / "plan.json").is_file() and (others := [path.name for path in study.folder.glob("[!.]*")]):

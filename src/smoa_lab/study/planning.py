@@ -8,7 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.base_models import empty_model
-from smoa_lab.config.methods import check_adapter
+from smoa_lab.config.methods import check_adapter, trains_own_dtype
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import OWN, RULES
 from smoa_lab.data.own_metric import own_metric
@@ -92,8 +92,10 @@ def prepare(
         raise DataError(f"{study.folder}: nothing has run yet; run smoa compare on this study first")
     _refuse_another(study, plan)
     is_counted = other_metric(plan, study) and is_looked_at(plan, study)
-    if is_counted or plan.study["entries"].keys() - study.entries.keys():
+    if is_counted:
         plan = changed_plan(study, partial(_as_reported, study))
+    elif plan.study["entries"].keys() - study.entries.keys():
+        plan = plan.model_copy(update=_as_reported(study, plan))
     return score_again(study, plan, is_counted)
 
 
@@ -112,10 +114,16 @@ def outlook(
     """The plan that a study would get, by a few timed steps, and about which difference it will tell. Nothing is
     scored, but for right answers 20 rows of the base model, and nothing is kept."""
     above = study.folder.parent  # where a cluster's machines see it too; another process may run in the study's folder
+    had = above.exists()
     above.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{study.folder.name}-", dir=above, ignore_cleanup_errors=True) as folder:
-        study = study.model_copy(update={"folder": Path(folder)})
-        return Planner(study, execute, minutes, workers, number, began).outlook()
+    try:
+        with TemporaryDirectory(prefix=f".{study.folder.name}-", dir=above, ignore_cleanup_errors=True) as folder:
+            study = study.model_copy(update={"folder": Path(folder)})
+            return Planner(study, execute, minutes, workers, number, began).outlook()
+    finally:
+        if not had:
+            with suppress(OSError):  # another process may have begun a study there
+                above.rmdir()
 
 
 def _refuse_another(study: Study, plan: Plan, found: dict[str, str] | None = None) -> None:
@@ -146,7 +154,10 @@ class Planner:
                 _refuse_another(study, before, found["digests"])
             known = set[str]() if before is None else before.entries.keys() - before.dropped.keys()
             new = {name: config for name, config in self._configs().items() if name not in known}
-            for config in new.values():
+            for name, config in new.items():
+                if config.model.dtype == "bfloat16" and trains_own_dtype(config.model_dump()):
+                    told = "trains weights of the base in bfloat16, where most steps round away; give it"
+                    logger.warning("entries.%s %s model: {dtype: float32}", name, told)
                 if (wanted := config.peft_config()) is not None:
                     check_adapter(empty_model(config.model), wanted)
             plan = self._first(found) if before is None else self._continued(before, new)
@@ -192,7 +203,6 @@ class Planner:
         try:
             timings, steps, failed = self._timed(self._configs())
             beside, final = self._scored()
-            self._check_time([one.step for one in timings.values()], len(timings), steps)
             return self._made(found, _later(timings, beside), steps, failed, final)
         except SmoaError:
             for stage in UNTOUCHED:
@@ -247,7 +257,7 @@ class Planner:
         asked = [*plan.seeds, *(seed for seed in study.seeds if seed not in plan.known)]
         if self.number is not None and (self.minutes is None or self.number > len(plan.listed)):
             asked += [seed for seed in self.seeds if seed not in asked][: max(0, self.number - len(asked))]
-        if {*before.seeds} - {*study.seeds} or (self.number or math.inf) < len(plan.seeds):
+        if {*plan.seeds} & {*before.seeds} - {*study.seeds} or (self.number or math.inf) < len(plan.seeds):
             logger.warning("Seeds that were planned run all the same: their number fixed the level of each look")
         if self.seeds and not (plan.seeds or plan.study["seeds"]):  # as of smoa tune
             _, final = self._scored()

@@ -148,7 +148,8 @@ class Found:
         """How many entries were dropped from a family."""
         listed = {self.study.entries[entry].budget for entry in self.study.families()[name]}
         sized = self.plan.dropped_sizes if name == ALL_SIZES else {}
-        return sum(entry in sized or budget in listed for entry, budget in self.plan.dropped.items())
+        dropped = {n: budget for n, budget in self.plan.dropped.items() if n not in self.study.entries}
+        return sum(entry in sized or budget in listed for entry, budget in dropped.items())
 
     def _result(self, name: str, runs: Mapping[int, FinalRun], budget: Budget, shown: int) -> Result:
         all_runs = self.finals[name]  # one of a later round than is shown may be the one that was kept
@@ -232,7 +233,8 @@ class HeldOut:
     def counts(self, metric: Metric, finals: Mapping[str, Mapping[int, FinalRun]]) -> bool:
         """Whether the metric counts right answers, as a user's own may."""
         runs = (run for own in finals.values() for run in own.values())
-        return metric.is_share or {run.rows[key][metric.field] for run in runs for key in self.keys} <= {0, 1, None}
+        found = (run.rows[key][SCORED] for run in runs for key in self.keys if metric.field == SCORED)
+        return metric.is_share or (metric.field == SCORED and {*found} <= {0, 1, -math.inf})  # which diverged
 
     def untouched(self, metric: Metric, rows: Mapping[RowKey, Mapping[str, Any]]) -> Floats | None:
         """(1, groups), None where it is not known."""

@@ -14,8 +14,8 @@ from pydantic import Field, field_validator, model_validator
 from smoa.errors import ConfigError
 from smoa_lab.basics.folders import read_stored
 from smoa_lab.basics.section import Section, Seed
-from smoa_lab.config.methods import MethodName, find_method, trains_own_dtype
-from smoa_lab.config.run import ConfigText, RunConfig, autocast, check_config
+from smoa_lab.config.methods import MethodName, find_method
+from smoa_lab.config.run import ConfigText, RunConfig, check_config
 from smoa_lab.config.validation import Problem, block_problems
 from smoa_lab.scoring.evaluation import CHANGES_LOSS, DPO_LOSSES, changes_loss, dpo_loss_of
 from smoa_lab.study.search import rate_text
@@ -201,8 +201,8 @@ class Study(Section):
         return sorted(found, key=lambda other: abs(math.log(found[other] / size)))
 
     def untouched(self, stage: Stage) -> Job:
-        """The model as it is, in any entry's config."""
-        first = next(iter(self.entries))
+        """The model as it is, in the config of an entry that has no model block of its own, if there is one."""
+        first = next((name for name, entry in self.entries.items() if not entry.model), next(iter(self.entries)))
         return Job(stage, first, self.entries[first].learning_rate, 0)
 
     @property
@@ -215,8 +215,7 @@ class Study(Section):
         """The run of an entry at its own rate, scored on the test part; raises ConfigError with all problems of it."""
         entry, shared = self.entries[name], self.shared
         own = {"learning_rate": entry.learning_rate, "seed": 0, "output_dir": str(self.folder / name)}
-        is_older = self.format < FORMAT
-        older = OLDER_DATA if is_older else {}
+        older = OLDER_DATA if self.format < FORMAT else {}
         values = {
             **shared,
             **({"data": {**older, **shared["data"]}} if isinstance(shared.get("data"), dict) else {}),
@@ -226,10 +225,6 @@ class Study(Section):
             "training": {**(shared.get("training") or {}), **entry.training, **own},
             "scoring": {"part": "test", "before": False},
         }
-        in_bfloat16 = shared["model"].get("dtype") == "bfloat16" and "dtype" not in entry.model
-        if in_bfloat16 and trains_own_dtype(values) and not is_older:  # most steps would round away
-            values["model"] = {**values["model"], "dtype": "float32"}
-            values["training"] = {**autocast(), **values["training"]}
         return check_config(values, place)
 
     def job_config(self, config: RunConfig, job: Job, steps: int | None = None) -> RunConfig:

@@ -122,6 +122,15 @@ def test_turns_are_found_where_a_tokenizer_begins_each_text_with_a_blank() -> No
     assert found == [f"{said}<|im_end|>" for said in ("Yes.", "From nine.", "Welcome.")]
 
 
+def test_a_turn_that_is_cut_need_not_be_told_apart() -> None:
+    tokenizer = byte_tokenizer(merges=[("\u0120", "Y")])  # a blank and Y
+    tokenizer.chat_template = TRIMMED
+    talk = {"messages": chat("Open?", "No.", "a" * 100, "Yes.")}
+    with pytest.raises(DataError, match="the assistant's turns can't be told apart"):
+        Encoder(tokenizer).encode(example_of(talk))
+    assert trained(Encoder(tokenizer, max_length=64), talk) == ["No."]
+
+
 def test_a_template_that_refuses_a_row_says_so_in_one_line() -> None:
     encoder = Encoder(tokenizer_with(STRICT))
     row = {"messages": chat("Open?", "Yes.", system="Be brief.")}

@@ -173,7 +173,7 @@ def test_training_rows_that_the_test_data_have_are_left_out_with_a_warning(caplo
     rows = prepare(Listed(texts(10)), Listed(texts(5, start=8), name="test"))
     assert rows.account["parts"] == {"test": 5, "train": 8}
     assert (rows.account["also_held_out"], rows.account["repeated"]) == (2, 2)
-    assert "2 rows are left out: held-out rows are the same, or have their prompt" in caplog.text
+    assert "2 rows are left out: held-out rows are the same, or belong together with them" in caplog.text
 
 
 def test_labels_and_ids_are_those_of_the_encoder_and_are_cut() -> None:

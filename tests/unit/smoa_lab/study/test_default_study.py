@@ -62,9 +62,8 @@ def test_entries_take_what_is_set_for_them_and_the_dtype_of_their_method(room: P
     settings = {"lora": {"lora_alpha": 64, "bias": "lora_only"}, "smoa": {"alpha": 7}}
     study = default_study("base", "chats.jsonl", changes=["shared.model.dtype=bfloat16"], settings=settings)
     assert (study.entries["lora"].adapter["lora_alpha"], study.entries["smoa"].adapter["alpha"]) == (64, 7)
-    copies, plain = study.config("lora"), study.config("smoa")
-    assert (copies.model.dtype, copies.training["bf16"]) == ("float32", True)
-    assert (plain.model.dtype, plain.training["bf16"]) == ("bfloat16", False)
+    assert [study.config(name).model.dtype for name in ("lora", "smoa")] == ["float32", "bfloat16"]
+    assert study.untouched("untouched").entry == "smoa", "by the shared dtype"
 
 
 @pytest.mark.parametrize("method", ["full", "ln_tuning"])
@@ -130,6 +129,7 @@ def test_a_plan_alone_times_steps_says_what_it_will_tell_and_keeps_nothing(room:
     assert (written.ran, len(written.timed)) == ([], 2)
     assert not (room / "studies").exists() or not list((room / "studies").iterdir())
     assert "By 3 rounds it will tell" in smoa(*words, "--minutes", "3").stdout
+    assert "--plan is of all entries" in smoa(*words, "--only", "lora", code=1).stderr
     planned = json.loads(smoa(*words, "--json").stdout)
     assert (planned["steps"], planned["outlook"][:11]) == (150, "By 5 rounds")
     written.rows["test"] = 0
