@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from smoa.compat import refuse_names
 from smoa.errors import named
 from smoa.files.checks import checked_tensors
-from smoa.files.loading import incoming
+from smoa.files.loading import incoming, untouched
 from smoa.files.names import (
     PREFIX,
     is_own,
@@ -70,7 +70,8 @@ class SmoaModel(BaseTuner):
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._progress: tqdm[Any] = tqdm(disable=True)
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with untouched(model):  # PEFT would take layers that are left for those of a second adapter
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._progress.close()
             del self._progress  # it holds the terminal, which can't be copied or pickled
@@ -174,15 +175,12 @@ class SmoaModel(BaseTuner):
         layers = {n: layer for n, layer in smoa_layers(self.model).items() if {*adapters} & {*layer.smoa_A}}
         for name, layer in layers.items():
             check_layer(name, layer, adapters)
-        self.peft_config[adapter_name] = config
         self._loads_labels = True  # they come from the parts
-        try:
+        with untouched(self):
+            self.peft_config[adapter_name] = config
             self._inject(self.model, adapter_name)
-        except Exception:
-            del self.peft_config[adapter_name]
-            raise
-        for layer in layers.values():
-            fill_combined(layer, adapters, weights, adapter_name, combination_type)
+            for layer in layers.values():
+                fill_combined(layer, adapters, weights, adapter_name, combination_type)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]  # PEFT leaves it without types

@@ -86,6 +86,17 @@ def test_what_can_not_be_combined_is_refused_and_not_added(
     assert "sum" not in model.peft_config
 
 
+def test_a_combination_that_stops_on_the_way_is_not_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = model_with({"r": 5}, {"r": 6})
+    monkeypatch.setattr("smoa.tuner.model.fill_combined", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+    assert {*model.peft_config} == {*layer_of(model).smoa_A} == {"one", "two"}
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
