@@ -95,8 +95,8 @@ class Merging:
         with onloaded_for(self, names, written=True):
             if safe_merge:
                 self.check_merge(names)
+            chosen = [*self.merged_adapters, *names]
             try:
-                chosen = [*self.merged_adapters, *names]
                 if (twin := self._merged_twin(chosen)) is not None:
                     self.pristine, self.merged_adapters[:] = twin.pristine, chosen
                     return
@@ -107,6 +107,7 @@ class Merging:
                     if self.losses is not None and self.quantization_backend is not None:  # quantized again
                         self.losses.append(self._loss(number, pristine, self.base_weight(number), chosen))
             except BaseException:
+                self.merged_adapters[:] = chosen  # until all is restored, which may fail too
                 self._restore_pristine()
                 self.merged_adapters.clear()
                 raise
@@ -163,18 +164,19 @@ class Merging:
         self._write_matrix(merged, number)
 
     def _restore_pristine(self: Any) -> None:
-        own, self.pristine = self.pristine, None
-        if own is None:  # a merge failed before it wrote
+        """Write back what is kept, and only then forget it: if this fails, the layer is merged still."""
+        if (own := self.pristine) is None:  # a merge failed before it wrote
             return
         if own.replaced is not None:
             setattr(self.get_base_layer(), self.weight_name, own.replaced)
-            return
-        for number in range(self.matrix_count or 1):
-            matrix = self.base_weight(number)
-            for kept in own.blocks.values():
-                if number in kept:  # a merge may have failed
-                    kept[number].write_to(matrix)
-            self._write_matrix(matrix, number)
+        else:
+            for number in range(self.matrix_count or 1):
+                matrix = self.base_weight(number)
+                for kept in own.blocks.values():
+                    if number in kept:  # a merge may have failed
+                        kept[number].write_to(matrix)
+                self._write_matrix(matrix, number)
+        self.pristine = None
 
     def _merged_twin(self: Any, adapter_names: list[str]) -> Any:
         """A layer of the same weight, in one memory with this one's, that has these adapters merged."""

@@ -193,6 +193,7 @@ class QuantizedLinear(Linear):
         if self.pristine is None:  # a merge failed before it wrote
             return
         device = self.stored_weight().device
-        self.base_layer, self.pristine = self._pristine_layer().train(self.training), None
+        self.base_layer = self._pristine_layer().train(self.training)
         if self.stored_weight().device != device:  # the model was moved while merged
             self.base_layer.to(device)
+        self.pristine = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -57,9 +57,10 @@ def merged(model: M, *, lossy: bool = False, reports: bool = True) -> Iterator[M
                     layer.merge()
             yield model
         finally:
-            for layer in smoa_layers(model).values():  # those of a model that was unloaded meanwhile stay merged
-                if layer.merged:
-                    layer.unmerge()
+            with ExitStack() as undone:  # if one fails, the others are unmerged all the same
+                for layer in smoa_layers(model).values():  # those of a model that was unloaded meanwhile stay merged
+                    if layer.merged:
+                        undone.callback(layer.unmerge)
 
 
 def check_all_finite(model: nn.Module, adapter_names: list[str] | None) -> None:

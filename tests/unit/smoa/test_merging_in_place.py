@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from smoa import MergeError, SmoaConfig, UnsupportedModuleError, merged
+from smoa.maths.blocks import DiagonalBlocks
 from tests import reference
 from tests.support.layers import (
     adapted_layer,
@@ -137,6 +138,35 @@ def test_a_merge_that_fails_on_the_way_leaves_nothing_merged(monkeypatch: pytest
     assert stored_bits(model) == before
     with merged(model):
         assert second.merged
+
+
+@pytest.mark.parametrize("step", ["unmerge", "merge"])
+def test_a_layer_that_can_not_be_restored_stays_merged_until_it_can(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted_model(), torch.randn(5, 10, dtype=torch.float64)
+    before, expected = stored_bits(model), model(x)
+    first, second = layers_of(model)
+    write_to = DiagonalBlocks.write_to
+
+    def fail(kept: DiagonalBlocks, weight: Tensor) -> None:
+        if weight.data_ptr() == first.stored_weight().data_ptr():
+            raise MemoryError
+        write_to(kept, weight)
+
+    def write(matrix: Tensor, number: int) -> None:
+        type(first)._write_matrix(first, matrix, number)
+        if step == "merge":
+            raise MemoryError
+
+    monkeypatch.setattr(DiagonalBlocks, "write_to", fail)
+    monkeypatch.setattr(first, "_write_matrix", write)
+    with pytest.raises(MemoryError), merged(model):
+        pass
+    assert first.merged
+    assert not second.merged
+    monkeypatch.undo()
+    model.unmerge_adapter()
+    assert stored_bits(model) == before
+    assert torch.equal(model(x), expected)
 
 
 def test_what_is_merged_already_is_refused_and_stays_so() -> None:
