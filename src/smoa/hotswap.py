@@ -18,13 +18,12 @@ from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError
 from smoa.files.base import taking_over
 from smoa.files.checks import FACTOR_DTYPES
-from smoa.files.loading import door, read_adapter, tensors_of, unlike
+from smoa.files.loading import FIXED, door, read_adapter, tensors_of, unlike
 from smoa.files.names import PARTS, PREFIX, adapter_layers, embeddings_of, is_own, saved_names
 from smoa.layers.distributed import refuse_writing
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import slices
 
-FIXED = ("num_blocks", "num_blocks_pattern", "modulation", "bias", "ensure_weight_tying")
 REMEDY = "load it under another name with load_adapter"
 
 
@@ -32,9 +31,9 @@ REMEDY = "load it under another name with load_adapter"
 def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
     """Replace the loaded adapter `adapter_name` of a PeftModel, compiled or not, by the one in a folder or on the Hub.
 
-    The new adapter must have the same num_blocks, modulation, bias and ensure_weight_tying, no block of larger rank,
-    and no layer that the loaded one lacks. Layers that only the loaded one has do nothing until the next swap. The
-    loaded adapter's dropout stays. An error changes nothing.
+    The new adapter must have the same num_blocks, modulation, bias, ensure_weight_tying and trainable_token_indices,
+    no block of larger rank, and no layer that the loaded one lacks. Layers that only the loaded one has do nothing
+    until the next swap. The loaded adapter's dropout stays. An error changes nothing.
 
     Raises:
         ConfigError: one of the two is not a SMoA adapter, or their settings don't match.

@@ -37,10 +37,9 @@ from smoa.layers.layer import SmoaLayer, smoa_layers
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "repo_type")
 
 
-MEANING = (
-    *("r", "num_blocks", "use_rslora", "alpha", "modulation", "bias", "ensure_weight_tying", "modules_to_save"),
-    *("rank_pattern", "alpha_pattern", "num_blocks_pattern", "trainable_token_indices"),
-)
+FIXED = ("num_blocks", "num_blocks_pattern", "modulation", "bias", "ensure_weight_tying", "trainable_token_indices")
+"""Settings by which tensors are read, whatever their ranks."""
+MEANING = (*FIXED, "r", "use_rslora", "alpha", "rank_pattern", "alpha_pattern", "modules_to_save")
 """Settings by which tensors are read."""
 
 
@@ -224,7 +223,7 @@ def unlike(new: SmoaConfig, old: SmoaConfig, fields: Iterable[str]) -> str:
 
 def _meant(config: SmoaConfig, field: str) -> Any:
     value = config.alpha_of("", config.r) if field == "alpha" else getattr(config, field)
-    return sorted({*value}, key=str) if isinstance(value, set | list) else value
+    return sorted({*value}) if field == "modules_to_save" and value else value  # tokens are rows of a tensor, in order
 
 
 @contextmanager

@@ -145,6 +145,18 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(other: dict[str, Any],
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("tokens", [[5, 6], [2, 1]])  # their rows are saved in this order
+def test_trained_tokens_of_other_indices_are_refused(tokens: list[int], tmp_path: Path) -> None:
+    model = adapted(1, trainable_token_indices=[1, 2])
+    saved(tmp_path, trainable_token_indices=tokens)
+    before = logits(model)
+    with pytest.raises(ConfigError, match=rf"trainable_token_indices=.*{tokens[1]}\], not \[1, 2\]"):
+        hotswap_adapter(model, tmp_path)
+    with pytest.raises(ConfigError, match=rf"trainable_token_indices=.*{tokens[1]}\], not \[1, 2\]"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model), before)
+
+
 def test_a_merged_adapter_is_not_swapped(tmp_path: Path) -> None:
     model = saved(tmp_path)
     model.merge_adapter()
