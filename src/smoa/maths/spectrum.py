@@ -21,6 +21,7 @@ from torch import Tensor
 
 from smoa.errors import ConfigError, PartitionError
 from smoa.maths.blocks import Blocks, block_sizes, check_num_blocks
+from smoa.maths.kernels.autograd import without_autocast
 
 Labelling = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """Of a weight (out_features, in_features) and K: the block of each output and of each input coordinate."""
@@ -88,7 +89,7 @@ def spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tens
     peak = finite_peak(weight)
     if not SAFE_PEAK[0] < peak < SAFE_PEAK[1]:  # squares would leave the dtype's range
         weight = weight / peak.clamp_min(torch.finfo(weight.dtype).tiny)
-    with _highest_precision():
+    with _highest_precision(), without_autocast(weight.device.type):
         if weight.shape[0] >= weight.shape[1]:
             return _tall_scores(weight, precise)
         col_scores, row_scores = _tall_scores(weight.T, precise)
@@ -252,7 +253,8 @@ def make_partition(
 
 def _registered_labels(kind: str, weight: Tensor, num_blocks: int) -> list[Tensor]:
     """Those that a registered function gives to a copy of the weight, uint8, on its device."""
-    given = _registered[kind](weight.detach().clone(), num_blocks)
+    with without_autocast(weight.device.type):
+        given = _registered[kind](weight.detach().clone(), num_blocks)
     try:
         sides = [torch.as_tensor(side).cpu() for side in given]
         is_whole = not any(side.is_floating_point() or side.is_complex() for side in sides)

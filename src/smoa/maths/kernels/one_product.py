@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors
-from smoa.maths.kernels.autograd import Gradients, is_transformed
+from smoa.maths.kernels.autograd import Gradients, is_transformed, without_autocast
 from smoa.maths.kernels.blocks import SCRATCH, Branch, product_dtype
 
 ALL = slice(None)
@@ -176,7 +176,8 @@ def delta_of(factors: Factors, weight: Tensor) -> Callable[..., Tensor]:
     A, B = factors.spread(torch.promote_types(factors.dtype, weight.dtype))
 
     def delta(rows: slice = ALL, columns: slice = ALL) -> Tensor:
-        product = B[rows] @ A[:, columns]
+        with without_autocast(weight.device.type):
+            product = B[rows] @ A[:, columns]
         if factors.modulation == "none":
             return product
         own = weight[rows, columns]

@@ -118,6 +118,19 @@ def test_autocast_stays_close_to_the_oracle(kind: str) -> None:
     assert_close(y, oracle_of(layer, x), dtype=torch.bfloat16)
 
 
+@every_kind
+def test_a_merge_under_autocast_writes_the_same_weight(kind: str) -> None:
+    model, layer = two_adapters(kind, torch.float32)
+    model.base_model.set_adapter(["one", "two"])
+    found = []
+    for casts in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            model.merge_adapter()
+            found.append((layer.get_base_layer().weight.clone(), layer.get_delta_weight("one")))
+            model.unmerge_adapter()
+    assert all(map(torch.equal, *found))
+
+
 # transforms: what LoRA's layers can do
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smoa import clear_spectrum_cache
 from smoa.errors import ConfigError
 from smoa.layers.adapter import Kinds, labels_and_scales
 from smoa.maths.spectrum import (
@@ -186,3 +187,19 @@ def test_scores_are_computed_at_the_highest_precision_whatever_the_model_has(
         assert torch.backends.cuda.matmul.fp32_precision == before
     finally:
         torch.set_float32_matmul_precision(known)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("partition", ["spectral", "of_products"])
+def test_autocast_changes_no_partition(partition: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_products(weight: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+        rows, cols = (weight @ weight.sum(0), weight.T @ weight.sum(1))
+        return labels_from_scores(rows, num_blocks), labels_from_scores(cols, num_blocks)
+
+    monkeypatch.setattr("smoa.maths.spectrum._registered", {"of_products": of_products})
+    weight = torch.randn(256, 192)
+    expected = labels_and_scales(16, weight, (partition, None, "hadamard", 0))
+    clear_spectrum_cache()
+    with torch.autocast("cpu", dtype):
+        found = labels_and_scales(16, weight, (partition, None, "hadamard", 0))
+    assert all(map(torch.equal, found, expected))
