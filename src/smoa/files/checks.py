@@ -173,6 +173,14 @@ def checked_tensors(
     file = incoming()
     with named(None if file is None else file.path):
         check_adapter_state(model, config, adapter_name, remapped, tables, layers)
+        state = {key.removeprefix(PREFIX): tensor for key, tensor in model.state_dict().items()}
+        bare = {key: key.removeprefix(PREFIX) for key in remapped if not is_own(key)}
+        others = {key: state[name] for key, name in bare.items() if name in state}  # biases, modules_to_save
+        for key, tensor in others.items() if file is not None and not file.skips else ():
+            if tensor.is_floating_point() and tensor.shape != remapped[key].shape:  # 4-bit ones are packed
+                shapes = f"shape {tuple(remapped[key].shape)}, not the model's {tuple(tensor.shape)}"
+                remedy = "load it on such a model, or pass ignore_mismatched_sizes=True"
+                raise AdapterFileError(f"{key}: {shapes}; {remedy}")
         _check_base(model, config, adapter_name, remapped, tables, layers)
     for name, layer in layers.items():
         refuse_writing(*layer.factors(adapter_name))
@@ -180,9 +188,8 @@ def checked_tensors(
         for part, factor in zip(PARTS, (layer.smoa_A, layer.smoa_B), strict=False):
             key, dtype = key_of(name, part, adapter_name), next(factor[adapter_name].parameters()).dtype
             remapped[key] = remapped[key].to(dtype)  # with low_cpu_mem_usage PEFT assigns them
-    state = model.state_dict()
-    for key in (key for key in remapped if not is_own(key) and key in state):  # biases, modules_to_save
-        remapped[key] = remapped[key].to(state[key].dtype)
+    for key, tensor in others.items():
+        remapped[key] = remapped[key].to(tensor.dtype)
     write_tables(tables)
     return remapped
 

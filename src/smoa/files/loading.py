@@ -44,10 +44,12 @@ MEANING = (*FIXED, "r", "use_rslora", "alpha", "rank_pattern", "alpha_pattern", 
 
 
 class AdapterFile(NamedTuple):
-    """The weights of a saved SMoA adapter: the file and, if they were read too, all tensors on the CPU."""
+    """The weights of a saved SMoA adapter: the file, if they were read too all tensors on the CPU, and whether PEFT
+    skips those of another shape."""
 
     path: Path
     tensors: dict[str, Tensor] | None
+    skips: bool
 
 
 @contextmanager
@@ -112,17 +114,17 @@ def find_weights(source: str | os.PathLike[str], config: object = None, **option
 
 
 def find_adapter(
-    source: str | os.PathLike[str], config: object = None, read: bool = False, **options: Any
+    source: str | os.PathLike[str], config: object = None, read: bool = False, skips: bool = False, **options: Any
 ) -> AdapterFile | None:
     """As `find_weights`, with its header checked or, if asked, the tensors read."""
     path = find_weights(source, config, **options)
     if path is None:
         return None
     if read:
-        return AdapterFile(path, tensors_of(path, bytes_of(path)))
+        return AdapterFile(path, tensors_of(path, bytes_of(path)), skips)
     with _reading(path), safe_open(path, "pt") as file:
         _check_keys(path, file.keys())
-    return AdapterFile(path, None)
+    return AdapterFile(path, None, skips)
 
 
 def _located(source: str | os.PathLike[str], name: str, options: dict[str, Any]) -> Path | None:
@@ -222,7 +224,7 @@ def unlike(new: SmoaConfig, old: SmoaConfig, fields: Iterable[str]) -> str:
 
 
 def _meant(config: SmoaConfig, field: str) -> Any:
-    value = config.alpha_of("", config.r) if field == "alpha" else getattr(config, field)
+    value: Any = config.alpha_of("", config.r) if field == "alpha" else getattr(config, field)
     return sorted({*value}) if field == "modules_to_save" and value else value  # tokens are rows of a tensor, in order
 
 
@@ -267,13 +269,14 @@ def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
         given = call.arguments
         place = None if given.get("adapter_state_dict") is not None else given.get(source)
         options = {**given, **given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
+        skips = bool(options.get("ignore_mismatched_sizes"))
         options = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
         # The config that was passed, or that of the loaded adapter which gets the weights
         loaded = {} if isinstance(args[0], type) else getattr(args[0], "peft_config", {})
         config = given.get("config") or given.get("peft_config") or loaded.get(given.get("adapter_name"))
         # `from_pretrained` calls `load_adapter` too, for an adapter that it has made, perhaps by a config it was given
         old = None if _INCOMING.get() is not None else loaded.get(given.get("adapter_name"))
-        with door(place, config, checks_nothing, **options) as file:
+        with door(place, config, checks_nothing, skips=skips, **options) as file:
             over: AbstractContextManager[None] = nullcontext()
             if isinstance(old, SmoaConfig) and place is not None and not checks_nothing:
                 over = taking_over(old, _alike(old, place, given.get("adapter_name"), options))

@@ -164,7 +164,7 @@ def test_a_layer_that_can_not_be_restored_stays_merged_until_it_can(step: str, m
     assert first.merged
     assert not second.merged
     monkeypatch.undo()
-    model.unmerge_adapter()
+    first.unmerge()
     assert stored_bits(model) == before
     assert torch.equal(model(x), expected)
 

@@ -17,7 +17,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from smoa import AdapterFileError, ConfigError, SmoaConfig, SmoaError, UnsupportedModuleError
 from smoa.hotswap import hotswap_adapter
@@ -160,6 +166,28 @@ def test_a_load_over_a_name_compares_settings(tmp_path: Path, other: dict[str, A
     with pytest.raises(ConfigError, match=rf"has {next(iter(other))}=.* as the loaded 'default'"):
         model.load_adapter(tmp_path, "default")
     assert stored_bits(model) == before
+
+
+def test_a_trained_module_of_another_shape_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    def model(labels: int) -> Any:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return LlamaForSequenceClassification(LlamaConfig(vocab_size=64, num_labels=labels, pad_token_id=0, **sizes))
+
+    saved = get_peft_model(model(3), config(task_type="SEQ_CLS", init_weights=False))
+    saved.base_model.model.model.embed_tokens.weight.data *= 2
+    saved.save_pretrained(tmp_path, save_embedding_layers=True)
+    loaded, base = get_peft_model(model(2), config(task_type="SEQ_CLS")), model(2)
+    before = stored_bits(loaded), stored_bits(base)
+    with pytest.raises(AdapterFileError, match=r"score.*: shape \(3, 16\), not the model's \(2, 16\)"):
+        loaded.load_adapter(tmp_path, "default")
+    with pytest.raises(AdapterFileError, match="ignore_mismatched_sizes=True"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert (stored_bits(loaded), stored_bits(base)) == before
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        again = PeftModel.from_pretrained(base, tmp_path, ignore_mismatched_sizes=True)
+    own, theirs = (smoa_layers(each)[next(iter(smoa_layers(each)))] for each in (again, saved))
+    assert torch.equal(own.smoa_B["default"].weight, theirs.smoa_B["default"].weight)
 
 
 def test_a_load_over_a_name_of_the_same_settings_replaces_it(tmp_path: Path) -> None:
