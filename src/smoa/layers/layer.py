@@ -28,7 +28,7 @@ from smoa.layers.distributed import (
 )
 from smoa.layers.merging import Merging, as_matrix, as_stored
 from smoa.layers.route import Route, in_autocast_dtype, route_of
-from smoa.maths.blocks import Blocks, check_num_blocks
+from smoa.maths.blocks import UNDECIDED, Blocks, check_num_blocks
 from smoa.maths.factors import Initialization, init_factors, saved_shapes
 from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.update import Update
@@ -210,6 +210,9 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
     def _derive(self, incompatible_keys: object = None) -> None:
         """Derive anew what was loaded or moved, which a compiled model would not do."""
         for partition in self.adapters.values():
+            rows = partition.saved()[0]
+            if incompatible_keys is not None and not rows.is_meta and UNDECIDED in rows:  # as they were saved
+                partition.pending = True
             if not partition.pending:
                 partition.derived()
 
