@@ -176,7 +176,10 @@ def factory(monkeypatch: pytest.MonkeyPatch) -> Factory:
     def load(command_line: Any) -> ModuleType:
         nonlocal loaded
         stubs: dict[str, dict[str, Any]] = {
-            "llamafactory.hparams.parser": {"read_args": lambda: command_line},
+            "llamafactory.hparams.parser": {
+                "read_args": lambda: command_line,
+                "get_ray_args": lambda args: SimpleNamespace(use_ray=args.get("use_ray", False)),
+            },
             "llamafactory.model.adapter": {"get_peft_model": get_peft_model},
             "llamafactory.train.tuner": {"run_exp": run_exp},
         }
@@ -193,6 +196,12 @@ def test_the_file_is_trained_with_smoa_where_it_says_lora(factory: Factory) -> N
     config = module.adapter.model.peft_config["default"]
     assert (config.peft_type, config.r, config.num_blocks, config.alpha) == ("SMOA", 8, 4, 64)
     assert module.adapter.seen == {"stage": "sft", "finetuning_type": "lora", "lora_rank": 8}
+    assert module.adapter.get_peft_model is get_peft_model  # a later training of LoRA in this process is one
+
+
+def test_a_training_in_rays_workers_is_refused(factory: Factory) -> None:
+    with pytest.raises(ConfigError, match=r"^USE_RAY: the workers of Ray would train LoRA"):
+        factory({"use_ray": True}).main()
 
 
 def test_another_method_is_refused(factory: Factory) -> None:
