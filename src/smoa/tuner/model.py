@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -31,6 +32,7 @@ from smoa.tuner.combining import Combination, check_combination, check_layer, co
 from smoa.tuner.generation import watch_generate
 from smoa.tuner.merged import check_all_finite, check_merge_allowed, losses_reported
 from smoa.tuner.targets import check_target, existing_wrapper, survey_targets
+from smoa.tuner.tying import ties_more_than_ends
 
 
 class SmoaModel(BaseTuner):
@@ -155,8 +157,14 @@ class SmoaModel(BaseTuner):
     ) -> Any:
         if merge and safe_merge:
             check_all_finite(self.model, adapter_names)
-        with losses_reported(self.model):
-            return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        stays_tied = ties_more_than_ends(self.model)
+        with losses_reported(self.model), warnings.catch_warnings():
+            if stays_tied:
+                warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+            unloaded: Any = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        if stays_tied:
+            unloaded.config.tie_word_embeddings = True
+        return unloaded
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: Combination = "cat"

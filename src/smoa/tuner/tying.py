@@ -32,6 +32,14 @@ def tied_groups(model: nn.Module) -> list[Group]:
     return [names for names in users.values() if len(names) > 1]
 
 
+def ties_more_than_ends(model: nn.Module) -> bool:
+    """Whether the config of a model from transformers ties more than an embedding and a head. With
+    `tie_word_embeddings=False` a saved model is loaded without all that was tied, as the tables of BART's encoder and
+    decoder, and with True with the ends apart if the file has both."""
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    return bool(tied) and len(getattr(model, "all_tied_weights_keys", ())) > 1
+
+
 def refuse_training(model: nn.Module, config: SmoaConfig, is_target: Callable[[SmoaConfig, str], object]) -> None:
     """Raise ConfigError if an adapter with `ensure_weight_tying` on layers of one weight is new, or would be trained.
 

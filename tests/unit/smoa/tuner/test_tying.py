@@ -1,5 +1,6 @@
 """Layers of one weight: adapters that older versions trained with `ensure_weight_tying`, and adapters of one end."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertForMaskedLM
 
 from smoa import ConfigError, MergeError, SmoaConfig
 from smoa.hotswap import hotswap_adapter
@@ -98,6 +100,34 @@ def test_an_adapter_of_one_end_is_merged_into_a_weight_of_its_own(assign: bool) 
     model.load_state_dict(model.state_dict(), assign=assign)  # or two parameters in one memory
     expected = logits(model, "gemma3")
     assert_close(logits(model.merge_and_unload(), "gemma3"), expected)
+
+
+def bart() -> Any:
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 1)
+    sizes |= {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 32}
+    return BartForConditionalGeneration(BartConfig(vocab_size=64, **sizes))
+
+
+def bert() -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertForMaskedLM(BertConfig(vocab_size=64, **sizes))
+
+
+@pytest.mark.parametrize(("build", "head"), [(bart, "lm_head"), (bert, "decoder")])
+def test_a_model_with_a_merged_head_keeps_what_else_is_tied_when_it_is_saved(
+    build: Callable[[], Any], head: str, tmp_path: Path
+) -> None:
+    base, ids = build().eval(), torch.arange(2, 12)[None]
+    nn.init.normal_(base.get_output_embeddings().weight)
+    if (bias := base.get_output_embeddings().bias) is not None:
+        nn.init.normal_(bias)
+    config = SmoaConfig(r=4, num_blocks=2, target_modules=[head], init_weights=False)
+    model = get_peft_model(base, config).merge_and_unload()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    own, tied = (each.weight.data_ptr() for each in (loaded.get_output_embeddings(), loaded.get_input_embeddings()))
+    assert own != tied
 
 
 def test_a_sum_of_tied_adapters_is_a_new_one_and_refused() -> None:
