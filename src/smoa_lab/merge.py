@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from smoa.errors import MergeError, first_of
 from smoa.files.names import PREFIX
 from smoa.tuner.merged import note_users
+from smoa.tuner.tying import ties_more_than_ends
 from smoa_lab import base_models
 from smoa_lab.basics.folders import check_place, new_folder, read_stored
 from smoa_lab.config.run import ModelSection
@@ -239,6 +240,7 @@ def merge_in_memory(model: PreTrainedModel, adapter: Path, result: Merged) -> Pr
     if not hasattr(adapted.base_model, "merge_and_unload"):
         kind = adapted.active_peft_config.peft_type.value
         raise MergeError(f"{adapter}: PEFT can't merge {kind}, which is more than a change of weights; load it instead")
+    stays_tied = ties_more_than_ends(model)
     note_users(adapted)
     for name, layer in layers_to_merge(adapted):
         untie(model, layer)
@@ -246,6 +248,8 @@ def merge_in_memory(model: PreTrainedModel, adapter: Path, result: Merged) -> Pr
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied after merging")
         merged: PreTrainedModel = adapted.merge_and_unload().to(result.dtype)
+    if stays_tied:
+        merged.config.tie_word_embeddings = True
     return merged
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -17,6 +17,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     BertModel,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -168,6 +170,23 @@ def test_an_output_layer_that_was_tied_gets_a_weight_of_its_own(
     model = merged_model(output)
     assert not model.config.tie_word_embeddings
     assert_close(logits(model, "gemma3"), logits(adapted, "gemma3"))
+
+
+@pytest.mark.parametrize("kind", [SmoaConfig, LoraConfig])
+def test_a_merged_head_leaves_the_tables_of_an_encoder_and_a_decoder_tied(
+    kind: type[PeftConfig], base: Path, adapter: Path, output: Path
+) -> None:
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 1)
+    sizes |= {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 32}
+    BartForConditionalGeneration(BartConfig(vocab_size=64, **sizes)).save_pretrained(base)
+    init = {"init_weights": False} if kind is SmoaConfig else {"init_lora_weights": False}
+    config = kind(target_modules=["lm_head"], r=4, task_type="SEQ_2_SEQ_LM", **init)
+    adapted = get_peft_model(BartForConditionalGeneration.from_pretrained(base), config).eval()
+    adapted.save_pretrained(adapter)
+    merge_run(adapter, output)
+    merged, ids = merged_model(output, BartForConditionalGeneration), torch.arange(2, 12)[None]
+    with torch.no_grad():
+        assert_close(merged(input_ids=ids).logits, adapted(input_ids=ids).logits)
 
 
 def test_ends_that_were_adapted_together_stay_tied(base: Path, output: Path) -> None:
