@@ -30,7 +30,7 @@ from smoa.layers.merging import Merging, as_matrix, as_stored
 from smoa.layers.route import Route, in_autocast_dtype, route_of
 from smoa.maths.blocks import UNDECIDED, Blocks, check_num_blocks
 from smoa.maths.factors import Initialization, init_factors, saved_shapes
-from smoa.maths.kernels.autograd import is_transformed
+from smoa.maths.kernels.autograd import is_transformed, without_autocast
 from smoa.maths.update import Update
 
 if TYPE_CHECKING:
@@ -386,5 +386,6 @@ def linear_weight(linear: nn.Module) -> Tensor:
     if type(linear) is nn.Linear:
         return whole(refuse_partitioned(linear.weight))
     weight = next(linear.parameters())
-    output: Tensor = linear(torch.eye(int(linear.in_features), device=weight.device, dtype=weight.dtype))  # type: ignore[arg-type]
+    with without_autocast(weight.device.type):  # it would round the factors
+        output: Tensor = linear(torch.eye(int(linear.in_features), device=weight.device, dtype=weight.dtype))  # type: ignore[arg-type]
     return output.T

@@ -10,6 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from smoa.layers.layer import linear_weight
 from tests import reference
 from tests.support.adapted_models import adapted
 from tests.support.layers import (
@@ -105,3 +106,9 @@ def test_one_block_is_lora_without_modulation_and_hira_with_it(method: str, conv
         assert_close(own, other)
     if lora:  # PEFT's HiRA returns BA
         assert_close(layer.get_delta_weight("default"), twin.get_delta_weight("default"))
+
+
+def test_a_factor_that_a_wrapper_gathers_is_not_rounded_by_autocast() -> None:
+    wrapped = type("Wrapped", (nn.Linear,), {})(8, 5, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear_weight(wrapped), wrapped.weight)
