@@ -25,7 +25,8 @@ from smoa.errors import ConfigError
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
-BASE_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""Prefix of every name in a saved adapter, and of the base model's names inside a PeftModel."""
 HAS_STATE_DICT_HOOKS = hasattr(BaseTuner, "_get_adapter_state_dict")  # from 0.21 on
 FILTER = "_filter_state_dict_for_adapter_name"  # there from 0.20 on
 HAS_QUANTIZATION_BACKENDS = hasattr(BaseTunerLayer, "set_base_weight")  # from 0.20 on
@@ -143,9 +144,9 @@ def _naming(original: Callable[..., dict[str, Tensor]]) -> Any:
             return original(state_dict, adapter_name=adapter_name, parameter_prefix=parameter_prefix)
         tuner, model, config = _LOADING.get()
         named: dict[str, Tensor] = tuner._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        if any(name.startswith(BASE_PREFIX) for name, _ in model.named_parameters()):
+        if any(name.startswith(PREFIX) for name, _ in model.named_parameters()):
             return named
-        return {key.removeprefix(BASE_PREFIX): tensor for key, tensor in named.items()}  # as PEFT does from 0.20 on
+        return {key.removeprefix(PREFIX): tensor for key, tensor in named.items()}  # as PEFT does from 0.20 on
 
     return _insert_adapter_name_into_state_dict
 

@@ -12,14 +12,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from smoa.compat import BASE_PREFIX
+from smoa.compat import PREFIX as PREFIX
 from smoa.config import SmoaConfig
 from smoa.layers.distributed import PARTITION, plain_name
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer, smoa_layers
 
-PREFIX = BASE_PREFIX
-"""Prefix of every name in a saved adapter, and of the base model's names inside a PeftModel."""
 COMPILED = "._orig_mod."
 """What `torch.compile` adds to the names of what is in a module."""
 _OWN = re.compile(r"\.smoa_(A|B|row_labels|col_labels|block_scale)(\.|$)")
