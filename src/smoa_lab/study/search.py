@@ -89,7 +89,7 @@ class Chosen:
 
 def _beside(lower: float | None, best: float | None, upper: float | None) -> float:
     """How far from the middle of three neighbors, which is the lowest, their parabola has its vertex: half a step at
-    most, and 0 where one diverged or all are equal."""
-    if lower is None or best is None or upper is None or lower + upper <= 2 * best:
+    most, and 0 where one diverged. The lower one is never as low as the best, so they curve."""
+    if lower is None or best is None or upper is None:
         return 0.0
     return (lower - upper) / (lower - 2 * best + upper) / 2

@@ -149,6 +149,7 @@ def test_what_was_trained_besides_comes_along(family: str, config: dict[str, Any
     lora = PeftModel.from_pretrained(tiny_models.build(family), tmp_path / "lora").eval()
     own = lora.peft_config["default"]
     assert (own.base_model_name_or_path, own.revision) == (base, config.get("revision"))
+    assert own.bias == ("lora_only" if "bias" in config else "none")
     assert_close(tiny_models.logits(lora, family), tiny_models.logits(model, family))
 
 

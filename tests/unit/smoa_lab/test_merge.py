@@ -30,7 +30,7 @@ from smoa import MergeError, SmoaConfig
 from smoa.errors import DataError
 from smoa_lab import merge as merging
 from smoa_lab.base_models import prepare_packaged_model
-from smoa_lab.merge import GGUF_NOTE, Merged, merge_run, model_card
+from smoa_lab.merge import GGUF_NOTE, Merged, merge_run, model_card, stored_share
 from smoa_lab.open_run import model_of
 from smoa_lab.pages.card import named_base
 from tests.support import gguf_base, golden, lab, tiny_models
@@ -192,7 +192,9 @@ def test_a_merged_head_leaves_the_tables_of_an_encoder_and_a_decoder_tied(
 def test_ends_that_were_adapted_together_stay_tied(base: Path, output: Path) -> None:
     golden.base("gemma3").save_pretrained(base)
     tied = Path(__file__).parents[2] / "golden" / "adapters" / "tied"
-    assert "model.embed_tokens" in merge_run(tied, output, base=str(base)).by_layer
+    layers = merge_run(tied, output, base=str(base)).by_layer.keys()
+    assert "model.embed_tokens" in layers
+    assert "lm_head" not in layers, "which is the same weight"
     merged, adapted = merged_model(output), PeftModel.from_pretrained(golden.base("gemma3"), tied).eval()
     assert merged.config.tie_word_embeddings
     assert_close(logits(merged, "gemma3"), logits(adapted, "gemma3"))
@@ -272,14 +274,17 @@ def test_what_rounding_takes_is_measured_against_the_update(base: Path, adapter:
     before, after = load_file(base / "model.safetensors"), load_file(output / "model.safetensors")
     untouched = before.keys() - {f"{name}.weight" for name in found.by_layer}
     assert all(torch.equal(before[name], after[name]) for name in untouched)
-    error = update = 0.0
+    error = update = along = 0.0
     for name in found.by_layer:
         layer = adapted.base_model.model.get_submodule(name)
         delta = layer.get_delta_weight("default").detach().double()
         kept = after[f"{name}.weight"].double() - layer.get_base_layer().weight.double()
         assert found.by_layer[name] == pytest.approx(float((kept - delta).norm() / delta.norm()), rel=1e-3)
         error, update = error + float((kept - delta).norm()) ** 2, update + float(delta.norm()) ** 2
+        along += float((kept * delta).sum())
     assert found.lost == pytest.approx((error / update) ** 0.5, rel=1e-3)
+    assert abs(along / update - 1) > 1e-4
+    assert stored_share(output) == pytest.approx(along / update, abs=1e-5)
 
 
 def test_a_lora_on_a_bfloat16_base_is_added_in_float32(base: Path, adapter: Path, output: Path) -> None:

@@ -130,4 +130,5 @@ def test_looks_at_more_rounds_and_extensions_are_at_lower_levels() -> None:
     assert levels == sorted(levels, reverse=True)
     assert [level_of(2, 3, extensions) for extensions in (1, 2, 3)] == [0.005, 0.0025, 0.00125]
     assert level_of(20, 3) == level_of(6, 3)
+    assert family(draws(3, 2, ROWS), level=0.05).of_pair == 0.025, "the pairs of an entry share a look's"
     assert 0 < level_of(1, 3) < level_of(2, 3) < level_of(3, 3) < 0.05

@@ -107,13 +107,14 @@ def test_a_search_that_ended_at_its_edge_goes_on_with_more_runs(study: Study, wr
 def test_a_search_waits_for_the_untouched_model_after_its_first_rates(study: Study, written: WrittenRuns) -> None:
     comparison = compared(study)
     shutil.rmtree(study.folder / "untouched-validation")
-    untouched, *searches = comparison.ready(["lora"])
+    names = ["lora", "full"]  # whose best rate is inside of the first three, and beyond
+    untouched, *searches = comparison.ready(names)
     assert untouched.name == "untouched"
     baseline, *searches = searches
-    assert (baseline.name, len(searches)) == ("untouched-validation", 3)
+    assert (baseline.name, len(searches)) == ("untouched-validation", 6)
     for job in searches:
         comparison.finish(job, written.write(comparison.config(job)))
-    assert comparison.ready(["lora"]) == [untouched, baseline]
+    assert comparison.ready(names) == [untouched, baseline]
     assert comparison.chosen == {}
     comparison.finish(baseline, written.untouched(comparison.config(baseline)))
     assert list(comparison.chosen) == ["lora"]
@@ -135,8 +136,10 @@ def test_adapters_are_kept_as_the_study_says_and_none_of_a_search(
 ) -> None:
     written.loss = lambda config: written.usual_loss(config) + 0.1 * abs(int(config.training["seed"]) - 1)
     study = study.model_copy(update={"keep": keep})
-    compared(study).run()
+    made = finished(study)
     kept = folders(study, "lora/*/adapter")
+    named = {one.kept is None for budget in made.budgets().values() for one in budget.results}
+    assert named == {keep == "none"}
     assert len(kept) == adapters
     assert kept == folders(study, "lora/lr-2e-3-seed-[012]/adapter")
     if keep == "best":

@@ -89,8 +89,8 @@ def test_a_flat_parabola_and_a_best_without_two_neighbors_take_the_rate_of_the_g
 
 
 def test_a_search_visits_the_same_rates_in_whatever_order_results_come() -> None:
-    for best, max_runs in product(range(-9, 9), (3, 6, 8)):
+    for best, max_runs, untouched in product(range(-9, 9), (3, 6, 8), (None, 1.5)):
         losses = valley(best + 0.1)
-        wanted = search(losses, max_runs)
+        wanted = search(losses, max_runs, untouched=untouched)
         for seed in range(5):
-            assert search(losses, max_runs, random.Random(seed).choice) == wanted
+            assert search(losses, max_runs, random.Random(seed).choice, untouched) == wanted
