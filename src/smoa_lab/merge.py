@@ -246,7 +246,8 @@ def merge_in_memory(model: PreTrainedModel, adapter: Path, result: Merged) -> Pr
         untie(model, layer)
         layer.merge = partial(_merge_layer, name, layer, layer.merge, result)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied after merging")
+        own = "the merged end has a weight of its own"
+        warnings.filterwarnings("ignore", f"Input and output embeddings are no longer tied after merging|{own}")
         merged: PreTrainedModel = adapted.merge_and_unload().to(result.dtype)
     if stays_tied:
         merged.config.tie_word_embeddings = True

@@ -162,8 +162,14 @@ class SmoaModel(BaseTuner):
             if stays_tied:
                 warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
             unloaded: Any = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
-        if stays_tied:
+        if stays_tied and not unloaded.config.tie_word_embeddings:
             unloaded.config.tie_word_embeddings = True
+            warnings.warn(
+                "the merged end has a weight of its own. config.tie_word_embeddings stays true, by which a saved model "
+                "is loaded with all its ties; tie_weights, resize_token_embeddings and programs that read the config "
+                "alone would tie the merged end again",
+                stacklevel=2,
+            )
         return unloaded
 
     def add_weighted_adapter(

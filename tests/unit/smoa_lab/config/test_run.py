@@ -79,7 +79,9 @@ def test_a_file_or_an_override_cannot_hold_a_secret(file: Path, key: str) -> Non
         load_config(file)
 
 
-@pytest.mark.parametrize("option", ["pad_token=<pad>", "eos_token=</s>", "tokenizer_class=Own", "num_tokens=2", "token=true"])
+@pytest.mark.parametrize(
+    "option", ["pad_token=<pad>", "eos_token=</s>", "tokenizer_class=Own", "num_tokens=2", "token=true"]
+)
 def test_a_tokenizers_own_tokens_and_counts_are_no_secrets(file: Path, option: str) -> None:
     assert option.partition("=")[0] in load_config(file, [f"model.options.{option}"]).model.options
 
