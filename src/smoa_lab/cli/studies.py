@@ -107,10 +107,10 @@ def compare(
                         table.print()
                         typer.echo(table.caption)
                         comparison.run(only or [], executor, report)
-        if plan and json:
-            print_json({**planned.model_dump(mode="json"), "outlook": told})
-            return
         if plan:
+            if json:
+                print_json({**planned.model_dump(mode="json"), "outlook": told})
+                return
             table = planned.table(checked, workers)
             table.print()
             typer.echo(f"{table.caption} {told}")

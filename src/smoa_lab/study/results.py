@@ -91,7 +91,7 @@ class Found:
                 values=held_out.values(each, finals),
                 untouched=held_out.untouched(each, self.untouched),
                 weights=held_out.weights(each),
-                is_share=held_out.counts(each, finals),
+                is_share=held_out.is_share(each, finals),
                 level=level,
                 entries=len(listed) + dropped,
                 pools=sizes,
@@ -230,11 +230,12 @@ class HeldOut:
         values = -metric.sign * np.array(sums)
         return np.where(np.isfinite(values), values, np.inf)
 
-    def counts(self, metric: Metric, finals: Mapping[str, Mapping[int, FinalRun]]) -> bool:
-        """Whether the metric counts right answers, as a user's own may."""
+    def is_share(self, metric: Metric, finals: Mapping[str, Mapping[int, FinalRun]]) -> bool:
+        """Whether the metric counts right answers, as a user's own does if it gives 0 and 1 alone."""
+        if metric.is_share or metric.field != SCORED:
+            return metric.is_share
         runs = (run for own in finals.values() for run in own.values())
-        found = (run.rows[key][SCORED] for run in runs for key in self.keys if metric.field == SCORED)
-        return metric.is_share or (metric.field == SCORED and {*found} <= {0, 1, -math.inf})  # which diverged
+        return {run.rows[key][SCORED] for run in runs for key in self.keys} <= {0, 1, -math.inf}  # -inf: diverged
 
     def untouched(self, metric: Metric, rows: Mapping[RowKey, Mapping[str, Any]]) -> Floats | None:
         """(1, groups), None where it is not known."""

@@ -97,8 +97,9 @@ class Guard(TrainerCallback):
             for each in parameters.values():
                 each.grad = None
         has_settled = scaler is None or self.was_finite or scaler.get_scale() <= 1
-        self.bad += trains and has_settled
-        self.skipped += trains and has_settled
+        is_bad = trains and has_settled
+        self.bad += is_bad
+        self.skipped += is_bad
         if self.bad >= MOST_BAD:
             found = (
                 f"the gradients of {MOST_BAD} steps in a row, up to step {state.global_step + 1} of {state.max_steps}"
