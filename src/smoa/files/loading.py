@@ -269,7 +269,8 @@ def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
         given = call.arguments
         place = None if given.get("adapter_state_dict") is not None else given.get(source)
         options = {**given, **given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
-        skips = bool(options.get("ignore_mismatched_sizes"))
+        known = getattr(given.get("load_config"), "ignore_mismatched_sizes", False)  # of transformers' from_pretrained
+        skips = bool(options.get("ignore_mismatched_sizes", known))
         options = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
         # The config that was passed, or that of the loaded adapter which gets the weights
         loaded = {} if isinstance(args[0], type) else getattr(args[0], "peft_config", {})

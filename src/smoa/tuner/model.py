@@ -32,7 +32,7 @@ from smoa.tuner.combining import Combination, check_combination, check_layer, co
 from smoa.tuner.generation import watch_generate
 from smoa.tuner.merged import check_all_finite, check_merge_allowed, losses_reported
 from smoa.tuner.targets import check_target, existing_wrapper, survey_targets
-from smoa.tuner.tying import ties_more_than_ends
+from smoa.tuner.tying import refuse_source, ties_more_than_ends
 
 
 class SmoaModel(BaseTuner):
@@ -59,7 +59,7 @@ class SmoaModel(BaseTuner):
         if file is not None and file.tensors is not None:
             self.model.peft_config = self.peft_config
             tensors = {key.removeprefix(PREFIX): tensor for key, tensor in file.tensors.items()}
-            set_peft_model_state_dict(self.model, tensors, adapter_name)
+            set_peft_model_state_dict(self.model, tensors, adapter_name, ignore_mismatched_sizes=file.skips)
         watch_generate(self.model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -157,6 +157,8 @@ class SmoaModel(BaseTuner):
     ) -> Any:
         if merge and safe_merge:
             check_all_finite(self.model, adapter_names)
+        if merge:
+            refuse_source(self.model)
         stays_tied = ties_more_than_ends(self.model)
         with losses_reported(self.model), warnings.catch_warnings():
             if stays_tied:

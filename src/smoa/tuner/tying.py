@@ -7,6 +7,7 @@ with `ensure_weight_tying` have the same factors, blocks and scales in all layer
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from smoa.config import SmoaConfig
 from smoa.errors import ConfigError, MergeError, first_of
 from smoa.files.loading import incoming
-from smoa.layers.layer import SmoaLayer
+from smoa.layers.layer import SmoaLayer, smoa_layers
 from smoa.layers.merging import weight_id
 
 Group = list[str]
@@ -38,6 +39,19 @@ def ties_more_than_ends(model: nn.Module) -> bool:
     decoder, and with True with the ends apart if the file has both."""
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     return bool(tied) and len(getattr(model, "all_tied_weights_keys", ())) > 1
+
+
+def refuse_source(model: nn.Module) -> None:
+    """Raise MergeError if an adapter is on the weight that several others without one are tied to, as `shared` of BART
+    and T5: in a saved model these are one weight in the file, and loading would tie them to the merged one."""
+    ties, adapted = Counter(getattr(model, "all_tied_weights_keys", {}).values()), smoa_layers(model)
+    for group in tied_groups(model):
+        source = next((name for name in group if name in adapted and ties[f"{name}.weight"] > 1), None)
+        if source and not adapted.keys() >= set(group):
+            raise MergeError(
+                f"{source}: {first_of([name for name in group if name != source])} are tied to its weight, and a saved "
+                "model would be loaded with all of them merged; keep the adapter unmerged, or adapt one of these"
+            )
 
 
 def refuse_training(model: nn.Module, config: SmoaConfig, is_target: Callable[[SmoaConfig, str], object]) -> None:

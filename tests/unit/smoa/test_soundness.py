@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -188,6 +189,21 @@ def test_a_trained_module_of_another_shape_is_refused_before_anything_is_written
         again = PeftModel.from_pretrained(base, tmp_path, ignore_mismatched_sizes=True)
     own, theirs = (smoa_layers(each)[next(iter(smoa_layers(each)))] for each in (again, saved))
     assert torch.equal(own.smoa_B["default"].weight, theirs.smoa_B["default"].weight)
+
+
+def test_transformers_own_load_skips_a_trained_module_of_another_shape_if_asked(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = LlamaForSequenceClassification(LlamaConfig(vocab_size=64, num_labels=3, pad_token_id=0, **sizes))
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, config(task_type="SEQ_CLS"))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path)
+    settings: dict[str, Any] = {"num_labels": 2, "ignore_mismatched_sizes": True}
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes=True"):
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, **settings)
+    assert loaded.score.weight.shape[0] == 2
+    for name, layer in smoa_layers(model.base_model.model).items():
+        assert torch.equal(smoa_layers(loaded)[name].smoa_B["default"].weight, layer.smoa_B["default"].weight)
 
 
 def test_a_load_over_a_name_of_the_same_settings_replaces_it(tmp_path: Path) -> None:

@@ -113,6 +113,14 @@ def bert() -> Any:
     return BertForMaskedLM(BertConfig(vocab_size=64, **sizes))
 
 
+def test_a_weight_to_which_several_are_tied_is_not_merged_into_a_model_to_be_saved() -> None:
+    model = get_peft_model(bart(), SmoaConfig(r=2, num_blocks=2, target_modules=["shared"], init_weights=False))
+    with pytest.raises(MergeError, match=r"model\.shared: .*lm_head.* are tied to its weight.*adapt one of these"):
+        model.merge_and_unload()
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
 @pytest.mark.parametrize(("build", "head"), [(bart, "lm_head"), (bert, "decoder")])
 def test_a_model_with_a_merged_head_keeps_what_else_is_tied_when_it_is_saved(
     build: Callable[[], Any], head: str, tmp_path: Path
