@@ -173,16 +173,18 @@ def count_trained(empty: PreTrainedModel, wanted: PeftConfig) -> int:
     if hasattr(peft_config, "init_lora_weights"):
         peft_config.init_lora_weights = True  # the others look at the weights
     peft_config.task_type = None  # what a head needs does not matter
-    try:
-        with warnings.catch_warnings(), empty.device:
-            warnings.simplefilter("ignore")  # they come again with the weights
+    with warnings.catch_warnings(), empty.device:
+        warnings.simplefilter("ignore")  # they come again with the weights
+        try:
             model = get_peft_model(copy.deepcopy(empty), peft_config, low_cpu_mem_usage=empty.device.type == "meta")
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, ImportError, re.error) as error:
-        raise ConfigError(f"adapter: {shorten(str(error), 1000)}") from error
-    try:
-        PeftConfig.from_peft_type(**peft_config.to_dict())
-    except ValueError as error:  # IA³ adds the feed-forward layers that it knows of to some that were named
-        raise ConfigError(f"adapter: {error}, as the method completes the keys itself; set these as well") from error
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, ImportError, re.error) as error:
+            raise ConfigError(f"adapter: {shorten(str(error), 1000)}") from error
+        try:
+            PeftConfig.from_peft_type(**peft_config.to_dict())
+        except ValueError as error:  # IA³ adds the feed-forward layers that it knows of to some that were named
+            raise ConfigError(
+                f"adapter: {error}, as the method completes the keys itself; set these as well"
+            ) from error
     return int(model.get_nb_trainable_parameters()[0])
 
 

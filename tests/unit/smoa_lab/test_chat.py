@@ -222,10 +222,14 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_got_and_the_chat_goes_on(bas
     assert kept
     assert whole.answers[0].strip().startswith(kept)
     assert kept != whole.answers[0].strip()
-    talk.after = -1
     talk.reset()
+    talk.after = 0
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("hello")
+    assert talk.turns == []  # an answer of nothing isn't one
+    talk.after = -1
     talk.ask("hello")
-    assert talk.answers[1:] == whole.answers
+    assert talk.answers[-1:] == whole.answers
 
 
 def test_the_oldest_turns_are_dropped_where_the_model_can_read_no_more(base: Path) -> None:

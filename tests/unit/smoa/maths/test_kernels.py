@@ -134,7 +134,7 @@ def test_factors_start_with_the_size_of_their_block_and_zero_padding(init: Any) 
             continue
         uniform, zero, limit = (own_B, own_A, rank**-0.5) if init == "zero_A" else (own_A, own_B, width**-0.5)
         assert not zero.any()
-        assert 0.99 * limit < uniform.abs().max() <= limit
+        assert 0.995 * limit < uniform.abs().max() <= limit
         assert abs(uniform.mean()) < 0.03 * limit
         assert abs(uniform.std() / limit - 3**-0.5) < 0.03
 
@@ -295,15 +295,15 @@ def test_threads_and_calls_share_no_memory() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_call_with_fake_tensors_changes_nothing_for_later_ones(route: str, dtype: torch.dtype) -> None:
-    layer = adapted_layer(base_layer(150, 120, dtype=dtype), r=8, num_blocks=2, route=route)
-    x = torch.randn(7, 120, dtype=dtype)
+    layer = adapted_layer(base_layer(220, 200, dtype=dtype), r=8, num_blocks=2, route=route)
+    x = torch.randn(7, 200, dtype=dtype)
     with torch.no_grad(), snapshot_of([layer]):
         expected = layer(x)
         copied = copy.deepcopy(layer)
         SCRATCH.buffers.clear()
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, snapshot_of([copied]):
             for fake in (mode.from_tensor(x), x):
-                assert layer(fake).shape == copied(fake).shape == (7, 150)
+                assert layer(fake).shape == copied(fake).shape == (7, 220)
         assert torch.equal(layer(x), expected)
     assert torch.equal(copied(x), layer(x))
     assert not any(isinstance(tensor, FakeTensor) for tensor in [*SCRATCH.buffers.values(), *copied.buffers()])

@@ -76,3 +76,8 @@ def test_what_other_methods_would_fail_at_after_training_is_refused(
 def test_an_adapter_of_each_preset_that_fits_is_taken(method: str, empty: Any) -> None:
     check_adapter(empty, config_of(method, {"target_modules": ["self_attn.q_proj"]}))
     assert all(parameter.is_meta for parameter in empty.parameters())
+
+
+def test_an_adapter_that_starts_from_the_weights_is_counted_without_them(empty: Any) -> None:
+    settings = {"target_modules": TARGETS, "init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}
+    check_adapter(empty, config_of("lora", settings))
