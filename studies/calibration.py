@@ -87,6 +87,22 @@ def of_rows(groups: int, skewed: bool) -> dict[str, float]:
     return worst | {"few": few}
 
 
+def of_uneven_groups(groups: int) -> dict[str, float]:
+    """The worst of groups of very different sizes (the k-th has a k-th of the first's rows, or one has as many as all
+    others together), variances and numbers of seeds."""
+    random, worst = np.random.default_rng(groups), {"two": 0.0, "one": 0.0}
+    for sizes in (np.maximum(1, np.round(groups / np.arange(1.0, groups + 1))), np.array([1.0] * groups)):
+        sizes[0] = max(sizes[0], groups - 1.0)
+        errs = INTRACLASS * sizes**2 + (1 - INTRACLASS) * sizes
+        for ratio, seeds in product(RATIOS, SEEDS):
+            values = (random.normal(size=(DRAWS, 2, seeds, 1)) + np.zeros(groups)) * sizes
+            scale = (2 * ratio * errs) ** 0.5 * sizes.sum() / errs.sum() ** 0.5
+            values[:, :1] += scale * random.normal(size=(DRAWS, 1, 1, groups))
+            found = missed(contrast(values, np.zeros((1, groups)), sizes, 0, 1, 1.0))
+            worst = {side: max(share, found[side]) for side, share in worst.items()}
+    return worst
+
+
 def of_answers(groups: int) -> dict[str, float]:
     """The worst of all sizes of groups and shares of right answers, three seeds: a row is as hard for each entry in all
     seeds, by chance harder for one."""
@@ -338,7 +354,13 @@ right answers in those of the base model's."""
 
 def main() -> None:
     rows = [
-        {"groups": groups, "even": of_rows(groups, False), "skewed": of_rows(groups, True), "right": of_answers(groups)}
+        {
+            "groups": groups,
+            "even": of_rows(groups, False),
+            "skewed": of_rows(groups, True),
+            "uneven": of_uneven_groups(groups),
+            "right": of_answers(groups),
+        }
         for groups in GROUPS
     ]
     wild = {str(seeds): {str(entries): of_a_wild_entry(seeds, entries) for entries in ENTRIES} for seeds in SEEDS}

@@ -14,17 +14,20 @@ MARK = "####"
 NUMBER = re.compile(
     r"""
     (?P<other> (?<!\w) (?: \d+ (?::\d+)+ | \d{1,4} ([-./]) \d{1,2} \2 \d{1,4} ) (?!\w) )      # a time, a date
-    | (?P<sign> (?<!\w) [-−–] )? (?<!\w)
-      (?P<whole> [1-9]\d{0,2} (?: ,\d{3} )+ (?!\d) | [1-9]\d{0,2} (?: [ '’\u00a0\u202f]\d{3} )+ (?!\d) | \d+ )?
+    | (?P<sign> (?<!\w) [-−–] [$€£¥]? )? (?<!\w)
+      (?: (?P<mixed> \d+ ) [ ] (?= \d+ / \d+ ) )?                                              # the 2 of 2 1/2
+      (?P<whole> [1-9]\d{0,2} (?: ,\d{3} )+ (?!\d) | [1-9]\d{0,2} (?: [ '’\u00a0\u202f]\d{3} )+ (?!\d)
+               | [1-9]\d{0,2} (?: \.\d{3} )+ (?= ,\d ) | [1-9]\d{0,2} (?: \.\d{3} ){2,} (?!\d) | \d+ )?
       (?P<part> (?(whole) [.,] | \. ) \d+ )?
       (?(whole) | (?(part) | (?!) ) )
       (?P<power> [eE] [-−+]? \d{1,3} (?!\d) )?
+      (?: \s? [x×*·] \s? 10 \^ (?P<ten> [-−+]? \d{1,3} ) | \^ (?P<exponent> \d{1,2} ) )?
       (?: \s? / \s? (?P<under> \d+ ) )?
     """,
     re.VERBOSE,
 )
-"""A number with its sign, fraction and grouping: 1,234.5 and 1 234,5, 3,5 and 3/4, -2 and 6e23; not the 2 of m2. A time
-or a date is no number, and is taken as it is written."""
+"""A number with its sign, fraction, grouping and power: 1,234.5, 1 234,5 and 1.234,5, 3/4 and 2 1/2, -2 and -$2, 6e23,
+6 x 10^23 and 2^3; not the 2 of m2. A time or a date is no number, and is taken as it is written."""
 BEFORE = (
     r"(?<![\w\-−–])(?<!\d[.,:/])"
     + "".join(rf"(?<!\b(?i:{word}) )" for word in ("not", "no", "never"))
@@ -42,9 +45,18 @@ def numbers(text: str) -> list[Fraction | str]:
             continue
         whole = re.sub(r"\D", "", match["whole"] or "0")
         value = Fraction(f"{whole}{(match['part'] or '').replace(',', '.')}{(match['power'] or '').replace('−', '-')}")
+        value *= Fraction(10) ** int((match["ten"] or "0").replace("−", "-"))
+        value **= int(match["exponent"] or 1)
         value = value / Fraction(match["under"]) if int(match["under"] or 0) else value
+        value += int(match["mixed"] or 0)
         found.append(-value if match["sign"] else value)
     return found
+
+
+def _is_number(answer: str, right: str) -> bool:
+    """Whether the last number is the right one, or the last ones where several are behind ``####``."""
+    wanted = numbers(right) if MARK in right else numbers(right)[-1:]
+    return wanted != [] and numbers(answer)[-len(wanted) :] == wanted
 
 
 def is_one_number(text: str) -> bool:
@@ -63,7 +75,7 @@ def _contains(answer: str, right: str) -> bool:
 
 RULES: dict[str, Callable[[str, str], bool]] = {
     "exact": lambda answer, right: _words(answer) == _words(right),
-    "number": lambda answer, right: numbers(right)[-1:] != [] and numbers(answer)[-1:] == numbers(right)[-1:],
+    "number": _is_number,
     "contains": _contains,
 }
 """Whether an answer is right, by the completion: for the metrics that need answers. White space makes no difference."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -33,7 +33,7 @@ from smoa_lab.data.sources import RowSource
 
 logger = logging.getLogger(__name__)
 
-VERSION = 10
+VERSION = 11
 """Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
 LONG = 1000
 """More rows than these are announced: the tokens of long conversations may take half a minute."""
@@ -102,6 +102,15 @@ def units_of(keys: NDArray[np.uint64], groups: NDArray[np.uint64], largest: floa
     return np.where(np.isin(groups, several), groups, keys)
 
 
+def passing_over(sizes: Iterable[int], most: int) -> NDArray[np.bool_]:
+    """Which of them are taken, in their order: those that are at most so many together; a larger one is passed over."""
+    taken, fits = 0, list[bool]()
+    for size in sizes:
+        fits.append(taken + size <= most)
+        taken += size * fits[-1]
+    return np.array(fits, bool)
+
+
 def split(
     keys: NDArray[np.uint64], named: Sequence[str], sizes: Sizes, units: NDArray[np.uint64] | None = None
 ) -> tuple[dict[Part, NDArray[np.int64]], int]:
@@ -109,9 +118,10 @@ def split(
     or rows of their unit. ``named`` has the part that each row names, or ``""``; ``units`` are :func:`units_of`.
 
     Of test and validation, the one that no row names gets a fifth, or a tenth, of the other contents, those of the
-    units with the lowest numbers, at most as many as ``sizes`` says. No unit lies in two parts: test comes first, then
-    validation. Where there are more rows than wanted, those of the lowest numbers are taken, but of rows that are named
-    for training the first ones; a unit of several contents is taken whole or not at all.
+    units with the lowest numbers, at most as many as ``sizes`` says, or the smallest unit if none is that small. No
+    unit lies in two parts: test comes first, then validation. Where there are more rows than wanted, those of the
+    lowest numbers are taken, but of rows that are named for training the first ones. A unit of several contents that
+    does not fit as a whole is passed over; if none fits, the first is cut.
     """
     units, parts = keys if units is None else units, np.array(named, "U10")
     is_held_out = (parts == "test") | (parts == "validation")
@@ -121,9 +131,11 @@ def split(
     for name, divisor in HELD_OUT.items():
         if name not in named:
             wanted = min(contents // divisor, getattr(sizes, name))
-            number = int(np.searchsorted(counts.cumsum(), wanted, side="right"))
-            parts[(parts == "") & np.isin(units, free[:number])] = name
-            free, counts = free[number:], counts[number:]
+            fits = passing_over(counts.tolist(), wanted)
+            if wanted and not fits.any() and len(free) > 1:
+                fits[counts.argmin()] = True
+            parts[(parts == "") & np.isin(units, free[fits])] = name
+            free, counts = free[~fits], counts[~fits]
     parts[parts == ""] = "train"
     chosen: dict[Part, NDArray[np.int64]] = {}
     left_out, taken = 0, np.zeros(len(keys), bool)
@@ -136,9 +148,13 @@ def split(
         if most is not None and len(numbers) > most:
             first = part == "train" and part in named
             order = numbers if first else numbers[np.argsort(units[numbers], kind="stable")]
-            numbers, lost = order[:most], order[most:]
-            cut = units[numbers[-1:]][units[numbers[-1:]] != keys[numbers[-1:]]]  # the unit of the last row, if several
-            numbers = numbers[~np.isin(units[numbers], np.intersect1d(cut, units[lost]))]
+            lots, is_single = np.unique(units[order], return_inverse=True)[1], units[order] == keys[order]
+            lots[is_single] = len(lots) + np.arange(is_single.sum())  # each row by itself
+            _, places, counts = np.unique(lots, return_index=True, return_counts=True)
+            starts = np.argsort(places)
+            fits = passing_over(counts[starts].tolist(), most)
+            kept = lots[places[starts]][fits if fits.any() else slice(1)]
+            numbers = order[np.isin(lots, kept)][:most]
         chosen[part] = np.sort(numbers)
     return chosen, left_out
 
@@ -309,7 +325,7 @@ class Reading:
                     )
                 group = row.asked if self.group is None else row.key
                 if isinstance(self.group, str):
-                    if values.get(self.group) is None:
+                    if values.get(self.group) is None or not str(values[self.group]).strip():
                         raise DataError(f"has no {self.group}, by which data.group says what belongs together")
                     named = json.dumps(values[self.group], sort_keys=True, default=str)
                     group = int(sha256(named.encode()).hexdigest()[:16], 16)

@@ -5,10 +5,14 @@ S seeds; w (G,) are the groups' tokens or rows, W = Σ w. The contrast of an ord
 1 − τ of what j gained over the base model, whose values are Y_0:
 
     d = Y_i − (1 − τ) Y_j − τ Y_0                                       θ = Σ d / (S W), below 0 where i does
-    v_R = G / (G − 1) · Σ_g (d̄_g − w_g θ)² / W² − V                     error by the choice of groups, G − 1 degrees
+    v_R = Σ_g (d̄_g − w_g θ)² / (1 − w_g / W) / W² − V                   error by the choice of groups
     V   = Σ (u_sg − ū_g)² / ((S − 1) S W²),  u_sg = d_sg − w_g θ_s      what a row does in one seed and not in others
     v_S = (1 + (1 − τ)²) · max(pooled, own) / S                         error by the choice of seeds
     U   = θ + t(1 − level) · √(v_R + v_S)                               degrees by Satterthwaite
+
+A group that is a large part of all draws θ to itself, by which its own part of v_R is small: hence 1 − w_g / W, and
+degrees of freedom for groups whose values vary with w_g (Bell and McCaffrey, 2002). Of G equal groups these are
+G / (G − 1) and G − 1.
 
 *pooled* is the mean variance over seeds of all entries, with Σ (n − 1) degrees, *own* that of the pair. Several sizes
 are pooled each by itself, and a pair of two sizes has the variances of both pools, with Satterthwaite's degrees. Where
@@ -127,7 +131,7 @@ def contrast(
     ``kept`` is 1 − τ. There are two seeds and two groups or more. An entry with values that aren't finite has no
     variance. ``pools`` are the sizes of entries, by default one.
     """
-    entries, seeds, groups = values.shape[-3:]
+    entries, seeds = values.shape[-3:-1]
     total = weights.sum()
     own_values = values[..., of, :, :]
     if other is None:
@@ -140,7 +144,8 @@ def contrast(
     mean = of_seed.mean(axis=-1)
     around = gaps.mean(axis=-2) - weights * mean[..., None]
     apart = gaps - weights * of_seed[..., None]
-    of_rows = groups / (groups - 1) * (around**2).sum(axis=-1) - apart.var(axis=-2, ddof=1).sum(axis=-1) / seeds
+    part = weights / total
+    of_rows = (around**2 / (1 - part)).sum(axis=-1) - apart.var(axis=-2, ddof=1).sum(axis=-1) / seeds
     of_rows = (np.maximum(0.0, of_rows) + is_share) / total**2
     with np.errstate(invalid="ignore"):
         variances = (values.sum(axis=-1) / total).var(axis=-1, ddof=1)
@@ -163,7 +168,9 @@ def contrast(
         welch = np.divide((shares * spread).sum(axis=-1) ** 2, parts, where=parts > 0, out=np.ones_like(parts))
         freedom = np.where(is_wild, welch, freedom)
     of_seeds = shares.sum() * np.maximum(pooled, own) / seeds
-    return Estimate(mean, of_rows, groups - 1.0, of_seeds, freedom * (seeds - 1), is_few)
+    drawn = part**2 / (1 - part)
+    rows_freedom = 1 / float((part**2).sum() + drawn.sum() ** 2 - (drawn**2).sum())
+    return Estimate(mean, of_rows, rows_freedom, of_seeds, freedom * (seeds - 1), is_few)
 
 
 def _pooled(

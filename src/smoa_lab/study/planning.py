@@ -175,7 +175,9 @@ class Planner:
         found = inputs(first)
         for part, use in {"validation": "rates", **({"test": "entries"} if self.seeds else {})}.items():
             if not found["rows"][part]:
-                raise ConfigError(f"shared.data: leaves no {part} rows, by which {use} are compared; give more rows")
+                raise ConfigError(
+                    f"shared.data: leaves no {part} rows, by which {use} are compared; give more rows, or groups"
+                )
         if (rows := found["rows"]["validation"]) < FEW_TO_CHOOSE and self.study.tuning.max_runs:
             logger.warning("Only %s chooses the rates, much by chance; give more", counted(rows, "validation row"))
         if self.seeds and found["groups"] < FEW_ROWS:

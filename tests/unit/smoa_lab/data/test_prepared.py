@@ -15,7 +15,7 @@ from transformers.utils.logging import warning_once
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.data.encoding import Encoder, Tokens
-from smoa_lab.data.prepared import PreparedRows, Reading, Sizes, require_good_rows, split
+from smoa_lab.data.prepared import PreparedRows, Reading, Sizes, require_good_rows, split, units_of
 from smoa_lab.data.row import PARTS
 from smoa_lab.data.sources import FileSource
 from tests.support.own_rows import MARKED, STRICT, chat, chats, tokenizer_with, write_rows
@@ -336,14 +336,35 @@ def test_a_column_may_say_what_belongs_together() -> None:
     families = [{json.loads(row.own)["family"] for row in found.rows(part)} for part in ("validation", "test")]
     assert [len(each) for each in families] == [2, 4]
     assert not families[0] & families[1]
-    assert grouped(asked(3, 1), "family").account["bad"] == 3
+    for missing in ({}, {"family": None}, {"family": " "}):  # as an empty cell of a table
+        assert grouped([{**row, **missing} for row in asked(3, 1)], "family").account["bad"] == 3
 
 
-def test_a_unit_of_several_rows_is_taken_whole_or_not_at_all() -> None:
-    keys, units = np.array([10, 20, 21], np.uint64), np.array([1, 2, 2], np.uint64)
-    for most, taken in ((3, [0, 1, 2]), (2, [0])):
-        chosen, _ = split(keys, ["test"] * 3, Sizes(test=most), units)
-        assert chosen["test"].tolist() == taken
+@pytest.mark.parametrize(
+    ("units", "most", "taken"),
+    [
+        ([1, 15, 15, 3], 4, [0, 1, 2, 3]),
+        ([1, 15, 15, 3], 2, [0, 3]),  # what doesn't fit is passed over
+        ([2, 2, 2, 3], 1, [3]),
+        ([2, 2, 2, 2], 3, [0, 1, 2]),  # rather than nothing
+    ],
+)
+def test_a_unit_of_several_rows_is_taken_whole_unless_none_fits(units: list[int], most: int, taken: list[int]) -> None:
+    keys = np.array([10, 20, 21, 30 if units[3] == 3 else 22], np.uint64)
+    chosen, _ = split(keys, ["test"] * 4, Sizes(test=most), units_of(keys, np.array(units, np.uint64)))
+    assert chosen["test"].tolist() == taken
+
+
+@pytest.mark.parametrize(("groups", "held_out"), [(2, (100, 0)), (3, (100, 100)), (8, (100, 100)), (40, (400, 200))])
+def test_every_part_has_a_group_where_there_are_three(groups: int, held_out: tuple[int, int]) -> None:
+    """Up to 5267c7c7 the first one beyond the wanted number ended a part: of 8 equal ones none chose the rates."""
+    keys = np.arange(100 * groups, dtype=np.uint64)
+    chosen, _ = split(keys, [""] * len(keys), Sizes(), units_of(keys, keys // 100))
+    assert (len(chosen["test"]), len(chosen["validation"])) == held_out
+    assert len(chosen["train"]) == len(keys) - sum(held_out)
+    mixed = np.concatenate([keys, np.arange(10_000, 13_000, dtype=np.uint64)])
+    chosen, _ = split(mixed, [""] * len(mixed), Sizes(), units_of(mixed, np.where(mixed < 10_000, mixed // 100, mixed)))
+    assert (len(chosen["test"]), len(chosen["validation"])) == (400, 200)
 
 
 @pytest.mark.parametrize(
