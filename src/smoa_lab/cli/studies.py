@@ -137,6 +137,7 @@ def tune(
 ) -> None:
     """Find the learning rate with the lowest loss on validation rows; print the line for the config."""
     with reporting(*SHOWN):
+        from smoa.errors import ConfigError
         from smoa_lab.config.run import load_config
         from smoa_lab.pages.tables import Table, number
         from smoa_lab.study.default_study import tuning_study
@@ -152,6 +153,9 @@ def tune(
             comparison = Comparison(study, prepare(study, executor.result))
         comparison.run(executor=executor)
         chosen = next(iter(comparison.chosen.values()))
+        if not any(loss is not None for loss in chosen.losses.values()):
+            told = f"every rate down to {rate_text(min(chosen.losses))} diverged; start from a much lower one"
+            raise ConfigError(f"training.learning_rate: {told}")
         losses = {rate_text(rate): loss for rate, loss in chosen.losses.items()}
         if json:
             found = {"learning_rate": chosen.learning_rate, "tried": chosen.tried, "interior": chosen.place != "edge"}

@@ -157,13 +157,15 @@ def contrast(
     is_few = freedom * (seeds - 1) <= FEW
     own = (shares * variances[..., pair]).sum(axis=-1) / shares.sum()
     rest = [n for n in range(entries) if n not in pair and pools[n] in [pools[i] for i in pair]]
-    if rest or len(pair) == 2:  # with two entries, the larger variance against the smaller
-        spread = variances[..., pair]
-        others, others_known = _mean_of(variances, known, rest) if rest else (spread.min(axis=-1), np.ones_like(own))
-        compared = own if rest else spread.max(axis=-1)
-        own_freedom = (seeds - 1) * (len(pair) if rest else 1)
-        point = fdtri(own_freedom, np.maximum(1, others_known) * (seeds - 1), WILD if rest else (1 + WILD) / 2)
-        is_wild = (others_known > 0) & (compared > point * others)
+    others, others_known = _mean_of(variances, known, rest)
+    spread, has_others = variances[..., pair], others_known > 0
+    if len(pair) == 2 or has_others.any():  # without others, the larger variance against the smaller
+        compared = np.where(has_others, own, spread.max(axis=-1))
+        others = np.where(has_others, others, spread.min(axis=-1))
+        own_freedom = (seeds - 1) * np.where(has_others, len(pair), 1)
+        wild = np.where(has_others, WILD, (1 + WILD) / 2)
+        point = fdtri(own_freedom, np.maximum(1, others_known) * (seeds - 1), wild)
+        is_wild = (has_others | (len(pair) == 2)) & (compared > point * others)
         parts = ((shares * spread) ** 2).sum(axis=-1)
         welch = np.divide((shares * spread).sum(axis=-1) ** 2, parts, where=parts > 0, out=np.ones_like(parts))
         freedom = np.where(is_wild, welch, freedom)

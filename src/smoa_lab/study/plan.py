@@ -34,8 +34,6 @@ LEAST_SEARCH, LEAST_SEEDS = 3, 2
 """Runs of an entry's search, and of its final ones, of FEWEST steps, without which there is no comparison."""
 MARGIN = 1.1
 """What a plan is taken to last, of what it lasts by what was timed."""
-FEW_ROWS = 50
-"""Held-out rows below which a comparison shows large differences only."""
 INPUTS = {
     "data": "the rows",
     "base": "the base model",
@@ -139,18 +137,21 @@ class Plan(Section):
         return {"planned": self.rounds, "extensions": [*self.extensions, rounds], "takes": takes}
 
     def changed(self, study: Study, fresh: Collection[str]) -> set[str]:
-        """The families that have ``fresh`` entries, or lost one by which they were decided."""
-        found = {family for family, own in study.families().items() if {*own} & {*fresh}}
+        """The families that lost an entry by which they were decided, and undecided ones with ``fresh`` entries. Others
+        stay decided until a fresh one has as many rounds."""
+        found = {family for family, own in study.families().items() if {*own} & {*fresh} and family not in self.takes}
         decided_by = {family: {*take.entries, take.entry} - {None} for family, take in self.takes.items()}
         return found | {family for family, names in decided_by.items() if names - study.entries.keys()}
 
     def without(self, before: Study, study: Study) -> dict[str, Any]:
         """The changes for entries of the study ``before`` that it has no more."""
-        sizes = {name: entry.size for name, entry in before.entries.items() if entry.size is not None}
-        dropped = self.dropped | {name: entry.budget for name, entry in before.entries.items()}
+        ran = {name: entry for name, entry in before.entries.items() if name in self.entries}
+        dropped = self.dropped | {name: entry.budget for name, entry in ran.items()}
         dropped = {name: budget for name, budget in dropped.items() if name not in study.entries}
-        sizes = {name: size for name, size in {**self.dropped_sizes, **sizes}.items() if name in dropped}
-        return {"dropped": dropped, "dropped_sizes": sizes}
+        sizes = self.dropped_sizes | {name: entry.size for name, entry in ran.items() if entry.size is not None}
+        sizes = {name: size for name, size in sizes.items() if name in dropped}
+        failed = {name: told for name, told in self.failed.items() if name in study.entries}
+        return {"dropped": dropped, "dropped_sizes": sizes, "failed": failed}
 
     def level(self, entries: int) -> float:
         """Of a look at so many entries."""
@@ -275,13 +276,6 @@ def duration(seconds: float) -> str:
 def error_text(error: Exception) -> str:
     """What ended an entry: the message of an error of ours, of others with their kind."""
     return str(error) if isinstance(error, SmoaError) else f"{type(error).__name__}: {error}"
-
-
-def few_rows(number: int, rows: int | None = None) -> str:
-    """The warning that a comparison on so few rows has of as many, or of more, ``rows``."""
-    what = "row" if rows in (None, number) else "group"
-    held_out = f"{what} is held out, which shows" if number == 1 else f"{what}s are held out, which show"
-    return f"Only {number} {held_out} large differences only; {FEW_ROWS} or more are better."
 
 
 def other_config(known: dict[str, Any], config: RunConfig, is_untouched: bool) -> list[str]:

@@ -31,7 +31,6 @@ from smoa_lab.study.calibrated import NOISE
 from smoa_lab.study.executor import TIMED, TIMED_SECONDS
 from smoa_lab.study.metrics import read_metrics
 from smoa_lab.study.plan import (
-    FEW_ROWS,
     FEWEST,
     LEAST_SEARCH,
     LEAST_SEEDS,
@@ -43,7 +42,6 @@ from smoa_lab.study.plan import (
     changes,
     duration,
     error_text,
-    few_rows,
     fitted,
     is_looked_at,
     other_config,
@@ -57,6 +55,7 @@ from smoa_lab.study.plan import (
 )
 from smoa_lab.study.score_again import score_again
 from smoa_lab.study.study import ALL_SIZES, FORMAT, Job, Stage, Study
+from smoa_lab.study.verdict import FEW_ROWS, few_rows
 from smoa_lab.training.loaded_run import inputs
 from smoa_lab.training.run_folder import RunFolder
 
@@ -204,7 +203,7 @@ class Planner:
         """A first plan. One that is refused leaves nothing: the next study here may be another."""
         try:
             timings, steps, failed = self._timed(self._configs())
-            beside, final = self._scored()
+            beside, final = self._scored(found["digests"])
             return self._made(found, _later(timings, beside), steps, failed, final)
         except SmoaError:
             for stage in UNTOUCHED:
@@ -262,15 +261,15 @@ class Planner:
         if {*plan.seeds} & {*before.seeds} - {*study.seeds} or (self.number or math.inf) < len(plan.seeds):
             logger.warning("Seeds that were planned run all the same: their number fixed the level of each look")
         if self.seeds and not (plan.seeds or plan.study["seeds"]):  # as of smoa tune
-            _, final = self._scored()
+            _, final = self._scored(plan.digests)
         beside = fmean(one.beside for one in plan.entries.values())
         timings, _, failed = self._timed(new) if new else ({}, 0, {})
-        failed |= {name: told for name, told in plan.failed.items() if name not in new}
         fresh = new.keys() - before.entries.keys()
-        changed = plan.changed(study, fresh)
+        changed = plan.changed(study, fresh - failed.keys())
         timings = {name: timing for name, timing in plan.entries.items() if name not in new} | _later(timings, beside)
         more: dict[str, Any] = {"study": as_planned(study), "seeds": asked, "entries": timings}
-        more |= {"final": final, "failed": failed, **plan.without(before, study)}
+        more |= {"final": final, **plan.without(before, study)}
+        more["failed"] = {name: told for name, told in more["failed"].items() if name not in new} | failed
         more |= _looks(study, plan, asked, changed)
         grew = asked != plan.seeds or changed or study.tuning.max_runs > before.tuning.max_runs
         if self.minutes is not None and (grew or plan.limit is None or self.minutes != plan.minutes):
@@ -285,9 +284,9 @@ class Planner:
         more["takes"] = {name: take for name, take in takes.items() if take.tolerance == study.tolerance}
         return plan.model_copy(update=more)
 
-    def _scored(self) -> tuple[float, float]:
-        """Score the base model, which counts. Seconds that a search's run takes to score, and that a final one
-        takes more, to answer and to score general text before and after too."""
+    def _scored(self, digests: dict[str, str]) -> tuple[float, float]:
+        """Score the base model on rows of these digests, which counts. Seconds that a search's run takes to score, and
+        that a final one takes more, to answer and to score general text before and after too."""
         logger.info("The base model is scored")
         study, config, took, of_token = self.study, self._first_config(), [0.0, 0.0], 0.0
         for place, wanted in enumerate((self.seeds, study.tuning.max_runs)):
@@ -295,8 +294,11 @@ class Planner:
                 continue
             job = study.untouched(UNTOUCHED[place])
             job_config, run = study.job_config(config, job), RunFolder(study.folder / job.name)
-            if run.finished and other_config(read_metrics(run)["config"], job_config, True):
-                shutil.rmtree(run.path)  # of a start that was interrupted, before the file was edited
+            if run.finished and (
+                other_config((known := read_metrics(run))["config"], job_config, True)
+                or other_inputs(digests, known["digests"])
+            ):
+                shutil.rmtree(run.path)  # of a start that was interrupted, before the file or the rows were edited
             metrics = self.execute(job, job_config)
             scores = metrics["evaluation"]["before"]
             is_finite = scores["loss"] is not None and math.isfinite(scores["loss"])
@@ -363,7 +365,7 @@ def _looks(study: Study, plan: Plan, asked: Sequence[int], changed: Collection[s
     Families that have their answer keep it, but where all have one and more rounds are asked for."""
     is_scored_again = other_metric(plan, study)
     goes_on = len(asked) > plan.rounds or ((changed or is_scored_again) and is_looked_at(plan, study))
-    if plan.rounds == 0:
+    if plan.rounds < (2 if plan.format == FORMAT else 1):  # no look was planned
         return {"planned": len(asked), "listed": asked}
     if is_scored_again and goes_on and asked == plan.seeds and not changed:
         return plan.scored_again()

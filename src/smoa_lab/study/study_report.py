@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from shlex import quote
 from statistics import fmean
 from typing import Any
 
@@ -168,9 +169,9 @@ def untouched_metrics(comparison: Progress) -> Metrics | None:
 def sentences_of(comparison: Progress, families: Mapping[str, Budget]) -> tuple[dict[str, list[str]], list[str]]:
     """The verdict of each family, and all that is said of the study, in the order in which it is shown."""
     study, plan = comparison.study, comparison.plan
-    command = f"smoa compare {study.folder / 'study.yaml'}"
+    command = f"smoa compare {quote(str(study.folder / 'study.yaml'))}"
     if comparison.metric == OWN:
-        command += f" --metric {plan.digests.get('metric', '').rpartition(' ')[0]}"
+        command += f" --metric {quote(plan.digests.get('metric', '').rpartition(' ')[0])}"
     of_round = sum(comparison.seconds("final", name) for name in study.entries if name in plan.entries)
     of_round /= comparison.workers
     sentences = {name: verdict(budget, plan, command, of_round) for name, budget in families.items()}

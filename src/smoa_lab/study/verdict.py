@@ -9,9 +9,11 @@ from math import floor
 from smoa_lab.pages.tables import counted
 from smoa_lab.study.bounds import Family, level_of
 from smoa_lab.study.decision import EQUAL, Budget
-from smoa_lab.study.plan import FEW_ROWS, FIRST_SEEDS, Plan, duration, few_rows
+from smoa_lab.study.plan import FIRST_SEEDS, Plan, duration
 from smoa_lab.study.search import rate_text
 
+FEW_ROWS = 50
+"""Held-out rows below which a comparison shows large differences only."""
 MOST_SEEDS = 12
 """More rounds than these are not proposed."""
 
@@ -36,6 +38,13 @@ def verdict(budget: Budget, plan: Plan, command: str, of_round: float) -> list[s
         sentences.append(f"This look was not planned at first: {errs}.")
     few = results[0].groups
     return [*sentences, *([few_rows(few, results[0].rows)] if few < FEW_ROWS else [])]
+
+
+def few_rows(number: int, rows: int | None = None) -> str:
+    """The warning that a comparison on so few rows has of as many, or of more, ``rows``."""
+    what = "row" if rows in (None, number) else "group"
+    held_out = f"{what} is held out, which shows" if number == 1 else f"{what}s are held out, which show"
+    return f"Only {number} {held_out} large differences only; {FEW_ROWS} or more are better."
 
 
 def answer(budget: Budget, plan: Plan, command: str, of_round: float) -> str:

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from smoa.atomic import new_file, write_whole
+from smoa.atomic import flush, new_file, write_whole
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.folders import check_place, free_name, read_stored
 from smoa_lab.basics.plain import finite, json_text
@@ -162,6 +162,9 @@ class RunFolder:
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, which marks the run finished, and remove its checkpoints."""
+        for file in self.adapter.rglob("*"):
+            if file.is_file():
+                flush(file)
         write_whole(self.metrics, json_text(metrics) + "\n")
         self.remove_checkpoints()
 

@@ -69,6 +69,26 @@ def test_bounds_miss_as_often_as_they_say_with_few_rows(groups: int, most: float
     assert ((found.upper(0.025) < 0) | (found.lower(0.025) > 0)).mean() < most
 
 
+@pytest.mark.parametrize("sizes", [[4] * 49 + [200], [1] * 8 + [50, 50], [round(200 / k) for k in range(1, 51)]])
+def test_groups_of_very_different_sizes_miss_hardly_more_often(sizes: list[int]) -> None:
+    """Up to 5267c7c7 they had the degrees of as many equal ones: 8 to 21 %."""
+    random, weights = np.random.default_rng(0), np.array(sizes, float)
+    values = 0.05 * weights * random.normal(size=(4000, 2, 3, 1)) + np.zeros(len(sizes))
+    values[:, :1] += weights * random.normal(size=(4000, 1, 1, len(sizes)))
+    found = contrast(values, np.zeros((1, len(sizes))), weights, 0, 1, 1.0)
+    assert ((found.upper(0.025) < 0) | (found.lower(0.025) > 0)).mean() < 0.12
+    assert (found.upper(0.05) < 0).mean() < 0.08
+    equal = contrast(values, np.zeros((1, len(sizes))), np.full(len(sizes), 3.0), 0, 1, 1.0)
+    assert equal.rows_freedom == pytest.approx(len(sizes) - 1)
+
+
+def test_a_pair_whose_rivals_all_diverged_is_compared_with_itself() -> None:
+    values = draws(300, 2, 3, 1) * np.array([5.0, 1])[:, None, None] + np.zeros(2)
+    alone = contrast(values, np.zeros((1, 2)), np.ones(2), 0, 1, 1.0)
+    beside = contrast(np.insert(values, 2, np.inf, axis=1), np.zeros((1, 2)), np.ones(2), 0, 1, 1.0)
+    assert (beside.seeds_freedom == alone.seeds_freedom).all()
+
+
 @pytest.mark.parametrize("groups", [20, 200])
 def test_two_seeds_of_two_entries_miss_as_often_as_they_say(groups: int) -> None:
     """Satterthwaite's degrees missed 7.5 % and more."""

@@ -270,6 +270,13 @@ def test_a_search_goes_by_the_loss_whatever_the_runs_metric(room: Path, written:
     assert "learning_rate: " in smoa("tune", str(file), "--max-runs", "3").stdout
 
 
+def test_tune_recommends_no_rate_where_all_diverged(room: Path, written: WrittenRuns) -> None:
+    written.loss = lambda config: None
+    told = smoa("tune", str(run_file(room)), "--max-runs", "3", code=1).stderr
+    assert "every rate down to" in told
+    assert "diverged; start from a much lower one" in told
+
+
 def test_a_search_that_ends_at_its_edge_says_to_go_on_from_there(room: Path, written: WrittenRuns) -> None:
     written.loss = lambda config: -float(config.training["learning_rate"])
     told = smoa("tune", str(run_file(room))).stdout

@@ -69,9 +69,9 @@ def test_the_untouched_model_is_scored_first_and_counts_and_a_few_steps_of_each_
     assert len(written.ran) == 2
 
 
-@pytest.mark.parametrize("data", [{"train": "chats.jsonl"}, {"train": "chats.jsonl", "max_length": 64}])
-def test_a_start_that_was_interrupted_goes_on_and_scores_the_base_again_only_if_the_file_was_edited(
-    data: dict[str, Any], study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("data", "rows", "scored"), [({}, "d", 2), ({"max_length": 64}, "d", 4), ({}, "edited", 4)])
+def test_a_start_that_was_interrupted_goes_on_and_scores_the_base_again_only_if_file_or_rows_were_edited(
+    data: dict[str, Any], rows: str, scored: int, study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: Any) -> dict[str, Any]:
         raise KeyboardInterrupt
@@ -81,8 +81,9 @@ def test_a_start_that_was_interrupted_goes_on_and_scores_the_base_again_only_if_
         with pytest.raises(KeyboardInterrupt):
             compared(study)
     assert len(written.ran) == 2
-    compared(study.model_copy(update={"shared": {**study.shared, "data": data}}))
-    assert len(written.ran) == (4 if "max_length" in data else 2)
+    written.digests["data"] = rows
+    compared(study.model_copy(update={"shared": {**study.shared, "data": {**study.shared["data"], **data}}}))
+    assert len(written.ran) == scored
 
 
 def test_what_cannot_end_in_time_is_refused_by_the_quickest_step_so_far_and_leaves_nothing(
@@ -136,6 +137,14 @@ def test_seeds_beyond_the_planned_rounds_are_one_more_look(study: Study, written
         more = compared(study, number=number).plan
         assert (len(more.seeds), more.rounds, more.extensions) == (number, 4, extensions)
         assert (more.looked_at(), more.level(2)) == ([number], level)
+
+
+def test_rounds_that_follow_a_single_one_are_planned_ones_since_one_is_not_looked_at(
+    study: Study, written: WrittenRuns
+) -> None:
+    compared(study, number=1).run()
+    more = compared(study, number=3).plan
+    assert (more.seeds, more.rounds, more.extensions, more.looked_at()) == ([0, 1, 2], 3, [], [2, 3])
 
 
 def test_seeds_that_are_taken_out_after_the_plan_run_all_the_same_and_it_is_said(
@@ -295,6 +304,12 @@ def test_an_entry_that_fails_while_its_steps_are_timed_is_one_that_failed(
     assert again.plan.takes["small"].entries.keys() == {"ours", "lora"}
     assert set(again.chosen) == set(study.entries)
     broken |= {"lora", "smoa", "full"}
+    failing = Study.model_validate({**again.study.model_dump(), "folder": study.folder})
+    failing.entries["more"] = entry(adapter={}, budget="small")
+    assert "more failed: RuntimeError: CUDA out of memory" in " ".join(report(finished(failing)).verdict)
+    taken_out = finished(study).plan
+    assert (taken_out.takes, taken_out.failed) == (again.plan.takes, {}), "the verdict stands"
+    assert (taken_out.extensions, taken_out.dropped) == ([3], {})
     with pytest.raises(RuntimeError, match="CUDA out of memory"):
         compared(study.model_copy(update={"folder": study.folder.with_name("other")}))
 
