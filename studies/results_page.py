@@ -46,7 +46,8 @@ BOUNDS = (
     "an intraclass correlation of 0.5, of rows with 0 to 1 times the variance of a seed, of two, three and five "
     "seeds and of two and four entries; right answers of shares from 0.05 to 0.98. *Skewed* rows have a gamma "
     "distribution of skew 1; *one side* is the worse one. *Two seeds of two* entries, on both sides, stand apart: "
-    "their t is weighted by Cochran and Cox."
+    "their t is weighted by Cochran and Cox. *Uneven* groups: the k-th has a k-th of the first's rows, or one has as "
+    "many as all others together."
 )
 WHOLE = (
     "Whole studies at the levels of their looks: how many take an entry that keeps just too little (*wrong*), such "
@@ -114,7 +115,10 @@ def calibration_tables() -> str:
     """How often bounds miss, what studies would have taken, and what searches cost."""
     found = json.loads(calibration.FILE.read_text(encoding="utf-8"))
     columns = [
-        (kind, side) for kind in ("even", "skewed", "right") for side in SIDES if (kind, side) != ("right", "few")
+        (kind, side)
+        for kind in ("even", "skewed", "uneven", "right")
+        for side in SIDES
+        if side != "few" or kind in ("even", "skewed")
     ]
     rows = [[str(row["groups"]), *(f"{100 * row[kind][side]:.1f}" for kind, side in columns)] for row in found["rows"]]
     header = ["groups", *(f"{kind}, {SIDES[side]}" for kind, side in columns)]
