@@ -24,7 +24,7 @@ from smoa.layers.experts import ParamWrapper
 from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_and_backend
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import check_num_blocks
-from smoa.maths.layout import Layout
+from smoa.maths.layout import Layout, whole_shape
 from smoa.maths.spectrum import finite_peak
 from smoa.tuner.tying import refuse_training
 
@@ -64,16 +64,16 @@ def survey_targets(
                     weight: Any = base_of(module).weight
                     _check_finite(name, weight, module if isinstance(module, SmoaLayer) else None)
     with _collected(problems):
-        for parameter in target_parameters(model, config):
-            key = parameter.key
+        for key, owner in target_parameters(model, config):
+            module_name, _, parameter_name = key.rpartition(".")
             with _collected(problems):
-                if parameter.module_name in targets:
+                if module_name in targets:
                     raise ConfigError(f"{key}: target_modules names its module too; name it in one of the two")
-                module = model.get_submodule(parameter.module_name)
-                refuse_other_uses(parameter.module_name, module, model, uses[id(module)])
-                shapes[key] = check_parameter(parameter, config)
+                module = model.get_submodule(module_name)
+                refuse_other_uses(module_name, module, model, uses[id(module)])
+                shapes[key] = check_parameter(key, owner, config)
                 if not loads_labels:
-                    _check_finite(key, parameter.tensor, existing_wrapper(model, key))
+                    _check_finite(key, getattr(owner, parameter_name), existing_wrapper(model, key))
     if problems:
         raise type(problems[0])("; ".join(map(str, problems)))
     if not loads_labels:
@@ -196,29 +196,6 @@ def _check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:
 # Parameters of experts.
 
 
-class TargetParameter(NamedTuple):
-    """A parameter to adapt: its module, and the names of the module and of the parameter in it."""
-
-    module: nn.Module
-    module_name: str
-    name: str
-
-    @property
-    def key(self) -> str:
-        """Name of the parameter in the model."""
-        return f"{self.module_name}.{self.name}".removeprefix(".")
-
-    @property
-    def tensor(self) -> Tensor:
-        """The parameter."""
-        return getattr(self.module, self.name)  # type: ignore[no-any-return]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape, also while ZeRO-3 has partitioned it."""
-        return tuple(getattr(self.tensor, "ds_shape", self.tensor.shape))
-
-
 def existing_wrapper(model: nn.Module, key: str) -> ParamWrapper | None:
     """The wrapper of the parameter of this name in the model, if it is adapted already."""
     module_name, _, name = key.rpartition(".")
@@ -230,8 +207,8 @@ def existing_wrapper(model: nn.Module, key: str) -> ParamWrapper | None:
     return None
 
 
-def parameters_of(model: nn.Module) -> Iterator[TargetParameter]:
-    """All parameters of the base model, with the names that they had before any adapter."""
+def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The names that all parameters of the base model had before any adapter, and the module that holds each."""
     inside = tuple(
         f"{name}.{part}."
         for name, module in model.named_modules()
@@ -240,28 +217,29 @@ def parameters_of(model: nn.Module) -> Iterator[TargetParameter]:
     )
     for module_name, module in model.named_modules():
         if not f"{module_name}.".startswith(inside):
-            plain = module_name.replace(".base_layer", "")
-            yield from (TargetParameter(module, plain, name) for name, _ in module.named_parameters(recurse=False))
+            plain = f"{module_name.replace('.base_layer', '')}.".removeprefix(".")
+            yield from ((f"{plain}{name}", module) for name, _ in module.named_parameters(recurse=False))
 
 
 def _names_of_stacks(model: nn.Module) -> list[str]:
     """What parameters are called that look like experts, by the last parts of their names: `mlp.experts.down_proj`."""
     stacks = (  # neither a vector with room for a batch nor a kernel
-        target
-        for target in parameters_of(model)
-        if len(target.shape) == 3 and min(target.shape) > 1
-        if not isinstance(target.module, nn.Conv1d | nn.ConvTranspose1d)
+        key.split(".")
+        for key, module in parameters_of(model)
+        if len(shape := whole_shape(module, key.rpartition(".")[2])) == 3 and min(shape) > 1
+        if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
     )
-    return sorted({".".join(target.key.split(".")[-3:]) for target in stacks})
+    return sorted({".".join(parts[-3:]) for parts in stacks})
 
 
-def target_parameters(model: nn.Module, config: SmoaConfig) -> list[TargetParameter]:
-    """The parameters that `target_parameters` names, whole or by their last parts, as PEFT matches them."""
+def target_parameters(model: nn.Module, config: SmoaConfig) -> list[tuple[str, nn.Module]]:
+    """The parameters that `target_parameters` names, whole or by their last parts, as PEFT matches them, each with the
+    module that holds it."""
     if not (named := config.target_parameters or []):
         return []
-    targets = [target for target in parameters_of(model) if any(_matches(target.key, name) for name in named)]
+    targets = [(key, module) for key, module in parameters_of(model) if any(_matches(key, name) for name in named)]
     for name in named:
-        if any(_matches(target.key, name) for target in targets):
+        if any(_matches(key, name) for key, _ in targets):
             continue
         near = difflib.get_close_matches(name, _names_of_stacks(model), n=1, cutoff=0)
         remedy = f"did you mean {near[0]!r}?" if near else "it has no parameter of three dimensions; use target_modules"
@@ -276,27 +254,29 @@ def _matches(key: str, name: str) -> bool:
     return key == name or key.endswith(f".{name}")
 
 
-def check_parameter(target: TargetParameter, config: SmoaConfig) -> Shape:
-    """Shape of one of the parameter's matrices."""
-    place = f"target_parameters: {target.key} has shape {target.shape}"
-    if not target.module_name:  # these first words are PEFT's
+def check_parameter(key: str, module: nn.Module, config: SmoaConfig) -> Shape:
+    """Shape of one of the matrices of the parameter `key` of the model, which a module holds."""
+    module_name, _, name = key.rpartition(".")
+    tensor, shape = getattr(module, name), whole_shape(module, name)
+    place = f"target_parameters: {key} has shape {shape}"
+    if not module_name:  # these first words are PEFT's
         raise ConfigError(
             "Targeting an nn.Parameter on the top-level module is not supported "
-            f"(parameter '{target.name}'). It has shape {target.shape}; put the module into another one"
+            f"(parameter '{name}'). It has shape {shape}; put the module into another one"
         )
-    if len(target.shape) not in (2, 3):
+    if len(shape) not in (2, 3):
         raise ConfigError(f"{place}, and only those of 2 or 3 dimensions hold matrices; leave it out")
-    if target.module_name.split(".")[-1] in ROUTERS or type(target.module).__name__.endswith("Router"):
+    if module_name.split(".")[-1] in ROUTERS or type(module).__name__.endswith("Router"):
         raise ConfigError(f"{place} and chooses the experts, which SMoA doesn't adapt; leave the router out")
-    if hasattr(target.module, "parametrizations"):
+    if hasattr(module, "parametrizations"):
         raise UnsupportedModuleError(f"{place} and is parametrized; remove the parametrization first")
-    if not target.tensor.is_floating_point() or target.tensor.itemsize == 1:
+    if not tensor.is_floating_point() or tensor.itemsize == 1:
         raise UnsupportedModuleError(
-            f"{place} and is quantized to {target.tensor.dtype}, and nothing dequantizes experts; load the model with "
+            f"{place} and is quantized to {tensor.dtype}, and nothing dequantizes experts; load the model with "
             "dequantize=True, or without quantization"
         )
-    layout = Layout.of(target.module, target.name)
-    check_fit(target.key, layout.shape, config)
+    layout = Layout.of(module, name)
+    check_fit(key, layout.shape, config)
     return layout.shape
 
 
