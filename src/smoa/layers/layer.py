@@ -254,9 +254,7 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         if self.pristine is None:
             return weight
         weight = weight.clone()
-        for kept in self.pristine.blocks.values():
-            if number in kept:
-                kept[number].write_to(weight)
+        self.pristine.write_to(weight, number)
         return weight
 
     def unmerge_saved(self, state_dict: dict[str, Tensor], prefix: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smoa.errors import MergeError
 from smoa.layers.distributed import onloaded_for, placed_like, refuse_writing
-from smoa.maths.blocks import DiagonalBlocks
+from smoa.maths.blocks import Blocks
 from smoa.maths.kernels.one_product import Effective, delta_of
 
 LOSS_ROWS = 256
@@ -35,12 +35,23 @@ class Pristine:
     Layers of one memory hold the same one. Each restores from it the weight that it has then.
 
     Args:
-        blocks: The diagonal blocks of W on the CPU, by merged adapter and matrix.
+        blocks: For each matrix W, the blocks of one merged adapter after the other and what W had in them, on the CPU:
+            1/K of W, and all that the merge can change.
         replaced: The base layer's own weight, or a quantized base layer, while another one stands in its place.
     """
 
-    blocks: dict[str, dict[int, DiagonalBlocks]] = field(default_factory=dict)
+    blocks: dict[int, list[tuple[Blocks, list[Tensor]]]] = field(default_factory=dict)
     replaced: nn.Parameter | nn.Module | None = None
+
+    def keep(self, number: int, matrix: Tensor, blocks: Blocks) -> None:
+        """Copy the diagonal blocks of the matrix of this number."""
+        own = Blocks(blocks.row_labels.cpu().clone(), blocks.col_labels.cpu().clone(), blocks.num_blocks)
+        self.blocks.setdefault(number, []).append((own, [entries.cpu() for entries in blocks.of(matrix)]))
+
+    def write_to(self, matrix: Tensor, number: int) -> None:
+        """Overwrite the diagonal blocks of the matrix of this number in place, in its current dtype."""
+        for blocks, entries in self.blocks.get(number, ()):  # a merge may have failed before it came to this one
+            blocks.write(matrix, entries)
 
 
 class Merging:
@@ -156,7 +167,7 @@ class Merging:
         """Write a matrix. If other modules use it, the base layer gets one of its own until `unmerge`."""
         self.pristine = own = self.pristine or Pristine()
         for name in names:
-            own.blocks.setdefault(name, {})[number] = DiagonalBlocks.read_from(pristine, self.blocks(name, number))
+            own.keep(number, pristine, self.blocks(name, number))
         if self.shares_weight and own.replaced is None:
             base = self.get_base_layer()
             own.replaced = cast(nn.Parameter, base._parameters[self.weight_name])
@@ -172,9 +183,7 @@ class Merging:
         else:
             for number in range(self.matrix_count or 1):
                 matrix = self.base_weight(number)
-                for kept in own.blocks.values():
-                    if number in kept:  # a merge may have failed
-                        kept[number].write_to(matrix)
+                own.write_to(matrix, number)
                 self._write_matrix(matrix, number)
         self.pristine = None
 
