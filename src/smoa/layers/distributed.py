@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from smoa.errors import SmoaError, UnsupportedModuleError
+from smoa.maths.kernels.autograd import without_autocast
 
 T = TypeVar("T")
 LABELS = ("smoa_row_labels", "smoa_col_labels")
@@ -135,6 +136,16 @@ def refuse_partitioned(parameter: Tensor) -> Tensor:
     if is_partitioned(parameter):
         raise _needs_gathering(parameter)
     return parameter
+
+
+def linear_weight(linear: nn.Module) -> Tensor:
+    """Weight of a bias-free Linear, computed by its forward if a wrapper (FSDP) gathers the weight only there."""
+    if type(linear) is nn.Linear:
+        return whole(refuse_partitioned(linear.weight))
+    weight = next(linear.parameters())
+    with without_autocast(weight.device.type):  # it would round the factors
+        output: Tensor = linear(torch.eye(int(linear.in_features), device=weight.device, dtype=weight.dtype))  # type: ignore[arg-type]
+    return output.T
 
 
 def refuse_writing(*parameters: Tensor) -> None:

@@ -22,7 +22,7 @@ from smoa.errors import ConfigError, SmoaError, UnsupportedModuleError, first_of
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_and_backend
-from smoa.layers.layer import SmoaLayer
+from smoa.layers.layer import SmoaLayer, around_adapters
 from smoa.maths.blocks import check_num_blocks
 from smoa.maths.layout import Layout, whole_shape
 from smoa.maths.spectrum import finite_peak
@@ -54,8 +54,8 @@ def survey_targets(
     refuse_training(model, config, is_target)
     problems, targets, shapes = list[SmoaError](), dict[str, Target](), dict[str, Shape]()
     uses = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
-    for name, module in _around_adapters(model):
-        if name and is_target(config, name):
+    for name, module in around_adapters(model):
+        if name and "base_layer" not in name.split(".") and is_target(config, name):
             with _collected(problems):
                 refuse_other_uses(name, module, model, uses[id(module)])
                 targets[name] = check_target(name, module, config, model)
@@ -79,19 +79,6 @@ def survey_targets(
     if not loads_labels:
         _report_narrow(shapes, config)
     return targets
-
-
-def _around_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules by name, each once, without what is inside of adapted ones, of which there is more with each
-    adapter."""
-    found, waiting = set[nn.Module](), [("", model)]
-    while waiting:
-        name, module = waiting.pop()
-        if module not in found:
-            found.add(module)
-            yield name, module
-            inside = [] if isinstance(module, SmoaLayer) else list(module.named_children())
-            waiting += ((f"{name}.{own}" if name else own, child) for own, child in reversed(inside))
 
 
 @contextmanager
@@ -209,16 +196,9 @@ def existing_wrapper(model: nn.Module, key: str) -> ParamWrapper | None:
 
 def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The names that all parameters of the base model had before any adapter, and the module that holds each."""
-    inside = tuple(
-        f"{name}.{part}."
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        for part in (*module.adapter_layer_names, *module.other_param_names)
-    )
-    for module_name, module in model.named_modules():
-        if not f"{module_name}.".startswith(inside):
-            plain = f"{module_name.replace('.base_layer', '')}.".removeprefix(".")
-            yield from ((f"{plain}{name}", module) for name, _ in module.named_parameters(recurse=False))
+    for module_name, module in around_adapters(model):
+        plain = f"{module_name.replace('.base_layer', '')}.".removeprefix(".")
+        yield from ((f"{plain}{name}", module) for name, _ in module.named_parameters(recurse=False))
 
 
 def _names_of_stacks(model: nn.Module) -> list[str]:
