@@ -174,15 +174,14 @@ class LayerStack:
         self._rank = max(run.rank for run in self.runs) if blocks.entries else 0
         self._plan: Plan | None = None
         self._chosen: Gathered = ()
-        self._copies: Gathered = ()
-        """The factors of the slots of this plan, and the memory for such copies, on a CPU: a GPU's is counted."""
+        """The factors of the slots of this plan, on a CPU: a GPU's memory is counted."""
 
     def write(self, slot: int, parts: Parts) -> None:
         """Put an adapter into a slot; there is more room if need be."""
         room = len(self.factors[0][0])
         if slot >= room:
             more = [0, 0] * 4 + [0, max(slot + 1, room * 5 // 4) - room]
-            self.factors, self._copies = [(pad(A, more), pad(B, more)) for A, B in self.factors], ()
+            self.factors = [(pad(A, more), pad(B, more)) for A, B in self.factors]
         for (A, B), cut, part in zip(self.factors, self._cuts, filter(None, parts), strict=True):
             A[slot], B[slot] = cut(part)
         self.members |= {slot}
@@ -197,12 +196,9 @@ class LayerStack:
         add_by_plan(output, x, plan, factors, Diagonal(own.blocks, self.runs, own.entries or None), own.spans)
 
     def _of(self, slots: Rows) -> Gathered:
-        if isinstance(slots, slice) or slots.device.type != "cpu":
+        if isinstance(slots, slice):
             return [(A[slots], B[slots]) for A, B in self.factors]
-        self._copies = self._copies or [(torch.empty_like(A), torch.empty_like(B)) for A, B in self.factors]
-        own = [part for pair in zip(self.factors, self._copies, strict=True) for part in zip(*pair, strict=True)]
-        copies = [torch.index_select(part, 0, slots, out=copy[: len(slots)]) for part, copy in own]
-        return list(zip(copies[::2], copies[1::2], strict=True))
+        return [(A.index_select(0, slots), B.index_select(0, slots)) for A, B in self.factors]
 
     @property
     def slot_bytes(self) -> int:
