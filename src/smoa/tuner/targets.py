@@ -150,21 +150,19 @@ def _refusal(name: str, base: nn.Module, kind: Kind | None, model: nn.Module) ->
 
 def _leave_out(config: SmoaConfig, model: nn.Module) -> None:
     """Take linear layers that can't be adapted, such as routers, out of the targets that "all-linear" has become."""
-    modules = dict(model.named_modules())
-    left_out: set[str] = set()
-    named: dict[str, str] = {}
+    left_out: dict[str, nn.Module] = {}
     for name in sorted(config.target_modules or ()):
-        base = base_of(modules[name])
+        base = base_of(model.get_submodule(name))
         with suppress(UnsupportedModuleError):  # of a quantized weight, which `check_target` raises
             if _refusal(name, base, kind_and_backend(base, model)[0], model) is not None:
-                left_out.add(name)
-                if not isinstance(base, NonDynamicallyQuantizableLinear):  # nobody takes that for a layer
-                    named[name] = type(base).__name__
-    config.target_modules = set(config.target_modules or []) - left_out  # type: ignore[assignment]
-    if named:
+                left_out[name] = base
+    config.target_modules = set(config.target_modules or []) - left_out.keys()  # type: ignore[assignment]
+    # nobody takes a projection of MultiheadAttention for a layer
+    told = {n: type(b).__name__ for n, b in left_out.items() if not isinstance(b, NonDynamicallyQuantizableLinear)}
+    if told:
         warnings.warn(
-            f"target_modules='all-linear' leaves out {first_of([*named])}: SMoA can't adapt a "
-            f"{', '.join(sorted({*named.values()}))}, which computes something else than a linear layer of a plain "
+            f"target_modules='all-linear' leaves out {first_of([*told])}: SMoA can't adapt a "
+            f"{', '.join(sorted({*told.values()}))}, which computes something else than a linear layer of a plain "
             "weight",
             stacklevel=2,
         )
