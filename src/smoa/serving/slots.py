@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from smoa.layers.batch import Plan, Rows, RowsBySlot, add_by_plan
+from smoa.layers.batch import Plan, RowsBySlot, add_by_plan
 from smoa.maths.blocks import Blocks, Orders, ascend
 from smoa.maths.factors import BlockRun
 from smoa.maths.kernels.blocks import product_dtype
-from smoa.maths.kernels.shared import Diagonal, Gathered
+from smoa.maths.kernels.shared import Diagonal, Gathered, of_slots
 from smoa.serving.saved import SavedLayer
 
 Parts = Sequence[SavedLayer | None]
@@ -190,15 +190,10 @@ class LayerStack:
     def add_to(self, output: Tensor, x: Tensor, rows: RowsBySlot) -> None:
         """Add to an output (rows, …, out_features) what each row's adapter makes of x (rows, …, in_features)."""
         plan, own = rows.plan(self.members, self._rank, x.shape[1:-1].numel(), x.device), self.blocks
-        factors = self._chosen if self._plan is plan else self._of(plan.slots)
+        factors = self._chosen if self._plan is plan else of_slots(self.factors, plan.slots)
         if x.device.type == "cpu":  # a plan stays while the same requests are decoded
             self._plan, self._chosen = plan, factors
         add_by_plan(output, x, plan, factors, Diagonal(own.blocks, self.runs, own.entries or None), own.spans)
-
-    def _of(self, slots: Rows) -> Gathered:
-        if isinstance(slots, slice):
-            return [(A[slots], B[slots]) for A, B in self.factors]
-        return [(A.index_select(0, slots), B.index_select(0, slots)) for A, B in self.factors]
 
     @property
     def slot_bytes(self) -> int:
