@@ -23,6 +23,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from peft.auto import _BaseAutoPeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as read_tensors
@@ -233,8 +234,9 @@ def untouched(base: nn.Module) -> Iterator[None]:
     """Take out of a model what an adapter that is refused in the context has put into it, and activate again what was
     active: attributes of its modules, and the contents of those that are dictionaries or sets. Subclasses of these may
     refuse to change, as diffusers' configs do, and are left alone."""
-    stores = (own for layer in smoa_layers(base).values() for own in layer.children())  # not the adapters in them
-    owners = [vars(module) for module in (*dict(around_adapters(base)).values(), *stores)]
+    around = [module for _, module in around_adapters(base)]
+    stores = [own for layer in around if isinstance(layer, BaseTunerLayer) for own in layer.children()]
+    owners = [vars(module) for module in (*around, *stores)]  # without what is in the stores
     tables = [own for owner in owners for own in (owner, *owner.values()) if type(own) in (dict, set, OrderedDict)]
     before = [(table, table.copy()) for table in tables]
     trained = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
