@@ -17,7 +17,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
-from smoa.errors import ConfigError, UnknownSettingError, nearest
+from smoa.errors import ConfigError, UnknownSettingError, named, nearest
 from smoa.maths.blocks import MAX_BLOCKS
 from smoa.maths.factors import Initialization, split_rank
 from smoa.maths.scale import DEFAULT_SCALE, ModulationKind, ScaleKind
@@ -152,11 +152,8 @@ class SmoaConfig(PeftConfig):
         Raises:
             ConfigError: the file breaks a rule.
         """
-        try:
+        with named(Path(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)):
             config: SmoaConfig = super().from_pretrained(str(pretrained_model_name_or_path), subfolder, **kwargs)
-        except ConfigError as error:
-            folder = Path(pretrained_model_name_or_path, subfolder or "")
-            raise ConfigError(f"{folder / CONFIG_NAME}: {error}") from None
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -187,9 +184,9 @@ class SmoaConfig(PeftConfig):
             shape: (out_features, in_features). K is limited by its smaller side, unless `num_blocks_pattern` names the
                 module.
         """
-        named: int | None = _by_pattern(self.num_blocks_pattern, module, None)
-        if named is not None:
-            return named
+        given: int | None = _by_pattern(self.num_blocks_pattern, module, None)
+        if given is not None:
+            return given
         return self.num_blocks if shape is None else min(self.num_blocks, *shape)
 
     def rank_of(self, module: str, shape: Shape | None = None) -> int:
@@ -198,9 +195,9 @@ class SmoaConfig(PeftConfig):
         own, whole = self.num_blocks_of(module, shape), self.num_blocks_of(module)
         return r // whole * own + min(r % whole, own)
 
-    def ranks_of(self, module: str = "", r: int | None = None, shape: Shape | None = None) -> tuple[int, ...]:
-        """Rank of each block of a module. The default name matches no pattern; r replaces the configured total."""
-        return split_rank(self.rank_of(module, shape) if r is None else r, self.num_blocks_of(module, shape))
+    def ranks_of(self, module: str = "", shape: Shape | None = None) -> tuple[int, ...]:
+        """Rank of each block of a module. The default name matches no pattern."""
+        return split_rank(self.rank_of(module, shape), self.num_blocks_of(module, shape))
 
     def alpha_of(self, module: str, r: int, shape: Shape | None = None) -> float:
         """The alpha by which ΔW of a module is scaled as alpha / r. For use_rslora it is alpha·√(r·K)."""

@@ -25,7 +25,7 @@ from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, first_of
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.merging import weight_id
-from smoa.maths.blocks import Blocks, Orders, ascend
+from smoa.maths.blocks import Blocks
 from smoa.maths.scale import DEFAULT_SCALE, FACTOR, ScaleKind, block_scale
 
 SURE, WRONG, WRONG_QUANTIZED = 0.01, 0.05, 0.25
@@ -61,10 +61,9 @@ class Held(NamedTuple):
         """The largest relative difference between the rms of a block here and in the file."""
         key = kind, *(side.cpu().numpy().tobytes() for side in self.labels)
         if key not in self.known:
-            W, K = self.weight(), len(self.scale)
+            W = self.weight()
             rows, cols = (side.to(W.device) for side in self.labels)
-            blocks = Blocks(rows, cols, K, Orders.of(rows, cols), ascend(rows, cols), (W.shape[0], W.shape[1]))
-            scale = block_scale(kind, W, blocks)
+            scale = block_scale(kind, W, Blocks(rows, cols, len(self.scale)))
             smallest = torch.finfo(W.dtype).smallest_normal  # below it a dtype rounds an rms away
             self.known[key] = scale.masked_fill((scale == 1) | (FACTOR / scale < smallest), math.nan)
         known = self.known[key]
@@ -85,12 +84,10 @@ def taking_over(old: SmoaConfig, new: SmoaConfig) -> Iterator[None]:
     names = "scale", "other_base", "quantized_base", "base_model_name_or_path"
     before = {name: getattr(old, name) for name in names}
     try:
-        for name in names:
-            setattr(old, name, getattr(new, name))
+        vars(old).update({name: getattr(new, name) for name in names})
         yield
     except BaseException:
-        for name, value in before.items():
-            setattr(old, name, value)
+        vars(old).update(before)
         raise
 
 

@@ -23,6 +23,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from peft.auto import _BaseAutoPeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as read_tensors
@@ -32,7 +33,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.base import taking_over
-from smoa.layers.layer import SmoaLayer, smoa_layers
+from smoa.layers.layer import around_adapters, smoa_layers
 
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "repo_type")
 
@@ -233,7 +234,9 @@ def untouched(base: nn.Module) -> Iterator[None]:
     """Take out of a model what an adapter that is refused in the context has put into it, and activate again what was
     active: attributes of its modules, and the contents of those that are dictionaries or sets. Subclasses of these may
     refuse to change, as diffusers' configs do, and are left alone."""
-    owners = [vars(module) for module in _outside_adapters(base)]
+    around = [module for _, module in around_adapters(base)]
+    stores = [own for layer in around if isinstance(layer, BaseTunerLayer) for own in layer.children()]
+    owners = [vars(module) for module in (*around, *stores)]  # without what is in the stores
     tables = [own for owner in owners for own in (owner, *owner.values()) if type(own) in (dict, set, OrderedDict)]
     before = [(table, table.copy()) for table in tables]
     trained = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
@@ -246,14 +249,6 @@ def untouched(base: nn.Module) -> Iterator[None]:
         for parameter, trains in trained:
             parameter.requires_grad_(trains)
         raise
-
-
-def _outside_adapters(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and those in it, without the factors of adapters: they may be many, and no other one changes them."""
-    yield module
-    for name, child in module.named_children():
-        is_store = isinstance(module, SmoaLayer) and name != "base_layer"
-        yield from (child,) if is_store else _outside_adapters(child)
 
 
 def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:

@@ -275,7 +275,4 @@ class Adapter:
 
 def _versions(tensors: Sequence[Tensor]) -> list[int] | None:
     """How often tensors were written to; None for those made in inference mode, whose writes PyTorch doesn't count."""
-    try:
-        return [tensor._version for tensor in tensors]
-    except RuntimeError:
-        return None
+    return None if any(map(Tensor.is_inference, tensors)) else [tensor._version for tensor in tensors]

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smoa.maths.kernels.shared import Diagonal, Gathered, Slots, add_shared, formed, prefers_shared
+from smoa.maths.kernels.shared import Diagonal, Gathered, add_shared, formed, of_slots, prefers_shared
 
-SHORT_RUN = 4
-"""Runs of fewer rows take longer one after the other than with a copy of the factors for each row."""
 Rows = slice | Tensor
 """Some rows of a tensor."""
 
@@ -35,7 +33,7 @@ class Part:
 
     rows: Rows
     groups: int
-    slots: Slots | None
+    slots: Tensor | None
     forms: bool
 
 
@@ -81,7 +79,7 @@ class RowsBySlot:
                 found = [number_of[self.slots[row]] for row in rows]
                 lengths = [len(list(same)) for _, same in groupby(found)]
                 found = found[:: lengths[0]] if len(set(lengths)) == 1 else found  # then each is a group of rows
-                slots = None if found == list(range(len(own))) else _runs(found, rank, device, trains)
+                slots = None if found == list(range(len(own))) else torch.tensor(found, device=device)
                 return Part(_chosen(rows, device, trains), len(found), slots, forms)
 
             parts = [part(own[slot], True) for slot in apart] + ([part(together, False)] if together else [])
@@ -93,14 +91,6 @@ def _chosen(rows: list[int], device: torch.device, trains: bool) -> Rows:
     if rows == list(range(rows[0], rows[0] + len(rows))) and not trains:
         return slice(rows[0], rows[0] + len(rows))
     return torch.tensor(rows, device=device)
-
-
-def _runs(found: list[int], rank: float, device: torch.device, trains: bool) -> Slots:
-    """These slots of rows, or, on a CPU where mostly neighbors have the same, those of runs of rows."""
-    ends = list(accumulate(len(list(same)) for _, same in groupby(found)))
-    if device.type != "cpu" or trains or not rank or len(ends) * SHORT_RUN > len(found):
-        return torch.tensor(found, device=device)
-    return [(first, end, found[first]) for first, end in pairwise([0, *ends])]
 
 
 def add_by_plan(
@@ -124,7 +114,7 @@ def add_by_plan(
     for part in plan.parts:
         own = x[part.rows]
         if part.forms:
-            chosen = factors if part.slots is None else [(A[part.slots], B[part.slots]) for A, B in factors]
+            chosen = factors if part.slots is None else of_slots(factors, part.slots)
             y = formed(own.flatten(0, -2), chosen, diagonal)
         else:
             groups = own.reshape(part.groups, -1, own.shape[-1])

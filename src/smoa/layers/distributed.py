@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from smoa.errors import SmoaError, UnsupportedModuleError
+from smoa.maths.kernels.autograd import without_autocast
 
 T = TypeVar("T")
 LABELS = ("smoa_row_labels", "smoa_col_labels")
@@ -113,21 +114,16 @@ def onloaded_for(layer: Any, adapter_names: Iterable[str], written: bool = False
 def onloaded(modules: Iterable[nn.Module], written: nn.Module | None = None) -> Iterator[None]:
     """Load what accelerate has offloaded of these modules, which it does by itself only when they are called. The
     weights of `written` are offloaded as they are in the end."""
-    hooks = []
-    for module in modules:
-        own = (*module._parameters.values(), *module._buffers.values())
-        if "_hf_hook" in module.__dict__ and any(t is not None and t.is_meta for t in own):
-            hooks.append((module, module.__dict__["_hf_hook"]))
-    for module, hook in hooks:
-        hook.pre_forward(module)
-    try:
+    with ExitStack() as offloaded:
+        for module in modules:
+            hook, own = module.__dict__.get("_hf_hook"), (*module._parameters.values(), *module._buffers.values())
+            if hook is not None and any(tensor is not None and tensor.is_meta for tensor in own):
+                hook.pre_forward(module)
+                offloaded.callback(hook.post_forward, module, None)
         yield
         hook = None if written is None else written.__dict__.get("_hf_hook")
         if hook and getattr(hook, "offload", False):  # as PEFT does, but not in a forward, nor for nested wrappers
             hook.weights_map = {name: tensor.to("cpu") for name, tensor in named_module_tensors(written)}
-    finally:
-        for module, hook in hooks:
-            hook.post_forward(module, None)
 
 
 def refuse_partitioned(parameter: Tensor) -> Tensor:
@@ -135,6 +131,16 @@ def refuse_partitioned(parameter: Tensor) -> Tensor:
     if is_partitioned(parameter):
         raise _needs_gathering(parameter)
     return parameter
+
+
+def linear_weight(linear: nn.Module) -> Tensor:
+    """Weight of a bias-free Linear, computed by its forward if a wrapper (FSDP) gathers the weight only there."""
+    if type(linear) is nn.Linear:
+        return whole(refuse_partitioned(linear.weight))
+    weight = next(linear.parameters())
+    with without_autocast(weight.device.type):  # it would round the factors
+        output: Tensor = linear(torch.eye(int(linear.in_features), device=weight.device, dtype=weight.dtype))  # type: ignore[arg-type]
+    return output.T
 
 
 def refuse_writing(*parameters: Tensor) -> None:

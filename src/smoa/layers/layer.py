@@ -20,6 +20,7 @@ from smoa.errors import UnsupportedModuleError
 from smoa.layers.adapter import Adapter, AdapterBuffers, Derived
 from smoa.layers.by_name import OPEN, Call, call_of
 from smoa.layers.distributed import (
+    linear_weight,
     onloaded_for,
     partition_from_state_dict,
     partition_to_state_dict,
@@ -30,7 +31,7 @@ from smoa.layers.merging import Merging, as_matrix, as_stored
 from smoa.layers.route import Route, in_autocast_dtype, route_of
 from smoa.maths.blocks import UNDECIDED, Blocks, check_num_blocks
 from smoa.maths.factors import Initialization, init_factors, saved_shapes
-from smoa.maths.kernels.autograd import is_transformed, without_autocast
+from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.update import Update
 
 if TYPE_CHECKING:
@@ -227,8 +228,8 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
             "process for each GPU, with torchrun or accelerate launch, or make one GPU visible"
         )
 
-    def blocks(self, adapter_name: str, number: int = 0) -> Blocks:
-        """The adapter's blocks of one matrix."""
+    def blocks(self, adapter_name: str) -> Blocks:
+        """The adapter's blocks, of a layer of one matrix."""
         return cast(Blocks, self.derived(adapter_name).blocks)
 
     # Weights and updates.
@@ -254,9 +255,7 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         if self.pristine is None:
             return weight
         weight = weight.clone()
-        for kept in self.pristine.blocks.values():
-            if number in kept:
-                kept[number].write_to(weight)
+        self.pristine.write_to(weight, number)
         return weight
 
     def unmerge_saved(self, state_dict: dict[str, Tensor], prefix: str) -> None:
@@ -370,22 +369,25 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         return in_autocast_dtype(x)
 
 
+def around_adapters(
+    module: nn.Module, name: str = "", found: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, without what adapters have in their layers, which may be much."""
+    found = set() if found is None else found
+    if module not in found:
+        found.add(module)
+        yield name, module
+        for part, child in module.named_children():
+            if part == "base_layer" or not isinstance(module, BaseTunerLayer):
+                yield from around_adapters(child, f"{name}.{part}".removeprefix("."), found)
+
+
 def smoa_layers(model: nn.Module) -> dict[str, SmoaLayer]:
     """The adapted layers of a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SmoaLayer)}
+    return {name: module for name, module in around_adapters(model) if isinstance(module, SmoaLayer)}
 
 
 def add_rows(result: Tensor, rows: Any, output: Tensor, is_own: bool) -> Tensor:
     """`result` plus an output for some rows: in place if nobody else holds it (`is_own`)."""
     output, in_place = output.to(result.dtype), is_own and not is_transformed(output)
     return result.index_add_(0, rows, output) if in_place else result.index_add(0, rows, output)
-
-
-def linear_weight(linear: nn.Module) -> Tensor:
-    """Weight of a bias-free Linear, computed by its forward if a wrapper (FSDP) gathers the weight only there."""
-    if type(linear) is nn.Linear:
-        return whole(refuse_partitioned(linear.weight))
-    weight = next(linear.parameters())
-    with without_autocast(weight.device.type):  # it would round the factors
-        output: Tensor = linear(torch.eye(int(linear.in_features), device=weight.device, dtype=weight.dtype))  # type: ignore[arg-type]
-    return output.T

@@ -15,6 +15,7 @@ from smoa.layers.layer import SmoaLayer
 from smoa.layers.mixed_batch import add_mixed, shared_output
 from smoa.layers.route import Route, casts_alike, in_autocast_dtype, is_plain_linear, route_of
 from smoa.maths.kernels.one_product import pays
+from smoa.maths.layout import whole_shape
 from smoa.maths.update import Update
 
 
@@ -29,8 +30,8 @@ class Linear(SmoaLayer):
     def shape_of(base: nn.Module) -> Shape:
         """(out_features, in_features), also while the weight is sharded."""
         if isinstance(base, Conv1D):
-            shape = getattr(base.weight, "ds_shape", base.weight.shape)
-            return shape[1], shape[0]
+            in_features, out_features = whole_shape(base, "weight")
+            return out_features, in_features
         return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

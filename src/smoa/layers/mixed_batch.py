@@ -13,9 +13,9 @@ from torch import Tensor
 from smoa.layers.adapter import Adapter, Derived
 from smoa.layers.batch import Part, add_by_plan
 from smoa.layers.by_name import Call
-from smoa.layers.distributed import gather, onloaded_for
+from smoa.layers.distributed import gather, linear_weight, onloaded_for
 from smoa.layers.kept import open_snapshot
-from smoa.layers.layer import SmoaLayer, add_rows, linear_weight
+from smoa.layers.layer import SmoaLayer, add_rows
 from smoa.layers.route import is_plain_linear
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import runs_of

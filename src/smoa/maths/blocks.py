@@ -150,24 +150,6 @@ class Blocks:
         return y if self.is_contiguous else reordered(y, self.orders.rows_inverse)
 
 
-@dataclass(frozen=True)
-class DiagonalBlocks:
-    """Copies on the CPU of a weight's diagonal blocks `W[I_k, J_k]`: 1/K of W, and all that a merge can change."""
-
-    blocks: Blocks
-    entries: list[Tensor]
-
-    @classmethod
-    def read_from(cls, weight: Tensor, blocks: Blocks) -> DiagonalBlocks:
-        """Copy the diagonal blocks of `weight` (out_features, in_features)."""
-        own = Blocks(blocks.row_labels.cpu().clone(), blocks.col_labels.cpu().clone(), blocks.num_blocks)
-        return cls(own, [entries.cpu() for entries in blocks.of(weight)])
-
-    def write_to(self, weight: Tensor) -> None:
-        """Overwrite the diagonal blocks of `weight` in place, in its current dtype."""
-        self.blocks.write(weight, self.entries)
-
-
 def reordered(x: Tensor, order: Tensor) -> Tensor:
     """`x[..., order]`, differentiable. On a CPU `index_select` takes up to ten times as long for three dimensions."""
     if x.device.type != "cpu":

@@ -12,7 +12,7 @@ stable) and cutting each order into K runs gives the K aligned blocks. `smoa.mat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -99,23 +99,16 @@ def spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tens
 @contextmanager
 def _highest_precision() -> Iterator[None]:
     """Keep TF32, and bfloat16 on a CPU, out of products of float32, whatever is set for the model's own."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before PyTorch 2.9
-        known = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(known)
-        return
-    backends: Any = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
+    with ExitStack() as restored:
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            backends: Any = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+            for backend in backends:
+                restored.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+                backend.fp32_precision = "ieee"
+        else:  # before PyTorch 2.9
+            restored.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
         yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def finite_peak(weight: Tensor) -> Tensor:

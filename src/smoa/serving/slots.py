@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from smoa.layers.batch import Plan, Rows, RowsBySlot, add_by_plan
+from smoa.layers.batch import Plan, RowsBySlot, add_by_plan
 from smoa.maths.blocks import Blocks, Orders, ascend
 from smoa.maths.factors import BlockRun
 from smoa.maths.kernels.blocks import product_dtype
-from smoa.maths.kernels.shared import Diagonal, Gathered
+from smoa.maths.kernels.shared import Diagonal, Gathered, of_slots
 from smoa.serving.saved import SavedLayer
 
 Parts = Sequence[SavedLayer | None]
@@ -174,15 +174,14 @@ class LayerStack:
         self._rank = max(run.rank for run in self.runs) if blocks.entries else 0
         self._plan: Plan | None = None
         self._chosen: Gathered = ()
-        self._copies: Gathered = ()
-        """The factors of the slots of this plan, and the memory for such copies, on a CPU: a GPU's is counted."""
+        """The factors of the slots of this plan, on a CPU: a GPU's memory is counted."""
 
     def write(self, slot: int, parts: Parts) -> None:
         """Put an adapter into a slot; there is more room if need be."""
         room = len(self.factors[0][0])
         if slot >= room:
             more = [0, 0] * 4 + [0, max(slot + 1, room * 5 // 4) - room]
-            self.factors, self._copies = [(pad(A, more), pad(B, more)) for A, B in self.factors], ()
+            self.factors = [(pad(A, more), pad(B, more)) for A, B in self.factors]
         for (A, B), cut, part in zip(self.factors, self._cuts, filter(None, parts), strict=True):
             A[slot], B[slot] = cut(part)
         self.members |= {slot}
@@ -191,18 +190,10 @@ class LayerStack:
     def add_to(self, output: Tensor, x: Tensor, rows: RowsBySlot) -> None:
         """Add to an output (rows, …, out_features) what each row's adapter makes of x (rows, …, in_features)."""
         plan, own = rows.plan(self.members, self._rank, x.shape[1:-1].numel(), x.device), self.blocks
-        factors = self._chosen if self._plan is plan else self._of(plan.slots)
+        factors = self._chosen if self._plan is plan else of_slots(self.factors, plan.slots)
         if x.device.type == "cpu":  # a plan stays while the same requests are decoded
             self._plan, self._chosen = plan, factors
         add_by_plan(output, x, plan, factors, Diagonal(own.blocks, self.runs, own.entries or None), own.spans)
-
-    def _of(self, slots: Rows) -> Gathered:
-        if isinstance(slots, slice) or slots.device.type != "cpu":
-            return [(A[slots], B[slots]) for A, B in self.factors]
-        self._copies = self._copies or [(torch.empty_like(A), torch.empty_like(B)) for A, B in self.factors]
-        own = [part for pair in zip(self.factors, self._copies, strict=True) for part in zip(*pair, strict=True)]
-        copies = [torch.index_select(part, 0, slots, out=copy[: len(slots)]) for part, copy in own]
-        return list(zip(copies[::2], copies[1::2], strict=True))
 
     @property
     def slot_bytes(self) -> int:

@@ -22,9 +22,9 @@ from smoa.errors import ConfigError, SmoaError, UnsupportedModuleError, first_of
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_and_backend
-from smoa.layers.layer import SmoaLayer
+from smoa.layers.layer import SmoaLayer, around_adapters
 from smoa.maths.blocks import check_num_blocks
-from smoa.maths.layout import Layout
+from smoa.maths.layout import Layout, whole_shape
 from smoa.maths.spectrum import finite_peak
 from smoa.tuner.tying import refuse_training
 
@@ -54,8 +54,8 @@ def survey_targets(
     refuse_training(model, config, is_target)
     problems, targets, shapes = list[SmoaError](), dict[str, Target](), dict[str, Shape]()
     uses = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
-    for name, module in _around_adapters(model):
-        if name and is_target(config, name):
+    for name, module in around_adapters(model):
+        if name and "base_layer" not in name.split(".") and is_target(config, name):
             with _collected(problems):
                 refuse_other_uses(name, module, model, uses[id(module)])
                 targets[name] = check_target(name, module, config, model)
@@ -64,34 +64,21 @@ def survey_targets(
                     weight: Any = base_of(module).weight
                     _check_finite(name, weight, module if isinstance(module, SmoaLayer) else None)
     with _collected(problems):
-        for parameter in target_parameters(model, config):
-            key = parameter.key
+        for key, owner in target_parameters(model, config):
+            module_name, _, parameter_name = key.rpartition(".")
             with _collected(problems):
-                if parameter.module_name in targets:
+                if module_name in targets:
                     raise ConfigError(f"{key}: target_modules names its module too; name it in one of the two")
-                module = model.get_submodule(parameter.module_name)
-                refuse_other_uses(parameter.module_name, module, model, uses[id(module)])
-                shapes[key] = check_parameter(parameter, config)
+                module = model.get_submodule(module_name)
+                refuse_other_uses(module_name, module, model, uses[id(module)])
+                shapes[key] = check_parameter(key, owner, config)
                 if not loads_labels:
-                    _check_finite(key, parameter.tensor, existing_wrapper(model, key))
+                    _check_finite(key, getattr(owner, parameter_name), existing_wrapper(model, key))
     if problems:
         raise type(problems[0])("; ".join(map(str, problems)))
     if not loads_labels:
         _report_narrow(shapes, config)
     return targets
-
-
-def _around_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules by name, each once, without what is inside of adapted ones, of which there is more with each
-    adapter."""
-    found, waiting = set[nn.Module](), [("", model)]
-    while waiting:
-        name, module = waiting.pop()
-        if module not in found:
-            found.add(module)
-            yield name, module
-            inside = [] if isinstance(module, SmoaLayer) else list(module.named_children())
-            waiting += ((f"{name}.{own}" if name else own, child) for own, child in reversed(inside))
 
 
 @contextmanager
@@ -163,21 +150,19 @@ def _refusal(name: str, base: nn.Module, kind: Kind | None, model: nn.Module) ->
 
 def _leave_out(config: SmoaConfig, model: nn.Module) -> None:
     """Take linear layers that can't be adapted, such as routers, out of the targets that "all-linear" has become."""
-    modules = dict(model.named_modules())
-    left_out: set[str] = set()
-    named: dict[str, str] = {}
+    left_out: dict[str, nn.Module] = {}
     for name in sorted(config.target_modules or ()):
-        base = base_of(modules[name])
+        base = base_of(model.get_submodule(name))
         with suppress(UnsupportedModuleError):  # of a quantized weight, which `check_target` raises
             if _refusal(name, base, kind_and_backend(base, model)[0], model) is not None:
-                left_out.add(name)
-                if not isinstance(base, NonDynamicallyQuantizableLinear):  # nobody takes that for a layer
-                    named[name] = type(base).__name__
-    config.target_modules = set(config.target_modules or []) - left_out  # type: ignore[assignment]
-    if named:
+                left_out[name] = base
+    config.target_modules = set(config.target_modules or []) - left_out.keys()  # type: ignore[assignment]
+    # nobody takes a projection of MultiheadAttention for a layer
+    told = {n: type(b).__name__ for n, b in left_out.items() if not isinstance(b, NonDynamicallyQuantizableLinear)}
+    if told:
         warnings.warn(
-            f"target_modules='all-linear' leaves out {first_of([*named])}: SMoA can't adapt a "
-            f"{', '.join(sorted({*named.values()}))}, which computes something else than a linear layer of a plain "
+            f"target_modules='all-linear' leaves out {first_of([*told])}: SMoA can't adapt a "
+            f"{', '.join(sorted({*told.values()}))}, which computes something else than a linear layer of a plain "
             "weight",
             stacklevel=2,
         )
@@ -196,29 +181,6 @@ def _check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:
 # Parameters of experts.
 
 
-class TargetParameter(NamedTuple):
-    """A parameter to adapt: its module, and the names of the module and of the parameter in it."""
-
-    module: nn.Module
-    module_name: str
-    name: str
-
-    @property
-    def key(self) -> str:
-        """Name of the parameter in the model."""
-        return f"{self.module_name}.{self.name}".removeprefix(".")
-
-    @property
-    def tensor(self) -> Tensor:
-        """The parameter."""
-        return getattr(self.module, self.name)  # type: ignore[no-any-return]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape, also while ZeRO-3 has partitioned it."""
-        return tuple(getattr(self.tensor, "ds_shape", self.tensor.shape))
-
-
 def existing_wrapper(model: nn.Module, key: str) -> ParamWrapper | None:
     """The wrapper of the parameter of this name in the model, if it is adapted already."""
     module_name, _, name = key.rpartition(".")
@@ -230,38 +192,32 @@ def existing_wrapper(model: nn.Module, key: str) -> ParamWrapper | None:
     return None
 
 
-def parameters_of(model: nn.Module) -> Iterator[TargetParameter]:
-    """All parameters of the base model, with the names that they had before any adapter."""
-    inside = tuple(
-        f"{name}.{part}."
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        for part in (*module.adapter_layer_names, *module.other_param_names)
-    )
-    for module_name, module in model.named_modules():
-        if not f"{module_name}.".startswith(inside):
-            plain = module_name.replace(".base_layer", "")
-            yield from (TargetParameter(module, plain, name) for name, _ in module.named_parameters(recurse=False))
+def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The names that all parameters of the base model had before any adapter, and the module that holds each."""
+    for module_name, module in around_adapters(model):
+        plain = f"{module_name.replace('.base_layer', '')}.".removeprefix(".")
+        yield from ((f"{plain}{name}", module) for name, _ in module.named_parameters(recurse=False))
 
 
 def _names_of_stacks(model: nn.Module) -> list[str]:
     """What parameters are called that look like experts, by the last parts of their names: `mlp.experts.down_proj`."""
     stacks = (  # neither a vector with room for a batch nor a kernel
-        target
-        for target in parameters_of(model)
-        if len(target.shape) == 3 and min(target.shape) > 1
-        if not isinstance(target.module, nn.Conv1d | nn.ConvTranspose1d)
+        key.split(".")
+        for key, module in parameters_of(model)
+        if len(shape := whole_shape(module, key.rpartition(".")[2])) == 3 and min(shape) > 1
+        if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
     )
-    return sorted({".".join(target.key.split(".")[-3:]) for target in stacks})
+    return sorted({".".join(parts[-3:]) for parts in stacks})
 
 
-def target_parameters(model: nn.Module, config: SmoaConfig) -> list[TargetParameter]:
-    """The parameters that `target_parameters` names, whole or by their last parts, as PEFT matches them."""
+def target_parameters(model: nn.Module, config: SmoaConfig) -> list[tuple[str, nn.Module]]:
+    """The parameters that `target_parameters` names, whole or by their last parts, as PEFT matches them, each with the
+    module that holds it."""
     if not (named := config.target_parameters or []):
         return []
-    targets = [target for target in parameters_of(model) if any(_matches(target.key, name) for name in named)]
+    targets = [(key, module) for key, module in parameters_of(model) if any(_matches(key, name) for name in named)]
     for name in named:
-        if any(_matches(target.key, name) for target in targets):
+        if any(_matches(key, name) for key, _ in targets):
             continue
         near = difflib.get_close_matches(name, _names_of_stacks(model), n=1, cutoff=0)
         remedy = f"did you mean {near[0]!r}?" if near else "it has no parameter of three dimensions; use target_modules"
@@ -276,27 +232,29 @@ def _matches(key: str, name: str) -> bool:
     return key == name or key.endswith(f".{name}")
 
 
-def check_parameter(target: TargetParameter, config: SmoaConfig) -> Shape:
-    """Shape of one of the parameter's matrices."""
-    place = f"target_parameters: {target.key} has shape {target.shape}"
-    if not target.module_name:  # these first words are PEFT's
+def check_parameter(key: str, module: nn.Module, config: SmoaConfig) -> Shape:
+    """Shape of one of the matrices of the parameter `key` of the model, which a module holds."""
+    module_name, _, name = key.rpartition(".")
+    tensor, shape = getattr(module, name), whole_shape(module, name)
+    place = f"target_parameters: {key} has shape {shape}"
+    if not module_name:  # these first words are PEFT's
         raise ConfigError(
             "Targeting an nn.Parameter on the top-level module is not supported "
-            f"(parameter '{target.name}'). It has shape {target.shape}; put the module into another one"
+            f"(parameter '{name}'). It has shape {shape}; put the module into another one"
         )
-    if len(target.shape) not in (2, 3):
+    if len(shape) not in (2, 3):
         raise ConfigError(f"{place}, and only those of 2 or 3 dimensions hold matrices; leave it out")
-    if target.module_name.split(".")[-1] in ROUTERS or type(target.module).__name__.endswith("Router"):
+    if module_name.split(".")[-1] in ROUTERS or type(module).__name__.endswith("Router"):
         raise ConfigError(f"{place} and chooses the experts, which SMoA doesn't adapt; leave the router out")
-    if hasattr(target.module, "parametrizations"):
+    if hasattr(module, "parametrizations"):
         raise UnsupportedModuleError(f"{place} and is parametrized; remove the parametrization first")
-    if not target.tensor.is_floating_point() or target.tensor.itemsize == 1:
+    if not tensor.is_floating_point() or tensor.itemsize == 1:
         raise UnsupportedModuleError(
-            f"{place} and is quantized to {target.tensor.dtype}, and nothing dequantizes experts; load the model with "
+            f"{place} and is quantized to {tensor.dtype}, and nothing dequantizes experts; load the model with "
             "dequantize=True, or without quantization"
         )
-    layout = Layout.of(target.module, target.name)
-    check_fit(target.key, layout.shape, config)
+    layout = Layout.of(module, name)
+    check_fit(key, layout.shape, config)
     return layout.shape
 
 

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from smoa import MergeError, SmoaConfig, UnsupportedModuleError, merged
-from smoa.maths.blocks import DiagonalBlocks
+from smoa.layers.merging import Pristine
 from tests import reference
 from tests.support.layers import (
     adapted_layer,
@@ -145,19 +145,19 @@ def test_a_layer_that_can_not_be_restored_stays_merged_until_it_can(step: str, m
     model, x = adapted_model(), torch.randn(5, 10, dtype=torch.float64)
     before, expected = stored_bits(model), model(x)
     first, second = layers_of(model)
-    write_to = DiagonalBlocks.write_to
+    write_to = Pristine.write_to
 
-    def fail(kept: DiagonalBlocks, weight: Tensor) -> None:
+    def fail(kept: Pristine, weight: Tensor, number: int) -> None:
         if weight.data_ptr() == first.stored_weight().data_ptr():
             raise MemoryError
-        write_to(kept, weight)
+        write_to(kept, weight, number)
 
     def write(matrix: Tensor, number: int) -> None:
         type(first)._write_matrix(first, matrix, number)
         if step == "merge":
             raise MemoryError
 
-    monkeypatch.setattr(DiagonalBlocks, "write_to", fail)
+    monkeypatch.setattr(Pristine, "write_to", fail)
     monkeypatch.setattr(first, "_write_matrix", write)
     with pytest.raises(MemoryError), merged(model):
         pass

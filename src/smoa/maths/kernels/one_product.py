@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,8 +62,7 @@ def pays(blocks: Blocks, tokens: int) -> bool:
 def sums_by_shape() -> bool:
     """Whether this CPU sums a product of 16 bits in an order that depends on its shape: with a piece of W it then has
     other bits than with all of W, as is so with AMX (which also takes up to twice the time for pieces)."""
-    has_amx: Any = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)  # before PyTorch 2.5 nobody knows
-    return bool(has_amx())
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def is_finite(*factors: Tensor) -> bool:

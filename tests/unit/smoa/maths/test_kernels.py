@@ -384,9 +384,10 @@ def test_each_group_gets_what_its_own_adapter_gives_and_each_adapter_its_own_gra
     with torch.no_grad():
         for most in (1 << 20, 2 * max(ranks), 10 * max(ranks)):  # all, two tokens of a group, more than one group
             monkeypatch.setattr("smoa.maths.kernels.shared.MOST_PRODUCTS", most)
-            total = g.clone()
-            add_shared(total, x, stacked(own, SLOTS), diagonal)
-            assert_close(total, g + expected)
+            for factors, slots in ((stacked(own, SLOTS), None), (stacked(own), SLOTS)):
+                total = g.clone()
+                add_shared(total, x, factors, diagonal, slots)
+                assert_close(total, g + expected)
         if modulation == "hadamard":
             assert_close(formed(x[0], stacked(own, SLOTS[:1]), diagonal), expected[0])
 
