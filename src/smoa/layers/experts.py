@@ -16,7 +16,6 @@ from smoa.layers.by_name import OPEN, call_of
 from smoa.layers.distributed import gather, onloaded_for, refuse_partitioned
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.stand_in import StandIn
-from smoa.maths.blocks import Blocks
 from smoa.maths.layout import Layout
 from smoa.maths.stack import Side, Stack
 from smoa.maths.update import Update
@@ -71,10 +70,6 @@ class ParamWrapper(SmoaLayer):
             return self.matrices()
         matrices = [self.pristine_matrix(number) for number in range(self.layout.count)]
         return torch.stack(matrices).view_as(self.matrices())
-
-    def blocks(self, adapter_name: str, number: int = 0) -> Blocks:
-        """The adapter's blocks of one matrix; decided now if they are still pending."""
-        return self.stack(adapter_name).blocks(number)
 
     def stack(self, adapter_name: str) -> Stack:
         """The adapter's `Stack`, which forms ΔW of each matrix or applies it to x, given the pristine weights."""

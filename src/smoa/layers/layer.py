@@ -228,8 +228,8 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
             "process for each GPU, with torchrun or accelerate launch, or make one GPU visible"
         )
 
-    def blocks(self, adapter_name: str, number: int = 0) -> Blocks:
-        """The adapter's blocks of one matrix."""
+    def blocks(self, adapter_name: str) -> Blocks:
+        """The adapter's blocks, of a layer of one matrix."""
         return cast(Blocks, self.derived(adapter_name).blocks)
 
     # Weights and updates.

@@ -15,6 +15,7 @@ from smoa.errors import MergeError
 from smoa.layers.distributed import onloaded_for, placed_like, refuse_writing
 from smoa.maths.blocks import Blocks
 from smoa.maths.kernels.one_product import Effective, delta_of
+from smoa.maths.update import Update
 
 LOSS_ROWS = 256
 """Rows of ΔW that are formed at a time to see what a merge loses."""
@@ -75,7 +76,7 @@ class Merging:
         if not names:
             return
         with torch.no_grad(), onloaded_for(self, names):
-            for _, _, merged in self.merged_matrices([*self.merged_adapters, *names]):
+            for _, _, merged, _ in self.merged_matrices([*self.merged_adapters, *names]):
                 if not torch.isfinite(merged).all():
                     # The first sentences are PEFT's, whose users may match them.
                     raise MergeError(
@@ -111,12 +112,12 @@ class Merging:
                 if (twin := self._merged_twin(chosen)) is not None:
                     self.pristine, self.merged_adapters[:] = twin.pristine, chosen
                     return
-                for number, pristine, merged in self.merged_matrices(chosen):
+                for number, pristine, merged, updates in self.merged_matrices(chosen):
                     if self.losses is not None and self.quantization_backend is None:
-                        self.losses.append(self._loss(number, pristine, merged, chosen))
-                    self._write_merged(number, pristine, merged, names)
+                        self.losses.append(loss_of(pristine, merged, updates))
+                    self._write_merged(number, pristine, merged, updates[-len(names) :])
                     if self.losses is not None and self.quantization_backend is not None:  # quantized again
-                        self.losses.append(self._loss(number, pristine, self.base_weight(number), chosen))
+                        self.losses.append(loss_of(pristine, self.base_weight(number), updates))
             except BaseException:
                 self.merged_adapters[:] = chosen  # until all is restored, which may fail too
                 self._restore_pristine()
@@ -135,39 +136,27 @@ class Merging:
             self._restore_pristine()
         self.merged_adapters.clear()
 
-    def merged_matrices(self: Any, adapter_names: list[str]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Number, pristine W and `W + Σ ΔW` of one matrix after the other, rounded once.
+    def merged_matrices(self: Any, adapter_names: list[str]) -> Iterator[tuple[int, Tensor, Tensor, list[Update]]]:
+        """Number, pristine W, `W + Σ ΔW`, rounded once, and the update of each adapter, of one matrix after the other.
 
         W + Σ ΔW is formed in the pieces that training multiplies with, so that no matrix is held but the merged one.
         """
-        updates = [self.updates(name) for name in adapter_names]
-        for number in range(self.matrix_count or 1):
+        of_adapters = [self.updates(name) for name in adapter_names]
+        for number, *updates in zip(range(self.matrix_count or 1), *of_adapters, strict=True):
             pristine = self.pristine_matrix(number)
             merged = torch.empty_like(pristine)
-            chosen = Effective(pristine, *(each[number] for each in updates), transposed=self.fan_in_fan_out)
-            for rows, effective in chosen.rows():
+            for rows, effective in Effective(pristine, *updates, transposed=self.fan_in_fan_out).rows():
                 # -0 + 0 is 0, inf + 0·inf is no number, and `unmerge` restores diagonal blocks only
                 own = pristine[rows]
                 merged[rows] = torch.where((effective == own) | own.isinf(), own, effective)
-            yield number, pristine, merged
+            yield number, pristine, merged, updates
 
-    def _loss(self: Any, number: int, pristine: Tensor, written: Tensor, names: list[str]) -> Loss:
-        """What a merge of these adapters made of ΔW in a matrix, a few rows at a time."""
-        deltas = [delta_of(self.updates(name)[number], pristine) for name in names]
-        error = size = kept = 0.0
-        for start in range(0, len(pristine), LOSS_ROWS):
-            rows = slice(start, start + LOSS_ROWS)
-            delta: Any = sum(form(rows) for form in deltas)
-            added = written[rows].to(delta.dtype) - pristine[rows]
-            error, size = error + float((added - delta).square().sum()), size + float(delta.square().sum())
-            kept += float((added * delta).sum())
-        return Loss(error**0.5, size**0.5, kept)
-
-    def _write_merged(self: Any, number: int, pristine: Tensor, merged: Tensor, names: list[str]) -> None:
-        """Write a matrix. If other modules use it, the base layer gets one of its own until `unmerge`."""
+    def _write_merged(self: Any, number: int, pristine: Tensor, merged: Tensor, updates: list[Update]) -> None:
+        """Write a matrix with these updates. If other modules use it, the base layer gets one of its own until
+        `unmerge`."""
         self.pristine = own = self.pristine or Pristine()
-        for name in names:
-            own.keep(number, pristine, self.blocks(name, number))
+        for update in updates:
+            own.keep(number, pristine, update.blocks)
         if self.shares_weight and own.replaced is None:
             base = self.get_base_layer()
             own.replaced = cast(nn.Parameter, base._parameters[self.weight_name])
@@ -198,6 +187,19 @@ class Merging:
         stored = self.stored_weight()
         if matrix.data_ptr() != stored.data_ptr():
             stored.copy_(placed_like(stored, as_stored(matrix, stored.shape, self.fan_in_fan_out)))
+
+
+def loss_of(pristine: Tensor, written: Tensor, updates: list[Update]) -> Loss:
+    """What a merge made of these updates in a matrix, a few rows at a time."""
+    deltas = [delta_of(update, pristine) for update in updates]
+    error = size = kept = 0.0
+    for start in range(0, len(pristine), LOSS_ROWS):
+        rows = slice(start, start + LOSS_ROWS)
+        delta: Any = sum(form(rows) for form in deltas)
+        added = written[rows].to(delta.dtype) - pristine[rows]
+        error, size = error + float((added - delta).square().sum()), size + float(delta.square().sum())
+        kept += float((added * delta).sum())
+    return Loss(error**0.5, size**0.5, kept)
 
 
 def weight_id(weight: Tensor) -> int:

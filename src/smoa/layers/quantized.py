@@ -177,7 +177,7 @@ class QuantizedLinear(Linear):
         weight = partial(dequantized_for_product, base, dtype)
         return self.update(adapter_name).apply_with_base(x.to(dtype), weight, bias).to(x.dtype)
 
-    def _write_merged(self, number: int, pristine: Tensor, merged: Tensor, names: list[str]) -> None:
+    def _write_merged(self, number: int, pristine: Tensor, merged: Tensor, updates: list[Update]) -> None:
         if self.pristine is None:
             self.pristine = Pristine(replaced=self.base_layer)
             if not hasattr(self.base_layer, "W_q"):  # HQQ's layer is replaced by a new one

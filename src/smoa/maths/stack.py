@@ -93,16 +93,13 @@ class Stack:
     cols: Side
     modulation: ModulationKind = "hadamard"
 
-    def blocks(self, number: int) -> Blocks:
-        """The blocks of one matrix."""
-        rows, cols = (side.labels.flatten(0, 1)[number] for side in (self.rows, self.cols))
-        return Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols))
-
     def update(self, number: int) -> Update:
         """ΔW of one matrix."""
         own = slice(number * sum(self.ranks), (number + 1) * sum(self.ranks))
         A, B, of_ranks = self.A[own], self.B[:, own], self.rank_scale[number]
-        return Update(A, B, self.ranks, self.scaling, of_ranks, self.blocks(number), self.modulation)
+        rows, cols = (side.labels.flatten(0, 1)[number] for side in (self.rows, self.cols))
+        blocks = Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols))
+        return Update(A, B, self.ranks, self.scaling, of_ranks, blocks, self.modulation)
 
     def transposed(self) -> Stack:
         """The updates of the transposed matrices, which are ΔWᵀ."""
