@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, first_of
@@ -34,8 +33,6 @@ NOISE = 0.02
 """Divided by √(entries of a block): from here on bases of two names differ by more than rounding."""
 
 log = logging.getLogger("smoa")
-_SCALES: MutableMapping[Tensor, tuple[tuple[int, int], dict[Any, Tensor]]] = WeakIdKeyDictionary()
-"""The block scales of weights by their labels, so that another adapter of the same kind costs K comparisons."""
 
 
 class Held(NamedTuple):
@@ -150,12 +147,8 @@ def held_layers(
         elif A.any() and B.any():  # or ΔW is zero on any base
             table = tables_of.get(weight_id(stored))
             read = partial(layer.pristine_matrix, 0) if table is None else partial(torch.Tensor.detach, table)
-            state = weight_id(stored), 0 if stored.is_inference() else stored._version
-            if stored not in _SCALES or _SCALES[stored][0] != state:
-                _SCALES[stored] = state, {}
-            known = _SCALES[stored][1] if table is None else {}
             is_quantized = layer.quantization_backend is not None
-            found.append(Held(name, (rows, cols), scale, read, known, is_quantized))
+            found.append(Held(name, (rows, cols), scale, read, {}, is_quantized))  # W may change between two loads
     if left_out:
         log.info("%s: not whole in memory, so not compared with the adapter's base", first_of(left_out))
     return found
