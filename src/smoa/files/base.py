@@ -34,8 +34,10 @@ NOISE = 0.02
 """Divided by √(entries of a block): from here on bases of two names differ by more than rounding."""
 
 log = logging.getLogger("smoa")
-_SCALES: MutableMapping[Tensor, tuple[tuple[int, int], dict[Any, Tensor]]] = WeakIdKeyDictionary()
+_SCALES: MutableMapping[Tensor, tuple[Any, dict[Any, Tensor]]] = WeakIdKeyDictionary()
 """The block scales of weights by their labels, so that another adapter of the same kind costs K comparisons."""
+SAMPLED = 64
+"""Entries of each side of a weight by which it is known again: PyTorch counts no writes through `.data`."""
 
 
 class Held(NamedTuple):
@@ -133,6 +135,15 @@ def check_base(layers: Iterable[Held], config: SmoaConfig, base_name: str | None
         )
 
 
+def _sample_of(weight: Tensor) -> bytes:
+    """Some entries of a weight, spread over it; nothing of a quantized one that is no plain tensor, which nobody writes
+    to."""
+    if type(weight) is not Tensor:
+        return b""
+    sample = weight[tuple(slice(None, None, max(1, side // SAMPLED)) for side in weight.shape)]
+    return sample.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
 def held_layers(
     layers: dict[str, SmoaLayer], tensors: Callable[[str], tuple[Tensor, ...]], tables: list[tuple[Any, Tensor]]
 ) -> list[Held]:
@@ -150,7 +161,7 @@ def held_layers(
         elif A.any() and B.any():  # or ΔW is zero on any base
             table = tables_of.get(weight_id(stored))
             read = partial(layer.pristine_matrix, 0) if table is None else partial(torch.Tensor.detach, table)
-            state = weight_id(stored), 0 if stored.is_inference() else stored._version
+            state = weight_id(stored), _sample_of(stored.data)
             if stored not in _SCALES or _SCALES[stored][0] != state:
                 _SCALES[stored] = state, {}
             known = _SCALES[stored][1] if table is None else {}

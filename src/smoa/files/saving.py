@@ -39,6 +39,7 @@ def adapter_tensors(
     layers, names = adapter_layers(model, adapter_name), saved_names(model)
     for name, layer in layers.items():
         layer.decide_partition(adapter_name)  # in place: the tensors in `state_dict` see it
+        layer.derive()
         if not layer.adapters[adapter_name].is_valid():
             raise PartitionError(
                 f"{name}: the labels of {adapter_name!r} are no partition any more, as after averaging buffers; "

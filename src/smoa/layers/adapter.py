@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 from weakref import WeakValueDictionary
 
@@ -96,22 +96,48 @@ _BLOCKS: WeakValueDictionary[object, Blocks] = WeakValueDictionary()
 """The blocks of labels that adapters have now: those of one base share the sorted coordinates."""
 
 
+class Seen:
+    """What a layer's tensors were when an adapter was derived from them, to tell in each call whether they still are.
+
+    On a CPU that is what they hold: PyTorch doesn't count what is written through `.data`, or by a broadcast. To look
+    elsewhere waits for the device, so there it is how often they were written to.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors, self.places = tensors, [each.data_ptr() for each in tensors]
+        on_cpu = all(each.device.type == "cpu" and each.is_contiguous() for each in tensors)
+        self.memory = [each.view(torch.uint8).numpy() for each in tensors] if on_cpu else None
+        self.held = self._now()
+
+    def lasts(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same tensors, and nothing was written to them."""
+        are_same = all(map(operator.is_, tensors, self.tensors))
+        if not are_same or [each.data_ptr() for each in tensors] != self.places:
+            return False
+        return self.held is not None and self.held == self._now()
+
+    def _now(self) -> list[Any] | None:
+        if self.memory is not None:
+            return [each.tobytes() for each in self.memory]
+        if any(map(Tensor.is_inference, self.tensors)):  # to which PyTorch counts no writes
+            return None
+        return [each._version for each in self.tensors]
+
+
 @dataclass(eq=False)
 class Derived:
     """What follows from an adapter's labels and block scales.
 
     Args:
-        saved: Row labels, column labels and block scales, as the layer has them.
-        versions: How often these had been written to, if that is known.
-        labels: Copies of the labels.
+        seen: Row labels, column labels and block scales, as the layer has them.
+        labels: Copies of the labels, which the blocks have too.
         block_scale: The block scales in float32, which FSDP1 may have rounded in the layer.
         rank_scale: The block scale of the block that each rank belongs to, float32 (r,), or (G, r).
         blocks: The blocks of a layer's one matrix, or both sides of those of a stack.
         digest: The same for equal labels.
     """
 
-    saved: tuple[Tensor, ...]
-    versions: list[int] | None
+    seen: Seen
     labels: tuple[Tensor, ...]
     block_scale: Tensor
     rank_scale: Tensor
@@ -132,27 +158,26 @@ class Derived:
         rows, cols, scale = saved
         exact = known.block_scale if known is not None and known.has_scale(scale) else scale
         scale = exact.to(scale.device, torch.float32, copy=exact is scale)
-        kept = saved, _versions(saved), (rows.clone(), cols.clone()), scale, rank_scale(scale, ranks)
+        kept = Seen(saved), (rows := rows.clone(), cols := cols.clone()), scale, rank_scale(scale, ranks)
         if rows.dim() == 2:
             outputs, inputs = (Side.of(side.unflatten(0, (-1, halves)), len(ranks)) for side in (rows, cols))
             return cls(*kept, (outputs, inputs))
         shape = rows.shape[0], cols.shape[0]
         digest = 0 if rows.is_meta else hash(torch.cat([rows, cols]).cpu().numpy().tobytes())
         key = digest, *shape, rows.device, len(ranks)
-        if (blocks := _BLOCKS.get(key)) is not None:
-            return cls(*kept, replace(blocks, row_labels=rows, col_labels=cols), digest)
-        _BLOCKS[key] = blocks = Blocks(rows, cols, len(ranks), Orders.of(rows, cols), ascend(rows, cols), shape)
+        if (blocks := _BLOCKS.get(key)) is None:
+            _BLOCKS[key] = blocks = Blocks(rows, cols, len(ranks), Orders.of(rows, cols), ascend(rows, cols), shape)
         return cls(*kept, blocks, digest)
 
-    def is_of(self, saved: tuple[Tensor, ...]) -> bool:
-        """Whether it follows from these tensors: they are the same, or were written to in vain, as by DDP."""
-        is_same = all(map(operator.is_, saved, self.saved)) and self.versions is not None
-        if is_same and self.versions == _versions(saved):
+    def is_of(self, saved: tuple[Tensor, ...], waits: bool = False) -> bool:
+        """Whether it follows from these tensors: they are the same, or were written to in vain, as by DDP. With `waits`
+        it looks at what they hold, wherever they are."""
+        if not waits and self.seen.lasts(saved):
             return True
         if is_transformed(*saved) or saved[0].device != self.labels[0].device or not self.has_scale(saved[2]):
             return False
         if is_equal := all(map(torch.equal, saved, self.labels)):
-            self.saved, self.versions = saved, _versions(saved)
+            self.seen = Seen(saved)
         return is_equal
 
     def has_scale(self, scale: Tensor) -> bool:
@@ -253,26 +278,21 @@ class Adapter:
             return False
         return True
 
-    def derived(self) -> Derived:
-        """What follows from labels and scales; made anew if they were replaced or written to.
+    def derived(self, waits: bool = False) -> Derived:
+        """What follows from labels and scales; made anew if they were replaced or written to (see `is_of`).
 
         Of labels that a transform (`torch.func`) has put in place for a call, nothing is kept. A compiled model doesn't
         look: labels don't change while it runs.
         """
         known, saved = self._derived, self.saved()
         rows, cols, scale = saved
-        if known is not None and (torch.compiler.is_compiling() or rows.is_meta or known.is_of(saved)):
+        if known is not None and (torch.compiler.is_compiling() or rows.is_meta or known.is_of(saved, waits)):
             return known  # `is_meta`: offloaded
         if known is not None and is_transformed(*saved):
             blocks = known.blocks
             if isinstance(blocks, Blocks):
                 blocks = Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols), False, blocks.shape)
-            return Derived(saved, [], (), scale, rank_scale(scale, self.ranks), blocks)
+            return Derived(known.seen, (), scale, rank_scale(scale, self.ranks), blocks)
         with torch.inference_mode(False):  # what is made in inference mode can't be used in training
             self._derived = Derived.of(saved, self.ranks, self.halves, known)
         return self._derived
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int] | None:
-    """How often tensors were written to; None for those made in inference mode, whose writes PyTorch doesn't count."""
-    return None if any(map(Tensor.is_inference, tensors)) else [tensor._version for tensor in tensors]

@@ -108,7 +108,7 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         self.out_features, self.in_features = self._weight_shape()
         self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(SmoaLayer._derive)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(SmoaLayer.derive)  # type: ignore[no-untyped-call]
         self.update_layer(adapter_name, config, module, defer_partition=defer_partition)
 
     def __repr__(self) -> str:
@@ -192,7 +192,7 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         if device.type != "meta":  # where accelerate offloads the weight
             for store in self.adapters[adapter_name].stores:
                 store[adapter_name] = store[adapter_name].to(device)
-            self._derive()  # what follows from them moves along
+            self.derive()  # what follows from them moves along
 
     # Blocks and block scales: decided at injection, at first use, or by a loaded file.
 
@@ -208,18 +208,25 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         self.decide_partition(adapter_name)
         return self.adapters[adapter_name].derived()
 
-    def _derive(self, incompatible_keys: object = None) -> None:
-        """Derive anew what was loaded or moved, which a compiled model would not do."""
+    def derive(self, incompatible_keys: object = None) -> None:
+        """Derive anew what was loaded or moved, which a compiled model would not do, or written to unseen. Waits for
+        the device, and so is not called in each step."""
         for partition in self.adapters.values():
             rows = partition.saved()[0]
             if incompatible_keys is not None and not rows.is_meta and UNDECIDED in rows:  # as they were saved
                 partition.pending = True
             if not partition.pending:
-                partition.derived()
+                partition.derived(waits=True)
+
+    def train(self, mode: bool = True) -> Self:
+        """As PyTorch's; a trainer calls it in each step, and what was trained evaluates after another call."""
+        if mode != self.training:
+            self.derive()
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._derive()
+        self.derive()
         return self
 
     def _replicate_for_data_parallel(self) -> Self:

@@ -46,7 +46,7 @@ class Pristine:
 
     def keep(self, number: int, matrix: Tensor, blocks: Blocks) -> None:
         """Copy the diagonal blocks of the matrix of this number."""
-        own = Blocks(blocks.row_labels.cpu().clone(), blocks.col_labels.cpu().clone(), blocks.num_blocks)
+        own = Blocks(blocks.row_labels.cpu(), blocks.col_labels.cpu(), blocks.num_blocks)
         self.blocks.setdefault(number, []).append((own, [entries.cpu() for entries in blocks.of(matrix)]))
 
     def write_to(self, matrix: Tensor, number: int) -> None:
@@ -141,6 +141,7 @@ class Merging:
 
         W + Σ ΔW is formed in the pieces that training multiplies with, so that no matrix is held but the merged one.
         """
+        self.derive()
         of_adapters = [self.updates(name) for name in adapter_names]
         for number, *updates in zip(range(self.matrix_count or 1), *of_adapters, strict=True):
             pristine = self.pristine_matrix(number)

@@ -65,6 +65,8 @@ def watch_generate(model: nn.Module) -> None:
 
     @wraps(generate)
     def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for layer in smoa_layers(self).values():
+            layer.derive()
         with computing_merged(self), keeping(self), samples_repeated(self, args, kwargs):
             return generate(self, *args, **kwargs)
 

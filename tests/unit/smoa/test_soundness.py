@@ -302,6 +302,18 @@ def test_another_base_is_refused_and_can_be_loaded_all_the_same(tmp_path: Path) 
     assert '"other_base": true' in (tmp_path / "again" / "adapter_config.json").read_text()
 
 
+def test_a_base_that_peft_has_merged_a_lora_into_since_a_load_is_another_one(tmp_path: Path) -> None:
+    get_peft_model(llama(), config(partition="contiguous")).save_pretrained(tmp_path / "before")
+    base = PeftModel.from_pretrained(llama(), tmp_path / "before").unload()
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    merged = get_peft_model(base, lora).merge_and_unload()  # writes through `.data`
+    trained = get_peft_model(copy.deepcopy(merged), config(partition="contiguous"))
+    trained.save_pretrained(tmp_path / "after")
+    with pytest.raises(AdapterFileError, match="trained on another base"):
+        PeftModel.from_pretrained(merged, tmp_path / "before")
+    assert torch.equal(out(PeftModel.from_pretrained(merged, tmp_path / "after")), out(trained))
+
+
 def test_an_adapter_of_a_quantized_base_is_held_to_what_quantizing_changes(tmp_path: Path) -> None:
     made = get_peft_model(llama(), config())
     made.peft_config["default"].quantized_base = True

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors
 from smoa.maths.kernels.autograd import Gradients, is_transformed, without_autocast
 from smoa.maths.kernels.blocks import SCRATCH, Branch, product_dtype
@@ -54,9 +53,10 @@ def may_form(device_type: str) -> bool:
     return device_type == "cpu" or ONE_PRODUCT_ON_GPU
 
 
-def pays(blocks: Blocks, tokens: int) -> bool:
+def pays(num_blocks: int, tokens: int, are_contiguous: Callable[[], bool]) -> bool:
     """Whether to form W + ΔW, which takes passes over the weight, for so many tokens."""
-    return tokens >= MIN_TOKENS * blocks.num_blocks**2 * (2 if blocks.is_contiguous else 1)
+    fewest = MIN_TOKENS * num_blocks**2
+    return tokens >= 2 * fewest or (tokens >= fewest and not are_contiguous())
 
 
 def sums_by_shape() -> bool:

@@ -1,6 +1,8 @@
 """The partition is part of the saved adapter: loading decides nothing anew and adds nothing else to the file."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from smoa import SmoaConfig
 from smoa.files.names import PREFIX
 from smoa.layers.layer import SmoaLayer
 from tests import reference
-from tests.support import tiny_models
+from tests.support import tiny_mixtures, tiny_models
 from tests.support.gradients import assert_path, layer_13_to_11
 from tests.support.launches import gathers
 from tests.support.layers import (
@@ -217,3 +219,47 @@ def test_labels_that_are_written_in_place_are_followed(partition: str, inference
         for name, tensor in target.state_dict().items():
             tensor.copy_(source.state_dict()[name])
         assert_close(target(x), source(x))
+
+
+def put_there(tensor: Tensor, values: Tensor) -> None:
+    tensor.data = values.clone()
+
+
+UNCOUNTED = {"data": lambda tensor, values: tensor.data.copy_(values), "another memory": put_there}
+"""Ways to write to a tensor that PyTorch doesn't count; a broadcast of torch.distributed is one more."""
+ADAPTED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "linear layers": (lambda: tiny_models.build("llama"), {"target_modules": ["q_proj"]}),
+    "an embedding": (lambda: tiny_models.build("llama"), {"target_modules": ["embed_tokens"]}),
+    "experts": (lambda: tiny_mixtures.build_mixture("mixtral"), {"target_parameters": tiny_mixtures.EXPERTS}),
+}
+
+
+@pytest.mark.parametrize("way", UNCOUNTED)
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_what_is_written_over_another_adapter_is_followed_in_the_next_call(kind: str, way: str) -> None:
+    build, targets = ADAPTED[kind]
+    configs = (
+        SmoaConfig(r=4, num_blocks=2, init_weights=False, partition=p, **targets) for p in ("random", "spectral")
+    )
+    source, model = (get_peft_model(build(), config).eval() for config in configs)
+    expected, before = (each(**tiny_models.batch("llama")).logits for each in (source, model))
+    state = model.state_dict(keep_vars=True)
+    for tensor, values in zip(state.values(), source.state_dict().values(), strict=True):
+        UNCOUNTED[way](tensor, values)
+    assert not torch.allclose(before, expected)
+    assert torch.equal(model(**tiny_models.batch("llama")).logits, expected)
+
+
+@pytest.mark.parametrize("point", ["train", "generate", "merge_adapter", "save_pretrained"])
+def test_where_a_call_can_not_look_at_labels_other_calls_do(point: str, tmp_path: Path) -> None:
+    source, model = trained_llama(partition="random"), trained_llama()
+    state = {key: tensor.unsqueeze(-1).repeat_interleave(2, -1)[..., 0] for key, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)  # apart in memory; calls count writes only, as they do on a GPU
+    expected, batch = source(**tiny_models.batch("llama")).logits, tiny_models.batch("llama")
+    model(**batch)
+    for tensor, values in zip(model.state_dict().values(), source.state_dict().values(), strict=True):
+        tensor.data.copy_(values)
+    generating = {"input_ids": batch["input_ids"][:1], "max_new_tokens": 1, "pad_token_id": 0}
+    arguments: dict[str, Any] = {"generate": generating, "save_pretrained": {"save_directory": tmp_path}}
+    getattr(model, point)(**arguments.get(point, {}))
+    assert_close(model(**batch).logits, expected)
