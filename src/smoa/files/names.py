@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from smoa.compat import PREFIX as PREFIX
 from smoa.config import SmoaConfig
-from smoa.layers.distributed import PARTITION, plain_name
+from smoa.layers.distributed import PARTITION, plain_name, writing
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer, smoa_layers
 
@@ -136,9 +136,9 @@ def _are_equal(own: Tensor, saved: Tensor) -> bool:
     return torch.equal(own.to(narrow), saved.to(own.device, narrow))
 
 
-@torch.no_grad()
 def write_tables(tables: list[tuple[Any, Tensor]]) -> None:
     """Write tables of embeddings in place and in the base's dtype, so that tied layers stay tied."""
     for module, table in tables:
         base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        base.weight.copy_(table)
+        with writing(base.weight):
+            base.weight.copy_(table)

@@ -126,6 +126,11 @@ def onloaded(modules: Iterable[nn.Module], written: nn.Module | None = None) -> 
             hook.weights_map = {name: tensor.to("cpu") for name, tensor in named_module_tensors(written)}
 
 
+def writing(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Where PyTorch lets one write to the tensor, without gradients: one made in inference mode takes no other."""
+    return torch.inference_mode() if tensor.is_inference() else torch.no_grad()
+
+
 def refuse_partitioned(parameter: Tensor) -> Tensor:
     """Return the parameter if it can be read."""
     if is_partitioned(parameter):

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from smoa.errors import MergeError
-from smoa.layers.distributed import onloaded_for, placed_like, refuse_writing
+from smoa.layers.distributed import onloaded_for, placed_like, refuse_writing, writing
 from smoa.maths.blocks import Blocks
 from smoa.maths.kernels.one_product import Effective, delta_of
 from smoa.maths.update import Update
@@ -53,6 +53,13 @@ class Pristine:
         """Overwrite the diagonal blocks of the matrix of this number in place, in its current dtype."""
         for blocks, entries in self.blocks.get(number, ()):  # a merge may have failed before it came to this one
             blocks.write(matrix, entries)
+
+    def is_in(self, matrix: Tensor, number: int) -> bool:
+        """Whether the matrix of this number has what is kept of it."""
+        kept = ((blocks.of(matrix.cpu()), entries) for blocks, entries in self.blocks[number])
+        return all(
+            torch.equal(now, before) for of_now, entries in kept for now, before in zip(of_now, entries, strict=True)
+        )
 
 
 class Merging:
@@ -104,7 +111,7 @@ class Merging:
         if not names:
             return
         refuse_writing(self.stored_weight())
-        with onloaded_for(self, names, written=True):
+        with onloaded_for(self, names, written=True), writing(self.stored_weight()):
             if safe_merge:
                 self.check_merge(names)
             chosen = [*self.merged_adapters, *names]
@@ -132,7 +139,7 @@ class Merging:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         refuse_writing(self.stored_weight())
-        with onloaded_for(self, [], written=True):
+        with onloaded_for(self, [], written=True), writing(self.stored_weight()):
             self._restore_pristine()
         self.merged_adapters.clear()
 
@@ -162,7 +169,12 @@ class Merging:
             base = self.get_base_layer()
             own.replaced = cast(nn.Parameter, base._parameters[self.weight_name])
             setattr(base, self.weight_name, nn.Parameter(self.stored_weight().clone(), requires_grad=False))
-        self._write_matrix(merged, number)
+        try:
+            self._write_matrix(merged, number)
+        except RuntimeError:
+            if own.is_in(self.base_weight(number), number):  # PyTorch refused to write, and would refuse to restore
+                del own.blocks[number]
+            raise
 
     def _restore_pristine(self: Any) -> None:
         """Write back what is kept, and only then forget it: if this fails, the layer is merged still."""
@@ -171,7 +183,7 @@ class Merging:
         if own.replaced is not None:
             setattr(self.get_base_layer(), self.weight_name, own.replaced)
         else:
-            for number in range(self.matrix_count or 1):
+            for number in own.blocks:
                 matrix = self.base_weight(number)
                 own.write_to(matrix, number)
                 self._write_matrix(matrix, number)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from smoa import MergeError, SmoaConfig, UnsupportedModuleError, merged
 from smoa.layers.merging import Pristine
 from tests import reference
+from tests.support.kinds import KINDS, input_of, kind_of_layer
 from tests.support.layers import (
     adapted_layer,
     base_layer,
@@ -228,3 +229,29 @@ def test_what_is_unloaded_meanwhile_stays_merged() -> None:
     with pytest.warns(UserWarning, match="already merged"), merged(model):
         plain = model.merge_and_unload()
     assert_close(plain(x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_base_that_was_made_in_inference_mode_merges_and_unmerges(kind: str) -> None:
+    with torch.inference_mode():
+        base = kind_of_layer(kind)
+    layer, x = adapted_layer(base, r=5, num_blocks=3), input_of(kind)
+    before, weight = layer(x), layer.get_base_layer().weight
+    bits = weight.clone()
+    layer.merge()
+    assert_close(layer(x), before)
+    assert not torch.equal(weight, bits)
+    layer.unmerge()
+    assert torch.equal(weight, bits)
+
+
+def test_a_weight_that_can_not_be_written_to_is_not_merged() -> None:
+    base = base_layer(6, 8)
+    base.weight = nn.Parameter(base.weight[:, :1].detach().expand(6, 8))
+    layer, x = adapted_layer(base, r=4, num_blocks=2), torch.randn(3, 8, dtype=torch.float64)
+    before = layer(x)
+    with pytest.raises(RuntimeError, match="memory location"):
+        layer.merge()
+    assert not layer.merged
+    assert torch.equal(layer(x), before)
