@@ -32,7 +32,7 @@ from smoa.files.names import (
 )
 from smoa.layers.distributed import LABELS, SCALE, plain_name, refuse_writing, whole
 from smoa.layers.layer import SmoaLayer
-from smoa.maths.blocks import check_labels
+from smoa.maths.blocks import as_labels, check_labels
 
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -170,6 +170,9 @@ def checked_tensors(
     keys |= {PREFIX + saved.removeprefix(PREFIX): key for saved, key in keys.items()}  # a file may lack or have it
     renamed = {keys.get(key.replace(COMPILED, "."), key): tensor for key, tensor in state_dict.items()}
     remapped, tables = split_tables(model, renamed)
+    for key in (key_of(name, part, adapter_name) for name, part in product(layers, LABELS)):
+        if key in remapped:  # others' tools make all of a state dict float32
+            remapped[key] = as_labels(remapped[key])
     file = incoming()
     with named(None if file is None else file.path):
         check_adapter_state(model, config, adapter_name, remapped, tables, layers)

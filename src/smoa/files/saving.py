@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -22,8 +23,9 @@ from smoa.files.names import (
     saved_names,
     trained_biases,
 )
-from smoa.layers.distributed import is_distributed, plain_name
+from smoa.layers.distributed import LABELS, SCALE, is_distributed, plain_name
 from smoa.layers.layer import SmoaLayer
+from smoa.maths.blocks import as_labels
 
 
 def adapter_tensors(
@@ -55,12 +57,22 @@ def adapter_tensors(
     missing = []
     for name, part in product(layers, PARTS):
         if (key := key_of(name, part, adapter_name)) in state_dict:
-            selected[key_of(names.get(name, name), part, adapter_name)] = state_dict[key]
+            scale = layers[name].adapters[adapter_name].saved()[2]
+            selected[key_of(names.get(name, name), part, adapter_name)] = _as_saved(key, part, state_dict[key], scale)
         else:
             missing.append(key)
     check_gathered(selected, missing)
     report_untrained(adapter_name, state_dict, layers, names)
     return selected
+
+
+def _as_saved(key: str, part: str, tensor: Tensor, scale: Tensor) -> Tensor:
+    """Labels and scales in their own dtypes, also where a caller has made all of a state dict float32 or bfloat16."""
+    if part in LABELS and (tensor := as_labels(tensor)).dtype != torch.uint8:
+        raise AdapterFileError(
+            f"{key}: holds no labels ({tensor.dtype}); give save_pretrained the model's own state dict"
+        )
+    return scale.to(tensor.device) if part == SCALE and tensor.dtype != scale.dtype else tensor
 
 
 def check_gathered(state_dict: dict[str, Tensor], missing: Sequence[str]) -> None:

@@ -293,6 +293,11 @@ class Adapter:
             if isinstance(blocks, Blocks):
                 blocks = Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols), False, blocks.shape)
             return Derived(known.seen, (), scale, rank_scale(scale, self.ranks), blocks)
+        if not (rows.is_meta or is_transformed(*saved) or self.is_valid()):
+            raise PartitionError(
+                "the labels of an adapter are no partition any more, as after averaging buffers; average parameters "
+                "only: AveragedModel(model, use_buffers=False)"
+            )
         with torch.inference_mode(False):  # what is made in inference mode can't be used in training
             self._derived = Derived.of(saved, self.ranks, self.halves, known)
         return self._derived

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from smoa.errors import SmoaError, UnsupportedModuleError
+from smoa.maths.blocks import as_labels
 from smoa.maths.kernels.autograd import without_autocast
 
 T = TypeVar("T")
@@ -176,11 +177,14 @@ def partition_to_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str,
 
 
 def partition_from_state_dict(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Load state dict pre-hook: replace the DTensors of `partition_to_state_dict` by plain tensors."""
+    """Load state dict pre-hook: replace the DTensors of `partition_to_state_dict` by plain tensors, and averages of
+    equal labels by these, which a copy into uint8 would cut."""
     own = tuple(f"{prefix}{part}." for part in PARTITION)
     for key in state_dict:
         if key.startswith(own):
             state_dict[key] = whole(state_dict[key])
+            if SCALE not in key:
+                state_dict[key] = as_labels(state_dict[key], most=0.01)
 
 
 def plain_name(name: str) -> str:

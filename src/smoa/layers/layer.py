@@ -215,7 +215,7 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
             rows = partition.saved()[0]
             if incompatible_keys is not None and not rows.is_meta and UNDECIDED in rows:  # as they were saved
                 partition.pending = True
-            if not partition.pending:
+            if not partition.pending and (rows.is_meta or partition.is_valid()):  # else a call says that it isn't
                 partition.derived(waits=True)
 
     def train(self, mode: bool = True) -> Self:

@@ -178,6 +178,14 @@ def check_num_blocks(num_blocks: int, out_features: int, in_features: int) -> No
         )
 
 
+def as_labels(labels: Tensor, most: float = 0.0) -> Tensor:
+    """Labels of another dtype as uint8, if they are whole numbers, but for at most so much; others as they are."""
+    if labels.dtype == torch.uint8:
+        return labels
+    found = labels.round().to(torch.uint8) if labels.is_floating_point() else labels.to(torch.uint8)
+    return found if bool(((found - labels.double()).abs() <= most).all()) else labels
+
+
 def check_labels(labels: Tensor, num_blocks: int, name: str) -> None:
     """Raise PartitionError unless `labels` is a uint8 vector whose block sizes are those of `torch.tensor_split`."""
     if labels.dtype != torch.uint8 or labels.ndim != 1:

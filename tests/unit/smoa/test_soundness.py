@@ -14,7 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -26,7 +33,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from smoa import AdapterFileError, ConfigError, SmoaConfig, SmoaError, UnsupportedModuleError
+from smoa import AdapterFileError, ConfigError, PartitionError, SmoaConfig, SmoaError, UnsupportedModuleError
 from smoa.hotswap import hotswap_adapter
 from tests.support import golden
 from tests.support.layers import smoa_layers, stored_bits
@@ -741,3 +748,44 @@ def test_a_refused_load_leaves_tables_that_refuse_to_change(tmp_path: Path) -> N
     with pytest.raises(AdapterFileError, match="trained on another base"):
         PeftModel.from_pretrained(base, tmp_path)
     assert dict(base.own) == {"a": 1}
+
+
+# Labels that others' tools convert or average.
+
+
+def of_floats(dtype: torch.dtype, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.to(dtype) for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_dict_that_was_made_float_is_saved_with_labels_and_scales(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = get_peft_model(llama(), config()).eval()  # DeepSpeed's zero_to_fp32 makes labels float32, too
+    model.save_pretrained(tmp_path, state_dict=of_floats(dtype, model.state_dict()))
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {saved[key].dtype for key in saved if "labels" in key} == {torch.uint8}
+    assert {saved[key].dtype for key in saved if "scale" in key} == {torch.float32}
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert torch.allclose(out(loaded), out(model), atol=0 if dtype == torch.float32 else 0.1)
+    torch.manual_seed(1)
+    other = get_peft_model(llama(), config()).eval()
+    set_peft_model_state_dict(other, of_floats(torch.float32, get_peft_model_state_dict(model)))
+    assert torch.equal(out(other), out(model))
+    state = {key: tensor + 0.5 if "labels" in key else tensor for key, tensor in model.state_dict().items()}
+    with pytest.raises(AdapterFileError, match=r"labels.*: holds no labels \(torch.float32\)"):
+        model.save_pretrained(tmp_path, state_dict=state)
+
+
+@pytest.mark.parametrize("weights", [(0.9, 0.1), (1.0, 1.0)])
+def test_an_average_of_equal_labels_is_these_and_what_is_no_partition_is_said_in_a_call(
+    weights: tuple[float, float],
+) -> None:
+    model = get_peft_model(llama(), config(num_blocks=8, r=8)).eval()
+    mean, (old, new) = copy.deepcopy(model), weights
+    for _ in range(3):
+        states = zip(mean.state_dict().items(), model.state_dict().values(), strict=True)
+        mean.load_state_dict({key: old * tensor + new * other for (key, tensor), other in states})
+    if old + new == 1:
+        assert torch.allclose(out(mean), out(model), atol=1e-4)
+        return
+    with pytest.raises(PartitionError, match="are no partition any more, as after averaging buffers"):
+        out(mean)

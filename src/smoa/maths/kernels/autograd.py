@@ -51,7 +51,8 @@ def recomputed(
     if callable(weight) and is_transformed(x):
         weight = weight()
     if not callable(weight) and (torch.compiler.is_compiling() or weight.requires_grad or is_transformed(x, weight)):
-        plain = partial(checkpointed, route.plain) if torch.compiler.is_compiling() else route.plain
+        is_exported = getattr(torch.compiler, "is_exporting", bool)()  # into a program that can't be checkpointed
+        plain = partial(checkpointed, route.plain) if torch.compiler.is_compiling() and not is_exported else route.plain
         with without_autocast(x.device.type):  # it would round the factors
             return plain(factors, x, weight, bias)
     if torch.is_grad_enabled():

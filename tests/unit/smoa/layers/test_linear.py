@@ -179,12 +179,13 @@ def test_a_compiled_layer_of_changing_batch_size_is_the_oracles(route: str, modu
 
 
 @whole_runs
-@pytest.mark.parametrize("gradients", [False, True])
-def test_it_is_exported_with_a_dynamic_batch(gradients: bool) -> None:
+@pytest.mark.parametrize(("gradients", "strict"), [(False, False), (True, False), (True, True)])
+def test_it_is_exported_with_a_dynamic_batch(gradients: bool, strict: bool) -> None:
     layer, x = adapted_layer(base_layer(12, 14, dtype=torch.float32)), torch.randn(9, 14)
     batch = torch.export.Dim("batch", min=2, max=64)
     with torch.set_grad_enabled(gradients):
-        exported = torch.export.export(layer, (torch.randn(4, 14),), dynamic_shapes=({0: batch},))
+        shapes = ({0: batch},)
+        exported = torch.export.export(layer, (torch.randn(4, 14),), dynamic_shapes=shapes, strict=strict)
         assert_close(exported.module()(x), layer(x))
 
 
