@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import partial
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import torch
@@ -135,13 +136,13 @@ def check_base(layers: Iterable[Held], config: SmoaConfig, base_name: str | None
         )
 
 
-def _sample_of(weight: Tensor) -> bytes:
-    """Some entries of a weight, spread over it; nothing of a quantized one that is no plain tensor, which nobody writes
-    to."""
+def _sample_of(weight: Tensor) -> str:
+    """A digest of some entries of a weight, spread over it; nothing of a quantized one that is no plain tensor, which
+    nobody writes to."""
     if type(weight) is not Tensor:
-        return b""
+        return ""
     sample = weight[tuple(slice(None, None, max(1, side // SAMPLED)) for side in weight.shape)]
-    return sample.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return sha256(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def held_layers(

@@ -23,6 +23,7 @@ from smoa.files.names import (
     saved_names,
     trained_biases,
 )
+from smoa.layers.adapter import Adapter
 from smoa.layers.distributed import LABELS, SCALE, is_distributed, plain_name
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import as_labels
@@ -57,8 +58,8 @@ def adapter_tensors(
     missing = []
     for name, part in product(layers, PARTS):
         if (key := key_of(name, part, adapter_name)) in state_dict:
-            scale = layers[name].adapters[adapter_name].saved()[2]
-            selected[key_of(names.get(name, name), part, adapter_name)] = _as_saved(key, part, state_dict[key], scale)
+            saved_as, adapter = key_of(names.get(name, name), part, adapter_name), layers[name].adapters[adapter_name]
+            selected[saved_as] = _as_saved(key, part, state_dict[key], adapter)
         else:
             missing.append(key)
     check_gathered(selected, missing)
@@ -66,13 +67,15 @@ def adapter_tensors(
     return selected
 
 
-def _as_saved(key: str, part: str, tensor: Tensor, scale: Tensor) -> Tensor:
+def _as_saved(key: str, part: str, tensor: Tensor, adapter: Adapter) -> Tensor:
     """Labels and scales in their own dtypes, also where a caller has made all of a state dict float32 or bfloat16."""
     if part in LABELS and (tensor := as_labels(tensor)).dtype != torch.uint8:
         raise AdapterFileError(
             f"{key}: holds no labels ({tensor.dtype}); give save_pretrained the model's own state dict"
         )
-    return scale.to(tensor.device) if part == SCALE and tensor.dtype != scale.dtype else tensor
+    if part != SCALE or tensor.dtype == torch.float32:
+        return tensor
+    return adapter.derived().block_scale.to(tensor.device)
 
 
 def check_gathered(state_dict: dict[str, Tensor], missing: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 from weakref import WeakValueDictionary
@@ -172,7 +173,7 @@ class Derived:
     def is_of(self, saved: tuple[Tensor, ...], waits: bool = False) -> bool:
         """Whether it follows from these tensors: they are the same, or were written to in vain, as by DDP. With `waits`
         it looks at what they hold, wherever they are."""
-        if not waits and self.seen.lasts(saved):
+        if (not waits or self.seen.memory is not None) and self.seen.lasts(saved):
             return True
         if is_transformed(*saved) or saved[0].device != self.labels[0].device or not self.has_scale(saved[2]):
             return False
@@ -277,6 +278,11 @@ class Adapter:
         except PartitionError:
             return False
         return True
+
+    def look(self) -> None:
+        """Derive anew what was loaded, moved or written to unseen. Labels that are no partition fail in a call."""
+        with suppress(PartitionError):
+            self.derived(waits=True)
 
     def derived(self, waits: bool = False) -> Derived:
         """What follows from labels and scales; made anew if they were replaced or written to (see `is_of`).

@@ -184,7 +184,7 @@ def partition_from_state_dict(layer: nn.Module, state_dict: dict[str, Any], pref
         if key.startswith(own):
             state_dict[key] = whole(state_dict[key])
             if SCALE not in key:
-                state_dict[key] = as_labels(state_dict[key], most=0.01)
+                state_dict[key] = as_labels(state_dict[key])
 
 
 def plain_name(name: str) -> str:

@@ -215,8 +215,8 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
             rows = partition.saved()[0]
             if incompatible_keys is not None and not rows.is_meta and UNDECIDED in rows:  # as they were saved
                 partition.pending = True
-            if not partition.pending and (rows.is_meta or partition.is_valid()):  # else a call says that it isn't
-                partition.derived(waits=True)
+            if not partition.pending:
+                partition.look()
 
     def train(self, mode: bool = True) -> Self:
         """As PyTorch's; a trainer calls it in each step, and what was trained evaluates after another call."""

@@ -178,11 +178,11 @@ def check_num_blocks(num_blocks: int, out_features: int, in_features: int) -> No
         )
 
 
-def as_labels(labels: Tensor, most: float = 0.0) -> Tensor:
-    """Labels of another dtype as uint8, if they are whole numbers, but for at most so much; others as they are."""
-    if labels.dtype == torch.uint8:
+def as_labels(labels: Tensor, most: float = 0.01) -> Tensor:
+    """Labels that were made float as uint8, if they are whole numbers, but for at most so much; others as they are."""
+    if not labels.is_floating_point() or labels.itemsize == 1:
         return labels
-    found = labels.round().to(torch.uint8) if labels.is_floating_point() else labels.to(torch.uint8)
+    found = labels.round().to(torch.uint8)
     return found if bool(((found - labels.double()).abs() <= most).all()) else labels
 
 

@@ -271,7 +271,7 @@ class Planner:
         more |= {"final": final, **plan.without(before, study)}
         more["failed"] = {name: told for name, told in more["failed"].items() if name not in new} | failed
         more |= _looks(study, plan, asked, changed)
-        grew = asked != plan.seeds or changed or study.tuning.max_runs > before.tuning.max_runs
+        grew = asked != plan.seeds or fresh - failed.keys() or study.tuning.max_runs > before.tuning.max_runs
         if self.minutes is not None and (grew or plan.limit is None or self.minutes != plan.minutes):
             more |= {"minutes": self.minutes, "limit": plan.used + 60 * self.minutes}
         elif grew:
