@@ -46,8 +46,8 @@ BOUNDS = (
     "an intraclass correlation of 0.5, of rows with 0 to 1 times the variance of a seed, of two, three and five "
     "seeds and of two and four entries; right answers of shares from 0.05 to 0.98. *Skewed* rows have a gamma "
     "distribution of skew 1; *one side* is the worse one. *Two seeds of two* entries, on both sides, stand apart: "
-    "their t is weighted by Cochran and Cox. *Uneven* groups: the k-th has a k-th of the first's rows, or one has as "
-    "many as all others together."
+    "their t is weighted by Cochran and Cox. *Uneven* groups: the k-th has a k-th of the first's rows, or one half "
+    "of all."
 )
 WHOLE = (
     "Whole studies at the levels of their looks: how many take an entry that keeps just too little (*wrong*), such "

@@ -181,6 +181,8 @@ def test_the_scores_of_a_compared_study_are_those_of_its_stored_rows(folder: Pat
         assert len(final) == len(entry["seeds"])
         scores = {"loss": [sum(rows["after"]) / sum(rows["tokens"]) for rows in final]}
         if "scored_after" in final[0]:
-            scores["number %"] = [fmean(rows["scored_after"]) for rows in final]
+            scores[f"{runs['untouched']['config']['data']['metric']} %"] = [
+                fmean(rows["scored_after"]) for rows in final
+            ]
         for name, (mean, _) in entry["values"].items():
             assert fmean(scores[name]) == pytest.approx(mean)
