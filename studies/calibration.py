@@ -91,8 +91,9 @@ def of_uneven_groups(groups: int) -> dict[str, float]:
     """The worst of groups of very different sizes (the k-th has a k-th of the first's rows, or one has as many as all
     others together), variances and numbers of seeds."""
     random, worst = np.random.default_rng(groups), {"two": 0.0, "one": 0.0}
-    for sizes in (np.maximum(1, np.round(groups / np.arange(1.0, groups + 1))), np.array([1.0] * groups)):
-        sizes[0] = max(sizes[0], groups - 1.0)
+    of_ranks, with_a_heavy_one = np.maximum(1, np.round(groups / np.arange(1.0, groups + 1))), np.ones(groups)
+    with_a_heavy_one[0] = groups - 1
+    for sizes in (of_ranks, with_a_heavy_one):
         errs = INTRACLASS * sizes**2 + (1 - INTRACLASS) * sizes
         for ratio, seeds in product(RATIOS, SEEDS):
             values = (random.normal(size=(DRAWS, 2, seeds, 1)) + np.zeros(groups)) * sizes

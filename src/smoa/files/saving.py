@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from smoa.errors import AdapterFileError, PartitionError, first_of
+from smoa.errors import AdapterFileError, first_of, named
 from smoa.files.names import (
     COMPILED,
     PARTS,
@@ -23,7 +23,7 @@ from smoa.files.names import (
     saved_names,
     trained_biases,
 )
-from smoa.layers.adapter import Adapter
+from smoa.layers.adapter import Adapter, no_partition_any_more
 from smoa.layers.distributed import LABELS, SCALE, is_distributed, plain_name
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import as_labels
@@ -44,10 +44,8 @@ def adapter_tensors(
         layer.decide_partition(adapter_name)  # in place: the tensors in `state_dict` see it
         layer.derive()
         if not layer.adapters[adapter_name].is_valid():
-            raise PartitionError(
-                f"{name}: the labels of {adapter_name!r} are no partition any more, as after averaging buffers; "
-                "average parameters only: AveragedModel(model, use_buffers=False)"
-            )
+            with named(name):
+                raise no_partition_any_more(repr(adapter_name))
     for name, layer in embeddings_of(model).items():
         if isinstance(layer, SmoaLayer):  # PEFT saves its table too
             layer.unmerge_saved(state_dict, f"{plain_name(name)}.base_layer.")

@@ -97,6 +97,14 @@ _BLOCKS: WeakValueDictionary[object, Blocks] = WeakValueDictionary()
 """The blocks of labels that adapters have now: those of one base share the sorted coordinates."""
 
 
+def no_partition_any_more(adapter: str) -> PartitionError:
+    """The error for labels that something has written to."""
+    return PartitionError(
+        f"the labels of {adapter} are no partition any more, as after averaging buffers; "
+        "average parameters only: AveragedModel(model, use_buffers=False)"
+    )
+
+
 class Seen:
     """What a layer's tensors were when an adapter was derived from them, to tell in each call whether they still are.
 
@@ -300,10 +308,7 @@ class Adapter:
                 blocks = Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols), False, blocks.shape)
             return Derived(known.seen, (), scale, rank_scale(scale, self.ranks), blocks)
         if not (rows.is_meta or is_transformed(*saved) or self.is_valid()):
-            raise PartitionError(
-                "the labels of an adapter are no partition any more, as after averaging buffers; average parameters "
-                "only: AveragedModel(model, use_buffers=False)"
-            )
+            raise no_partition_any_more("an adapter")
         with torch.inference_mode(False):  # what is made in inference mode can't be used in training
             self._derived = Derived.of(saved, self.ranks, self.halves, known)
         return self._derived
