@@ -30,6 +30,7 @@ from smoa.tuner.tying import ties_more_than_ends
 from smoa_lab import base_models
 from smoa_lab.basics.folders import check_place, new_folder, read_stored
 from smoa_lab.config.run import ModelSection
+from smoa_lab.data.chat_templates import saved_chat_template
 from smoa_lab.open_run import adapter_config, adapter_of_run, check_weights, model_of, with_saved_adapter
 from smoa_lab.pages.card import NamedBase, card_text, method_name
 
@@ -307,7 +308,8 @@ def _save_other_files(section: ModelSection, adapter: Path, folder: Path) -> Non
     else:
         _copy(base, folder, TOKENIZER)
     if not gguf_file:  # else the folder may be anybody's
-        _copy(base, folder, (*COMPANIONS, *LEGAL))
+        has_template = saved_chat_template(folder) is not None  # which a file of the base's would replace
+        _copy(base, folder, (*COMPANIONS[has_template:], *LEGAL))
 
 
 def copy_tokenizer(adapter: Path, folder: Path) -> None:

@@ -63,6 +63,16 @@ def test_merged_model_and_lora_say_what_the_adapter_says(adapter: Path, tmp_path
     assert all(verdict["difference"] < 1e-4 for verdict in others)
 
 
+def test_a_folder_called_merged_is_compared_where_there_is_one(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert invoke(adapter, "--against", "merged").exit_code == 0  # in memory
+    shutil.copytree(adapter.parent / "base", "merged")
+    assert invoke(adapter, "--against", "merged").exit_code == 1
+    assert invoke(adapter).exit_code == 0
+
+
 def test_methods_that_cannot_unmerge_are_compared_and_those_that_cannot_merge_are_told(
     adapter: Path, tmp_path: Path
 ) -> None:

@@ -104,7 +104,10 @@ def convert(
 def verify(
     adapter: Adapter,
     against: Annotated[
-        list[str] | None, typer.Option(help="merged (in memory), the folder of a model or LoRA, or a server's address.")
+        list[str] | None,
+        typer.Option(
+            help="A model's or LoRA's folder, a server's address, or merged: in memory, if no folder is so called."
+        ),
     ] = None,
     served_name: Annotated[str | None, typer.Option(help="Adapter's name at the server; else its folder's.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that a server is asked for, for each prompt.")] = 16,
@@ -120,7 +123,8 @@ def verify(
         from smoa_lab.verify import exit_code
         from smoa_lab.verify import verify as compared
 
-        verdicts = compared(adapter, against or ["merged"], served_name, tokens, base)
+        targets = ["./merged" if each == "merged" and Path(each).is_dir() else each for each in against or []]
+        verdicts = compared(adapter, targets or ["merged"], served_name, tokens, base)
         show("\n".join(verdict.line() for verdict in verdicts), [verdict.to_dict() for verdict in verdicts], json)
         if code := exit_code(verdicts):
             raise typer.Exit(code)

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.data.chat_templates import training_template
+from smoa_lab.data.chat_templates import GREETING, training_template
 from smoa_lab.data.row import Message, Row
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -111,9 +111,35 @@ class Encoder:
     def state(self) -> Any:
         """Plain values that change when the tokens of a row may."""
         tokenizer: Any = self.tokenizer
+        if tokenizer.is_fast:  # which each call sets anew
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
         own = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-        settings = [self.max_length, self.assistant_only, self.completion_only]
+        settings = [
+            self.max_length,
+            self.assistant_only,
+            self.completion_only,
+            *([self.opening] if self.opening else []),
+        ]
         return [own, tokenizer.chat_template, self.marked_template, tokenizer.special_tokens_map, settings]
+
+    @property
+    def tells_the_day(self) -> bool:
+        """Whether the template may write today's date into a row."""
+        return "strftime_now" in str(self.tokenizer.chat_template)
+
+    @cached_property
+    def opening(self) -> str:
+        """What the template puts before an answer in training and not when it asks for one, such as the empty thoughts
+        of a model that thinks."""
+        question, answer = (Message(**turn) for turn in GREETING)
+        try:
+            asked = str(self._apply([question], tokenize=False, add_generation_prompt=True))
+            trained = str(self._apply([question, answer], tokenize=False))
+        except (ConfigError, DataError):  # no template, or one that wants other turns
+            return ""
+        start = trained.rfind(answer.content)
+        return trained[len(asked) : start] if trained.startswith(asked) else ""
 
     def encode(self, row: Row, rejected: bool = False) -> Tokens:
         """What is trained on: of choices the right one, of a preference the better completion, or the ``rejected`` one.
@@ -132,7 +158,7 @@ class Encoder:
 
     def choices(self, row: Row) -> list[Tokens]:
         """The prompt with each choice, and without what ends the answer: whose likelihoods are compared."""
-        prompt = str(self._apply(_messages(row.prompt), tokenize=False, add_generation_prompt=True))
+        prompt = self._asked(_messages(row.prompt), row.choices[0])
         before = self._of_template(prompt)
         found = []
         for choice in row.choices:
@@ -159,7 +185,7 @@ class Encoder:
             messages = _messages(row.prompt, row.completion)
             for place in reversed(range(1, len(messages))):
                 if messages[place].role == "assistant":
-                    ids = self._chat(messages[:place], add_generation_prompt=True)
+                    ids = self._of_template(self._asked(messages[:place], messages[place].content))
                     if longest is None or len(ids) <= longest:
                         return Prompt(ids, _read(messages[:place]), messages[place].content)
             return None
@@ -174,6 +200,14 @@ class Encoder:
         return found if longest is None or len(found.ids) <= longest else None
 
     # Texts and turns
+
+    def _asked(self, messages: Sequence[Message], answer: str) -> str:
+        """The turns up to an answer, where a model goes on, with the template's opening if the answer has it."""
+        text = str(self._apply(messages, tokenize=False, add_generation_prompt=True))
+        if not self.opening:
+            return text
+        trained = str(self._apply([*messages, Message("assistant", answer)], tokenize=False))
+        return text + self.opening * trained.startswith(text + self.opening)
 
     def _turns(self, asked: Sequence[Message], said: Sequence[Message]) -> Tokens:
         messages = [*asked, *said]

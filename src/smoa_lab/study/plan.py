@@ -39,6 +39,7 @@ INPUTS = {
     "base": "the base model",
     "encoder": "what makes tokens of rows (tokenizer, template or max_length)",
     "forgetting": "the text of forgetting.text",
+    "own": "what --metric may read of the held-out rows",
 }
 Metrics = dict[str, Any]
 Read = TypeVar("Read")
@@ -291,7 +292,7 @@ def other_config(known: dict[str, Any], config: RunConfig, is_untouched: bool) -
 
 
 def other_inputs(planned: dict[str, str], found: dict[str, str]) -> list[str]:
-    """What is another than planned; an older plan knows nothing of ``forgetting.text``."""
+    """What is another than planned; an older plan knows less."""
     return [what for key, what in INPUTS.items() if key in planned and planned[key] != found.get(key)]
 
 

@@ -181,7 +181,8 @@ class Planner:
             logger.warning("Only %s chooses the rates, much by chance; give more", counted(rows, "validation row"))
         if self.seeds and found["groups"] < FEW_ROWS:
             logger.warning(few_rows(found["groups"], found["rows"]["test"]))
-        return {**found, "digests": found["digests"] | scored_by}
+        digests = {key: digest for key, digest in found["digests"].items() if key != "own" or scored_by}
+        return {**found, "digests": digests | scored_by}
 
     @property
     def seeds(self) -> list[int]:

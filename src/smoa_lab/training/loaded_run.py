@@ -84,9 +84,12 @@ def inputs(config: RunConfig, trains: bool = True) -> dict[str, Any]:
 
 
 def digests_of(config: RunConfig, encoder: Encoder, rows: PreparedRows) -> dict[str, str]:
-    """Of the rows, of the base model, of what turns rows into tokens, and of a file as ``forgetting.text``."""
+    """Of the rows, of the base model, of what turns rows into tokens, of all fields of held-out rows, which a metric of
+    the user's may read, and of a file as ``forgetting.text``."""
     of_encoder = sha256(json.dumps(encoder.state(), sort_keys=True, default=str).encode()).hexdigest()
     digests = {"data": rows.account["sha256"], "base": base_content(config.model), "encoder": of_encoder}
+    fields = [rows.part(part)["own"][:] for part in PARTS if part != "train"]
+    digests["own"] = sha256(json.dumps(fields).encode()).hexdigest()
     if (text := config.forgetting.text) != STORY:
         digests["forgetting"] = sha256("\n".join(passages(text)).encode()).hexdigest()
     return digests

@@ -1,6 +1,7 @@
 """`smoa merge`: the merged model says what the adapter says, whatever the base is, or nothing is written."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -312,6 +313,19 @@ def test_tokenizer_generation_config_and_card_come_along(base: Path, adapter: Pa
     card = (output / "README.md").read_text()
     assert "`base` with the SMOA adapter" in card
     assert 'tokenizer = AutoTokenizer.from_pretrained("PATH")' in card
+
+
+def test_the_template_that_an_adapter_was_trained_with_is_not_replaced_by_the_bases(
+    base: Path, adapter: Path, output: Path
+) -> None:
+    saved(base, adapter)
+    lab.byte_tokenizer().save_pretrained(base)
+    (base / "chat_template.jinja").write_text("the base's")
+    settings = json.loads((base / "tokenizer_config.json").read_text()) | {"chat_template": "the adapter's"}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
+    shutil.copy(base / "tokenizer.json", adapter)
+    merge_run(adapter, output)
+    assert AutoTokenizer.from_pretrained(output).chat_template == "the adapter's"
 
 
 def infinite(base: Path) -> None:

@@ -252,6 +252,31 @@ def test_the_model_is_asked_for_the_last_answer_and_the_prompt_is_read_without_m
     assert (encoder.tokenizer.decode(found.ids), found.text, found.reference) == (asked, read, reference)
 
 
+@pytest.mark.parametrize(
+    ("name", "opening"),
+    [("qwen3", "<think>\n\n</think>\n\n"), ("gptoss", "<|channel|>final<|message|>"), ("llama3", "")],
+)
+def test_a_model_is_asked_with_what_training_puts_before_an_answer(name: str, opening: str) -> None:
+    encoder = Encoder(tokenizer_with(trl_template(name)), max_length=None)
+    talk, choices = chat("Open?", "Yes."), {"prompt": "Open?", "choices": ["Yes.", "No."], "label": 0}
+    for row, prompts in ((talk, []), (choices, [each.prompt for each in encoder.choices(example_of(choices))])):
+        example = example_of({"prompt": row[:1], "completion": row[1:]} if isinstance(row, list) else row)
+        asked = encoder.prompt(example)
+        assert asked is not None
+        whole = encoder.encode(example).input_ids
+        for prompt in (asked.ids, *prompts):
+            assert encoder.tokenizer.decode(prompt).endswith(opening)
+            assert encoder.tokenizer.decode(whole[len(prompt) :]).startswith("Yes.")
+            assert whole[: len(prompt)] == prompt
+
+
+def test_an_answer_with_thoughts_of_its_own_is_asked_for_without_empty_ones() -> None:
+    encoder = Encoder(tokenizer_with(trl_template("qwen3")))
+    asked = encoder.prompt(example_of({"messages": chat("Open?", "<think>It is noon.</think>Yes.")}))
+    assert asked is not None
+    assert encoder.tokenizer.decode(asked.ids).endswith("<|im_start|>assistant\n")
+
+
 def test_an_earlier_answer_is_asked_for_where_the_last_is_too_far_in() -> None:
     encoder = Encoder(tokenizer_with(MARKED))
     whole = encoder.prompt(example_of(TALK))

@@ -458,6 +458,21 @@ def test_a_users_metric_decides_and_a_mended_one_scores_the_stored_answers_again
     assert len(written.ran) == ran
 
 
+def test_what_a_users_metric_may_read_of_the_rows_stays_as_planned_and_others_ignore_it(
+    study: Study, written: WrittenRuns, tmp_path: Path
+) -> None:
+    written.digests["own"] = "a"
+    finished(by(study, "contains"))
+    written.digests["own"] = "b"
+    compared(by(study, "contains"))
+    own = by(study, "score").model_copy(update={"folder": tmp_path / "own"})
+    with named(tmp_path / "own.py", RIGHT):
+        finished(own)
+        written.digests["own"] = "c"
+        with pytest.raises(ConfigError, match="what --metric may read of the held-out rows changed"):
+            compared(own)
+
+
 def test_an_entry_that_the_users_metric_fails_to_score_is_one_that_failed(
     study: Study, written: WrittenRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,11 @@ def test_the_digests_change_with_what_they_are_of_alone(values: dict[str, Any], 
         text.write_text(("one " if what != "forgetting" else "other ") * 130)
         other = load_run(changed(values, **change)).digests
         assert [name for name in own if own[name] != other[name]] == [what]
+    rows = Path(values["data"]["train"])
+    rows.write_text("".join(f"{json.dumps(json.loads(row) | {'gold': 1})}\n" for row in rows.read_text().splitlines()))
+    text.write_text("one " * 130)
+    other = load_run(changed(values)).digests
+    assert [name for name in own if own[name] != other[name]] == ["own"]
 
 
 def test_a_whole_model_that_was_trained_on_preferences_is_compared_with_its_base_again(
