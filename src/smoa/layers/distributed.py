@@ -14,6 +14,7 @@ loads a parameter when its own module is called, so the layer itself loads those
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -176,15 +177,23 @@ def partition_to_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str,
                 state_dict[key] = DTensor.from_local(state_dict[key], weight.device_mesh, placements, run_check=False)
 
 
-def partition_from_state_dict(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+def partition_from_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Load state dict pre-hook: replace the DTensors of `partition_to_state_dict` by plain tensors, and averages of
-    equal labels by these, which a copy into uint8 would cut."""
+    equal labels by these, which a copy into uint8 would cut. Warn of factors that come without their labels."""
     own = tuple(f"{prefix}{part}." for part in PARTITION)
     for key in state_dict:
         if key.startswith(own):
             state_dict[key] = whole(state_dict[key])
             if SCALE not in key:
                 state_dict[key] = as_labels(state_dict[key])
+    for name, adapter in layer.adapters.items():
+        lacks = f"{prefix}smoa_A.{name}.weight" in state_dict and f"{prefix}{PARTITION[0]}.{name}" not in state_dict
+        if lacks and adapter.kinds[0] != "contiguous":
+            warnings.warn(
+                f"{prefix}: a state dict has factors and no labels of their blocks, which other base weights, or of "
+                "random blocks another seed, make others; save buffers too (save_pretrained, or the whole state_dict())",
+                stacklevel=2,
+            )
 
 
 def plain_name(name: str) -> str:

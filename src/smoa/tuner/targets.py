@@ -47,7 +47,8 @@ def survey_targets(
     `loads_labels` the partition is not made from the weights. Return what each target module is, by its name.
     """
     every_linear = str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
-    _report_experts(model, peft_config)
+    if not loads_labels:
+        _report_experts(model, peft_config)
     config: Any = _maybe_include_all_linear_layers(peft_config, model)
     if every_linear:
         _leave_out(config, model)
@@ -268,14 +269,22 @@ def check_fit(name: str, shape: Shape, config: SmoaConfig) -> None:
 
 
 def _report_experts(model: nn.Module, config: SmoaConfig) -> None:
-    """Warn, once for each model, that "all-linear" leaves the experts out, and how to name them."""
-    if config.target_modules != "all-linear" or config.target_parameters or model in _REPORTED:
+    """Warn, once for each model, that "all-linear", or names that they had, leave the experts out, and how to name
+    them. Of a LoRA, PEFT makes target parameters of both."""
+    if config.target_parameters or model in _REPORTED or not (stacks := _names_of_stacks(model)):
         return
-    if stacks := _names_of_stacks(model):
+    given, told = config.target_modules or (), ""
+    if isinstance(given, str):
+        told = "='all-linear' takes linear layers only" * (given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND)
+    elif missing := [
+        name for name in sorted(given) if not any(_matches(key, name) for key, _ in model.named_modules())
+    ]:
+        told = f" has {first_of(missing)}, as no layer of this model is called"
+    if told:
         _REPORTED.add(model)
         warnings.warn(
-            "target_modules='all-linear' takes linear layers only; the experts of this mixture are parameters and not "
-            f"adapted. To adapt them too, add target_parameters={stacks}",
+            f"target_modules{told}; the experts of this mixture are parameters and not adapted. To adapt them too, add "
+            f"target_parameters={stacks}",
             stacklevel=2,
         )
 

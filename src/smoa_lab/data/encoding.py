@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from os.path import commonprefix
 from typing import Any
 
 from jinja2 import TemplateError
@@ -115,12 +116,8 @@ class Encoder:
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
         own = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-        settings = [
-            self.max_length,
-            self.assistant_only,
-            self.completion_only,
-            *([self.opening] if self.opening else []),
-        ]
+        settings: list[Any] = [self.max_length, self.assistant_only, self.completion_only]
+        settings += [self.opening] if self.opening else []
         return [own, tokenizer.chat_template, self.marked_template, tokenizer.special_tokens_map, settings]
 
     @property
@@ -129,17 +126,18 @@ class Encoder:
         return "strftime_now" in str(self.tokenizer.chat_template)
 
     @cached_property
-    def opening(self) -> str:
-        """What the template puts before an answer in training and not when it asks for one, such as the empty thoughts
-        of a model that thinks."""
+    def opening(self) -> tuple[str, str] | None:
+        """What the template ends with when it asks for an answer, and what stands there in training, such as the empty
+        thoughts of a model that thinks; None where that is the same."""
         question, answer = (Message(**turn) for turn in GREETING)
         try:
             asked = str(self._apply([question], tokenize=False, add_generation_prompt=True))
             trained = str(self._apply([question, answer], tokenize=False))
         except (ConfigError, DataError):  # no template, or one that wants other turns
-            return ""
-        start = trained.rfind(answer.content)
-        return trained[len(asked) : start] if trained.startswith(asked) else ""
+            return None
+        before = trained[: trained.rfind(answer.content)]
+        common = len(commonprefix([asked, before]))  # noqa: RUF071
+        return (asked[common:], before[common:]) if asked != before else None
 
     def encode(self, row: Row, rejected: bool = False) -> Tokens:
         """What is trained on: of choices the right one, of a preference the better completion, or the ``rejected`` one.
@@ -202,12 +200,13 @@ class Encoder:
     # Texts and turns
 
     def _asked(self, messages: Sequence[Message], answer: str) -> str:
-        """The turns up to an answer, where a model goes on, with the template's opening if the answer has it."""
+        """The turns up to an answer, where a model goes on, with what stands there in training if the answer has it."""
         text = str(self._apply(messages, tokenize=False, add_generation_prompt=True))
-        if not self.opening:
+        if self.opening is None:
             return text
+        begun = text.removesuffix(self.opening[0]) + self.opening[1]
         trained = str(self._apply([*messages, Message("assistant", answer)], tokenize=False))
-        return text + self.opening * trained.startswith(text + self.opening)
+        return begun if trained.startswith(begun) else text
 
     def _turns(self, asked: Sequence[Message], said: Sequence[Message]) -> Tokens:
         messages = [*asked, *said]

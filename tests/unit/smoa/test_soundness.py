@@ -36,7 +36,7 @@ from transformers import (
 from smoa import AdapterFileError, ConfigError, PartitionError, SmoaConfig, SmoaError, UnsupportedModuleError
 from smoa.hotswap import hotswap_adapter
 from tests.support import golden
-from tests.support.layers import smoa_layers, stored_bits
+from tests.support.layers import Wrapper, smoa_layers, stored_bits
 from tests.support.tiny_mixtures import build_mixture, tokens
 
 pytestmark = [
@@ -750,7 +750,27 @@ def test_a_refused_load_leaves_tables_that_refuse_to_change(tmp_path: Path) -> N
     assert dict(base.own) == {"a": 1}
 
 
-# Labels that others' tools convert or average.
+# Labels that others' tools leave out, convert or average.
+
+
+@pytest.mark.parametrize("partition", ["random", "spectral", "contiguous"])
+def test_factors_without_the_labels_of_their_blocks_are_told(partition: Any) -> None:
+    def model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return get_peft_model(
+            Wrapper(linear), SmoaConfig(r=4, num_blocks=2, partition=partition, target_modules=["layer"])
+        )
+
+    linear = nn.Linear(12, 8)
+    first, second = model(1), model(2)
+    trained = {name: parameter for name, parameter in first.named_parameters() if parameter.requires_grad}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        second.load_state_dict(first.state_dict())
+        assert not found
+        second.load_state_dict(trained, strict=False)
+    assert len(found) == (partition != "contiguous")
+    assert all("has factors and no labels of their blocks" in str(warning.message) for warning in found)
 
 
 def of_floats(dtype: torch.dtype, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -208,6 +208,24 @@ def test_the_parameters_are_those_that_lora_adapts(named: list[str]) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("all-linear", "='all-linear' takes linear layers only"),
+        (["q_proj", "gate_proj", "down_proj"], " has down_proj, gate_proj, as no layer of this model is called"),
+        (["q_proj", "self_attn.v_proj"], None),
+    ],
+)
+def test_names_that_lora_takes_for_experts_are_told_to_leave_them_out(named: Any, told: str | None) -> None:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        get_peft_model(build_mixture("qwen3_moe"), SmoaConfig(r=4, num_blocks=2, target_modules=named))
+    messages = [text for warning in found if "experts" in (text := str(warning.message))]
+    expected = "target_modules{}; the experts of this mixture are parameters and not adapted. To adapt them too, add "
+    names = "target_parameters=['mlp.experts.down_proj', 'mlp.experts.gate_up_proj']"
+    assert messages == ([] if told is None else [expected.format(told) + names])
+
+
 # PEFT looks at modules only, from 0.21 on
 @pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")
 def test_patterns_go_by_the_parameters_name() -> None:

@@ -254,7 +254,13 @@ def test_the_model_is_asked_for_the_last_answer_and_the_prompt_is_read_without_m
 
 @pytest.mark.parametrize(
     ("name", "opening"),
-    [("qwen3", "<think>\n\n</think>\n\n"), ("gptoss", "<|channel|>final<|message|>"), ("llama3", "")],
+    [
+        ("qwen3", "<think>\n\n</think>\n\n"),
+        ("gptoss", "<|channel|>final<|message|>"),
+        ("nemotron_3_nano", "<think></think>"),
+        ("deepseek_r1_distill", "Assistant\uff5c>"),
+        ("llama3", ""),
+    ],
 )
 def test_a_model_is_asked_with_what_training_puts_before_an_answer(name: str, opening: str) -> None:
     encoder = Encoder(tokenizer_with(trl_template(name)), max_length=None)
