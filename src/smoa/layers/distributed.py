@@ -191,7 +191,7 @@ def partition_from_state_dict(layer: Any, state_dict: dict[str, Any], prefix: st
         if lacks and adapter.kinds[0] != "contiguous":
             warnings.warn(
                 f"{prefix}: a state dict has factors and no labels of their blocks, which other base weights, or of "
-                "random blocks another seed, make others; save buffers too (save_pretrained, or the whole state_dict())",
+                "random blocks another seed, make others; save buffers too: save_pretrained, or all of state_dict()",
                 stacklevel=2,
             )
 
