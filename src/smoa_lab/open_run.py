@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
+from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
 import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.errors import ConfigError, DataError, SmoaError, first_of
@@ -50,34 +51,41 @@ def open_run(
         raise ConfigError(f"{path}: is neither a config file nor the folder of a finished run (with metrics.json)")
     is_older = "group" not in (ConfigText.read(folder.config).values.get("data") or {})  # each row stood for itself
     config = load_config(folder.config, [*(["data.group=false"] if is_older else []), *overrides])
+    template = folder.adapter / CHAT_TEMPLATE_FILE
+    if config.data.template and template.is_file() and not any(each.startswith("data.template=") for each in overrides):
+        data = config.data.model_copy(update={"template": str(template)})  # the config's file may have changed
+        config = config.model_copy(update={"data": data})
     if config.method == "full" and not untouched:
         model = config.model.model_copy(update={"name": str(folder.adapter)})
         return config.model_copy(update={"model": model}), None
-    check_base(folder, config.model, base is not None)
+    config = config.model_copy(update={"model": trained_on(folder, config.model, base is not None)})
     return config, None if config.method == "full" else adapter_of_run(path)
 
 
-def check_base(run: RunFolder, model: ModelSection, is_given: bool) -> None:
-    """Raise ConfigError unless ``model`` is the one that the run was trained on, by the content of its files; only warn
-    if the user gave it. One that is packaged or on the Hub is known by its name."""
+def trained_on(run: RunFolder, model: ModelSection, is_given: bool) -> ModelSection:
+    """The model that the run was trained on: of the Hub its commit. Raises ConfigError where the files of ``model``
+    have another content; only warns if the user gave it, or if it isn't known."""
     if packaged_name(model.name) or not run.config.is_file():
-        return
+        return model
     if not run.inputs.is_file():
         logger.warning("%s: doesn't keep which model it was trained on; %s may be another", run.path, model.name)
-        return
+        return model
     content = str(read_stored(run.inputs, {"base model"})["base model"])
     place = Path(model.name).expanduser()
     if not place.exists():
-        if is_given or len(content) < OF_FILES:
-            return
+        if is_given or content == str(None):
+            return model
+        if len(content) < OF_FILES:
+            return model.model_copy(update={"options": {**model.options, "revision": content}})
         found = f"its base model {model.name!r} is not in {place.absolute().parent}"
     elif base_content(model) == content:
-        return
+        return model
     else:
         found = f"was trained on another model than {place.absolute()}, or on other files of it"
     if not is_given:
         raise ConfigError(f"{run.path}: {found}; name it, or another to use all the same, with --base")
     logger.warning("%s: %s", run.path, found)
+    return model
 
 
 def adapter_of_run(place: str | Path) -> Path:
@@ -123,13 +131,13 @@ def model_of(adapter: Path, base: str | None = None) -> RunModel:
     options = {"revision": config.revision} if of_base and config.revision is not None else {}
     section, run = ModelSection(name=name, dtype="float32", options=options), RunFolder(adapter.parent)
     if adapter.name == run.adapter.name:
-        check_base(run, section, base is not None)
+        section = trained_on(run, section, base is not None)
         with suppress(ConfigError, ValidationError):  # no config, or not one of a run
             model = ModelSection.model_validate(ConfigText.read(run.config).values.get("model"))
             if base is None and "quantization_config" in model.options:
-                return RunModel(model, adapter=adapter)
+                return RunModel(model.model_copy(update={"options": model.options | section.options}), adapter=adapter)
             own = {key: value for key, value in model.options.items() if key not in ("quantization_config", "revision")}
-            section = section.model_copy(update={"options": {**own, **options}})
+            section = section.model_copy(update={"options": {**own, **section.options}})
     return RunModel(section, adapter=adapter)
 
 

@@ -1,3 +1,4 @@
+import json
 import math
 import re
 import shutil
@@ -15,6 +16,7 @@ from smoa import SmoaConfig
 from smoa.errors import ConfigError, DataError
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import ModelSection, check_config
+from smoa_lab.evaluate import evaluate_run
 from smoa_lab.open_run import (
     adapter_of_run,
     find_model,
@@ -26,7 +28,7 @@ from smoa_lab.open_run import (
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train import run as train
 from tests.support import lab, tiny_models
-from tests.support.own_rows import chats, rows_base, rows_config, write_rows
+from tests.support.own_rows import MARKED, chats, rows_base, rows_config, write_rows
 
 
 @pytest.fixture
@@ -94,6 +96,37 @@ def test_another_model_of_the_bases_name_is_refused_unless_the_user_names_it(
     for opened in openings:
         with pytest.raises(ConfigError, match=f"renamed: its base model 'base' is not in {tmp_path}; name it, or"):
             opened(None)
+
+
+def test_a_base_on_the_hub_is_that_of_the_commit_that_was_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = lab.tiny_run(tmp_path, monkeypatch, train=20, test=3, training=lab.steps(1, save_strategy="no"))
+    train(check_config(values))
+    run, commit = RunFolder(tmp_path / "run"), "0123456789abcdef" * 2 + "01234567"
+    for file in (run.config, run.adapter / CONFIG_NAME):
+        file.write_text(file.read_text().replace(values["model"]["name"], "its/base"))
+    run.inputs.write_text(json.dumps(json.loads(run.inputs.read_text()) | {"base model": commit}))
+    sections = [open_run(run.path)[0].model, model_of(run.adapter).section, find_model(str(run.path), {}).section]
+    assert [section.options for section in sections] == [{"revision": commit}] * 3
+    assert model_of(run.adapter, "another/base").section.options == {}
+
+
+def test_a_run_is_scored_by_the_template_that_it_was_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = lab.tiny_run(tmp_path, monkeypatch, train=20, test=3, training=lab.steps(2, save_strategy="no"))
+    template = tmp_path / "own.jinja"
+    written = re.sub(r"<\|im_(start|end)\|>", "#", MARKED)
+    template.write_text(written)
+    values["data"]["template"] = str(template)
+    metrics = train(check_config(values))
+    template.write_text(written.replace("#", "+"))
+    config, adapter = open_run(tmp_path / "run")
+    found = evaluate_run(config, adapter, RunFolder(tmp_path / "run"))
+    assert found["scores"]["loss"] == pytest.approx(metrics["evaluation"]["after"]["loss"], abs=1e-6)
+    assert found["digests"]["encoder"] == metrics["digests"]["encoder"]
+    assert open_run(tmp_path / "run", [f"data.template={template}"])[0].data.template == str(template)
 
 
 def test_what_a_run_knows_of_its_inputs_is_told_where_it_is_gone(
