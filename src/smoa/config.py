@@ -132,6 +132,9 @@ class SmoaConfig(PeftConfig):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__({"lora_alpha": "alpha", "lora_dropout": "smoa_dropout"}.get(name, name), value)
+
     def _rename(self, ours: str, theirs: str, value: float | None) -> list[str]:
         """Take a value given under LoRA's name. Return its problems."""
         problems = list(value_problems(theirs, value, float | None))
@@ -184,14 +187,14 @@ class SmoaConfig(PeftConfig):
             shape: (out_features, in_features). K is limited by its smaller side, unless `num_blocks_pattern` names the
                 module.
         """
-        given: int | None = _by_pattern(self.num_blocks_pattern, module, None)
+        given: int | None = by_pattern(self.num_blocks_pattern, module, None)
         if given is not None:
             return given
         return self.num_blocks if shape is None else min(self.num_blocks, *shape)
 
     def rank_of(self, module: str, shape: Shape | None = None) -> int:
         """Total rank of a module: that of as many blocks as it has, each of the rank that it would have among all."""
-        r: int = _by_pattern(self.rank_pattern, module, self.r)
+        r: int = by_pattern(self.rank_pattern, module, self.r)
         own, whole = self.num_blocks_of(module, shape), self.num_blocks_of(module)
         return r // whole * own + min(r % whole, own)
 
@@ -201,7 +204,7 @@ class SmoaConfig(PeftConfig):
 
     def alpha_of(self, module: str, r: int, shape: Shape | None = None) -> float:
         """The alpha by which ΔW of a module is scaled as alpha / r. For use_rslora it is alpha·√(r·K)."""
-        alpha: float | None = _by_pattern(self.alpha_pattern, module, self.alpha)
+        alpha: float | None = by_pattern(self.alpha_pattern, module, self.alpha)
         if self.use_rslora:
             K = self.num_blocks_of(module, shape)
             return (r / K if alpha is None else alpha) * math.sqrt(r * K)
@@ -228,7 +231,8 @@ def _init_with_known(self: SmoaConfig, *args: Any, **given: Any) -> None:
 SmoaConfig.__init__ = _init_with_known  # type: ignore[method-assign]
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that a module's name matches, as PEFT matches them."""
     return patterns.get(get_pattern_key(list(patterns), module), default)
 
 

@@ -33,6 +33,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.base import taking_over
+from smoa.files.names import PREFIX
 from smoa.layers.layer import around_adapters, smoa_layers
 
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "repo_type")
@@ -167,14 +168,23 @@ def incoming() -> AdapterFile | None:
 
 @contextmanager
 def door(
-    source: str | os.PathLike[str] | None, config: object = None, read: bool = False, **options: Any
+    source: str | os.PathLike[str] | None,
+    config: object = None,
+    read: bool = False,
+    tensors: dict[str, Tensor] | None = None,
+    **options: Any,
 ) -> Iterator[AdapterFile | None]:
     """Check a saved adapter, found as by `find_adapter`, and return it from `incoming()` within the block.
 
-    Without a source the adapter is not in files. One on the Hub is found when `incoming()` is called first.
+    Without a source the adapter is not in files, but perhaps in `tensors`. One on the Hub is found when `incoming()` is
+    called first.
     """
     place, known = None if source is None else Path(source, options.get("subfolder", "")), _INCOMING.get()
-    if source is None or place is None:
+    if tensors is not None:  # by the names of files, or without what PEFT puts before them
+        named = {key if key.startswith(PREFIX) else PREFIX + key: each.cpu() for key, each in tensors.items()}
+        own = AdapterFile(Path("adapter_state_dict"), named, bool(options.get("skips")))
+        known = own.path, lambda: own
+    elif source is None or place is None:
         known = None
     elif known is None or known[0] != place:  # or one loader calls another
         known = place, cache(partial(find_adapter, source, config, read, **options))
@@ -272,7 +282,8 @@ def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
         config = given.get("config") or given.get("peft_config") or loaded.get(given.get("adapter_name"))
         # `from_pretrained` calls `load_adapter` too, for an adapter that it has made, perhaps by a config it was given
         old = None if _INCOMING.get() is not None else loaded.get(given.get("adapter_name"))
-        with door(place, config, checks_nothing, skips=skips, **options) as file:
+        tensors = given.get("adapter_state_dict") if isinstance(config, SmoaConfig) else None
+        with door(place, config, checks_nothing, tensors, skips=skips, **options) as file:
             over: AbstractContextManager[None] = nullcontext()
             if isinstance(old, SmoaConfig) and place is not None and not checks_nothing:
                 over = taking_over(old, _alike(old, place, given.get("adapter_name"), options))

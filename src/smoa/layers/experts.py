@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -138,14 +138,17 @@ class ParamWrapper(SmoaLayer):
     @contextmanager
     def _standing_in(self, active: list[str]) -> Iterator[None]:
         """Put a stand-in into the parameter's place, which an attribute of the same name shadows."""
-        attributes, thread = self.get_base_layer().__dict__, threading.get_ident()
+        base, thread = self.get_base_layer(), threading.get_ident()
+        attributes = base.__dict__
+        is_compiled = base._compiled_call_impl is not None or "forward" in attributes  # without the stand-in, unguarded
         gather(self, *self.smoa_A)
         self._in_call[thread] = {name: self.stack(name) for name in active}
         with _LOCK:
             name = self.parameter_name
             attributes[name] = StandIn(name, self.stored_weight, self.layout, self.added_output)
         try:
-            yield
+            with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+                yield
         finally:
             with _LOCK:
                 del self._in_call[thread]

@@ -73,13 +73,11 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
     """G, if the layer has a stack of matrices W."""
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
     other_param_names: tuple[str, ...] = (
-        "adapters",
-        "scaling",
-        "smoa_dropout",
-        "smoa_row_labels",
-        "smoa_col_labels",
-        "smoa_block_scale",
+        *("adapters", "scaling", "smoa_dropout"),
+        *("smoa_row_labels", "smoa_col_labels", "smoa_block_scale"),
     )
+    cast_input_dtype_enabled = True
+    """What `peft.helpers.disable_input_dtype_casting` switches; factors keep a dtype of their own all the same."""
 
     def __init__(
         self,

@@ -23,8 +23,8 @@ from smoa.maths.blocks import slices
 from smoa.maths.factors import Factors, split_rank
 
 Combination = Literal["cat", "linear"]
-ALIKE = ("num_blocks", "modulation", "target_modules", "target_parameters", "ensure_weight_tying")
-"""Settings that adapters must share to be combined."""
+ALIKE = ("num_blocks", "modulation", "ensure_weight_tying")
+"""Settings that adapters must share to be combined; their layers too, whatever names them (`check_layer`)."""
 
 
 def check_combination(

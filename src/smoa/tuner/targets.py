@@ -14,10 +14,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.integrations import gather_params_ctx
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from smoa.config import Shape, SmoaConfig
+from smoa.config import Shape, SmoaConfig, by_pattern
 from smoa.errors import ConfigError, SmoaError, UnsupportedModuleError, first_of, named
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.layers.experts import ParamWrapper
@@ -79,6 +80,9 @@ def survey_targets(
         raise type(problems[0])("; ".join(map(str, problems)))
     if not loads_labels:
         _report_narrow(shapes, config)
+        unmatched = [key for key in config.num_blocks_pattern if not any(by_pattern({key: key}, n, "") for n in shapes)]
+        if unmatched:
+            warnings.warn(f"num_blocks_pattern: {first_of(unmatched)} matches no target", stacklevel=2)
     return targets
 
 
@@ -140,6 +144,8 @@ def _refusal(name: str, base: nn.Module, kind: Kind | None, model: nn.Module) ->
         return f"supported are {SUPPORTED}"
     if isinstance(base, NonDynamicallyQuantizableLinear):
         return "MultiheadAttention uses its weight without calling it, so an adapter would do nothing"
+    if _in_copy(name, model):
+        return "an adapter has it in modules_to_save, where no save would find what is added to it"
     parent = model.get_submodule(name.rpartition(".")[0])
     if torch.backends.mha.get_fastpath_enabled() and isinstance(parent, nn.TransformerEncoderLayer):
         return (
@@ -147,6 +153,12 @@ def _refusal(name: str, base: nn.Module, kind: Kind | None, model: nn.Module) ->
             "torch.backends.mha.set_fastpath_enabled(False) first"
         )
     return kind.refusal(base)
+
+
+def _in_copy(name: str, model: nn.Module) -> bool:
+    """Whether a module is one that another adapter has in `modules_to_save`, or its original."""
+    owners = [name[:place] for place, letter in enumerate(name) if letter == "."]
+    return any(isinstance(model.get_submodule(owner), ModulesToSaveWrapper) for owner in owners)
 
 
 def _leave_out(config: SmoaConfig, model: nn.Module) -> None:
@@ -158,8 +170,12 @@ def _leave_out(config: SmoaConfig, model: nn.Module) -> None:
             if _refusal(name, base, kind_and_backend(base, model)[0], model) is not None:
                 left_out[name] = base
     config.target_modules = set(config.target_modules or []) - left_out.keys()  # type: ignore[assignment]
-    # nobody takes a projection of MultiheadAttention for a layer
-    told = {n: type(b).__name__ for n, b in left_out.items() if not isinstance(b, NonDynamicallyQuantizableLinear)}
+    # nobody takes a projection of MultiheadAttention for a layer, nor a copy
+    told = {
+        n: type(b).__name__
+        for n, b in left_out.items()
+        if not isinstance(b, NonDynamicallyQuantizableLinear) and not _in_copy(n, model)
+    }
     if told:
         warnings.warn(
             f"target_modules='all-linear' leaves out {first_of([*told])}: SMoA can't adapt a "

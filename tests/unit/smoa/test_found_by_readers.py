@@ -5,15 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from smoa import SmoaConfig
+from smoa import AdapterFileError, SmoaConfig, UnsupportedModuleError
 from smoa.hotswap import hotswap_adapter
 from smoa.layers.route import route_of
 from smoa.maths.kernels import one_product
 from tests.support import tiny_models
-from tests.support.layers import adapted_layer, factors, take_route
+from tests.support.layers import adapted_layer, factors, smoa_layers, take_route
+from tests.support.tiny_mixtures import EXPERTS, build_mixture, tokens
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -97,3 +100,76 @@ def test_a_slot_that_took_an_adapter_of_another_scale_is_saved_and_loaded_again(
     again = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "again").eval()
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_experts_that_are_compiled_by_themselves_are_adapted_after_a_call_without_adapters(implementation: str) -> None:
+    torch.compiler.reset()
+    base: Any = build_mixture("qwen3_moe")
+    base.set_experts_implementation(implementation)
+    model = get_peft_model(base, config(target_modules=[], target_parameters=EXPERTS)).eval()
+    with torch.no_grad():
+        expected = model(tokens()).logits
+        experts: list[Any] = [each for name, each in base.named_modules() if type(each).__name__ == "Qwen3MoeExperts"]
+        for each in experts:
+            each.compile(backend="eager")
+        with model.disable_adapter():
+            assert not torch.allclose(model(tokens()).logits, expected, atol=1e-3)
+        torch.testing.assert_close(model(tokens()).logits, expected)
+    model(tokens()).logits.square().mean().backward()
+    assert all(part.grad is not None for layer in smoa_layers(model).values() for part in factors(layer))
+
+
+def test_tensors_that_transformers_is_given_are_checked_as_a_file_is() -> None:
+    saved = get_peft_model_state_dict(get_peft_model(tiny_models.build("llama"), config()))
+    another = tiny_models.build("llama")
+    for parameter in another.parameters():
+        parameter.data *= 2
+    with pytest.raises(AdapterFileError, match="adapter_state_dict: the adapter was trained on another base"):
+        another.load_adapter(peft_config=config(), adapter_state_dict=dict(saved))
+    labels = {name: tensor for name, tensor in saved.items() if "labels" not in name}
+    with pytest.raises(AdapterFileError, match=r"adapter_state_dict: the adapter file lacks \d+ tensor"):
+        tiny_models.build("llama").load_adapter(peft_config=config(), adapter_state_dict=labels)
+    model = tiny_models.build("llama")
+    model.load_adapter(peft_config=config(), adapter_state_dict=dict(saved))
+    assert len(smoa_layers(model)) == len(saved) // 5
+
+
+def test_what_a_pattern_of_blocks_does_not_match_is_told() -> None:
+    with pytest.warns(UserWarning, match="num_blocks_pattern: q_prj matches no target"):
+        get_peft_model(tiny_models.build("llama"), config(num_blocks_pattern={"q_prj": 4, "v_proj": 4}))
+
+
+def test_loras_names_set_what_they_mean_after_the_config_is_made_too() -> None:
+    own: Any = config()
+    own.lora_alpha, own.lora_dropout = 64, 0.5
+    assert (own.alpha, own.smoa_dropout) == (64, 0.5)
+
+
+def test_pefts_helper_that_stops_casts_of_inputs_takes_the_model() -> None:
+    model = get_peft_model(tiny_models.build("llama"), config())
+    with disable_input_dtype_casting(model):
+        model(**tiny_models.batch("llama"))
+
+
+def test_a_copy_that_another_adapter_trains_is_no_target() -> None:
+    model = get_peft_model(tiny_models.build("llama"), config(modules_to_save=["lm_head", "mlp"]), "one")
+    with pytest.raises(UnsupportedModuleError, match=r"original_module\.up_proj.*an adapter has it in modules_to_save"):
+        model.add_adapter("two", config(target_modules=["up_proj"]))
+    model.add_adapter("three", config(target_modules="all-linear"))
+    names = smoa_layers(model).keys()
+    assert not [name for name in names if "lm_head" in name or "mlp" in name]
+
+
+@pytest.mark.parametrize("route", ["one product", "blocks"])
+def test_a_frozen_adapter_costs_no_product_for_gradients_of_its_factors(route: Any) -> None:
+    layer = adapted_layer(nn.Linear(64, 48).requires_grad_(False), r=8, num_blocks=2, route=route)
+    x, costs, gradients = torch.randn(100, 64, requires_grad=True), list[int](), list[Tensor]()
+    for trains in (True, False):
+        layer.smoa_A.requires_grad_(trains), layer.smoa_B.requires_grad_(trains)  # type: ignore[operator,union-attr]
+        y = layer(x).square().sum()
+        with FlopCounterMode(display=False) as counter:
+            gradients += torch.autograd.grad(y, x)
+        costs.append(counter.get_total_flops())
+    assert torch.equal(*gradients)
+    assert costs[1] < costs[0]

@@ -108,7 +108,9 @@ class Branch:
 
     plain = staticmethod(plain_branch)
 
-    def backward(self, factors: Factors, g: Tensor, x: Tensor, anchor: Tensor, needs_x: bool) -> Gradients:
+    def backward(
+        self, factors: Factors, g: Tensor, x: Tensor, anchor: Tensor, needs_x: bool, trains: bool = True
+    ) -> Gradients:
         """Gradients for x (empty unless `needs_x`), A and B, from the diagonal blocks of gᵀx."""
         blocks, wide, dtype = factors.blocks, factors.wide(), product_dtype(x.dtype, x.device.type)
         sorted_x = sort_columns(blocks, x, blocks.orders.cols).to(dtype)
@@ -120,11 +122,12 @@ class Branch:
                 own_g = own_g.contiguous()
             beta = int(piece.skipped > 0)  # the first rows of a block overwrite, the others are added
             entries = diagonal_blocks(blocks, piece, anchor, reuses=True)
-            grad_delta = SCRATCH.take("grad_delta", piece.shape, own_x)
-            grad_delta = torch.bmm(own_g.mT, own_x, out=grad_delta).to(wide.dtype).mul_(entries)
-            piece.of_A(grad_A).baddbmm_(piece.of_B(wide.B).mT, grad_delta, beta=beta)
-            torch.bmm(grad_delta, piece.of_A(wide.A).mT, out=piece.of_B(grad_B))
-            del grad_delta  # before ΔW takes as much
+            if trains:
+                grad_delta = SCRATCH.take("grad_delta", piece.shape, own_x)
+                grad_delta = torch.bmm(own_g.mT, own_x, out=grad_delta).to(wide.dtype).mul_(entries)
+                piece.of_A(grad_A).baddbmm_(piece.of_B(wide.B).mT, grad_delta, beta=beta)
+                torch.bmm(grad_delta, piece.of_A(wide.A).mT, out=piece.of_B(grad_B))
+                del grad_delta  # before ΔW takes as much
             if needs_x:
                 piece.of_inputs(grad_x).baddbmm_(own_g, _delta(wide, piece, entries, dtype), beta=beta)
         if needs_x:

@@ -216,8 +216,10 @@ class OneProduct:
     def plain(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, plain_effective(factors, weight).to(x.dtype), bias)
 
-    def backward(self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> Gradients:
-        _, grad_A, grad_B = Branch().backward(factors, g, x, weight, False)
+    def backward(
+        self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool, trains: bool = True
+    ) -> Gradients:
+        grad_A, grad_B = Branch().backward(factors, g, x, weight, False)[1:] if trains else (None, None)
         if not needs_x:
             return None, grad_A, grad_B
         dtype = product_dtype(x.dtype, x.device.type)

@@ -92,6 +92,7 @@ CASTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*has factors and no labels of their blocks:UserWarning")
 @pytest.mark.parametrize("partition", ["spectral", "random"])
 def test_a_checkpoint_of_blocks_that_were_not_decided_yet_leaves_them_to_be_decided(
     partition: str, monkeypatch: pytest.MonkeyPatch
