@@ -9,7 +9,7 @@ USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON = $(shell for p in $(CANDIDATES); do "$$p" -c '$(USABLE)' >/dev/null 2>&1 && echo "$$p" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types unit versions coverage docs serve-test fuzz states soak matrix peft-suite peft-short dist format figures clean
+.PHONY: help demo test test-slow lint types unit versions coverage docs serve-test fuzz states architectures soak matrix peft-suite peft-short dist format figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,9 @@ fuzz: $(VENV)/.dev-installed  ## load 10,000 mutated adapter folders, for 20 min
 
 states: $(VENV)/.dev-installed  ## let a machine draw lives of adapters and compare them with an oracle, for 15 minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.states
+
+architectures: $(VENV)/.dev-installed  ## adapt a tiny model of each causal language model that transformers has, for 8 minutes
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.architectures
 
 soak: $(VENV)/.dev-installed  ## 2,000 life cycles of an adapter: memory does not grow, weights stay the same
 	$(BIN)/python -m tests.soak
