@@ -18,8 +18,20 @@ from smoa.errors import PartitionError
 from smoa.layers.kept import snapshot_of
 from smoa.maths.blocks import Blocks, Orders, ascend, block_sizes, check_num_blocks
 from smoa.maths.factors import Factors, init_factors, saved_shapes, split_rank
+from smoa.maths.kernels.autograd import is_transformed
 from smoa.maths.kernels.blocks import SCRATCH, Branch, block_deltas, product_dtype
-from smoa.maths.kernels.shared import MOST_ON_GPU, Diagonal, Gathered, _pieces, add_shared, formed, gathered, shared
+from smoa.maths.kernels.shared import (
+    FEW_PRODUCTS,
+    MOST_ON_GPU,
+    Diagonal,
+    Gathered,
+    _pieces,
+    add_shared,
+    formed,
+    gathered,
+    prefers_shared,
+    shared,
+)
 from smoa.maths.spectrum import make_partition
 from tests import reference
 from tests.support.layers import ROUTES, adapted_layer, base_layer, factors, oracle_output
@@ -304,6 +316,8 @@ def test_a_call_with_fake_tensors_changes_nothing_for_later_ones(route: str, dty
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, snapshot_of([copied]):
             for fake in (mode.from_tensor(x), x):
                 assert layer(fake).shape == copied(fake).shape == (7, 220)
+            known = mode.from_tensor(x)
+        assert is_transformed(known), "outside its mode too"
         assert torch.equal(layer(x), expected)
     assert torch.equal(copied(x), layer(x))
     assert not any(isinstance(tensor, FakeTensor) for tensor in [*SCRATCH.buffers.values(), *copied.buffers()])
@@ -424,6 +438,12 @@ def test_many_adapters_start_no_more_operations_than_one() -> None:
             add_shared(torch.zeros_like(x), x, given, diagonal_of(own[0]))
         counts.append(len(profile.function_events))
     assert counts[0] == counts[1]
+
+
+def test_a_backward_takes_all_tokens_at_once_so_that_many_are_not_shared_at_rank_1_either() -> None:
+    many = FEW_PRODUCTS + 1
+    found = [prefers_shared(rank, many, trains) for rank, trains in ((1, False), (1, True), (2, False))]
+    assert found == [True, False, False]
 
 
 def test_a_gpu_takes_a_long_prompt_in_pieces_that_its_memory_holds() -> None:
