@@ -83,7 +83,13 @@ def test_the_labels_of_a_model_adapted_on_the_meta_device_are_decided_once_weigh
         assert (partition.row_labels.tolist(), partition.col_labels.tolist()) == expected
 
 
+def as_fsdp1(layer: Any) -> None:
+    scale = layer.smoa_block_scale["default"]
+    scale.data = scale.bfloat16()
+
+
 CASTS = {
+    "in place, as FSDP1 does": as_fsdp1,
     "half": lambda layer: layer.half(),
     "bfloat16 and back": lambda layer: layer.bfloat16().float(),
     "to": lambda layer: layer.to(torch.bfloat16),

@@ -159,6 +159,12 @@ def test_values_and_gradients_of_a_lookup_are_the_oracles(
         assert_close(own, wanted)
 
 
+def test_the_factors_of_a_table_start_as_large_as_loras_for_the_columns_that_a_token_uses() -> None:
+    config = SmoaConfig(r=64, num_blocks=4, target_modules=["layer"])
+    layer = get_peft_model(Wrapper(nn.Embedding(17, 200)), config).base_model.model.layer
+    assert factors(layer)[0].detach().var().item() == pytest.approx(4, rel=0.05)
+
+
 @pytest.mark.parametrize("shape", [(), (2, 3, 2), (2, 0)])
 def test_tokens_of_any_shape(shape: tuple[int, ...]) -> None:
     layer = adapted_table()

@@ -26,6 +26,14 @@ whole_runs = pytest.mark.parametrize("pieces", ["whole"], indirect=True)  # comp
 MODULATIONS = ["hadamard", "none"]
 
 
+def test_a_compiled_model_forms_the_weight_in_training_and_not_to_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = adapted_layer(base_layer(13, 11), r=4, num_blocks=2), torch.randn(1, 11, dtype=torch.float64)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert layer.fits_one_product(x, "default")
+    with torch.no_grad():
+        assert not layer.fits_one_product(x, "default")
+
+
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)], ids=["1-D", "2-D", "4-D"])
 @pytest.mark.parametrize(
     ("route", "modulation"), [("one product", "hadamard"), ("apart", "hadamard"), ("apart", "none")]

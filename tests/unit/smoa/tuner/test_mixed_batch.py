@@ -37,6 +37,18 @@ def test_a_mixed_batch_gives_what_each_adapter_gives_alone(
 
 
 @torch.no_grad()
+def test_adapters_of_other_blocks_take_a_product_of_their_own(tiny_llama: PreTrainedModel) -> None:
+    model, alone = adapted(tiny_llama, partition="random"), []
+    torch.manual_seed(1)
+    add_adapter(model, "other", partition="random")
+    for name in (names := ["default", "other", "default"]):
+        model.set_adapter(name)
+        alone.append(logits(model))
+    for i, mixed in enumerate(logits(model, adapter_names=names)):
+        assert_close(mixed, alone[i][i])
+
+
+@torch.no_grad()
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
 def test_a_mixed_batch_trains_tokens_of_a_head_in_the_rows_of_their_adapter_only() -> None:
     model = adapted(tiny_models.build("gemma3"), target_modules=["lm_head"], trainable_token_indices=[3, 5])
