@@ -135,8 +135,11 @@ def described_base(source: str) -> NamedBase:
     return NamedBase(text, packaged.hub_id, name, f"{packaged.file} of the package {packaged.package}")
 
 
-DECIDING = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
-"""Endings of the files of a model's folder that decide what it computes."""
+DECIDING = (
+    *("*.safetensors", "pytorch_model*.bin", "*.index.json", "*config.json", "*.py", "*.jinja", "chat_template*.json"),
+    *("tokenizer*.json", "*tokens*.json", "*vocab*.json", "*vocab*.txt", "merges.txt", "*.model"),
+)
+"""Names of the files of a model's folder that decide what it computes."""
 
 
 def load_weights(
@@ -242,7 +245,7 @@ def base_content(wanted: ModelSection) -> str:
     folder = Path(source)
     if not folder.is_dir():
         return str(base_config(wanted)._commit_hash)
-    own = sorted(file for file in folder.iterdir() if file.suffix in DECIDING and file.is_file())
+    own = sorted(file for file in folder.iterdir() if any(map(file.match, DECIDING)) and file.is_file())
     files = [folder / gguf_file] if gguf_file else own
     return sha256(" ".join(f"{file.name} {_kept_content(file)}" for file in files).encode()).hexdigest()
 

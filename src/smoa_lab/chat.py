@@ -10,7 +10,7 @@ import typer
 from jinja2 import TemplateError
 from transformers import TextStreamer
 
-from smoa.errors import DataError, nearest
+from smoa.errors import DataError, SmoaError, nearest
 from smoa_lab.base_models import positions_of, to_device
 from smoa_lab.basics.folders import free_name
 from smoa_lab.config.methods import base_lost
@@ -58,6 +58,8 @@ class Chat:
         self.name = self.adapter or BASE
         """Who answers."""
         self.is_terminal, self.max_new_tokens, self.temperature = is_terminal, max_new_tokens, temperature
+        self.refused = False
+        """Whether a line was."""
         self.prompt: list[dict[str, str]] = []
         self.turns: list[dict[str, str]] = []
         self.pieces: list[str] = []  # of the answer that is being written
@@ -72,6 +74,15 @@ class Chat:
     def say(self, note: str) -> None:
         """Show a note, which is no part of an answer."""
         typer.secho(note, dim=self.is_terminal or None, err=not self.is_terminal)
+
+    def refuse(self, line: str, error: SmoaError) -> None:
+        """Say why a line isn't answered. In a pipe a text's answer is then empty, so that later ones keep their
+        places."""
+        self.say(f"error: {error}")
+        self.refused = True
+        is_command = line.startswith("/") and [*line[1:].split(), ""][0] in COMMANDS
+        if not (self.is_terminal or is_command):
+            typer.echo("\n")
 
     def respond(self, line: str) -> None:
         """Answer a message, or run a command, which begins with a slash; ``/quit`` raises EOFError."""

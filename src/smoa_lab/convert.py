@@ -61,11 +61,13 @@ def convert_run(
     folder = RunFolder(Path(place))
     config = open_run(place, base=base)[0] if score and folder.finished else None
     held_out: Evaluation | None = None
+    losses: list[Losses] = []
     if config is not None:
         run = load_run(config, trains=False)
         held_out, _ = run.evaluation(answers=False, folder=folder)
-        held_out.measure(run.base, "before")
-        held_out.measure(with_saved_adapter(run.base, source), "after")
+        if held_out.rows:
+            losses.append(held_out.measure_once(run.base).losses)
+            losses.append(held_out.measure_once(with_saved_adapter(run.base, source)).losses)
         del run
     with new_folder(Path(output)) as written:
         options = {key: own for key, own in model_of(source, base).section.options.items() if key != "revision"}
@@ -75,9 +77,9 @@ def convert_run(
         with suppress(SmoaError, IndexError):  # of what is no language model, or has no tokenizer of its own
             share = verify(source, [str(written)], base=base)[-1].share
             store_share(written, 1.0 if share is None else share)
-        if config is not None and held_out is not None and held_out.rows:
+        if config is not None and held_out is not None and losses:
             lora = held_out.measure_once(with_saved_adapter(RunModel.of(config).load(), written)).losses
-            report["loss"] = _loss(held_out.measured["before"].losses, held_out.measured["after"].losses, lora)
+            report["loss"] = _loss(losses[0], losses[1], lora)
     return report
 
 

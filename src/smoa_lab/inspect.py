@@ -8,6 +8,7 @@ of ΔW, with the rest of ΔW taken as zero.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -24,12 +25,18 @@ from smoa.errors import MergeError
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import Blocks
 from smoa.maths.spectrum import decomposition_device
+from smoa_lab.merge import weight_of
 from smoa_lab.open_run import adapter_of_run, model_of, with_saved_adapter
 from smoa_lab.pages.tables import Cell, Table
+
+logger = logging.getLogger(__name__)
 
 TOO_FAR = {"relative_update": 0.06, "relative_spectral_norm": 0.2}
 """Figures from which a layer is marked: in studies/retention-pilot and -seeds a layer exceeded one of them in all
 runs that forgot more than 0.15 nats of the first task, and in no other run."""
+
+NOT_SHOWN = ("bias", "modules_to_save", "trainable_token_indices")
+"""Settings by which an adapter trains more than matrices."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,11 @@ def inspect_layers(adapter: str | Path, base: str | None = None) -> list[LayerRe
     """A report on every adapted layer, in the model's order."""
     source = adapter_of_run(adapter)
     adapted = with_saved_adapter(model_of(source, base).load(), source)
-    method = adapted.active_peft_config.peft_type.value.lower()
+    config: Any = adapted.active_peft_config
+    others = [key for key in NOT_SHOWN if getattr(config, key, None) not in (None, [], {}, "none")]
+    if others:
+        logger.warning("%s: what it trained by %s is not shown", source, ", ".join(others))
+    method = config.peft_type.value.lower()
     layers = list(adapted_layers(adapted.base_model.model))
     if not layers:
         raise MergeError(f"{source}: {method} changes no weight matrix of a layer, so there is no ΔW to show")
@@ -145,7 +156,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers in which a matrix is changed, by their paths, in the model's order."""
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            weight = getattr(module.get_base_layer(), "weight", None)
+            weight = weight_of(module)
             if isinstance(module, SmoaLayer) or (isinstance(weight, Tensor) and weight.ndim > 1):
                 yield path, module
 
@@ -154,7 +165,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def weights_and_updates(path: str, module: Any, adapter: str) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Every matrix that the adapter changes in a layer: its name, W, dequantized if it is quantized, and ΔW, in
     float32. A layer has one, named as the layer, a convolution (out, in · kernel); experts have one for each expert or,
-    with gate and up, two.
+    with SMoA on gate and up, two.
 
     Of other methods ΔW is what a merge adds to W, computed in float64: HiRA's ``get_delta_weight`` is the factor that W
     is multiplied with, and DoRA's leaves its magnitudes out.
@@ -165,12 +176,22 @@ def weights_and_updates(path: str, module: Any, adapter: str) -> Iterator[tuple[
             yield name, weight.float(), update.delta(weight).float()
         return
     merged = deepcopy(module).double()
-    before = merged.get_base_layer().weight.clone()
+    before = weight_of(merged).clone()
     try:
         merged.merge(adapter_names=[adapter])
     except (NotImplementedError, ValueError) as error:
         raise MergeError(f"{path}: ΔW is what a merge adds, and PEFT can't merge this method: {error}") from error
-    yield path, before.flatten(1).float(), (merged.get_base_layer().weight - before).flatten(1).float()
+    weight, update = before.float(), (weight_of(merged) - before).float()
+    if (parameter := getattr(module, "parameter_name", None)) is None:
+        yield path, weight.flatten(1), update.flatten(1)
+        return
+    name = f"{path.replace('.base_layer', '')}.{parameter}"
+    if weight.ndim == 2:
+        yield name, weight, update
+        return
+    if getattr(module.get_base_layer(), "is_transposed", False):  # (experts, in, out)
+        weight, update = weight.mT, update.mT
+    yield from ((f"{name}[{number}]", *pair) for number, pair in enumerate(zip(weight, update, strict=True)))
 
 
 def _reports(path: str, module: Any, adapter: str, method: str) -> Iterator[LayerReport]:

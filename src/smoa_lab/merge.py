@@ -257,14 +257,14 @@ def merge_in_memory(model: PreTrainedModel, adapter: Path, result: Merged) -> Pr
 
 def _merge_layer(name: str, layer: Any, merge: Any, result: Merged, *arguments: Any, **options: Any) -> None:
     """Merge a layer in float32, add to the result what rounding loses, and round."""
-    _weight(layer).data = _weight(layer).data.float()
-    before = _weight(layer).detach().clone()
+    weight_of(layer).data = weight_of(layer).data.float()
+    before = weight_of(layer).detach().clone()
     try:
         merge(*arguments, **options)
     except (ValueError, NotImplementedError) as error:
         raise MergeError(f"{name}: {error}") from error
-    result.add(name, before, _weight(layer).detach())
-    _weight(layer).data = _weight(layer).data.to(result.dtype)
+    result.add(name, before, weight_of(layer).detach())
+    weight_of(layer).data = weight_of(layer).data.to(result.dtype)
     del layer.merge  # a cycle, which would keep the layer and what it needs to unmerge
 
 
@@ -273,12 +273,12 @@ def layers_to_merge(adapted: Any) -> list[tuple[str, Any]]:
     tuner: Any = adapted.base_model
     layers: dict[int, tuple[str, Any]] = {}
     for name, module in tuner.model.named_modules():
-        if isinstance(module, tuner.tuner_layer_cls) and isinstance(_weight(module), Tensor):
-            layers.setdefault(id(_weight(module)) if getattr(module, "twins", ()) else id(module), (name, module))
+        if isinstance(module, tuner.tuner_layer_cls) and isinstance(weight_of(module), Tensor):
+            layers.setdefault(id(weight_of(module)) if getattr(module, "twins", ()) else id(module), (name, module))
     return list(layers.values())
 
 
-def _weight(layer: Any) -> Any:
+def weight_of(layer: Any) -> Any:
     """A layer's weight, or the parameter that it wraps."""
     return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
 
@@ -286,7 +286,7 @@ def _weight(layer: Any) -> Any:
 def untie(model: Any, layer: Any) -> None:
     """Give the layer a weight of its own if another module shares it, because the adapter changes only this layer."""
     base: nn.Module = layer.get_base_layer()
-    if getattr(layer, "twins", ()) or _weight(layer) is not getattr(base, "weight", None):
+    if getattr(layer, "twins", ()) or weight_of(layer) is not getattr(base, "weight", None):
         return
     users = [module for module in model.modules() if getattr(module, "weight", None) is base.weight]
     if len({id(module) for module in users} - {id(layer)}) > 1:

@@ -43,7 +43,9 @@ def open_run(
     is asked for as ``untouched``.
     """
     path = Path(place)
-    overrides = [*(overrides or []), *([] if base is None else [f"model.name={json.dumps(base)}"])]
+    overrides = list(overrides or [])
+    if base is not None:  # YAML would take the two halves into which JSON escapes an emoji as two characters
+        overrides.append(f"model.name={json.dumps(base, ensure_ascii=False)}")
     if path.is_file():
         return load_config(path, overrides), None
     folder = RunFolder(path)

@@ -211,15 +211,16 @@ def chat(
                 chat.say("/help lists the commands.")
             while True:
                 try:
-                    chat.respond(input(f"{chat.name}> " if chat.is_terminal else ""))
+                    line = input(f"{chat.name}> " if chat.is_terminal else "")
+                    chat.respond(line)
                 except SmoaError as error:
-                    chat.say(f"error: {error}")
+                    chat.refuse(line, error)
                 except KeyboardInterrupt:
                     if not chat.is_terminal:
                         raise
                     chat.say("\nInterrupted. /quit or Ctrl-D ends the chat.")
         except EOFError:
-            return
+            raise typer.Exit(chat.refused and not chat.is_terminal) from None
         except KeyboardInterrupt:  # while the model is loaded, and in a pipe: there is nothing to resume
             raise typer.Exit(130) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node
 
 from smoa.errors import ConfigError
+
+HASH = re.compile(r"\s*(#|[^\s'\"\[{#].*\s#)")
+"""An override such as ``data.train=my rows #2.jsonl``, of which YAML would leave out the end as a comment."""
 
 
 def _yaml() -> Any:
@@ -68,6 +72,6 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> None:
             if not isinstance(block, dict):
                 raise ConfigError(f"{override!r}: {parent} is not a block of keys")
         try:
-            block[last] = _yaml().load(value)
+            block[last] = value if HASH.match(value) else _yaml().load(value)
         except (YAMLError, ValueError):
             block[last] = value

@@ -30,9 +30,11 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         raise ConfigError(f"data.template: {name} has {lacking}; use alpaca, which needs none")
     tokenizer.chat_template = template
     try:
-        tokenizer.apply_chat_template(GREETING, tokenize=False)
+        told = str(tokenizer.apply_chat_template(GREETING, tokenize=False))
     except (TemplateError, TypeError) as error:
         raise ConfigError(f"data.template: {name} cannot be used: {error}; correct it, or name another") from error
+    if told.count(GREETING[0]["content"]) < len(GREETING):
+        raise ConfigError(f"data.template: {name} leaves out what is said, where that is plain text; name another")
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:

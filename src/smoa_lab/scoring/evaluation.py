@@ -60,6 +60,15 @@ CHANGES_LOSS: dict[str, tuple[Any, ...]] = {
 """Keys of TRL's DPO that make another loss of these, and the values that don't."""
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 """Without what a model's generation config may have for sampling alone."""
+LIKELIEST: dict[str, Any] = {
+    **GREEDY,
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "stop_strings")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "max_time", "guidance_scale")),
+    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config")),
+    **dict.fromkeys(("min_length", "no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("num_beams", "num_return_sequences", "repetition_penalty"), 1),
+}
+"""Nor what else it may have that makes an answer another one than the likeliest token each time."""
 
 
 def changes_loss(training: Mapping[str, Any]) -> list[str]:
@@ -347,7 +356,7 @@ class Forgetting:
 def continue_prompts(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], new_tokens: int, batch_size: int = 8
 ) -> list[str]:
-    """What the model writes after each prompt's token ids, in order, greedily.
+    """What the model writes after each prompt's token ids, in order, greedily, whatever its generation config says.
 
     Prompt and answer fit the model's positions, at most half of which the answer gets: a prompt that is too long for
     that loses its head.
@@ -372,9 +381,9 @@ def continue_prompts(
             written = model.generate(
                 **left_padded(batch, pad, next(model.parameters()).device),
                 max_new_tokens=new_tokens,
-                do_sample=False,
                 pad_token_id=pad,
                 eos_token_id=ends_of(model, tokenizer),
+                **LIKELIEST,
             )
             answers = tokenizer.batch_decode(written[:, max(map(len, batch)) :], skip_special_tokens=True)
             texts.update(zip(numbers, map(str.strip, answers), strict=True))

@@ -10,17 +10,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from shlex import quote
-from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
 
 from smoa.atomic import write_whole
 from smoa_lab.basics.plain import finite
-from smoa_lab.data.answers import OWN, TITLES
+from smoa_lab.data.answers import ANSWERED, OWN, TITLES
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.tables import Cell, Table, counted, number, score_text
 from smoa_lab.pages.templates import Figure, commands, page
+from smoa_lab.scoring.losses import Losses
 from smoa_lab.study import study_charts
 from smoa_lab.study.decision import EQUAL, Budget
 from smoa_lab.study.metrics import METRICS, loss_of, read_metrics
@@ -154,15 +154,17 @@ def report(comparison: Progress) -> Report:
 
 
 def untouched_metrics(comparison: Progress) -> Metrics | None:
-    """Those of the base model, with what the user's metric makes of its answers by now; None before it is
-    scored."""
-    run = RunFolder(comparison.study.folder / "untouched")
+    """Those of the base model, with what the metric makes of its answers by now; None before it is scored."""
+    run, metric = RunFolder(comparison.study.folder / "untouched"), comparison.metric
     if not run.finished:
         return None
     metrics = read_metrics(run)
-    if comparison.metric == OWN:
-        scores = [row["scored_before"] for row in read_rows(run, OWN).values()]
-        metrics["evaluation"]["before"][OWN] = finite(fmean(scores))
+    if metric in ANSWERED:
+        values = [row["scored_before"] for row in read_rows(run, metric).values()]
+        found, scores = Losses(values, [1] * len(values)), metrics["evaluation"]["before"]
+        kept = {key: value for key, value in scores.items() if key.removesuffix("_stderr") not in ANSWERED}
+        now = {metric: finite(found.mean), f"{metric}_stderr": finite(found.stderr)}
+        metrics["evaluation"]["before"] = kept | now
     return metrics
 
 

@@ -53,6 +53,8 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
         from smoa_lab.training.sparse_trainer import SparseSFTTrainer  # here, since it imports TRL
 
         chosen = SparseSFTTrainer
+        if config.adapter.get("orth_reg_weight"):  # which AdaLoRA adds to the loss that the model computes
+            logger.warning("adapter.orth_reg_weight: does nothing on a CPU, where the loss is computed without it")
     settings: Any = run.base.config.get_text_config()
     routers = getattr(settings, "output_router_logits", None)
     patience, validates = config.early_stopping, str(config.training.get("eval_strategy", "no")) != "no"

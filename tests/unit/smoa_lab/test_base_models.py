@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from smoa_lab.base_models import (
     unpacked_folder,
     with_rate,
 )
+from smoa_lab.basics.folders import content_of
 from smoa_lab.config.run import ModelSection, check_config
 from smoa_lab.pages.card import NamedBase
 from tests.support import gguf_base, lab
@@ -143,8 +145,19 @@ def test_a_base_is_another_when_its_weights_are_and_the_same_with_other_notes(
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     wanted = ModelSection(name=str(lab.tiny_base(tmp_path)))
     before = base_content(wanted)
-    (tmp_path / "README.md").write_text("notes")
-    assert base_content(wanted) == before
+    own = sorted(file for file in tmp_path.iterdir() if file.is_file())
+    assert before == sha256(" ".join(f"{file.name} {content_of(file)}" for file in own).encode()).hexdigest()
+    for name in ("README.md", "all_results.json", "trainer_state.json", "notes.txt", "training_args.bin", "rows.jsonl"):
+        (tmp_path / name).write_text("notes")
+        assert base_content(wanted) == before
+    for name in (
+        *("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "spiece.model"),
+        *("chat_template.jinja", "chat_template.json", "pytorch_model.bin", "model.safetensors.index.json", "own.py"),
+        *("adapter_config.json", "preprocessor_config.json"),
+    ):
+        (tmp_path / name).write_text("decides")
+        assert base_content(wanted) != before
+        (tmp_path / name).unlink()
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     os.utime(weights, ns=(0, 0))

@@ -77,6 +77,18 @@ def test_what_is_kept_is_kept_of_the_gain_over_the_untouched_base(
     assert abs(report["loss"]["adapter"] - before) > 0.1
 
 
+def test_no_answers_are_written_for_a_metric_that_the_loss_does_not_need(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: Any) -> None:
+        raise AssertionError("an answer is written")
+
+    monkeypatch.setattr("smoa_lab.scoring.evaluation.continue_prompts", write)
+    values["data"]["metric"] = "exact"
+    report = convert_run(finished_run(values), tmp_path / "lora", 999)
+    assert report["loss"]["lora"] == pytest.approx(report["loss"]["adapter"], rel=1e-4)
+
+
 def test_the_lora_of_a_run_in_bfloat16_is_that_of_the_weights_which_verify_takes(
     values: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -177,6 +177,34 @@ def test_every_expert_is_reported_by_itself(tmp_path: Path) -> None:
     assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_the_experts_of_a_lora_are_reported_too(is_transposed: bool, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    build_mixture("gpt_oss" if is_transposed else "qwen3_moe").save_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    experts = model.model.layers[0].mlp.experts
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=EXPERTS, init_lora_weights=False)
+    before = {name: getattr(experts, name).detach().clone() for name in ("gate_up_proj", "down_proj")}
+    model = get_peft_model(model, config)
+    model.save_pretrained(adapter)
+    shown = {layer.module: layer for layer in inspect_layers(adapter, str(base)) if ".layers.0.mlp" in layer.module}
+    merged = model.merge_and_unload().model.layers[0].mlp.experts
+    assert len(shown) == 2 * len(before["down_proj"])
+    for name, weight in before.items():
+        delta = (
+            (getattr(merged, name).detach() - weight)[1].mT if is_transposed else (getattr(merged, name) - weight)[1]
+        )
+        found = shown[f"model.layers.0.mlp.experts.{name}[1]"]
+        assert (found.rows, found.columns, found.rank_bound) == (*delta.shape, 2)
+        assert found.rank == 2
+        assert found.relative_update == pytest.approx(float(delta.norm() / weight[1].norm()), rel=1e-4)
+
+
+def test_what_is_trained_beside_matrices_is_named(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reports(base, smoa_config(bias="all", trainable_token_indices=[3]))
+    assert "what it trained by bias, trainable_token_indices is not shown" in caplog.text
+
+
 def test_two_adapters_stand_beside_each_other_and_the_first_is_shown_in_detail(
     smoa: tuple[list[LayerReport], Any], lora: list[LayerReport]
 ) -> None:

@@ -67,6 +67,16 @@ def test_the_recorded_base_is_loaded_in_the_recorded_revision_and_another_is_not
     assert model_of(adapter, "another/base").section == ModelSection(name="another/base")
 
 
+def test_a_base_may_have_any_name(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("{model: {name: base}, data: {train: csqa-demo}, training: {}}")
+    for name in ("./modèle😀", 'a "b" #c', "null"):
+        config, _ = open_run(file, base=name)
+        assert config.model.name == name
+        file.write_text(config.to_yaml(), encoding="utf-8")
+        assert open_run(file)[0].model.name == name
+
+
 @pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # PEFT looks where the base was
 def test_another_model_of_the_bases_name_is_refused_unless_the_user_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -49,10 +49,18 @@ def test_a_pipe_gets_an_answer_for_each_line_of_text_and_nothing_else(base: Path
     assert done.stdout == f"{first}\n\n{second}\n\n"
 
 
+def test_a_line_that_is_refused_has_an_empty_answer_in_a_pipe_and_the_exit_code_tells(base: Path) -> None:
+    done = talk(base, "one", "/etc/hosts holds what?", "/", "x" * 10_000, "/base", "two")
+    assert done.exit_code == 1
+    first = answer(base, "one")
+    assert done.stdout == f"{first}\n\n" + "\n\n" * 3 + f"{answer(base, 'one', first.strip(), 'two')}\n\n"
+    assert done.stderr.count("error: ") == 4
+
+
 def test_commands_of_a_pipe_say_what_they_do_on_stderr(base: Path, mine: Path) -> None:
     done = talk(mine, "/base", "one", "/rest", "/quit", "two")
-    assert done.exit_code == 0
-    assert done.stdout == f"{answer(base, 'one')}\n\n"
+    assert done.exit_code == 1
+    assert done.stdout == f"{answer(base, 'one')}\n\n\n\n"
     notes = [line for line in done.stderr.splitlines() if "Loading weights" not in line]
     assert [note.partition(";")[0] for note in notes] == [
         "mine answers.",

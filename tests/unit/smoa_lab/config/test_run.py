@@ -224,6 +224,25 @@ def test_what_is_not_yaml_is_a_text_in_an_override() -> None:
     assert values == {"a": {"b": [1, 2], "c": "[1", "d": 0.001}}
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("my rows #2.jsonl", "my rows #2.jsonl"),
+        ("#1.jsonl", "#1.jsonl"),
+        ("#", "#"),
+        ("rows#1.jsonl", "rows#1.jsonl"),
+        ("'rows' # all", "rows"),
+        ('"my rows #2.jsonl"', "my rows #2.jsonl"),
+        ("[a, 'b #1']  # both", ["a", "b #1"]),
+        ("", None),
+    ],
+)
+def test_an_override_has_no_comment_unless_it_is_quoted(value: str, expected: Any) -> None:
+    values: dict[str, Any] = {}
+    apply_overrides(values, [f"data.train={value}"])
+    assert values == {"data": {"train": expected}}
+
+
 def test_a_method_of_peft_is_found_by_its_name_in_any_case() -> None:
     assert find_method("IA3").config_class is IA3Config
     assert find_method("DoRA") is find_method("dora")

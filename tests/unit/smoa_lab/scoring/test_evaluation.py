@@ -277,6 +277,23 @@ def test_a_text_ends_at_the_tokenizers_end_and_at_those_of_the_model() -> None:
     assert text == tokenizer.decode(first[0, -1:]).strip()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 3.0},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"no_repeat_ngram_size": 1},
+        {"bad_words_ids": [[token] for token in range(3, 60)]},
+        {"do_sample": True, "temperature": 2.0, "min_new_tokens": 12, "stop_strings": ["a"]},
+    ],
+)
+def test_answers_are_greedy_whatever_the_models_generation_config_says(settings: dict[str, Any]) -> None:
+    model, tokenizer = tiny_models.build("llama"), lab.byte_tokenizer()
+    plain = continue_prompts(model, tokenizer, [[3, 4], [5]], new_tokens=12)
+    model.generation_config.update(**settings)
+    assert continue_prompts(model, tokenizer, [[3, 4], [5]], new_tokens=12) == plain
+
+
 def test_a_prompt_that_leaves_no_positions_for_an_answer_loses_its_head(tmp_path: Path) -> None:
     model = GPT2LMHeadModel.from_pretrained(lab.tiny_gpt2(tmp_path, positions=32))
     tokenizer = lab.byte_tokenizer()

@@ -424,9 +424,13 @@ def test_a_metric_decides_and_another_scores_the_stored_answers_again_without_a_
     assert small["pairs"][0][:3] == ["ours", "lora", -0.25]
     assert list(results(by(study, "contains"))["lora"].values) == ["contains %", "loss"]
     ran = len(written.ran)
-    again = report(compared(by(study, "exact"))).summary["budgets"]["small"]
+    asked_again = report(compared(by(study, "exact")))
+    again = asked_again.summary["budgets"]["small"]
     assert (again["measure"], again["pairs"][0][2]) == ("exact %", -0.25)
     assert again["level"] == 0.005, "another metric is another look"
+    told = [made.summary["untouched"], asked_again.summary["untouched"]]
+    assert [{"exact", "contains"} & each.keys() for each in told] == [{"contains"}, {"exact"}]
+    assert ["right answers (exact)" in each.notes[0] for each in (made, asked_again)] == [False, True]
     assert len(written.ran) == ran
     for other in ("choice", None):
         with pytest.raises(ConfigError, match=r'shared\.data\.metric: "exact", now (null|"choice")'):

@@ -209,6 +209,16 @@ def test_processes_that_accelerate_does_not_count_don_t_train(
         make_trainer(load_run(config), config.peft_config())
 
 
+def test_a_setting_of_a_loss_that_a_cpu_computes_without_it_is_warned_of(
+    talks: Path, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = {"init_r": 2, "target_r": 1, "total_step": 9, "target_modules": ["q_proj"]}
+    for own, warned in (({}, False), ({"orth_reg_weight": 0.5}, True)):
+        config = rows_config(tmp_path, talks, base, method="adalora", adapter=adapter | own)
+        make_trainer(load_run(config), config.peft_config())
+        assert ("adapter.orth_reg_weight: does nothing on a CPU" in caplog.text) is warned
+
+
 @pytest.mark.parametrize("on_terminal", [True, False])
 def test_a_bar_follows_the_run_on_a_terminal_alone(on_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stream: Any = io.StringIO()
