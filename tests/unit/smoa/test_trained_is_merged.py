@@ -49,6 +49,13 @@ def test_a_model_in_training_gives_the_merged_ones_logits(dtype: torch.dtype, nu
     assert torch.equal(copy.deepcopy(model).merge_and_unload()(input_ids=ids).logits, logits)
 
 
+def test_nothing_is_recorded_for_training_while_adapters_are_merged() -> None:
+    model, ids = llama(torch.float32), tokens()
+    with smoa.merged(model):
+        assert not model(input_ids=ids).logits.requires_grad
+    assert model(input_ids=ids).logits.requires_grad
+
+
 @torch.no_grad()
 def test_under_autocast_too() -> None:
     model, ids = llama(torch.float32), tokens(4)

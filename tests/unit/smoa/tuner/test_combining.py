@@ -43,12 +43,15 @@ def test_concatenation_is_exact_with_any_weights(modulation: str, conv1d: bool, 
 
 
 @pytest.mark.parametrize(("combination", "normalized"), [("cat", {"scale": "layer"}), ("linear", {"scale": "block"})])
-def test_an_adapter_with_normalized_anchors_combines_exactly(combination: str, normalized: dict[str, object]) -> None:
+@pytest.mark.parametrize("weight", [0.5, -0.5])
+def test_an_adapter_with_normalized_anchors_combines_exactly(
+    combination: str, normalized: dict[str, object], weight: float
+) -> None:
     model = model_with({"r": 4} | normalized, {"r": 4})
-    model.add_weighted_adapter(["one"], [0.5], "scaled", combination_type=combination)
+    model.add_weighted_adapter(["one"], [weight], "scaled", combination_type=combination)
     assert model.peft_config["scaled"].scale == "paper"
     layer = layer_of(model)
-    assert_close(layer.delta("scaled"), 0.5 * layer.delta("one"))
+    assert_close(layer.delta("scaled"), weight * layer.delta("one"))
     assert layer.adapters["scaled"].r == 4
     assert (layer.derived("one").block_scale != 1).all()
     assert (layer.derived("scaled").block_scale == 1).all()

@@ -14,7 +14,7 @@ from tests.support.adapted_models import QV, adapted, add_adapter
 from tests.support.layers import adapted_layer, base_layer, oracle_output
 from tests.support.layers import add_adapter as add_layer_adapter
 from tests.support.tiny_models import logits
-from tests.support.tolerance import assert_close
+from tests.support.tolerance import assert_close, relative_error
 
 
 @pytest.mark.parametrize("settings", [{}, {"r": 30, "num_blocks": 20}], ids=["", "narrow v_proj"])
@@ -46,6 +46,20 @@ def test_adapters_of_other_blocks_take_a_product_of_their_own(tiny_llama: PreTra
         alone.append(logits(model))
     for i, mixed in enumerate(logits(model, adapter_names=names)):
         assert_close(mixed, alone[i][i])
+
+
+def test_a_weight_that_trains_gets_its_gradient_through_each_rows_adapter(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama)
+    add_adapter(model, "other")
+    names = ["default", "other", "default"]
+    weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad_(True)
+    mixed = model(**tiny_models.batch("llama"), adapter_names=names).logits
+    expected = torch.zeros_like(weight)
+    for i, name in enumerate(names):
+        model.set_adapter(name)
+        expected += torch.autograd.grad(model(**tiny_models.batch("llama")).logits[i].square().sum(), weight)[0]
+    found = torch.autograd.grad(mixed.square().sum(), weight)[0]
+    assert relative_error(found, expected) < 1e-5
 
 
 @torch.no_grad()
