@@ -137,7 +137,7 @@ def described_base(source: str) -> NamedBase:
 
 DECIDING = (
     *("*.safetensors", "pytorch_model*.bin", "*.index.json", "*config.json", "*.py", "*.jinja", "chat_template*.json"),
-    *("tokenizer*.json", "*tokens*.json", "*vocab*.json", "*vocab*.txt", "merges.txt", "*.model"),
+    *("tokenizer*.json", "*tokens*.json", "*vocab*.json", "*vocab*.txt", "merges.txt", "tekken.json", "*.model"),
 )
 """Names of the files of a model's folder that decide what it computes."""
 

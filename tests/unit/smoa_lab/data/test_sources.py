@@ -62,7 +62,8 @@ def test_a_folder_is_read_by_name_whatever_the_kinds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["test.jsonl", "Validation.csv", "dev.jsonl.gz", "test-00000-of-00001.parquet", "my_val2.json"]
+    "name",
+    ["test.jsonl", "Validation.csv", "dev.jsonl.gz", "test-00000-of-00001.parquet", "my_val2.json", "v1.dev.csv"],
 )
 def test_a_folder_with_held_out_rows_beside_others_is_refused(tmp_path: Path, name: str) -> None:
     written(tmp_path / name)
@@ -75,7 +76,7 @@ def test_a_folder_with_held_out_rows_beside_others_is_refused(tmp_path: Path, na
 
 
 def test_names_that_only_hold_such_a_word_are_read(tmp_path: Path) -> None:
-    for name in ("train.jsonl", "dev-tickets.jsonl", "latest.csv", "interval.json", "eval-of-staff.jsonl"):
+    for name in ("train.jsonl", "dev-tickets.jsonl", "latest.csv", "interval.json", "test.of-staff.jsonl"):
         written(tmp_path / name)
     assert len(list(read_rows(tmp_path))) == 10
 
