@@ -31,7 +31,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import quantization_config
+from transformers.utils import CONFIG_NAME, quantization_config
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from smoa.atomic import write_whole
 from smoa.errors import DataError
@@ -135,11 +136,8 @@ def described_base(source: str) -> NamedBase:
     return NamedBase(text, packaged.hub_id, name, f"{packaged.file} of the package {packaged.package}")
 
 
-DECIDING = (
-    *("*.safetensors", "pytorch_model*.bin", "*.index.json", "*config.json", "*.py", "*.jinja", "chat_template*.json"),
-    *("tokenizer*.json", "*tokens*.json", "*vocab*.json", "*vocab*.txt", "merges.txt", "tekken.json", "*.model"),
-)
-"""Names of the files of a model's folder that decide what it computes."""
+DECIDING = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
+"""Endings of the files of a model's folder that decide what it computes."""
 
 
 def load_weights(
@@ -244,8 +242,9 @@ def base_content(wanted: ModelSection) -> str:
     source, gguf_file = locate(wanted.name)
     folder = Path(source)
     if not folder.is_dir():
-        return str(base_config(wanted)._commit_hash)
-    own = sorted(file for file in folder.iterdir() if any(map(file.match, DECIDING)) and file.is_file())
+        with _explained(wanted):
+            return str(extract_commit_hash(cached_file(source, CONFIG_NAME, **places(wanted.options)), None))
+    own = sorted(file for file in folder.iterdir() if file.suffix in DECIDING and file.is_file())
     files = [folder / gguf_file] if gguf_file else own
     return sha256(" ".join(f"{file.name} {_kept_content(file)}" for file in files).encode()).hexdigest()
 

@@ -144,6 +144,7 @@ class Chat:
         )
         adapter: Any = self.model.disable_adapter() if name == BASE and self.adapter else nullcontext()
         options = {"do_sample": True, "temperature": self.temperature} if self.temperature else GREEDY
+        options = {**options, "num_beams": 1}  # a streamer takes one
         try:
             with scoring(self.model), adapter:
                 self.model.generate(

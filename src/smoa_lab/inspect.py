@@ -35,7 +35,7 @@ TOO_FAR = {"relative_update": 0.06, "relative_spectral_norm": 0.2}
 """Figures from which a layer is marked: in studies/retention-pilot and -seeds a layer exceeded one of them in all
 runs that forgot more than 0.15 nats of the first task, and in no other run."""
 
-NOT_SHOWN = ("bias", "modules_to_save", "trainable_token_indices")
+NOT_SHOWN = ("bias", "modules_to_save")
 """Settings by which an adapter trains more than matrices."""
 
 

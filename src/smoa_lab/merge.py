@@ -301,15 +301,17 @@ def _save_other_files(section: ModelSection, adapter: Path, folder: Path) -> Non
     if not base.is_dir():
         patterns = [*TOKENIZER, *COMPANIONS, *LEGAL]
         base = Path(snapshot_download(place, allow_patterns=patterns, **base_models.places(section.options)))
+    companions: tuple[str, ...] = COMPANIONS
     if any(adapter.glob("tokenizer*")):
         copy_tokenizer(adapter, folder)
+        if saved_chat_template(adapter) is not None:  # which a file of the base's would replace
+            companions = tuple(pattern for pattern in COMPANIONS if not pattern.startswith("chat_template"))
     elif gguf_file:
         base_models.load_tokenizer(section).save_pretrained(folder)
     else:
         _copy(base, folder, TOKENIZER)
     if not gguf_file:  # else the folder may be anybody's
-        has_template = saved_chat_template(folder) is not None  # which a file of the base's would replace
-        _copy(base, folder, (*COMPANIONS[has_template:], *LEGAL))
+        _copy(base, folder, (*companions, *LEGAL))
 
 
 def copy_tokenizer(adapter: Path, folder: Path) -> None:

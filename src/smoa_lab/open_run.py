@@ -51,12 +51,12 @@ def open_run(
     folder = RunFolder(path)
     if not folder.finished:
         raise ConfigError(f"{path}: is neither a config file nor the folder of a finished run (with metrics.json)")
-    is_older = "group" not in (ConfigText.read(folder.config).values.get("data") or {})  # each row stood for itself
-    config = load_config(folder.config, [*(["data.group=false"] if is_older else []), *overrides])
+    own = ConfigText.read(folder.config).values.get("data") or {}
+    known = ["data.group=false"] if "group" not in own else []  # an older run's: each row stood for itself
     template = folder.adapter / CHAT_TEMPLATE_FILE
-    if config.data.template and template.is_file() and not any(each.startswith("data.template=") for each in overrides):
-        data = config.data.model_copy(update={"template": str(template)})  # the config's file may have changed
-        config = config.model_copy(update={"data": data})
+    if own.get("template") and template.is_file():
+        known.append(f"data.template={json.dumps(str(template), ensure_ascii=False)}")  # its file may have changed
+    config = load_config(folder.config, [*known, *overrides])
     if config.method == "full" and not untouched:
         model = config.model.model_copy(update={"name": str(folder.adapter)})
         return config.model_copy(update={"model": model}), None

@@ -220,7 +220,7 @@ def chat(
                         raise
                     chat.say("\nInterrupted. /quit or Ctrl-D ends the chat.")
         except EOFError:
-            raise typer.Exit(chat.refused and not chat.is_terminal) from None
+            raise typer.Exit(int(chat.refused and not chat.is_terminal)) from None
         except KeyboardInterrupt:  # while the model is loaded, and in a pipe: there is nothing to resume
             raise typer.Exit(130) from None
 

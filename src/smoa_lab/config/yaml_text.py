@@ -72,6 +72,8 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> None:
             if not isinstance(block, dict):
                 raise ConfigError(f"{override!r}: {parent} is not a block of keys")
         try:
-            block[last] = value if HASH.match(value) else _yaml().load(value)
+            read = _yaml().load(value)
+            is_text = isinstance(read, str) or value.lstrip().startswith("#")
+            block[last] = value if is_text and HASH.match(value) else read
         except (YAMLError, ValueError):
             block[last] = value

@@ -116,14 +116,8 @@ class Encoder:
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
         own = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-        settings: list[Any] = [self.max_length, self.assistant_only, self.completion_only]
-        settings += [self.opening] if self.opening else []
+        settings = [self.max_length, self.assistant_only, self.completion_only]
         return [own, tokenizer.chat_template, self.marked_template, tokenizer.special_tokens_map, settings]
-
-    @property
-    def tells_the_day(self) -> bool:
-        """Whether the template may write today's date into a row."""
-        return "strftime_now" in str(self.tokenizer.chat_template)
 
     @cached_property
     def opening(self) -> tuple[str, str] | None:
@@ -131,9 +125,9 @@ class Encoder:
         thoughts of a model that thinks; None where that is the same."""
         question, answer = (Message(**turn) for turn in GREETING)
         try:
-            asked = str(self._apply([question], tokenize=False, add_generation_prompt=True))
-            trained = str(self._apply([question, answer], tokenize=False))
-        except (ConfigError, DataError):  # no template, or one that wants other turns
+            asked = self._text([question], add_generation_prompt=True)
+            trained = self._text([question, answer])
+        except DataError:  # it wants other turns
             return None
         before = trained[: trained.rfind(answer.content)]
         common = len(commonprefix([asked, before]))  # noqa: RUF071
@@ -156,7 +150,7 @@ class Encoder:
 
     def choices(self, row: Row) -> list[Tokens]:
         """The prompt with each choice, and without what ends the answer: whose likelihoods are compared."""
-        prompt = self._asked(_messages(row.prompt), row.choices[0])
+        prompt = self._asked(_messages(row.prompt), row.choices[row.label or 0])
         before = self._of_template(prompt)
         found = []
         for choice in row.choices:
@@ -201,12 +195,18 @@ class Encoder:
 
     def _asked(self, messages: Sequence[Message], answer: str) -> str:
         """The turns up to an answer, where a model goes on, with what stands there in training if the answer has it."""
-        text = str(self._apply(messages, tokenize=False, add_generation_prompt=True))
+        text = self._text(messages, add_generation_prompt=True)
         if self.opening is None:
             return text
         begun = text.removesuffix(self.opening[0]) + self.opening[1]
-        trained = str(self._apply([*messages, Message("assistant", answer)], tokenize=False))
-        return begun if trained.startswith(begun) else text
+        trained = self._text([*messages, Message("assistant", answer)])
+        is_begun = trained.startswith(begun) and trained[len(begun) :].lstrip().startswith(answer.strip())
+        return begun if is_begun else text
+
+    def _text(self, messages: Sequence[Message], **options: Any) -> str:
+        """The turns as the template trains them: by the one with marks, where the assistant's alone are trained."""
+        marked = {"chat_template": self.marked_template} if self.marked_template and self.assistant_only else {}
+        return str(self._apply(messages, tokenize=False, **marked, **options))
 
     def _turns(self, asked: Sequence[Message], said: Sequence[Message]) -> Tokens:
         messages = [*asked, *said]

@@ -12,7 +12,6 @@ import logging
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -206,7 +205,6 @@ class Reading:
             "format": self.format,
             "sizes": asdict(self.sizes),
             "encoder": self.encoder.state(),
-            **({"day": str(date.today())} if self.encoder.tells_the_day else {}),
             **({} if self.group is False else {"group": self.group}),
             **({"recall": True} if self.recall else {}),
         }

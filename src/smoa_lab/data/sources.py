@@ -23,8 +23,8 @@ Placed = tuple[str, dict[str, Any] | BadRow]
 """Where a row is, such as "chats.jsonl, row 12", and the row, or what keeps it from being one."""
 Numbered = Iterator[tuple[int, Any]]
 
-HELD_OUT = re.compile(r"(.*[-_. ])?(test|validation|valid|val|dev|eval)([-_. ]?\d[^.]*)?\.\w+(\.gz)?")
-"""Names of files with rows to hold out, such as the Hub's ``test-00000-of-00001.parquet``."""
+PART = re.compile(r"(.*[-_. ])?(train|training|test|testing|validation|valid|val|dev|eval|heldout)([-_. \d].*)?")
+"""Names of files of one part, such as the Hub's ``test-00000-of-00001.parquet``."""
 BATCH = 16
 """Rows of a Parquet file that are decoded at once."""
 
@@ -54,11 +54,12 @@ def files_of(place: Path) -> list[Path]:
             raise DataError(f"{place}: cannot read this kind of file; use one of {kinds}")
         if not files:
             raise DataError(f"{place}: no file in this folder is one of {kinds}; name a file, or add one")
-        held_out = [file.name for file in files if HELD_OUT.fullmatch(file.name.lower())]
-        if 0 < len(held_out) < len(files):
-            rule = "is named like held-out rows, and all files of a folder are used alike"
+        named = {file.name: found[2] for file in files if (found := PART.fullmatch(file.name.lower()))}
+        trained = [name for name, part in named.items() if part.startswith("train")]
+        if trained and len(trained) < len(named):
+            rule = f"is not named like {trained[0]}, and all files of a folder are used alike"
             remedy = "list the files to train on in data.train and those to hold out in data.test, each with its folder"
-            raise DataError(f"{place}: {first_of(held_out)} {rule}; {remedy}")
+            raise DataError(f"{place}: {first_of(sorted(named.keys() - {*trained}))} {rule}; {remedy}")
         for file in files:
             file.expanduser().open("rb").close()
     except OSError as error:

@@ -20,7 +20,7 @@ from smoa_lab.basics.plain import json_text, portable
 from smoa_lab.basics.section import Section
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import to_yaml
-from smoa_lab.data.answers import ANSWERED
+from smoa_lab.data.answers import ANSWERED, OWN
 from smoa_lab.pages.tables import Table, counted
 from smoa_lab.study.bounds import level_of
 from smoa_lab.study.search import STARTS, Chosen, rate_text
@@ -291,9 +291,11 @@ def other_config(known: dict[str, Any], config: RunConfig, is_untouched: bool) -
     return [key for key in {**old, **new} if key not in ignored and old.get(key) != new.get(key)]
 
 
-def other_inputs(planned: dict[str, str], found: dict[str, str]) -> list[str]:
-    """What is another than planned; an older plan knows less."""
-    return [what for key, what in INPUTS.items() if key in planned and planned[key] != found.get(key)]
+def other_inputs(study: Study, planned: dict[str, str], found: dict[str, str]) -> list[str]:
+    """What is another than planned; an older plan knows less, and only a metric of the user's
+    reads all fields of a row."""
+    read = [key for key in planned if key != "own" or study.shared.get("data", {}).get("metric") == OWN]
+    return [what for key, what in INPUTS.items() if key in read and planned[key] != found.get(key)]
 
 
 def other_metric(plan: Plan, study: Study) -> bool:

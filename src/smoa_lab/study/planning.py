@@ -128,7 +128,7 @@ def outlook(
 def _refuse_another(study: Study, plan: Plan, found: dict[str, str] | None = None) -> None:
     """Raise ConfigError if the plan is of another study, or of other inputs than were ``found``."""
     changed = changes(plan.study, study, plan.known)
-    changed += [f"{what} changed" for what in (other_inputs(plan.digests, found) if found is not None else ())]
+    changed += [f"{what} changed" for what in (other_inputs(study, plan.digests, found) if found is not None else ())]
     refuse(f"{study.folder}: contains a study that was planned otherwise", changed)
 
 
@@ -181,8 +181,7 @@ class Planner:
             logger.warning("Only %s chooses the rates, much by chance; give more", counted(rows, "validation row"))
         if self.seeds and found["groups"] < FEW_ROWS:
             logger.warning(few_rows(found["groups"], found["rows"]["test"]))
-        digests = {key: digest for key, digest in found["digests"].items() if key != "own" or scored_by}
-        return {**found, "digests": digests | scored_by}
+        return {**found, "digests": found["digests"] | scored_by}
 
     @property
     def seeds(self) -> list[int]:
@@ -297,7 +296,7 @@ class Planner:
             job_config, run = study.job_config(config, job), RunFolder(study.folder / job.name)
             if run.finished and (
                 other_config((known := read_metrics(run))["config"], job_config, True)
-                or other_inputs(digests, known["digests"])
+                or other_inputs(study, digests, known["digests"])
             ):
                 shutil.rmtree(run.path)  # of a start that was interrupted, before the file or the rows were edited
             metrics = self.execute(job, job_config)

@@ -235,7 +235,7 @@ class Progress:
         """The metrics of a job, if it is the one that was planned; else raises ConfigError."""
         config = self.config(job)
         changed = other_config(metrics["config"], config, job.is_untouched)
-        changed += other_inputs(self.plan.digests, metrics["digests"])
+        changed += other_inputs(self.study, self.plan.digests, metrics["digests"])
         if changed:
             found = f"was run with other values of {', '.join(sorted(changed))}"
             raise ConfigError(f"{self.study.folder / job.name}: {found}; move it away, or use a new folder")

@@ -1,11 +1,10 @@
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
-from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from smoa_lab.base_models import (
     unpacked_folder,
     with_rate,
 )
-from smoa_lab.basics.folders import content_of
 from smoa_lab.config.run import ModelSection, check_config
 from smoa_lab.pages.card import NamedBase
 from tests.support import gguf_base, lab
@@ -145,19 +143,8 @@ def test_a_base_is_another_when_its_weights_are_and_the_same_with_other_notes(
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     wanted = ModelSection(name=str(lab.tiny_base(tmp_path)))
     before = base_content(wanted)
-    own = sorted(file for file in tmp_path.iterdir() if file.is_file())
-    assert before == sha256(" ".join(f"{file.name} {content_of(file)}" for file in own).encode()).hexdigest()
-    for name in ("README.md", "all_results.json", "trainer_state.json", "notes.txt", "training_args.bin", "rows.jsonl"):
-        (tmp_path / name).write_text("notes")
-        assert base_content(wanted) == before
-    for name in (
-        *("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "spiece.model"),
-        *("chat_template.jinja", "chat_template.json", "pytorch_model.bin", "model.safetensors.index.json", "own.py"),
-        *("adapter_config.json", "preprocessor_config.json"),
-    ):
-        (tmp_path / name).write_text("decides")
-        assert base_content(wanted) != before
-        (tmp_path / name).unlink()
+    (tmp_path / "README.md").write_text("notes")
+    assert base_content(wanted) == before
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     os.utime(weights, ns=(0, 0))
@@ -168,16 +155,14 @@ def test_a_base_is_another_when_its_weights_are_and_the_same_with_other_notes(
     assert one != other
 
 
-def test_a_base_on_the_hub_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def read(source: str, **options: Any) -> SimpleNamespace:
-        asked.append((source, options["revision"]))
-        return SimpleNamespace(_commit_hash="c" * 40)
-
-    monkeypatch.setattr(base_models.AutoConfig, "from_pretrained", read)
-    assert base_content(ModelSection(name="org/base", options={"revision": "v2"})) == "c" * 40
-    assert asked == [("org/base", "v2")]
+def test_a_base_on_the_hub_is_its_commit(tmp_path: Path) -> None:
+    place, commit = tmp_path / "models--its--base", "0123456789abcdef" * 2 + "01234567"
+    shutil.copytree(lab.tiny_base(tmp_path / "base"), place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    own = {"cache_dir": str(tmp_path), "local_files_only": True}
+    for options in (own, own | {"revision": commit}):
+        assert base_content(ModelSection(name="its/base", options=options)) == commit
 
 
 def test_cards_name_it_by_what_it_was_made_from_and_others_as_they_are(

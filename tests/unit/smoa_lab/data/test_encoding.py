@@ -276,11 +276,21 @@ def test_a_model_is_asked_with_what_training_puts_before_an_answer(name: str, op
             assert whole[: len(prompt)] == prompt
 
 
-def test_an_answer_with_thoughts_of_its_own_is_asked_for_without_empty_ones() -> None:
+@pytest.mark.parametrize("thoughts", ["<think>It is noon.</think>", "<think>\n\n</think>\n\n"])
+def test_an_answer_with_thoughts_of_its_own_is_asked_for_without_empty_ones(thoughts: str) -> None:
     encoder = Encoder(tokenizer_with(trl_template("qwen3")))
-    asked = encoder.prompt(example_of({"messages": chat("Open?", "<think>It is noon.</think>Yes.")}))
+    asked = encoder.prompt(example_of({"messages": chat("Open?", f"{thoughts}Yes.")}))
     assert asked is not None
     assert encoder.tokenizer.decode(asked.ids).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "glm4moe"])
+def test_a_later_turn_is_asked_for_as_it_is_trained(name: str) -> None:
+    encoder = Encoder(tokenizer_with(trl_template(name)), max_length=None)
+    row = example_of({"messages": chat("Open?", "Yes.", "Today?", "No.")})
+    asked = encoder.prompt(row)
+    assert asked is not None
+    assert encoder.encode(row).input_ids[: len(asked.ids)] == asked.ids
 
 
 def test_an_earlier_answer_is_asked_for_where_the_last_is_too_far_in() -> None:

@@ -5,16 +5,15 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
 from transformers.utils.logging import warning_once
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.data import prepared
 from smoa_lab.data.encoding import Encoder, Tokens
 from smoa_lab.data.prepared import PreparedRows, Reading, Sizes, require_good_rows, split, units_of
 from smoa_lab.data.row import PARTS
@@ -256,20 +255,6 @@ def test_rows_are_read_once_and_again_when_anything_changed() -> None:
     changed = Listed(texts(4), version=1)
     prepare(changed)
     assert len(changed.reads) == 1
-
-
-def test_rows_whose_template_tells_the_day_are_made_anew_on_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Tomorrow(date):
-        @classmethod
-        def today(cls) -> Self:
-            return super().today() + timedelta(days=1)
-
-    for template, readings in ((MARKED, 1), (MARKED + "{#- strftime_now -#}", 2)):
-        source = Listed(chats(20))
-        for day in (date, date, Tomorrow):
-            monkeypatch.setattr(prepared, "date", day)
-            prepare(source, template=template)
-        assert len(source.reads) == readings
 
 
 def test_an_encoder_is_the_same_after_a_call_that_padded_or_cut() -> None:

@@ -475,6 +475,7 @@ def test_what_a_users_metric_may_read_of_the_rows_stays_as_planned_and_others_ig
         written.digests["own"] = "c"
         with pytest.raises(ConfigError, match="what --metric may read of the held-out rows changed"):
             compared(own)
+    compared(by(own, "exact"))  # which reads the completions alone
 
 
 def test_an_entry_that_the_users_metric_fails_to_score_is_one_that_failed(
