@@ -2,8 +2,8 @@
 
     python -m tests.architectures [NAME …]
 
-Of each, all linear layers and the experts get a random update. Unmerged, merged and switched off, it has to give what
-LoRA's would: the same output merged, and the base's switched off. A model whose small config can't be guessed is named.
+Of each, all linear layers and the experts get a random update: merged it has to give the same output, switched off the
+base's. LoRA's numbers stand beside those that are wrong. A model whose small config can't be guessed is named.
 """
 
 import copy
@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from smoa import SmoaConfig
-from smoa.tuner.targets import _names_of_stacks
+from smoa.tuner.targets import _ends, _stacks
 
 WIDTHS = "hidden_size d_model n_embd dim embedding_size"
 INNER = "intermediate_size ffn_dim n_inner d_ff ffn_hidden_size mlp_hidden_size encoder_ffn_dim decoder_ffn_dim"
@@ -50,6 +50,10 @@ SMALL: dict[str, int] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+KNOWN = dict.fromkeys(
+    ("falcon_mamba", "jamba", "mamba"), "reads the weight of dt_proj and never calls it: docs/layers.md"
+)
+"""Models whose merged output is another one by their own design, of a LoRA too."""
 LARGEST = 4_000_000
 """Parameters."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -111,7 +115,7 @@ def main(kinds: list[str]) -> int:
     for kind in kinds or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
             base = tiny(kind)
-            stacks = _names_of_stacks(base)
+            stacks = _ends(key for key in _stacks(base) if "expert" in key or "moe" in key)
             base = base if stacks else base.double()  # PyTorch's grouped products take no float64
             assert output(base).isfinite().all()
         except Exception as error:
@@ -126,15 +130,14 @@ def main(kinds: list[str]) -> int:
             except Exception as error:
                 found.append(f"{type(error).__name__}: {error}"[:100])
         is_right = not isinstance(found[0], str) and found[0][0] > limit > max(found[0][1:])
-        same = not is_right and (isinstance(found[1], str) or max(found[1][1:]) > limit)
         if is_right:
             right.append(kind)
         else:
-            wrong[kind] = f"{found[0]}; LoRA: {found[1]}{' (LoRA too)' * same}"
+            wrong[kind] = f"{found[0]}; LoRA: {found[1]}{f' ({KNOWN[kind]})' if kind in KNOWN else ''}"
         print(f"{kind}: {'right' if is_right else wrong[kind]}", flush=True)  # noqa: T201
     print(f"{len(right)} right; {len(unknown)} can't be made small: {unknown}")  # noqa: T201
     print(f"{len(wrong)} wrong: {wrong}")  # noqa: T201
-    return int(any("LoRA too" not in each for each in wrong.values()))
+    return int(not right or not wrong.keys() <= KNOWN.keys())
 
 
 if __name__ == "__main__":

@@ -133,7 +133,9 @@ class SmoaConfig(PeftConfig):
             setattr(self, name, set(value) if isinstance(value, list) else value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__({"lora_alpha": "alpha", "lora_dropout": "smoa_dropout"}.get(name, name), value)
+        own = {"lora_alpha": "alpha", "lora_dropout": "smoa_dropout"}.get(name)  # which are read as None
+        if own is None or value is not None:
+            super().__setattr__(own or name, value)
 
     def _rename(self, ours: str, theirs: str, value: float | None) -> list[str]:
         """Take a value given under LoRA's name. Return its problems."""

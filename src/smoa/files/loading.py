@@ -181,8 +181,8 @@ def door(
     """
     place, known = None if source is None else Path(source, options.get("subfolder", "")), _INCOMING.get()
     if tensors is not None:  # by the names of files, or without what PEFT puts before them
-        named = {key if key.startswith(PREFIX) else PREFIX + key: each.cpu() for key, each in tensors.items()}
-        own = AdapterFile(Path("adapter_state_dict"), named, bool(options.get("skips")))
+        named = {key if key.startswith(PREFIX) else PREFIX + key: each for key, each in tensors.items()}
+        own = AdapterFile(Path("adapter_state_dict", "tensors"), named, bool(options.get("skips")))
         known = own.path, lambda: own
     elif source is None or place is None:
         known = None
@@ -261,6 +261,14 @@ def untouched(base: nn.Module) -> Iterator[None]:
         raise
 
 
+def _are_of(model: Any, tensors: dict[str, Tensor]) -> bool:
+    """Whether all tensors are SMoA's, of layers that the model has by these names."""
+    if not isinstance(model, nn.Module) or not all(".smoa_" in key for key in tensors):
+        return False
+    layers = {key.removeprefix(PREFIX).rpartition(".smoa_")[0] for key in tensors}
+    return layers <= {name for name, _ in model.named_modules()}
+
+
 def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
     signature = inspect.signature(original)
     checks_nothing = "adapter_state_dict" in signature.parameters  # transformers; it accepts tensors
@@ -282,14 +290,16 @@ def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
         config = given.get("config") or given.get("peft_config") or loaded.get(given.get("adapter_name"))
         # `from_pretrained` calls `load_adapter` too, for an adapter that it has made, perhaps by a config it was given
         old = None if _INCOMING.get() is not None else loaded.get(given.get("adapter_name"))
-        tensors = given.get("adapter_state_dict") if isinstance(config, SmoaConfig) else None
+        base = args[0] if isinstance(args[0], nn.Module) else given.get("model")
+        tensors = given.get("adapter_state_dict")
+        if tensors is not None and not _are_of(base, tensors):
+            tensors = None  # transformers may know other names, or what is no adapter's
         with door(place, config, checks_nothing, tensors, skips=skips, **options) as file:
             over: AbstractContextManager[None] = nullcontext()
             if isinstance(old, SmoaConfig) and place is not None and not checks_nothing:
                 over = taking_over(old, _alike(old, place, given.get("adapter_name"), options))
             if checks_nothing and file is not None:
                 given["adapter_state_dict"] = file.tensors
-            base = args[0] if isinstance(args[0], nn.Module) else given.get("model")
             with over, untouched(base) if isinstance(base, nn.Module) else nullcontext():
                 return original(*call.args, **call.kwargs)
 

@@ -190,7 +190,7 @@ def partition_from_state_dict(layer: Any, state_dict: dict[str, Any], prefix: st
         lacks = f"{prefix}smoa_A.{name}.weight" in state_dict and f"{prefix}{PARTITION[0]}.{name}" not in state_dict
         if lacks and adapter.kinds[0] != "contiguous":
             warnings.warn(
-                f"{prefix}: a state dict has factors and no labels of their blocks, which other base weights, or of "
+                "a state dict has factors and no labels of their blocks, which other base weights, or of "
                 "random blocks another seed, make others; save buffers too: save_pretrained, or all of state_dict()",
                 stacklevel=2,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -119,11 +119,11 @@ class ParamWrapper(SmoaLayer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the compiler can't see through a stand-in
     def _adapted(self, active: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        base: Any = self.get_base_layer()
+        base: Any = self.get_base_layer()  # code that was compiled for its own calls has no guard on a stand-in
         offloaded = base.__dict__.get("_old_forward")  # by accelerate, which loads the parameter before it calls this
         if offloaded is None:
             with self._standing_in(active):
-                return self.base_layer(x, *args, **kwargs)
+                return self.base_layer._call_impl(x, *args, **kwargs)
 
         def loaded(*args: Any, **kwargs: Any) -> Any:
             with onloaded_for(self, active), self._standing_in(active):
@@ -131,24 +131,21 @@ class ParamWrapper(SmoaLayer):
 
         base._old_forward = loaded
         try:
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer._call_impl(x, *args, **kwargs)
         finally:
             base._old_forward = offloaded
 
     @contextmanager
     def _standing_in(self, active: list[str]) -> Iterator[None]:
         """Put a stand-in into the parameter's place, which an attribute of the same name shadows."""
-        base, thread = self.get_base_layer(), threading.get_ident()
-        attributes = base.__dict__
-        is_compiled = base._compiled_call_impl is not None or "forward" in attributes  # without the stand-in, unguarded
+        attributes, thread = self.get_base_layer().__dict__, threading.get_ident()
         gather(self, *self.smoa_A)
         self._in_call[thread] = {name: self.stack(name) for name in active}
         with _LOCK:
             name = self.parameter_name
             attributes[name] = StandIn(name, self.stored_weight, self.layout, self.added_output)
         try:
-            with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
-                yield
+            yield
         finally:
             with _LOCK:
                 del self._in_call[thread]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
 SUPPORTED = ", ".join(kind.name for kind in (*KINDS, QUANTIZED))
+EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""What the matrices of experts were called before transformers stacked them."""
 ROUTERS = ("router", "gate")
 """Names of modules that choose the experts of each token."""
 _REPORTED: WeakSet[nn.Module] = WeakSet()
@@ -49,7 +51,7 @@ def survey_targets(
     """
     every_linear = str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     if not loads_labels:
-        _report_experts(model, peft_config)
+        _report_experts(model, peft_config, is_target)
     config: Any = _maybe_include_all_linear_layers(peft_config, model)
     if every_linear:
         _leave_out(config, model)
@@ -216,15 +218,19 @@ def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield from ((f"{plain}{name}", module) for name, _ in module.named_parameters(recurse=False))
 
 
-def _names_of_stacks(model: nn.Module) -> list[str]:
-    """What parameters are called that look like experts, by the last parts of their names: `mlp.experts.down_proj`."""
-    stacks = (  # neither a vector with room for a batch nor a kernel
-        key.split(".")
+def _stacks(model: nn.Module) -> list[str]:
+    """The names of parameters that look like experts: neither a vector with room for a batch nor a kernel."""
+    return [
+        key
         for key, module in parameters_of(model)
         if len(shape := whole_shape(module, key.rpartition(".")[2])) == 3 and min(shape) > 1
         if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
-    )
-    return sorted({".".join(parts[-3:]) for parts in stacks})
+    ]
+
+
+def _ends(keys: Iterable[str]) -> list[str]:
+    """The last parts of names, as of all layers: `mlp.experts.down_proj`."""
+    return sorted({".".join(key.split(".")[-3:]) for key in keys})
 
 
 def target_parameters(model: nn.Module, config: SmoaConfig) -> list[tuple[str, nn.Module]]:
@@ -236,7 +242,7 @@ def target_parameters(model: nn.Module, config: SmoaConfig) -> list[tuple[str, n
     for name in named:
         if any(_matches(key, name) for key, _ in targets):
             continue
-        near = difflib.get_close_matches(name, _names_of_stacks(model), n=1, cutoff=0)
+        near = difflib.get_close_matches(name, _ends(_stacks(model)), n=1, cutoff=0)
         remedy = f"did you mean {near[0]!r}?" if near else "it has no parameter of three dimensions; use target_modules"
         for module_name, module in model.named_modules():
             if any(_matches(f"{module_name}.{part}", name) for part in getattr(module, "parametrizations", ())):
@@ -284,23 +290,23 @@ def check_fit(name: str, shape: Shape, config: SmoaConfig) -> None:
 # Warnings.
 
 
-def _report_experts(model: nn.Module, config: SmoaConfig) -> None:
+def _report_experts(model: nn.Module, config: SmoaConfig, is_target: Callable[[Any, str], object]) -> None:
     """Warn, once for each model, that "all-linear", or names that they had, leave the experts out, and how to name
     them. Of a LoRA, PEFT makes target parameters of both."""
-    if config.target_parameters or model in _REPORTED or not (stacks := _names_of_stacks(model)):
+    given = config.target_modules or ()
+    every_linear = str(given).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    may_name = isinstance(given, str) or not {name.rpartition(".")[2] for name in given}.isdisjoint(EXPERTS)
+    if config.target_parameters or model in _REPORTED or not may_name:
         return
-    given, told = config.target_modules or (), ""
-    if isinstance(given, str):
-        told = "='all-linear' takes linear layers only" * (given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND)
-    elif missing := [
-        name for name in sorted(given) if not any(_matches(key, name) for key, _ in model.named_modules())
-    ]:
-        told = f" has {first_of(missing)}, as no layer of this model is called"
-    if told:
+    stacks = [key for key in _stacks(model) if "expert" in key.lower() or "moe" in key.lower()]
+    places = {key.rpartition(".")[0] for key in stacks}
+    named = [name for name in EXPERTS if any(is_target(config, f"{place}.{name}") for place in places)]
+    if stacks and (every_linear or named):
         _REPORTED.add(model)
+        told = "='all-linear' takes linear layers only" if every_linear else f" has {', '.join(named)}"
         warnings.warn(
             f"target_modules{told}; the experts of this mixture are parameters and not adapted. To adapt them too, add "
-            f"target_parameters={stacks}",
+            f"target_parameters={_ends(stacks)}",
             stacklevel=2,
         )
 

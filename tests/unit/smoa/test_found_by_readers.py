@@ -125,10 +125,10 @@ def test_tensors_that_transformers_is_given_are_checked_as_a_file_is() -> None:
     another = tiny_models.build("llama")
     for parameter in another.parameters():
         parameter.data *= 2
-    with pytest.raises(AdapterFileError, match="adapter_state_dict: the adapter was trained on another base"):
+    with pytest.raises(AdapterFileError, match="adapter_state_dict/tensors: the adapter was trained on another base"):
         another.load_adapter(peft_config=config(), adapter_state_dict=dict(saved))
     labels = {name: tensor for name, tensor in saved.items() if "labels" not in name}
-    with pytest.raises(AdapterFileError, match=r"adapter_state_dict: the adapter file lacks \d+ tensor"):
+    with pytest.raises(AdapterFileError, match=r"adapter_state_dict/tensors: the adapter file lacks \d+ tensor"):
         tiny_models.build("llama").load_adapter(peft_config=config(), adapter_state_dict=labels)
     model = tiny_models.build("llama")
     model.load_adapter(peft_config=config(), adapter_state_dict=dict(saved))

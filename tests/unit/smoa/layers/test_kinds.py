@@ -162,7 +162,7 @@ def test_values_and_gradients_of_a_lookup_are_the_oracles(
 def test_the_factors_of_a_table_start_as_large_as_loras_for_the_columns_that_a_token_uses() -> None:
     config = SmoaConfig(r=64, num_blocks=4, target_modules=["layer"])
     layer = get_peft_model(Wrapper(nn.Embedding(17, 200)), config).base_model.model.layer
-    assert factors(layer)[0].detach().var().item() == pytest.approx(4, rel=0.05)
+    assert factors(layer)[0].detach().var().item() == pytest.approx(4, rel=0.1)
 
 
 @pytest.mark.parametrize("shape", [(), (2, 3, 2), (2, 0)])

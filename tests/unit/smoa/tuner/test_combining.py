@@ -123,6 +123,16 @@ def test_adapters_that_differ_or_train_more_than_layers_are_refused(settings: di
     assert "sum" not in model.peft_config
 
 
+def test_adapters_that_name_the_same_layers_differently_are_combined() -> None:
+    model = get_peft_model(Wrapper(base_layer(13, 11)), SmoaConfig(r=4, target_modules=["layer"]), "one")
+    model.add_adapter("two", SmoaConfig(r=4, target_modules="all-linear"))
+    for name in ("one", "two"):
+        randomise(layer_of(model), name)
+    model.add_weighted_adapter(["one", "two"], [1.0, 2.0], "sum")
+    layer = layer_of(model)
+    assert_close(layer.delta("sum"), layer.delta("one") + 2 * layer.delta("two"))
+
+
 @pytest.mark.parametrize("lacking", [0, 1])
 def test_adapters_of_different_layers_are_refused(lacking: int) -> None:
     model = nn.ModuleDict({"layer": nn.Linear(6, 6), "other": nn.ModuleDict({"layer": nn.Linear(6, 6)})})

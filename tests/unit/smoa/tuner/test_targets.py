@@ -212,7 +212,8 @@ def test_the_parameters_are_those_that_lora_adapts(named: list[str]) -> None:
     ("named", "told"),
     [
         ("all-linear", "='all-linear' takes linear layers only"),
-        (["q_proj", "gate_proj", "down_proj"], " has down_proj, gate_proj, as no layer of this model is called"),
+        (["q_proj", "gate_proj", "down_proj"], " has gate_proj, down_proj"),
+        (r".*\.(q_proj|up_proj)", " has up_proj"),
         (["q_proj", "self_attn.v_proj"], None),
     ],
 )
