@@ -386,6 +386,7 @@ def mixtral() -> Any:
     return base
 
 
+@pytest.mark.filterwarnings("ignore:target_modules has w1:UserWarning")  # of layers that are stacked
 @pytest.mark.parametrize(
     ("base", "targets", "reason"),
     [
