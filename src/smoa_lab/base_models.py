@@ -294,6 +294,8 @@ def _shared(gguf_file: str | None) -> dict[str, Any]:
 @contextmanager
 def _explained(wanted: ModelSection) -> Iterator[None]:
     place = f"model.name: cannot load {wanted.name!r}"
+    if (revision := wanted.options.get("revision")) is not None:
+        place += f" in revision {revision}; --base {wanted.name} takes a run's base in its newest one"
     try:
         yield
     except (TypeError, AttributeError) as error:  # transformers passes on unknown options, and dtypes unknown to torch
