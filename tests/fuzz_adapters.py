@@ -175,7 +175,8 @@ def _compared(config: Any, pristine: Path, tensors: dict[str, Tensor]) -> str:
 def _agrees(layer: SmoaLayer, adapter: str, name: str, tensors: dict[str, Tensor], expected: Base) -> bool:
     prefix = f"base_model.model.{name}.smoa_"
     A, B = (tensors[f"{prefix}{side}.weight"].float().double() for side in "AB")
-    rows, cols = (tensors[f"{prefix}{side}_labels"].tolist() for side in ("row", "col"))
+    # that are whole numbers in any dtype are loaded
+    rows, cols = (tensors[f"{prefix}{side}_labels"].double().round().long().tolist() for side in ("row", "col"))
     weight = expected.get_submodule(name).weight.detach().double()
     known, scaling = layer.adapters[adapter], layer.scaling[adapter]
     ranks = known.ranks
