@@ -85,9 +85,7 @@ def check(base: Path, adapter: Path, merged: Path | None) -> None:
     plain = AutoModelForCausalLM.from_pretrained(base)
     before = plain(inputs).logits
     config: Any = PeftConfig.from_pretrained(str(adapter))
-    config.other_base = (
-        merged is None
-    )  # in 4 bits: this base's 32 columns are half of a block, whose rounding moves W by 30 %
+    config.other_base = merged is None  # its 4 bits move W by 30 %: 32 columns are half of a quantization block
     adapted = PeftModel.from_pretrained(plain, str(adapter), config=config)
     assert (config.peft_type, config.r, config.num_blocks, config.alpha) == ("SMOA", 32, 4, 64)
     after = adapted(inputs).logits
