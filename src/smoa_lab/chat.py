@@ -144,7 +144,6 @@ class Chat:
         )
         adapter: Any = self.model.disable_adapter() if name == BASE and self.adapter else nullcontext()
         options = {"do_sample": True, "temperature": self.temperature} if self.temperature else GREEDY
-        options = {**options, "num_beams": 1}  # a streamer takes one
         try:
             with scoring(self.model), adapter:
                 self.model.generate(
@@ -153,6 +152,7 @@ class Chat:
                     pad_token_id=self.tokenizer.pad_token_id,
                     eos_token_id=ends_of(self.base_model, self.tokenizer),
                     streamer=streamer,
+                    num_beams=1,  # a streamer takes no more
                     **options,
                 )
         finally:

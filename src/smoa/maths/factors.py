@@ -162,6 +162,11 @@ class Factors:
         """s_k for each column of B that block k owns: (r,)."""
         return whole_scale(self.rank_scale, self.scaling, dtype)
 
+    @property
+    def trains(self) -> bool:
+        """Whether A or B gets a gradient."""
+        return self.A.requires_grad or self.B.requires_grad
+
     def wide(self, dtype: torch.dtype | None = None) -> Factors:
         """The factors in `dtype` (default: float32 or wider), with the scale multiplied into B as by `scaled`."""
         A, B = self.scaled(dtype or self.dtype)

@@ -165,9 +165,7 @@ class _Grouped:
 
     plain = forward  # which is differentiable
 
-    def backward(
-        self, stack: Stack, g: Tensor, x: Tensor, matrices: Tensor, needs_x: bool, trains: bool = True
-    ) -> Gradients:
+    def backward(self, stack: Stack, g: Tensor, x: Tensor, matrices: Tensor, needs_x: bool) -> Gradients:
         with torch.enable_grad():
             leaves = [factor.detach().requires_grad_() for factor in (stack.A, stack.B)]
             *by_block, of_ranks = replace(stack, A=leaves[0], B=leaves[1]).by_block()

@@ -51,7 +51,7 @@ def survey_targets(
     """
     every_linear = str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     if not loads_labels:
-        _report_experts(model, peft_config, is_target)
+        _report_experts(model, peft_config, every_linear, is_target)
     config: Any = _maybe_include_all_linear_layers(peft_config, model)
     if every_linear:
         _leave_out(config, model)
@@ -290,11 +290,12 @@ def check_fit(name: str, shape: Shape, config: SmoaConfig) -> None:
 # Warnings.
 
 
-def _report_experts(model: nn.Module, config: SmoaConfig, is_target: Callable[[Any, str], object]) -> None:
+def _report_experts(
+    model: nn.Module, config: SmoaConfig, every_linear: bool, is_target: Callable[[Any, str], object]
+) -> None:
     """Warn, once for each model, that "all-linear", or names that they had, leave the experts out, and how to name
     them. Of a LoRA, PEFT makes target parameters of both."""
     given = config.target_modules or ()
-    every_linear = str(given).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     may_name = isinstance(given, str) or not {name.rpartition(".")[2] for name in given}.isdisjoint(EXPERTS)
     if config.target_parameters or model in _REPORTED or not may_name:
         return

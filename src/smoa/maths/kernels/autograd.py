@@ -31,11 +31,8 @@ class Route(Protocol):
     def plain(self, factors: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """y by PyTorch's own operations, differentiable in the weight too; called without autocast."""
 
-    def backward(
-        self, factors: Any, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool, trains: bool = True
-    ) -> Gradients:
-        """Gradients for x (anything unless `needs_x`), A and B (anything unless it `trains`), given the gradient g of
-        y."""
+    def backward(self, factors: Any, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> Gradients:
+        """Gradients, given that of y, for x (anything unless `needs_x`), A and B (anything unless they train)."""
 
 
 def recomputed(
@@ -97,7 +94,7 @@ class _Recomputed(torch.autograd.Function):
                 found = iter(torch.autograd.grad(y, needed, g, create_graph=differentiable, allow_unused=True))
                 of_A, of_B, of_x = (next(found) if needs else None for needs in (needs_A, needs_B, needs_x))
             else:
-                of_x, of_A, of_B = route.backward(factors, g, x, weight, needs_x, needs_A or needs_B)
+                of_x, of_A, of_B = route.backward(factors, g, x, weight, needs_x)
         of_bias = g.sum([0, *range(2, g.dim())]) if needs_bias else None
         return None, None, of_A, of_B, of_x if needs_x else None, None, of_bias
 
