@@ -84,6 +84,18 @@ def test_unmerging_restores_both_ends_of_a_tied_adapter_also_where_they_share_no
     assert stored_bits(model) == state
 
 
+def test_both_ends_of_a_weight_that_another_module_uses_are_merged_into_weights_of_their_own() -> None:
+    model = PeftModel.from_pretrained(golden.base("gemma3"), TIED).eval()
+    third = model.base_model.model.third = nn.Linear(1, 1, bias=False)
+    third.weight = model.get_input_embeddings().get_base_layer().weight
+    before, held = out(model), third.weight.clone()
+    model.merge_adapter()
+    torch.testing.assert_close(out(model), before, rtol=1e-3, atol=1e-3)
+    assert torch.equal(third.weight, held)
+    model.unmerge_adapter()
+    assert torch.equal(out(model), before)
+
+
 def test_a_failed_merge_of_one_end_leaves_each_end_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:  # L1
     model = PeftModel.from_pretrained(golden.base("gemma3"), TIED).eval()
     before, layers = out(model), list(smoa_layers(model).values())
@@ -262,6 +274,21 @@ def test_a_table_that_was_trained_at_its_old_shape_comes_from_the_file(tmp_path:
     model = get_peft_model(base, config(target_modules=["embed_tokens"])).eval()
     model.save_pretrained(tmp_path)
     assert torch.equal(out(PeftModel.from_pretrained(llama(), tmp_path).eval()), out(model))
+
+
+def test_a_table_of_a_file_is_not_written_over_a_merged_one(tmp_path: Path) -> None:
+    base = llama()
+    base.get_input_embeddings().weight.data.add_(0.01)
+    get_peft_model(base, config(target_modules=["embed_tokens"])).save_pretrained(tmp_path)
+    model = get_peft_model(llama(), config(target_modules=["embed_tokens"])).eval()
+    before = out(model)
+    model.merge_adapter()
+    merged = out(model)
+    with pytest.raises(AdapterFileError, match="new rows of a merged embedding; call unmerge_adapter first"):
+        set_peft_model_state_dict(model, load_file(tmp_path / "adapter_model.safetensors"))
+    assert torch.equal(out(model), merged)
+    model.unmerge_adapter()
+    assert torch.equal(out(model), before)
 
 
 def test_low_cpu_mem_usage_keeps_the_factors_bits(tmp_path: Path) -> None:  # L9
@@ -534,6 +561,17 @@ def test_a_compiled_region_is_saved_and_loaded_by_plain_names(tmp_path: Path) ->
         assert torch.equal(out(PeftModel.from_pretrained(base, tmp_path).eval()), expected)
 
 
+def test_biases_in_a_compiled_region_are_saved_by_plain_names(tmp_path: Path) -> None:  # L14
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config(target_modules=["0"], bias="all"))
+    model.base_model.model[1] = torch.compile(model.base_model.model[1])
+    model.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert {name for name in names if name.endswith("bias")} == {
+        "base_model.model.0.base_layer.bias",
+        "base_model.model.1.bias",
+    }
+
+
 def test_a_model_of_regions_that_accelerate_compiles_is_saved(tmp_path: Path) -> None:  # L14
     utils = pytest.importorskip("accelerate.utils")
     model = get_peft_model(llama(), config(target_modules=["q_proj", "embed_tokens", "lm_head"])).eval()
@@ -541,6 +579,14 @@ def test_a_model_of_regions_that_accelerate_compiles_is_saved(tmp_path: Path) ->
         expected = out(model)
         utils.compile_regions(model).save_pretrained(tmp_path)
         assert torch.equal(out(PeftModel.from_pretrained(llama(), tmp_path).eval()), expected)
+
+
+def test_an_adapter_whose_name_begins_anothers_is_saved_without_its_layers(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), config(target_modules=["q_proj"]), adapter_name="math")
+    model.add_adapter("math-2", config(target_modules=["v_proj"]))
+    model.save_pretrained(tmp_path)
+    for name, target in {"math": "q_proj", "math-2": "v_proj"}.items():
+        assert all(target in key for key in load_file(tmp_path / name / "adapter_model.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["smoa_c", "smoa_A", "smoa_block_scale", "bias", "trainable_tokens_delta"])
@@ -643,6 +689,26 @@ def test_threads_with_and_without_experts_do_not_meet() -> None:  # L16
     finally:
         sys.setswitchinterval(interval)
     assert failed == []
+
+
+def test_a_call_of_experts_may_end_within_one_of_another_thread() -> None:  # L16
+    model = get_peft_model(
+        build_mixture("qwen3_moe"),
+        config(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+    ).eval()
+    x, found = tokens(4), []
+    expected = out(model, x)
+    experts = next(module for name, module in model.named_modules() if name.endswith("experts.base_layer.base_layer"))
+
+    def call_in_another_thread(*args: Any) -> None:
+        hook.remove()
+        thread = threading.Thread(target=lambda: found.append(out(model, x)))
+        thread.start()
+        thread.join()
+
+    hook = experts.register_forward_pre_hook(call_in_another_thread)
+    assert torch.equal(out(model, x), expected)
+    assert torch.equal(found[0], expected)
 
 
 def test_a_replica_of_data_parallel_is_refused_by_name() -> None:  # L19

@@ -68,7 +68,8 @@ def test_an_adapter_made_from_a_saved_config_alone_decides_its_labels_before_it_
         assert own == reference.spectral_labels(base_weight(layer), 3)
 
 
-def test_the_labels_of_a_model_adapted_on_the_meta_device_are_decided_once_weights_are_there() -> None:
+@pytest.mark.parametrize("first", ["called", "saved"])
+def test_the_labels_of_a_model_adapted_on_the_meta_device_are_decided_once_weights_are_there(first: str) -> None:
     with torch.device("meta"):
         model = get_peft_model(tiny_models.llama(), SmoaConfig(**CONFIG))
     real = tiny_models.build("llama").state_dict()
@@ -77,10 +78,12 @@ def test_the_labels_of_a_model_adapted_on_the_meta_device_are_decided_once_weigh
         for name, tensor in model.named_parameters():
             if "smoa_" not in name:
                 tensor.copy_(real[name.removeprefix("base_model.model.").replace(".base_layer", "")])
-    for layer in smoa_layers(model).values():
+    state = get_peft_model_state_dict(model) if first == "saved" else {}
+    for name, layer in smoa_layers(model).items():
         expected = reference.spectral_labels(base_weight(layer), 3)
         partition = layer.blocks("default")
         assert (partition.row_labels.tolist(), partition.col_labels.tolist()) == expected
+        assert not state or torch.equal(state[f"{PREFIX}{name}.smoa_row_labels"], partition.row_labels)
 
 
 def as_fsdp1(layer: Any) -> None:
@@ -128,6 +131,22 @@ def test_the_scale_of_a_block_is_not_rounded(cast: str) -> None:
     assert torch.equal(layer.state_dict()["smoa_block_scale.default"], before)
     assert torch.equal(layer.derived("default").block_scale, before)
     assert torch.equal(layer.derived("default").rank_scale, before.repeat_interleave(2))
+
+
+def test_what_is_derived_anew_takes_no_scale_that_was_rounded_since() -> None:
+    layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2)
+    before = layer.derived("default").block_scale.clone()
+    as_fsdp1(layer)
+    rows = layer.smoa_row_labels["default"]
+    rows.copy_(1 - rows)  # a new adapter, of blocks in the other order
+    assert torch.equal(layer.derived("default").block_scale, before)
+
+
+def test_labels_stay_in_memory_where_a_layer_is_moved_to_the_meta_device() -> None:
+    layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2)
+    known = layer.smoa_row_labels["default"].clone()
+    layer.to("meta")
+    assert torch.equal(layer.smoa_row_labels["default"], known)
 
 
 def test_a_whole_model_is_saved_and_loaded_by_safetensors(tmp_path: Path) -> None:

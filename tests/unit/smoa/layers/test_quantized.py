@@ -223,6 +223,16 @@ def test_a_weight_that_was_repacked_for_evaluation_is_unpacked_for_good(kind: st
     assert torch.equal(layer.pristine_weight(), expected)
 
 
+def test_a_merged_weight_of_4_bits_writes_nothing_to_the_layer_that_unmerging_restores() -> None:
+    base = quantized_layer("nf4", 64, 256)
+    state, layer = base.quant_state, adapted(base)
+    layer.merge()
+    assert layer.base_layer.quant_state is not state
+    assert base.quant_state is state  # which bitsandbytes takes where FSDP has replaced the weight
+    layer.unmerge()
+    assert layer.base_layer.quant_state is state
+
+
 def test_an_adapter_whose_labels_are_loaded_is_evaluated_on_the_weight_as_it_was() -> None:
     base = quantized_layer("nf4", 64, 256).eval()
     base.support_avx512bf16_for_cpu = bnb.functional.has_avx512bf16()
