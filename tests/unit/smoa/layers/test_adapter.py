@@ -1,5 +1,7 @@
 """The partition is part of the saved adapter: loading decides nothing anew and adds nothing else to the file."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,14 @@ def test_what_is_derived_anew_takes_no_scale_that_was_rounded_since() -> None:
     rows = layer.smoa_row_labels["default"]
     rows.copy_(1 - rows)  # a new adapter, of blocks in the other order
     assert torch.equal(layer.derived("default").block_scale, before)
+
+
+def test_blocks_leave_with_the_last_adapter_that_has_them() -> None:
+    layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2, partition="random")
+    left = weakref.ref(layer.blocks("default"))
+    layer.delete_adapter("default")
+    gc.collect()
+    assert left() is None
 
 
 def test_labels_stay_in_memory_where_a_layer_is_moved_to_the_meta_device() -> None:

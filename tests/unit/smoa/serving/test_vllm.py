@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smoa import AdapterFileError, ConfigError, SmoaConfig
+from smoa.files.names import PREFIX
 from smoa.layers.batch import RowsBySlot
-from smoa.serving.saved import SavedLayer
+from smoa.maths.blocks import Blocks
+from smoa.serving.saved import SavedLayer, Template, read_layers
 from smoa.serving.slots import Slots
 from smoa.serving.vllm import register
 from tests.support import fake_vllm, tiny_mixtures, tiny_models
@@ -125,9 +127,11 @@ def test_a_slot_serves_the_adapter_that_was_put_there_last() -> None:
         layer.set(1, [part(case)])
         layer.set(3, [part(case, scaling=2)])
         expected = (x.double() @ case.oracle("hadamard").T).float()
+        of_turned = expected * torch.tensor([[2.0], [1.0], [1.0]])
+        assert_close(added(layer, x, turned, 12), of_turned)
         assert_close(added(layer, x, rows, 12)[:2], expected[:2])
         for _ in range(2):
-            assert_close(added(layer, x, turned, 12), expected * torch.tensor([[2.0], [1.0], [1.0]]))
+            assert_close(added(layer, x, turned, 12), of_turned)
         assert len(calls) == number_of_calls
     assert len(layer.stacks) == 1  # those that hold nobody leave when another comes
     layer.clear()
@@ -723,6 +727,46 @@ def test_reserved_kinds_of_one_partition_take_no_more_after_a_clear() -> None:
     assert (layer.nbytes(2), layer.is_new) == (before, False)
     layer.set(1, [part(other)])
     assert (layer.nbytes(2), layer.is_new) == (before, False)
+
+
+def test_a_slot_holds_one_adapter_after_a_clear_whatever_was_reserved() -> None:
+    case = problem(12, 10, (2, 1))
+    other = case._replace(ranks=(1, 1), A=torch.randn(2, 5), B=torch.randn(6, 2))
+    layer = one_rank([12], case.weight.float())
+    for kind in (case, other):
+        layer.reserve([part(kind)], 2)
+    layer.set(1, [part(case)])
+    layer.clear()
+    layer.set(0, [part(case)])
+    layer.set(1, [part(other)])
+    x = torch.randn(1, 10)
+    assert_close(added(layer, x, RowsBySlot([1]), 12), (x.double() @ other.oracle("hadamard").T).float())
+
+
+def test_adapters_of_equal_row_labels_and_other_column_labels_share_no_blocks() -> None:
+    first = problem(12, 10, (2, 1))
+    rows, cols = first.partition.row_labels, first.partition.col_labels
+    second = first._replace(partition=Blocks(rows, 1 - cols, 2))
+    layer, x = one_rank([12], first.weight.float()), torch.randn(2, 10)
+    for slot, case in enumerate([first, second]):
+        layer.set(slot, [part(case)])
+    found = added(layer, x, RowsBySlot([0, 1]), 12)
+    for row, case in enumerate([first, second]):
+        assert_close(found[row], (x[row].double() @ case.oracle("hadamard").T).float())
+
+
+def test_an_adapter_of_other_labels_is_read_with_its_own(folder: Path, tmp_path: Path) -> None:
+    tensors, known = load_file(folder / "anna" / "adapter_model.safetensors"), list[Template]()
+    shutil.copy(folder / "anna" / "adapter_config.json", tmp_path)
+    base = tiny_models.build("llama")
+    for key in [None, *(key for key in tensors if key.endswith("_labels"))]:
+        own = tensors if key is None else tensors | {key: tensors[key].flip(0)}
+        save_file(own, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+        for path, layer in read_layers(
+            str(tmp_path), lambda path: base.get_submodule(path).weight.shape, known
+        ).items():
+            assert torch.equal(layer.row_labels, own[f"{PREFIX}{path}.smoa_row_labels"])
+            assert torch.equal(layer.col_labels, own[f"{PREFIX}{path}.smoa_col_labels"])
 
 
 @pytest.mark.usefixtures("names")

@@ -227,6 +227,11 @@ def test_an_unloaded_model_generates_as_its_class_does(unload: str, spy: Spy) ->
     assert (spy.fills, spy.plain) == (0, 0)
 
 
+def test_the_method_is_pickled_by_its_place_in_the_class() -> None:
+    kind = type(model_of().get_base_model())
+    assert pickle.loads(pickle.dumps(kind.generate)) is kind.generate
+
+
 # how it ends
 
 

@@ -294,6 +294,11 @@ def test_a_router_is_refused(family: str, name: str) -> None:
         adapted(build_mixture(family), target_parameters=[*EXPERTS, name])
 
 
+def test_a_router_of_any_class_is_refused_by_its_name() -> None:
+    with pytest.raises(ConfigError, match=r"gate.weight has shape \(8, 24\) and chooses the experts"):
+        adapted(nn.ModuleDict({"gate": nn.Linear(24, 8)}), target_parameters=["gate.weight"])
+
+
 def test_a_parametrized_parameter_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"weight' matches no parameter.*remove the parametrization first"):
         adapted(nn.ModuleDict({"inner": Odd()}), target_parameters=["inner.parametrized.weight"])
