@@ -15,9 +15,9 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from smoa.config import SmoaConfig
-from smoa.errors import AdapterFileError, ConfigError, MergeError
+from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.base import taking_over
-from smoa.files.checks import FACTOR_DTYPES
+from smoa.files.checks import FACTOR_DTYPES, refuse_merged
 from smoa.files.loading import FIXED, door, read_adapter, tensors_of, unlike
 from smoa.files.names import PARTS, PREFIX, adapter_layers, embeddings_of, is_own, saved_names
 from smoa.layers.distributed import refuse_writing
@@ -46,8 +46,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
         raise ConfigError(f"hotswap_adapter: the model has no SMoA adapter named {adapter_name!r}")
     base: Any = slot.base_model.model
     names, layers = saved_names(base), adapter_layers(base, adapter_name)
-    if merged := [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]:
-        raise MergeError(f"{merged[0]}: {adapter_name!r} is merged; call unmerge_adapter first")
+    refuse_merged(layers, adapter_name)
     with door(path):
         new = PeftConfig.from_pretrained(str(path))
         if not isinstance(new, SmoaConfig):
@@ -64,7 +63,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
                 labels = layer.smoa_row_labels[adapter_name], layer.smoa_col_labels[adapter_name]
                 state |= zip(partition, (*labels, layer.derived(adapter_name).block_scale), strict=True)
             elif A in state and B in state:
-                state[A], state[B] = _padded(f"{path}: {saved_name}", layer, adapter_name, state[A], state[B], new)
+                state[A], state[B] = _padded(path, saved_name, layer, adapter_name, (state[A], state[B]), new)
         loaded = get_peft_model_state_dict(slot, adapter_name=adapter_name, save_embedding_layers=False)
         tables = () if new.modules_to_save else tuple(f"{PREFIX}{name}." for name in embeddings_of(base))
         swapped = {key: t for key, t in state.items() if key in loaded or is_own(key) or not key.startswith(tables)}
@@ -72,13 +71,21 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
         if ours != theirs:  # what is missing would stay the old adapter's
             more, lacking = (sorted(names)[:3] or "nothing" for names in (theirs - ours, ours - theirs))
             raise AdapterFileError(f"{path}: has {more}, but not {lacking}, unlike {adapter_name!r}; {REMEDY}")
+        before = [(tensor, tensor.clone()) for tensor in loaded.values()]
         with taking_over(old, new):
-            set_peft_model_state_dict(slot, state, adapter_name=adapter_name)
+            try:
+                set_peft_model_state_dict(slot, state, adapter_name=adapter_name)
+            except BaseException:
+                for tensor, held in before:
+                    tensor.copy_(held)
+                raise
 
 
-def _padded(place: str, layer: SmoaLayer, adapter: str, A: Tensor, B: Tensor, config: SmoaConfig) -> list[Tensor]:
+def _padded(
+    path: str | Path, name: str, layer: SmoaLayer, adapter: str, factors: tuple[Tensor, Tensor], config: SmoaConfig
+) -> list[Tensor]:
     """The ranks of each block padded with zeros to those of the slot, and B multiplied by the ratio of the scales."""
-    name, shape = place.rpartition(" ")[2], (layer.out_features, layer.in_features)
+    (A, B), place, shape = factors, f"{path}: {name}", (layer.out_features, layer.in_features)
     slot, ranks, count = layer.adapters[adapter].ranks, config.ranks_of(name, shape=shape), layer.matrix_count or 1
     if (A.shape, B.shape) != layer.saved_shapes(ranks)[:2]:
         raise AdapterFileError(f"{place} has factors {tuple(A.shape)}, {tuple(B.shape)} that don't fit the layer")

@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from smoa.config import SmoaConfig
-from smoa.errors import AdapterFileError, PartitionError, first_of, named
+from smoa.errors import AdapterFileError, MergeError, PartitionError, first_of, named
 from smoa.files.base import check_base, held_layers
 from smoa.files.loading import incoming, saved_config
 from smoa.files.names import (
@@ -160,12 +160,19 @@ def _largest(key: str, tensor: Tensor) -> float:
     return largest
 
 
+def refuse_merged(layers: Mapping[str, SmoaLayer], adapter_name: str) -> None:
+    """Raise MergeError if the adapter is merged: its layers would compute with the old one until they are unmerged."""
+    if merged := [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]:
+        raise MergeError(f"{merged[0]}: {adapter_name!r} is merged; call unmerge_adapter first")
+
+
 def checked_tensors(
     model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The tensors of a file by the model's names, checked, and with factors in the dtype of the model's; the tables of
     embeddings among them are written."""
     layers, names = adapter_layers(model, adapter_name), saved_names(model)
+    refuse_merged(layers, adapter_name)
     keys = {f"{names.get(n, n)}.{part}": key_of(n, part, adapter_name) for n, part in product(layers, PARTS)}
     keys |= {PREFIX + saved.removeprefix(PREFIX): key for saved, key in keys.items()}  # a file may lack or have it
     renamed = {keys.get(key.replace(COMPILED, "."), key): tensor for key, tensor in state_dict.items()}

@@ -222,8 +222,8 @@ def _alike(old: SmoaConfig, source: Any, name: Any, options: dict[str, Any]) -> 
     new = SmoaConfig.from_pretrained(source, **options)
     if said := unlike(new, old, MEANING):
         raise ConfigError(
-            f"{source}: has {said} as the loaded {name!r}, whose settings stay; call delete_adapter({name!r}) first, "
-            "or load it under another name"
+            f"{source}: has {said} as the loaded {name!r}, whose settings stay; load it under another name, or call "
+            f"delete_adapter({name!r}) first and set_adapter({name!r}) then"
         )
     return new
 

@@ -174,7 +174,7 @@ def check_num_blocks(num_blocks: int, out_features: int, in_features: int) -> No
     if not 1 <= num_blocks <= limit:
         raise PartitionError(
             f"num_blocks={num_blocks} must be between 1 and {limit} for a weight of shape "
-            f"({out_features}, {in_features}); lower num_blocks or exclude this module"
+            f"({out_features}, {in_features}); lower num_blocks, or its num_blocks_pattern, or exclude this module"
         )
 
 

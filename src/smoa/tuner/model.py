@@ -74,6 +74,9 @@ class SmoaModel(BaseTuner):
         try:
             with untouched(model):  # PEFT would take layers that are left for those of a second adapter
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:  # PEFT takes its name out again after an Exception, but not after Ctrl-C
+            self.peft_config.pop(adapter_name, None)
+            raise
         finally:
             self._progress.close()
             del self._progress  # it holds the terminal, which can't be copied or pickled

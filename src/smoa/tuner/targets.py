@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -148,13 +149,24 @@ def _refusal(name: str, base: nn.Module, kind: Kind | None, model: nn.Module) ->
         return "MultiheadAttention uses its weight without calling it, so an adapter would do nothing"
     if _in_copy(name, model):
         return "an adapter has it in modules_to_save, where no save would find what is added to it"
-    parent = model.get_submodule(name.rpartition(".")[0])
+    owner, _, own = name.rpartition(".")
+    parent = model.get_submodule(owner)
+    if isinstance(base, nn.Conv1d) and _only_reads_weight(type(parent), own):
+        return f"{type(parent).__name__} uses its weight without calling it, so an adapter would do nothing"
     if torch.backends.mha.get_fastpath_enabled() and isinstance(parent, nn.TransformerEncoderLayer):
         return (
             "in evaluation a TransformerEncoderLayer uses its weight without calling it, unless you call "
             "torch.backends.mha.set_fastpath_enabled(False) first"
         )
     return kind.refusal(base)
+
+
+def _only_reads_weight(kind: type[nn.Module], name: str) -> bool:
+    """Whether the code of a module takes the weight of a layer in it and never calls that, as with Mamba's conv1d."""
+    with suppress(OSError, TypeError):  # a class whose code is nowhere
+        code = inspect.getsource(kind)
+        return f"self.{name}.weight" in code and f"self.{name}(" not in code
+    return False
 
 
 def _in_copy(name: str, model: nn.Module) -> bool:
@@ -165,26 +177,19 @@ def _in_copy(name: str, model: nn.Module) -> bool:
 
 def _leave_out(config: SmoaConfig, model: nn.Module) -> None:
     """Take linear layers that can't be adapted, such as routers, out of the targets that "all-linear" has become."""
-    left_out: dict[str, nn.Module] = {}
+    left_out, told = set[str](), dict[str, list[str]]()
     for name in sorted(config.target_modules or ()):
         base = base_of(model.get_submodule(name))
         with suppress(UnsupportedModuleError):  # of a quantized weight, which `check_target` raises
-            if _refusal(name, base, kind_and_backend(base, model)[0], model) is not None:
-                left_out[name] = base
-    config.target_modules = set(config.target_modules or []) - left_out.keys()  # type: ignore[assignment]
-    # nobody takes a projection of MultiheadAttention for a layer, nor a copy
-    told = {
-        n: type(b).__name__
-        for n, b in left_out.items()
-        if not isinstance(b, NonDynamicallyQuantizableLinear) and not _in_copy(n, model)
-    }
+            if (reason := _refusal(name, base, kind_and_backend(base, model)[0], model)) is not None:
+                left_out.add(name)
+                # nobody takes a projection of MultiheadAttention for a layer, nor a copy
+                if not isinstance(base, NonDynamicallyQuantizableLinear) and not _in_copy(name, model):
+                    told.setdefault(reason, []).append(name)
+    config.target_modules = set(config.target_modules or []) - left_out  # type: ignore[assignment]
     if told:
-        warnings.warn(
-            f"target_modules='all-linear' leaves out {first_of([*told])}: SMoA can't adapt a "
-            f"{', '.join(sorted({*told.values()}))}, which computes something else than a linear layer of a plain "
-            "weight",
-            stacklevel=2,
-        )
+        reasons = "; ".join(f"{first_of(names)}: {reason}" for reason, names in told.items())
+        warnings.warn(f"target_modules='all-linear' leaves out {reasons}", stacklevel=2)
 
 
 def _check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:

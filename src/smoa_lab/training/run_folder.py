@@ -125,9 +125,9 @@ class RunFolder:
                 found = f"contains an unfinished run, and the {' and the '.join(changed)} changed since then"
                 remedy = "put back what was there, choose another training.output_dir, or remove the folder"
                 raise ConfigError(f"{self.path}: {found}; {remedy}")
+        write_whole(self.config, config_yaml)  # first: a run that is killed now is known by it and the lock
         if inputs:
             write_whole(self.inputs, json.dumps(inputs) + "\n")
-        write_whole(self.config, config_yaml)
         return checkpoint
 
     def _was_started_by(self, config_yaml: str) -> bool:

@@ -34,6 +34,26 @@ def saved(folder: Path, seed: int = 2, family: str = "llama", **config: Any) -> 
     return model
 
 
+def test_a_swap_that_is_interrupted_leaves_the_adapter_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path)
+    model, copies, copy_ = adapted(1), list[Any](), torch.Tensor.copy_
+    before = logits(model)
+    factors = {each.data_ptr() for each in model.parameters() if each.requires_grad}
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        copies.extend([self] if self.data_ptr() in factors else [])
+        if len(copies) == 3:
+            raise KeyboardInterrupt
+        return copy_(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hotswap_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)
+
+
 @pytest.mark.filterwarnings("ignore:r is smaller than num_blocks:UserWarning")
 @pytest.mark.parametrize(
     "other",

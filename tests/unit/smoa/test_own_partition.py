@@ -91,6 +91,7 @@ def test_an_injection_that_stops_on_the_way_leaves_the_model_as_it_was(error: ty
     with pytest.raises(error):
         model.add_adapter("other", stopped)
     assert all([*layer.smoa_A] == ["default"] for layer in smoa_layers(model).values())
+    assert [*model.peft_config] == ["default"]
     assert trained() == before
 
 

@@ -33,7 +33,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from smoa import AdapterFileError, ConfigError, PartitionError, SmoaConfig, SmoaError, UnsupportedModuleError
+from smoa import (
+    AdapterFileError,
+    ConfigError,
+    MergeError,
+    PartitionError,
+    SmoaConfig,
+    SmoaError,
+    UnsupportedModuleError,
+)
 from smoa.hotswap import hotswap_adapter
 from tests.support import golden
 from tests.support.layers import Wrapper, smoa_layers, stored_bits
@@ -281,12 +289,24 @@ def test_a_table_of_a_file_is_not_written_over_a_merged_one(tmp_path: Path) -> N
     base.get_input_embeddings().weight.data.add_(0.01)
     get_peft_model(base, config(target_modules=["embed_tokens"])).save_pretrained(tmp_path)
     model = get_peft_model(llama(), config(target_modules=["embed_tokens"])).eval()
+    model.add_adapter("second", config(target_modules=["embed_tokens"]))
     before = out(model)
     model.merge_adapter()
     merged = out(model)
     with pytest.raises(AdapterFileError, match="new rows of a merged embedding; call unmerge_adapter first"):
-        set_peft_model_state_dict(model, load_file(tmp_path / "adapter_model.safetensors"))
+        set_peft_model_state_dict(model, load_file(tmp_path / "adapter_model.safetensors"), "second")
     assert torch.equal(out(model), merged)
+    model.unmerge_adapter()
+    assert torch.equal(out(model), before)
+
+
+def test_an_adapter_is_not_loaded_over_a_merged_one(tmp_path: Path) -> None:
+    get_peft_model(llama(), config()).save_pretrained(tmp_path)
+    model = get_peft_model(llama(), config()).eval()
+    before = out(model)
+    model.merge_adapter()
+    with pytest.raises(MergeError, match="'default' is merged; call unmerge_adapter first"):
+        model.load_adapter(tmp_path, "default")
     model.unmerge_adapter()
     assert torch.equal(out(model), before)
 

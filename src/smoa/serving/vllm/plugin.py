@@ -160,7 +160,13 @@ def _refusal(manager: Any, config: Any) -> str | None:
 def _give_slots(manager: Any, config: Any) -> None:
     """Let the LoRA layers of a model take SMoA adapters too."""
     linear = _found("vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA")
-    layers = {name: layer for name, layer in manager.modules.items() if isinstance(layer, linear)}
+    layers = {
+        name: layer
+        for name, layer in manager.modules.items()
+        if isinstance(layer, linear)
+        # a classification head has one of its own, for a row of each request in place of each token
+        and type(layer)._apply_lora_to_output is linear._apply_lora_to_output
+    }
     with_smoa = {kind: _with_smoa(kind) for kind in {type(layer) for layer in layers.values()}}
     for name, layer in layers.items():
         count = len(manager.packed_modules.get(name, [name]))

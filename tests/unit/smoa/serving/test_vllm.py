@@ -706,6 +706,14 @@ def test_a_projection_that_vllm_reads_without_calling_it_is_refused(folder: Path
     assert isinstance(places["model.layers.0.self_attn.o_proj"], tuple)
 
 
+@pytest.mark.usefixtures("names")
+def test_a_layer_that_applies_lora_in_its_own_way_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind: Any = importlib.import_module("vllm.lora.layers.row_parallel_linear").RowParallelLinearWithLoRA
+    monkeypatch.setattr(kind, "_apply_lora_to_output", lambda layer, x, output: output, raising=False)  # as heads do
+    with pytest.raises(ConfigError, match=r"adapts model.layers.0.mlp.down_proj \(a RowParallelLinear\)"):
+        Engine().load(folder / "anna")
+
+
 @pytest.mark.parametrize("option", ["compile_mm_encoder", "cudagraph_mm_encoder"])
 @pytest.mark.usefixtures("names")
 def test_compiled_encoders_are_refused(option: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from transformers import (
     Llama4ForCausalLM,
     Llama4TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
 )
 from transformers.models.falcon.modeling_falcon import FalconLinear
@@ -108,6 +110,19 @@ def test_all_linear_leaves_out_routers_with_a_forward_of_their_own_and_names_the
     logits = model(torch.tensor([[5, 9, 3]])).logits
     model.merge_adapter()
     assert_close(model(torch.tensor([[5, 9, 3]])).logits, logits)
+
+
+def test_all_linear_says_how_layers_of_a_fast_path_are_adapted() -> None:
+    base = nn.ModuleDict({"block": nn.TransformerEncoderLayer(8, 2, 16), "out": nn.Linear(8, 8)})
+    with pytest.warns(UserWarning, match=r"leaves out block\.linear1.*: in evaluation.*set_fastpath_enabled\(False\)"):
+        assert [*smoa_layers(adapted(base, target_modules="all-linear"))] == ["out"]
+
+
+def test_a_convolution_whose_weight_is_only_read_is_refused() -> None:
+    base = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(UnsupportedModuleError, match=r"mixer\.conv1d.*MambaMixer uses its weight without calling it"):
+        adapted(base, target_modules=["conv1d", "in_proj"])
+    adapted(base, target_modules=["in_proj"])
 
 
 class Renamed(nn.Linear):

@@ -50,6 +50,27 @@ def test_a_run_that_has_no_checkpoint_yet_gives_way_to_another_config(tmp_path: 
     assert run.config.read_text() == LORA
 
 
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_run_that_was_killed_while_it_claimed_its_folder_starts_again(
+    written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, files = RunFolder(tmp_path), list[Path]()
+
+    def killed(path: Path, text: str) -> None:
+        if len(files) == written:
+            raise KeyboardInterrupt
+        files.append(path)
+        path.write_text(text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder, "write_whole", killed)
+        with pytest.raises(KeyboardInterrupt), run.claimed(SMOA, {"data": "a"}):
+            raise KeyboardInterrupt
+    run.check(SMOA)
+    with run.claimed(SMOA, {"data": "a"}) as checkpoint:
+        assert checkpoint is None
+
+
 @pytest.mark.parametrize("name", ["checkpoint-500/model.safetensors", "adapter/README.md", "config.yaml", "notes.txt"])
 def test_a_folder_of_other_files_is_refused(name: str, tmp_path: Path) -> None:
     """The config is that of another program."""
