@@ -295,7 +295,7 @@ def _shared(gguf_file: str | None) -> dict[str, Any]:
 def _explained(wanted: ModelSection) -> Iterator[None]:
     place = f"model.name: cannot load {wanted.name!r}"
     if (revision := wanted.options.get("revision")) is not None:
-        place += f" in revision {revision}; --base {wanted.name} takes a run's base in its newest one"
+        place += f" in revision {revision}; give another, or for a trained adapter the newest by --base {wanted.name}"
     try:
         yield
     except (TypeError, AttributeError) as error:  # transformers passes on unknown options, and dtypes unknown to torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from shlex import quote
 from typing import Any
 
 import typer
@@ -95,7 +96,7 @@ class Chat:
         elif name in ("base", "both") and not self.adapter:
             raise DataError("this is a model without an adapter; start again with the folder of an adapter or a run")
         elif name in ("base", "both") and (lost := base_lost(self.model.active_peft_config)) is not None:
-            raise DataError(f"the adapter {lost}; talk to the base by itself: smoa chat {self.place}")
+            raise DataError(f"the adapter {lost}; talk to the base by itself: smoa chat {quote(self.place)}")
         else:
             getattr(self, name)(*([argument.strip()] if COMMANDS[name][0] else []))
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from smoa.errors import DataError
 from smoa_lab.base_models import RunModel, empty_model, load_tokenizer, positions_of
 from smoa_lab.budget import ALL_LINEAR, budget_choice, budget_parameters, shapes_of, size_method
 from smoa_lab.config.methods import OTHER_LAYERS, find_method
-from smoa_lab.config.run import ConfigText, Dtype, ModelSection, RunConfig, adapter_rate, check_config, native_dtype
+from smoa_lab.config.run import ConfigText, Dtype, ModelSection, RunConfig, adapter_rate, check_config
 from smoa_lab.config.yaml_text import apply_overrides, to_yaml
 from smoa_lab.data.prepared import require_good_rows
 from smoa_lab.training.loaded_run import read_rows_of
@@ -53,7 +54,7 @@ def first_values(
     block, rows = look_at_rows(data, section, positions_of(empty.config), changes)
     logging = EPOCHS * math.ceil(rows / (BATCH * ACCUMULATION)) // 10
     return {
-        "model": {"name": model, "dtype": dtype or native_dtype()},
+        "model": {"name": model, **({"dtype": dtype} if dtype else {})},  # else the machine and the method decide
         **method,
         **({"adapter": adapter} if adapter else {}),
         "trainer": "dpo" if block["format"] == "preference" else "sft",
@@ -98,8 +99,6 @@ def default_run(model: str, data: str, changes: Sequence[str] = ()) -> RunConfig
     values = first_values(model, data, changes=changes)
     values["training"]["output_dir"] = str(in_free_folder(check_config(values)).folder)
     apply_overrides(values, list(changes))
-    if not any(change.startswith("model.dtype=") for change in changes):
-        del values["model"]["dtype"]  # which the method decides
     return ConfigText(values, "smoa train").checked()
 
 
@@ -112,7 +111,8 @@ def config_text(file: Path, values: dict[str, Any]) -> str:
     """The config as YAML, with how to run it on top and a comment beside every key."""
     comments = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8").splitlines()
     notes = dict(line.strip().split(":  # ") for line in comments[1:])
-    lines = [f"# Run it: smoa train {file}; change a value: smoa train {file} training.max_steps=10"]
+    command = f"smoa train {quote(str(file))}"
+    lines = [f"# Run it: {command}; change a value: {command} training.max_steps=10"]
     for line in to_yaml(values).splitlines():
         note = notes.get(line.strip().partition(":")[0])
         lines += [] if line[0] == " " else [""]

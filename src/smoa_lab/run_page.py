@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
@@ -18,7 +19,7 @@ from smoa_lab.config.yaml_text import to_yaml
 from smoa_lab.open_run import adapter_config
 from smoa_lab.pages.card import loading_code
 from smoa_lab.pages.run_report import ANSWERS, losses
-from smoa_lab.pages.tables import metric_table, outcome, time_text
+from smoa_lab.pages.tables import metric_table, outcome, steps_text
 from smoa_lab.pages.templates import Figure, code, page
 from smoa_lab.training.run_folder import RunFolder
 
@@ -45,12 +46,13 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
         versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items() if version)
         introduction = (
             f"{method}, {parameters['trainable']:,} of {parameters['total']:,} parameters trained, "
-            f"{training['steps']} steps{time_text(training)} on {origin['device']}. {versions}."
+            f"{steps_text(training)} on {origin['device']}. {versions}."
         )
     elif (checkpoint := get_last_checkpoint(str(folder.path))) is not None:
         with suppress(DataError):  # of a run that was killed while it wrote
             metrics["history"] = read_stored(Path(checkpoint, TRAINER_STATE_NAME), {"log_history"})["log_history"]
-    loss, evaluation = losses(metrics["history"], metrics["evaluation"], method), metrics["evaluation"]
+    evaluation = metrics["evaluation"]
+    loss = losses(metrics["history"], evaluation, method, metrics.get("training"))
     sections: dict[str, list[Any]] = {
         "Learned and forgotten": outcome(metrics),
         "Held-out scores": [metric_table(evaluation, "Losses are in nats per token.")] if evaluation else [],
@@ -66,7 +68,10 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
         if method != "full":
             saved = adapter_config(folder.adapter)
             loaded = loading_code(saved, described_base(str(saved.base_model_name_or_path)))
-        sections["Load it"] = [code(loaded.replace("PATH", str(folder.adapter))), code(f"smoa chat {folder.path}")]
+        sections["Load it"] = [
+            code(loaded.replace("PATH", str(folder.adapter))),
+            code(f"smoa chat {quote(str(folder.path))}"),
+        ]
     shown = [(title, parts) for title, parts in sections.items() if parts]
     write_whole(file, page(folder.path.resolve().name, shown, [introduction]))
     return file

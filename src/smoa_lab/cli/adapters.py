@@ -75,7 +75,7 @@ def convert(
     """Approximate a SMoA adapter by a LoRA, and measure what that loses of the update and of the task."""
     with reporting():
         from smoa_lab.convert import convert_run
-        from smoa_lab.pages.tables import Table
+        from smoa_lab.pages.tables import Table, spread
 
         if (rank is not None and energy is not None) or (kept := energy if rank is None else rank) is None:
             raise failed("give --rank or --energy")
@@ -97,7 +97,7 @@ def convert(
             share = "" if gain is None else f"; {100 * gain:.0f} % of the adapter's gain is kept"
             typer.echo(
                 f"Held-out loss: base {loss['base']:.3f}, adapter {loss['adapter']:.3f}, LoRA {loss['lora']:.3f} "
-                f"(change {loss['lora_change']:+.3f} ± {loss['lora_change_stderr']:.3f}){share}."
+                f"(change {loss['lora_change']:+.3f}{spread(loss['lora_change_stderr'])}){share}."
             )
 
 

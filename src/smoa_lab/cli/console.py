@@ -76,7 +76,7 @@ def reporting(*of: str) -> Iterator[None]:
         remedy = "make room, or raise ulimit -f, and run the same command again"
         raise failed(f"the disk is full ({error}); {remedy}") from error
     except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command again to resume from the last checkpoint", err=True)
+        typer.echo("interrupted; run the same command again: a run goes on from its last checkpoint", err=True)
         raise typer.Exit(130) from None
 
 

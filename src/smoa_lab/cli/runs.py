@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +24,7 @@ from smoa_lab.cli.console import (
     reporting,
     show,
 )
-from smoa_lab.pages.tables import metric_table, outcome, time_text
+from smoa_lab.pages.tables import metric_table, outcome, steps_text
 
 CONFIG = Path(__file__).with_name("demo.yaml")
 """In a clone ``configs/demo.yaml`` is a link to it."""
@@ -55,7 +56,7 @@ def init(
         values = init.first_values(model, data, parameters, dtype)
         values["training"]["output_dir"] = f"runs/{file.stem}"
         write_whole(file, init.config_text(file, values))
-        show(f"{file}: written\nTrain: smoa train {file}", {"file": str(file), "config": values}, json)
+        show(f"{file}: written\nTrain: smoa train {quote(str(file))}", {"file": str(file), "config": values}, json)
 
 
 def train(
@@ -114,8 +115,8 @@ def print_scores(metrics: dict[str, Any]) -> None:
     speed = f", {training['tokens_per_second']:,.0f} tokens a second" if "tokens_per_second" in training else ""
     typer.echo(
         f"\n{parameters['trainable']:,} trainable parameters, {parameters['percent']} % of {parameters['total']:,}; "
-        f"{decimal(parameters['adapter_bytes'])} on disk; {training['steps']} steps of {training['trainer']}"
-        f"{time_text(training)}{speed}; at most {decimal(training['peak_memory'])} of memory"
+        f"{decimal(parameters['adapter_bytes'])} on disk; {training['trainer']}: "
+        f"{steps_text(training)}{speed}; at most {decimal(training['peak_memory'])} of memory"
     )
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -58,6 +59,7 @@ def compare(
     """
     with reporting(*SHOWN):
         from smoa.errors import ConfigError
+        from smoa_lab.basics.plain import portable
         from smoa_lab.budget import method_settings
         from smoa_lab.study.default_study import METHODS, default_study
         from smoa_lab.study.executor import Executor
@@ -119,8 +121,8 @@ def compare(
         if json:
             print_json(made.summary)
             return
-        for sentence in made.verdict:
-            typer.echo(f"{sentence}\n")
+        for sentence in made.verdict:  # in files, of absolute paths only the last name is left
+            typer.echo(sentence.replace(quote(portable(metric)), quote(metric)) + "\n" if metric else f"{sentence}\n")
         for title, table in made.results().items():
             typer.echo(f"{title}\n")
             table.print()
@@ -155,6 +157,7 @@ def tune(
         chosen = next(iter(comparison.chosen.values()))
         if not any(loss is not None for loss in chosen.losses.values()):
             told = f"every rate down to {rate_text(min(chosen.losses))} diverged; start from a much lower one"
+            told += ", in another training.output_dir"
             raise ConfigError(f"training.learning_rate: {told}")
         losses = {rate_text(rate): loss for rate, loss in chosen.losses.items()}
         if json:

@@ -7,6 +7,7 @@ checked as well.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from transformers import TrainingArguments
 
 from smoa.errors import ConfigError
@@ -184,9 +185,20 @@ class RunConfig(Section):
     scoring: ScoringSection = ScoringSection()
     forgetting: ForgettingSection = ForgettingSection()
 
+    @field_validator("training")
+    @classmethod
+    def _at_home(cls, training: dict[str, Any]) -> dict[str, Any]:
+        place = training.get("output_dir")
+        return {**training, "output_dir": os.path.expanduser(place)} if isinstance(place, str) else training  # noqa: PTH111
+
     @property
     def folder(self) -> Path:
         return Path(self.training["output_dir"])
+
+    @property
+    def rounds_away(self) -> bool:
+        """Whether weights of the base train in 16 bits, where most steps are too small for them."""
+        return self.model.dtype != "float32" and trains_own_dtype(self.model_dump())
 
     def to_yaml(self) -> str:
         """The resolved config: every default of ours filled in, without a metric that only the command names."""

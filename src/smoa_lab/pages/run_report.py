@@ -12,7 +12,7 @@ from peft import PeftConfig
 from smoa_lab.config.yaml_text import to_yaml
 from smoa_lab.pages.card import NamedBase, adapter_card
 from smoa_lab.pages.charts import INK, MUTED, WIDTH, color_of, tooltip, values
-from smoa_lab.pages.tables import metric_table, time_text
+from smoa_lab.pages.tables import metric_table, steps_text
 from smoa_lab.pages.templates import render
 
 ANSWERS = {"reference": "Reference", "before": "Before", "after": "After"}
@@ -33,7 +33,7 @@ def run_card(title: str, config: PeftConfig, base: NamedBase, metrics: dict[str,
         metrics=metrics,
         stages=list(evaluation),
         results=metric_table(evaluation),
-        time=time_text(metrics["training"]),
+        steps=steps_text(metrics["training"]),
         samples=samples_text(metrics["samples"][:2], level=3),
         config=to_yaml({key: value for key, value in metrics["config"].items() if key != "adapter"}),
     )
@@ -54,7 +54,9 @@ def _block(text: str) -> str:
     return f"{fence}text\n{text.strip() or '(nothing)'}\n{fence}\n\n"
 
 
-def losses(history: Sequence[Mapping[str, Any]], evaluation: Evaluation, method: str) -> Any | None:
+def losses(
+    history: Sequence[Mapping[str, Any]], evaluation: Evaluation, method: str, training: Mapping[str, Any] | None = None
+) -> Any | None:
     """The trainer's loss by step, each line named at its end; of held-out rows a point before and after, unless the
     trainer's loss is another one: that of preferences."""
     points = [
@@ -67,7 +69,7 @@ def losses(history: Sequence[Mapping[str, Any]], evaluation: Evaluation, method:
         return None
     prefers = any("rewards/margins" in entry for entry in history)
     title = "loss of preferences" if prefers else "loss on trained tokens (nats per token)"
-    stages = [] if prefers else zip(STAGES, (0, history[-1]["step"]), strict=True)
+    stages = [] if prefers else zip(STAGES, (0, (training or {}).get("best_step") or history[-1]["step"]), strict=True)
     known = ((step, evaluation.get(stage, {}).get("loss")) for stage, step in stages)
     held_out = [{"step": step, "loss": loss, "data": HELD_OUT} for step, loss in known if loss is not None]
     shades = alt.Scale(domain=[*KINDS, HELD_OUT], range=[color_of(method), MUTED, INK])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,15 +82,18 @@ def metric_table(evaluation: Mapping[str, Mapping[str, Any]], caption: str = "")
         value, stderr = scores.get(name), scores.get(f"{name}_stderr")
         if value is None or isinstance(value, int):
             return "–" if value is None else f"{value:,}"
-        return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
+        return f"{value:.3f}{spread(stderr)}"
 
     rows = [[stage, *(told(scores, name) for name in names)] for stage, scores in evaluation.items()]
     return Table(header, rows, caption)
 
 
-def time_text(training: Mapping[str, Any]) -> str:
-    """How long training took, to follow the number of steps: `` in 7 s``. A resumed run knows only its last part."""
-    return f"{', the last ones' if training.get('resumed') else ''} in {training['seconds']:.0f} s"
+def steps_text(training: Mapping[str, Any]) -> str:
+    """How many steps a run took, in what time, and which one's adapter is kept, if not the last one's. A resumed run
+    knows only the time of its last part."""
+    of_part = ", the last ones" if training.get("resumed") else ""
+    best = f" (the best, step {training['best_step']}, is kept)" if training.get("best_step") else ""
+    return f"{training['steps']} steps{of_part} in {training['seconds']:.0f} s{best}"
 
 
 def outcome(metrics: Mapping[str, Any]) -> list[str]:
@@ -100,11 +104,11 @@ def outcome(metrics: Mapping[str, Any]) -> list[str]:
     if None in (gain.get("loss", 0), forgot.get("change", 0)):
         lines.append("Training diverged: a loss is no number.")
     if gain.get("loss") is not None:
-        change = f"{gain['loss']:+.3f} ± {gain['loss_stderr']:.3f}"
-        lines.append(f"The loss changed by {change} (standard error, paired by row).")
+        change = f"{gain['loss']:+.3f}{spread(gain['loss_stderr'], note=' (standard error, paired by row)')}"
+        lines.append(f"The loss changed by {change}.")
     for name in (name for name in TITLES if name in gain):
         (times, digits, _), stderr = shown_as(name), gain[f"{name}_stderr"]
-        change = f"{times * gain[name]:+.{digits}f} ± {times * stderr:.{digits}f} points"
+        change = f"{times * gain[name]:+.{digits}f}{spread(stderr, digits, times)} points"
         lines.append(f"{TITLES[name].capitalize()} changed by {change}.")
     if "won" in after:
         share = f"{100 * after['won']:.0f} % of the held-out rows"
@@ -118,13 +122,18 @@ def outcome(metrics: Mapping[str, Any]) -> list[str]:
     elif before and after:
         parts.append(f"learned: perplexity {number(before['perplexity'], 2)} → {number(after['perplexity'], 2)}")
     if forgot.get("change") is not None:
-        parts.append(f"forgot: {forgot['change']:+.3f} ± {forgot['stderr']:.3f} nats per token of general text")
+        parts.append(f"forgot: {forgot['change']:+.3f}{spread(forgot['stderr'])} nats per token of general text")
     return [*lines, "   ".join(parts)] if parts else lines
 
 
 def number(value: float | None, digits: int = 3, scale: float = 1) -> str:
     """A number with so many digits, or a dash where there is none."""
     return "–" if value is None else f"{scale * value:.{digits}f}"
+
+
+def spread(stderr: float | None, digits: int = 3, scale: float = 1, note: str = "") -> str:
+    """A standard error and a note, to follow a number; nothing where there is none, as of one row."""
+    return "" if stderr is None or math.isnan(stderr) else f" ± {scale * stderr:.{digits}f}{note}"
 
 
 def score_text(name: str, value: float | None) -> str:

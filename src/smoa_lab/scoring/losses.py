@@ -50,10 +50,12 @@ class Losses:
 
     @property
     def stderr(self) -> float:
-        """The standard error of :attr:`mean`, a ratio of sums, rows drawn at random."""
+        """The standard error of :attr:`mean`, a ratio of sums, rows drawn at random; NaN for one row."""
         mean, rows = self.mean, len(self.nll)
+        if rows < 2:
+            return math.nan
         squares = sum((loss - mean * size) ** 2 for loss, size in zip(self.nll, self.tokens, strict=True))
-        return math.sqrt(squares * rows / max(1, rows - 1)) / sum(self.tokens)
+        return math.sqrt(squares * rows / (rows - 1)) / sum(self.tokens)
 
     @property
     def perplexity(self) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal, TypeVar
 
 from filelock import FileLock
@@ -369,7 +370,9 @@ def check_folder(study: Study, given: Path | None = None) -> None:
         is_another = given is None or given.resolve() != file.resolve()
         if is_another and (added := [name for name in stored.entries if name not in study.entries]):
             told = f"has {', '.join(added)} too, which this command would take out"
-            raise ConfigError(f"{file}: {told}; run smoa compare {study.folder}, or take them out of the file first")
+            raise ConfigError(
+                f"{file}: {told}; run smoa compare {quote(str(study.folder))}, or take them out of the file first"
+            )
     elif not (study.folder / "plan.json").is_file() and (others := [path.name for path in study.folder.glob("[!.]*")]):
         raise ConfigError(f"{study.folder}: contains {min(others)} and no study; choose another folder")
 

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.base_models import empty_model
-from smoa_lab.config.methods import check_adapter, trains_own_dtype
+from smoa_lab.config.methods import check_adapter
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import OWN, RULES
 from smoa_lab.data.own_metric import own_metric
@@ -154,14 +154,14 @@ class Planner:
             known = set[str]() if before is None else before.entries.keys() - before.dropped.keys()
             new = {name: config for name, config in self._configs().items() if name not in known}
             for name, config in new.items():
-                if config.model.dtype == "bfloat16" and trains_own_dtype(config.model_dump()):
-                    told = "trains weights of the base in bfloat16, where most steps round away; give it"
+                if config.rounds_away:
+                    told = "trains weights of the base in 16 bits, where most steps round away; give it"
                     logger.warning("entries.%s %s model: {dtype: float32}", name, told)
                 if (wanted := config.peft_config()) is not None:
                     check_adapter(empty_model(config.model), wanted)
             plan = self._first(found) if before is None else self._continued(before, new)
             now = time.time()
-            used = plan.used + min(time.monotonic() - self.began, now - plan.counted)
+            used = plan.used + max(0.0, min(time.monotonic() - self.began, now - plan.counted))  # clocks go back
             plan = write_plan(study, plan.model_copy(update={"used": used, "counted": now}))
         return score_again(study, plan, before is not None and other_metric(before, study))
 

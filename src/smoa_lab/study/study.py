@@ -122,6 +122,11 @@ class Study(Section):
     keep: Literal["best", "all", "none"] = "best"
     tolerance: float = Field(default=0.1, gt=0, le=1)
 
+    @field_validator("folder")
+    @classmethod
+    def _at_home(cls, folder: Path) -> Path:
+        return folder.expanduser()
+
     @field_validator("shared")
     @classmethod
     def _one_dtype_on_all_machines(cls, shared: dict[str, Any]) -> dict[str, Any]:
@@ -252,7 +257,11 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
     """Read a study, lay ``key.key=value`` overrides over it and check every entry's run."""
     file, is_named = Path(path), any(word.startswith("folder=") for word in overrides or [])
     study = checked_study(ConfigText.read(path, overrides), file)
-    was_moved = file.with_name("plan.json").is_file() and file.parent.resolve() != study.folder.resolve()
+    here, there = file.parent.resolve(), study.folder.resolve()
+    was_moved = file.with_name("plan.json").is_file() and here != there
+    if file.name == "study.yaml" and here.parent == there.parent and here != there and not (was_moved or is_named):
+        told = f"its folder is {study.folder}, as of a file that was copied from there"
+        raise ConfigError(f"{file}: {told}; write folder: {file.parent} into it, for a study of its own")
     return study.model_copy(update={"folder": file.parent}) if was_moved and not is_named else study
 
 

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from smoa.atomic import write_whole
 from smoa_lab.basics.plain import finite
+from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.data.answers import ANSWERED, OWN, TITLES
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.tables import Cell, Table, counted, number, score_text
@@ -174,6 +175,7 @@ def sentences_of(comparison: Progress, families: Mapping[str, Budget]) -> tuple[
     command = f"smoa compare {quote(str(study.folder / 'study.yaml'))}"
     if comparison.metric == OWN:
         command += f" --metric {quote(plan.digests.get('metric', '').rpartition(' ')[0])}"
+    command += " --trust-remote-code" if TRUSTED.trust_remote_code else ""
     of_round = sum(comparison.seconds("final", name) for name in study.entries if name in plan.entries)
     of_round /= comparison.workers
     sentences = {name: verdict(budget, plan, command, of_round) for name, budget in families.items()}

@@ -47,6 +47,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     config = with_rate(config)
     folder, text, peft_config = RunFolder(config.folder), config.to_yaml(), config.peft_config()
     folder.check(text)
+    if config.rounds_away:
+        logger.warning("weights of the base train in 16 bits, where most steps round away; give model.dtype: float32")
     if peft_config is not None:
         check_adapter(empty_model(config.model), peft_config)
     reset_peak_memory()
@@ -77,8 +79,8 @@ def score_untouched(config: RunConfig) -> dict[str, Any]:
 
 
 def time_steps(config: RunConfig, most: int, seconds: float) -> dict[str, Any]:
-    """Take the first steps of a run and throw them away: at most so many, and no further one after so many seconds.
-    How long each took, and loading; how many a whole run takes; the parameters that are trained."""
+    """Take the first steps of a run and throw them away: at most so many, and no further one so many seconds after the
+    first.     How long each took, and loading; how many a whole run takes; the parameters that are trained."""
     started = time.perf_counter()
     trainer = make_trainer(load_run(config), config.peft_config())
     loaded, watch = time.perf_counter(), Stopwatch(most, seconds)
@@ -135,6 +137,7 @@ def _train(
         "trainer": type(trainer).__name__.removeprefix("Sparse"),
         "seconds": round(seconds, 1),
         "steps": trainer.state.global_step,
+        **({"best_step": trainer.state.best_global_step} if arguments.load_best_model_at_end else {}),
         "processes": arguments.world_size,
         **speed,
         "peak_memory": peak_memory(arguments.device),
@@ -218,7 +221,7 @@ def _save(
             card = run_card(folder.path.resolve().name, saved, base, metrics)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     metrics["parameters"]["adapter_bytes"] = sum(file.stat().st_size for file in folder.adapter.glob("*.safetensors"))
-    if (chart := losses(metrics["history"], metrics["evaluation"], method)) is not None:
+    if (chart := losses(metrics["history"], metrics["evaluation"], method, metrics["training"])) is not None:
         save_picture(chart.properties(title=f"{method} on {portable(loaded.config.data.title)}"), folder.picture)
     if metrics["samples"]:
         write_whole(folder.samples, f"# {folder.path.resolve().name}\n\n{samples_text(metrics['samples'])}")

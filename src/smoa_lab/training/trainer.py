@@ -156,7 +156,7 @@ class ProgressReport(TrainerCallback):
 
 
 class Stopwatch(TrainerCallback):
-    """Times steps, and ends the training after so many of them or so many seconds."""
+    """Times steps, and ends the training after so many of them, or so many seconds after the first."""
 
     def __init__(self, most: int, limit: float) -> None:
         self.most, self.limit = most, limit
@@ -167,7 +167,8 @@ class Stopwatch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds.append(time.perf_counter() - self.began)
-        control.should_training_stop |= len(self.seconds) >= self.most or sum(self.seconds) >= self.limit
+        later = self.seconds[1:]  # the first one is tried beforehand (`Guard`), and warms up
+        control.should_training_stop |= len(self.seconds) >= self.most or (bool(later) and sum(later) >= self.limit)
 
 
 def _is_over(checkpoint: str) -> bool:

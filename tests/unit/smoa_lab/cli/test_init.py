@@ -111,6 +111,22 @@ def test_a_config_for_rows_is_written(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["mine.yaml"]
 
 
+def test_the_dtype_is_left_to_the_machine_and_the_method_unless_it_is_given(tmp_path: Path) -> None:
+    assert invoke("mine.yaml", "--model", "base", "--data", "talks.jsonl").exit_code == 0
+    assert "dtype" not in (tmp_path / "mine.yaml").read_text()
+    whole = ("method=full", "adapter={}", "training.learning_rate=1e-4")
+    assert not load_config(tmp_path / "mine.yaml", [*whole]).rounds_away
+    assert load_config(tmp_path / "mine.yaml", [*whole, "model.dtype=bfloat16"]).rounds_away
+    assert not load_config(tmp_path / "mine.yaml", ["model.dtype=bfloat16"]).rounds_away
+
+
+def test_a_file_of_an_odd_name_is_written_into_the_command_that_trains_it(tmp_path: Path) -> None:
+    (tmp_path / "talks.jsonl").rename(tmp_path / "my talks #2.jsonl")
+    made = invoke("--model", "base", "--data", "my talks #2.jsonl")
+    assert "Train: smoa train 'my talks #2.yaml'\n" in made.stdout
+    assert "# Run it: smoa train 'my talks #2.yaml';" in (tmp_path / "my talks #2.yaml").read_text()
+
+
 def train(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["train", *arguments])
 

@@ -145,7 +145,7 @@ def test_an_interrupted_command_says_how_to_go_on(capsys: pytest.CaptureFixture[
     with pytest.raises(typer.Exit) as ended, reporting():
         raise KeyboardInterrupt
     assert ended.value.exit_code == 130
-    assert "resume" in capsys.readouterr().err
+    assert "a run goes on from its last checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

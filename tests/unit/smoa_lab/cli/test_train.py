@@ -72,7 +72,7 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_model_is_loaded(
 def test_the_result_of_rows_is_printed(room: Path) -> None:
     done = command(room, write_rows(room / "rows.jsonl", chats(20)))
     assert done.exit_code == 0, done.stderr
-    for said in ("2 steps of SFTTrainer", "rows  tokens", "perplexity", "The loss changed by ", "tokens a second"):
+    for said in ("SFTTrainer: 2 steps in ", "rows  tokens", "perplexity", "The loss changed by ", "tokens a second"):
         assert said in done.stdout
     again = command(room, room / "rows.jsonl")
     assert again.exit_code == 1
@@ -107,4 +107,4 @@ def test_the_result_of_preferences_is_printed_and_keys_can_be_changed_on_the_com
     done = command(room, write_rows(room / "rows.jsonl", rows), "training.max_steps=1", trainer="dpo")
     assert done.exit_code == 0, done.stderr
     assert "The chosen answer gained on the rejected one in " in done.stdout
-    assert "1 steps of DPOTrainer" in done.stdout
+    assert "DPOTrainer: 1 steps in " in done.stdout

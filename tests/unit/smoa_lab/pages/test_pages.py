@@ -1,6 +1,7 @@
 """What pages are made of: figures, tables, charts of a run, its card, and its script."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from smoa import SmoaConfig
 from smoa_lab.pages.card import NamedBase, adapter_card, named_base
 from smoa_lab.pages.charts import PAPER, save_picture, values
 from smoa_lab.pages.run_report import losses, run_card, samples_text
-from smoa_lab.pages.tables import Cell, Table, metric_table
+from smoa_lab.pages.tables import Cell, Table, metric_table, outcome
 from smoa_lab.pages.templates import Figure, code, page
 from tests.support.runs import stored_metrics
 
@@ -102,6 +103,21 @@ def test_training_and_validation_loss_are_drawn_by_step() -> None:
 def test_held_out_rows_are_points_at_the_first_and_the_last_step() -> None:
     found = [row for row in rows(losses(HISTORY, ROWS, "smoa")) if row["data"] == "held-out rows"]
     assert {(row["step"], row["loss"]) for row in found} == {(0, 3.0), (20, 2.0)}
+
+
+def test_held_out_rows_are_drawn_at_the_step_whose_adapter_is_kept() -> None:
+    chart = losses(HISTORY, ROWS, "smoa", {"best_step": 15, "steps": 20})
+    assert {row["step"] for row in rows(chart) if row["data"] == "held-out rows"} == {0, 15}
+
+
+def test_one_row_has_no_standard_error() -> None:
+    gain = {"loss": -0.1, "loss_stderr": math.nan, "accuracy": 0.5, "accuracy_stderr": None}
+    told = outcome({"evaluation": {}, "gain": gain, "forgetting": {"change": 0.25, "stderr": None}})
+    assert told == [
+        "The loss changed by -0.100.",
+        "Accuracy changed by +50.0 points.",
+        "forgot: +0.250 nats per token of general text",
+    ]
 
 
 def test_the_loss_of_preferences_is_not_drawn_with_that_of_held_out_rows() -> None:

@@ -220,6 +220,7 @@ def test_the_mean_is_over_tokens_and_not_over_rows() -> None:
     residuals = [2 - 32 / 11, 30 - 320 / 11]
     assert measured.stderr == pytest.approx(math.hypot(*residuals) * math.sqrt(2) / 11)
     even = Losses([1.0, 2.0, 4.0, 5.0], [1, 1, 1, 1])
+    assert math.isnan(Losses([1.0], [3]).stderr)
     assert even.stderr == pytest.approx(statistics.stdev(even.nll) / 2)  # as of any mean
 
 

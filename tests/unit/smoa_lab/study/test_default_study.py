@@ -226,6 +226,8 @@ def test_a_study_by_a_users_metric_is_reported_without_it_and_goes_on_with_it(ro
     first = smoa(*words, "--metric", "own.py:score").stdout
     assert "smoa gained at least 49 % more than lora" in first
     assert first.endswith(smoa(*words, "--report-only").stdout)
+    elsewhere = smoa(*words, "--metric", f"{room / 'own.py'}:score").stdout
+    assert f"--metric {room / 'own.py'}:score" in elsewhere or "--metric" not in elsewhere
     assert "only the command names: give --metric own.py:score" in smoa(*words, code=1).stderr
 
 

@@ -129,6 +129,15 @@ def test_minutes_beside_something_new_are_for_all_that_is_left(
     assert compared(asked, minutes).plan.limit == pytest.approx(lifted.used + 60 * minutes)
 
 
+def test_a_clock_that_goes_back_gives_no_time_away(
+    study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_time(monkeypatch, written)
+    plan = compared(study, minutes=3).plan
+    written.now -= 3600
+    assert compared(study, minutes=3).plan.used >= plan.used
+
+
 def test_seeds_beyond_the_planned_rounds_are_one_more_look(study: Study, written: WrittenRuns) -> None:
     plan = compared(study, minutes=3, number=4).plan
     assert (len(plan.listed), plan.rounds, plan.looked_at()) == (4, 4, [2, 3, 4])
@@ -362,6 +371,12 @@ def test_a_studys_own_file_stays_as_its_author_wrote_it_also_where_an_extension_
     file = study.folder / "study.yaml"
     text = "# Mine.\n" + file.read_text()
     file.write_text(text)
+    copied = study.folder.with_name("copied") / "study.yaml"
+    copied.parent.mkdir()
+    copied.write_text(text)
+    with pytest.raises(ConfigError, match=rf"its folder is {study.folder}, .* write folder: {copied.parent} into it"):
+        load_study(copied)
+    assert load_study(copied, [f"folder={copied.parent}"]).folder == copied.parent
     with study_file(load_study(file, ["seeds=[0,1,2,3]"]), given=file):
         pass
     assert file.read_text() == text

@@ -306,7 +306,7 @@ def test_ctrl_c_ends_all_processes_and_the_study_goes_on_from_there(room: Path, 
     assert driver.returncode == 130, told
     wait_for(lambda: not alive(started))
     *lines, last = told.splitlines()
-    assert last == "interrupted; run the same command again to resume from the last checkpoint"
+    assert last == "interrupted; run the same command again: a run goes on from its last checkpoint"
     ours = re.compile(r"\d\d:\d\d:\d\d \S|(entry|ours|lora|2 steps) ")  # the log and the plan
     assert [line for line in lines if not ours.match(line)] == []  # nothing of Ray's own
     assert 0 < len(results(study)) < len(wanted)

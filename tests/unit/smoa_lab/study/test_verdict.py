@@ -97,6 +97,16 @@ def test_one_that_gained_more_than_all_others_is_said_to() -> None:
     assert " % more than lora, after round 2 of 4: take smoa." in told(budget({"lora": 0.7, "smoa": 1.0}))
 
 
+def test_one_that_gained_a_little_more_gained_as_much_and_a_share_of_nothing_is_not_told() -> None:
+    assert told(budget({"smoa": 1.005, "lora": 1.0}, rows=0.0001, seeds=0.0001)).startswith(
+        "smoa gained at least as much as lora, after round 2 of 4: take "
+    )
+    for gained in (-0.5, 0.0):
+        found = told(budget({"lora": gained, "smoa": 1.0}))
+        assert found.startswith("smoa gained 0.9"), found
+        assert "or more, and lora nothing that the rows and seeds show, after round 2 of 4: take smoa." in found
+
+
 def test_where_seeds_tell_too_little_it_says_how_many_more_rounds_would_and_how_to_run_them() -> None:
     found = told(budget({"lora": 1.0, "smoa": 1.0}, seeds=0.04))
     assert found.startswith("Undecided after round 2 of 4: about ")

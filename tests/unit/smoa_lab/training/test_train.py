@@ -192,6 +192,22 @@ def test_rows_that_a_run_was_trained_on_are_counted_and_not_scored_as_held_out(
         evaluate_run(*open_run(folder.path))
 
 
+def test_what_is_written_to_the_home_folder_is_written_there_by_the_trainer_and_the_run(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = check_config({**values, "training": {**values["training"], "output_dir": "~/runs/mine"}})
+    assert config.folder == Path(config.arguments().output_dir or "") == tmp_path / "home" / "runs" / "mine"
+
+
+def test_weights_of_the_base_that_train_in_16_bits_are_warned_of(
+    values: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    values = {key: own for key, own in values.items() if key != "adapter"}
+    run(changed(values, model={"dtype": "bfloat16"}, method="full"))
+    assert "weights of the base train in 16 bits, where most steps round away" in caplog.text
+
+
 def test_a_second_start_while_a_run_trains_is_refused_before_any_work(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from smoa_lab.scoring.losses import row_losses
 from smoa_lab.training import trainer as trainer_module
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.train import run as train
-from smoa_lab.training.trainer import ProgressReport, make_trainer
+from smoa_lab.training.trainer import ProgressReport, Stopwatch, make_trainer
 from tests.support.lab import byte_tokenizer, tiny_gpt2
 from tests.support.own_rows import (
     chat,
@@ -129,12 +130,27 @@ def test_the_best_adapter_is_kept_and_not_the_last(talks: Path, base: Path, tmp_
     training["per_device_train_batch_size"] = 8
     data = VALIDATED
     config = rows_config(tmp_path, talks, base, data=data, training=training, early_stopping=2)
-    history = [entry["eval_loss"] for entry in train(config)["history"] if "eval_loss" in entry]
+    metrics = train(config)
+    history = [entry["eval_loss"] for entry in metrics["history"] if "eval_loss" in entry]
     run = load_run(config)
     model = PeftModel.from_pretrained(run.base, str(config.folder / "adapter"))
     rows = [Tokens(row["input_ids"], row["labels"]) for row in run.data.part("validation")]
     assert min(history) < history[-1]
     assert row_losses(model, rows, pad=0).mean == pytest.approx(min(history), abs=1e-4)
+    best = history.index(min(history)) + 1
+    assert metrics["training"]["best_step"] == best < metrics["training"]["steps"]
+    assert f"(the best, step {best}, is kept)" in (config.folder / "adapter" / "README.md").read_text()
+
+
+def test_steps_are_timed_without_the_first_which_is_tried_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, now = Stopwatch(most=5, limit=30), iter((0.0, 62.0, 100.0, 131.0))
+    monkeypatch.setattr(time, "perf_counter", now.__next__)
+    for is_over in (False, True):
+        control = SimpleNamespace(should_training_stop=False)
+        watch.on_step_begin(None, None, control)
+        watch.on_step_end(None, None, control)
+        assert control.should_training_stop is is_over
+    assert watch.seconds == [62, 31]
 
 
 def refused(config: RunConfig, error: type[SmoaError] = ConfigError) -> str:
