@@ -33,7 +33,7 @@ from smoa_lab.data.sources import RowSource
 
 logger = logging.getLogger(__name__)
 
-VERSION = 11
+VERSION = 12
 """Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
 LONG = 1000
 """More rows than these are announced: the tokens of long conversations may take half a minute."""
