@@ -185,6 +185,7 @@ def test_model_and_data_are_asked_for(tmp_path: Path) -> None:
         (("mine.txt", *GIVEN), "mine.txt: the name of a config ends in .yaml"),
         (("talks.jsonl/mine.yaml", *GIVEN), "mine.yaml: cannot be written (Not a directory); choose another place"),
         (("--model", "base", "--data", "bad.jsonl"), "1 bad row; nothing is trained"),
+        (("--model", "base", "--data", "bad.jsonl"), "instead of smoa init, smoa train --model … --data … data.skip"),
     ],
 )
 def test_what_cannot_be_done_is_told_and_nothing_is_written(
