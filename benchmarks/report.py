@@ -83,7 +83,8 @@ def section(header: list[str], rows: list[list[str]], results: dict[str, dict[st
 
 def machine(origin: dict[str, Any]) -> str:
     torch = origin["versions"]["torch"]
-    return f"{origin['device']} ({origin['cpu_capability']}), {origin['threads']} thread{'s'[: origin['threads'] > 1]}, PyTorch {torch}"
+    threads = f"{origin['threads']} thread{'s' if origin['threads'] > 1 else ''}"
+    return f"{origin['device']} ({origin['cpu_capability']}), {threads}, PyTorch {torch}"
 
 
 def whole_step() -> str:

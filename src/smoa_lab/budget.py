@@ -7,11 +7,13 @@ import copy
 import math
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -34,8 +36,9 @@ ALL_LINEAR = "all-linear"
 """Every linear layer but the output, as PEFT understands it."""
 LORA = "lora:"
 """Before a rank: as many parameters as LoRA of that rank trains on the same layers."""
-LARGEST, NEAR, MOST = 2**20, 0.95, 1.02
-"""Of a method that is sized by one key: how many of its values are tried, and which shares of the budget are equal."""
+LARGEST, SMALLEST, NEAR, MOST = 2**20, 0.85, 0.95, 1.02
+"""Of a method that is sized by one key: how many of its values are tried, below which share of the budget it isn't
+compared, and which shares are equal."""
 
 # (out_features, in_features) of each adapted layer, counted.
 Shapes = Counter[tuple[int, int]]
@@ -79,6 +82,13 @@ class Sized:
     adapter: dict[str, int] = field(default_factory=dict)
     parameters: int | None = None
     note: str = ""
+
+    def misses(self, budget: float, amount: str) -> str:
+        """Why it isn't compared at ``budget``, the parameters of ``amount``; nothing where it is near enough."""
+        if budget * SMALLEST <= (self.parameters or 0) <= budget * MOST:
+            return ""
+        why = self.note or "its nearest size is too far"
+        return f"{self.method} can't have the {budget:,.0f} parameters of {amount} ({why})"
 
 
 def method_settings(words: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -141,9 +151,10 @@ def size_method(empty: PreTrainedModel, name: str, adapter: dict[str, Any], budg
         if key is None:
             found = _trained(empty, method, adapter)
             return Sized(name, {}, found, f"no whole number sets its size{'' if found else '; needs keys of its own'}")
+        sides = sorted({side for shape in adapted_shapes(empty, adapter) for side in shape})
         if key.endswith("block_size"):  # which divides the sides of every layer
-            sides = math.gcd(*(side for shape in shapes_of(empty, (ALL_LINEAR,), name) for side in shape))
-            divisors = (size for size in range(2, sides + 1) if sides % size == 0)
+            common = math.gcd(*sides)
+            divisors = (size for size in range(2, common + 1) if common % size == 0)
             values: Sequence[int] = [size for size in divisors if count(size) < math.inf]
         else:
             step = next((2**power for power in range(7) if count(2**power) < math.inf), 0)
@@ -152,7 +163,7 @@ def size_method(empty: PreTrainedModel, name: str, adapter: dict[str, Any], budg
             _trained(empty, method, {**adapter, key: 8})
     except ConfigError as error:
         return Sized(name, note=str(error).removeprefix("adapter: "))
-    place = _last_within(values, count, budget)
+    place = _last_within(values, count, budget, sides)
     near = [value for value in values[max(0, place - 1) : place + 2] if 0 < count(value) <= MOST * budget]
     if not near:
         least = min((found for found in counts.values() if 0 < found < math.inf), default=0)
@@ -183,13 +194,14 @@ def _trained(empty: PreTrainedModel, method: Method, block: dict[str, Any]) -> i
         raise refused from error
 
 
-def _last_within(values: Sequence[int], count: Callable[[int], float], budget: float) -> int:
-    """The place in ``values`` of the largest count up to ``budget``, -1 if there is none. Counts rise or fall all along
-    ``values``, most of them in a line."""
+def _last_within(values: Sequence[int], count: Callable[[int], float], budget: float, sides: Iterable[int]) -> int:
+    """The place in ``values`` of the largest count up to ``budget``, or else before the least. Counts rise all along
+    ``values``, most of them in a line, or fall to their end or, as RandLoRA's, to a side of a layer."""
     first, second = (count(value) for value in (values[0], values[min(1, len(values) - 1)]))
     if first >= second:
-        place = bisect_left(values, -budget, key=lambda value: -count(value)) if second < first else 0
-        return place if place < len(values) and count(values[place]) <= budget else -1
+        ends = [*(values.index(side) for side in sides if side in values), len(values) - 1]
+        least = min(ends, key=lambda place: count(values[place]))
+        return bisect_left(values, -budget, hi=least, key=lambda value: -count(value))
     guess = max(0, int((budget - first) / (second - first)))
     if guess + 1 < len(values) and count(values[guess]) <= budget < count(values[guess + 1]):
         return guess
@@ -205,13 +217,13 @@ def _with_zeros(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def budget_choice(shapes: Shapes, total: int, amount: str) -> Choice:
-    """:data:`FIRST_BLOCKS`, and as r the largest multiple of it within ``amount``."""
+def budget_choice(shapes: Shapes, total: int, amount: str, num_blocks: int = FIRST_BLOCKS) -> Choice:
+    """``num_blocks``, and as r the largest multiple of it within ``amount``."""
     limit = budget_parameters(amount, total, shapes)
-    r = _largest_r(shapes, FIRST_BLOCKS, limit) // FIRST_BLOCKS * FIRST_BLOCKS
+    r = _largest_r(shapes, num_blocks, limit) // num_blocks * num_blocks
     if not r:  # r = num_blocks costs what r = 1 costs with one block
         raise _too_small(amount, shapes)
-    return choice_of(shapes, total, r, FIRST_BLOCKS)
+    return choice_of(shapes, total, r, num_blocks)
 
 
 def choice_of(shapes: Shapes, total: int, r: int, num_blocks: int) -> Choice:
@@ -240,6 +252,17 @@ def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> S
     if not layers:
         raise DataError(f"model: {model!r} has no layers named {', '.join(targets)} that SMoA adapts; name its own")
     return Counter(layers)
+
+
+def adapted_shapes(empty: PreTrainedModel, adapter: Mapping[str, Any]) -> Shapes:
+    """How often each shape of W occurs among the layers that a method's block names, by default all linear ones."""
+    named = LoraConfig(target_modules=adapter.get("target_modules"), exclude_modules=adapter.get("exclude_modules"))
+    found = [
+        kind.layer_class.shape_of(module)
+        for path, module in empty.named_modules()
+        if named.target_modules and check_target_module_exists(named, path) and (kind := kind_of(module)) is not None
+    ]
+    return Counter(found) or shapes_of(empty, (ALL_LINEAR,), "")
 
 
 def lora_parameters(shapes: Shapes, r: int) -> int:

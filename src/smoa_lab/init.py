@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 
 from smoa.errors import DataError
 from smoa_lab.base_models import RunModel, empty_model, load_tokenizer, positions_of
-from smoa_lab.budget import ALL_LINEAR, budget_choice, budget_parameters, shapes_of, size_method
+from smoa_lab.budget import ALL_LINEAR, adapted_shapes, budget_choice, budget_parameters, shapes_of, size_method
 from smoa_lab.config.methods import OTHER_LAYERS, find_method
 from smoa_lab.config.run import ConfigText, Dtype, ModelSection, RunConfig, adapter_rate, check_config
+from smoa_lab.config.validation import method_problems
 from smoa_lab.config.yaml_text import apply_overrides, to_yaml
 from smoa_lab.data.prepared import require_good_rows
 from smoa_lab.training.loaded_run import read_rows_of
 from smoa_lab.training.run_folder import in_free_folder
+
+logger = logging.getLogger(__name__)
 
 LENGTHS = 64
 """Tokens: a row is cut at a multiple of it."""
@@ -34,25 +38,33 @@ def first_values(
 ) -> dict[str, Any]:
     """The config for a model and data: a named set, a file, a folder, or a data set of the Hub. Of the model no weights
     are read; rows are all read, as the ``data.key=value`` of ``changes`` say. The adapter is of the ``method=name``
-    among them."""
+    among them, and sized with the ``adapter.key=value``."""
     section = ModelSection(name=model)
     empty = empty_model(section)
     size = empty.num_parameters()
     shapes = shapes_of(empty, (ALL_LINEAR,), model)
-    choice = budget_choice(shapes, size, parameters)
-    method: dict[str, Any] = {"method": "smoa"}
-    apply_overrides(method, [change for change in changes if change.startswith("method=")])
-    name = str(method["method"]).lower()
+    method: dict[str, Any] = {"method": "smoa", "adapter": {}}
+    apply_overrides(method, [change for change in changes if change.startswith(("method=", "adapter.", "adapter="))])
+    name, own = str(method["method"]).lower(), method.pop("adapter")
+    own = own if isinstance(own, dict) else {}  # which is refused with the rest
+    blocks = own.get("num_blocks")
+    choice = budget_choice(shapes, size, parameters, *([blocks] if isinstance(blocks, int) and blocks > 0 else []))
     kind = find_method(name).peft_type
     adapter: dict[str, Any] = {} if kind is None or name in OTHER_LAYERS else {"target_modules": ALL_LINEAR}
     if kind == "smoa":
         adapter |= {"num_blocks": choice.num_blocks, "r": choice.r, "alpha": 2 * choice.r}
     elif kind == "lora":
         adapter |= {"r": choice.lora_r, "lora_alpha": 2 * choice.lora_r}
-    elif adapter:
-        adapter |= size_method(empty, name, adapter, budget_parameters(parameters, size, shapes)).adapter
+    elif adapter and find_method(name).budget_key not in own:
+        given = {**adapter, **own}
+        ConfigText({}, "smoa train").refuse(method_problems({"method": name, "adapter": given}))
+        budget = budget_parameters(parameters, size, adapted_shapes(empty, given))
+        sized = size_method(empty, name, given, budget)
+        if why := sized.misses(budget, parameters):
+            logger.warning("method: %s; what is trained is of another size than with other methods", why)
+        adapter |= sized.adapter
     block, rows = look_at_rows(data, section, positions_of(empty.config), changes)
-    logging = EPOCHS * math.ceil(rows / (BATCH * ACCUMULATION)) // 10
+    tenth = EPOCHS * math.ceil(rows / (BATCH * ACCUMULATION)) // 10
     return {
         "model": {"name": model, **({"dtype": dtype} if dtype else {})},  # else the machine and the method decide
         **method,
@@ -66,7 +78,7 @@ def first_values(
             "gradient_accumulation_steps": ACCUMULATION,
             "gradient_checkpointing": size > LARGE,
             "learning_rate": adapter_rate(size),
-            "logging_steps": max(1, min(10, logging)),
+            "logging_steps": max(1, min(10, tenth)),
             "seed": 0,
         },
     }
@@ -97,9 +109,9 @@ def default_run(model: str, data: str, changes: Sequence[str] = ()) -> RunConfig
     """The run that ``smoa init`` writes for a model and data, with ``key.key=value`` changes, in the first of the
     folders ``runs/NAME``, ``runs/NAME-2`` and so on without a finished run."""
     values = first_values(model, data, changes=changes)
-    values["training"]["output_dir"] = str(in_free_folder(check_config(values)).folder)
     apply_overrides(values, list(changes))
-    return ConfigText(values, "smoa train").checked()
+    config = ConfigText(values, "smoa train").checked()
+    return config if any(change.startswith("training.output_dir=") for change in changes) else in_free_folder(config)
 
 
 def file_for(data: str) -> Path:

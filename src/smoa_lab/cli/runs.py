@@ -203,13 +203,13 @@ def check(
 ) -> None:
     """Show what would be trained on: formats, lengths, what is cut or dropped, bad rows, and examples.
 
-    Exit code 1: there are bad rows, which aren't to be skipped, or none to train on.
+    Exit code 1: there are bad rows, which aren't to be skipped, none to train on, or rows that the run can't have.
     """
     with reporting():
         from smoa.errors import ConfigError
         from smoa_lab.base_models import RunModel, is_here
         from smoa_lab.config.run import check_config, load_config
-        from smoa_lab.training.loaded_run import check_trainer, read_rows_of
+        from smoa_lab.training.loaded_run import read_rows_of, trainable_rows_of
 
         data = {"format": format, "max_length": max_length, "template": template}
         data = {key: value for key, value in data.items() if value is not None}
@@ -233,10 +233,10 @@ def check(
             _print_account(place, config.model.name, account)
             for number, row in enumerate(islice(rows.part("train"), examples), start=1):
                 _print_example(f"example {number} of {min(examples, trained)}", row, tokenizer)
-        if place.endswith((".yaml", ".yml")):
-            check_trainer(config, account["format"])
         if not trained or (account["bad"] and not config.data.skip_bad_rows):
             raise typer.Exit(1)
+        if place.endswith((".yaml", ".yml")):
+            trainable_rows_of(config, tokenizer)
 
 
 @data_app.command(epilog="Example: smoa data clear")

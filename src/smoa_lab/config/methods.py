@@ -50,7 +50,14 @@ class Method:
         ConfigError if PEFT refuses the block."""
         chosen = self.config_class
         try:
-            return None if chosen is None else chosen(**{"task_type": "CAUSAL_LM", **adapter, **self.preset})
+            made = None if chosen is None else chosen(**{"task_type": "CAUSAL_LM", **adapter, **self.preset})
+            if isinstance(targets := getattr(made, "target_modules", None), str):
+                re.compile(targets)
+            return made
+        except re.error as error:
+            raise ConfigError(
+                f"target_modules: {targets!r} is not a regular expression ({error}); list names"
+            ) from error
         except (ValueError, TypeError, LookupError, ArithmeticError, ImportError) as error:
             raise ConfigError(shorten(str(error), 1000)) from error
 
@@ -169,6 +176,9 @@ def check_adapter(empty: PreTrainedModel, wanted: PeftConfig) -> None:
 def count_trained(empty: PreTrainedModel, wanted: PeftConfig) -> int:
     """How many parameters the adapter trains on a copy of ``empty``, a model without weights. Raises ConfigError if
     PEFT refuses the adapter, and PyTorch's RuntimeError if a method reads a value of a tensor without data."""
+    if missing := [key for key in ("adapter_len", "adapter_layers") if getattr(wanted, key, 0) is None]:
+        problem = f"adapter: adaption_prompt needs {' and '.join(missing)}, which PEFT leaves open"
+        raise ConfigError(f"{problem}; set the number of tokens, and in how many of the last layers")
     peft_config: Any = copy.deepcopy(wanted)  # PEFT writes into it
     if hasattr(peft_config, "init_lora_weights"):
         peft_config.init_lora_weights = True  # the others look at the weights

@@ -20,6 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from transformers import TrainingArguments
 
 from smoa.errors import ConfigError
+from smoa_lab.basics.plain import portable
 from smoa_lab.basics.section import Section
 from smoa_lab.config.methods import MethodName, find_method, trains_own_dtype
 from smoa_lab.config.validation import Problem, block_problems, method_problems, training_problems
@@ -134,6 +135,11 @@ class DataSection(Section):
     @property
     def title(self) -> str:
         return self.hub.name if self.hub else ", ".join(_listed(self.train))
+
+    @property
+    def source(self) -> str:
+        """The title without the folders of this machine."""
+        return self.hub.name if self.hub else ", ".join(portable(_listed(self.train)))
 
     @property
     def sizes(self) -> Sizes:

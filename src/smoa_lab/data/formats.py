@@ -6,6 +6,8 @@ import json
 import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date, time
+from decimal import Decimal
 from typing import Any, Literal
 
 from smoa.errors import DataError
@@ -144,10 +146,7 @@ def _choices(row: dict[str, Any]) -> Row:
     choices = _parsed(choices) if isinstance(choices, str) else choices  # CSV has no lists
     if not isinstance(choices, list) or len(choices) < 2:
         raise BadRow("choices", f"found {shown(row['choices'])}, expected a list of two texts or more, in CSV as JSON")
-    texts = [
-        check_text(choice if isinstance(choice, str) else json.dumps(choice), f"choices[{number}]").strip()
-        for number, choice in enumerate(choices)
-    ]
+    texts = [_choice(choice, f"choices[{number}]") for number, choice in enumerate(choices)]
     if _are_turns(prompt):
         asked = read_turns(prompt, "prompt")
         if asked[-1][1].role != "user":
@@ -159,6 +158,13 @@ def _choices(row: dict[str, Any]) -> Row:
     label = _label(row["label"], texts)
     answer = [("choices", Message("assistant", texts[label]))]
     return Row(_said(asked), _answered(asked, answer, "choices"), choices=tuple(texts), label=label)
+
+
+def _choice(value: object, field: str) -> str:
+    """The text of a choice: numbers and lists as JSON, decimals and dates as Python writes them."""
+    if isinstance(value, bool | int | float | list | dict) and value == value:  # and not NaN, which stands for none
+        value = json.dumps(value, default=str)
+    return check_text(str(value) if isinstance(value, Decimal | date | time) else value, field).strip()
 
 
 def _label(value: object, choices: list[str]) -> int:

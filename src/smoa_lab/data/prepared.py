@@ -33,7 +33,7 @@ from smoa_lab.data.sources import RowSource
 
 logger = logging.getLogger(__name__)
 
-VERSION = 11
+VERSION = 12
 """Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
 LONG = 1000
 """More rows than these are announced: the tokens of long conversations may take half a minute."""
@@ -90,7 +90,8 @@ def require_good_rows(account: dict[str, Any], skip: bool) -> None:
     rest = f"\n  and {more:,} more" if (more := account["bad"] - len(account["faults"])) else ""
     raise DataError(
         f"{account['bad']:,} bad row{'s' * (account['bad'] > 1)}; nothing is trained until they are fixed, or "
-        f"data.skip_bad_rows: true (shared.data.skip_bad_rows of a study) leaves them out\n  {listed}{rest}"
+        "data.skip_bad_rows: true leaves them out (shared.data.skip_bad_rows of a study; instead of smoa init, "
+        f"smoa train --model … --data … data.skip_bad_rows=true)\n  {listed}{rest}"
     )
 
 

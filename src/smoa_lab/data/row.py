@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from typing import Literal
+from unicodedata import normalize
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
@@ -52,8 +53,8 @@ class Row:
 
     @property
     def digest(self) -> str:
-        """Equal for rows that say the same, whatever their format, white space and case: what is said in turn, the
-        rejected answer and the choices, in any order."""
+        """Equal for rows that say the same, whatever their format, white space, case and way of writing accents: what
+        is said in turn, the rejected answer and the choices, in any order."""
         said = [*_texts(self.prompt), *_texts(self.completion)]
         return _hash([said, _texts(self.rejected or ""), sorted(map(_even, self.choices))])
 
@@ -90,10 +91,10 @@ def _hash(form: object) -> str:
 
 
 def _texts(said: Said) -> list[str]:
-    """What is said, without differences of white space and case."""
+    """What is said, without differences of white space, case and composed or decomposed letters."""
     texts = [said] if isinstance(said, str) else [message.content for message in said]
     return [even for text in texts if (even := _even(text))]
 
 
 def _even(text: str) -> str:
-    return " ".join(text.split()).casefold()
+    return " ".join(normalize("NFC", text).split()).casefold()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import logging
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -13,11 +14,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import warning_once
+
 from smoa.errors import DataError, first_of, nearest
 from smoa_lab.basics.folders import content_of
 from smoa_lab.basics.section import Section
 from smoa_lab.data.formats import BadRow, shown
 from smoa_lab.data.named import DEMO, DEMO_FILE, SETS
+
+logger = logging.getLogger(__name__)
 
 Placed = tuple[str, dict[str, Any] | BadRow]
 """Where a row is, such as "chats.jsonl, row 12", and the row, or what keeps it from being one."""
@@ -25,6 +30,8 @@ Numbered = Iterator[tuple[int, Any]]
 
 PART = re.compile(r"(.*[-_. ])?(train|training|test|testing|validation|valid|val|dev|eval|heldout)([-_. \d].*)?")
 """Names of files of one part, such as the Hub's ``test-00000-of-00001.parquet``."""
+BESIDE = re.compile(r"[._].*|(readme|licen[cs]e).*|.*\.(md|py|ya?ml)", re.IGNORECASE)
+"""Names in a folder of rows that nobody takes for rows."""
 BATCH = 16
 """Rows of a Parquet file that are decoded at once."""
 
@@ -48,8 +55,13 @@ def files_of(place: Path) -> list[Path]:
             raise DataError(f"{place}: no such file, folder or named set{near or '; give the path of one that exists'}")
         files = [place]
         if folder.is_dir():
-            names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and is_of_known_kind(entry))
-            files = [place / name for name in names if not name.startswith(".")]
+            entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
+            read = [entry for entry in entries if entry.is_file() and is_of_known_kind(entry)]
+            files = [place / entry.name for entry in read if not entry.name.startswith(".")]
+            left = [entry.name for entry in entries if entry not in read and not BESIDE.fullmatch(entry.name)]
+            if files and left:
+                rule = f"of a folder only its own {kinds} are read, and not"
+                warning_once(logger, f"{place}: {rule} {first_of(left)}; list other folders in data.train")
         elif not is_of_known_kind(place):
             raise DataError(f"{place}: cannot read this kind of file; use one of {kinds}")
         if not files:

@@ -13,7 +13,7 @@ from typing import Any
 
 from smoa.errors import ConfigError
 from smoa_lab.base_models import empty_model, with_rate
-from smoa_lab.budget import ALL_LINEAR, FIRST_BLOCKS, LORA, MOST, budget_parameters, shapes_of, size_method
+from smoa_lab.budget import ALL_LINEAR, FIRST_BLOCKS, LORA, budget_parameters, shapes_of, size_method
 from smoa_lab.config.methods import OTHER_LAYERS, find_method, trains_own_dtype
 from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, check_config
 from smoa_lab.config.yaml_text import apply_overrides
@@ -26,8 +26,6 @@ STEPS, PASSES, BATCH = 300, 3, 8
 """At most so many steps, of so many rows, and passes over the rows."""
 MOST_SEEDS = {1: 5, 2: 5, 3: 4, 4: 4}
 """Seeds by the number of methods, 3 of more: so many tell about as small differences apart."""
-SMALLEST = 0.85
-"""Share of the parameters asked for below which a method isn't compared."""
 WHOLE_MODEL = 2e-5
 """Where the search begins for a whole model whose config has no learning rate."""
 ALPHAS = ("lora_alpha", "alpha", "psoft_alpha", "randlora_alpha")
@@ -104,9 +102,7 @@ def default_study(
         block |= (settings or {}).get(name, {})
         budget = budget_parameters(amount, empty.num_parameters(), shapes)
         sized = size_method(empty, name, block, budget)
-        if not budget * SMALLEST <= (sized.parameters or 0) <= budget * MOST:
-            reason = f"{name} can't have the {budget:,.0f} parameters of {amount}"
-            reason += f" ({sized.note or 'its nearest size is too far'})"
+        if reason := sized.misses(budget, amount):
             if not sizes:
                 raise ConfigError(f"--methods: {reason}; leave it out, or write it into a study's file")
             gaps[f"{name}{suffix}"] = reason

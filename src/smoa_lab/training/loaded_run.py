@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.base_models import RunModel, base_content, positions_of
+from smoa_lab.base_models import RunModel, base_config, base_content, positions_of
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.encoding import Encoder, ends_texts
 from smoa_lab.data.general_text import STORY, passages
@@ -64,14 +64,7 @@ def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
     """Load rows and model; what cannot be loaded or, if it ``trains``, be trained fails here, before any work."""
     model = RunModel.of(config)
     encoder, data = trainable_rows_of(config, model.tokenizer, trains)
-    base, account = model.load(), data.account
-    positions, longest = positions_of(base.config), account["tokens"].get("longest", 0)
-    cut_at = account["max_length"] or longest
-    longest = cut_at if config.training.get("packing") else min(longest, cut_at)
-    if positions is not None and longest > positions:
-        found = f"rows of up to {longest:,} tokens would be given to this model, which has {positions:,} positions"
-        raise ConfigError(f"data.max_length: {found}; set it to {positions}")
-    return LoadedRun(config, model, base, encoder, data)
+    return LoadedRun(config, model, model.load(), encoder, data)
 
 
 def inputs(config: RunConfig, trains: bool = True) -> dict[str, Any]:
@@ -112,11 +105,12 @@ def trainable_rows_of(
     encoder, rows = read_rows_of(config, tokenizer)
     account = rows.account
     require_good_rows(account, config.data.skip_bad_rows)
+    _check_positions(config, account)
     if not trains:
         return encoder, rows
     if metric := config.data.metric:
         Evaluation(encoder, rows.rows(config.scoring.part), metric=metric, answer_tokens=config.data.answer_tokens)
-    check_trainer(config, account["format"])
+    _check_trainer(config, account["format"])
     if not account["parts"].get("train"):
         raise DataError(
             f"{config.data.title}: leaves no rows to train on: {account['also_held_out']} are held out too, "
@@ -125,6 +119,16 @@ def trainable_rows_of(
         )
     _check_tokens(config, tokenizer, row_from_json(rows.part("train")[0]["row"]))
     return encoder, rows
+
+
+def _check_positions(config: RunConfig, account: dict[str, Any]) -> None:
+    """Raise ConfigError if rows are longer than what the model takes."""
+    positions, longest = positions_of(base_config(config.model)), account["tokens"].get("longest", 0)
+    cut_at = account["max_length"] or longest
+    longest = cut_at if config.training.get("packing") else min(longest, cut_at)
+    if positions is not None and longest > positions:
+        found = f"rows of up to {longest:,} tokens would be given to this model, which has {positions:,} positions"
+        raise ConfigError(f"data.max_length: {found}; set it to {positions}")
 
 
 def _check_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
@@ -139,7 +143,7 @@ def _check_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, row: Ro
         raise ConfigError(f"{place} {added}; set add_eos_token: false {remedy}")
 
 
-def check_trainer(config: RunConfig, format: str) -> None:
+def _check_trainer(config: RunConfig, format: str) -> None:
     """Raise ConfigError if another trainer is for rows of this format."""
     right = "dpo" if format == "preference" else "sft"
     if format and config.trainer != right:

@@ -179,13 +179,19 @@ def _metrics(
 ) -> dict[str, Any]:
     """What is known of a model, its training aside."""
     total = sum(map(_entries, model.parameters()))
+    account = loaded.data.account
+    faults = [fault.partition(", row ") for fault in account["faults"]]  # where the row is, and what is wrong with it
     return {
         "format": FORMAT,
         "config": portable(loaded.config.model_dump(mode="json")),
         "provenance": provenance(arguments.seed, arguments.device),
         "digests": loaded.digests,
         "parameters": {"trainable": trainable, "total": total, "percent": round(100 * trainable / total, 4)},
-        "data": portable({"source": loaded.config.data.title, **loaded.data.account}),
+        "data": {
+            "source": loaded.config.data.source,
+            **account,
+            "faults": [portable(place) + row + problem for place, row, problem in faults],
+        },
         "evaluation": evaluation.scores(),
         "gain": evaluation.gain,
         "forgetting": forgetting and forgetting.metrics,
@@ -222,7 +228,7 @@ def _save(
             (temporary / "README.md").write_text(card, encoding="utf-8")
     metrics["parameters"]["adapter_bytes"] = sum(file.stat().st_size for file in folder.adapter.glob("*.safetensors"))
     if (chart := losses(metrics["history"], metrics["evaluation"], method, metrics["training"])) is not None:
-        save_picture(chart.properties(title=f"{method} on {portable(loaded.config.data.title)}"), folder.picture)
+        save_picture(chart.properties(title=f"{method} on {loaded.config.data.source}"), folder.picture)
     if metrics["samples"]:
         write_whole(folder.samples, f"# {folder.path.resolve().name}\n\n{samples_text(metrics['samples'])}")
     trained = loaded.data.part("train").select_columns("row")

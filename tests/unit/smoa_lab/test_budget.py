@@ -127,6 +127,18 @@ def test_a_method_is_sized_by_one_key_to_what_peft_then_counts(name: str, key: s
     assert bool(sized.note) is (sized.parameters < 0.95 * wanted)
 
 
+def test_counts_that_fall_and_rise_again_are_searched_up_to_the_least(base: str) -> None:
+    (sized,) = size_methods(base, "200", ("q_proj",), ["randlora"])
+    assert (sized.adapter, sized.parameters, sized.note) == ({"r": 17}, 196, "")
+    (sized,) = size_methods(base, "70", ("q_proj",), ["randlora"])
+    assert sized.note == "r can't make it so small: it trains 128 or more"
+
+
+def test_block_sizes_divide_the_sides_of_the_layers_that_are_adapted(base: str) -> None:
+    (sized,) = size_methods(base, "70", ("q_proj",), ["c3a"])  # down_proj's 48 has no divisor 32
+    assert (sized.adapter, sized.parameters) == ({"block_size": 32}, 64)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     ("name", "parameters", "note"),

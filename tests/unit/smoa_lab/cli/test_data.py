@@ -71,3 +71,21 @@ def test_a_runs_file_says_model_and_rows(base: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     done = CliRunner().invoke(app, ["data", "check", str(tmp_path / "run.yaml")])
     assert (done.exit_code, "1 bad rows" in done.stdout) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("times", "data", "told"),
+    [
+        (1, {"metric": "number"}, "data.metric: number: the completion of held-out row 1, 'Yes.', has no number"),
+        (300, {"max_length": 2000}, "which has 1,024 positions; set it to 1024"),
+    ],
+)
+def test_a_run_that_would_be_refused_for_its_rows_is_no_good_one(
+    times: int, data: dict[str, object], told: str, base: Path, tmp_path: Path
+) -> None:
+    file = write_rows(
+        tmp_path / "rows.jsonl", [{"messages": chat(f"{'Open' * times} {i}?", "Yes.")} for i in range(20)]
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(rows_values(tmp_path, file, base, data=data)))
+    done = CliRunner().invoke(app, ["data", "check", str(tmp_path / "run.yaml")])
+    assert (done.exit_code, told in done.stderr) == (1, True), done.output

@@ -11,7 +11,7 @@ from smoa_lab import init
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import check_config, load_config
 from smoa_lab.config.yaml_text import parse_yaml
-from smoa_lab.init import config_text, first_values
+from smoa_lab.init import config_text, default_run, first_values
 from tests.support import lab
 from tests.support.chats import chat_base
 from tests.support.own_rows import chat, chats, write_rows
@@ -149,6 +149,19 @@ def test_a_model_and_data_are_trained_without_a_file_as_init_would_write_it(tmp_
     assert "Run folder: runs/talks-2\n" in train(*given, *changes).stderr
 
 
+def test_a_method_is_sized_with_the_users_keys_and_another_size_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    narrow = ["method=vera", "adapter.target_modules=[q_proj]"]
+    vera = default_run("base", "talks.jsonl", narrow)  # as LoRA with r = 8 on q_proj, 2 * 8 * 64
+    assert vera.adapter["r"] == (2 * 8 * 64 - 2 * 32) // 2
+    assert default_run("base", "talks.jsonl", ["method=vera", "adapter.r=3"]).adapter["r"] == 3
+    ours = default_run("base", "talks.jsonl", ["adapter.num_blocks=8"]).adapter
+    assert (ours["r"], ours["alpha"]) == (64, 128)
+    assert default_run("base", "talks.jsonl", ["method=adalora", "adapter.total_step=9"]).adapter["total_step"] == 9
+    assert caplog.text == ""
+    assert default_run("base", "talks.jsonl", ["method=lokr"]).adapter["r"] == 4
+    assert "method: lokr can't have the 7,424 parameters of lora:8 (14% of the budget is the nearest" in caplog.text
+
+
 BOTH = "give the YAML file of a run, which names model and data, or both --model and --data"
 
 
@@ -159,6 +172,9 @@ BOTH = "give the YAML file of a run, which names model and data, or both --model
         (("--model", "base"), BOTH),
         (("run.yaml", "--data", "talks.jsonl"), BOTH),
         ((*GIVEN[:4], "adapter.rr=4"), "adapter.rr"),
+        ((*GIVEN[:4], "method=vera", "adapter.rr=4"), "adapter.rr"),
+        ((*GIVEN[:4], "method=vera", "adapter.target_modules='['"), "'[' is not a regular expression"),
+        ((*GIVEN[:4], "method=adaption_prompt"), "adapter: adaption_prompt needs adapter_len and adapter_layers"),
         ((*GIVEN[:4], "model.trust_remote_code=true"), "if you trust it, give --trust-remote-code"),
     ],
 )
@@ -185,6 +201,7 @@ def test_model_and_data_are_asked_for(tmp_path: Path) -> None:
         (("mine.txt", *GIVEN), "mine.txt: the name of a config ends in .yaml"),
         (("talks.jsonl/mine.yaml", *GIVEN), "mine.yaml: cannot be written (Not a directory); choose another place"),
         (("--model", "base", "--data", "bad.jsonl"), "1 bad row; nothing is trained"),
+        (("--model", "base", "--data", "bad.jsonl"), "instead of smoa init, smoa train --model … --data … data.skip"),
     ],
 )
 def test_what_cannot_be_done_is_told_and_nothing_is_written(

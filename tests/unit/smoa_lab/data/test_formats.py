@@ -1,5 +1,8 @@
 import json
+import math
 import re
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +168,13 @@ def test_a_label_is_the_number_of_a_choice_or_its_text_and_refused_where_it_is_b
         assert expected in fault(row).problem
 
 
+def test_choices_of_a_parquet_file_may_be_decimals_or_dates_and_stay_the_same_when_read_again() -> None:
+    for choices in ([Decimal("1.50"), Decimal(2)], [date(2026, 1, 2), date(2026, 1, 3)], [[date(2026, 1, 2)], [1]]):
+        row = {"prompt": "Which?", "choices": choices, "label": 0}
+        assert shaped(row) == shaped(json.loads(json.dumps(row, default=str)))
+        assert shaped(row).choices[0] in ("1.50", "2026-01-02", '["2026-01-02"]')
+
+
 def test_a_row_of_any_format_may_name_its_part() -> None:
     for row in ({"text": "a"}, QUESTION, {"messages": [USER, ANSWER]}):
         assert shaped(row | {"part": "test"}).part == "test"
@@ -273,6 +283,9 @@ COLUMNS: list[tuple[dict[str, Any], str | None, str]] = [
     ({**QUESTION, "choices": ["Yes."]}, "choices", "two texts or more"),
     ({**QUESTION, "choices": "[" * 100_000}, "choices", "expected a list"),
     ({**QUESTION, "choices": ["Yes.", " "]}, "choices[1]", "blank"),
+    ({**QUESTION, "choices": ["Yes.", None, "No."]}, "choices[1]", "found None, expected text"),
+    ({**QUESTION, "choices": [0.5, math.nan]}, "choices[1]", "found nan"),
+    ({**QUESTION, "choices": [b"a", b"b"]}, "choices[0]", "expected text"),
     ({**QUESTION, "tools": ["a"]}, "tools", "SFTTrainer"),
 ]
 BAD = [({"messages": value}, f"messages{place}", words) for value, place, words in TURNS]

@@ -15,9 +15,11 @@ def test_a_row_survives_json(row: Row) -> None:
     assert row_from_json(row.to_json()) == row
 
 
-def test_the_digest_looks_past_format_white_space_and_case_and_at_nothing_else() -> None:
+def test_the_digest_looks_past_format_white_space_case_and_composition_and_at_nothing_else() -> None:
     assert Row("", "One two.").digest == Row("", "  one\n\tTWO. ").digest
     assert Row("é", "B").digest == Row(ASKED, ANSWERED).digest == Row((), ASKED + ANSWERED).digest
+    composed, decomposed = Row("Café", "Ǆ가"), Row("Cafe\u0301", "Ǆ\u1100\u1161")
+    assert (composed.digest, composed.key, composed.asked) == (decomposed.digest, decomposed.key, decomposed.asked)
     turned = dataclasses.replace(QUESTION, choices=QUESTION.choices[::-1], label=1, part="test")
     assert QUESTION.digest == turned.digest
     other = dataclasses.replace(QUESTION, completion=(Message("assistant", "0"),))

@@ -84,6 +84,19 @@ def test_names_that_only_hold_such_a_word_are_read(tmp_path: Path) -> None:
     assert len(list(read_rows(tmp_path))) == 10
 
 
+def test_what_a_folder_has_beside_its_rows_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written(tmp_path / "a.jsonl")
+    for name in ("README.md", "LICENSE", ".hidden", "_SUCCESS", "card.yaml"):
+        (tmp_path / name).touch()
+    (tmp_path / ".git").mkdir()
+    assert (len(list(read_rows(tmp_path))), caplog.text) == (2, "")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "c.json.zip").touch()
+    assert len(list(read_rows(tmp_path))) == 2
+    assert f"{tmp_path}: of a folder only its own jsonl" in caplog.text
+    assert "are read, and not c.json.zip, more; list other folders in data.train" in caplog.text
+
+
 def test_a_place_is_named_as_the_user_gave_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

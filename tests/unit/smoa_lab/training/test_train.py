@@ -103,6 +103,16 @@ def test_the_untouched_model_is_scored_as_before_a_run_and_nothing_is_trained(va
         score_untouched(untouched)
 
 
+def test_the_metrics_name_all_files_of_rows_and_whole_faults_without_folders(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "choices": "this/that", "label": 0}\n')
+    places = [values["data"]["train"], str(tmp_path / "bad.jsonl")]
+    told = score_untouched(changed(values, data={"train": places, "skip_bad_rows": True}))["data"]
+    assert told["source"] == f"{Path(places[0]).name}, bad.jsonl"
+    assert told["faults"][0].startswith("bad.jsonl, row 1: choices: found 'this/that', expected a list")
+
+
 def test_a_run_that_is_told_so_scores_validation_once_and_nothing_else(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
