@@ -71,14 +71,8 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
         if ours != theirs:  # what is missing would stay the old adapter's
             more, lacking = (sorted(names)[:3] or "nothing" for names in (theirs - ours, ours - theirs))
             raise AdapterFileError(f"{path}: has {more}, but not {lacking}, unlike {adapter_name!r}; {REMEDY}")
-        before = [(tensor, tensor.clone()) for tensor in loaded.values()]
-        with taking_over(old, new):
-            try:
-                set_peft_model_state_dict(slot, state, adapter_name=adapter_name)
-            except BaseException:
-                for tensor, held in before:
-                    tensor.copy_(held)
-                raise
+        with taking_over(old, new, loaded.values()):
+            set_peft_model_state_dict(slot, state, adapter_name=adapter_name)
 
 
 def _padded(

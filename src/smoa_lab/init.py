@@ -123,7 +123,7 @@ def config_text(file: Path, values: dict[str, Any]) -> str:
     """The config as YAML, with how to run it on top and a comment beside every key."""
     comments = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8").splitlines()
     notes = dict(line.strip().split(":  # ") for line in comments[1:])
-    command = f"smoa train {quote(str(file))}"
+    command = f"smoa train {quote(file.as_posix())}"
     lines = [f"# Run it: {command}; change a value: {command} training.max_steps=10"]
     for line in to_yaml(values).splitlines():
         note = notes.get(line.strip().partition(":")[0])

@@ -70,7 +70,7 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
             loaded = loading_code(saved, described_base(str(saved.base_model_name_or_path)))
         sections["Load it"] = [
             code(loaded.replace("PATH", str(folder.adapter))),
-            code(f"smoa chat {quote(str(folder.path))}"),
+            code(f"smoa chat {quote(folder.path.as_posix())}"),
         ]
     shown = [(title, parts) for title, parts in sections.items() if parts]
     write_whole(file, page(folder.path.resolve().name, shown, [introduction]))

@@ -81,16 +81,19 @@ class Held(NamedTuple):
 
 
 @contextmanager
-def taking_over(old: SmoaConfig, new: SmoaConfig) -> Iterator[None]:
+def taking_over(old: SmoaConfig, new: SmoaConfig, tensors: Iterable[Tensor]) -> Iterator[None]:
     """Let the config of a loaded adapter say of its base and scales what that of the file says which replaces its
-    tensors in the context; an error takes it back."""
+    tensors in the context; an error, or Ctrl-C, takes both back."""
     names = "scale", "other_base", "quantized_base", "base_model_name_or_path"
-    before = {name: getattr(old, name) for name in names}
+    before, held = {name: getattr(old, name) for name in names}, [(each, each.clone()) for each in tensors]
     try:
         vars(old).update({name: getattr(new, name) for name in names})
         yield
     except BaseException:
         vars(old).update(before)
+        with torch.no_grad():
+            for tensor, own in held:
+                tensor.copy_(own)
         raise
 
 

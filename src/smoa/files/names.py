@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -75,6 +76,14 @@ def trained_biases(model: nn.Module, state: Mapping[str, Tensor], config: SmoaCo
         return biases
     of_layers = (f"{layer}.base_layer.bias" for layer in adapter_layers(model, name))
     return {key: biases[key] for key in of_layers if key in biases}
+
+
+def tensors_loaded(model: nn.Module, config: SmoaConfig, name: str) -> list[Tensor]:
+    """What a load of the adapter of this config and name writes in place: its factors, labels, scales and copies, and
+    the biases that it trains."""
+    state = dict(chain(model.named_parameters(), model.named_buffers()))
+    known = (key for key in state if f".{name}." in f"{key}." and (is_own(key) or _OF_PEFT.search(key)))
+    return [*(state[key] for key in known), *trained_biases(model, state, config, name).values()]
 
 
 def embeddings_of(model: nn.Module) -> dict[str, Any]:

@@ -162,8 +162,8 @@ class Kind:
         if base._parameters.get("weight") is None:
             return (
                 "its weight is not a parameter but computed from others (weight or spectral normalization, pruning), "
-                "so a merge would be lost; undo that first: parametrize.remove_parametrizations, remove_weight_norm or "
-                "prune.remove of torch.nn.utils"
+                "so a merge would be lost; undo that first: by remove_weight_norm, remove_spectral_norm, "
+                "prune.remove or parametrize.remove_parametrizations of torch.nn.utils"
             )
         methods = [name for name in ("forward", "_conv_forward") if hasattr(self.base_class, name)]
         owners = {next(owner for owner in type(base).__mro__ if name in vars(owner)) for name in methods}

@@ -75,7 +75,8 @@ class SmoaModel(BaseTuner):
             with untouched(model):  # PEFT would take layers that are left for those of a second adapter
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:  # PEFT takes its name out again after an Exception, but not after Ctrl-C
-            self.peft_config.pop(adapter_name, None)
+            if not any(adapter_name in layer.smoa_A for layer in smoa_layers(self.model).values()):
+                self.peft_config.pop(adapter_name, None)
             raise
         finally:
             self._progress.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -162,10 +163,12 @@ def _refusal(name: str, base: nn.Module, kind: Kind | None, model: nn.Module) ->
 
 
 def _only_reads_weight(kind: type[nn.Module], name: str) -> bool:
-    """Whether the code of a module takes the weight of a layer in it and never calls that, as with Mamba's conv1d."""
+    """Whether the code of a module takes the weight of a layer in it and uses that for nothing else, as Mamba does with
+    conv1d."""
     with suppress(OSError, TypeError):  # a class whose code is nowhere
-        code = inspect.getsource(kind)
-        return f"self.{name}.weight" in code and f"self.{name}(" not in code
+        code = "".join(map(inspect.getsource, kind.__mro__[: kind.__mro__.index(nn.Module)]))
+        uses = set(re.findall(rf"self\.{re.escape(name)}\b(?!\s*=)(\.\w+)?", code))
+        return ".weight" in uses and uses <= {".weight", ".bias", ".kernel_size"}
     return False
 
 

@@ -56,7 +56,9 @@ def init(
         values = init.first_values(model, data, parameters, dtype)
         values["training"]["output_dir"] = f"runs/{file.stem}"
         write_whole(file, init.config_text(file, values))
-        show(f"{file}: written\nTrain: smoa train {quote(str(file))}", {"file": str(file), "config": values}, json)
+        show(
+            f"{file}: written\nTrain: smoa train {quote(file.as_posix())}", {"file": str(file), "config": values}, json
+        )
 
 
 def train(

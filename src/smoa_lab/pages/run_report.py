@@ -12,7 +12,7 @@ from peft import PeftConfig
 from smoa_lab.config.yaml_text import to_yaml
 from smoa_lab.pages.card import NamedBase, adapter_card
 from smoa_lab.pages.charts import INK, MUTED, WIDTH, color_of, tooltip, values
-from smoa_lab.pages.tables import metric_table, steps_text
+from smoa_lab.pages.tables import metric_table, spread, steps_text
 from smoa_lab.pages.templates import render
 
 ANSWERS = {"reference": "Reference", "before": "Before", "after": "After"}
@@ -31,6 +31,7 @@ def run_card(title: str, config: PeftConfig, base: NamedBase, metrics: dict[str,
     sections = render(
         "run_card.md.jinja",
         metrics=metrics,
+        spread=spread,
         stages=list(evaluation),
         results=metric_table(evaluation),
         steps=steps_text(metrics["training"]),

@@ -104,8 +104,8 @@ def outcome(metrics: Mapping[str, Any]) -> list[str]:
     if None in (gain.get("loss", 0), forgot.get("change", 0)):
         lines.append("Training diverged: a loss is no number.")
     if gain.get("loss") is not None:
-        change = f"{gain['loss']:+.3f}{spread(gain['loss_stderr'], note=' (standard error, paired by row)')}"
-        lines.append(f"The loss changed by {change}.")
+        error = spread(gain["loss_stderr"])
+        lines.append(f"The loss changed by {gain['loss']:+.3f}{error and f'{error} (standard error, paired by row)'}.")
     for name in (name for name in TITLES if name in gain):
         (times, digits, _), stderr = shown_as(name), gain[f"{name}_stderr"]
         change = f"{times * gain[name]:+.{digits}f}{spread(stderr, digits, times)} points"
@@ -131,9 +131,9 @@ def number(value: float | None, digits: int = 3, scale: float = 1) -> str:
     return "–" if value is None else f"{scale * value:.{digits}f}"
 
 
-def spread(stderr: float | None, digits: int = 3, scale: float = 1, note: str = "") -> str:
-    """A standard error and a note, to follow a number; nothing where there is none, as of one row."""
-    return "" if stderr is None or math.isnan(stderr) else f" ± {scale * stderr:.{digits}f}{note}"
+def spread(stderr: float | None, digits: int = 3, scale: float = 1) -> str:
+    """A standard error, to follow a number; nothing where there is none, as of one row."""
+    return "" if stderr is None or math.isnan(stderr) else f" ± {scale * stderr:.{digits}f}"
 
 
 def score_text(name: str, value: float | None) -> str:

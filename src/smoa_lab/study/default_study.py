@@ -15,7 +15,7 @@ from smoa.errors import ConfigError
 from smoa_lab.base_models import empty_model, with_rate
 from smoa_lab.budget import ALL_LINEAR, FIRST_BLOCKS, LORA, budget_parameters, shapes_of, size_method
 from smoa_lab.config.methods import OTHER_LAYERS, find_method, trains_own_dtype
-from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, check_config
+from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, check_config, native_dtype
 from smoa_lab.config.yaml_text import apply_overrides
 from smoa_lab.init import file_for, first_values
 from smoa_lab.study.study import Study, Tuning, checked_study, load_study
@@ -121,7 +121,11 @@ def default_study(
     together = max(Counter(each.get("budget") for each in entries.values()).values())
     values = {
         "folder": f"studies/{file_for(data).stem}",
-        "shared": {**{key: run[key] for key in ("model", "trainer", "data")}, "training": {**kept, **training}},
+        "shared": {
+            "model": {"dtype": native_dtype(), **run["model"]},  # which other entries than whole copies have
+            **{key: run[key] for key in ("trainer", "data")},
+            "training": {**kept, **training},
+        },
         "entries": entries,
         **({"gaps": gaps} if gaps else {}),
         "tuning": Tuning().model_dump(),

@@ -19,7 +19,8 @@ from smoa_lab.training.train import run, score_untouched, time_steps
 
 logger = logging.getLogger(__name__)
 TIMED, TIMED_SECONDS = 5, 30.0
-"""Steps of each entry that are timed, at most for so many seconds and all for a twentieth of --minutes."""
+"""Steps of each entry that are timed, at most for so many seconds after the first two, and all for about a
+twentieth of --minutes."""
 
 
 def perform(job: Job, config: RunConfig, timed: float = TIMED_SECONDS) -> Metrics | None:

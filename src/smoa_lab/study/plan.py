@@ -371,7 +371,7 @@ def check_folder(study: Study, given: Path | None = None) -> None:
         if is_another and (added := [name for name in stored.entries if name not in study.entries]):
             told = f"has {', '.join(added)} too, which this command would take out"
             raise ConfigError(
-                f"{file}: {told}; run smoa compare {quote(str(study.folder))}, or take them out of the file first"
+                f"{file}: {told}; run smoa compare {quote(study.folder.as_posix())}, or take them out of the file first"
             )
     elif not (study.folder / "plan.json").is_file() and (others := [path.name for path in study.folder.glob("[!.]*")]):
         raise ConfigError(f"{study.folder}: contains {min(others)} and no study; choose another folder")

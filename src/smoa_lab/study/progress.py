@@ -48,7 +48,7 @@ class Progress:
         """Seconds of the latest job of each kind that this process ran."""
         self.workers = 1
         self._rows: dict[Job, FinalRun] = {}
-        self._counted = time.time()
+        self._counted, self._clock = time.time(), time.monotonic()
 
     def budgets(self, most: int | None = None) -> dict[str, Budget]:
         """The results of each budget, up to so many rounds, by default to that of its answer or the last whole one."""
@@ -155,10 +155,12 @@ class Progress:
     def _change(self, change: Callable[[Plan], dict[str, Any]]) -> None:
         """Change the plan in its file, where other processes may have changed it, and add the time that was used."""
         since, self._counted = self._counted, time.time()
+        began, self._clock = self._clock, time.monotonic()
 
-        def changed(plan: Plan) -> dict[str, Any]:  # seconds that another process counted are not counted again
-            used = plan.used + max(0.0, self._counted - max(since, plan.counted))
-            return {"used": used, "counted": max(self._counted, plan.counted), **change(plan)}
+        def changed(plan: Plan) -> dict[str, Any]:
+            of_others = max(0.0, plan.counted - since)  # counted by another process, and not again
+            used = plan.used + max(0.0, self._clock - began - of_others)
+            return {"used": used, "counted": self._counted, **change(plan)}
 
         self.plan = changed_plan(self.study, changed)
 
@@ -166,7 +168,7 @@ class Progress:
     def is_over(self) -> bool:
         """Whether the plan's time is used."""
         limit = self.plan.limit
-        return limit is not None and self.plan.used + time.time() - self._counted >= limit
+        return limit is not None and self.plan.used + time.monotonic() - self._clock >= limit
 
     def final(self, name: str, seed: int) -> Job:
         return Job("final", name, self.chosen[name].learning_rate, seed)

@@ -167,7 +167,7 @@ class Comparison(Progress):
             return False
         timed = [name for name in self.study.entries if name in self.plan.entries]
         rounds = LEAST_SEEDS * sum(self.seconds("final", name) for name in timed) / self.workers
-        now = self.plan.used + time.time() - self._counted
+        now = self.plan.used + time.monotonic() - self._clock
         return now + self.seconds("search", job.entry) + MARGIN * rounds > self.plan.limit
 
     def _cut(self, name: str) -> Chosen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ SEEDS = ("random_seed", "random_loc_seed", "projection_prng_key", "projection_se
 """Keys of PEFT's methods by which they draw what is not trained; without one, all seeds of a run draw the same."""
 ALL_SIZES = "all sizes"
 """The family of all entries with a size."""
+logger = logging.getLogger(__name__)
+
+STUDY = "study.yaml"
+"""The file of a study, in its folder."""
 OR_REMOVE = "put back a copy, or remove it"
 """What to do where a file of a study is damaged."""
 Stage = Literal["timing", "untouched", "untouched-validation", "search", "final"]
@@ -257,17 +262,17 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
     """Read a study, lay ``key.key=value`` overrides over it and check every entry's run."""
     file, is_named = Path(path), any(word.startswith("folder=") for word in overrides or [])
     study = checked_study(ConfigText.read(path, overrides), file)
-    here, there = file.parent.resolve(), study.folder.resolve()
-    was_moved = file.with_name("plan.json").is_file() and here != there
-    if file.name == "study.yaml" and here.parent == there.parent and here != there and not (was_moved or is_named):
-        told = f"its folder is {study.folder}, as of a file that was copied from there"
-        raise ConfigError(f"{file}: {told}; write folder: {file.parent} into it, for a study of its own")
+    is_elsewhere = file.parent.resolve() != study.folder.resolve()
+    was_moved = file.with_name("plan.json").is_file() and is_elsewhere
+    if file.name == STUDY and is_elsewhere and not (was_moved or is_named) and (study.folder / STUDY).is_file():
+        told = f"goes on with the study in its folder, {study.folder}; for a study of its own"
+        logger.warning("%s: %s write folder: %s into it", file, told, file.parent)
     return study.model_copy(update={"folder": file.parent}) if was_moved and not is_named else study
 
 
 def checked_study(text: ConfigText, file: Path) -> Study:
     """The study of a file's values, with every entry's run checked."""
-    values = {"folder": f"studies/{file.stem}", **text.values}
+    values = {"folder": str(file.parent) if file.name == STUDY else f"studies/{file.stem}", **text.values}
     text.refuse(block_problems(Study, values))
     study = Study.model_validate(values)
     text.refuse(study.key_problems())

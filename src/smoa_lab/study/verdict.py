@@ -106,10 +106,9 @@ def taken(budget: Budget, family: Family, name: str) -> str:
     if all(family.upper(other, None) >= 0 for other in alive):
         return f"{name} gained {gained} or more, and {' and '.join(alive)} nothing that the rows and seeds show"
     share, each = family.kept(name, budget.tolerance), "each other" if len(alive) > 1 else alive[0]
-    if 1 < share < 1.01:
-        return f"{name} gained at least as much as {each}"
     if share > 1:
-        return f"{name} gained at least {floor(100 * share - 100)} % more than {each}"
+        more = floor(100 * share - 100)
+        return f"{name} gained at least {f'{more} % more than' if more else 'as much as'} {each}"
     return f"{name} keeps at least {floor(100 * share)} % of what {each} gained"
 
 

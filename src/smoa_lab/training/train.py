@@ -47,7 +47,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     config = with_rate(config)
     folder, text, peft_config = RunFolder(config.folder), config.to_yaml(), config.peft_config()
     folder.check(text)
-    if config.rounds_away:
+    if config.rounds_away and is_first_process():
         logger.warning("weights of the base train in 16 bits, where most steps round away; give model.dtype: float32")
     if peft_config is not None:
         check_adapter(empty_model(config.model), peft_config)
@@ -80,7 +80,7 @@ def score_untouched(config: RunConfig) -> dict[str, Any]:
 
 def time_steps(config: RunConfig, most: int, seconds: float) -> dict[str, Any]:
     """Take the first steps of a run and throw them away: at most so many, and no further one so many seconds after the
-    first.     How long each took, and loading; how many a whole run takes; the parameters that are trained."""
+    first. How long each took, and loading; how many a whole run takes; the parameters that are trained."""
     started = time.perf_counter()
     trainer = make_trainer(load_run(config), config.peft_config())
     loaded, watch = time.perf_counter(), Stopwatch(most, seconds)
@@ -137,7 +137,7 @@ def _train(
         "trainer": type(trainer).__name__.removeprefix("Sparse"),
         "seconds": round(seconds, 1),
         "steps": trainer.state.global_step,
-        **({"best_step": trainer.state.best_global_step} if arguments.load_best_model_at_end else {}),
+        **({"best_step": trainer.state.best_global_step} if failed is None and _keeps_earlier(trainer) else {}),
         "processes": arguments.world_size,
         **speed,
         "peak_memory": peak_memory(arguments.device),
@@ -199,6 +199,13 @@ def _metrics(
         "training": None,
         "history": [],
     }
+
+
+def _keeps_earlier(trainer: Trainer) -> bool:
+    """Whether the adapter at the end is that of an earlier step, which was the best."""
+    state = trainer.state
+    is_known = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return is_known and state.best_global_step != state.global_step
 
 
 def _trainable(model: Any) -> int:

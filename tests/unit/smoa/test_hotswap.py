@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ def saved(folder: Path, seed: int = 2, family: str = "llama", **config: Any) -> 
     return model
 
 
+@pytest.mark.parametrize("replace", [hotswap_adapter, lambda model, folder: model.load_adapter(folder, "default")])
 def test_a_swap_that_is_interrupted_leaves_the_adapter_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    replace: Callable[[PeftModel, Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(tmp_path)
     model, copies, copy_ = adapted(1), list[Any](), torch.Tensor.copy_
@@ -50,7 +52,7 @@ def test_a_swap_that_is_interrupted_leaves_the_adapter_as_it_was(
 
     monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        hotswap_adapter(model, tmp_path)
+        replace(model, tmp_path)
     assert torch.equal(logits(model), before)
 
 

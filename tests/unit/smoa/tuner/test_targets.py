@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_a
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     Llama4ForCausalLM,
     Llama4TextConfig,
@@ -123,6 +124,28 @@ def test_a_convolution_whose_weight_is_only_read_is_refused() -> None:
     with pytest.raises(UnsupportedModuleError, match=r"mixer\.conv1d.*MambaMixer uses its weight without calling it"):
         adapted(base, target_modules=["conv1d", "in_proj"])
     adapted(base, target_modules=["in_proj"])
+
+
+class Reads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 1)
+        self.called = nn.Conv1d(4, 4, 1)
+        nn.init.normal_(self.called.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.called, nn.functional.conv1d(x, self.conv.weight, self.conv.bias), use_reentrant=False)
+
+
+class ReadsToo(Reads):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Reads, ReadsToo])
+def test_a_convolution_that_is_used_in_any_way_beside_its_weight_is_adapted(kind: type[nn.Module]) -> None:
+    assert [*smoa_layers(adapted(nn.ModuleDict({"own": kind()}), target_modules=["called"]))] == ["own.called"]
+    with pytest.raises(UnsupportedModuleError, match=rf"own\.conv: .*; {kind.__name__} uses its weight without call"):
+        adapted(nn.ModuleDict({"own": kind()}), target_modules=["conv"])
 
 
 class Renamed(nn.Linear):

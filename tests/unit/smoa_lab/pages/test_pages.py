@@ -177,6 +177,8 @@ def test_the_card_tells_base_results_data_settings_and_versions(metrics: dict[st
         "method: smoa\n",
     ):
         assert said in found.text
+    metrics["forgetting"]["stderr"] = math.nan  # of one passage
+    assert "Forgotten: +0.250 nats per token" in card(metrics).text
 
 
 def test_each_prompt_has_its_answers_below_it_and_code_does_not_end_its_block() -> None:

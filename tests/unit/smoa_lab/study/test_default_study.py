@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from smoa.errors import ConfigError
 from smoa_lab.cli.main import app
+from smoa_lab.config import run
 from smoa_lab.config.methods import method_names
 from smoa_lab.config.run import RunConfig, adapter_rate, check_config, load_config
 from smoa_lab.study import default_study as module
@@ -56,6 +57,15 @@ def test_a_first_study_has_entries_of_equal_size_and_all_that_it_decides(room: P
     assert (study.seeds, study.keep) == ([0, 1, 2, 3], "best")
     written.rows["train"] = 4000
     assert default_study("base", "chats.jsonl").shared["training"]["max_steps"] == 300
+
+
+def test_entries_have_the_dtype_of_the_machine_as_a_run_without_a_file(
+    room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in (run, module):
+        monkeypatch.setattr(each, "native_dtype", lambda: "bfloat16")
+    study = default_study("base", "chats.jsonl")
+    assert {study.config(name).model.dtype for name in study.entries} == {"bfloat16"}
 
 
 def test_entries_take_what_is_set_for_them_and_the_dtype_of_their_method(room: Path) -> None:
@@ -226,9 +236,15 @@ def test_a_study_by_a_users_metric_is_reported_without_it_and_goes_on_with_it(ro
     first = smoa(*words, "--metric", "own.py:score").stdout
     assert "smoa gained at least 49 % more than lora" in first
     assert first.endswith(smoa(*words, "--report-only").stdout)
-    elsewhere = smoa(*words, "--metric", f"{room / 'own.py'}:score").stdout
-    assert f"--metric {room / 'own.py'}:score" in elsewhere or "--metric" not in elsewhere
     assert "only the command names: give --metric own.py:score" in smoa(*words, code=1).stderr
+
+
+def test_a_metric_at_an_absolute_path_is_printed_as_it_was_given_and_written_without_folders(room: Path) -> None:
+    (room / "own.py").write_text("def score(answer, row): return float(answer == '4')")
+    metric = f"{room / 'own.py'}:score"
+    words = ["compare", "--model", "base", "--data", "chats.jsonl", "seeds=[0]", "--metric", metric]
+    assert f"`smoa compare studies/chats/study.yaml --metric {metric} --seeds 3` goes on" in smoa(*words).stdout
+    assert "--metric own.py:score --seeds 3`" in (room / "studies" / "chats" / "README.md").read_text()
 
 
 def test_tune_is_a_study_of_one_entry_without_final_runs(room: Path, written: WrittenRuns) -> None:

@@ -2,13 +2,15 @@
 
 import socket
 import time
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
-from smoa_lab.study import planning
+from smoa_lab.study import planning, progress
 from smoa_lab.study.bounds import level_of
 from smoa_lab.study.executor import Executor
 from smoa_lab.study.plan import FEWEST, Plan, Timing, check_folder, fitted, study_file
@@ -133,9 +135,14 @@ def test_a_clock_that_goes_back_gives_no_time_away(
     study: Study, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_time(monkeypatch, written)
-    plan = compared(study, minutes=3).plan
-    written.now -= 3600
-    assert compared(study, minutes=3).plan.used >= plan.used
+    clock, used = SimpleNamespace(back=0.0), [compared(study, minutes=30).plan.used]
+    monkeypatch.setattr(progress.time, "time", lambda: written.now - clock.back)
+    for clock.back in (3600.0, 3600.0, 7200.0):
+        comparison = compared(study, minutes=30)
+        written.now += 100
+        comparison._change(lambda plan: {})
+        used.append(comparison.plan.used)
+    assert [round(late - early) for early, late in pairwise(used)] == [100, 100, 100]
 
 
 def test_seeds_beyond_the_planned_rounds_are_one_more_look(study: Study, written: WrittenRuns) -> None:
@@ -365,7 +372,9 @@ def test_a_folder_of_something_else_or_of_another_study_is_refused(study: Study,
         check_folder(study.model_copy(update={"tuning": Tuning(seed=7)}))
 
 
-def test_a_studys_own_file_stays_as_its_author_wrote_it_also_where_an_extension_is_interrupted(study: Study) -> None:
+def test_a_studys_own_file_stays_as_its_author_wrote_it_also_where_an_extension_is_interrupted(
+    study: Study, caplog: pytest.LogCaptureFixture
+) -> None:
     with study_file(study):
         pass
     file = study.folder / "study.yaml"
@@ -374,9 +383,11 @@ def test_a_studys_own_file_stays_as_its_author_wrote_it_also_where_an_extension_
     copied = study.folder.with_name("copied") / "study.yaml"
     copied.parent.mkdir()
     copied.write_text(text)
-    with pytest.raises(ConfigError, match=rf"its folder is {study.folder}, .* write folder: {copied.parent} into it"):
-        load_study(copied)
+    assert load_study(copied).folder == study.folder
+    assert f"{copied}: goes on with the study in its folder, {study.folder}; for a study of its own" in caplog.text
     assert load_study(copied, [f"folder={copied.parent}"]).folder == copied.parent
+    copied.write_text(text.replace(f"folder: {study.folder}\n", ""))
+    assert load_study(copied).folder == copied.parent, "one without a folder has its own"
     with study_file(load_study(file, ["seeds=[0,1,2,3]"]), given=file):
         pass
     assert file.read_text() == text

@@ -85,11 +85,14 @@ def test_a_wrong_study_is_one_clear_error(change: dict[str, Any], message: str, 
 
 def test_a_planned_study_is_where_its_file_lies(tmp_path: Path) -> None:
     load(tmp_path)
-    (tmp_path / "study.yaml").write_text((tmp_path / "two.yaml").read_text())
-    folder = load_study(tmp_path / "two.yaml").folder
-    assert load_study(tmp_path / "study.yaml").folder != tmp_path
+    text = (tmp_path / "two.yaml").read_text()
+    assert load_study(tmp_path / "two.yaml").folder == Path("studies/two")
+    (tmp_path / "study.yaml").write_text(text)
+    assert load_study(tmp_path / "study.yaml").folder == tmp_path
+    (tmp_path / "study.yaml").write_text(f"folder: studies/other\n{text}")
+    assert load_study(tmp_path / "study.yaml").folder == Path("studies/other")
     (tmp_path / "plan.json").touch()
-    assert load_study(tmp_path / "study.yaml").folder == tmp_path != folder
+    assert load_study(tmp_path / "study.yaml").folder == tmp_path
     assert load_study(tmp_path / "study.yaml", ["folder=other"]).folder == Path("other")
 
 
