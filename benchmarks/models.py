@@ -133,7 +133,8 @@ class Decoder:
         with self.keeping(self.model) as snapshot:
             prefill = seconds(self.step, device)
             decode = seconds(lambda: [self.step() for _ in range(self.tokens - 1)], device)
-            self.kept = 0 if snapshot is None else sum(each.nbytes for each in snapshot.kept.values())
+            kept = () if snapshot is None else (deltas for _, deltas in snapshot.kept.values())
+            self.kept = sum(part.nbytes for deltas in kept for _, part in deltas)
         self.text = torch.cat(self.answer, 1)
         return prefill, decode
 
