@@ -36,6 +36,7 @@ from _common import (
 from peft import get_peft_model
 from torch import Tensor, nn
 
+from smoa.layers.merging import Loss
 from smoa.layers.quantized import QuantizedLinear
 from smoa.tuner.generation import keeping
 from smoa_lab.base_models import load_weights
@@ -306,13 +307,13 @@ def quantized_merge(device: torch.device, r: int = 32, num_blocks: int = 4) -> d
             of_unit_size.append(layer.smoa_B["default"].weight / size)
         errors[base] = {}
         for size in RELATIVE_SIZES:
-            pairs: list[tuple[float, float]] = []
+            losses: list[Loss] = []
             for layer, factors in zip(layers, of_unit_size, strict=True):
                 layer.smoa_B["default"].weight.copy_(factors * size)
-                layer.losses = pairs
+                layer.losses = losses
                 layer.merge()
                 layer.unmerge()
-            error, update = (sum(value**2 for value in column) ** 0.5 for column in zip(*pairs, strict=True))
+            error, update, _ = (sum(value**2 for value in column) ** 0.5 for column in zip(*losses, strict=True))
             errors[base][f"{size:g}"] = error / update
     print(errors)
     return {"blocks": MERGED_BLOCKS, "quantizations": QUANTIZATIONS, "relative_error": errors}
