@@ -19,7 +19,7 @@ from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.base import taking_over
 from smoa.files.checks import FACTOR_DTYPES, refuse_merged
 from smoa.files.loading import FIXED, door, read_adapter, tensors_of, unlike
-from smoa.files.names import PARTS, PREFIX, adapter_layers, embeddings_of, is_own, saved_names
+from smoa.files.names import PARTS, PREFIX, adapter_layers, embeddings_of, is_own, places_loaded, saved_names
 from smoa.layers.distributed import refuse_writing
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import slices
@@ -71,7 +71,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
         if ours != theirs:  # what is missing would stay the old adapter's
             more, lacking = (sorted(names)[:3] or "nothing" for names in (theirs - ours, ours - theirs))
             raise AdapterFileError(f"{path}: has {more}, but not {lacking}, unlike {adapter_name!r}; {REMEDY}")
-        with taking_over(old, new, loaded.values()):
+        with taking_over(old, new, places_loaded(slot, old, adapter_name)):
             set_peft_model_state_dict(slot, state, adapter_name=adapter_name)
 
 

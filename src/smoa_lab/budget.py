@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -36,9 +36,9 @@ ALL_LINEAR = "all-linear"
 """Every linear layer but the output, as PEFT understands it."""
 LORA = "lora:"
 """Before a rank: as many parameters as LoRA of that rank trains on the same layers."""
-LARGEST, SMALLEST, NEAR, MOST = 2**20, 0.85, 0.95, 1.02
-"""Of a method that is sized by one key: how many of its values are tried, below which share of the budget it isn't
-compared, and which shares are equal."""
+LARGEST, RISING, SMALLEST, NEAR, MOST = 2**20, 8, 0.85, 0.95, 1.02
+"""Of a method that is sized by one key: how many of its values are tried, and up to how many times that of the least
+size; below which share of the budget it isn't compared, and which shares are equal."""
 
 # (out_features, in_features) of each adapted layer, counted.
 Shapes = Counter[tuple[int, int]]
@@ -163,14 +163,15 @@ def size_method(empty: PreTrainedModel, name: str, adapter: dict[str, Any], budg
             _trained(empty, method, {**adapter, key: 8})
     except ConfigError as error:
         return Sized(name, note=str(error).removeprefix("adapter: "))
-    place = _last_within(values, count, budget, sides)
-    near = [value for value in values[max(0, place - 1) : place + 2] if 0 < count(value) <= MOST * budget]
+    places = _last_within(values, count, budget, sides)
+    around = [value for place in places for value in values[max(0, place - 1) : place + 2]]
+    near = [value for value in around if 0 < count(value) <= MOST * budget]
     if not near:
         least = min((found for found in counts.values() if 0 < found < math.inf), default=0)
         return Sized(name, note=f"{key} can't make it so small: it trains {least:,} or more")
     chosen = min(near, key=lambda value: abs(count(value) - budget))
     trained = int(count(chosen))
-    if place == len(values) - 1 and count(values[0]) < trained:  # counts of LoKr and others end at whole factors
+    if places[-1] == len(values) - 1 and count(values[0]) < trained:  # counts of LoKr and others end at whole factors
         chosen = values[bisect_left(values, float(trained), key=count)]
     share = trained / budget
     note = "" if share >= NEAR else f"{share:.0%} of the budget is the nearest that {key} allows"
@@ -194,18 +195,25 @@ def _trained(empty: PreTrainedModel, method: Method, block: dict[str, Any]) -> i
         raise refused from error
 
 
-def _last_within(values: Sequence[int], count: Callable[[int], float], budget: float, sides: Iterable[int]) -> int:
-    """The place in ``values`` of the largest count up to ``budget``, or else before the least. Counts rise all along
-    ``values``, most of them in a line, or fall to their end or, as RandLoRA's, to a side of a layer."""
+def _last_within(
+    values: Sequence[int], count: Callable[[int], float], budget: float, sides: Iterable[int]
+) -> list[int]:
+    """The places in ``values`` of the largest counts up to ``budget``, or else before the least. Counts rise all along
+    ``values``, most of them in a line, or fall to their end or, as RandLoRA's, to a side of a layer and rise from
+    there."""
     first, second = (count(value) for value in (values[0], values[min(1, len(values) - 1)]))
     if first >= second:
         ends = [*(values.index(side) for side in sides if side in values), len(values) - 1]
         least = min(ends, key=lambda place: count(values[place]))
-        return bisect_left(values, -budget, hi=least, key=lambda value: -count(value))
+        falling = bisect_left(values, -budget, hi=least, key=lambda value: -count(value))
+        if NEAR * budget <= count(values[falling]) <= budget:
+            return [falling]
+        rising = bisect_right(values, budget, least, min(len(values), RISING * (least + 1)), key=count) - 1
+        return [falling, max(least, rising)]
     guess = max(0, int((budget - first) / (second - first)))
     if guess + 1 < len(values) and count(values[guess]) <= budget < count(values[guess + 1]):
-        return guess
-    return bisect_right(values, budget, key=count) - 1
+        return [guess]
+    return [bisect_right(values, budget, key=count) - 1]
 
 
 def _with_zeros(model: PreTrainedModel) -> PreTrainedModel:
@@ -217,13 +225,13 @@ def _with_zeros(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def budget_choice(shapes: Shapes, total: int, amount: str, num_blocks: int = FIRST_BLOCKS) -> Choice:
-    """``num_blocks``, and as r the largest multiple of it within ``amount``."""
+def budget_choice(shapes: Shapes, total: int, amount: str) -> Choice:
+    """:data:`FIRST_BLOCKS`, and as r the largest multiple of it within ``amount``."""
     limit = budget_parameters(amount, total, shapes)
-    r = _largest_r(shapes, num_blocks, limit) // num_blocks * num_blocks
+    r = _largest_r(shapes, FIRST_BLOCKS, limit) // FIRST_BLOCKS * FIRST_BLOCKS
     if not r:  # r = num_blocks costs what r = 1 costs with one block
         raise _too_small(amount, shapes)
-    return choice_of(shapes, total, r, num_blocks)
+    return choice_of(shapes, total, r, FIRST_BLOCKS)
 
 
 def choice_of(shapes: Shapes, total: int, r: int, num_blocks: int) -> Choice:
@@ -255,12 +263,14 @@ def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> S
 
 
 def adapted_shapes(empty: PreTrainedModel, adapter: Mapping[str, Any]) -> Shapes:
-    """How often each shape of W occurs among the layers that a method's block names, by default all linear ones."""
-    named = LoraConfig(target_modules=adapter.get("target_modules"), exclude_modules=adapter.get("exclude_modules"))
+    """How often each shape of W occurs among the layers that a method's block chooses, by default all linear ones."""
+    keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    given = {"target_modules": ALL_LINEAR} | {key: adapter[key] for key in keys if adapter.get(key)}
+    chosen = _maybe_include_all_linear_layers(LoraConfig(**given), empty)
     found = [
         kind.layer_class.shape_of(module)
         for path, module in empty.named_modules()
-        if named.target_modules and check_target_module_exists(named, path) and (kind := kind_of(module)) is not None
+        if check_target_module_exists(chosen, path) and (kind := kind_of(module)) is not None
     ]
     return Counter(found) or shapes_of(empty, (ALL_LINEAR,), "")
 

@@ -11,7 +11,14 @@ from typing import Any
 
 from smoa.errors import DataError
 from smoa_lab.base_models import RunModel, empty_model, load_tokenizer, positions_of
-from smoa_lab.budget import ALL_LINEAR, adapted_shapes, budget_choice, budget_parameters, shapes_of, size_method
+from smoa_lab.budget import (
+    ALL_LINEAR,
+    adapted_shapes,
+    budget_choice,
+    budget_parameters,
+    shapes_of,
+    size_method,
+)
 from smoa_lab.config.methods import OTHER_LAYERS, find_method
 from smoa_lab.config.run import ConfigText, Dtype, ModelSection, RunConfig, adapter_rate, check_config
 from smoa_lab.config.validation import method_problems
@@ -47,22 +54,24 @@ def first_values(
     apply_overrides(method, [change for change in changes if change.startswith(("method=", "adapter.", "adapter="))])
     name, own = str(method["method"]).lower(), method.pop("adapter")
     own = own if isinstance(own, dict) else {}  # which is refused with the rest
-    blocks = own.get("num_blocks")
-    choice = budget_choice(shapes, size, parameters, *([blocks] if isinstance(blocks, int) and blocks > 0 else []))
     kind = find_method(name).peft_type
     adapter: dict[str, Any] = {} if kind is None or name in OTHER_LAYERS else {"target_modules": ALL_LINEAR}
+    given = {**adapter, **own}
+    ConfigText({}, "smoa train").refuse(method_problems({"method": name, "adapter": given}))
+    choice = budget_choice(shapes, size, parameters)
     if kind == "smoa":
-        adapter |= {"num_blocks": choice.num_blocks, "r": choice.r, "alpha": 2 * choice.r}
+        adapter |= {"num_blocks": choice.num_blocks, "r": choice.r}
     elif kind == "lora":
         adapter |= {"r": choice.lora_r, "lora_alpha": 2 * choice.lora_r}
-    elif adapter and find_method(name).budget_key not in own:
-        given = {**adapter, **own}
-        ConfigText({}, "smoa train").refuse(method_problems({"method": name, "adapter": given}))
+    is_sized = kind == "lora" or (kind == "smoa" and "num_blocks" not in own)
+    if adapter and not is_sized and find_method(name).budget_key not in own:
         budget = budget_parameters(parameters, size, adapted_shapes(empty, given))
-        sized = size_method(empty, name, given, budget)
+        sized = size_method(empty, name, {**adapter, **own}, budget)
         if why := sized.misses(budget, parameters):
             logger.warning("method: %s; what is trained is of another size than with other methods", why)
         adapter |= sized.adapter
+    if kind == "smoa":
+        adapter["alpha"] = 2 * adapter["r"]
     block, rows = look_at_rows(data, section, positions_of(empty.config), changes)
     tenth = EPOCHS * math.ceil(rows / (BATCH * ACCUMULATION)) // 10
     return {
@@ -109,9 +118,10 @@ def default_run(model: str, data: str, changes: Sequence[str] = ()) -> RunConfig
     """The run that ``smoa init`` writes for a model and data, with ``key.key=value`` changes, in the first of the
     folders ``runs/NAME``, ``runs/NAME-2`` and so on without a finished run."""
     values = first_values(model, data, changes=changes)
+    folder = values["training"]["output_dir"]
     apply_overrides(values, list(changes))
     config = ConfigText(values, "smoa train").checked()
-    return config if any(change.startswith("training.output_dir=") for change in changes) else in_free_folder(config)
+    return in_free_folder(config) if config.training["output_dir"] == folder else config
 
 
 def file_for(data: str) -> Path:

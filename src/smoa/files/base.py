@@ -81,19 +81,21 @@ class Held(NamedTuple):
 
 
 @contextmanager
-def taking_over(old: SmoaConfig, new: SmoaConfig, tensors: Iterable[Tensor]) -> Iterator[None]:
+def taking_over(old: SmoaConfig, new: SmoaConfig, places: Iterable[tuple[Any, str]]) -> Iterator[None]:
     """Let the config of a loaded adapter say of its base and scales what that of the file says which replaces its
-    tensors in the context; an error, or Ctrl-C, takes both back."""
+    tensors in the context; an error, or Ctrl-C, takes both back. `places` are the tensors, as `places_loaded` gives
+    them."""
     names = "scale", "other_base", "quantized_base", "base_model_name_or_path"
-    before, held = {name: getattr(old, name) for name in names}, [(each, each.clone()) for each in tensors]
+    before = {name: getattr(old, name) for name in names}
+    held = [(table, key, table[key], table[key].clone()) for table, key in places]
     try:
         vars(old).update({name: getattr(new, name) for name in names})
         yield
     except BaseException:
         vars(old).update(before)
         with torch.no_grad():
-            for tensor, own in held:
-                tensor.copy_(own)
+            for table, key, tensor, own in held:  # `low_cpu_mem_usage` puts others in their places
+                table[key] = tensor.copy_(own)
         raise
 
 

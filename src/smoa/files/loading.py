@@ -33,7 +33,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.base import taking_over
-from smoa.files.names import PREFIX, tensors_loaded
+from smoa.files.names import PREFIX, places_loaded
 from smoa.layers.layer import around_adapters, smoa_layers
 
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "repo_type")
@@ -298,7 +298,7 @@ def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
             over: AbstractContextManager[None] = nullcontext()
             if isinstance(old, SmoaConfig) and place is not None and not checks_nothing:
                 name = str(given.get("adapter_name"))
-                over = taking_over(old, _alike(old, place, name, options), tensors_loaded(args[0], old, name))
+                over = taking_over(old, _alike(old, place, name, options), places_loaded(args[0], old, name))
             if checks_nothing and file is not None:
                 given["adapter_state_dict"] = file.tensors
             with over, untouched(base) if isinstance(base, nn.Module) else nullcontext():

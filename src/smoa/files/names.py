@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from itertools import chain
 from typing import Any
 
 import torch
@@ -78,12 +77,19 @@ def trained_biases(model: nn.Module, state: Mapping[str, Tensor], config: SmoaCo
     return {key: biases[key] for key in of_layers if key in biases}
 
 
-def tensors_loaded(model: nn.Module, config: SmoaConfig, name: str) -> list[Tensor]:
-    """What a load of the adapter of this config and name writes in place: its factors, labels, scales and copies, and
-    the biases that it trains."""
-    state = dict(chain(model.named_parameters(), model.named_buffers()))
-    known = (key for key in state if f".{name}." in f"{key}." and (is_own(key) or _OF_PEFT.search(key)))
-    return [*(state[key] for key in known), *trained_biases(model, state, config, name).values()]
+def places_loaded(model: nn.Module, config: SmoaConfig, name: str) -> list[tuple[dict[str, Any], str]]:
+    """Where a load of the adapter of this config and name writes: dictionaries of modules and the keys there of its
+    factors, labels, scales and copies, and of the biases that it trains."""
+    places = {
+        f"{path}.{key}".lstrip("."): (table, key)
+        for path, module in model.named_modules()
+        for table in (module._parameters, module._buffers)
+        for key, tensor in table.items()
+        if tensor is not None
+    }
+    biases = trained_biases(model, {path: table[key] for path, (table, key) in places.items()}, config, name)
+    known = (path for path in places if f".{name}." in f"{path}." and (is_own(path) or _OF_PEFT.search(path)))
+    return [places[path] for path in {*known, *biases}]
 
 
 def embeddings_of(model: nn.Module) -> dict[str, Any]:

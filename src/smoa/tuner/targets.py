@@ -163,12 +163,12 @@ def _refusal(name: str, base: nn.Module, kind: Kind | None, model: nn.Module) ->
 
 
 def _only_reads_weight(kind: type[nn.Module], name: str) -> bool:
-    """Whether the code of a module takes the weight of a layer in it and uses that for nothing else, as Mamba does with
-    conv1d."""
+    """Whether the code of a module takes the weight of a layer in it and never calls it or hands it on, as Mamba does
+    with conv1d."""
     with suppress(OSError, TypeError):  # a class whose code is nowhere
         code = "".join(map(inspect.getsource, kind.__mro__[: kind.__mro__.index(nn.Module)]))
-        uses = set(re.findall(rf"self\.{re.escape(name)}\b(?!\s*=)(\.\w+)?", code))
-        return ".weight" in uses and uses <= {".weight", ".bias", ".kernel_size"}
+        uses = set(re.findall(rf"self\.{re.escape(name)}\b(?!\s*[=:])(\.\w+)?", code))
+        return ".weight" in uses and uses.isdisjoint({"", ".forward"})
     return False
 
 

@@ -169,6 +169,8 @@ def _choice(value: object, field: str) -> str:
 
 def _label(value: object, choices: list[str]) -> int:
     """The number of the right choice: an integer from 0, or the text of that choice; what a CSV has of either."""
+    if isinstance(value, Decimal | date | time) or (isinstance(value, float) and not value.is_integer()):
+        value = _choice(value, "label")
     if isinstance(value, str) and value.strip() in choices:
         number = choices.index(value.strip())
         if value.strip().isdecimal() and number != int(value) < len(choices):

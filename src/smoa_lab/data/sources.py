@@ -56,9 +56,9 @@ def files_of(place: Path) -> list[Path]:
         files = [place]
         if folder.is_dir():
             entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
-            read = [entry for entry in entries if entry.is_file() and is_of_known_kind(entry)]
-            files = [place / entry.name for entry in read if not entry.name.startswith(".")]
-            left = [entry.name for entry in entries if entry not in read and not BESIDE.fullmatch(entry.name)]
+            read = {entry.name for entry in entries if entry.is_file() and is_of_known_kind(entry)}
+            files = [place / entry.name for entry in entries if entry.name in read and not entry.name.startswith(".")]
+            left = [entry.name for entry in entries if entry.name not in read and not BESIDE.fullmatch(entry.name)]
             if files and left:
                 rule = f"of a folder only its own {kinds} are read, and not"
                 warning_once(logger, f"{place}: {rule} {first_of(left)}; list other folders in data.train")

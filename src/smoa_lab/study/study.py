@@ -272,7 +272,10 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
 
 def checked_study(text: ConfigText, file: Path) -> Study:
     """The study of a file's values, with every entry's run checked."""
-    values = {"folder": str(file.parent) if file.name == STUDY else f"studies/{file.stem}", **text.values}
+    usual = Path("studies", file.stem)
+    is_alone = file.name == STUDY and file.is_file() and [each.name for each in file.parent.iterdir()] == [STUDY]
+    own = file.parent if is_alone and not (usual / "plan.json").is_file() else usual
+    values = {"folder": str(own), **text.values}
     text.refuse(block_problems(Study, values))
     study = Study.model_validate(values)
     text.refuse(study.key_problems())

@@ -137,7 +137,7 @@ def _train(
         "trainer": type(trainer).__name__.removeprefix("Sparse"),
         "seconds": round(seconds, 1),
         "steps": trainer.state.global_step,
-        **({"best_step": trainer.state.best_global_step} if failed is None and _keeps_earlier(trainer) else {}),
+        "best_step": None if isinstance(failed, Diverged) else _best_step(trainer),
         "processes": arguments.world_size,
         **speed,
         "peak_memory": peak_memory(arguments.device),
@@ -201,11 +201,11 @@ def _metrics(
     }
 
 
-def _keeps_earlier(trainer: Trainer) -> bool:
-    """Whether the adapter at the end is that of an earlier step, which was the best."""
+def _best_step(trainer: Trainer) -> int | None:
+    """The earlier step whose adapter is the one at the end, since it was the best; None where that is the last."""
     state = trainer.state
-    is_known = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
-    return is_known and state.best_global_step != state.global_step
+    is_loaded = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return state.best_global_step if is_loaded and state.best_global_step != state.global_step else None
 
 
 def _trainable(model: Any) -> int:

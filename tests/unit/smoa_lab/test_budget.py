@@ -130,6 +130,8 @@ def test_a_method_is_sized_by_one_key_to_what_peft_then_counts(name: str, key: s
 def test_counts_that_fall_and_rise_again_are_searched_up_to_the_least(base: str) -> None:
     (sized,) = size_methods(base, "200", ("q_proj",), ["randlora"])
     assert (sized.adapter, sized.parameters, sized.note) == ({"r": 17}, 196, "")
+    (sized,) = size_methods(base, "134", ("q_proj",), ["randlora"])  # between two sizes that fall
+    assert (sized.adapter, sized.parameters, sized.note) == ({"r": 33}, 130, "")
     (sized,) = size_methods(base, "70", ("q_proj",), ["randlora"])
     assert sized.note == "r can't make it so small: it trains 128 or more"
 

@@ -88,7 +88,10 @@ def test_a_planned_study_is_where_its_file_lies(tmp_path: Path) -> None:
     text = (tmp_path / "two.yaml").read_text()
     assert load_study(tmp_path / "two.yaml").folder == Path("studies/two")
     (tmp_path / "study.yaml").write_text(text)
-    assert load_study(tmp_path / "study.yaml").folder == tmp_path
+    assert load_study(tmp_path / "study.yaml").folder == Path("studies/study"), "other files are there"
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "study.yaml").write_text(text)
+    assert load_study(tmp_path / "own" / "study.yaml").folder == tmp_path / "own"
     (tmp_path / "study.yaml").write_text(f"folder: studies/other\n{text}")
     assert load_study(tmp_path / "study.yaml").folder == Path("studies/other")
     (tmp_path / "plan.json").touch()
