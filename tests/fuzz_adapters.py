@@ -151,13 +151,13 @@ def _verdict(model: PeftModel, adapter: str, expected: Base, folder: Path, prist
         plain = found.get_base_layer() if hasattr(found, "get_base_layer") else found
         if not torch.equal(plain.weight, expected.get_submodule(name).weight):
             return f"FINDING the base weight of {name} was overwritten"
-    if folder_bytes(folder) == folder_bytes(pristine):
-        return "loaded: the same bytes"
     tensors = load_file(folder / WEIGHTS)
     for name, layer in layers.items():
         is_finite = torch.isfinite(layer.get_delta_weight(adapter)).all()
         if not is_finite or not _agrees(layer, adapter, name, tensors, expected):
             return f"FINDING ΔW of {name} is not finite or not what the file says"
+    if folder_bytes(folder) == folder_bytes(pristine):
+        return "loaded: the same bytes"
     return _compared(model.peft_config[adapter], pristine, tensors)
 
 

@@ -1,11 +1,12 @@
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig
 from smoa.hotswap import hotswap_adapter
@@ -35,25 +36,44 @@ def saved(folder: Path, seed: int = 2, family: str = "llama", **config: Any) -> 
     return model
 
 
-@pytest.mark.parametrize("replace", [hotswap_adapter, lambda model, folder: model.load_adapter(folder, "default")])
+def replace(model: PeftModel, folder: Path, low: bool = False) -> None:
+    model.load_adapter(folder, "default", low_cpu_mem_usage=low)
+
+
+@pytest.mark.parametrize(
+    ("more", "last"),
+    [
+        ({}, "layers.1.mlp.down_proj.smoa_B.default."),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.modules_to_save.default."),
+        ({"family": "gpt2", "bias": "all", "target_modules": ["c_attn"]}, "h.1.attn.c_attn.base_layer."),
+    ],
+)
+@pytest.mark.parametrize("swap", [hotswap_adapter, replace, partial(replace, low=True)])
 def test_a_swap_that_is_interrupted_leaves_the_adapter_as_it_was(
-    replace: Callable[[PeftModel, Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    swap: Callable[[PeftModel, Path], object],
+    more: dict[str, Any],
+    last: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    saved(tmp_path)
-    model, copies, copy_ = adapted(1), list[Any](), torch.Tensor.copy_
-    before = logits(model)
-    factors = {each.data_ptr() for each in model.parameters() if each.requires_grad}
+    saved(tmp_path, scale="lora", **more)
+    model, load, loaded = adapted(1, scale="block", **more), nn.Module._load_from_state_dict, list[str]()
+    before, config = logits(model, more.get("family", "llama")), dict(vars(model.peft_config["default"]))
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
-    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        copies.extend([self] if self.data_ptr() in factors else [])
-        if len(copies) == 3:
+    def interrupted(self: nn.Module, tensors: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        load(self, tensors, prefix, *args)
+        loaded.append(prefix)
+        if prefix.endswith(last):
             raise KeyboardInterrupt
-        return copy_(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    monkeypatch.setattr(nn.Module, "_load_from_state_dict", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        replace(model, tmp_path)
+        swap(model, tmp_path)
+    assert len(loaded) > 20
     assert torch.equal(logits(model), before)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert vars(model.peft_config["default"]) == config
 
 
 @pytest.mark.filterwarnings("ignore:r is smaller than num_blocks:UserWarning")
@@ -75,8 +95,10 @@ def test_after_a_swap_the_model_does_what_the_new_adapter_does(other: dict[str, 
     model.add_adapter("other", SmoaConfig(**SLOT | {"init_weights": False, "task_type": "CAUSAL_LM"}))
     before = logits(model.eval())
     assert not torch.allclose(before, logits(new), atol=1e-3)
+    dropout = {type(layer.smoa_dropout["default"]) for layer in layers_of(model)}
     hotswap_adapter(model, tmp_path)
     assert_close(logits(model), logits(new))
+    assert {type(layer.smoa_dropout["default"]) for layer in layers_of(model)} == dropout
     model.save_pretrained(tmp_path / "again", selected_adapters=["default"])
     again = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "again")
     assert again.peft_config["default"].r == SLOT["r"]

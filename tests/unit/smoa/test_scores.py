@@ -113,15 +113,19 @@ def test_the_folder_can_be_chosen(
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("smoa.scores.MEMORY_LIMIT", 200)
+    first = torch.randn(10, 10)
+    cached_spectral_scores(first)
+    (kept,) = scores._memory
     for _ in range(5):
         cached_spectral_scores(torch.randn(10, 10))
-    assert len(scores._memory) <= 2
+        cached_spectral_scores(first)
+        assert len(scores._memory) <= 2
+        assert kept in scores._memory, "it was used last"
 
 
 def test_the_disk_is_bounded_and_what_was_used_last_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "FOLDERS", 1)
-    monkeypatch.setattr(scores, "_path", lambda key: folder / key)
-    monkeypatch.setattr(scores, "DISK_LIMIT", 3 * scores.FILE_SYSTEM_BLOCK)
+    monkeypatch.setattr(scores, "_path", lambda key: folder / key)  # one of the folders
+    monkeypatch.setattr(scores, "DISK_LIMIT", 3 * scores.FILE_SYSTEM_BLOCK * scores.FOLDERS)
     weights = [torch.randn(10, 10) for _ in range(6)]
     names = list[str]()
     for age, weight in enumerate(weights[:3]):

@@ -154,7 +154,10 @@ def test_factors_in_another_floating_dtype_are_loaded(folder: Path, dtype: torch
         tensors.update({name: t.to(dtype) for name, t in tensors.items() if t.is_floating_point()})
 
     rewritten(with_settings(folder), change)
-    assert load(folder).base_model.model.up.smoa_A["default"].weight.dtype == torch.float32
+    loaded, tensors = load(folder).base_model.model.up, load_file(folder / WEIGHTS)
+    for side, factors in (("A", loaded.smoa_A), ("B", loaded.smoa_B)):
+        assert factors["default"].weight.dtype == torch.float32
+        assert torch.equal(factors["default"].weight, tensors[f"base_model.model.up.smoa_{side}.weight"].float())
 
 
 def test_a_state_dict_without_a_folder_is_checked_as_well(folder: Path) -> None:

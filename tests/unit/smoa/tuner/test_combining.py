@@ -42,6 +42,14 @@ def test_concatenation_is_exact_with_any_weights(modulation: str, conv1d: bool, 
     assert layer.adapters["sum"].r == r
 
 
+@pytest.mark.parametrize("own", [{"alpha_pattern": {"layer": 7}}, {"use_rslora": True}, {"scale": "layer"}])
+def test_concatenation_is_exact_whatever_each_is_scaled_by(own: dict[str, Any]) -> None:
+    model = model_with({"r": 6, **own}, {"r": 3, **own})
+    model.add_weighted_adapter(["one", "two"], [0.7, -1.3], "sum")
+    layer = layer_of(model)
+    assert_close(layer.delta("sum"), 0.7 * layer.delta("one") - 1.3 * layer.delta("two"))
+
+
 @pytest.mark.parametrize(("combination", "normalized"), [("cat", {"scale": "layer"}), ("linear", {"scale": "block"})])
 @pytest.mark.parametrize("weight", [0.5, -0.5])
 def test_an_adapter_with_normalized_anchors_combines_exactly(
