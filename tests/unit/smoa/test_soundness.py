@@ -318,6 +318,30 @@ def test_a_table_of_a_file_is_not_written_over_a_merged_one(tmp_path: Path) -> N
     assert torch.equal(out(model), before)
 
 
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "base_model.model.lm_head.weight"),
+        (
+            {"trainable_token_indices": [1, 2]},
+            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+        ),
+        ({"target_modules": ["embed_tokens"]}, "base_model.model.model.embed_tokens.base_layer.weight"),
+    ],
+)
+def test_what_is_saved_beside_factors_and_not_finite_is_refused(tmp_path: Path, more: dict[str, Any], key: str) -> None:
+    get_peft_model(llama(), config(**more)).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[key].view(-1)[3] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    base = llama()
+    before = stored_bits(base)
+    with pytest.raises(AdapterFileError, match="holds NaN or infinite values; the adapter is broken"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert stored_bits(base) == before
+
+
 def test_an_adapter_is_not_loaded_over_a_merged_one(tmp_path: Path) -> None:
     get_peft_model(llama(), config()).save_pretrained(tmp_path)
     model = get_peft_model(llama(), config()).eval()

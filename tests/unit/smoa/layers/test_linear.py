@@ -205,3 +205,12 @@ def test_a_hook_of_all_modules_sees_the_base_layer() -> None:
     finally:
         handle.remove()
     assert layer.base_layer in seen
+
+
+@whole_runs
+def test_random_factors_make_an_update_of_a_tenth_of_the_weight_in_its_blocks() -> None:
+    layer = adapted_layer(base_layer(256, 192), trained=False, r=16, num_blocks=4, alpha=5.0, init_weights=False)
+    with torch.no_grad():
+        update, weight = (layer.blocks("default").of(matrix) for matrix in (layer.delta("default"), base_weight(layer)))
+    sizes = [torch.cat([block.flatten() for block in blocks]).square().mean().sqrt() for blocks in (update, weight)]
+    assert 0.07 < float(sizes[0] / sizes[1]) < 0.14

@@ -110,3 +110,14 @@ def test_it_looks_like_the_parameter() -> None:
     assert (own.shape, own.dtype, own.device, own.ndim) == (effective.shape, torch.float32, effective.device, 3)
     assert own.transpose(-2, -1).shape == own.mT.shape == (E, N, M)
     assert not hasattr(own, "__cuda_array_interface__")
+
+
+def test_a_kernel_that_takes_the_memory_of_a_weight_elsewhere_than_on_a_cpu_is_refused() -> None:
+    weight = nn.Parameter(torch.randn(E, M, N))
+    for device in ("cpu", "meta"):
+        own: Any = StandIn("down_proj", lambda: weight.to(device), Layout(E, 1, M, N, False), lambda *_: weight)  # noqa: B023
+        if device == "cpu":
+            assert own.data_ptr() == weight.data_ptr()
+        else:
+            with pytest.raises(UnsupportedModuleError, match=r"\.data_ptr"):
+                own.data_ptr()
