@@ -110,6 +110,15 @@ def test_after_a_swap_the_model_does_what_the_new_adapter_does(other: dict[str, 
     assert_close(logits(model), logits(new))
 
 
+def test_the_config_says_of_its_base_what_the_file_says(tmp_path: Path) -> None:
+    saved(tmp_path)
+    said = {"base_model_name_or_path": "org/base", "other_base": True, "quantized_base": True}
+    with_settings(tmp_path, **said)
+    model = adapted(1)
+    hotswap_adapter(model, tmp_path)
+    assert {key: getattr(model.peft_config["default"], key) for key in said} == said
+
+
 def test_a_scale_that_was_set_goes_on_acting(tmp_path: Path) -> None:
     model, new = adapted(1), saved(tmp_path, r=3, alpha=2.0)
     for one in (model, new):
