@@ -52,7 +52,9 @@ EVIL = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer
 def strangers_model(base: Path, room: Path) -> Path:
     """Make the folder of a model with code of its own; the file that the code leaves in ``room``."""
     base.mkdir(exist_ok=True)
-    (base / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": EVIL}))
+    file = base / "config.json"
+    known = json.loads(file.read_text()) if file.exists() else {"model_type": "evil"}
+    file.write_text(json.dumps({**known, "auto_map": EVIL}))
     (base / "tokenizer_config.json").write_text(json.dumps({"auto_map": EVIL}))
     (base / "evil.py").write_text(f"import pathlib\npathlib.Path('{room}/RAN').touch()\n")
     return room / "RAN"
@@ -86,7 +88,7 @@ def test_the_folder_of_a_stranger_runs_no_code(
         "data: {train: csqa-demo}\ntraining: {use_cpu: true}\n"
     )
     (run / "metrics.json").write_text(json.dumps(stored_metrics()))
-    done = CliRunner().invoke(app, command.replace("RUN", "run").split(), input="hi\n")
+    done = CliRunner().invoke(app, command.replace("RUN", "run").split(), input="y\ny\n")
     assert not ran.exists()
     assert done.exception is None or isinstance(done.exception, SystemExit)
     name = command.split()[0]
@@ -96,6 +98,16 @@ def test_the_folder_of_a_stranger_runs_no_code(
         assert done.exit_code == 0
     else:
         assert "contains custom code" in done.stderr.replace("\n", " "), done.stderr
+
+
+def test_a_model_that_transformers_knows_is_sized_without_the_code_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    ran = strangers_model(lab.tiny_base(tmp_path / "base"), tmp_path)
+    done = CliRunner().invoke(app, ["budget", str(tmp_path / "base"), "10%"])
+    assert done.exit_code == 0, done.stderr
+    assert not ran.exists()
 
 
 def test_the_commands_option_lets_a_repository_run_its_code_until_the_command_ends(
