@@ -69,8 +69,9 @@ def test_the_loss_curve_is_that_of_one_process_with_twice_the_accumulation(
     assert first["losses"] == second["losses"] == pytest.approx(one_process[1], rel=CURVE_TOLERANCE)
     assert first["losses"][-1] < 0.9 * first["losses"][0]
     assert first["labels"] == second["labels"] == labels(one_process[0])
-    assert first.get("pending", True)
-    assert second.get("pending", True)
+    if strategy == "late_process_group":
+        assert first["pending"]
+        assert second["pending"]
 
 
 def test_a_merge_under_fsdp2_adds_the_adapter_and_its_undo_restores_every_bit(ranks: list[dict[str, Any]]) -> None:
@@ -102,7 +103,9 @@ def assert_is_one_process(
     first, second = of_strategy(ranks, strategy)
     assert first["losses"] == second["losses"] == pytest.approx(one[1], rel=CURVE_TOLERANCE)
     assert first["labels"] == second["labels"] == labels(one[0])
-    assert all(first.get("restored", []) + second.get("restored", []))
+    if strategy not in ("ddp", "fsdp2_documented"):  # which make no checkpoint
+        assert len(first["restored"]) == len(second["restored"]) > 0
+        assert all(first["restored"] + second["restored"])
     one[0].save_pretrained(room)
     expected = load_file(room / "adapter_model.safetensors")
     assert_same_adapter(load_file(folder / strategy / "adapter" / "adapter_model.safetensors"), expected)

@@ -86,32 +86,48 @@ def test_the_reference_of_a_whole_model_is_the_model_that_is_trained(config: dic
     assert history[-2]["rewards/margins"] != 0
 
 
-@pytest.mark.parametrize("command", [["chat"], ["merge"], ["verify"], ["eval"], ["inspect"]])
-def test_no_code_of_an_adapters_folder_runs_whatever_a_pipe_says(
-    command: list[str], config: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("chat", "run answers."),
+        ("merge", "weights merged"),
+        ("verify", "agrees  merged"),
+        ("eval", "majority"),
+        ("inspect", "coverage"),
+    ],
+)
+def test_no_code_of_an_adapters_folder_or_its_bases_runs_whatever_a_pipe_says(
+    command: str, told: str, config: dict[str, Any], tmp_path: Path
 ) -> None:
+    """Each command does its work all the same."""
+    ran = tmp_path / "ran"
+
+    def add_code(folder: Path, **own: str) -> None:
+        (folder / "x.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass X: pass\n")
+        code = {"AutoConfig": "x.X", "AutoModelForCausalLM": "x.X", "AutoTokenizer": ["x.X", "x.X"]}
+        for file in (folder / "tokenizer_config.json", folder / "config.json"):
+            known = json.loads(file.read_text()) if file.exists() else {"model_type": "x"}
+            file.write_text(json.dumps({**known, "auto_map": code, **own}))
+
     checked = check_config(config)
     run(checked)
-    adapter = checked.folder / "adapter"
-    ran = tmp_path / "ran"
-    (adapter / "x.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass X: pass\n")
-    file = adapter / "tokenizer_config.json"
-    own = json.loads(file.read_text())
-    own |= {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["x.X", "x.X"], "AutoModelForCausalLM": "x.X"}}
-    file.write_text(json.dumps(own))
-    (adapter / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "x.X"}}))
-    place = [str(checked.folder if command == ["eval"] else adapter)]
-    place += [str(tmp_path / "merged"), "--no-verify"] if command == ["merge"] else []
-    subprocess.run(
-        [sys.executable, "-m", "smoa_lab", *command, *place],
+    base, adapter = Path(checked.model.name), checked.folder / "adapter"
+    add_code(base)
+    add_code(adapter, tokenizer_class="X")
+    place = [str(checked.folder if command == "eval" else adapter), "--base", str(base)]
+    place += [str(tmp_path / "merged"), "--no-verify"] if command == "merge" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "smoa_lab", command, *place],
         input="y\ny\ny\n",
         text=True,
         timeout=300,
         check=False,
         capture_output=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
     assert not ran.exists()
+    assert done.returncode == 0, done.stderr
+    assert told in done.stdout + done.stderr, (done.stdout, done.stderr)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")

@@ -64,9 +64,10 @@ LIKELIEST: dict[str, Any] = {
     **GREEDY,
     **dict.fromkeys(("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "stop_strings")),
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "max_time", "guidance_scale")),
-    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config")),
-    **dict.fromkeys(("min_length", "no_repeat_ngram_size"), 0),
-    **dict.fromkeys(("num_beams", "num_return_sequences", "repetition_penalty"), 1),
+    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config", "prompt_lookup_num_tokens")),
+    **dict.fromkeys(("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("num_beams", "num_return_sequences", "repetition_penalty", "encoder_repetition_penalty"), 1),
+    "return_dict_in_generate": False,
 }
 """Nor what else it may have that makes an answer another one than the likeliest token each time."""
 

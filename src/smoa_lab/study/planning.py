@@ -178,7 +178,8 @@ class Planner:
                     f"shared.data: leaves no {part} rows, by which {use} are compared; give more rows, or groups"
                 )
         if (rows := found["rows"]["validation"]) < FEW_TO_CHOOSE and self.study.tuning.max_runs:
-            logger.warning("Only %s chooses the rates, much by chance; give more", counted(rows, "validation row"))
+            chosen_by = f"{counted(rows, 'validation row')} choose{'s' * (rows == 1)}"
+            logger.warning("Only %s the rates, much by chance; give more", chosen_by)
         if self.seeds and found["groups"] < FEW_ROWS:
             logger.warning(few_rows(found["groups"], found["rows"]["test"]))
         return {**found, "digests": found["digests"] | scored_by}

@@ -155,6 +155,26 @@ def test_a_base_is_another_when_its_weights_are_and_the_same_with_other_notes(
     assert one != other
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("pytorch_model.bin", "generation_config.json", "spiece.model", "merges.txt", "chat_template.jinja"),
+        *("modeling_own.py", "model-00001-of-00002.safetensors"),
+    ],
+)
+def test_a_base_is_another_when_a_file_that_decides_what_it_computes_is(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    wanted = ModelSection(name=str(lab.tiny_base(tmp_path / "base")))
+    found = [base_content(wanted)]
+    for content in (b"some", b"more"):
+        (tmp_path / "base" / name).write_bytes(content)
+        os.utime(tmp_path / "base" / name, ns=(len(found), len(found)))
+        found.append(base_content(wanted))
+    assert len(set(found)) == 3
+
+
 def test_a_base_on_the_hub_is_its_commit(tmp_path: Path) -> None:
     place, commit = tmp_path / "models--its--base", "0123456789abcdef" * 2 + "01234567"
     shutil.copytree(lab.tiny_base(tmp_path / "base"), place / "snapshots" / commit)

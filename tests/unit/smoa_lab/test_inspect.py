@@ -149,6 +149,24 @@ def test_spectra_and_scales_are_the_updates_own_and_far_layers_are_marked(
     assert {layer.moved_too_far for layer in layers} == {True, False}
 
 
+@pytest.mark.parametrize(
+    ("update", "far"),
+    [
+        (0.059 * torch.ones(100), [False, False]),
+        (0.061 * torch.ones(100), [True, False]),
+        (0.199 * torch.eye(100)[0], [False, False]),
+        (0.201 * torch.eye(100)[0], [False, True]),
+    ],
+)
+def test_a_layer_is_far_from_a_norm_of_006_or_a_spectral_norm_of_02_on(
+    smoa: tuple[list[LayerReport], Any], update: torch.Tensor, far: list[bool]
+) -> None:
+    """As docs/cli.md says."""
+    layer = dataclasses.replace(smoa[0][0], weight_values=torch.ones(100), update_values=update)
+    assert [layer.marked(name).startswith("! ") for name in ("relative_update", "relative_spectral_norm")] == far
+    assert layer.moved_too_far is any(far)
+
+
 def test_a_lora_is_reported_by_its_rank_and_without_blocks(lora: list[LayerReport]) -> None:
     assert [layer.method for layer in lora] == ["lora"] * 4
     assert [layer.rank for layer in lora] == [layer.rank_bound for layer in lora] == [3] * 4

@@ -474,6 +474,9 @@ def test_what_rounding_took_is_told_in_all_and_of_the_worst_layer(tmp_path: Path
     assert "1.2 %" in text
     assert "second: 2 %" in text
     assert f"saved in bfloat16: {text}" in card(tmp_path).text
+    advice = "--dtype float32 loses almost nothing."
+    assert advice in result(**LOSS).summary()
+    assert advice not in result(**LOSS | {"error": 0.0099**2}).summary()
     nothing = result(by_layer={"first": 0.0}, update=1.0).in_words()
     assert "nothing" in nothing
     assert "first" not in nothing

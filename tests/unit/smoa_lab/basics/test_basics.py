@@ -105,11 +105,14 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names: list[list[str]] = []
-    monkeypatch.setattr("os.fsync", lambda _: names.append([path.name for path in tmp_path.iterdir()]))
+    found: list[dict[str, str]] = []
+    monkeypatch.setattr(
+        "os.fsync", lambda _: found.append({path.name: path.read_text() for path in tmp_path.iterdir()})
+    )
     write_whole(tmp_path / "metrics.json", "new")
-    assert len(names) == 1
-    assert "metrics.json" not in names[0]
+    (flushed,) = found
+    assert "metrics.json" not in flushed
+    assert list(flushed.values()) == ["new"]
 
 
 def test_a_folder_that_failed_leaves_nothing(tmp_path: Path) -> None:

@@ -49,6 +49,14 @@ def test_a_pipe_gets_an_answer_for_each_line_of_text_and_nothing_else(base: Path
     assert done.stdout == f"{first}\n\n{second}\n\n"
 
 
+def test_a_temperature_samples_and_0_does_not(base: Path) -> None:
+    greedy = f"{answer(base, 'one')}\n\n"
+    assert talk(base, "one", options=("--temperature", "0")).stdout == greedy
+    sampled = talk(base, "one", options=("--temperature", "100"))
+    assert sampled.exit_code == 0
+    assert sampled.stdout != greedy
+
+
 def test_a_line_that_is_refused_has_an_empty_answer_in_a_pipe_and_the_exit_code_tells(base: Path) -> None:
     done = talk(base, "one", "/etc/hosts holds what?", "/", "x" * 10_000, "/base", "two")
     assert done.exit_code == 1

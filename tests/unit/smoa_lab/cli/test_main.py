@@ -18,6 +18,8 @@ from smoa_lab.base_models import empty_model
 from smoa_lab.cli.console import reporting
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import ModelSection
+from tests.support import lab
+from tests.support.chats import saved_adapter
 from tests.support.runs import stored_metrics
 
 OUTSIDE = """
@@ -50,7 +52,9 @@ EVIL = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer
 def strangers_model(base: Path, room: Path) -> Path:
     """Make the folder of a model with code of its own; the file that the code leaves in ``room``."""
     base.mkdir(exist_ok=True)
-    (base / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": EVIL}))
+    file = base / "config.json"
+    known = json.loads(file.read_text()) if file.exists() else {"model_type": "evil"}
+    file.write_text(json.dumps({**known, "auto_map": EVIL}))
     (base / "tokenizer_config.json").write_text(json.dumps({"auto_map": EVIL}))
     (base / "evil.py").write_text(f"import pathlib\npathlib.Path('{room}/RAN').touch()\n")
     return room / "RAN"
@@ -63,27 +67,47 @@ def strangers_model(base: Path, room: Path) -> Path:
         *(("merge RUN merged", "smoa"), ("inspect RUN", "smoa"), ("report RUN", "smoa")),
     ],
 )
+@pytest.mark.parametrize("asks", [False, True], ids=["", "asks"])
 def test_the_folder_of_a_stranger_runs_no_code(
-    command: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, method: str, asks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither what lies in it nor that of the base that it names, whatever its files say."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    run = tmp_path / "run"
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    run, honest = tmp_path / "run", lab.tiny_base(tmp_path / "honest")
     base = run / "adapter" if method == "full" else tmp_path / "base"
-    SmoaConfig(base_model_name_or_path=str(base), target_modules=["q_proj"]).save_pretrained(run / "adapter")
+    saved_adapter(run / "adapter", honest)
+    config = SmoaConfig.from_pretrained(run / "adapter")
+    config.base_model_name_or_path = str(base)
+    config.save_pretrained(run / "adapter")
     ran = strangers_model(base, tmp_path)
-    options = "options: {quantization_config: {load_in_4bit: true}}" if method == "smoa" else "options: {}"
+    key = "trust_remote_code: true, " if asks else ""
     (run / "config.yaml").write_text(
-        f"model: {{name: {base}, trust_remote_code: true, {options}}}\nmethod: {method}\n"
+        f"model: {{name: {base}, {key}options: {{}}}}\nmethod: {method}\n"
         "data: {train: csqa-demo}\ntraining: {use_cpu: true}\n"
     )
     (run / "metrics.json").write_text(json.dumps(stored_metrics()))
-    done = CliRunner().invoke(app, command.replace("RUN", "run").split(), input="hi\n")
+    done = CliRunner().invoke(app, command.replace("RUN", "run").split(), input="y\ny\n")
     assert not ran.exists()
     assert done.exception is None or isinstance(done.exception, SystemExit)
-    if command.split()[0] in ("chat", "eval", "convert"):
+    name = command.split()[0]
+    if asks and name in ("chat", "eval", "convert", "report"):
         assert "config.yaml: 1 problem\n  line 1: model.trust_remote_code: a file can't allow" in done.stderr
+    elif name == "report":
+        assert done.exit_code == 0
+    else:
+        assert "contains custom code" in done.stderr.replace("\n", " "), done.stderr
+
+
+def test_a_model_that_transformers_knows_is_sized_without_the_code_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    ran = strangers_model(lab.tiny_base(tmp_path / "base"), tmp_path)
+    done = CliRunner().invoke(app, ["budget", str(tmp_path / "base"), "10%"])
+    assert done.exit_code == 0, done.stderr
+    assert not ran.exists()
 
 
 def test_the_commands_option_lets_a_repository_run_its_code_until_the_command_ends(

@@ -280,18 +280,48 @@ def test_a_text_ends_at_the_tokenizers_end_and_at_those_of_the_model() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
+        {"do_sample": True},
         {"repetition_penalty": 3.0},
+        {"encoder_repetition_penalty": 3.0},
+        {"num_beams": 4},
         {"num_beams": 4, "num_return_sequences": 2},
         {"no_repeat_ngram_size": 1},
+        {"encoder_no_repeat_ngram_size": 1},
         {"bad_words_ids": [[token] for token in range(3, 60)]},
-        {"do_sample": True, "temperature": 2.0, "min_new_tokens": 12, "stop_strings": ["a"]},
+        {"sequence_bias": [[[56], -50.0]]},
+        {"suppress_tokens": [56]},
+        {"begin_suppress_tokens": [56]},
+        {"forced_bos_token_id": 7},
+        {"forced_eos_token_id": 7},
+        {"min_length": 12},
+        {"min_new_tokens": 12},
+        {"max_time": 0.0},
+        {"stop_strings": ["a"]},
+        {"guidance_scale": 5.0},
+        {"exponential_decay_length_penalty": [1, 50.0]},
+        {"watermarking_config": {"greenlist_ratio": 0.1, "bias": 50.0}},
+        {"prompt_lookup_num_tokens": 2},
+        {"return_dict_in_generate": True},
     ],
+    ids=lambda settings: " ".join(settings),
 )
-def test_answers_are_greedy_whatever_the_models_generation_config_says(settings: dict[str, Any]) -> None:
+def test_answers_are_greedy_whatever_the_models_generation_config_says(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = tiny_models.build("llama"), lab.byte_tokenizer()
-    plain = continue_prompts(model, tokenizer, [[3, 4], [5]], new_tokens=12)
+
+    def answers() -> list[list[str]]:
+        return [continue_prompts(model, tokenizer, [[3, 4], [5], [5, 27]], 12, size) for size in (1, 3)]
+
+    plain = answers()
     model.generation_config.update(**settings)
-    assert continue_prompts(model, tokenizer, [[3, 4], [5]], new_tokens=12) == plain
+    assert answers() == plain
+    monkeypatch.setattr(evaluation_module, "LIKELIEST", {})
+    try:
+        other = answers()
+    except (ValueError, TypeError, KeyError):  # the others can't be asked for without more arguments
+        return
+    assert other != plain, "the setting says nothing"
 
 
 def test_a_prompt_that_leaves_no_positions_for_an_answer_loses_its_head(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import stdtrit
 
-from smoa_lab.study.bounds import Family, Floats, contrast, level_of
+from smoa_lab.study.bounds import Family, Floats, contrast, expected_width, level_of
 
 ROWS = 40
 
@@ -42,6 +42,15 @@ def test_rows_alone_have_the_error_of_a_mean_of_their_groups() -> None:
     assert few == pytest.approx(
         gaps.mean() + stdtrit(ROWS - 1, 0.95) * math.sqrt(gaps.var(ddof=1) / ROWS + 1 / ROWS**2)
     )
+
+
+def test_the_difference_that_a_study_will_tell_is_the_bound_of_what_its_noise_gives() -> None:
+    of_rows, of_seeds = 0.5**2 / 60, 2 * 0.04**2 / 5  # of the difference of two entries, each with five seeds
+    seeds_freedom = 3 * (5 - 1)
+    freedom = (of_rows + of_seeds) ** 2 / (of_rows**2 / 59 + of_seeds**2 / seeds_freedom)
+    of_pair = level_of(3, 5) / 2
+    expected = stdtrit(freedom, 1 - of_pair) * math.sqrt(of_rows + of_seeds)
+    assert expected_width(3, 5, 60, (0.04, 0.5)) == pytest.approx(expected)
 
 
 def test_rows_that_belong_together_count_as_one() -> None:

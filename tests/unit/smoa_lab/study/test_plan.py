@@ -11,7 +11,8 @@ import pytest
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import planning, progress
-from smoa_lab.study.bounds import level_of
+from smoa_lab.study.bounds import expected_width, level_of
+from smoa_lab.study.calibrated import NOISE
 from smoa_lab.study.executor import Executor
 from smoa_lab.study.plan import FEWEST, Plan, Timing, check_folder, fitted, study_file
 from smoa_lab.study.planning import outlook, prepare
@@ -239,6 +240,11 @@ def test_what_is_missing_is_said_before_anything_runs(
     written.groups = 48
     compared(study)
     assert "Only 48 groups are held out" in caplog.text
+    for rows in (10, 9):
+        assert "choose the rates" not in caplog.text
+        written.rows["validation"] = rows
+        compared(study.model_copy(update={"folder": study.folder.with_name(f"by-{rows}")}))
+    assert "Only 9 validation rows choose the rates, much by chance" in caplog.text
     for part, told in (("validation", "by which rates are compared"), ("test", "by which entries are compared")):
         written.rows = {"train": 1, "validation": 1, "test": 1, part: 0}
         with pytest.raises(ConfigError, match=f"leaves no {part} rows, {told}"):
@@ -270,7 +276,8 @@ def test_a_plan_alone_leaves_a_study_that_runs_meanwhile(
 def test_the_difference_it_will_tell_goes_by_groups_of_rows_and_is_not_known_of_preferences(
     study: Study, written: WrittenRuns
 ) -> None:
-    by_rows = told_beforehand(study)
+    by_rows, width = told_beforehand(study), expected_width(2, 3, 60, NOISE["loss"])
+    assert by_rows == f"By 3 rounds it will tell differences of about {width:.3f} nats per token."
     written.groups = 6
     few, many = (float(told.split()[-4]) for told in (told_beforehand(study), by_rows))
     assert few > 2 * many

@@ -93,7 +93,7 @@ def test_pissa_with_a_number_of_iterations_is_trained(config: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("method", ["hira", "ia3", "full", "dora", "ln_tuning", "vera"])
-def test_every_method_is_trained_on_a_model_and_data_alone(method: str, config: dict[str, Any]) -> None:
+def test_a_run_of_any_method_takes_a_model_and_data_alone(method: str, config: dict[str, Any]) -> None:
     found = default_run(config["model"]["name"], config["data"]["train"], [f"method={method}"])
     assert found.method == method
     assert found.adapter.get("num_blocks") is None

@@ -110,6 +110,20 @@ def test_of_checkpoints_only_those_of_the_trainer_are_removed(tmp_path: Path) ->
     }
 
 
+def test_an_adapter_is_on_the_disk_before_its_run_is_marked_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, flushed = RunFolder(tmp_path), list[tuple[str, bool]]()
+    run.start(SMOA)
+    weights = run.adapter / "part" / "adapter_model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"weights")
+    monkeypatch.setattr(run_folder, "flush", lambda file: flushed.append((file.name, run.finished)))
+    run.finish({})
+    assert flushed == [(weights.name, False)]
+    assert run.finished
+
+
 @pytest.mark.parametrize("place", ["/proc/run", "file/run", "file"])
 def test_a_place_that_cannot_be_written_is_told_before_any_work(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
@@ -181,6 +195,15 @@ def test_an_interrupted_run_that_was_renamed_is_resumed(tmp_path: Path) -> None:
     old.rename(new)
     text = f"method: smoa\ntraining: {{output_dir: {new}}}\n"
     assert RunFolder(new).start(text, {"data": "a"}) == str(new / "checkpoint-2")
+
+
+def test_an_interrupted_run_is_resumed_whatever_scores_its_answers(tmp_path: Path) -> None:
+    run = interrupted(tmp_path / "run", {"data": "a"})
+    for data in ("{metric: exact}", "{metric: contains}", "{}"):
+        text = f"{run.config.read_text().partition('data:')[0]}data: {data}\n"
+        assert run.start(text, {"data": "a"}) == str(run.path / "checkpoint-2")
+    with pytest.raises(ConfigError, match="unfinished run of another config"):
+        run.start(text.replace("{}", "{samples: 1}"), {"data": "a"})
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can't be reset here")
