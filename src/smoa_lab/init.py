@@ -62,7 +62,7 @@ def first_values(
     if kind == "smoa":
         adapter |= {"num_blocks": choice.num_blocks, "r": choice.r}
     elif kind == "lora":
-        adapter |= {"r": choice.lora_r, "lora_alpha": 2 * choice.lora_r}
+        adapter |= {"r": choice.lora_r}
     is_sized = kind == "lora" or (kind == "smoa" and "num_blocks" not in own)
     if adapter and not is_sized and find_method(name).budget_key not in own:
         budget = budget_parameters(parameters, size, adapted_shapes(empty, given))
@@ -70,8 +70,8 @@ def first_values(
         if why := sized.misses(budget, parameters):
             logger.warning("method: %s; what is trained is of another size than with other methods", why)
         adapter |= sized.adapter
-    if kind == "smoa":
-        adapter["alpha"] = 2 * adapter["r"]
+    if kind in ("smoa", "lora"):
+        adapter["alpha" if kind == "smoa" else "lora_alpha"] = 2 * own.get("r", adapter["r"])
     block, rows = look_at_rows(data, section, positions_of(empty.config), changes)
     tenth = EPOCHS * math.ceil(rows / (BATCH * ACCUMULATION)) // 10
     return {

@@ -87,7 +87,7 @@ def taking_over(old: SmoaConfig, new: SmoaConfig, places: Iterable[tuple[Any, st
     them."""
     names = "scale", "other_base", "quantized_base", "base_model_name_or_path"
     before = {name: getattr(old, name) for name in names}
-    held = [(table, key, table[key], table[key].clone()) for table, key in places]
+    held = [(table, key, table[key], table[key].detach().clone()) for table, key in places]
     try:
         vars(old).update({name: getattr(new, name) for name in names})
         yield

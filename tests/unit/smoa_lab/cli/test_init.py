@@ -111,6 +111,12 @@ def test_a_config_for_rows_is_written(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["mine.yaml"]
 
 
+@pytest.mark.parametrize(("method", "alpha"), [("smoa", "alpha"), ("lora", "lora_alpha")])
+def test_alpha_is_twice_the_rank_that_is_given(method: str, alpha: str) -> None:
+    run = default_run("base", "talks.jsonl", [f"method={method}", "adapter.r=12"])
+    assert (run.adapter["r"], run.adapter[alpha]) == (12, 24)
+
+
 def test_the_dtype_is_left_to_the_machine_and_the_method_unless_it_is_given(tmp_path: Path) -> None:
     assert invoke("mine.yaml", "--model", "base", "--data", "talks.jsonl").exit_code == 0
     assert "dtype" not in (tmp_path / "mine.yaml").read_text()
