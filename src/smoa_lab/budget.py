@@ -264,9 +264,15 @@ def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> S
 
 def adapted_shapes(empty: PreTrainedModel, adapter: Mapping[str, Any]) -> Shapes:
     """How often each shape of W occurs among the layers that a method's block chooses, by default all linear ones."""
-    keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    given = {"target_modules": ALL_LINEAR} | {key: adapter[key] for key in keys if adapter.get(key)}
-    chosen = _maybe_include_all_linear_layers(LoraConfig(**given), empty)
+    named = adapter.get("target_modules") or ALL_LINEAR
+    config = LoraConfig(target_modules=named, exclude_modules=adapter.get("exclude_modules"))
+    chosen: Any = _maybe_include_all_linear_layers(config, empty)
+    numbers = {key: adapter.get(key) for key in ("layers_to_transform", "layers_pattern")}
+    if numbers["layers_to_transform"] is not None and not isinstance(chosen.target_modules, str):
+        ends = {
+            name.rpartition(".")[2] for name in chosen.target_modules or ()
+        }  # whole names would count in all layers
+        vars(chosen).update(numbers, target_modules=ends)
     found = [
         kind.layer_class.shape_of(module)
         for path, module in empty.named_modules()

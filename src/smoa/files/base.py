@@ -94,8 +94,11 @@ def taking_over(old: SmoaConfig, new: SmoaConfig, places: Iterable[tuple[Any, st
     except BaseException:
         vars(old).update(before)
         with torch.no_grad():
-            for table, key, tensor, own in held:  # `low_cpu_mem_usage` puts others in their places
-                table[key] = tensor.copy_(own)
+            for table, key, tensor, own in held:
+                is_there = table[key] is tensor
+                table[key] = tensor  # `low_cpu_mem_usage` has put another in its place
+                if is_there:
+                    tensor.copy_(own)
         raise
 
 

@@ -169,7 +169,7 @@ def _choice(value: object, field: str) -> str:
 
 def _label(value: object, choices: list[str]) -> int:
     """The number of the right choice: an integer from 0, or the text of that choice; what a CSV has of either."""
-    if isinstance(value, Decimal | date | time) or (isinstance(value, float) and not value.is_integer()):
+    if isinstance(value, Decimal | date | time) or (isinstance(value, float) and value % 1 > 0):  # and not NaN
         value = _choice(value, "label")
     if isinstance(value, str) and value.strip() in choices:
         number = choices.index(value.strip())

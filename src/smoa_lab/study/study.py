@@ -273,7 +273,7 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
 def checked_study(text: ConfigText, file: Path) -> Study:
     """The study of a file's values, with every entry's run checked."""
     usual = Path("studies", file.stem)
-    is_alone = file.name == STUDY and file.is_file() and [each.name for each in file.parent.iterdir()] == [STUDY]
+    is_alone = file.name == STUDY and [each.name for each in file.parent.glob("[!.]*")] == [STUDY]
     own = file.parent if is_alone and not (usual / "plan.json").is_file() else usual
     values = {"folder": str(own), **text.values}
     text.refuse(block_problems(Study, values))

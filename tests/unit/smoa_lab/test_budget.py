@@ -12,6 +12,7 @@ from smoa.budget import adapter_bytes, rank_bound
 from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import empty_model
 from smoa_lab.budget import (
+    adapted_shapes,
     budget_choice,
     budget_choices,
     budget_parameters,
@@ -23,7 +24,7 @@ from smoa_lab.budget import (
 from smoa_lab.config.methods import find_method, method_names
 from smoa_lab.config.run import ModelSection
 from tests import reference
-from tests.support import lab
+from tests.support import lab, tiny_models
 from tests.support.layers import smoa_layers
 from tests.support.tiny_mixtures import EXPERTS, build_mixture
 
@@ -134,6 +135,14 @@ def test_counts_that_fall_and_rise_again_are_searched_up_to_the_least(base: str)
     assert (sized.adapter, sized.parameters, sized.note) == ({"r": 33}, 130, "")
     (sized,) = size_methods(base, "70", ("q_proj",), ["randlora"])
     assert sized.note == "r can't make it so small: it trains 128 or more"
+
+
+@pytest.mark.parametrize("layers", [0, [0]])
+def test_shapes_are_those_of_the_layers_that_are_transformed(layers: int | list[int]) -> None:
+    empty, chosen = tiny_models.build("llama"), {"layers_to_transform": layers}
+    whole, first = adapted_shapes(empty, {}), adapted_shapes(empty, chosen)
+    assert {shape: 2 * count for shape, count in first.items()} == whole
+    assert adapted_shapes(empty, {**chosen, "target_modules": ["q_proj"], "exclude_modules": ["v_proj"]}).total() == 1
 
 
 def test_block_sizes_divide_the_sides_of_the_layers_that_are_adapted(base: str) -> None:
