@@ -18,7 +18,7 @@ from smoa_lab.config.methods import OTHER_LAYERS, find_method, trains_own_dtype
 from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, check_config, native_dtype
 from smoa_lab.config.yaml_text import apply_overrides
 from smoa_lab.init import file_for, first_values
-from smoa_lab.study.study import Study, Tuning, checked_study, load_study
+from smoa_lab.study.study import STUDY, Study, Tuning, checked_study, load_study
 from smoa_lab.training.loaded_run import inputs
 
 METHODS, PARAMETERS = ("lora", "smoa"), "lora:8"
@@ -133,7 +133,7 @@ def default_study(
         "keep": "best",
     }
     apply_overrides(values, [change for change in changes if not change.startswith("shared.data.")])
-    if (stored := Path(str(values["folder"]), "study.yaml")).is_file():
+    if (stored := Path(str(values["folder"]), STUDY)).is_file():
         before = load_study(stored)
         values["entries"] = {name: entries[name] for name in before.entries if name in entries} | entries
         for key in before.model_fields_set & {"seeds", "keep", "tolerance"}:  # edited, or of another version
@@ -141,7 +141,7 @@ def default_study(
                 values[key] = getattr(before, key)
         if (metric := before.shared["data"].get("metric")) is not None:
             run["data"].setdefault("metric", metric)
-    return checked_study(ConfigText(values, "smoa compare"), Path("study.yaml"))
+    return checked_study(ConfigText(values, "smoa compare"), Path(STUDY))
 
 
 def tuning_study(config: RunConfig, max_runs: int) -> Study:
@@ -160,4 +160,4 @@ def tuning_study(config: RunConfig, max_runs: int) -> Study:
         "tuning": {"seed": config.training.get("seed", 42), "max_runs": max_runs},
         "seeds": [],
     }
-    return checked_study(ConfigText(values, "smoa tune"), Path("study.yaml"))
+    return checked_study(ConfigText(values, "smoa tune"), Path(STUDY))

@@ -362,7 +362,7 @@ def _differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
 def check_folder(study: Study, given: Path | None = None) -> None:
     """Raise ConfigError if the study's folder has another study, or something else; or if its file has entries, which a
     user may have added, that a study without a file ``given`` lacks."""
-    file = study.folder / "study.yaml"
+    file = study.file
     check_place(file)
     if file.is_file():
         stored = load_study(file)
@@ -382,7 +382,7 @@ def study_file(study: Study, given: Path | None = None) -> Iterator[None]:
     """Write a study into its folder, unless the file there is the one that was ``given`` or says the same, and plan it
     in the block. A start that fails leaves the file that was there; an interrupted first one leaves its own to be
     edited, a refused one none, by which the next would be refused."""
-    file = study.folder / "study.yaml"
+    file = study.file
     is_given = given is not None and given.resolve() == file.resolve()
     if is_given or (file.is_file() and as_planned(load_study(file)) == as_planned(study)):
         yield

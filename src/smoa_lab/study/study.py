@@ -216,6 +216,11 @@ class Study(Section):
         return Job(stage, first, self.entries[first].learning_rate, 0)
 
     @property
+    def file(self) -> Path:
+        """The study as a file, in its folder."""
+        return self.folder / STUDY
+
+    @property
     def format(self) -> int:
         """The format in which it was planned, or now would be."""
         file = self.folder / "plan.json"
@@ -264,18 +269,22 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
     study = checked_study(ConfigText.read(path, overrides), file)
     is_elsewhere = file.parent.resolve() != study.folder.resolve()
     was_moved = file.with_name("plan.json").is_file() and is_elsewhere
-    if file.name == STUDY and is_elsewhere and not (was_moved or is_named) and (study.folder / STUDY).is_file():
+    if file.name == STUDY and is_elsewhere and not (was_moved or is_named) and study.file.is_file():
         told = f"goes on with the study in its folder, {study.folder}; for a study of its own"
         logger.warning("%s: %s write folder: %s into it", file, told, file.parent)
     return study.model_copy(update={"folder": file.parent}) if was_moved and not is_named else study
 
 
-def checked_study(text: ConfigText, file: Path) -> Study:
-    """The study of a file's values, with every entry's run checked."""
+def _usual_folder(file: Path) -> Path:
+    """The folder of a study whose file names none: its own, where nothing else lies in that, else studies/NAME."""
     usual = Path("studies", file.stem)
     is_alone = file.name == STUDY and [each.name for each in file.parent.glob("[!.]*")] == [STUDY]
-    own = file.parent if is_alone and not (usual / "plan.json").is_file() else usual
-    values = {"folder": str(own), **text.values}
+    return file.parent if is_alone and not (usual / "plan.json").is_file() else usual
+
+
+def checked_study(text: ConfigText, file: Path) -> Study:
+    """The study of a file's values, with every entry's run checked."""
+    values = text.values if "folder" in text.values else {"folder": str(_usual_folder(file)), **text.values}
     text.refuse(block_problems(Study, values))
     study = Study.model_validate(values)
     text.refuse(study.key_problems())

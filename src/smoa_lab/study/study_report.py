@@ -172,7 +172,7 @@ def untouched_metrics(comparison: Progress) -> Metrics | None:
 def sentences_of(comparison: Progress, families: Mapping[str, Budget]) -> tuple[dict[str, list[str]], list[str]]:
     """The verdict of each family, and all that is said of the study, in the order in which it is shown."""
     study, plan = comparison.study, comparison.plan
-    command = f"smoa compare {quote((study.folder / 'study.yaml').as_posix())}"
+    command = f"smoa compare {quote(study.file.as_posix())}"
     if comparison.metric == OWN:
         command += f" --metric {quote(plan.digests.get('metric', '').rpartition(' ')[0])}"
     command += " --trust-remote-code" if TRUSTED.trust_remote_code else ""
