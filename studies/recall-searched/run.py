@@ -1,7 +1,9 @@
-"""Runs this study as ``smoa compare studies/recall-searched/study.yaml`` does, to the same bits and sooner: while
-training, the frozen layers below the adapted ones compute each row once, and its hidden states are kept.
+"""Runs a study of names and numbers as ``smoa compare`` does, to the same bits and sooner: while training, the frozen
+layers below the adapted ones compute each row once, and its hidden states are kept.
 
-    OMP_NUM_THREADS=1 python studies/recall-searched/run.py [further options of smoa compare]
+    OMP_NUM_THREADS=1 python studies/recall-searched/run.py [STUDY [options of smoa compare]]
+
+Without a file it is the study of this folder.
 """
 
 from __future__ import annotations
@@ -43,5 +45,5 @@ def keep_beginnings() -> None:
 
 if __name__ == "__main__":
     keep_beginnings()
-    sys.argv[1:] = ["compare", str(Path(__file__).with_name("study.yaml")), *sys.argv[1:]]
+    sys.argv[1:] = ["compare", *(sys.argv[1:] or [str(Path(__file__).with_name("study.yaml"))])]
     app()
