@@ -147,9 +147,13 @@ def inspect_layers(adapter: str | Path, base: str | None = None) -> list[LayerRe
     layers = list(adapted_layers(adapted.base_model.model))
     if not layers:
         raise MergeError(f"{source}: {method} changes no weight matrix of a layer, so there is no ΔW to show")
-    shown = tqdm(layers, desc="Decomposing", disable=None, leave=False)
+    counted = set[int]()
     with torch.no_grad():
-        return [report for path, module in shown for report in _reports(path, module, adapted.active_adapter, method)]
+        return [
+            report
+            for path, module in tqdm(layers, desc="Decomposing", disable=None, leave=False)
+            for report in _reports(path, module, adapted.active_adapter, method, counted)
+        ]
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -194,11 +198,19 @@ def weights_and_updates(path: str, module: Any, adapter: str) -> Iterator[tuple[
     yield from ((f"{name}[{number}]", *pair) for number, pair in enumerate(zip(weight, update, strict=True)))
 
 
-def _reports(path: str, module: Any, adapter: str, method: str) -> Iterator[LayerReport]:
-    """A report on each matrix of the layer; the matrices share its trained parameters evenly."""
+def _reports(path: str, module: Any, adapter: str, method: str, counted: set[int]) -> Iterator[LayerReport]:
+    """A report on each matrix of the layer; the matrices share its trained parameters evenly, without those ``counted``
+    in a layer before, which share a tensor."""
     matrices = list(weights_and_updates(path, module, adapter))
-    own = [p for name, p in module.named_parameters() if f".{adapter}." in f".{name}." and "base_layer" not in name]
-    parameters, bound = sum(parameter.numel() for parameter in own) // len(matrices), _rank_bound(module, adapter)
+    of_layer = (
+        parameter
+        for name, parameter in module.named_parameters()
+        if f".{adapter}." in f".{name}." and name.partition(".")[0] in module.adapter_layer_names
+    )
+    own = {id(parameter): parameter.numel() for parameter in of_layer}
+    parameters = sum(number for key, number in own.items() if key not in counted) // len(matrices)
+    counted.update(own)
+    bound = _rank_bound(module, adapter)
     blocks: list[Blocks | None] = [None] * len(matrices)
     scales: list[list[float]] = [[]] * len(matrices)
     if isinstance(module, SmoaLayer):

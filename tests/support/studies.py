@@ -75,6 +75,8 @@ class WrittenRuns:
         self.parameters = 1000
         self.digests = {"data": "d", "base": "b", "encoder": "e", "forgetting": "f"}
         self.rows = {"train": 400, "validation": 40, "test": ROWS}
+        self.length = 6
+        """Of a row with its prompt, in tokens."""
         self.groups = 0
         """Of rows of the test part that belong together; 0 where each counts by itself."""
 
@@ -86,7 +88,7 @@ class WrittenRuns:
     def inputs(self, config: RunConfig, trains: bool = True) -> dict[str, Any]:
         """The data's digests and sizes."""
         groups = self.groups or self.rows["test"]
-        return {"digests": dict(self.digests), "rows": dict(self.rows), "groups": groups}
+        return {"digests": dict(self.digests), "rows": dict(self.rows), "groups": groups, "length": self.length}
 
     def run(self, config: RunConfig) -> dict[str, Any]:
         """A run, unless the folder is another process's or has one."""
@@ -123,9 +125,10 @@ class WrittenRuns:
         if folder.finished:
             raise ConfigError(f"{folder.path}: contains a finished run")
         samples = [{"question": f"Why {i}?", "reference": "So.", "before": "untouched"} for i in range(2)]
-        scores = {"loss": self.untouched_loss, "tokens": 360} | (
+        scores = {"rows": ROWS, "loss": self.untouched_loss, "tokens": 360} | (
             {"accuracy": 0.25, "majority": 0.6} if self.kind == "choices" else {}
         )
+        scores |= {"dpo_loss": math.log(2)} if self.kind == "preference" else {}
         metrics = self._metrics(config) | {"evaluation": {"before": scores}, "samples": samples}
         seconds = 1.0 if config.scoring.part == "validation" else 4.0
         self.now += 1.0 + seconds
@@ -161,6 +164,7 @@ class WrittenRuns:
             "config": portable(config.model_dump(mode="json")),
             "provenance": {"device": "a CPU", "threads": 1, "commit": "c" * 40},
             "digests": dict(self.digests),
+            "data": {"tokens": {"total": ROWS * self.length, "histogram": [[32, ROWS]]}},
             "parameters": {"trainable": self.parameters},
         }
 

@@ -103,7 +103,8 @@ class Merging:
             adapter_names: Adapters to add to those that are merged already; None means the active ones.
 
         Raises:
-            MergeError: `safe_merge` found NaN or infinite weights; nothing was merged.
+            MergeError: `safe_merge` found NaN or infinite weights, or the weight was parametrized since it was adapted;
+                nothing was merged.
             UnsupportedModuleError: ZeRO-3 would drop the merged weight.
             RuntimeError: no memory, for example; no adapter of the layer is merged then.
         """
@@ -111,6 +112,9 @@ class Merging:
         if not names:
             return
         refuse_writing(self.stored_weight())
+        if hasattr(self.get_base_layer(), "parametrizations"):  # by others: injection refuses these
+            told = "its weight is parametrized, and what a merge writes would be lost"
+            raise MergeError(f"{told}; call torch.nn.utils.parametrize.remove_parametrizations first")
         with onloaded_for(self, names, written=True), writing(self.stored_weight()):
             if safe_merge:
                 self.check_merge(names)

@@ -79,8 +79,18 @@ def _awaits_quantization(weight: Any) -> bool:
 
 def dequantized(backend: QuantizationBackend, base: nn.Module) -> Tensor:
     """The weight of `base` as floating-point numbers: (out_features, in_features)."""
+    _refuse_dequantized(base)
     keep_unpacked(base)
     return backend.get_base_weight(base).detach()
+
+
+def _refuse_dequantized(base: nn.Module) -> None:
+    """Raise UnsupportedModuleError if transformers' `dequantize` has put a plain layer into an adapted one."""
+    if type(base) is nn.Linear and _is_plain(base.weight):
+        raise UnsupportedModuleError(
+            "the model was dequantized under the adapter, which dequantizes its weights itself; load the base in 16 "
+            "bits, and then the adapter"
+        )
 
 
 def dequantized_for_product(base: Any, dtype: torch.dtype) -> Tensor:
@@ -158,6 +168,7 @@ class QuantizedLinear(Linear):
         """Whether the base layer multiplies with its dequantized weight, as bitsandbytes does in 4 bits: others, and 8
         bits, quantize x too."""
         base: Any = self.base_layer
+        _refuse_dequantized(base)
         if self.quantization_backend.backend_name != "bnb 4bit" or is_instrumented(base):
             return False
         if not base.compute_type_is_set:

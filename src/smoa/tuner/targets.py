@@ -18,6 +18,7 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from smoa.config import Shape, SmoaConfig, by_pattern
@@ -39,6 +40,10 @@ EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """What the matrices of experts were called before transformers stacked them."""
 ROUTERS = ("router", "gate")
 """Names of modules that choose the experts of each token."""
+PIECE = (
+    "tensor parallelism gives each process a piece of the weight, and blocks span all of it; load the model without "
+    "tp_plan, as for FSDP"
+)
 _REPORTED: WeakSet[nn.Module] = WeakSet()
 """Models whose experts `_report_experts` has named."""
 
@@ -77,6 +82,8 @@ def survey_targets(
                     raise ConfigError(f"{key}: target_modules names its module too; name it in one of the two")
                 module = model.get_submodule(module_name)
                 refuse_other_uses(module_name, module, model, uses[id(module)])
+                if _is_piece(module_name, owner, model):
+                    raise UnsupportedModuleError(f"target_parameters: {key}: {PIECE}; leave it out")
                 shapes[key] = check_parameter(key, owner, config)
                 if not loads_labels:
                     _check_finite(key, getattr(owner, parameter_name), existing_wrapper(model, key))
@@ -150,6 +157,8 @@ def _refusal(name: str, base: nn.Module, kind: Kind | None, model: nn.Module) ->
         return "MultiheadAttention uses its weight without calling it, so an adapter would do nothing"
     if _in_copy(name, model):
         return "an adapter has it in modules_to_save, where no save would find what is added to it"
+    if _is_piece(name, base, model):
+        return PIECE
     owner, _, own = name.rpartition(".")
     parent = model.get_submodule(owner)
     if isinstance(base, nn.Conv1d) and _only_reads_weight(type(parent), own):
@@ -170,6 +179,19 @@ def _only_reads_weight(kind: type[nn.Module], name: str) -> bool:
         uses = set(re.findall(rf"self\.{re.escape(name)}\b(?!\s*[=:])(\.\w+)?", code))
         return ".weight" in uses and uses.isdisjoint({"", ".forward"})
     return False
+
+
+def _is_piece(name: str, module: nn.Module, model: nn.Module) -> bool:
+    """Whether tensor parallelism has given each process a piece of a module's weights, with which alone it computes.
+    FSDP2's pieces have the same type; it gathers them first."""
+    if getattr(module, "_hf_tp_plan", None) is not None:  # of a transformers without DTensors
+        return True
+    if not any(isinstance(each, DTensor) for each in module.parameters(recurse=False)):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # takes as long as torch's half to import
+
+    owners = (model.get_submodule(name[:place]) for place, letter in enumerate(name) if letter == ".")
+    return not any(isinstance(owner, FSDPModule) for owner in (model, *owners, module))
 
 
 def _in_copy(name: str, model: nn.Module) -> bool:

@@ -54,6 +54,7 @@ DECIDED = {
 }
 """Keys of TRL that would contradict the tokens that are made here, and what to do instead."""
 Dtype = Literal["float32", "bfloat16", "float16"]
+ROUNDS_AWAY = "weights of the base train in 16 bits, where most steps round away; give model.dtype: float32"
 SMALL, LARGE = (3e8, 2e-3), (1e9, 2e-4)
 """Parameters of a base model, and where the search for an adapter's learning rate begins there. Up to 300M it was
 measured; at 1B and above it is what is usual for LoRA."""

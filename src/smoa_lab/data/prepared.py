@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -33,7 +33,7 @@ from smoa_lab.data.sources import RowSource
 
 logger = logging.getLogger(__name__)
 
-VERSION = 12
+VERSION = 13
 """Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
 LONG = 1000
 """More rows than these are announced: the tokens of long conversations may take half a minute."""
@@ -80,6 +80,11 @@ def length_summary(lengths: array[int]) -> dict[str, Any]:
         "longest": int(values.max()),
         "histogram": [[FIRST << number, counts[number]] for number in range(doublings.min(), len(counts))],
     }
+
+
+def mean_length(account: Mapping[str, Any]) -> float:
+    """How many tokens a row has on average."""
+    return float(account["tokens"]["total"] / max(1, sum(rows for _, rows in account["tokens"]["histogram"])))
 
 
 def require_good_rows(account: dict[str, Any], skip: bool) -> None:
@@ -187,7 +192,7 @@ class Reading:
     An account counts rows, each as long as the longest of its texts: ``cut`` ones are longer than ``max_length``;
     ``dropped`` ones have a text without anything within it that is trained; ``repeated`` ones are kept;
     ``also_held_out`` ones are left out of training. Rows that are not used, because fewer are wanted, are in none of
-    these numbers.
+    these numbers. With ``recall`` each row counts once.
     """
 
     train: Sequence[RowSource]
@@ -220,10 +225,10 @@ class Reading:
                         account = self._read_all(temporary)
                         write_whole(temporary / "account.json", json.dumps(account, ensure_ascii=False))
         account = read_stored(
-            folder / "account.json", {"parts", "unused"}, "run smoa data clear, and rows are read again"
+            folder / "account.json", {"parts", "unused", "named"}, "run smoa data clear, and rows are read again"
         )
         for part, number in account["unused"].items():
-            every = account["parts"][part] + number
+            every = account["named"][part]
             warning_once(
                 logger, f"{number} of {every} {part} rows are not used; data.{part}_examples: {every} takes all"
             )
@@ -261,8 +266,9 @@ class Reading:
         named = {part: self.named.count(part) for part in PARTS if part != "train"}
         cut = {part: number for part, number in named.items() if number > getattr(self.sizes, part)}
         unused = {part: cut[part] - len(chosen[part]) for part in cut if 0 < len(chosen[part]) < cut[part]}
-        if (used := sum(map(len, chosen.values()))) > LONG:
-            logger.info("Making tokens of %d rows", used)
+        used = np.unique(np.concatenate([*chosen.values()]))
+        if len(used) > LONG:
+            logger.info("Making tokens of %d rows", len(used))
         for part in PARTS:
             with ArrowWriter(path=str(folder / f"{part}.arrow"), features=columns) as writer:
                 bar = tqdm(chosen[part], desc=f"tokens, {part}", unit=" rows", leave=False, disable=None)
@@ -281,9 +287,10 @@ class Reading:
             "parts": parts,
             "tokens": {**length_summary(self.lengths), "total": self.total},
             **self.counts,
-            "repeated": len(keys) - len(np.unique(keys)),
+            "repeated": len(used) - len(np.unique(keys[used])),
             "also_held_out": left_out,
             "unused": unused,
+            "named": named,
             "bad": self.bad,
             "faults": self.faults,
             **({"ungrouped": ungrouped} if ungrouped else {}),
@@ -342,20 +349,23 @@ class Reading:
         """Write a row's tokens and its group; whether there is something to train in them."""
         assert self.format is not None
         row = shape(json.loads(read["own"]), self.format)
+        is_counted = not self.recall or part == "test"  # else each row is in three parts
         try:
             texts = self.encoder.texts(row, scored=part != "train")
         except DataError as error:
-            self._note(read["where"], error)
+            if is_counted:
+                self._note(read["where"], error)
             return False
         written = {"row": row.to_json(), **(dict.fromkeys(KEPT, "") if part == "train" else portable(read))}
         self.contents.update(f"{part} {written['row']}\n".encode())
         lengths = [len(each.input_ids) + each.cut for each in texts]
         trained = [each.trained for each in texts[: 1 if row.rejected is None else 2]]
-        self.lengths.append(max(lengths))
-        self.total += sum(lengths[: len(trained)])
-        self.counts["cut"] += any(each.cut for each in texts)
-        self.counts["trained_tokens"] += sum(trained)
-        self.counts["dropped"] += not all(trained)
+        if is_counted:
+            self.lengths.append(max(lengths))
+            self.total += sum(lengths[: len(trained)])
+            self.counts["cut"] += any(each.cut for each in texts)
+            self.counts["trained_tokens"] += sum(trained)
+            self.counts["dropped"] += not all(trained)
         if all(trained):
             writer.write({**texts[0].columns, **written, **group})
         return all(trained)

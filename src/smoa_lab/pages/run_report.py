@@ -59,7 +59,7 @@ def losses(
     history: Sequence[Mapping[str, Any]], evaluation: Evaluation, method: str, training: Mapping[str, Any] | None = None
 ) -> Any | None:
     """The trainer's loss by step, each line named at its end; of held-out rows a point before and after, unless the
-    trainer's loss is another one: that of preferences."""
+    trainer's loss is another one: that of preferences, or of a choice with what ends it."""
     points = [
         {"step": entry["step"], "loss": entry[key], "data": kind}
         for kind, key in KINDS.items()
@@ -70,7 +70,8 @@ def losses(
         return None
     prefers = any("rewards/margins" in entry for entry in history)
     title = "loss of preferences" if prefers else "loss on trained tokens (nats per token)"
-    stages = [] if prefers else zip(STAGES, (0, (training or {}).get("best_step") or history[-1]["step"]), strict=True)
+    is_other = prefers or "accuracy" in evaluation.get("after", {})
+    stages = [] if is_other else zip(STAGES, (0, (training or {}).get("best_step") or history[-1]["step"]), strict=True)
     known = ((step, evaluation.get(stage, {}).get("loss")) for stage, step in stages)
     held_out = [{"step": step, "loss": loss, "data": HELD_OUT} for step, loss in known if loss is not None]
     shades = alt.Scale(domain=[*KINDS, HELD_OUT], range=[color_of(method), MUTED, INK])

@@ -227,7 +227,8 @@ class Evaluation:
             for name, share in self.shares(stage).items():
                 scores |= {name: share.mean, f"{name}_stderr": share.stderr}
             if found.right:
-                scores["majority"] = max(Counter(row.label for row in self.rows).values()) / len(self.rows)
+                labels = (row.choices[row.label or 0] for row in self.rows), (row.label for row in self.rows)
+                scores["majority"] = max(max(Counter(each).values()) for each in labels) / len(self.rows)
             if self.dpo_loss and self.prefers and stage == "before":
                 scores["dpo_loss"] = self.dpo_loss(self.beta, 0.0, 0.0)
             every[stage] = scores

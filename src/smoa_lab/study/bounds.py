@@ -54,13 +54,13 @@ def spread_of(right: Sequence[float]) -> float:
     return math.sqrt(share * (1 - share))
 
 
-def expected_width(entries: int, rounds: int, groups: int, noise: tuple[float, float]) -> float:
-    """About which difference such a study tells in its last round, by the ``noise`` of a seed's mean and of a row."""
+def expected_width(entries: int, rounds: int, groups: int, noise: tuple[float, float], level: float) -> float:
+    """About which difference such a study tells in its last round at this ``level``, that of a look, by the ``noise``
+    of a seed's mean and of a row."""
     of_rows, of_seeds = np.asarray(noise[1] ** 2 / groups), np.asarray(2 * noise[0] ** 2 / rounds)
-    level = level_of(entries, rounds) / max(1, entries - 1)
     freedom = np.asarray(entries * (rounds - 1.0))
     found = Estimate(np.zeros(()), of_rows, max(1, groups - 1), of_seeds, freedom, freedom <= FEW)
-    return float(found.upper(level))
+    return float(found.upper(level / max(1, entries - 1)))
 
 
 def level_of(entries: int, planned: int, extensions: int = 0) -> float:

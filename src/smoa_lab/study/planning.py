@@ -21,9 +21,10 @@ from filelock import FileLock, Timeout
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.base_models import empty_model
 from smoa_lab.config.methods import check_adapter
-from smoa_lab.config.run import RunConfig
+from smoa_lab.config.run import ROUNDS_AWAY, RunConfig
 from smoa_lab.data.answers import OWN, RULES
 from smoa_lab.data.own_metric import own_metric
+from smoa_lab.data.prepared import mean_length
 from smoa_lab.data.row import PARTS
 from smoa_lab.pages.tables import counted
 from smoa_lab.study.bounds import expected_width, spread_of
@@ -155,8 +156,7 @@ class Planner:
             new = {name: config for name, config in self._configs().items() if name not in known}
             for name, config in new.items():
                 if config.rounds_away:
-                    told = "trains weights of the base in 16 bits, where most steps round away; give it"
-                    logger.warning("entries.%s %s model: {dtype: float32}", name, told)
+                    logger.warning("entries.%s: %s", name, ROUNDS_AWAY)
                 if (wanted := config.peft_config()) is not None:
                     check_adapter(empty_model(config.model), wanted)
             plan = self._first(found) if before is None else self._continued(before, new)
@@ -231,14 +231,15 @@ class Planner:
         batch = 3 * int(first.training.get("per_device_train_batch_size", 8))  # a step takes three times a scoring
         of_rows = {part: found["rows"][part] / batch * max(one.step for one in timings.values()) for part in PARTS}
         timings = _later(timings, of_rows["validation"])
-        plan, metric = self._made(found, timings, steps, failed, of_rows["test"]), first.data.metric
+        of_text = 2 * first.forgetting.tokens / max(1, found["rows"]["test"] * found["length"])
+        final = (1 + of_text) * of_rows["test"]
+        plan, metric = self._made(found, timings, steps, failed, final), first.data.metric
         if len(plan.seeds) < 2 or first.trainer == "dpo" or metric not in (None, *RULES):
             return plan, "Which difference it will tell is not known beforehand."
         scale = 1.0 if metric is None else self._spread_of_answers(first, metric)
-        noise = NOISE["loss" if metric is None else "scored"]
         together = max(len(own) for name, own in self.study.families().items() if name != ALL_SIZES)
-        of_seeds, of_row = (scale * each for each in noise)
-        width = expected_width(together, len(plan.seeds), found["groups"], (of_seeds, of_row))
+        of_seeds, of_row = (scale * each for each in NOISE["loss" if metric is None else "scored"])
+        width = expected_width(together, len(plan.seeds), found["groups"], (of_seeds, of_row), plan.level(together))
         told = f"{width:.3f} nats per token" if metric is None else f"{100 * width:.1f} points"
         return plan, f"By {counted(len(plan.seeds), 'round')} it will tell differences of about {told}."
 
@@ -289,7 +290,7 @@ class Planner:
         """Score the base model on rows of these digests, which counts. Seconds that a search's run takes to score, and
         that a final one takes more, to answer and to score general text before and after too."""
         logger.info("The base model is scored")
-        study, config, took, of_token = self.study, self._first_config(), [0.0, 0.0], 0.0
+        study, config, took, of_text = self.study, self._first_config(), [0.0, 0.0], 0.0
         for place, wanted in enumerate((self.seeds, study.tuning.max_runs)):
             if not wanted:
                 continue
@@ -309,9 +310,8 @@ class Planner:
                     "nothing can be compared with it; set model.dtype: float32, or leave out the rows that cause it"
                 )
             took[place] = metrics["training"]["seconds"]
-            of_token = took[place] / max(1, scores["tokens"])
-        test, validation = took
-        return validation, test + 2 * config.forgetting.tokens * of_token - validation if self.seeds else 0.0
+            of_text = 2 * config.forgetting.tokens * took[place] / max(1, scores["rows"] * mean_length(metrics["data"]))
+        return took[1], took[0] + of_text - took[1] if self.seeds else 0.0
 
     def _timed(self, configs: dict[str, RunConfig]) -> tuple[dict[str, Timing], int, dict[str, str]]:
         """What a few steps of each entry take, how many a whole run has, and what ended those that failed. No folder

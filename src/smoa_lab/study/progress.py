@@ -45,7 +45,7 @@ class Progress:
         self.configs = {name: study.config(name) for name in study.entries}
         self.metric = next(iter(self.configs.values())).data.metric
         self.took: dict[tuple[Stage, str], float] = {}
-        """Seconds of the latest job of each kind that this process ran."""
+        """Seconds of the latest job of each kind: about as many as its file says, exactly if this process ran it."""
         self.workers = 1
         self._rows: dict[Job, FinalRun] = {}
         self._counted, self._clock = time.time(), time.monotonic()
@@ -246,6 +246,9 @@ class Progress:
     def finish(self, job: Job, metrics: Metrics) -> None:
         """Note a finished job, and choose the rates of searches that are over."""
         self.losses[job] = loss_of(metrics)
+        if not job.is_untouched and self.losses[job] is not None and not metrics["training"].get("resumed"):
+            beside = self.plan.seconds(job.stage, job.entry) - self.plan.steps * self.plan.entries[job.entry].step
+            self.took[job.stage, job.entry] = metrics["training"]["seconds"] + beside
         if (
             job.stage in ("search", "untouched-validation")
             and self.study.untouched("untouched-validation") in self.losses

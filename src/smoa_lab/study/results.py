@@ -15,7 +15,7 @@ from smoa_lab.basics.folders import read_stored_lines
 from smoa_lab.data.answers import RULES, MetricName
 from smoa_lab.study.bounds import Family, Floats, level_of
 from smoa_lab.study.decision import Budget, Result, by_cost, by_size
-from smoa_lab.study.metrics import METRICS, RUN_AGAIN, SCORED, Metric, loss_of, metrics_of
+from smoa_lab.study.metrics import RUN_AGAIN, SCORED, Metric, loss_of, metrics_of
 from smoa_lab.study.plan import Metrics, Plan, Take
 from smoa_lab.study.search import Chosen, best_of
 from smoa_lab.study.study import ALL_SIZES, Study
@@ -107,7 +107,7 @@ class Found:
             at_edge=[entry for entry in finals if self.chosen[entry].is_at_edge],
             round=number,
             planned=self.plan.rounds,
-            done=sum(len(own) for own in finals.values()),
+            done=sum(len(self.finals.get(entry, ())) for entry in alive),
             wanted=len(self.plan.seeds) * len(alive),
             level=level,
             tolerance=self.study.tolerance,
@@ -116,9 +116,9 @@ class Found:
             was_planned=take is not None and take.level == level_of(len(listed) + dropped, self.plan.rounds),
         )
         shown = self.plan.entries[made.against].parameters
-        results = [self._result(entry, own, made, shown) for entry, own in finals.items()]
-        if made.metric is not None:
-            results.sort(key=lambda one: families[held_out.metrics[0].title].mean(one.entry))
+        results = [self._result(entry, own, made, shown, held_out) for entry, own in finals.items()]
+        if (metric := made.metric) is not None:
+            results.sort(key=lambda one: -metric.sign * one.values[metric.title][0])
         return replace(made, results=results)
 
     def take(self, name: str) -> Take | None:
@@ -151,13 +151,18 @@ class Found:
         dropped = {n: budget for n, budget in self.plan.dropped.items() if n not in self.study.entries}
         return sum(entry in sized or budget in listed for entry, budget in dropped.items())
 
-    def _result(self, name: str, runs: Mapping[int, FinalRun], budget: Budget, shown: int) -> Result:
+    def _result(self, name: str, runs: Mapping[int, FinalRun], budget: Budget, shown: int, held_out: HeldOut) -> Result:
         all_runs = self.finals[name]  # one of a later round than is shown may be the one that was kept
         kept = {seed: kept_by(run, self.metric) for seed, run in all_runs.items() if run.folder.adapter.is_dir()}
         forgot: list[Any] = [(run.metrics["forgetting"] or {}).get("change") for run in runs.values()]
         first = next(iter(runs.values()))
         memories = [run.metrics["training"].get("peak_memory") for run in runs.values()]  # older ones: the process's
         families, timing = budget.families, self.plan.entries[name]
+        sizes = (run.metrics["parameters"].get("adapter_bytes") for run in runs.values())
+        alone = {  # with seeds that others don't have yet
+            each: replace(families[each.title], names=[name], values=held_out.values(each, {name: runs}))
+            for each in held_out.metrics
+        }
         return Result(
             entry=name,
             method=self.study.entries[name].method,
@@ -167,12 +172,9 @@ class Found:
             chosen=self.chosen[name],
             seeds=list(runs),
             diverged=sum(loss_of(run.metrics) is None for run in runs.values()),
-            rows=sum(not copy for _, copy in first.rows),
+            rows=len(first.rows),
             groups=len(next(iter(families.values())).weights) if families else len(first.rows),
-            values={
-                title: (-METRICS[title].sign * family.mean(name), family.spread(name))
-                for title, family in families.items()
-            },
+            values={each.title: (-each.sign * own.mean(name), own.spread(name)) for each, own in alone.items()},
             worst={
                 title: family.worst(name)
                 for title, family in families.items()
@@ -180,7 +182,7 @@ class Found:
             },
             step_seconds=timing.step,
             memory=max((each for each in memories if each), default=None),
-            size=first.metrics["parameters"].get("adapter_bytes"),
+            size=next(filter(None, sizes), None),  # a run that diverged saved nothing
             forgotten=None if None in forgot else fmean(forgot),
             kept=str(all_runs[best_of(kept)].folder.path) if kept else None,
         )
@@ -224,11 +226,12 @@ class HeldOut:
         return np.diff([*self.starts, len(self.keys)]).astype(float)
 
     def values(self, metric: Metric, finals: Mapping[str, Mapping[int, FinalRun]]) -> Floats:
-        """(entries, seeds, groups), lower is better, as many seeds as each entry has."""
+        """(entries, seeds, groups), lower is better, as many seeds as each entry has; infinite where a run diverged."""
         width = min(len(own) for own in finals.values())
-        sums = [self._sums([run.rows for run in own.values()], metric.field)[:width] for own in finals.values()]
-        values = -metric.sign * np.array(sums)
-        return np.where(np.isfinite(values), values, np.inf)
+        runs = [[*own.values()][:width] for own in finals.values()]
+        values = -metric.sign * np.array([self._sums([run.rows for run in own], metric.field) for own in runs])
+        diverged = np.array([[loss_of(run.metrics) is None for run in own] for own in runs])
+        return np.where(np.isfinite(values) & ~diverged[..., None], values, np.inf)
 
     def is_share(self, metric: Metric, finals: Mapping[str, Mapping[int, FinalRun]]) -> bool:
         """Whether the metric counts right answers, as a user's own does if it gives 0 and 1 alone."""

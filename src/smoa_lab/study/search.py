@@ -58,7 +58,7 @@ def best_of(losses: Mapping[Key, float | None]) -> Key:
 @dataclass(frozen=True)
 class Chosen:
     """The rate that an entry's final runs take, the losses of its search by rate, and where among them it lies: at a
-    ``vertex`` between two that were tried, at one ``interior`` to them, or at the ``edge``, beyond which it may do
+    ``vertex`` between two that were tried, at one ``interior`` to them, or at the ``edge``, beside which it may do
     better; ``named`` is a rate that was taken without a search, ``open`` the best so far, ``cut`` the same where the
     time ended the search."""
 
@@ -71,7 +71,7 @@ class Chosen:
         """What a search from ``start`` that is over chooses; ``losses`` by index."""
         best = best_of(losses)
         tried = {rate(start, index): losses[index] for index in sorted(losses)}
-        if not min(losses) < best < max(losses):
+        if not {best - 1, best + 1} <= losses.keys():
             return cls(rate(start, best), tried, "edge")
         chosen = rate(start, best + _beside(*(losses.get(index) for index in (best - 1, best, best + 1))))
         return cls(chosen, tried, "interior" if chosen in tried else "vertex")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle, pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import altair as alt
@@ -95,7 +95,10 @@ def sizes(whole: Budget, of_sizes: Mapping[str, Budget], series: Mapping[str, st
             points.append(
                 {"entry": one.entry, "method": names[one.entry], "parameters": one.parameters, "mean": scale * mean}
                 | {name: scale * (level + end) for name, end in ends.items()}
-                | {"clear": not ends or low > 0 or high < 0, "run": final_run(one, one.seeds[0])}
+                | {
+                    "clear": one.entry == against or (bool(ends) and (low > 0 or high < 0)),
+                    "run": final_run(one, one.seeds[0]),
+                }
             )
     sized = [each for each in of_sizes.values() if {*each.order} <= {*family.names}]
     sized.sort(key=lambda each: min(map(whole.order.index, each.order)))  # a file may list them in any order
@@ -196,6 +199,6 @@ def _shown(entry: str, method: str) -> str:
 
 
 def _looks(methods: Mapping[str, str]) -> dict[str, tuple[str, list[int]]]:
-    """The color of each entry's method, and a line that differs in gray."""
-    dashes = cycle(DASHES)
-    return {name: (color_of(method), next(dashes)) for name, method in methods.items()}
+    """The color of each entry's method, and a line that differs in gray, and from others of the method first."""
+    places = {method: count(place) for place, method in enumerate(dict.fromkeys(methods.values()))}
+    return {name: (color_of(method), DASHES[next(places[method]) % len(DASHES)]) for name, method in methods.items()}

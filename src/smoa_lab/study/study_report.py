@@ -176,7 +176,7 @@ def sentences_of(comparison: Progress, families: Mapping[str, Budget]) -> tuple[
     if comparison.metric == OWN:
         command += f" --metric {quote(plan.digests.get('metric', '').rpartition(' ')[0])}"
     command += " --trust-remote-code" if TRUSTED.trust_remote_code else ""
-    of_round = sum(comparison.seconds("final", name) for name in study.entries if name in plan.entries)
+    of_round = sum(comparison.seconds("final", name) for name in comparison.unanswered() if name in plan.entries)
     of_round /= comparison.workers
     sentences = {name: verdict(budget, plan, command, of_round) for name, budget in families.items()}
     for name, budget in families.items():
@@ -319,7 +319,8 @@ def answers(finals: Mapping[str, Mapping[int, FinalRun]], untouched: Metrics | N
 
 def untouched_sentence(scores: Mapping[str, Any]) -> str:
     """The base model's scores."""
-    text = f"The base model: loss {number(scores['loss'], 4)}"
+    what, loss = ("DPO loss", scores["dpo_loss"]) if "dpo_loss" in scores else ("loss", scores["loss"])
+    text = f"The base model: {what} {number(loss, 4)}"
     text += "".join(f", {score_text(name, scores[name])}" for name in TITLES if name in scores)
     if scores.get("majority") is not None:
         text += f"; the commonest label is right in {100 * scores['majority']:.1f} %"

@@ -15,7 +15,7 @@ from smoa_lab.base_models import RunModel, base_config, base_content, positions_
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.encoding import Encoder, ends_texts
 from smoa_lab.data.general_text import STORY, passages
-from smoa_lab.data.prepared import PreparedRows, Reading, require_good_rows
+from smoa_lab.data.prepared import PreparedRows, Reading, mean_length, require_good_rows
 from smoa_lab.data.row import PARTS, Row, row_from_json
 from smoa_lab.scoring.evaluation import BETA, Evaluation, dpo_loss_of
 from smoa_lab.training.run_folder import RunFolder
@@ -68,12 +68,14 @@ def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
 
 
 def inputs(config: RunConfig, trains: bool = True) -> dict[str, Any]:
-    """What a run would start from, without its weights: ``digests``, how many ``rows`` each part has, and how many
-    ``groups`` of rows that belong together the test part."""
+    """What a run would start from, without its weights: ``digests``, how many ``rows`` each part has, how many
+    ``groups`` of rows that belong together, as equal ones do, the test part, and how many tokens a row has on average:
+    its ``length``."""
     encoder, rows = trainable_rows_of(config, RunModel.of(config).tokenizer, trains)
     test, numbers = rows.part("test"), {part: rows.account["parts"].get(part, 0) for part in PARTS}
-    groups = len({*test["group"]}) if "group" in test.column_names else numbers["test"]
-    return {"digests": digests_of(config, encoder, rows), "rows": numbers, "groups": groups}
+    groups = len({*test["group" if "group" in test.column_names else "row"]})
+    counts = {"rows": numbers, "groups": groups, "length": mean_length(rows.account)}
+    return {"digests": digests_of(config, encoder, rows), **counts}
 
 
 def digests_of(config: RunConfig, encoder: Encoder, rows: PreparedRows) -> dict[str, str]:

@@ -22,7 +22,7 @@ from smoa_lab.base_models import described_base, empty_model, to_device, with_ra
 from smoa_lab.basics.folders import new_folder
 from smoa_lab.basics.plain import finite, portable
 from smoa_lab.config.methods import check_adapter, moves_base
-from smoa_lab.config.run import RunConfig
+from smoa_lab.config.run import ROUNDS_AWAY, RunConfig
 from smoa_lab.data.answers import ANSWERED
 from smoa_lab.data.row import row_from_json
 from smoa_lab.pages.charts import save_picture
@@ -48,7 +48,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     folder, text, peft_config = RunFolder(config.folder), config.to_yaml(), config.peft_config()
     folder.check(text)
     if config.rounds_away and is_first_process():
-        logger.warning("weights of the base train in 16 bits, where most steps round away; give model.dtype: float32")
+        logger.warning(ROUNDS_AWAY)
     if peft_config is not None:
         check_adapter(empty_model(config.model), peft_config)
     reset_peak_memory()

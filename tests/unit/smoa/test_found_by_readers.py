@@ -8,9 +8,10 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from smoa import AdapterFileError, SmoaConfig, UnsupportedModuleError
+from smoa import AdapterFileError, MergeError, SmoaConfig, UnsupportedModuleError
 from smoa.hotswap import hotswap_adapter
 from smoa.layers.route import route_of
 from smoa.maths.kernels import one_product
@@ -173,3 +174,40 @@ def test_a_frozen_adapter_costs_no_product_for_gradients_of_its_factors(route: A
         costs.append(counter.get_total_flops())
     assert torch.equal(*gradients)
     assert costs[1] < costs[0]
+
+
+@pytest.mark.parametrize("route", ["one product", "blocks"])
+@pytest.mark.parametrize("partition", ["spectral", "contiguous"])
+def test_a_frozen_adapter_keeps_no_input_for_the_backward(route: Any, partition: Any) -> None:
+    base = nn.Linear(64, 48, dtype=torch.float64).requires_grad_(False)
+    layer = adapted_layer(base, r=8, num_blocks=2, route=route, partition=partition)
+    x = torch.randn(100, 64, dtype=torch.float64, requires_grad=True)
+    kept, gradients, saved = list[int](), list[Tensor](), list[Tensor]()
+    for trains in (True, False):
+        layer.smoa_A.requires_grad_(trains), layer.smoa_B.requires_grad_(trains)  # type: ignore[operator,union-attr]
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each):
+            y = layer(x)
+        kept.append(max(each.untyped_storage().nbytes() for each in saved if each.shape == x.shape))
+        first = torch.autograd.grad(y.sin().sum(), x, create_graph=True)[0]
+        gradients += [first, *torch.autograd.grad(first.square().sum(), x)]
+    assert kept == [x.nbytes, x.itemsize]
+    torch.testing.assert_close(gradients[2:], gradients[:2])
+
+
+def test_an_input_of_another_width_is_refused_in_16_bits_too() -> None:
+    """Where tensor parallelism replaces the base's forward, nobody else looks."""
+    layer = adapted_layer(nn.Linear(64, 48).to(torch.bfloat16).requires_grad_(False), r=8, num_blocks=2)
+    layer.base_layer.forward = lambda x: x.new_zeros(len(x), 48)
+    with pytest.raises(ValueError, match="an input has 32 columns, not the 64 of the layer"), torch.no_grad():
+        layer(torch.randn(100, 32, dtype=torch.bfloat16))
+
+
+def test_a_merge_into_a_weight_that_was_parametrized_since_is_refused() -> None:
+    model = get_peft_model(tiny_models.build("llama"), config())
+    base: Any = next(iter(smoa_layers(model).values())).get_base_layer()
+    parametrize.register_parametrization(base, "weight", nn.Identity())
+    with pytest.raises(MergeError, match="remove_parametrizations first"):
+        model.merge_adapter()
+    parametrize.remove_parametrizations(base, "weight")
+    model.merge_adapter()

@@ -140,3 +140,12 @@ def test_the_projections_of_gpt2_are_quantized_and_adapted_too(tmp_path: Path) -
     layer = layers_of(model)[0]
     x = torch.randn(5, layer.in_features)
     assert_close(layer(x) - layer.base_layer(x), x.double() @ delta_of(layer).T, torch.float32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_that_is_dequantized_under_the_adapter_says_what_to_load(tmp_path: Path, bits: int) -> None:
+    model: Any = adapted_model(quantized_model(tmp_path, **{f"load_in_{bits}bit": True}))
+    model.base_model.model.dequantize()
+    for call in (lambda: tiny_models.logits(model), model.merge_adapter):
+        with pytest.raises(UnsupportedModuleError, match="was dequantized under the adapter"):
+            call()

@@ -100,6 +100,19 @@ def test_what_has_no_matrix_to_show_is_one_error(base: Path, config: str, messag
         reports(base, getattr(peft, config)(**{} if config == "LNTuningConfig" else {"target_modules": TARGETS}))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.VBLoRAConfig(r=4, num_vectors=8, vector_length=8, target_modules=TARGETS),
+        peft.AdaLoraConfig(init_r=3, total_step=10, target_modules=TARGETS),
+    ],
+    ids=["vblora", "adalora"],
+)
+def test_what_layers_share_counts_once_and_what_does_not_train_counts_nowhere(base: Path, config: PeftConfig) -> None:
+    trained = get_peft_model(LlamaForCausalLM.from_pretrained(base), copy.copy(config)).get_nb_trainable_parameters()[0]
+    assert sum(report.parameters for report in reports(base, config)[0]) == trained
+
+
 @pytest.mark.parametrize("config", [SmoaConfig, LoraConfig])
 def test_the_update_of_a_convolution_is_a_matrix(config: type) -> None:
     options = {"init_weights": False} if config is SmoaConfig else {"init_lora_weights": False}

@@ -72,8 +72,9 @@ class _Recomputed(torch.autograd.Function):
     def forward(
         ctx: Any, route: Route, factors: Any, A: Tensor, B: Tensor, x: Tensor, weight: Any, bias: Tensor | None
     ) -> Tensor:
-        made = callable(weight)
-        ctx.save_for_backward(A, B, x, None if made else weight)
+        made, trains = callable(weight), any(ctx.needs_input_grad[2:4])
+        kept = x if trains or not x.is_floating_point() else x.new_zeros(()).expand(x.shape)  # y is linear in x
+        ctx.save_for_backward(A, B, kept, None if made else weight)
         ctx.route, ctx.factors, ctx.make = route, replace(factors, A=None, B=None), weight if made else None
         with without_autocast(factors.A.device.type):
             return route.forward(factors, x, weight() if made else weight, bias)
@@ -88,6 +89,7 @@ class _Recomputed(torch.autograd.Function):
             weight = weight if ctx.make is None else ctx.make()
             differentiable = torch.is_grad_enabled()  # `create_graph`
             if differentiable or is_transformed(g):  # batched, as by `vmap`
+                x = x if x.requires_grad == needs_x else x.detach().requires_grad_()
                 with torch.enable_grad():
                     y = route.plain(factors, x, weight)
                 needed = [each for each, needs in ((A, needs_A), (B, needs_B), (x, needs_x)) if needs]

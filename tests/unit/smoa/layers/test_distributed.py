@@ -10,9 +10,10 @@ from accelerate import cpu_offload, disk_offload
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM
 
 from smoa import (
@@ -29,6 +30,7 @@ from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
 from tests.support.kinds import KINDS, input_of, kind_of_layer
 from tests.support.layers import Wrapper, adapted_layer, base_layer, labels
+from tests.support.tiny_mixtures import build_mixture
 from tests.support.tolerance import assert_close
 
 
@@ -88,10 +90,36 @@ def test_a_sharded_weight_is_gathered_before_it_is_decomposed() -> None:
     base = nn.Linear(12, 18)
     expected = make_partition(base.weight, 3)
     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
-    base.weight = nn.Parameter(distribute_tensor(base.weight.detach(), mesh, [Shard(0)]))
-    layer = adapted_layer(base, num_blocks=3)
+    layer = adapted_layer(fully_shard(base, mesh=mesh), num_blocks=3)
+    assert isinstance(layer.base_layer.weight, DTensor)
     assert torch.equal(layer.smoa_row_labels["default"], expected.row_labels)
     assert torch.equal(layer.smoa_col_labels["default"], expected.col_labels)
+
+
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.parametrize("is_old", [False, True], ids=["DTensor", "an older transformers"])
+def test_a_weight_of_which_each_process_has_a_piece_is_refused(is_old: bool) -> None:
+    model = tiny_models.llama()
+    attention = model.model.layers[0].self_attn
+    if is_old:
+        attention.o_proj._hf_tp_plan = "rowwise"
+    else:
+        parallelize_module(attention, init_device_mesh("cpu", (1,)), {"o_proj": RowwiseParallel()})
+    with pytest.raises(UnsupportedModuleError, match=r"0\.self_attn\.o_proj: .* tensor parallelism gives each process"):
+        get_peft_model(model, SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj", "o_proj"]))
+    with pytest.warns(UserWarning, match=r"leaves out model\.layers\.0\.self_attn\.o_proj: tensor parallelism"):
+        get_peft_model(model, SmoaConfig(r=4, num_blocks=2, target_modules="all-linear"))
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_experts_of_which_each_process_has_a_piece_are_refused() -> None:
+    model = build_mixture("qwen3_moe")
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj = nn.Parameter(
+        distribute_tensor(experts.down_proj.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+    )
+    with pytest.raises(UnsupportedModuleError, match="down_proj: tensor parallelism gives each process"):
+        get_peft_model(model, SmoaConfig(r=4, num_blocks=2, target_parameters=["mlp.experts.down_proj"]))
 
 
 @one_rank_shards_nothing

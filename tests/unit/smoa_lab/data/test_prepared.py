@@ -15,7 +15,7 @@ from transformers.utils.logging import warning_once
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.data.encoding import Encoder, Tokens
-from smoa_lab.data.prepared import PreparedRows, Reading, Sizes, require_good_rows, split, units_of
+from smoa_lab.data.prepared import PreparedRows, Reading, Sizes, mean_length, require_good_rows, split, units_of
 from smoa_lab.data.row import PARTS
 from smoa_lab.data.sources import FileSource
 from tests.support.own_rows import MARKED, STRICT, chat, chats, tokenizer_with, write_rows
@@ -167,6 +167,18 @@ def test_rows_that_repeat_other_parts_are_not_called_unused(caplog: pytest.LogCa
     named = [{"text": f"Text {i}.", "part": part} for part in ("test", "validation") for i in range(6)]
     prepare(Listed([*named, {"text": "Another.", "part": "validation"}, {"text": "a"}]))
     assert "are not used" not in caplog.text
+
+
+def test_rows_that_were_dropped_can_be_asked_for_and_those_that_are_not_used_repeat_none(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    long = [{"messages": chat(f"{i}" * 500, "Yes."), "part": "test"} for i in range(8)]
+    short = {"messages": chat("Open?", "Yes."), "part": "test"}
+    rows = prepare(Listed([*long, short, *chats(2)]), sizes=Sizes(test=8), max_length=100)
+    assert rows.account["parts"]["test"] == 1
+    assert "1 of 9 test rows are not used; data.test_examples: 9 takes all" in caplog.text
+    twice = [{"text": f"Text {i}.", "part": "test"} for i in range(9)] * 2
+    assert prepare(Listed([*twice, {"text": "a"}]), sizes=Sizes(test=4)).account["repeated"] == 2
 
 
 def test_training_rows_that_the_test_data_have_are_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -405,6 +417,9 @@ def test_to_measure_recall_all_rows_are_in_each_part_and_in_their_groups(most: i
     rows = [{**row, "of": number // 2} for number, row in enumerate(asked(30, 1))]
     encoder = Encoder(tokenizer_with(MARKED), None)
     found = Reading([Listed(rows)], [], None, Sizes(most, 3, 5), encoder, "of", recall=True).prepare()
+    once = Reading([Listed(rows[:kept])], [], None, ALL, encoder, False).prepare().account
+    assert [found.account[key] for key in ("tokens", "trained_tokens")] == [once["tokens"], once["trained_tokens"]]
+    assert mean_length(found.account) == once["tokens"]["total"] / kept
     assert found.account["parts"] == {"train": kept, "validation": kept, "test": kept}
     assert prompts(found, "train") == prompts(found, "validation") == prompts(found, "test")
     assert len({row.group for row in found.rows("test")}) == kept // 2

@@ -127,6 +127,11 @@ def test_the_loss_of_preferences_is_not_drawn_with_that_of_held_out_rows() -> No
     assert "loss of preferences" in json.dumps(chart.to_dict())
 
 
+def test_the_loss_of_a_choice_without_its_end_is_not_drawn_with_that_of_training() -> None:
+    scores = {stage: {**own, "accuracy": 0.5} for stage, own in ROWS.items()}
+    assert "held-out rows" not in {row["data"] for row in rows(losses(HISTORY, scores, "smoa"))}
+
+
 def test_losses_that_are_no_numbers_are_left_out() -> None:
     history = [*HISTORY[:2], {"step": 15, "loss": None}]
     diverged = {**ROWS, "after": {"loss": None, "perplexity": None}}

@@ -88,6 +88,9 @@ def test_of_choices_the_right_ones_loss_is_taken_without_what_ends_it(model: Pre
     assert found.losses.tokens == alone.tokens == [len(row.choices[1]) for row in QUESTIONS]
     scores = scores_of(encoder, [dataclasses.replace(QUESTIONS[0], label=0), *QUESTIONS[1:]], model)
     assert scores["majority"] == 11 / 12
+    orders = [["yes", "no"], ["no", "yes"]]
+    yes = [shape({"prompt": "Open?", "choices": orders[n % 2], "label": n % 2}, "choices") for n in range(4)]
+    assert scores_of(encoder, yes, model)["majority"] == 1
     assert scores["rows"] == 12
 
 

@@ -50,7 +50,7 @@ def test_the_difference_that_a_study_will_tell_is_the_bound_of_what_its_noise_gi
     freedom = (of_rows + of_seeds) ** 2 / (of_rows**2 / 59 + of_seeds**2 / seeds_freedom)
     of_pair = level_of(3, 5) / 2
     expected = stdtrit(freedom, 1 - of_pair) * math.sqrt(of_rows + of_seeds)
-    assert expected_width(3, 5, 60, (0.04, 0.5)) == pytest.approx(expected)
+    assert expected_width(3, 5, 60, (0.04, 0.5), level_of(3, 5)) == pytest.approx(expected)
 
 
 def test_rows_that_belong_together_count_as_one() -> None:

@@ -70,6 +70,9 @@ def test_the_untouched_model_is_scored_first_and_counts_and_a_few_steps_of_each_
     assert plan.final == pytest.approx(4 - 1 + 2 * 2048 / 360)  # the validation part's seconds a token
     assert unused(plan) == unused(compared(study).plan)
     assert len(written.ran) == 2
+    written.length *= 10  # as many trained tokens behind a longer prompt
+    longer = study.model_copy(update={"folder": study.folder / "longer"})
+    assert compared(longer).plan.final == pytest.approx(4 - 1 + 2 * 2048 / 3600)
 
 
 @pytest.mark.parametrize(("data", "rows", "scored"), [({}, "d", 2), ({"max_length": 64}, "d", 4), ({}, "edited", 4)])
@@ -276,8 +279,12 @@ def test_a_plan_alone_leaves_a_study_that_runs_meanwhile(
 def test_the_difference_it_will_tell_goes_by_groups_of_rows_and_is_not_known_of_preferences(
     study: Study, written: WrittenRuns
 ) -> None:
-    by_rows, width = told_beforehand(study), expected_width(2, 3, 60, NOISE["loss"])
+    by_rows, width = told_beforehand(study), expected_width(2, 3, 60, NOISE["loss"], level_of(2, 3))
     assert by_rows == f"By 3 rounds it will tell differences of about {width:.3f} nats per token."
+    level = level_of(2, 3)  # which was planned for all rounds
+    by_two = outlook(study, Executor().result, 3.5, 1, None, time.monotonic())[1]
+    wider = expected_width(2, 2, 60, NOISE["loss"], level)
+    assert by_two == f"By 2 rounds it will tell differences of about {wider:.3f} nats per token."
     written.groups = 6
     few, many = (float(told.split()[-4]) for told in (told_beforehand(study), by_rows))
     assert few > 2 * many

@@ -281,7 +281,7 @@ def carried_out(study: Study, plan: Plan, written: WrittenRuns, workers: int, se
         running += [job for job in jobs if job not in running][: workers - len(running)]
         job = running.pop(chance.randrange(len(running)))
         loss = 1.0 if job.stage == "untouched" else written.loss(comparison.config(job))
-        comparison.finish(job, {"evaluation": {"after": {"loss": loss}}})
+        comparison.finish(job, {"evaluation": {"after": {"loss": loss}}, "training": {"resumed": True}})
         done.append(job)
     (study.folder / "chosen.json").unlink()
     return done
@@ -330,7 +330,7 @@ def test_the_time_left_is_never_underestimated_and_ends_at_none(study: Study, wr
         left = sum(plan.seconds(each.stage, each.entry) for each in jobs[number:] if not each.is_untouched)
         assert comparison.at_most_left(names) >= left - 1e-6
         loss = 1.0 if job.stage == "untouched" else written.loss(comparison.config(job))
-        comparison.finish(job, {"evaluation": {"after": {"loss": loss}}})
+        comparison.finish(job, {"evaluation": {"after": {"loss": loss}}, "training": {"resumed": True}})
     assert comparison.at_most_left(names) == 0
 
 

@@ -83,7 +83,7 @@ def test_the_rate_that_is_chosen_is_the_vertex_of_the_parabola_through_the_best_
 def test_a_flat_parabola_and_a_best_without_two_neighbors_take_the_rate_of_the_grid() -> None:
     assert Chosen.of(2e-3, {-1: 3.0, 0: 3.0, 1: 3.0, 2: 3.1}).learning_rate == rate(2e-3, -1)
     assert Chosen.of(2e-3, {-3: 3.5, -1: 3.0, 0: 3.2, 1: 4.0}) == Chosen(
-        1.1e-3, {3.6e-4: 3.5, 1.1e-3: 3.0, 2e-3: 3.2, 3.6e-3: 4.0}, "interior"
+        1.1e-3, {3.6e-4: 3.5, 1.1e-3: 3.0, 2e-3: 3.2, 3.6e-3: 4.0}, "edge"
     )
     assert Chosen.of(2e-3, {-1: 3.1, 0: 3.0, 1: 3.1}) == Chosen(2e-3, {1.1e-3: 3.1, 2e-3: 3.0, 3.6e-3: 3.1}, "interior")
 

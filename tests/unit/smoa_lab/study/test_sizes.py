@@ -423,6 +423,16 @@ def test_points_have_bounds_of_their_difference_from_the_entry_to_take() -> None
     assert not by_entry["lora-r4"]["clear"]
 
 
+def test_points_without_bounds_differ_for_certain_from_nothing() -> None:
+    whole = budget({"lora-r1": 0.5, "smoa-r1": 1.5}, groups=1)
+    chart = sizes(whole, {"r = 1": whole}, {"lora-r1": "lora", "smoa-r1": "smoa"})
+    points = [row for rows in chart.to_dict()["datasets"].values() for row in rows if "entry" in row]
+    assert {row["entry"]: row["clear"] for row in points} == {
+        "lora-r1": whole.against == "lora-r1",
+        "smoa-r1": whole.against == "smoa-r1",
+    }
+
+
 def test_at_other_sizes_names_the_nearest_before(sized: Study) -> None:
     assert sized.at_other_sizes("lora-r1") == []
     assert sized.at_other_sizes("lora-r16") == ["lora-r4", "lora-r1"]

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import re
+from dataclasses import replace
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +24,7 @@ from smoa_lab.study.study_charts import losses
 from smoa_lab.study.study_report import report
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.metrics import named
-from tests.support.studies import WrittenRuns, compared, finished, page
+from tests.support.studies import ROWS, WrittenRuns, compared, finished, page
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
 
@@ -88,7 +89,7 @@ def test_what_is_not_run_yet_is_told(study: Study, written: WrittenRuns) -> None
     found = results(study)
     assert found["lora"].worst == {}
     assert "Not run yet: ours, full." in page(study)
-    assert "3 of 6 final runs are done, and bounds are shown from the second round on." in page(study)
+    assert "3 of 6 final runs are done, and bounds are shown from round 2 on." in page(study)
     assert "3 runs of searches and 3 final runs are done; the rest takes " in page(study)
     assert not list(study.folder.glob("*.png"))
 
@@ -112,6 +113,32 @@ def test_a_final_run_that_diverged_is_worse_than_any(study: Study, written: Writ
     assert "ours is better than lora, which diverged, after round 2 of 3: take ours" in page(study)
     assert "lora diverged in 1 of 2 runs." in page(study)
     assert "| diverged |" in page(study)
+
+
+@pytest.mark.parametrize(("kind", "measure"), [("choices", "accuracy %"), ("preference", "won %")])
+def test_a_run_that_diverged_is_worse_than_any_by_shares_too(
+    kind: str, measure: str, study: Study, written: WrittenRuns
+) -> None:
+    written.kind = kind
+    written.loss = lambda config: (
+        None if (config.method, config.training["seed"]) == ("lora", 1) else written.usual_loss(config)
+    )
+    report(finished(study))
+    found = results(study)
+    assert (found["lora"].values[measure], found["lora"].worst[measure]) == ((-math.inf, 0.0), math.inf)
+    assert found["ours"].worst[measure] == -math.inf
+
+
+def test_before_the_second_round_each_entry_shows_all_its_seeds(study: Study, written: WrittenRuns) -> None:
+    written.loss = lambda config: written.usual_loss(config) + int(config.training["seed"]) % 100
+    for name in ("ours", "lora"):
+        compared(study).run([name])
+    for seed in (1, 2):
+        rmtree(study.folder / f"lora/lr-2e-3-seed-{seed}")
+    assert "4 of 6 final runs are done" in report(compared(study)).verdict[0]
+    found = results(study)
+    assert [one.seeds for one in (found["ours"], found["lora"])] == [[0, 1, 2], [0]]
+    assert found["ours"].values["loss"] == pytest.approx((found["lora"].values["loss"][0] + 0.9, 1.0), abs=0.03)
 
 
 def test_choices_are_compared_by_accuracy_too_and_a_constant_one_is_no_comparison(
@@ -143,6 +170,7 @@ def test_preferences_are_compared_by_dpos_loss_margin_and_share_won(study: Study
     written.loss = lambda config: written.usual_loss(config) - 2.6
     made = report(finished(study))
     assert list(results(study)["lora"].values) == ["DPO loss", "margin", "won %"]
+    assert "The base model: DPO loss 0.6931." in page(study)
     assert re.match(r"small: ours gained at least \d+ % more than lora", made.verdict[0])
 
 
@@ -162,7 +190,7 @@ def test_bounds_are_those_of_whole_rounds_and_seeds_beyond_the_plan_are_looked_a
     more = compared(study, number=5)
     assert (more.plan.extensions, more.plan.takes) == ([5], {})
     more.run(["lora"])
-    told = "7 of 10 final runs are done, and bounds are shown from the second round on. This look was not planned"
+    told = "7 of 10 final runs are done, and bounds are shown from round 5 on. This look was not planned"
     assert report(more).verdict[0].startswith(told)
     more.run()
     made = report(more)
@@ -396,8 +424,10 @@ def test_runs_are_paired_by_row_and_copies_of_a_row_count_as_one(study: Study, w
         if "lora" in file.parts:  # in another order
             lines = b"".join(reversed(lines.splitlines(keepends=True)))
         file.write_bytes(gzip.compress(lines))
-    assert results(study) == found
-    assert report(compared(study)).summary["budgets"] == made.summary["budgets"]
+    assert results(study) == {name: replace(one, rows=2 * ROWS) for name, one in found.items()}
+    again, once = (each.summary["budgets"]["small"] for each in (report(compared(study)), made))
+    assert (again["pairs"], again["gains"]) == (once["pairs"], once["gains"])
+    assert f"On {2 * ROWS} held-out rows of {ROWS} groups" in page(study)
 
 
 def test_a_report_names_no_place_of_this_machine(

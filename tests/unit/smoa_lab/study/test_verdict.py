@@ -165,7 +165,7 @@ def test_one_seed_gets_no_verdict_but_the_command_that_goes_on() -> None:
         "No verdict: one seed of each says nothing of how seeds differ; `smoa compare studies/x/study.yaml --seeds 3` "
         "goes on, for about 27 min."
     )
-    assert told(ones) == "2 of 8 final runs are done, and bounds are shown from the second round on."
+    assert told(ones) == "2 of 8 final runs are done, and bounds are shown from round 2 on."
     assert told(dataclasses.replace(ones, wanted=0)) == "No verdict: all entries failed."
 
 
@@ -216,6 +216,16 @@ def test_what_diverged_or_was_not_measured_yet_is_left_out() -> None:
     assert differences({"all": budget({"lora": 1.0, "smoa": 1.0}, rounds=1)}) is None
     assert learned_and_forgotten([result(forgotten=None)], 4.0) is None
     assert searches({}, {}) is None
+
+
+def test_searches_of_a_method_at_four_sizes_differ_in_gray() -> None:
+    names = {f"{method}-r{rank}": method for rank in (1, 4, 16) for method in ("lora", "smoa")}
+    chosen = Chosen(0.01, {0.003: 2.6, 0.01: 2.5, 0.03: 2.7}, "interior")
+    chart = searches(dict.fromkeys(names, chosen), names).to_dict()
+    encoding = chart.get("encoding") or chart["layer"][0]["encoding"]
+    drawn = dict(zip(encoding["strokeDash"]["scale"]["domain"], encoding["strokeDash"]["scale"]["range"], strict=True))
+    assert len({str(drawn[name]) for name, method in names.items() if method == "lora"}) == 3
+    assert len({str(drawn[name]) for name, method in names.items() if method == "smoa"}) == 3
 
 
 def test_what_was_learned_stands_against_what_was_forgotten_beside_the_untouched_model() -> None:
