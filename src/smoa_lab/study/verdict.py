@@ -58,7 +58,7 @@ def answer(budget: Budget, plan: Plan, command: str, of_round: float) -> str:
         goes_on = f"`{command} --seeds {FIRST_SEEDS}` goes on, for about {duration((FIRST_SEEDS - seeds) * of_round)}"
         return f"No verdict: one seed of each says nothing of how seeds differ; {goes_on}."
     if family is None:
-        first = plan.looked_at()[0]
+        first = next(iter(plan.looked_at()), 2)
         return f"{budget.done} of {budget.wanted} final runs are done, and bounds are shown from round {first} on."
     if all(map(family.diverged, family.names)):
         return "Every entry diverged: take none."
