@@ -35,7 +35,7 @@ LEAST_TOKENS, ROOM = 32, 1.25
 BETA = 0.1
 """TRL's default of DPO's β."""
 BATCH_TOKENS = 4096
-"""Padded tokens of a batch of choices."""
+"""Padded tokens of a batch of choices, or of answers."""
 
 
 def _softplus(x: float) -> float:
@@ -149,9 +149,8 @@ class Evaluation:
         if unclear:
             told = "have several numbers without ####, or none that is one; the last one is compared as it is written"
             warning_once(logger, f"data.metric: number: {unclear} of {len(self.prompts)} completions {told}")
-        lengths = [
-            len(text_ids(self.encoder.tokenizer, prompt.reference)) + 1 for prompt in self.prompts
-        ]  # and its end
+        tokenizer = self.encoder.tokenizer
+        lengths = [len(text_ids(tokenizer, prompt.reference)) + 1 for prompt in self.prompts]  # and its end
         usual = max(LEAST_TOKENS, math.ceil(ROOM * sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]))
         self.new_tokens = usual if most is None else most
         if cut := sum(length > self.new_tokens for length in lengths):
@@ -356,12 +355,12 @@ class Forgetting:
 
 
 def continue_prompts(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], new_tokens: int, batch_size: int = 8
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], new_tokens: int, size: int = 0
 ) -> list[str]:
     """What the model writes after each prompt's token ids, in order, greedily, whatever its generation config says.
 
     Prompt and answer fit the model's positions, at most half of which the answer gets: a prompt that is too long for
-    that loses its head.
+    that loses its head. ``size`` prompts make a batch, by default as many as hold BATCH_TOKENS, and eight at least.
     """
     texts: dict[int, str] = {}
     pad = pad_token(tokenizer)
@@ -377,8 +376,9 @@ def continue_prompts(
         ]
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     with scoring(model), progress("writing", len(order)) as bar:
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
+        while order:
+            most = size or max(8, BATCH_TOKENS // (len(prompts[order[0]]) + new_tokens))
+            numbers, order = order[:most], order[most:]
             batch = [prompts[number] for number in numbers]
             written = model.generate(
                 **left_padded(batch, pad, next(model.parameters()).device),

@@ -262,11 +262,18 @@ def test_texts_come_back_in_order_whatever_the_batches(monkeypatch: pytest.Monke
     def echo(input_ids: Tensor, **options: Any) -> Tensor:
         return torch.cat([input_ids, input_ids], dim=1)
 
-    monkeypatch.setattr(model, "generate", echo)
+    batches = list[int]()
+    monkeypatch.setattr(
+        model, "generate", lambda input_ids, **options: batches.append(len(input_ids)) or echo(input_ids)
+    )
     asked = ["word " * (i * 3 % 5) + "?" for i in range(7)]
     for size in (1, 3, 7):
         assert continue_prompts(model, tokenizer, [tokenizer(text)["input_ids"] for text in asked], 5, size) == asked
     assert model.training
+    batches.clear()
+    monkeypatch.setattr(evaluation_module, "BATCH_TOKENS", 180)
+    continue_prompts(model, tokenizer, [[3] * length for length in (25, 25, *[4] * 40)], 5)
+    assert batches == [8, 20, 14], "as many as the tokens of a batch hold, and eight at least"
 
 
 def test_a_text_ends_at_the_tokenizers_end_and_at_those_of_the_model() -> None:
