@@ -252,6 +252,7 @@ def engine_config(**settings: Any) -> Any:
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,
         "fully_sharded_loras": False,
+        "kv_sharing_fast_prefill": False,
         "additional_config": {},
         "mode": "NONE",
         "cudagraph_mode": "NONE",
@@ -261,7 +262,7 @@ def engine_config(**settings: Any) -> Any:
     kind: Any = importlib.import_module("vllm.config.compilation").CompilationConfig
     compilation = kind(CompilationMode[own.mode], CUDAGraphMode[own.cudagraph_mode], own.splitting_ops)
     compilation.set_splitting_ops_for_v1()
-    configs = {"model_config": own, "parallel_config": own, "lora_config": own}
+    configs = dict.fromkeys(("model_config", "parallel_config", "lora_config", "cache_config"), own)
     return SimpleNamespace(**configs, compilation_config=compilation, additional_config=own.additional_config)
 
 

@@ -232,9 +232,9 @@ class Slots:
         key = _kind(parts)
         if key not in self.stacks:  # an empty stack waits for its like till another comes
             self.stacks = {known: each for known, each in self.stacks.items() if each.members}
-            self.is_new |= key not in self._reserved
             blocks = self._blocks_of(parts)
             stack = self._reserved.get(key) or LayerStack(blocks, parts, 0)
+            self.is_new |= key not in self._reserved
             stack.members = frozenset()
             for each in (stack, *self._reserved.values()):  # reserved ones have their old ones after `clear`
                 each.blocks = blocks if each.blocks.place == blocks.place else each.blocks

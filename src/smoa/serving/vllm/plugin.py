@@ -129,7 +129,8 @@ def _creates(original: Callable[..., Any]) -> Callable[..., Any]:
             more["smoa"] = True  # the key of vLLM's cache has it: a model compiled without the operator serves the base
             _give_slots(manager, config)
             manager.smoa_base = getattr(config.model_config, "model", None)
-            manager.smoa_places, manager.smoa_renamed = dict(_places(manager)), _renaming(manager.model)
+            manager.smoa_places = dict(_places(manager))
+            manager.smoa_renamed = _renaming(manager)
         for folder in more.get(EXAMPLES, []):
             _reserve(manager, folder)
         return manager
@@ -153,6 +154,8 @@ def _refusal(manager: Any, config: Any) -> str | None:
             any(getattr(compilation, each, False) for each in ("compile_mm_encoder", "cudagraph_mm_encoder")),
         "a second stream for LoRA (unset VLLM_LORA_ENABLE_DUAL_STREAM)":
             any(getattr(layer, "_enable_aux_cuda_stream", False) for layer in layers),
+        "layers that are given some tokens of a batch (leave --kv-sharing-fast-prefill out)":
+            getattr(config.cache_config, "kv_sharing_fast_prefill", False),
     }  # fmt: skip
     return "; nor with ".join(reason for reason, holds in reasons.items() if holds) or None
 
@@ -276,8 +279,10 @@ def _with_smoa(of_vllm: Any) -> type:
             if any(isinstance(part, SavedLayer) for part in parts):
                 self.smoa.set(index, parts)
                 return
-            super().set_lora(index, lora_a, lora_b)
-            self.smoa.others.add(index)
+            try:
+                super().set_lora(index, lora_a, lora_b)
+            finally:  # it may fail halfway
+                self.smoa.others.add(index)
 
         def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
             if not on_cpu:  # vLLM's LoRA is operators of its own on a GPU, and Python on a CPU
@@ -347,14 +352,20 @@ def _loads(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _places(manager: Any) -> Iterator[tuple[str, tuple[int, int] | str]]:
     """By vLLM's name of each layer, before layers are fused, its (out_features, in_features) or why there is none."""
+    shards = getattr(getattr(manager.model, "hf_to_vllm_mapper", None), "orig_to_new_stacked", {})
+    twice = [place for place, (_, parts) in shards.items() if isinstance(parts, list)]
     for name, layer in manager.modules.items():
         names = manager.packed_modules.get(name, [name])
-        if name.split(".")[-1] == "kv_b_proj":  # of MLA: vLLM reads its weight at load, and decodes without calling it
+        weight = getattr(layer.base_layer, "weight", None) if hasattr(layer, "smoa") else None
+        # MLA's is read at load, and decoded without a call; a convolution's (Mamba's) by its mixer
+        if name.split(".")[-1] == "kv_b_proj" or (weight is not None and weight.ndim > 2):
             yield from ((own, "a projection whose weight vLLM uses without calling the layer") for own in names)
             continue
         sizes, size = totals_of(layer) if hasattr(layer, "smoa") else ([], 0)
         for place, own in enumerate(names):
-            if not sizes:
+            if any(part in f"{own}." for part in twice):
+                yield own, "a projection that vLLM has twice, in the place of another one too"
+            elif not sizes:
                 yield own, f"a {type(layer).__name__.removesuffix('WithLoRA')}"
             elif len(names) == 1 and (layer.n_slices == 1 or layer.tp_size == 1):
                 yield own, (sum(sizes), size)
@@ -364,12 +375,19 @@ def _places(manager: Any) -> Iterator[tuple[str, tuple[int, int] | str]]:
                 yield own, f"fused into {name}, of whose {len(sizes)} slices it has several"
 
 
-def _renaming(model: Any) -> Callable[[str], str]:
-    """vLLM's name of a layer, of its name in transformers, as for LoRA."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
+def _renaming(manager: Any) -> Callable[[str], str]:
+    """vLLM's name of a layer, of its name in transformers, as for LoRA; a model for pooling has AutoModel's in
+    `model`."""
+    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
     for name in ("get_rename_mapper", "get_unstacked_mapper"):  # without what fuses layers: 0.32, 0.27
         if hasattr(mapper, name):
             mapper = getattr(mapper, name)()
             break
     parse = _found("vllm.lora.utils:parse_fine_tuned_lora_name")
-    return cache(lambda path: parse(f"{PREFIX}{path}.lora_A.weight", mapper)[0])
+    wrapped = "model." if getattr(manager, "is_pooling_model", False) else ""
+
+    def renamed(path: str) -> str:
+        name: str = parse(f"{PREFIX}{path}.lora_A.weight", mapper)[0]
+        return f"{wrapped}{name}" if f"{wrapped}{name}" in manager.smoa_places else name
+
+    return cache(renamed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ def register_resolver() -> None:
 
 def folder_of(place: Path, base: str, name: str) -> Path | None:
     """The folder of the SMoA adapter `name` of the model `base`; None if there is none right in `place`."""
-    folder = place / name
-    if Path(name).name != name or name in ("", "..") or not folder.is_dir():  # it leads elsewhere, or to no folder
+    folder, is_there = place / name, False
+    with suppress(OSError):  # of a name that is too long
+        is_there = folder.is_dir()
+    if Path(name).name != name or name in ("", "..") or not is_there:  # it leads elsewhere, or to no folder
         return None
     config = saved_config(folder / CONFIG_NAME)
     is_ours = config.get("peft_type") == "SMOA" and config.get("base_model_name_or_path") == base

@@ -556,6 +556,7 @@ def test_an_unreadable_config_is_left_to_vllm(tmp_path: Path) -> None:
         ({"mode": "VLLM_COMPILE", "splitting_ops": ["vllm::attention"]}, "vllm::smoa_add"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 1"),
         ({"fully_sharded_loras": True}, "--fully-sharded-loras"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
     ],
 )
 @pytest.mark.usefixtures("names")
@@ -620,7 +621,7 @@ def test_a_folder_of_the_adapters_name_is_found_and_no_other(
     assert (anna.lora_name, anna.lora_path) == ("anna", str(place / "anna"))
     assert 0 < anna.lora_int_id != ben.lora_int_id > 0
     assert resolved("anna", "its/base").lora_int_id == anna.lora_int_id
-    for name in ("lora", "nobody", "inner/anna", "../place/anna", str(place / "anna"), "", "."):
+    for name in ("lora", "nobody", "inner/anna", "../place/anna", str(place / "anna"), "", ".", "a" * 300):
         assert resolved(name, "its/base") is None
     assert resolved("anna", "another/base") is None
 
@@ -704,6 +705,55 @@ def test_a_projection_that_vllm_reads_without_calling_it_is_refused(folder: Path
     places = dict(module._places(engine.manager))
     assert "without calling the layer" in places["model.layers.0.self_attn.kv_b_proj"]
     assert isinstance(places["model.layers.0.self_attn.o_proj"], tuple)
+    layer.base_layer.weight = torch.empty(16, 1, 4)  # of Mamba's convolution
+    assert "without calling the layer" in dict(module._places(engine.manager))["model.layers.0.self_attn.o_proj"]
+
+
+@pytest.mark.usefixtures("names")
+def test_a_projection_that_vllm_has_in_two_places_is_refused() -> None:
+    """Gemma 4's k_proj, where it is v_proj too."""
+    module: Any = importlib.import_module("smoa.serving.vllm.plugin")
+    engine = Engine()
+    stacked = {"layers.0.self_attn.k_proj.": ("layers.0.self_attn.qkv_proj.", ["k", "v"])}
+    stacked |= {"layers.0.self_attn.q_proj.": ("layers.0.self_attn.qkv_proj.", "q")}
+    engine.manager.model.hf_to_vllm_mapper = SimpleNamespace(orig_to_new_stacked=stacked)
+    places = dict(module._places(engine.manager))
+    assert "has twice" in places["model.layers.0.self_attn.k_proj"]
+    assert isinstance(places["model.layers.0.self_attn.q_proj"], tuple)
+    assert isinstance(places["model.layers.1.self_attn.k_proj"], tuple)
+
+
+@pytest.mark.usefixtures("names")
+def test_an_adapter_of_a_model_without_its_head_is_served_where_the_engine_pools(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "anna", tmp_path / "anna")
+    file = tmp_path / "anna" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(
+        {key.replace("base_model.model.model.", "base_model.model."): each for key, each in tensors.items()}, file
+    )
+    engine = Engine()
+    with pytest.raises(ConfigError, match="no LoRA layer of this engine"):
+        engine.load(tmp_path / "anna")
+    module: Any = importlib.import_module("smoa.serving.vllm.plugin")
+    engine.manager.is_pooling_model = True
+    engine.manager.smoa_renamed = module._renaming(engine.manager)
+    assert engine.load(tmp_path / "anna").loras.keys() == Engine().load(folder / "anna").loras.keys()
+
+
+@pytest.mark.usefixtures("names")
+def test_a_lora_that_fails_half_way_leaves_nothing_in_its_slot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    layer = engine.manager.modules["model.layers.0.self_attn.qkv_proj"]
+    kind: Any = type(layer).__mro__[2]
+
+    def fails(self: Any, index: int, lora_a: Any, lora_b: Any) -> None:
+        self.loras[index] = lora_a
+        raise RuntimeError("k has other heads")
+
+    monkeypatch.setattr(kind, "set_lora", fails)
+    with pytest.raises(RuntimeError, match="other heads"):
+        engine.manager.activate(engine.load(folder / "lora", 3), 0)
+    assert not layer.loras
 
 
 @pytest.mark.usefixtures("names")
