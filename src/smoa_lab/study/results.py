@@ -174,7 +174,7 @@ class Found:
             diverged=sum(loss_of(run.metrics) is None for run in runs.values()),
             rows=len(first.rows),
             groups=len(next(iter(families.values())).weights) if families else len(first.rows),
-            values={each.title: (-each.sign * own.mean(name), own.spread(name)) for each, own in alone.items()},
+            values={each.title: (0.0 - each.sign * own.mean(name), own.spread(name)) for each, own in alone.items()},
             worst={
                 title: family.worst(name)
                 for title, family in families.items()
