@@ -112,7 +112,7 @@ class Merging:
         if not names:
             return
         refuse_writing(self.stored_weight())
-        if hasattr(self.get_base_layer(), "parametrizations"):  # by others: injection refuses these
+        if self.weight_name in getattr(self.get_base_layer(), "parametrizations", ()):  # injection refuses these
             told = "its weight is parametrized, and what a merge writes would be lost"
             raise MergeError(f"{told}; call torch.nn.utils.parametrize.remove_parametrizations first")
         with onloaded_for(self, names, written=True), writing(self.stored_weight()):

@@ -82,7 +82,7 @@ def survey_targets(
                     raise ConfigError(f"{key}: target_modules names its module too; name it in one of the two")
                 module = model.get_submodule(module_name)
                 refuse_other_uses(module_name, module, model, uses[id(module)])
-                if _is_piece(module_name, owner, model):
+                if _is_piece(owner):
                     raise UnsupportedModuleError(f"target_parameters: {key}: {PIECE}; leave it out")
                 shapes[key] = check_parameter(key, owner, config)
                 if not loads_labels:
@@ -157,7 +157,7 @@ def _refusal(name: str, base: nn.Module, kind: Kind | None, model: nn.Module) ->
         return "MultiheadAttention uses its weight without calling it, so an adapter would do nothing"
     if _in_copy(name, model):
         return "an adapter has it in modules_to_save, where no save would find what is added to it"
-    if _is_piece(name, base, model):
+    if _is_piece(base):
         return PIECE
     owner, _, own = name.rpartition(".")
     parent = model.get_submodule(owner)
@@ -181,17 +181,18 @@ def _only_reads_weight(kind: type[nn.Module], name: str) -> bool:
     return False
 
 
-def _is_piece(name: str, module: nn.Module, model: nn.Module) -> bool:
-    """Whether tensor parallelism has given each process a piece of a module's weights, with which alone it computes.
-    FSDP2's pieces have the same type; it gathers them first."""
+def _is_piece(module: nn.Module) -> bool:
+    """Whether tensor parallelism has given each process a piece of a module's weights, with which alone it computes,
+    and a forward or hooks that tell the others. FSDP2's pieces have the same type; it gathers them first."""
     if getattr(module, "_hf_tp_plan", None) is not None:  # of a transformers without DTensors
         return True
-    if not any(isinstance(each, DTensor) for each in module.parameters(recurse=False)):
+    weights = [each for each in module.parameters(recurse=False) if isinstance(each, DTensor)]
+    if not any(place.is_shard() for each in weights for place in each.placements):
         return False
     from torch.distributed.fsdp import FSDPModule  # takes as long as torch's half to import
 
-    owners = (model.get_submodule(name[:place]) for place, letter in enumerate(name) if letter == ".")
-    return not any(isinstance(owner, FSDPModule) for owner in (model, *owners, module))
+    has_hooks = bool(module._forward_pre_hooks or module._forward_hooks) and not isinstance(module, FSDPModule)
+    return "forward" in vars(module) or has_hooks
 
 
 def _in_copy(name: str, model: nn.Module) -> bool:

@@ -83,8 +83,9 @@ def length_summary(lengths: array[int]) -> dict[str, Any]:
 
 
 def mean_length(account: Mapping[str, Any]) -> float:
-    """How many tokens a row has on average."""
-    return float(account["tokens"]["total"] / max(1, sum(rows for _, rows in account["tokens"]["histogram"])))
+    """How many tokens a row has on average, as far as they are not cut."""
+    mean = account["tokens"]["total"] / max(1, sum(rows for _, rows in account["tokens"]["histogram"]))
+    return float(min(mean, account.get("max_length") or mean))
 
 
 def require_good_rows(account: dict[str, Any], skip: bool) -> None:

@@ -28,7 +28,10 @@ def verdict(budget: Budget, plan: Plan, command: str, of_round: float) -> list[s
     for one in (one for one in results if one.entry in budget.at_edge):
         rate, tried = one.chosen.learning_rate, one.chosen.losses or {one.chosen.learning_rate: None}
         where = "of those that there was time for" if one.chosen.place == "cut" else "that was tried"
-        told = f"is the {'lowest' if rate == min(tried) else 'highest'} {where}: it may do better beyond."
+        if min(tried) < rate < max(tried):
+            told = "lies beside a rate that was not tried: it may do better there."
+        else:
+            told = f"is the {'lowest' if rate == min(tried) else 'highest'} {where}: it may do better beyond."
         sentences.append(f"{one.entry}'s best rate, {rate_text(rate)}, {told}")
     sized, diverged = [one for one in results if abs(one.share - 1) > EQUAL], [one for one in results if one.diverged]
     sentences += [f"{one.entry} has {100 * one.share:.0f} % of {budget.against}'s parameters." for one in sized]
@@ -58,7 +61,7 @@ def answer(budget: Budget, plan: Plan, command: str, of_round: float) -> str:
         goes_on = f"`{command} --seeds {FIRST_SEEDS}` goes on, for about {duration((FIRST_SEEDS - seeds) * of_round)}"
         return f"No verdict: one seed of each says nothing of how seeds differ; {goes_on}."
     if family is None:
-        first = next(iter(plan.looked_at()), 2)
+        first = plan.extensions[-1] if plan.extensions else 2
         return f"{budget.done} of {budget.wanted} final runs are done, and bounds are shown from round {first} on."
     if all(map(family.diverged, family.names)):
         return "Every entry diverged: take none."

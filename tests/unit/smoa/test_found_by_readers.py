@@ -203,3 +203,13 @@ def test_a_merge_into_a_weight_that_was_parametrized_since_is_refused() -> None:
         model.merge_adapter()
     parametrize.remove_parametrizations(base, "weight")
     model.merge_adapter()
+
+
+def test_a_bias_that_trains_alone_is_differentiated_twice() -> None:
+    base = nn.Linear(64, 48, dtype=torch.float64).requires_grad_(False)
+    layer = adapted_layer(base, r=8, num_blocks=2, route="one product").requires_grad_(False)
+    bias = layer.base_layer.bias.requires_grad_(True)
+    y = layer(torch.randn(100, 64, dtype=torch.float64))
+    (first,) = torch.autograd.grad(y.square().sum(), bias, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), bias)
+    torch.testing.assert_close(second, torch.full_like(second, 200.0))

@@ -92,6 +92,9 @@ def test_a_sharded_weight_is_gathered_before_it_is_decomposed() -> None:
     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
     layer = adapted_layer(fully_shard(base, mesh=mesh), num_blocks=3)
     assert isinstance(layer.base_layer.weight, DTensor)
+    model = get_peft_model(Wrapper(nn.Linear(12, 18)), SmoaConfig(r=4, num_blocks=2, target_modules=["layer"]))
+    fully_shard(model, mesh=mesh)
+    model.add_adapter("of a root that is sharded", SmoaConfig(r=4, num_blocks=2, target_modules=["layer"]))
     assert torch.equal(layer.smoa_row_labels["default"], expected.row_labels)
     assert torch.equal(layer.smoa_col_labels["default"], expected.col_labels)
 
@@ -118,6 +121,7 @@ def test_experts_of_which_each_process_has_a_piece_are_refused() -> None:
     experts.down_proj = nn.Parameter(
         distribute_tensor(experts.down_proj.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
     )
+    experts.register_forward_hook(lambda *_: None)  # which would sum what processes have
     with pytest.raises(UnsupportedModuleError, match="down_proj: tensor parallelism gives each process"):
         get_peft_model(model, SmoaConfig(r=4, num_blocks=2, target_parameters=["mlp.experts.down_proj"]))
 

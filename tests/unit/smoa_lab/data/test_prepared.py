@@ -420,6 +420,7 @@ def test_to_measure_recall_all_rows_are_in_each_part_and_in_their_groups(most: i
     once = Reading([Listed(rows[:kept])], [], None, ALL, encoder, False).prepare().account
     assert [found.account[key] for key in ("tokens", "trained_tokens")] == [once["tokens"], once["trained_tokens"]]
     assert mean_length(found.account) == once["tokens"]["total"] / kept
+    assert mean_length({**once, "max_length": 5}) == 5
     assert found.account["parts"] == {"train": kept, "validation": kept, "test": kept}
     assert prompts(found, "train") == prompts(found, "validation") == prompts(found, "test")
     assert len({row.group for row in found.rows("test")}) == kept // 2

@@ -127,6 +127,7 @@ def test_a_run_that_diverged_is_worse_than_any_by_shares_too(
     found = results(study)
     assert (found["lora"].values[measure], found["lora"].worst[measure]) == ((-math.inf, 0.0), math.inf)
     assert found["ours"].worst[measure] == -math.inf
+    assert report(compared(study.model_copy(update={"tolerance": 0.0}))).verdict
 
 
 def test_before_the_second_round_each_entry_shows_all_its_seeds(study: Study, written: WrittenRuns) -> None:

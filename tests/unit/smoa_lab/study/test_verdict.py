@@ -218,6 +218,14 @@ def test_what_diverged_or_was_not_measured_yet_is_left_out() -> None:
     assert searches({}, {}) is None
 
 
+def test_a_best_rate_beside_one_that_was_not_tried_is_no_highest() -> None:
+    found = budget({"lora": 1.0, "smoa": 1.0})
+    chosen = Chosen(0.011, {0.0036: 3.5, 0.011: 3.0, 0.02: 3.2}, "edge")
+    results = [dataclasses.replace(one, chosen=chosen) if one.entry == "smoa" else one for one in found.results]
+    said = verdict(dataclasses.replace(found, results=results, at_edge=["smoa"]), plan(), "smoa compare", 1.0)
+    assert "smoa's best rate, 1.1e-2, lies beside a rate that was not tried: it may do better there." in said
+
+
 def test_searches_of_a_method_at_four_sizes_differ_in_gray() -> None:
     names = {f"{method}-r{rank}": method for rank in (1, 4, 16) for method in ("lora", "smoa")}
     chosen = Chosen(0.01, {0.003: 2.6, 0.01: 2.5, 0.03: 2.7}, "interior")
