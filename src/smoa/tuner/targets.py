@@ -42,7 +42,7 @@ ROUTERS = ("router", "gate")
 """Names of modules that choose the experts of each token."""
 PIECE = (
     "tensor parallelism gives each process a piece of the weight, and blocks span all of it; load the model without "
-    "tp_plan, as for FSDP"
+    "tp_plan (FSDP works)"
 )
 _REPORTED: WeakSet[nn.Module] = WeakSet()
 """Models whose experts `_report_experts` has named."""
@@ -189,7 +189,7 @@ def _is_piece(module: nn.Module) -> bool:
     weights = [each for each in module.parameters(recurse=False) if isinstance(each, DTensor)]
     if not any(place.is_shard() for each in weights for place in each.placements):
         return False
-    from torch.distributed.fsdp import FSDPModule  # takes as long as torch's half to import
+    from torch.distributed.fsdp import FSDPModule  # takes half as long to import as torch
 
     has_hooks = bool(module._forward_pre_hooks or module._forward_hooks) and not isinstance(module, FSDPModule)
     return "forward" in vars(module) or has_hooks

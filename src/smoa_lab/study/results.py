@@ -85,10 +85,15 @@ class Found:
         dropped = self._dropped(name)
         level = take.level if take else self.plan.level(len(listed) + dropped)
         sizes = [self.study.entries[entry].size or 0 for entry in finals]
+        values = {
+            each: {entry: held_out.values(each, [*own.values()]) for entry, own in finals.items()}
+            for each in held_out.metrics
+        }
+        width = min(map(len, finals.values()))  # as many seeds as each entry has
         families = {
             each.title: Family(
                 names=[*finals],
-                values=held_out.values(each, finals),
+                values=np.array([own[:width] for own in values[each].values()]),
                 untouched=held_out.untouched(each, self.untouched),
                 weights=held_out.weights(each),
                 is_share=held_out.is_share(each, finals),
@@ -116,7 +121,14 @@ class Found:
             was_planned=take is not None and take.level == level_of(len(listed) + dropped, self.plan.rounds),
         )
         shown = self.plan.entries[made.against].parameters
-        results = [self._result(entry, own, made, shown, held_out) for entry, own in finals.items()]
+        results = []
+        for entry, own in finals.items():
+            alone = {  # with the seeds that others don't have yet
+                each: replace(families[each.title], names=[entry], values=of_entry[entry][None])
+                for each, of_entry in values.items()
+            }
+            found = {each.title: (0.0 - each.sign * one.mean(entry), one.spread(entry)) for each, one in alone.items()}
+            results.append(self._result(entry, own, made, shown, found))
         if (metric := made.metric) is not None:
             results.sort(key=lambda one: -metric.sign * one.values[metric.title][0])
         return replace(made, results=results)
@@ -151,7 +163,14 @@ class Found:
         dropped = {n: budget for n, budget in self.plan.dropped.items() if n not in self.study.entries}
         return sum(entry in sized or budget in listed for entry, budget in dropped.items())
 
-    def _result(self, name: str, runs: Mapping[int, FinalRun], budget: Budget, shown: int, held_out: HeldOut) -> Result:
+    def _result(
+        self,
+        name: str,
+        runs: Mapping[int, FinalRun],
+        budget: Budget,
+        shown: int,
+        values: dict[str, tuple[float, float]],
+    ) -> Result:
         all_runs = self.finals[name]  # one of a later round than is shown may be the one that was kept
         kept = {seed: kept_by(run, self.metric) for seed, run in all_runs.items() if run.folder.adapter.is_dir()}
         forgot: list[Any] = [(run.metrics["forgetting"] or {}).get("change") for run in runs.values()]
@@ -159,10 +178,6 @@ class Found:
         memories = [run.metrics["training"].get("peak_memory") for run in runs.values()]  # older ones: the process's
         families, timing = budget.families, self.plan.entries[name]
         sizes = (run.metrics["parameters"].get("adapter_bytes") for run in runs.values())
-        alone = {  # with seeds that others don't have yet
-            each: replace(families[each.title], names=[name], values=held_out.values(each, {name: runs}))
-            for each in held_out.metrics
-        }
         return Result(
             entry=name,
             method=self.study.entries[name].method,
@@ -174,7 +189,7 @@ class Found:
             diverged=sum(loss_of(run.metrics) is None for run in runs.values()),
             rows=len(first.rows),
             groups=len(next(iter(families.values())).weights) if families else len(first.rows),
-            values={each.title: (0.0 - each.sign * own.mean(name), own.spread(name)) for each, own in alone.items()},
+            values=values,
             worst={
                 title: family.worst(name)
                 for title, family in families.items()
@@ -225,13 +240,11 @@ class HeldOut:
             return np.asarray(self._sums([self.rows], "tokens")[0])
         return np.diff([*self.starts, len(self.keys)]).astype(float)
 
-    def values(self, metric: Metric, finals: Mapping[str, Mapping[int, FinalRun]]) -> Floats:
-        """(entries, seeds, groups), lower is better, as many seeds as each entry has; infinite where a run diverged."""
-        width = min(len(own) for own in finals.values())
-        runs = [[*own.values()][:width] for own in finals.values()]
-        values = -metric.sign * np.array([self._sums([run.rows for run in own], metric.field) for own in runs])
-        diverged = np.array([[loss_of(run.metrics) is None for run in own] for own in runs])
-        return np.where(np.isfinite(values) & ~diverged[..., None], values, np.inf)
+    def values(self, metric: Metric, runs: Sequence[FinalRun]) -> Floats:
+        """(runs, groups), lower is better, infinite where a run diverged."""
+        values = -metric.sign * self._sums([run.rows for run in runs], metric.field)
+        diverged = np.array([loss_of(run.metrics) is None for run in runs])
+        return np.where(np.isfinite(values) & ~diverged[:, None], values, np.inf)
 
     def is_share(self, metric: Metric, finals: Mapping[str, Mapping[int, FinalRun]]) -> bool:
         """Whether the metric counts right answers, as a user's own does if it gives 0 and 1 alone."""

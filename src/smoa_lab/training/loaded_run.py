@@ -69,8 +69,8 @@ def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
 
 def inputs(config: RunConfig, trains: bool = True) -> dict[str, Any]:
     """What a run would start from, without its weights: ``digests``, how many ``rows`` each part has, how many
-    ``groups`` of rows that belong together, as equal ones do, the test part, and how many tokens a row has on average:
-    its ``length``."""
+    ``groups`` of rows that belong together are in the test part (equal rows do), and the mean ``length`` of a row in
+    tokens."""
     encoder, rows = trainable_rows_of(config, RunModel.of(config).tokenizer, trains)
     test, numbers = rows.part("test"), {part: rows.account["parts"].get(part, 0) for part in PARTS}
     groups = len({*test["group" if "group" in test.column_names else "row"]})
