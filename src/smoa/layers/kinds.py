@@ -23,6 +23,7 @@ from smoa.config import Shape
 from smoa.layers.distributed import gather
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.linear import Linear
+from smoa.layers.merging import UNDO
 from smoa.layers.quantized import QuantizedLinear, find_backend
 from smoa.layers.route import Route, casts_alike, in_autocast_dtype, is_instrumented
 from smoa.maths.factors import Initialization
@@ -162,8 +163,7 @@ class Kind:
         if base._parameters.get("weight") is None:
             return (
                 "its weight is not a parameter but computed from others (weight or spectral normalization, pruning), "
-                "so a merge would be lost; undo that first: by remove_weight_norm, remove_spectral_norm, "
-                "prune.remove or parametrize.remove_parametrizations of torch.nn.utils"
+                f"so a merge would be lost; {UNDO} first"
             )
         methods = [name for name in ("forward", "_conv_forward") if hasattr(self.base_class, name)]
         owners = {next(owner for owner in type(base).__mro__ if name in vars(owner)) for name in methods}

@@ -20,6 +20,12 @@ from smoa.maths.update import Update
 LOSS_ROWS = 256
 """Rows of ΔW that are formed at a time to see what a merge loses."""
 
+UNDO = (
+    "undo that by remove_weight_norm, remove_spectral_norm, prune.remove or parametrize.remove_parametrizations of "
+    "torch.nn.utils"
+)
+"""How a weight that is computed from others becomes a parameter."""
+
 
 class Loss(NamedTuple):
     """What a merge has made of ΔW in a matrix: ‖E − ΔW‖, ‖ΔW‖ and ⟨E, ΔW⟩, where E is what it added to W."""
@@ -76,6 +82,13 @@ class Merging:
     weight_name = "weight"
     """Name of the weight in the base layer."""
 
+    def refuse_computed(self: Any) -> None:
+        """Raise MergeError if the weight became computed from others since injection, which refuses such a one."""
+        base = self.get_base_layer()
+        by_hooks = {f"{self.weight_name}_g", f"{self.weight_name}_orig"} & base._parameters.keys()
+        if by_hooks or self.weight_name in getattr(base, "parametrizations", ()):
+            raise MergeError(f"its weight is computed from others, and what a merge writes would be lost; {UNDO} first")
+
     def check_merge(self: Any, adapter_names: list[str] | None = None) -> None:
         """Raise MergeError if merging these adapters gives NaN or infinite weights; changes nothing."""
         chosen = self.active_adapters if adapter_names is None else adapter_names
@@ -103,18 +116,16 @@ class Merging:
             adapter_names: Adapters to add to those that are merged already; None means the active ones.
 
         Raises:
-            MergeError: `safe_merge` found NaN or infinite weights, or the weight was parametrized since it was adapted;
-                nothing was merged.
+            MergeError: `safe_merge` found NaN or infinite weights, or the weight is computed from others (weight or
+                spectral normalization, pruning); nothing was merged.
             UnsupportedModuleError: ZeRO-3 would drop the merged weight.
             RuntimeError: no memory, for example; no adapter of the layer is merged then.
         """
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
+        self.refuse_computed()
         refuse_writing(self.stored_weight())
-        if self.weight_name in getattr(self.get_base_layer(), "parametrizations", ()):  # injection refuses these
-            told = "its weight is parametrized, and what a merge writes would be lost"
-            raise MergeError(f"{told}; call torch.nn.utils.parametrize.remove_parametrizations first")
         with onloaded_for(self, names, written=True), writing(self.stored_weight()):
             if safe_merge:
                 self.check_merge(names)

@@ -75,6 +75,8 @@ def check_merge_allowed(model: nn.Module) -> None:
     for layers in note_users(model):
         refuse_shared(layers)
         for name, layer in layers.items():
+            with named(name):
+                layer.refuse_computed()
             if isinstance(layer.base_layer, AuxiliaryTrainingWrapper):
                 raise MergeError(
                     f"{name}: trainable_token_indices replaces rows of its weight, and a merge would lose what the "

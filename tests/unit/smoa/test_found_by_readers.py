@@ -8,7 +8,8 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.parametrize import remove_parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 from smoa import AdapterFileError, MergeError, SmoaConfig, UnsupportedModuleError
@@ -195,13 +196,26 @@ def test_a_frozen_adapter_keeps_no_input_for_the_backward(route: Any, partition:
     torch.testing.assert_close(gradients[2:], gradients[:2])
 
 
-def test_a_merge_into_a_weight_that_was_parametrized_since_is_refused() -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("compute", "undo"),
+    [
+        (lambda base: parametrize.register_parametrization(base, "weight", nn.Identity()), remove_parametrizations),
+        (nn.utils.weight_norm, lambda base, _: nn.utils.remove_weight_norm(base)),
+        (nn.utils.spectral_norm, lambda base, _: nn.utils.remove_spectral_norm(base)),
+        (lambda base: prune.l1_unstructured(base, "weight", 0.3), prune.remove),
+    ],
+)
+def test_a_merge_into_a_weight_that_is_computed_since_injection_is_refused(compute: Any, undo: Any) -> None:
     model = get_peft_model(tiny_models.build("llama"), config())
-    base: Any = next(iter(smoa_layers(model).values())).get_base_layer()
-    parametrize.register_parametrization(base, "weight", nn.Identity())
-    with pytest.raises(MergeError, match="remove_parametrizations first"):
+    name, layer = next(iter(smoa_layers(model).items()))
+    base: Any = layer.get_base_layer()
+    compute(base)
+    with pytest.raises(MergeError, match=f"{name}: its weight is computed from others"):
         model.merge_adapter()
-    parametrize.remove_parametrizations(base, "weight")
+    with pytest.raises(MergeError, match="remove_parametrizations of"):
+        layer.merge()
+    undo(base, "weight")
     model.merge_adapter()
 
 
