@@ -37,7 +37,7 @@ class Piece:
     """The blocks of a slice, as far as a rank has them: padded to one shape, so that they take one product.
 
     A padded place reads the first coordinate, and the factors are zero there. A block of which a rank has nothing is
-    left out, and where all that is left are neighbors of equal size, they are slices of x, y and W.
+    left out at both ends, and where all that is left are neighbors of equal size, they are slices of x, y and W.
 
     Args:
         part: An adapter with the blocks.
@@ -49,7 +49,10 @@ class Piece:
         labels = [side.cpu().long() for side in (part.row_labels, part.col_labels)]
         here = labels if own is None else [side[mine] for side, mine in zip(labels, own, strict=True)]
         counts = [torch.bincount(side, minlength=K) for side in here]
-        kept = (counts[0] > 0) & ((counts[1] > 0) | (not ascend(*here)))
+        kept = counts[0] > 0
+        if ascend(*here):
+            whole = (kept & (counts[1] > 0)).nonzero()
+            kept[: whole[0]] = kept[whole[-1] + 1 :] = False
         self.kept: list[int] = kept.nonzero().flatten().tolist()
         tables, orders, self._has, self._places = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
         for side, count in enumerate(counts):

@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -228,6 +229,21 @@ def test_ranks_together_add_what_one_adds(
         [x[row].double() @ torch.cat(deltas[slot]).T if slot >= 0 else total[row] * 0 for row, slot in enumerate(slots)]
     )
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_rank_may_have_rows_of_a_block_between_two_and_no_column_of_it() -> None:
+    case = problem(6, 6, (1, 1, 1), "contiguous")
+    shuffled = part(case)
+    shuffled = replace(shuffled, col_labels=shuffled.col_labels[torch.tensor([0, 1, 4, 5, 2, 3])])
+    x, W, total = torch.randn(5, 6), case.weight.float(), torch.zeros(5, 6)
+    for own in pieces([6], 6, 2, "row") + pieces([6], 6, 3, "row"):  # columns of blocks 0, 0, 2 and so on
+        weight = W[:, own[0][1]]
+        layer = Slots([6], lambda own=own: own, lambda weight=weight: (weight, True), CPU)  # type: ignore[misc]
+        layer.set(0, [shuffled])
+        total += added(layer, x[:, own[0][1]], RowsBySlot([0] * 5), 6)
+    whole = one_rank([6], W)
+    whole.set(0, [shuffled])
+    torch.testing.assert_close(total, 2 * added(whole, x, RowsBySlot([0] * 5), 6))
 
 
 @pytest.mark.parametrize("how", ["column", "row"])
