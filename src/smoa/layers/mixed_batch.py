@@ -103,9 +103,9 @@ class Group:
         """A, B and the block scale of each rank, of each adapter."""
 
     @cached_property
-    def members(self) -> frozenset[int]:
-        """The slots of the adapters."""
-        return frozenset(self.slots)
+    def members(self) -> frozenset[tuple[int, int]]:
+        """The slots of the adapters, each with its number."""
+        return frozenset((slot, number) for number, slot in enumerate(self.slots))
 
     def factors(self, slots: Tensor | None = None) -> Gathered:
         """The factors of each adapter, or of these among them, with the scale in B; differentiable."""

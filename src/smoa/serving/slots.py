@@ -160,12 +160,10 @@ class LayerStack:
     Args:
         blocks: Theirs.
         parts: An adapter's factors; it is not written yet.
-        room: So many slots there are from the start.
+        room: For so many adapters there is memory from the start.
     """
 
     def __init__(self, blocks: LayerBlocks, parts: Parts, room: int) -> None:
-        self.members: frozenset[int] = frozenset()
-        """The slots that are taken."""
         self.blocks, device = blocks, blocks.blocks.orders.rows.device
         slices = list(zip(blocks.pieces, blocks.runs, filter(None, parts), strict=True))
         self._cuts = [piece.cut(part.ranks) for piece, _, part in slices]
@@ -173,27 +171,32 @@ class LayerStack:
         shapes = [(room, 1, run.rank, run.count, size) for run in self.runs for size in (run.width, run.height)]
         empty = [torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes]
         self.factors: Gathered = list(zip(empty[::2], empty[1::2], strict=True))
-        """A of each run and B with the scale in it, (slots, 1, rank, blocks, width or height)."""
+        """A of each run and B with the scale in it, (places, 1, rank, blocks, width or height)."""
         self._rank = max(run.rank for run in self.runs) if blocks.entries else 0
         self._plan: Plan | None = None
         self._chosen: Gathered = ()
         """The factors of the slots of this plan, on a CPU: a GPU's memory is counted."""
+        self.hold({})
+
+    def hold(self, places: dict[int, int]) -> None:
+        """Say which slots are taken, and where their factors are."""
+        self.places, self.members, self._plan = places, frozenset(places.items()), None
 
     def write(self, slot: int, parts: Parts) -> None:
-        """Put an adapter into a slot; there is more room if need be."""
-        room = len(self.factors[0][0])
-        if slot >= room:
-            more = [0, 0] * 4 + [0, max(slot + 1, room * 5 // 4) - room]
+        """Put an adapter into a slot, at the first free place; there is more room if need be."""
+        room, others = len(self.factors[0][0]), {own: place for own, place in self.places.items() if own != slot}
+        place = min({*range(len(others) + 1)} - {*others.values()})
+        if place == room:
+            more = [0, 0] * 4 + [0, max(1, room // 4)]
             self.factors = [(pad(A, more), pad(B, more)) for A, B in self.factors]
         for (A, B), cut, part in zip(self.factors, self._cuts, filter(None, parts), strict=True):
-            A[slot], B[slot] = cut(part)
-        self.members |= {slot}
-        self._plan = None
+            A[place], B[place] = cut(part)
+        self.hold(others | {slot: place})
 
     def add_to(self, output: Tensor, x: Tensor, rows: RowsBySlot) -> None:
         """Add to an output (rows, …, out_features) what each row's adapter makes of x (rows, …, in_features)."""
         plan, own = rows.plan(self.members, self._rank, x.shape[1:-1].numel(), x.device), self.blocks
-        factors = self._chosen if self._plan is plan else of_slots(self.factors, plan.slots)
+        factors = self._chosen if self._plan is plan else of_slots(self.factors, plan.places)
         if x.device.type == "cpu":  # a plan stays while the same requests are decoded
             self._plan, self._chosen = plan, factors
         add_by_plan(output, x, plan, factors, Diagonal(own.blocks, self.runs, own.entries or None), own.spans)
@@ -234,11 +237,11 @@ class Slots:
         """Put an adapter's factors into a free slot."""
         key = _kind(parts)
         if key not in self.stacks:  # an empty stack waits for its like till another comes
-            self.stacks = {known: each for known, each in self.stacks.items() if each.members}
+            self.stacks = {known: each for known, each in self.stacks.items() if each.places}
             blocks = self._blocks_of(parts)
             stack = self._reserved.get(key) or LayerStack(blocks, parts, 0)
             self.is_new |= key not in self._reserved
-            stack.members = frozenset()
+            stack.hold({})
             for each in (stack, *self._reserved.values()):  # reserved ones have their old ones after `clear`
                 each.blocks = blocks if each.blocks.place == blocks.place else each.blocks
             self.stacks[key] = stack
@@ -257,8 +260,8 @@ class Slots:
     def reset(self, slot: int) -> None:
         """Free a slot."""
         self.others.discard(slot)
-        for stack in self.stacks.values():
-            stack.members -= {slot}
+        for stack in (each for each in self.stacks.values() if slot in each.places):
+            stack.hold({own: place for own, place in stack.places.items() if own != slot})
 
     def clear(self) -> None:
         """Forget all adapters, and the blocks of W; what was reserved stays so."""
@@ -269,7 +272,7 @@ class Slots:
     def add_to(self, output: Tensor, x: Tensor, rows: RowsBySlot) -> None:
         """Add to the output (tokens, out_features) what SMoA adapters make of the input x (tokens, in_features)."""
         for stack in self.stacks.values():
-            if not stack.members.isdisjoint(rows.of_slot):
+            if not stack.places.keys().isdisjoint(rows.of_slot):
                 stack.add_to(output, x, rows)
 
     def nbytes(self, slots: int) -> int:

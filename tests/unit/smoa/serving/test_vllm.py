@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -137,6 +138,27 @@ def test_a_slot_serves_the_adapter_that_was_put_there_last() -> None:
     assert len(layer.stacks) == 1  # those that hold nobody leave when another comes
     layer.clear()
     assert not added(layer, x, rows, 12).any()
+
+
+def test_kinds_take_no_more_memory_than_they_have_adapters_whatever_slots_these_are_in() -> None:
+    cases, random = [problem(12, 10, (rank, 1)) for rank in range(1, 6)], Random(0)
+    slots, kinds = 12, [case._replace(weight=cases[0].weight, partition=cases[0].partition) for case in cases]
+    layer, x = one_rank([12], cases[0].weight.float()), torch.randn(2 * slots, 10)
+    held, most = dict[int, Tensor](), dict[int, int]()
+    for slot in [random.randrange(slots) for _ in range(100)]:
+        if held.pop(slot, None) is not None:
+            layer.reset(slot)
+        if random.random() < 0.7:
+            case = random.choice(kinds)
+            own = case._replace(A=torch.randn_like(case.A), B=torch.randn_like(case.B))
+            layer.set(slot, [part(own)])
+            held[slot] = own.oracle("hadamard", 1)
+        asked = random.choices([-1, *held], k=len(x))
+        expected = [x[row].double() @ held[slot].T if slot >= 0 else torch.zeros(12) for row, slot in enumerate(asked)]
+        assert_close(added(layer, x, RowsBySlot(asked), 12), torch.stack(expected))
+        for stack in layer.stacks.values():
+            most[id(stack)] = max(most.get(id(stack), 0), len(stack.places))
+            assert len(stack.factors[0][0]) <= most[id(stack)] * 5 // 4
 
 
 def test_reserved_memory_stays_when_all_adapters_leave_and_new_weights_are_read() -> None:
