@@ -2,6 +2,7 @@
 
     python studies/again.py chats-2 chain-sum gsm8k
     python studies/again.py replay    # studies/replay.json: after which round each would have ended, and in how long
+    python studies/again.py unpack PLACE recall-1024    # its runs, with which `smoa compare` goes on in PLACE
 
 Other stored files are read alone. A folder of runs is written for a while, and reported as `smoa compare --report-only`
 reports one.
@@ -38,23 +39,28 @@ REPLAY = STUDIES / "replay.json"
 WRITTEN = ("README.md", *PICTURES.values())
 
 
+def unpack(folder: Path, place: Path) -> None:
+    """Write a study's runs into a folder of its name in ``place``."""
+    target = place / "studies" / folder.name
+    target.mkdir(parents=True)
+    for name in ("study.yaml", "plan.json", "chosen.json"):
+        shutil.copy(folder / name, target)
+    for name, run in runs_of(folder).items():
+        (target / name).mkdir(parents=True)
+        rows = [dict(zip(run["rows"], row, strict=True)) for row in zip(*run["rows"].values(), strict=True)]
+        with gzip.open(target / name / "rows.jsonl.gz", "wt", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in rows)
+        metrics: dict[str, Any] = {key: run[key] for key in run if key not in ("rows", "name")}
+        metrics |= {"samples": [], "history": []}
+        (target / name / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+
+
 @contextlib.contextmanager
 def unpacked(folder: Path) -> Iterator[Study]:
     """The study in a folder of runs, under the name that it had, in a place of its own."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as place:
-        target = Path(place, "studies", folder.name)
-        target.mkdir(parents=True)
-        for name in ("study.yaml", "plan.json", "chosen.json"):
-            shutil.copy(folder / name, target)
-        for name, run in runs_of(folder).items():
-            (target / name).mkdir(parents=True)
-            rows = [dict(zip(run["rows"], row, strict=True)) for row in zip(*run["rows"].values(), strict=True)]
-            with gzip.open(target / name / "rows.jsonl.gz", "wt", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(row) + "\n" for row in rows)
-            metrics: dict[str, Any] = {key: run[key] for key in run if key not in ("rows", "name")}
-            metrics |= {"samples": [], "history": []}
-            (target / name / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+        unpack(folder, Path(place))
         os.chdir(place)
         try:
             yield load_study(Path("studies", folder.name, "study.yaml"))
@@ -112,6 +118,10 @@ def ended(found: Found, order: tuple[int, ...]) -> dict[str, tuple[str, int]]:
 
 
 def main(names: list[str]) -> None:
+    if names[:1] == ["unpack"]:
+        for name in names[2:]:
+            unpack(STUDIES / name, Path(names[1]))
+        return
     if names == ["replay"]:
         found = {folder.name: replay(folder) for folder in compared() if (folder / PACK).is_file()}
         write_whole(REPLAY, json_text(found) + "\n")
