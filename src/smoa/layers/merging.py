@@ -83,17 +83,24 @@ class Merging:
     """Name of the weight in the base layer."""
 
     def refuse_computed(self: Any) -> None:
-        """Raise MergeError if the weight became computed from others since injection, which refuses such a one."""
+        """Raise MergeError if the weight became computed from others since injection, which refuses such a one: what is
+        written to it would be lost."""
         base = self.get_base_layer()
         by_hooks = {f"{self.weight_name}_g", f"{self.weight_name}_orig"} & base._parameters.keys()
         if by_hooks or self.weight_name in getattr(base, "parametrizations", ()):
-            raise MergeError(f"its weight is computed from others, and what a merge writes would be lost; {UNDO} first")
+            raise MergeError(
+                f"its weight is computed from others, so what a merge or its undoing writes would be lost; {UNDO} first"
+            )
 
-    def check_merge(self: Any, adapter_names: list[str] | None = None) -> None:
-        """Raise MergeError if merging these adapters gives NaN or infinite weights; changes nothing."""
+    def check_merge(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
+        """Raise MergeError if merging these adapters would be lost or, with `safe_merge`, would give NaN or infinite
+        weights; changes nothing."""
         chosen = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in self._present(chosen) if name not in self.merged_adapters]
         if not names:
+            return
+        self.refuse_computed()
+        if not safe_merge:
             return
         with torch.no_grad(), onloaded_for(self, names):
             for _, _, merged, _ in self.merged_matrices([*self.merged_adapters, *names]):
@@ -124,11 +131,9 @@ class Merging:
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
-        self.refuse_computed()
+        self.check_merge(names, safe_merge)
         refuse_writing(self.stored_weight())
         with onloaded_for(self, names, written=True), writing(self.stored_weight()):
-            if safe_merge:
-                self.check_merge(names)
             chosen = [*self.merged_adapters, *names]
             try:
                 if (twin := self._merged_twin(chosen)) is not None:
@@ -149,10 +154,15 @@ class Merging:
 
     @torch.no_grad()
     def unmerge(self: Any) -> None:
-        """Restore the pristine weight, bit for bit."""
+        """Restore the pristine weight, bit for bit.
+
+        Raises:
+            MergeError: the weight is computed from others since the merge; the adapters stay merged.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self.refuse_computed()
         refuse_writing(self.stored_weight())
         with onloaded_for(self, [], written=True), writing(self.stored_weight()):
             self._restore_pristine()

@@ -20,6 +20,8 @@ from smoa.errors import AdapterFileError, ConfigError, first_of, named
 from smoa.files.checks import check_layout, check_values
 from smoa.files.loading import read_adapter, saved_config, tensors_of
 from smoa.files.names import PARTS, PREFIX
+from smoa.layers.distributed import LABELS
+from smoa.maths.blocks import as_labels
 from smoa.maths.factors import saved_shapes
 from smoa.maths.scale import ModulationKind, whole_scale
 
@@ -177,7 +179,8 @@ def _checked(
             if lacking := [part for part in PARTS if part not in found[path]]:
                 raise AdapterFileError(f"lacks {path}.{lacking[0]}; save or fetch the adapter again")
             ranks, scaling, sizes = sizes_of(path if by_name else "", shape)
-            tensors[path] = {f"{path}.{part}": found[path][part] for part in PARTS}
+            own = {part: as_labels(value) if part in LABELS else value for part, value in found[path].items()}
+            tensors[path] = {f"{path}.{part}": own[part] for part in PARTS}
             check_layout(tensors[path], sizes, len(ranks))
             A, B, rows, cols, scale = tensors[path].values()
             layers[path] = SavedLayer(ranks, config.modulation, scaling, A, B, rows, cols, scale.float())

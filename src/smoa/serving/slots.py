@@ -173,14 +173,14 @@ class LayerStack:
         self.factors: Gathered = list(zip(empty[::2], empty[1::2], strict=True))
         """A of each run and B with the scale in it, (places, 1, rank, blocks, width or height)."""
         self._rank = max(run.rank for run in self.runs) if blocks.entries else 0
-        self._plan: Plan | None = None
-        self._chosen: Gathered = ()
+        self._plan: Plan | None
+        self._chosen: Gathered
         """The factors of the slots of this plan, on a CPU: a GPU's memory is counted."""
         self.hold({})
 
     def hold(self, places: dict[int, int]) -> None:
         """Say which slots are taken, and where their factors are."""
-        self.places, self.members, self._plan = places, frozenset(places.items()), None
+        self.places, self.members, self._plan, self._chosen = places, frozenset(places.items()), None, ()
 
     def write(self, slot: int, parts: Parts) -> None:
         """Put an adapter into a slot, at the first free place; there is more room if need be."""
@@ -201,10 +201,10 @@ class LayerStack:
             self._plan, self._chosen = plan, factors
         add_by_plan(output, x, plan, factors, Diagonal(own.blocks, self.runs, own.entries or None), own.spans)
 
-    @property
-    def slot_bytes(self) -> int:
-        """Of the factors of one slot."""
-        return sum(part.itemsize * part.shape[1:].numel() for pair in self.factors for part in pair)
+    def nbytes(self, slots: int) -> int:
+        """Of the factors in so many slots, or of those that there is room for, if these are more."""
+        of_one = sum(part.itemsize * part.shape[1:].numel() for pair in self.factors for part in pair)
+        return of_one * max(slots, len(self.factors[0][0]))
 
 
 class Slots:
@@ -279,7 +279,7 @@ class Slots:
         """Of all that is kept, with so many slots."""
         stacks = (self._reserved | self.stacks).values()
         blocks = {id(stack.blocks): stack.blocks.nbytes for stack in stacks}
-        return sum(blocks.values()) + sum(slots * stack.slot_bytes for stack in stacks)
+        return sum(blocks.values()) + sum(stack.nbytes(slots) for stack in stacks)
 
 
 def _kind(parts: Parts) -> Hashable:

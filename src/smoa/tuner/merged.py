@@ -49,6 +49,7 @@ def merged(model: M, *, lossy: bool = False, reports: bool = True) -> Iterator[M
                 f"{name}: its weight is {why}; use the model unmerged, or pass lossy=True to merge it all the same "
                 "(a quantized W + ΔW is quantized again)"
             )
+    check_layers(model, None, safe_merge=False)
     check_merge_allowed(model)
     with torch.no_grad():
         try:
@@ -63,11 +64,12 @@ def merged(model: M, *, lossy: bool = False, reports: bool = True) -> Iterator[M
                         undone.callback(layer.unmerge)
 
 
-def check_all_finite(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Raise MergeError if merging these adapters, None for the active ones, gives NaN or infinite weights."""
+def check_layers(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> None:
+    """Raise MergeError if a merge of these adapters, None for the active ones, would be lost in a layer or, with
+    `safe_merge`, gives NaN or infinite weights."""
     for name, layer in smoa_layers(model).items():
         with named(name):
-            layer.check_merge(adapter_names)
+            layer.check_merge(adapter_names, safe_merge)
 
 
 def check_merge_allowed(model: nn.Module) -> None:
@@ -75,8 +77,6 @@ def check_merge_allowed(model: nn.Module) -> None:
     for layers in note_users(model):
         refuse_shared(layers)
         for name, layer in layers.items():
-            with named(name):
-                layer.refuse_computed()
             if isinstance(layer.base_layer, AuxiliaryTrainingWrapper):
                 raise MergeError(
                     f"{name}: trainable_token_indices replaces rows of its weight, and a merge would lose what the "

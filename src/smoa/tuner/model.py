@@ -30,7 +30,7 @@ from smoa.layers.quantized import keep_unpacked
 from smoa.maths.spectrum import check_partition
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.generation import watch_generate
-from smoa.tuner.merged import check_all_finite, check_merge_allowed, losses_reported
+from smoa.tuner.merged import check_layers, check_merge_allowed, losses_reported
 from smoa.tuner.targets import check_target, existing_wrapper, survey_targets
 from smoa.tuner.tying import refuse_source, ties_more_than_ends
 
@@ -151,17 +151,15 @@ class SmoaModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's `merge_adapter`. With `safe_merge`, all layers are checked before the first one is changed."""
-        if safe_merge:
-            check_all_finite(self.model, adapter_names)
+        check_layers(self.model, adapter_names, safe_merge)
         with losses_reported(self.model):
             super().merge_adapter(adapter_names=adapter_names)
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
     ) -> Any:
-        if merge and safe_merge:
-            check_all_finite(self.model, adapter_names)
         if merge:
+            check_layers(self.model, adapter_names, safe_merge)
             refuse_source(self.model)
         stays_tied = ties_more_than_ends(self.model)
         with losses_reported(self.model), warnings.catch_warnings():

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrize import remove_parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
-from smoa import AdapterFileError, MergeError, SmoaConfig, UnsupportedModuleError
+from smoa import AdapterFileError, MergeError, SmoaConfig, UnsupportedModuleError, merged
 from smoa.hotswap import hotswap_adapter
 from smoa.layers.route import route_of
 from smoa.maths.kernels import one_product
@@ -213,10 +213,32 @@ def test_a_merge_into_a_weight_that_is_computed_since_injection_is_refused(compu
     compute(base)
     with pytest.raises(MergeError, match=f"{name}: its weight is computed from others"):
         model.merge_adapter()
+    assert not any(each.merged for each in smoa_layers(model).values())
     with pytest.raises(MergeError, match="remove_parametrizations of"):
         layer.merge()
     undo(base, "weight")
     model.merge_adapter()
+    kept: Any = layer.pristine
+    compute(base)
+    with pytest.raises(MergeError, match="computed from others"):
+        model.unmerge_adapter()
+    assert layer.pristine is kept
+    undo(base, "weight")
+    model.unmerge_adapter()
+    assert kept.is_in(base.weight, 0)
+
+
+@pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning")
+def test_a_layer_whose_adapters_take_no_part_may_have_any_weight_in_a_merge() -> None:
+    model = get_peft_model(tiny_models.build("llama"), config())
+    model.add_adapter("others", config(target_modules=["up_proj"]))
+    layer = next(layer for name, layer in smoa_layers(model).items() if "up_proj" not in name)
+    parametrize.register_parametrization(layer.get_base_layer(), "weight", nn.Identity())
+    model.merge_adapter(["others"])
+    model.unmerge_adapter()
+    model.set_adapter("others")
+    with merged(model):
+        assert not layer.merged
 
 
 def test_a_bias_that_trains_alone_is_differentiated_twice() -> None:
