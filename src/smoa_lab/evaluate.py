@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from smoa.errors import DataError
+from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import RunModel, to_device
 from smoa_lab.config.run import RunConfig
 from smoa_lab.open_run import open_run, with_saved_adapter
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder, provenance
 from smoa_lab.training.train import FORMAT
+
+ACTS = ("model.", "data.", "scoring.part=", "training.use_cpu=", "training.beta=", "training.loss_type=")
+"""The values that a score depends on, the last two where preferences are scored."""
+
+
+def check_overrides(overrides: Iterable[str]) -> None:
+    """Raise ConfigError if one of them changes no score."""
+    for override in overrides:
+        if not override.startswith(ACTS):
+            known = ", ".join(key.rstrip("=") + "*" * key.endswith(".") for key in ACTS)
+            raise ConfigError(f"{override}: changes nothing that is scored; leave it out. What may change: {known}")
 
 
 def evaluate_run(

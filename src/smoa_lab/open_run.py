@@ -24,7 +24,7 @@ from smoa.errors import ConfigError, DataError, SmoaError, first_of
 from smoa.files.names import PREFIX, embeddings_of
 from smoa_lab.base_models import RunModel, base_content, packaged_name
 from smoa_lab.basics.folders import read_stored
-from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, load_config, native_dtype
+from smoa_lab.config.run import OLDER_DATA, ConfigText, ModelSection, RunConfig, load_config, native_dtype
 from smoa_lab.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def open_run(
     if not folder.finished:
         raise ConfigError(f"{path}: is neither a config file nor the folder of a finished run (with metrics.json)")
     own = ConfigText.read(folder.config).values.get("data") or {}
-    known = ["data.group=false"] if "group" not in own else []  # an older run's: each row stood for itself
+    known = [f"data.{key}={json.dumps(value)}" for key, value in OLDER_DATA.items() if key not in own]
     template = folder.adapter / CHAT_TEMPLATE_FILE
     if own.get("template") and template.is_file():
         known.append(f"data.template={json.dumps(str(template), ensure_ascii=False)}")  # its file may have changed

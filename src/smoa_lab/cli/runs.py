@@ -20,6 +20,7 @@ from smoa_lab.cli.console import (
     Model,
     Overrides,
     Trusted,
+    overridden,
     print_json,
     reporting,
     show,
@@ -124,7 +125,10 @@ def print_scores(metrics: dict[str, Any]) -> None:
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a config file for the base model.")],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Values to change, e.g. data.test=new.jsonl.", callback=lambda given: overridden(given)),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     metric: Metric = None,
     base: Base = None,
@@ -136,12 +140,13 @@ def evaluate(
         from smoa.atomic import write_whole
         from smoa_lab.basics.folders import check_place
         from smoa_lab.basics.plain import json_text
-        from smoa_lab.evaluate import evaluate_run
+        from smoa_lab.evaluate import check_overrides, evaluate_run
         from smoa_lab.open_run import open_run
         from smoa_lab.training.run_folder import RunFolder
 
         if output is not None:
             check_place(output, is_new=True)
+        check_overrides(overrides or [])
         config, adapter = open_run(run, overrides, base)
         result = evaluate_run(config, adapter, RunFolder(run) if run.is_dir() else None, base)
         if json:

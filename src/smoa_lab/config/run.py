@@ -53,6 +53,9 @@ DECIDED = {
     "truncation_mode": "rows keep their beginning",
 }
 """Keys of TRL that would contradict the tokens that are made here, and what to do instead."""
+OLDER_DATA = {"group": False, "answer_tokens": 128, "recall": False}
+"""What stood for keys of ``data`` that configs of older releases lack: each row for itself, and answers of at most so
+many tokens."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 ROUNDS_AWAY = "weights of the base train in 16 bits, where most steps round away; give model.dtype: float32"
 SMALL, LARGE = (3e8, 2e-3), (1e9, 2e-4)
@@ -99,14 +102,14 @@ class DataSection(Section):
     """The rows. ``train`` is a file, a folder, a data set of the Hub or a named set such as ``csqa``, or a list of
     them; ``hub`` is a data set of which more is said than its name.
 
-    ``format`` is recognized by the columns if left out. ``test`` are rows that are held out; without it, and where rows
-    don't name their ``part``, a fifth of them is. ``template`` replaces the model's chat template: ``alpaca``, a name
-    that TRL has, or a ``.jinja`` file. Rows are cut at ``max_length`` tokens. The numbers of examples are the most that
-    are used, ``samples`` counts the held-out prompts that the model answers, and ``metric`` scores its answers to all.
-    Rows of one value of the column ``group``, by default those of one prompt, stay in one part and are no independent
-    ones; ``false`` takes each row by itself. An answer has at most ``answer_tokens``, by default a quarter more than
-    the longest references but one in a hundred. With ``recall`` all rows are in each part: what is measured is what was
-    learned by heart.
+    ``format`` is recognized by the columns if left out. ``test`` are the rows that are tested, and no others are;
+    without it, and where rows don't name their ``part``, a fifth of them is. ``template`` replaces the model's chat
+    template: ``alpaca``, a name that TRL has, or a ``.jinja`` file. Rows are cut at ``max_length`` tokens. The numbers
+    of examples are the most that are used, ``samples`` counts the held-out prompts that the model answers, and
+    ``metric`` scores its answers to all. Rows of one value of the column ``group``, by default those of one prompt,
+    stay in one part and are no independent ones; ``false`` takes each row by itself. An answer has at most
+    ``answer_tokens``, by default a quarter more than the longest references but one in a hundred. With ``recall`` all
+    rows are in each part: what is measured is what was learned by heart.
     """
 
     train: str | list[str] | None = None

@@ -46,6 +46,7 @@ SHOWN = 10
 LOST = {
     "also_held_out": "held-out rows are the same, or belong together with them",
     "dropped": "nothing that is trained is left of them within data.max_length",
+    "not_tested": "they name the part test, and data.test is tested instead",
 }
 """Why rows are in no part."""
 HELD_OUT = {"test": 5, "validation": 10}
@@ -193,7 +194,8 @@ class Reading:
     An account counts rows, each as long as the longest of its texts: ``cut`` ones are longer than ``max_length``;
     ``dropped`` ones have a text without anything within it that is trained; ``repeated`` ones are kept;
     ``also_held_out`` ones are left out of training. Rows that are not used, because fewer are wanted, are in none of
-    these numbers. With ``recall`` each row counts once.
+    these numbers. With ``recall`` each row counts once. If ``test`` is ``alone`` what is tested, rows of ``train`` that
+    name that part are in none.
     """
 
     train: Sequence[RowSource]
@@ -203,6 +205,7 @@ class Reading:
     encoder: Encoder
     group: Group = False
     recall: bool = False
+    alone: bool = False
 
     def prepare(self) -> PreparedRows:
         """Read, check and tokenize the rows, unless the cache folder has them; bad ones are counted and left out."""
@@ -213,7 +216,7 @@ class Reading:
             "sizes": asdict(self.sizes),
             "encoder": self.encoder.state(),
             **({} if self.group is False else {"group": self.group}),
-            **({"recall": True} if self.recall else {}),
+            **{key: True for key, is_so in (("recall", self.recall), ("alone", self.alone)) if is_so},
         }
         name = sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()[:16]
         folder = cache_folder() / "rows" / name
@@ -236,7 +239,7 @@ class Reading:
         if told := account.get("ungrouped"):
             warning_once(logger, told)
         for key, why in LOST.items():
-            if number := account[key]:
+            if number := account.get(key):
                 warning_once(logger, f"{number} rows are left out: {why}")
         return PreparedRows(folder, account)
 
@@ -247,6 +250,7 @@ class Reading:
 
         text = datasets.Value("string")
         self.keys, self.groups, self.named, self.faults, self.bad = array("Q"), array("Q"), list[str](), list[str](), 0
+        self.not_tested = 0
         self.is_text: bool | None = None
         read = folder / "read.arrow"
         with ArrowWriter(path=str(read), features=datasets.Features(dict.fromkeys(KEPT, text))) as writer:
@@ -295,6 +299,7 @@ class Reading:
             "bad": self.bad,
             "faults": self.faults,
             **({"ungrouped": ungrouped} if ungrouped else {}),
+            **({"not_tested": self.not_tested} if self.not_tested else {}),
         }
 
     def _split(self, keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], dict[Part, NDArray[np.int64]], int, str]:
@@ -340,6 +345,9 @@ class Reading:
                     group = int(sha256(named.encode()).hexdigest()[:16], 16)
             except DataError as error:
                 self._note(where, error)
+                continue
+            if self.alone and not part and row.part == "test":
+                self.not_tested += 1
                 continue
             self.keys.append(row.key)
             self.groups.append(group)

@@ -27,7 +27,7 @@ from smoa_lab.study.progress import Progress
 from smoa_lab.study.results import kept_by
 from smoa_lab.study.search import Chosen, best_of
 from smoa_lab.study.study import Job, Stage
-from smoa_lab.training.run_folder import RunFolder
+from smoa_lab.training.run_folder import OfAnother, RunFolder
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
@@ -134,8 +134,9 @@ class Comparison(Progress):
             self._estimate = now
 
     def _fail(self, job: Job, error: Exception) -> None:
-        """Note an entry that failed; raises the error where no entry could do without the job."""
-        if job.is_untouched:
+        """Note an entry that failed; raises the error where no entry could do without the job, or it is no fault of the
+        entry's."""
+        if job.is_untouched or isinstance(error, OfAnother):
             raise error
         told = error_text(error)
         logger.error("%s: %s", job.name, told)

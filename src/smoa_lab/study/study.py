@@ -16,15 +16,13 @@ from smoa.errors import ConfigError
 from smoa_lab.basics.folders import read_stored
 from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.methods import MethodName, find_method
-from smoa_lab.config.run import ConfigText, RunConfig, check_config
+from smoa_lab.config.run import OLDER_DATA, ConfigText, RunConfig, check_config
 from smoa_lab.config.validation import Problem, block_problems
 from smoa_lab.scoring.evaluation import CHANGES_LOSS, DPO_LOSSES, changes_loss, dpo_loss_of
 from smoa_lab.study.search import rate_text
 
 FORMAT = 3
 """Of plan.json. A study goes on by the rules of the format that it was planned in."""
-OLDER_DATA = {"group": False, "answer_tokens": 128}
-"""What stood for keys of ``data`` before format 3: each row for itself, and answers of at most so many tokens."""
 SEEDS = ("random_seed", "random_loc_seed", "projection_prng_key", "projection_seed", "proj_seed", "generator_seed")
 """Keys of PEFT's methods by which they draw what is not trained; without one, all seeds of a run draw the same."""
 ALL_SIZES = "all sizes"

@@ -52,6 +52,8 @@ class LoadedRun:
         section, part = self.config.data, self.config.scoring.part
         rows = self.data.rows(part)
         trained_on: int | None = 0
+        if folder is not None:
+            folder.warn_of_other_rows(section, self.data.account["sha256"])
         if folder is not None and not section.recall:
             rows, trained_on = folder.not_trained_on(rows)
         training = self.config.training
@@ -96,7 +98,7 @@ def read_rows_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
     assistant, completion = (config.training.get(key) for key in ("assistant_only_loss", "completion_only_loss"))
     encoder = Encoder(tokenizer, section.max_length, assistant is not False, completion is not False)
     train, test = section.sources()
-    how = section.group, section.recall
+    how = section.group, section.recall, bool(section.test)
     return encoder, Reading(train, test, section.format, section.sizes, encoder, *how).prepare()
 
 

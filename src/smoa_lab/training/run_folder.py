@@ -30,10 +30,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.atomic import flush, new_file, write_whole
-from smoa.errors import ConfigError, DataError
+from smoa.errors import ConfigError, DataError, first_of
 from smoa_lab.basics.folders import check_place, free_name, read_stored
 from smoa_lab.basics.plain import finite, json_text
-from smoa_lab.config.run import RunConfig
+from smoa_lab.config.run import OLDER_DATA, ConfigText, DataSection, RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
 from smoa_lab.data.row import Row
 
@@ -44,6 +44,10 @@ PACKAGES = ("smoa", "torch", "transformers", "peft", "accelerate", "trl")
 
 class Taken(ConfigError):  # noqa: N818 - says what the folder is
     """Another process trains into a run's folder."""
+
+
+class OfAnother(ConfigError):  # noqa: N818 - says what the folder is
+    """A run's folder has an unfinished run of another config, or of what has changed since."""
 
 
 class RunFolder:
@@ -82,6 +86,16 @@ class RunFolder:
             logger.warning("%d of the %d rows were trained on, and are left out", len(rows) - len(kept), len(rows))
         return kept, len(rows) - len(kept)
 
+    def warn_of_other_rows(self, data: DataSection, digest: str) -> None:
+        """Warn if the rows that the run's own ``data`` names have another content, or others of them are held out, than
+        when it was scored."""
+        no_choice = dict.fromkeys(("metric", "template", "samples", "answer_tokens"))  # of rows
+        own = {**OLDER_DATA, **ConfigText.read(self.config).values["data"], **no_choice}
+        scored_on = read_stored(self.metrics).get("digests", {}).get("data", digest)
+        if scored_on != digest and own == {**data.model_dump(mode="json"), **no_choice}:
+            why = "a file changed since, or an older release split them in another way"
+            logger.warning("%s: its rows are others than when it was trained and scored: %s", self.path, why)
+
     def check(self, config_yaml: str) -> None:
         """Raise ConfigError if another process trains into the folder, or it contains a finished run, or checkpoints of
         another config, or files that are not of a run, or cannot be written. Nothing is left in it."""
@@ -107,9 +121,10 @@ class RunFolder:
             raise ConfigError(f"{self.adapter}: is a link or file and not replaced; choose another training.output_dir")
         if self.finished:
             raise ConfigError(f"{self.path}: contains a finished run; choose another training.output_dir or move it")
-        if is_run and get_last_checkpoint(str(self.path)) is not None and not self._was_started_by(config_yaml):
+        if is_run and get_last_checkpoint(str(self.path)) is not None and (other := self._other_values(config_yaml)):
+            found = f"contains an unfinished run of another config, with {first_of(other)}"
             remedy = "give the values that it has, choose another training.output_dir, or remove it"
-            raise ConfigError(f"{self.path}: contains an unfinished run of another config ({self.config}); {remedy}")
+            raise OfAnother(f"{self.path}: {found}; {remedy}")
 
     def start(self, config_yaml: str, inputs: Mapping[str, str] | None = None) -> str | None:
         """Claim the folder for this config; the checkpoint to resume from, if an interrupted run left one.
@@ -124,22 +139,24 @@ class RunFolder:
             if changed:
                 found = f"contains an unfinished run, and the {' and the '.join(changed)} changed since then"
                 remedy = "put back what was there, choose another training.output_dir, or remove the folder"
-                raise ConfigError(f"{self.path}: {found}; {remedy}")
+                raise OfAnother(f"{self.path}: {found}; {remedy}")
         write_whole(self.config, config_yaml)  # first: a run that is killed now is known by it and the lock
         if inputs:
             write_whole(self.inputs, json.dumps(inputs) + "\n")
         return checkpoint
 
-    def _was_started_by(self, config_yaml: str) -> bool:
-        """Whether the folder's config has the same values, whatever the folder was called then and what scores answers;
-        other releases write the same config in other words."""
-        before, now = (parse_yaml(text, self.config) for text in (self.config.read_text(encoding="utf-8"), config_yaml))
-        for config in (before, now):
-            config.setdefault("data", {}).setdefault("group", False)  # of an older release
-            for section, key in (("training", "output_dir"), ("data", "metric")):
-                if isinstance(config.get(section), dict):
-                    config[section].pop(key, None)
-        return before == now
+    def _other_values(self, config_yaml: str) -> list[str]:
+        """Those of the folder's config that this one has not, as ``key.key=value``, whatever the folder was called then
+        and what scores answers; other releases write the same config in other words, or leave keys out."""
+        values = list[dict[str, Any]]()
+        for text in (self.config.read_text(encoding="utf-8"), config_yaml):
+            config = parse_yaml(text, self.config)
+            config["data"] = {**OLDER_DATA, **(config.get("data") or {})}
+            blocks = {key: own if isinstance(own, dict) else {"": own} for key, own in config.items()}
+            values.append({f"{block}.{key}".rstrip("."): own[key] for block, own in blocks.items() for key in own})
+        before, now = values
+        keys = sorted((before.keys() | now.keys()) - {"training.output_dir", "data.metric"})
+        return [f"{key}={json.dumps(before.get(key), default=str)}" for key in keys if before.get(key) != now.get(key)]
 
     def _last_whole_checkpoint(self) -> str | None:
         """The latest checkpoint; one that a kill or a full disk left half-written is removed.

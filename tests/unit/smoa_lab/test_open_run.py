@@ -77,6 +77,16 @@ def test_a_base_may_have_any_name(tmp_path: Path) -> None:
         assert open_run(file)[0].model.name == name
 
 
+def test_a_run_of_a_release_that_knew_fewer_keys_is_read_as_it_was(tmp_path: Path) -> None:
+    config, metrics = tmp_path / "config.yaml", tmp_path / "metrics.json"
+    config.write_text("{model: {name: base}, data: {train: csqa-demo}, method: full, training: {}}")
+    metrics.write_text("{}")
+    data = open_run(tmp_path)[0].data
+    assert (data.group, data.answer_tokens, data.recall) == (False, 128, False)
+    config.write_text(open_run(tmp_path, ["data.answer_tokens=null"])[0].to_yaml())
+    assert open_run(tmp_path)[0].data.answer_tokens is None
+
+
 @pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # PEFT looks where the base was
 def test_another_model_of_the_bases_name_is_refused_unless_the_user_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -98,6 +98,8 @@ def test_answers_are_scored_by_a_function_that_the_command_names(room: Path) -> 
     (room / "own.py").write_text("def score(answer, row): return 2.5")
     again = CliRunner().invoke(app, ["eval", "run", "--metric", "own.py:score", "--json"])
     assert [json.loads(again.stdout)[stage]["score"] for stage in ("before", "scores")] == [2.5, 2.5]
+    in_vain = CliRunner().invoke(app, ["eval", "run", "training.learning_rate=1e-3"])
+    assert (in_vain.exit_code, "learning_rate=1e-3: changes nothing that is scored" in in_vain.stderr) == (1, True)
     assert CliRunner().invoke(app, ["eval", "run", "--metric", ""]).exit_code == 1
     assert "score" not in json.loads(CliRunner().invoke(app, ["eval", "run", "--json"]).stdout)["scores"]
 

@@ -115,7 +115,8 @@ def prepare(train: Any, test: Any = None, template: str | None = MARKED, **chang
     encoder = Encoder(tokenizer_with(template), changes.get("max_length", 1024), **trained)
     sizes = changes.get("sizes", USUAL)
     tested = [] if test is None else [test]
-    return Reading([train], tested, changes.get("format"), sizes, encoder).prepare()
+    alone = changes.get("alone", False)
+    return Reading([train], tested, changes.get("format"), sizes, encoder, alone=alone).prepare()
 
 
 def test_rows_come_in_their_order_into_the_part_that_they_name_and_a_test_source_names_it() -> None:
@@ -124,6 +125,10 @@ def test_rows_come_in_their_order_into_the_part_that_they_name_and_a_test_source
     found = {part: [row.completion for row in rows.rows(part)] for part in PARTS}
     assert found == {"train": ["c", "d"], "validation": ["a"], "test": ["b"]}
     assert rows.account["parts"] == {"train": 2, "validation": 1, "test": 1}
+    rows = prepare(Listed(own), Listed([{"text": "b"}, {"text": "e"}]), alone=True)
+    found = {part: [row.completion for row in rows.rows(part)] for part in PARTS}
+    assert found == {"train": ["c", "d"], "validation": ["a"], "test": ["b", "e"]}
+    assert (rows.account["not_tested"], rows.account["repeated"]) == (1, 0)
     rows = prepare(Listed(texts(2)), Listed([{"text": "a", "part": "train"}]))
     assert [row.completion for row in rows.rows("test")] == ["a"]
 

@@ -23,7 +23,7 @@ from smoa_lab.study.plan import Plan, read_chosen
 from smoa_lab.study.run_study import Comparison
 from smoa_lab.study.study import Job, Study, Tuning, load_study
 from smoa_lab.study.study_report import report
-from smoa_lab.training.run_folder import RunFolder
+from smoa_lab.training.run_folder import OfAnother, RunFolder
 from tests.support.studies import WrittenRuns, compared, entry, fake_time, finished
 
 pytestmark = pytest.mark.usefixtures("no_looks")
@@ -520,6 +520,21 @@ def test_two_processes_use_a_minute_up_once(
     for each in (first, second):
         each._change(lambda plan: {})
     assert second.plan.used == pytest.approx(used + 30)
+
+
+def test_an_unfinished_run_that_cannot_go_on_ends_the_study_and_is_no_failure_of_its_entry(
+    study: Study, written: WrittenRuns
+) -> None:
+    def loss(config: RunConfig) -> float | None:
+        if config.method == "lora":
+            raise OfAnother("contains an unfinished run, and the data changed since then")
+        return written.usual_loss(config)
+
+    written.loss = loss
+    comparison = compared(study)
+    with pytest.raises(OfAnother, match="the data changed"):
+        comparison.run()
+    assert comparison.plan.failed == {}
 
 
 @pytest.mark.parametrize(
