@@ -53,7 +53,7 @@ def convert_run(
     if not hasattr(peft, "convert_to_lora"):
         raise UnsupportedVersionError(f"PEFT {peft.__version__} has no convert_to_lora; install peft 0.19 or later")
     if not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
-        raise ConfigError(f"rank={rank} must be a positive integer, or a share of ‖ΔW‖² in (0, 1]")
+        raise ConfigError(f"--rank is a positive integer, and --energy a share of ‖ΔW‖² in (0, 1], got {rank}")
     source = adapter_of_run(place)
     kind = getattr(adapter_config(source).peft_type, "value", None)
     if kind != "SMOA":

@@ -238,7 +238,7 @@ def budget(
     trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
-    """List the r and num_blocks that fit a parameter budget, with their rank bound and size on disk."""
+    """List the r and num_blocks that fit a parameter budget, with their rank bound and what their tensors take."""
     with reporting():
         from rich.filesize import decimal
 
@@ -277,7 +277,7 @@ def budget(
             "r": [choice.r for choice in choices],
             "parameters": [f"{choice.parameters:,}" for choice in choices],
             "of model": [f"{choice.percent} %" for choice in choices],
-            "on disk": [decimal(choice.bytes_on_disk) for choice in choices],
+            "tensors": [decimal(choice.bytes_on_disk) for choice in choices],
             "rank bound": [choice.rank_bound for choice in choices],
             "LoRA's r": [choice.lora_r for choice in choices],
         }

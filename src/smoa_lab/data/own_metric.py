@@ -26,6 +26,8 @@ class OwnMetric:
     def __init__(self, given: str) -> None:
         self.place, self.known = f"--metric {given}", dict[tuple[str, str], float]()
         file, _, name = given.rpartition(":")
+        if not file:
+            raise ConfigError(f"{self.place}: names no function of a file; write it as FILE.py:NAME")
         module: Any = ModuleType("smoa_own_metric")
         module.__file__, sys.modules[module.__name__] = file, module  # where dataclasses look
         try:

@@ -175,7 +175,7 @@ def test_layers_that_are_not_linear_are_refused_with_the_remedy(tmp_path: Path) 
 
 @pytest.mark.parametrize("rank", [0, 0.0, 1.5])
 def test_a_rank_that_is_none_is_refused(rank: float, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="must be a positive integer, or a share"):
+    with pytest.raises(ConfigError, match="--rank is a positive integer, and --energy a share"):
         convert_run(tmp_path, tmp_path / "lora", rank)
 
 
