@@ -173,8 +173,8 @@ class LayerStack:
         self.factors: Gathered = list(zip(empty[::2], empty[1::2], strict=True))
         """A of each run and B with the scale in it, (places, 1, rank, blocks, width or height)."""
         self._rank = max(run.rank for run in self.runs) if blocks.entries else 0
-        self._plan: Plan | None
-        self._chosen: Gathered
+        self._plan: Plan | None = None
+        self._chosen: Gathered = ()
         """The factors of the slots of this plan, on a CPU: a GPU's memory is counted."""
         self.hold({})
 

@@ -82,7 +82,7 @@ def assert_those_of_each_alone(found: dict[str, Tensor], tokens: int = 5) -> Non
 
 def test_a_plan_is_of_so_many_tokens() -> None:
     rows = RowsBySlot([0, 1])
-    plans = [rows.plan(frozenset({0, 1}), 2, tokens, torch.device("cpu")) for tokens in (1000, 1, 1000)]
+    plans = [rows.plan(frozenset({(0, 0), (1, 1)}), 2, tokens, torch.device("cpu")) for tokens in (1000, 1, 1000)]
     assert [[part.forms for part in plan.parts] for plan in plans] == [[True, True], [False], [True, True]]
     assert plans[0] is plans[2]
 

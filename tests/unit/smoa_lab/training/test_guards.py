@@ -365,12 +365,14 @@ def test_the_scaler_of_fp16_settles_first() -> None:
 def test_a_run_under_the_scaler_of_fp16_ends_only_once_the_scale_has_settled(
     rate: float, diverges: bool, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU, where accelerate refuses fp16: its scaler, put into the accelerator. It starts so high that the first
-    gradients are infinite."""
+    """On a CPU, where accelerate refuses fp16: its scaler, put into the accelerator. It starts so high that in fp16 the
+    first gradients are infinite."""
     scaler, made = torch.amp.GradScaler("cpu", init_scale=2.0**68), run_module.make_trainer
 
     def with_scaler(*arguments: Any) -> Any:
         trainer: Any = made(*arguments)
+        for own in (each for each in trainer.model.parameters() if each.requires_grad):
+            own.register_hook(lambda gradient: gradient * math.inf if scaler.get_scale() > 2.0**63 else gradient)
         trainer.accelerator.scaler = scaler
         return trainer
 
