@@ -14,8 +14,9 @@ from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder, provenance
 from smoa_lab.training.train import FORMAT
 
-ACTS = ("model.", "data.", "scoring.part=", "training.use_cpu=", "training.beta=", "training.loss_type=")
-"""The values that a score depends on, the last two where preferences are scored."""
+OF_TRAINING = "use_cpu", "assistant_only_loss", "completion_only_loss", "beta", "loss_type"
+ACTS = ("model.", "data.", "scoring.part=", *(f"training.{key}=" for key in OF_TRAINING))
+"""The values that a score depends on."""
 
 
 def check_overrides(overrides: Iterable[str]) -> None:
