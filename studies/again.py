@@ -14,7 +14,6 @@ import contextlib
 import gzip
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -37,6 +36,9 @@ from smoa_lab.study.study_report import PICTURES, report
 
 REPLAY = STUDIES / "replay.json"
 WRITTEN = ("README.md", *PICTURES.values())
+OFFLINE = "a611ba2074e52dc67b481945b82028d63ebcc7a8dd3e43b1474cbeec6a1a4e96"
+ONLINE = "f9a477308c09e3baf70dc6e9330e08453662601440b4d27ade0d9a7e1e310667"
+"""Of smollm2-135m as it was unpacked without and with the internet, by a flag that transformers noted: now one base."""
 
 
 def unpack(folder: Path, place: Path) -> None:
@@ -44,7 +46,8 @@ def unpack(folder: Path, place: Path) -> None:
     target = place / "studies" / folder.name
     target.mkdir(parents=True)
     for name in ("study.yaml", "plan.json", "chosen.json"):
-        shutil.copy(folder / name, target)
+        text = (folder / name).read_text(encoding="utf-8")
+        (target / name).write_text(text.replace(OFFLINE, ONLINE), encoding="utf-8")
     for name, run in runs_of(folder).items():
         (target / name).mkdir(parents=True)
         rows = [dict(zip(run["rows"], row, strict=True)) for row in zip(*run["rows"].values(), strict=True)]
@@ -52,7 +55,8 @@ def unpack(folder: Path, place: Path) -> None:
             lines.writelines(json.dumps(row) + "\n" for row in rows)
         metrics: dict[str, Any] = {key: run[key] for key in run if key not in ("rows", "name")}
         metrics |= {"samples": [], "history": []}
-        (target / name / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+        text = json.dumps(metrics).replace(OFFLINE, ONLINE)
+        (target / name / "metrics.json").write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

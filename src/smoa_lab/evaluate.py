@@ -8,13 +8,14 @@ from typing import Any
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import RunModel, to_device
-from smoa_lab.config.run import RunConfig
+from smoa_lab.config.run import ForgettingSection, RunConfig
 from smoa_lab.open_run import open_run, with_saved_adapter
+from smoa_lab.scoring.evaluation import CHANGES_LOSS
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder, provenance
 from smoa_lab.training.train import FORMAT
 
-OF_TRAINING = "use_cpu", "assistant_only_loss", "completion_only_loss", "beta", "loss_type"
+OF_TRAINING = "use_cpu", "assistant_only_loss", "completion_only_loss", "beta", "loss_type", *CHANGES_LOSS
 ACTS = ("model.", "data.", "scoring.part=", *(f"training.{key}=" for key in OF_TRAINING))
 """The values that a score depends on."""
 
@@ -22,7 +23,7 @@ ACTS = ("model.", "data.", "scoring.part=", *(f"training.{key}=" for key in OF_T
 def check_overrides(overrides: Iterable[str]) -> None:
     """Raise ConfigError if one of them changes no score."""
     for override in overrides:
-        if not override.startswith(ACTS):
+        if "=" in override and not override.startswith(ACTS):
             known = ", ".join(key.rstrip("=") + "*" * key.endswith(".") for key in ACTS)
             raise ConfigError(f"{override}: changes nothing that is scored; leave it out. What may change: {known}")
 
@@ -32,6 +33,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """The scores with their provenance. Rows that the run in ``folder`` was trained on are left out; ``trained_on``
     counts them, and is None where the run didn't keep which they were. ``base`` is used instead of its base."""
+    config = config.model_copy(update={"forgetting": ForgettingSection(tokens=0)})  # whose text may be gone
     run = load_run(config, trains=False)
     evaluation, trained_on = run.evaluation(answers=False, folder=folder)
     if not evaluation.rows:

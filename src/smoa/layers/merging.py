@@ -82,14 +82,21 @@ class Merging:
     weight_name = "weight"
     """Name of the weight in the base layer."""
 
-    def refuse_computed(self: Any) -> None:
-        """Raise MergeError if the weight became computed from others since injection, which refuses such a one: what is
-        written to it would be lost."""
+    @property
+    def is_computed(self: Any) -> bool:
+        """Whether the weight became computed from others since injection, which refuses such a one: what is written to
+        it is lost."""
         base = self.get_base_layer()
         by_hooks = {f"{self.weight_name}_g", f"{self.weight_name}_orig"} & base._parameters.keys()
-        if by_hooks or self.weight_name in getattr(base, "parametrizations", ()):
+        is_parametrized = self.weight_name in getattr(base, "parametrizations", ())
+        return self.weight_name not in base._parameters and bool(by_hooks or is_parametrized)
+
+    def check_unmerge(self) -> None:
+        """Raise MergeError if undoing a merge would be lost."""
+        if self.is_computed:
             raise MergeError(
-                f"its weight is computed from others, so what a merge or its undoing writes would be lost; {UNDO} first"
+                "its weight, into which adapters are merged, is computed from others since, so what undoing the merge "
+                "writes would be lost; give the layer that weight back as a parameter, or load the model again"
             )
 
     def check_merge(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
@@ -99,7 +106,8 @@ class Merging:
         names = [name for name in self._present(chosen) if name not in self.merged_adapters]
         if not names:
             return
-        self.refuse_computed()
+        if self.is_computed:
+            raise MergeError(f"its weight is computed from others, so what a merge writes would be lost; {UNDO} first")
         if not safe_merge:
             return
         with torch.no_grad(), onloaded_for(self, names):
@@ -162,7 +170,7 @@ class Merging:
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.refuse_computed()
+        self.check_unmerge()
         refuse_writing(self.stored_weight())
         with onloaded_for(self, [], written=True), writing(self.stored_weight()):
             self._restore_pristine()

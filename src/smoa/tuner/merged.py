@@ -59,9 +59,9 @@ def merged(model: M, *, lossy: bool = False, reports: bool = True) -> Iterator[M
             yield model
         finally:
             with ExitStack() as undone:  # if one fails, the others are unmerged all the same
-                for layer in smoa_layers(model).values():  # those of a model that was unloaded meanwhile stay merged
+                for name, layer in smoa_layers(model).items():  # those of a model unloaded meanwhile stay merged
                     if layer.merged:
-                        undone.callback(layer.unmerge)
+                        undone.callback(named(name)(layer.unmerge))
 
 
 def check_layers(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -70,6 +70,14 @@ def check_layers(model: nn.Module, adapter_names: list[str] | None, safe_merge: 
     for name, layer in smoa_layers(model).items():
         with named(name):
             layer.check_merge(adapter_names, safe_merge)
+
+
+def check_unmerge(model: nn.Module) -> None:
+    """Raise MergeError if undoing the merges would be lost in a layer."""
+    for name, layer in smoa_layers(model).items():
+        if layer.merged:
+            with named(name):
+                layer.check_unmerge()
 
 
 def check_merge_allowed(model: nn.Module) -> None:
@@ -90,7 +98,7 @@ def note_users(model: nn.Module) -> Iterable[dict[str, SmoaLayer]]:
     used = (own for module in model.modules() for own in module._parameters.values() if own is not None)
     users, of_weight = Counter(map(weight_id, used)), dict[int, dict[str, SmoaLayer]]()
     for name, layer in smoa_layers(model).items():
-        if layer.adapters:  # not of deleted ones
+        if layer.adapters and not layer.is_computed:  # not of deleted ones; what is computed lies anywhere
             of_weight.setdefault(weight_id(layer.stored_weight()), {})[name] = layer
     for weight, layers in of_weight.items():
         for layer in layers.values():
@@ -107,7 +115,7 @@ def losses_reported(model: nn.Module) -> Iterator[None]:
     share that is gone, `1 − ⟨E, ΔW⟩ / ‖ΔW‖²`, where E is what the merge added to W.
     """
     quantized, rounded = list[Loss](), list[Loss]()
-    layers = list(smoa_layers(model).values())
+    layers = [layer for layer in smoa_layers(model).values() if not layer.is_computed]
     for layer in layers:
         is_rounded = layer.stored_weight().itemsize == 2
         layer.losses = quantized if layer.quantization_backend else rounded if is_rounded else None

@@ -30,7 +30,7 @@ from smoa.layers.quantized import keep_unpacked
 from smoa.maths.spectrum import check_partition
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.generation import watch_generate
-from smoa.tuner.merged import check_layers, check_merge_allowed, losses_reported
+from smoa.tuner.merged import check_layers, check_merge_allowed, check_unmerge, losses_reported
 from smoa.tuner.targets import check_target, existing_wrapper, survey_targets
 from smoa.tuner.tying import refuse_source, ties_more_than_ends
 
@@ -154,6 +154,16 @@ class SmoaModel(BaseTuner):
         check_layers(self.model, adapter_names, safe_merge)
         with losses_reported(self.model):
             super().merge_adapter(adapter_names=adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """PEFT's `unmerge_adapter`. All layers are checked before the first one is changed."""
+        check_unmerge(self.model)
+        super().unmerge_adapter()  # type: ignore[no-untyped-call]
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's `set_adapter`, which unmerges what is merged: all layers are checked before the first one."""
+        check_unmerge(self.model)
+        super().set_adapter(*args, **kwargs)
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None

@@ -146,16 +146,22 @@ class DataSection(Section):
         return self.hub.name if self.hub else ", ".join(portable(_listed(self.train)))
 
     @property
+    def choice(self) -> dict[str, Any]:
+        """What says which rows are read, and which part each is in."""
+        sources = {"train", "hub", "test", "format", "group", "recall"}
+        return {**self.model_dump(include=sources), "sizes": self.sizes}
+
+    @property
     def sizes(self) -> Sizes:
         return Sizes(self.train_examples, self.validation_examples, self.test_examples)
 
     def sources(self) -> tuple[list[RowSource], list[RowSource]]:
         """Where rows to train on are from, and those that are held out."""
+        given = [find_sources(place)[0] for place in _listed(self.test)]
         if self.hub is not None:
             test: list[RowSource] = [HubSource(self.hub, self.hub.test_split)] if self.hub.test_split else []
-            return [HubSource(self.hub, self.hub.split)], test
+            return [HubSource(self.hub, self.hub.split)], given or test
         found = [find_sources(place) for place in _listed(self.train)]
-        given = [find_sources(place)[0] for place in _listed(self.test)]
         return [train for train, _ in found], given or [test for _, test in found if test is not None]
 
 

@@ -49,6 +49,8 @@ LOST = {
     "not_tested": "they name the part test, and data.test is tested instead",
 }
 """Why rows are in no part."""
+ALONE = "-alone"
+"""Ends the folder of rows of which ``data.test`` alone are tested."""
 HELD_OUT = {"test": 5, "validation": 10}
 """Of so many different rows one is held out."""
 FEWEST_GROUPS, LARGEST_GROUP = 10, 0.1
@@ -175,6 +177,11 @@ class PreparedRows:
     folder: Path
     account: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """Another wherever the tokens of a row may be others."""
+        return self.folder.name if self.account.get("not_tested") else self.folder.name.removesuffix(ALONE)
+
     def part(self, part: Part) -> Any:
         """A ``datasets.Dataset``."""
         from datasets import Dataset
@@ -216,10 +223,10 @@ class Reading:
             "sizes": asdict(self.sizes),
             "encoder": self.encoder.state(),
             **({} if self.group is False else {"group": self.group}),
-            **{key: True for key, is_so in (("recall", self.recall), ("alone", self.alone)) if is_so},
+            **({"recall": True} if self.recall else {}),
         }
         name = sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        folder = cache_folder() / "rows" / name
+        folder = cache_folder() / "rows" / (name + ALONE * self.alone)
         if not folder.is_dir():
             check_place(folder / "account.json")
             folder.parent.mkdir(parents=True, exist_ok=True)

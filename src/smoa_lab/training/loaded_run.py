@@ -44,7 +44,7 @@ class LoadedRun:
         """What a resumed run must find as it was."""
         named = {"base": "base model", "forgetting": "forgetting.text"}
         known = {name: self.digests[key] for key, name in named.items() if key in self.digests}
-        return {"data": self.data.folder.name, **known}
+        return {"data": self.data.name, **known}
 
     def evaluation(self, answers: bool = True, folder: RunFolder | None = None) -> tuple[Evaluation, int | None]:
         """What will be measured on the held-out rows, and how many are left out because the run in ``folder`` was

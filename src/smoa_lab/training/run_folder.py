@@ -89,10 +89,9 @@ class RunFolder:
     def warn_of_other_rows(self, data: DataSection, digest: str) -> None:
         """Warn if the rows that the run's own ``data`` names have another content, or others of them are held out, than
         when it was scored."""
-        no_choice = dict.fromkeys(("metric", "template", "samples", "answer_tokens"))  # of rows
-        own = {**OLDER_DATA, **ConfigText.read(self.config).values["data"], **no_choice}
+        own = DataSection.model_validate({**OLDER_DATA, **ConfigText.read(self.config).values["data"]})
         scored_on = read_stored(self.metrics).get("digests", {}).get("data", digest)
-        if scored_on != digest and own == {**data.model_dump(mode="json"), **no_choice}:
+        if scored_on != digest and own.choice == data.choice:
             why = "a file changed since, or an older release split them in another way"
             logger.warning("%s: its rows are others than when it was trained and scored: %s", self.path, why)
 
@@ -138,7 +137,8 @@ class RunFolder:
             changed = [name for name, content in (inputs or {}).items() if began_with.get(name) != content]
             if changed:
                 found = f"contains an unfinished run, and the {' and the '.join(changed)} changed since then"
-                remedy = "put back what was there, choose another training.output_dir, or remove the folder"
+                remedy = "put back what was there, or the smoa that began it, choose another training.output_dir, or"
+                remedy += " remove the folder"
                 raise OfAnother(f"{self.path}: {found}; {remedy}")
         write_whole(self.config, config_yaml)  # first: a run that is killed now is known by it and the lock
         if inputs:
@@ -156,7 +156,11 @@ class RunFolder:
             values.append({f"{block}.{key}".rstrip("."): own[key] for block, own in blocks.items() for key in own})
         before, now = values
         keys = sorted((before.keys() | now.keys()) - {"training.output_dir", "data.metric"})
-        return [f"{key}={json.dumps(before.get(key), default=str)}" for key in keys if before.get(key) != now.get(key)]
+        return [
+            f"{key}={json.dumps(before[key], default=str)}" if key in before else f"no {key}"
+            for key in keys
+            if before.get(key) != now.get(key)
+        ]
 
     def _last_whole_checkpoint(self) -> str | None:
         """The latest checkpoint; one that a kill or a full disk left half-written is removed.

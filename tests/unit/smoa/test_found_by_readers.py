@@ -1,5 +1,6 @@
 """What reading found and running had missed: dtypes and gradients of one product, slots of another scale, odd names."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.parametrize import remove_parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -220,8 +221,12 @@ def test_a_merge_into_a_weight_that_is_computed_since_injection_is_refused(compu
     model.merge_adapter()
     kept: Any = layer.pristine
     compute(base)
+    for undone in (model.unmerge_adapter, partial(model.set_adapter, "default")):
+        with pytest.raises(MergeError, match=f"{name}: its weight, into which adapters are merged, is computed"):
+            undone()
+        assert all(each.merged for each in smoa_layers(model).values())
     with pytest.raises(MergeError, match="computed from others"):
-        model.unmerge_adapter()
+        layer.unmerge()
     assert layer.pristine is kept
     undo(base, "weight")
     model.unmerge_adapter()
@@ -232,13 +237,16 @@ def test_a_merge_into_a_weight_that_is_computed_since_injection_is_refused(compu
 def test_a_layer_whose_adapters_take_no_part_may_have_any_weight_in_a_merge() -> None:
     model = get_peft_model(tiny_models.build("llama"), config())
     model.add_adapter("others", config(target_modules=["up_proj"]))
-    layer = next(layer for name, layer in smoa_layers(model).items() if "up_proj" not in name)
-    parametrize.register_parametrization(layer.get_base_layer(), "weight", nn.Identity())
+    resting = [layer for name, layer in smoa_layers(model).items() if "up_proj" not in name]
+    for layer in resting:
+        parametrizations.weight_norm(layer.get_base_layer())
+    pruned = next(layer for layer in smoa_layers(model).values() if layer not in resting).get_base_layer()
+    pruned.register_parameter("weight_orig", nn.Parameter(torch.ones(1)))  # the weight is a parameter all the same
     model.merge_adapter(["others"])
     model.unmerge_adapter()
     model.set_adapter("others")
     with merged(model):
-        assert not layer.merged
+        assert not any(layer.merged for layer in resting)
 
 
 def test_a_bias_that_trains_alone_is_differentiated_twice() -> None:

@@ -113,6 +113,8 @@ def test_rows_come_from_one_or_more_places(file: Path) -> None:
     assert [source.name for source in several] == ["rows.jsonl", "google/boolq (train)", "baber/piqa (train)"]
     assert [source.name for source in tested] == ["google/boolq (validation)", "baber/piqa (validation)"]
     assert sources("data.train=[boolq]", "data.test=own.csv")[1] == [own]
+    hub = ("data.train=null", "data.hub={name: a/b, test_split: test}")
+    assert sources(*hub)[1] != sources(*hub, "data.test=own.csv")[1] == [own]
     hub = HubRows(name="owner/rows", test_split="dev")
     assert sources("data.train=null", "data.hub={name: owner/rows, test_split: dev}") == (
         [HubSource(hub, "train")],

@@ -45,6 +45,14 @@ def test_an_unfinished_run_is_resumed_by_the_same_config_in_other_words(tmp_path
         run.start("method: smoa\ntraining:\n  eval_strategy: no\n  learning_rate: 1e-04\n")
 
 
+def test_a_key_that_an_unfinished_run_does_not_have_is_named_as_such(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.config.write_text(SMOA)
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(ConfigError, match=r"of another config, with no training\.weight_decay; give"):
+        run.start("method: smoa\ntraining: {output_dir: run, weight_decay: 0.1}\n")
+
+
 def test_an_unfinished_run_of_a_release_that_knew_fewer_keys_is_resumed_by_what_stood_for_them(tmp_path: Path) -> None:
     run, now = RunFolder(tmp_path), f"{SMOA}data: {{train: a, recall: false, group: {{}}, answer_tokens: {{}}}}\n"
     run.config.write_text(f"{SMOA}data: {{train: a}}\n")

@@ -207,14 +207,16 @@ def test_a_run_whose_rows_changed_says_so_when_it_is_scored_again(
 ) -> None:
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     rows = lab.write_rows(tmp_path / "a.jsonl", chats(20))
-    run(rows_config(tmp_path, rows, rows_base(tmp_path / "base")))
+    (general := tmp_path / "general.txt").write_text("All is quiet. " * 50)
+    run(rows_config(tmp_path, rows, rows_base(tmp_path / "base"), forgetting={"text": str(general), "tokens": 64}))
+    general.unlink()  # which eval does not read
     folder, told = RunFolder(tmp_path / "run"), "run: its rows are others than when it was trained and scored"
     evaluate_run(*open_run(folder.path), folder)
     assert told not in caplog.text
     lab.write_rows(rows, chats(30))
     evaluate_run(*open_run(folder.path, [f"data.test={rows}"]), folder)
     assert told not in caplog.text, "they are the user's"
-    evaluate_run(*open_run(folder.path), folder)
+    evaluate_run(*open_run(folder.path, ["data.max_length=100", "data.skip_bad_rows=true"]), folder)
     assert told in caplog.text
 
 
