@@ -150,7 +150,7 @@ class SmoaModel(BaseTuner):
     _remap_adapter_state_dict_for_load: Any = staticmethod(checked_tensors)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """PEFT's `merge_adapter`. With `safe_merge`, all layers are checked before the first one is changed."""
+        """PEFT's `merge_adapter`. All layers are checked before the first is changed, with `safe_merge` for NaN too."""
         check_layers(self.model, adapter_names, safe_merge)
         with losses_reported(self.model):
             super().merge_adapter(adapter_names=adapter_names)

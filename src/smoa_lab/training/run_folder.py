@@ -137,9 +137,8 @@ class RunFolder:
             changed = [name for name, content in (inputs or {}).items() if began_with.get(name) != content]
             if changed:
                 found = f"contains an unfinished run, and the {' and the '.join(changed)} changed since then"
-                remedy = "put back what was there, or the smoa that began it, choose another training.output_dir, or"
-                remedy += " remove the folder"
-                raise OfAnother(f"{self.path}: {found}; {remedy}")
+                remedy = "choose another training.output_dir, or remove the folder"
+                raise OfAnother(f"{self.path}: {found}; put back what was there, or the smoa that began it, {remedy}")
         write_whole(self.config, config_yaml)  # first: a run that is killed now is known by it and the lock
         if inputs:
             write_whole(self.inputs, json.dumps(inputs) + "\n")
