@@ -28,7 +28,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoa import SmoaConfig, keep_in_generate
-from smoa.tuner.generation import keeping
+from smoa.generation import keeping
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = 32

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoa import SmoaConfig
-from smoa.maths.blocks import Blocks
-from smoa.maths.factors import split_rank
-from smoa.maths.spectrum import make_partition
+from smoa.partition import Blocks
+from smoa.kernels.factors import split_rank
+from smoa.spectrum import make_partition
 
 METHODS = ("frozen", "smoa", "lora", "hira", "released")
 SWEPT = {

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoa import SmoaConfig
-from smoa.maths.kernels import one_product
-from smoa.maths.kernels.one_product import Effective
+from smoa.kernels import one_product
+from smoa.kernels.one_product import Effective
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)

@@ -22,7 +22,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from smoa import SmoaConfig
-from smoa.maths.spectrum import labels_from_scores, make_partition, spectral_scores
+from smoa.spectrum import labels_from_scores, make_partition, spectral_scores
 from smoa_lab.base_models import prepare_packaged_model
 
 SHAPES = {"4096x4096": (4096, 4096), "4096x11008": (4096, 11008)}

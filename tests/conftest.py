@@ -49,7 +49,7 @@ def _float32_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 def _route_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test chooses (`take_route`) holds for no other one."""
     from smoa.layers import route
-    from smoa.maths.kernels import one_product
+    from smoa.kernels import one_product
 
     monkeypatch.setattr(one_product, "MIN_TOKENS", one_product.MIN_TOKENS)
     monkeypatch.setattr(route, "may_form", route.may_form)
@@ -58,8 +58,8 @@ def _route_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["whole", "cut"])
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of blocks as a GPU multiplies them, and cut into the smallest pieces, of 16 rows, that are copied."""
-    from smoa.maths.kernels import blocks as by_blocks
-    from smoa.maths.kernels import one_product
+    from smoa.kernels import blocks as by_blocks
+    from smoa.kernels import one_product
 
     monkeypatch.setattr(by_blocks, "PIECE", 1 << 60 if request.param == "whole" else 1)
     monkeypatch.setattr(by_blocks, "LARGE_BLOCK", 1 << 60 if request.param == "whole" else 0)

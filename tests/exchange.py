@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import smoa
-from smoa.layers.layer import SmoaLayer
+from smoa.layer import SmoaLayer
 from tests.support import tiny_models
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from smoa import SmoaConfig, SmoaError
-from smoa.layers.layer import SmoaLayer
+from smoa.layer import SmoaLayer
 from tests import reference
 from tests.support.adapter_mutations import CONFIG, MUTATIONS, WEIGHTS
 

@@ -61,8 +61,8 @@ EDITS = {
     "Trying to infer with non-existing adapter(s): ": "adapter_names: unknown adapters ['",
     'startswith("lora.Conv2d': 'startswith("smoa.Conv',
     'startswith("lora.': 'startswith("smoa.',
-    "peft.tuners.lora.layer.Embedding": "smoa.layers.kinds.Embedding",
-    "peft.tuners.lora.layer.Linear": "smoa.layers.linear.Linear",
+    "peft.tuners.lora.layer.Embedding": "smoa.kinds.Embedding",
+    "peft.tuners.lora.layer.Linear": "smoa.linear.Linear",
     "config.lora_alpha": "config.alpha",
     '"Cannot add weighted adapters if they target the same module with modules_to_save, but found 1 such "': (
         '"can\'t combine adapters with modules_to_save"'
@@ -301,8 +301,8 @@ _SIDES = {"layers": 2, "attention_heads": 4, "ffn_dim": 37}
 def pytest_configure(config: Any) -> None:
     """Give PEFT the names that the tests import."""
     from smoa import SmoaConfig, SmoaModel
-    from smoa.layers.experts import ParamWrapper
-    from smoa.layers.layer import SmoaLayer
+    from smoa.experts import ParamWrapper
+    from smoa.layer import SmoaLayer
 
     original = SmoaConfig.__init__
 

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import ConnectionPatch, FancyArrowPatch, Rectangle
 from torch import Tensor
 
-from smoa.maths.blocks import Blocks
-from smoa.maths.spectrum import make_partition
+from smoa.partition import Blocks
+from smoa.spectrum import make_partition
 
 OUT = Path(__file__).parents[1] / "images"
 NUM_BLOCKS, ROWS, COLS, RANK = 4, 6, 8, 2  # K; rows, columns and rank of one block

@@ -1,6 +1,6 @@
 """Writes the table of what can be adapted into docs/layers.md: every cell is tried, with SMoA, LoRA and HiRA.
 
-Run it with PEFT 0.21, which has all three. The rows are the kinds of `smoa.layers.kinds`, some quantized or grouped,
+Run it with PEFT 0.21, which has all three. The rows are the kinds of `smoa.kinds`, some quantized or grouped,
 and one that SMoA refuses.
 """
 
@@ -20,7 +20,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwe
 from transformers.pytorch_utils import Conv1D
 
 from smoa import SmoaConfig
-from smoa.layers.kinds import KINDS, Kind, kind_of
+from smoa.kinds import KINDS, Kind, kind_of
 
 PAGE = Path(__file__).parents[1] / "layers.md"
 MARKERS = "<!-- layer kinds: written by docs/figures/layer_kinds.py -->\n", "<!-- end of the layer kinds -->\n"

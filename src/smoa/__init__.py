@@ -6,16 +6,11 @@ then work as for any method.
 
 from __future__ import annotations
 
-from smoa import _quiet
+from smoa.registration import ensure_peft_type, register
 
-_quiet.quiet_imports()
-
-from smoa.registration import check_peft_version, ensure_peft_type, register  # noqa: E402  (imports PEFT, as below)
-
-check_peft_version()
 ensure_peft_type()
 
-from smoa.compat import install_state_dict_hooks  # noqa: E402
+from smoa.compat import save_biases  # noqa: E402
 from smoa.config import SmoaConfig  # noqa: E402  (PeftType.SMOA must exist before the config is defined)
 from smoa.errors import (  # noqa: E402
     AdapterFileError,
@@ -27,17 +22,15 @@ from smoa.errors import (  # noqa: E402
     UnsupportedModuleError,
     UnsupportedVersionError,
 )
-from smoa.files.loading import guard_loading  # noqa: E402
-from smoa.maths.blocks import Blocks as SpectralPartition  # noqa: E402  (its public name)
-from smoa.maths.spectrum import make_partition, register_partition, spectral_scores  # noqa: E402
+from smoa.generation import keep_in_generate  # noqa: E402
+from smoa.merged import merged  # noqa: E402
+from smoa.model import SmoaModel  # noqa: E402
+from smoa.partition import Blocks as SpectralPartition  # noqa: E402  (its public name)
 from smoa.scores import clear_spectrum_cache  # noqa: E402
-from smoa.tuner.generation import keep_in_generate  # noqa: E402
-from smoa.tuner.merged import merged  # noqa: E402
-from smoa.tuner.model import SmoaModel  # noqa: E402
+from smoa.spectrum import make_partition, register_partition, spectral_scores  # noqa: E402
 
 register(SmoaConfig, SmoaModel)
-install_state_dict_hooks()
-guard_loading()
+save_biases()
 
 __version__ = "0.2.0"
 

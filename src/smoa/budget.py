@@ -5,8 +5,8 @@ The functions of one layer raise PartitionError unless K is between 1 and min(ou
 
 from __future__ import annotations
 
-from smoa.maths.blocks import block_sizes, check_num_blocks
-from smoa.maths.factors import split_rank
+from smoa.kernels.factors import split_rank
+from smoa.partition import block_sizes, check_num_blocks
 
 
 def _block_shapes(

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from smoa.budget import adapter_bytes, rank_bound, trainable_parameters
 from smoa.config import SmoaConfig
 from smoa.errors import ConfigError, DataError
-from smoa.layers.kinds import kind_of
-from smoa.layers.linear import Linear
-from smoa.maths.layout import Layout
+from smoa.kinds import kind_of
+from smoa.linear import Linear
+from smoa.experts import Layout
 from smoa_lab.base_models import empty_model
 from smoa_lab.config.methods import OTHER_LAYERS, Method, count_trained, find_method
 from smoa_lab.config.run import ConfigText, ModelSection

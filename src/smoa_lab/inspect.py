@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 
 from smoa.budget import rank_bound
 from smoa.errors import MergeError
-from smoa.layers.layer import SmoaLayer
-from smoa.maths.blocks import Blocks
-from smoa.maths.spectrum import decomposition_device
+from smoa.layer import SmoaLayer
+from smoa.partition import Blocks
+from smoa.spectrum import decomposition_device
 from smoa_lab.merge import weight_of
 from smoa_lab.open_run import adapter_of_run, model_of, with_saved_adapter
 from smoa_lab.pages.tables import Cell, Table

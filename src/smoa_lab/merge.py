@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from smoa.errors import MergeError, first_of
 from smoa.files.names import PREFIX
-from smoa.tuner.merged import note_users
+from smoa.merging import note_users
 from smoa.tuner.tying import ties_more_than_ends
 from smoa_lab import base_models
 from smoa_lab.basics.folders import check_place, new_folder, read_stored

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoa.errors import ConfigError
-from smoa.layers.quantized import QuantizedLinear
+from smoa.quantized import QuantizedLinear
 from smoa_lab import base_models
 from smoa_lab.base_models import load_weights
 from smoa_lab.config.run import ModelSection, check_config, load_config

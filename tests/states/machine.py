@@ -30,7 +30,7 @@ from torch.func import functional_call
 import smoa
 from smoa import SmoaConfig, SmoaError
 from smoa.hotswap import hotswap_adapter
-from smoa.layers.by_name import OPEN
+from smoa.adapter_names import OPEN
 from tests.states.bases import WORDS, base, parted
 from tests.states.oracle import PARTS, Facts, Oracle, of_file, plain, read
 

@@ -18,7 +18,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from smoa import SmoaConfig
-from smoa.serving.vllm import register
+from smoa.vllm import register
 from tests.states.oracle import Facts, delta, of_file
 from tests.support import fake_vllm, tiny_models
 from tests.support.stubs import import_with_stubs
@@ -58,7 +58,7 @@ class Served(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        import_with_stubs(self.patch, "smoa.serving.vllm.plugin", fake_vllm.stubs())
+        import_with_stubs(self.patch, "smoa.vllm.plugin", fake_vllm.stubs())
 
     @initialize(same_prefix=st.booleans(), reserved=st.sets(st.sampled_from(sorted(KINDS)), max_size=3))
     def begin(self, same_prefix: bool, reserved: set[str]) -> None:

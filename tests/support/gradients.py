@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from smoa.layers.layer import SmoaLayer
+from smoa.layer import SmoaLayer
 from tests import reference
 from tests.support.layers import adapted_layer, base_layer, base_weight, clone_leaf, factors, oracle_delta
 from tests.support.tolerance import assert_close

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoa.layers.layer import SmoaLayer
+from smoa.layer import SmoaLayer
 from tests import reference
 from tests.support.layers import base_layer, base_weight, oracle_delta
 

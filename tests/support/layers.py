@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from smoa import SmoaConfig
 from smoa.files.names import PREFIX
 from smoa.layers import route as routes
-from smoa.layers.layer import SmoaLayer
-from smoa.maths.kernels import one_product
+from smoa.layer import SmoaLayer
+from smoa.kernels import one_product
 from tests import reference
 
 # (out_features, in_features, num_blocks): square, tall, wide, K that divides neither side, K = min(m, n), K = 1.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from smoa.maths.spectrum import decomposition_device
+from smoa.spectrum import decomposition_device
 
 DEVICE = torch.device("mps", 0)
 LACKING = ("linalg_", "_linalg_", "svd", "geqrf")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from smoa import SmoaConfig
-from smoa.layers.layer import SmoaLayer
+from smoa.layer import SmoaLayer
 from tests.support import tiny_models
 from tests.support.layers import Wrapper, oracle_delta, randomise
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from smoa import SmoaConfig
-from smoa.layers.experts import ParamWrapper
+from smoa.experts import ParamWrapper
 from tests import reference
 from tests.support.tiny_models import INITIALIZER_RANGE, SEED, VOCAB_SIZE
 

@@ -20,7 +20,7 @@ LAB += ["merge", "verify", "convert", "run_page", "inspect", "inspect_page", "ch
 
 
 def module_of(file: Path) -> str:
-    """`smoa.maths.spectrum`, or `smoa.maths` for its `__init__.py`."""
+    """`smoa.spectrum`, or `smoa.maths` for its `__init__.py`."""
     return ".".join(file.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
 
 

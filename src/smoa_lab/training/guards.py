@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import TrainerCallback
 
 from smoa.errors import ConfigError, SmoaError, first_of
-from smoa.layers.distributed import is_distributed
+from smoa.distributed import is_distributed
 from smoa_lab.data.encoding import IGNORED
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from smoa.atomic import new_file, write_whole
 from smoa.errors import ConfigError, DataError
-from smoa.layers.distributed import from_rank_zero
+from smoa.distributed import from_rank_zero
 from smoa_lab.base_models import described_base, empty_model, to_device, with_rate
 from smoa_lab.basics.folders import new_folder
 from smoa_lab.basics.plain import finite, portable

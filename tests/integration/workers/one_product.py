@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch.distributed.fsdp import fully_shard
 
 from smoa import SmoaConfig
-from smoa.maths.kernels.one_product import OneProduct
+from smoa.kernels.one_product import OneProduct
 from tests.support import tiny_models
 
 

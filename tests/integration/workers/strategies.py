@@ -21,9 +21,9 @@ from peft import PeftModel, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
 
-import smoa.layers.adapter
+import smoa.adapter
 from smoa import PartitionError, SmoaConfig, make_partition, merged
-from smoa.layers.layer import SmoaLayer
+from smoa.layer import SmoaLayer
 from tests.support import tiny_models, tiny_reader
 from tests.support.tiny_mixtures import EXPERTS, build_mixture
 from tests.support.tiny_reader import build_reader
@@ -163,9 +163,9 @@ def disagreeing_weights(folder: Path) -> Result:
         calls += 1
         return make_partition(*arguments)
 
-    smoa.layers.adapter.make_partition = counted
+    smoa.adapter.make_partition = counted
     model = get_peft_model(base, SmoaConfig(num_blocks=2, target_modules=TARGETS))
-    smoa.layers.adapter.make_partition = make_partition
+    smoa.adapter.make_partition = make_partition
     torch.manual_seed(RANK)
     shuffled = get_peft_model(
         tiny_models.build("llama"), SmoaConfig(num_blocks=2, target_modules=TARGETS, partition="random")

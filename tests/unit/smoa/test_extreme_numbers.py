@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from smoa import MergeError, PartitionError, SmoaConfig
-from smoa.layers.layer import SmoaLayer
+from smoa.layer import SmoaLayer
 from tests import reference
 from tests.support.layers import (
     adapted_layer,

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smoa import AdapterFileError, MergeError, SmoaConfig, UnsupportedModuleError, merged
 from smoa.hotswap import hotswap_adapter
-from smoa.layers.route import route_of
-from smoa.maths.kernels import one_product
+from smoa.route import route_of
+from smoa.kernels import one_product
 from tests.support import tiny_models
 from tests.support.layers import adapted_layer, factors, smoa_layers, take_route
 from tests.support.tiny_mixtures import EXPERTS, build_mixture, tokens
@@ -71,7 +71,7 @@ def test_a_compiled_product_under_autocast_rounds_no_factor() -> None:
 def test_a_compiled_step_on_a_gpu_stays_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     layer: Any = adapted_layer(nn.Linear(64, 48).requires_grad_(False), r=8, num_blocks=2)
     take_route("one product")
-    monkeypatch.setattr("smoa.layers.route.may_form", lambda device: False)
+    monkeypatch.setattr("smoa.route.may_form", lambda device: False)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert route_of(layer, torch.randn(100, 64), "default", alone=True) != "one product"
     assert not one_product.ONE_PRODUCT_ON_GPU

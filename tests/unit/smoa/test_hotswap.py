@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig
 from smoa.hotswap import hotswap_adapter
-from smoa.layers.kept import snapshot_of
+from smoa.generation import snapshot_of
 from tests.support import tiny_models
 from tests.support.adapter_files import rewritten, with_settings
 from tests.support.layers import layers_of

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from smoa.layers.layer import SmoaLayer
-from smoa.maths.kernels import blocks as by_blocks
-from smoa.maths.kernels import one_product
+from smoa.layer import SmoaLayer
+from smoa.kernels import blocks as by_blocks
+from smoa.kernels import one_product
 from tests.support.gradients import assert_path
 from tests.support.launches import SORTS_OR_WAITS, count
 from tests.support.layers import adapted_layer, base_layer, factors, take_route

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from smoa import SmoaConfig, clear_spectrum_cache
 from smoa.layers import merging
-from smoa.layers.adapter import labels_and_scales
+from smoa.adapter import labels_and_scales
 from smoa.maths import spectrum
-from smoa.maths.kernels import one_product
-from smoa.maths.kernels.blocks import SCRATCH
+from smoa.kernels import one_product
+from smoa.kernels.blocks import SCRATCH
 from tests.support.layers import ROUTES, adapted_layer, add_adapter, base_layer, factors
 from tests.support.live_bytes import LiveBytes
 from tests.support.quantized import BITSANDBYTES, quantized_layer

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from smoa import MergeError, SmoaConfig, UnsupportedModuleError, merged
-from smoa.layers.merging import Pristine
+from smoa.merging import Pristine
 from tests import reference
 from tests.support.kinds import KINDS, input_of, kind_of_layer
 from tests.support.layers import (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import smoa
 from smoa import ConfigError, PartitionError, SmoaConfig, register_partition
 from smoa.maths import spectrum
-from smoa.maths.blocks import block_sizes
+from smoa.partition import block_sizes
 from tests.support.layers import smoa_layers
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smoa.layers.layer import SmoaLayer
+from smoa.layer import SmoaLayer
 from tests.support.layers import adapted_layer, base_layer, base_weight, factors, labels, oracle_delta
 from tests.support.tolerance import relative_error
 

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from smoa import SmoaConfig, UnsupportedModuleError, merged, scores
-from smoa.layers.quantized import QuantizedLinear
+from smoa.quantized import QuantizedLinear
 from tests.support import tiny_models
 from tests.support.layers import labels, layers_of, oracle_delta, randomise, stored_bits
 from tests.support.quantized import delta_of, quantized_model, same_layout_on_every_cpu, weight_of

@@ -28,7 +28,7 @@ from smoa import (
     registration,
 )
 from smoa.compat import BitsAndBytesBackend, find_quantization_backend
-from smoa.layers.quantized import find_backend
+from smoa.quantized import find_backend
 from smoa.registration import check_peft_version, ensure_peft_type, register
 from tests.support import tiny_models
 from tests.support.layers import stored_bits

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from smoa import SmoaConfig, clear_spectrum_cache, make_partition, scores
-from smoa.maths.spectrum import decomposition_device
+from smoa.spectrum import decomposition_device
 from smoa.scores import CACHE_VARIABLE, cached_spectral_scores
 from tests.support.layers import adapted_layer, base_layer
 

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from smoa import SmoaConfig
-from smoa.layers.kinds import Convolution, Embedding
-from smoa.layers.linear import Linear
+from smoa.kinds import Convolution, Embedding
+from smoa.linear import Linear
 from tests.support.decompositions import NoDecomposition
 from tests.support.layers import layers_of, oracle_delta
 from tests.support.tiny_models import SEED

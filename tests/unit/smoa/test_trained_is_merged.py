@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import smoa
 from smoa import SmoaConfig, UnsupportedModuleError, keep_in_generate
-from smoa.layers.layer import smoa_layers
-from smoa.layers.route import route_of
-from smoa.maths.update import Update
+from smoa.layer import smoa_layers
+from smoa.route import route_of
+from smoa.kernels.one_product import Update
 from tests.support.kinds import KINDS, input_of, kind_of_layer
 from tests.support.layers import adapted_layer, stored_bits, take_route
 

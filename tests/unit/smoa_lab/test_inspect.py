@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from smoa import SmoaConfig
 from smoa.errors import MergeError
-from smoa.maths.blocks import Blocks
-from smoa.maths.spectrum import spectral_scores
+from smoa.partition import Blocks
+from smoa.spectrum import spectral_scores
 from smoa_lab import inspect
 from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, update_spectrum, weights_and_updates
 from smoa_lab.inspect_page import POINTS, coverage, inspection_page, spectrum

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smoa import SmoaConfig
 from smoa.files.names import PREFIX
-from smoa.layers.layer import SmoaLayer
+from smoa.layer import SmoaLayer
 from tests import reference
 from tests.support import tiny_mixtures, tiny_models
 from tests.support.gradients import assert_path, layer_13_to_11

@@ -26,7 +26,7 @@ from smoa import (
     merged,
 )
 from smoa.layers import distributed
-from smoa.layers.layer import SmoaLayer
+from smoa.layer import SmoaLayer
 from tests.support import tiny_models
 from tests.support.kinds import KINDS, input_of, kind_of_layer
 from tests.support.layers import Wrapper, adapted_layer, base_layer, labels

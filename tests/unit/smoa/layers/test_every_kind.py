@@ -12,7 +12,7 @@ from torch.func import functional_call, vmap
 from smoa import MergeError, SmoaConfig
 from smoa.files.names import PARTS
 from smoa.hotswap import hotswap_adapter
-from smoa.layers.layer import SmoaLayer
+from smoa.layer import SmoaLayer
 from tests import reference
 from tests.support.decompositions import NoDecomposition
 from tests.support.kinds import KINDS, input_of, kind_of_layer, oracle_of

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoa.layers.by_name import Call, opened
-from smoa.layers.kept import snapshot_of
-from smoa.layers.linear import Linear
+from smoa.adapter_names import Call, opened
+from smoa.generation import snapshot_of
+from smoa.linear import Linear
 from tests.support.layers import adapted_layer, add_adapter, base_layer, oracle_output
 from tests.support.tolerance import assert_close
 

@@ -11,9 +11,9 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from smoa import SmoaConfig, UnsupportedModuleError
-from smoa.layers.kinds import Convolution, Embedding
-from smoa.layers.layer import SmoaLayer
-from smoa.maths.kernels.blocks import SCRATCH
+from smoa.kinds import Convolution, Embedding
+from smoa.layer import SmoaLayer
+from smoa.kernels.blocks import SCRATCH
 from tests.support.kinds import CONVS, input_of, kind_of_layer, oracle_of
 from tests.support.layers import (
     ROUTES,

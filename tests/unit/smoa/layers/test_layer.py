@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from smoa.layers.distributed import linear_weight
+from smoa.distributed import linear_weight
 from tests import reference
 from tests.support.adapted_models import adapted
 from tests.support.layers import (

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from smoa import SmoaConfig, UnsupportedModuleError, keep_in_generate
 from smoa.layers import quantized
-from smoa.layers.layer import SmoaLayer
-from smoa.layers.quantized import QuantizedLinear
-from smoa.tuner.generation import keeping
+from smoa.layer import SmoaLayer
+from smoa.quantized import QuantizedLinear
+from smoa.generation import keeping
 from tests import reference
 from tests.support.layers import Wrapper, clone_leaf, factors, labels, oracle_delta, stored_bits
 from tests.support.quantized import (

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from smoa.errors import PartitionError
-from smoa.layers.kept import snapshot_of
-from smoa.maths.blocks import Blocks, Orders, ascend, block_sizes, check_num_blocks
-from smoa.maths.factors import Factors, init_factors, saved_shapes, split_rank
-from smoa.maths.kernels.autograd import is_transformed
-from smoa.maths.kernels.blocks import SCRATCH, Branch, block_deltas, product_dtype
-from smoa.maths.kernels.shared import (
+from smoa.generation import snapshot_of
+from smoa.partition import Blocks, Orders, ascend, block_sizes, check_num_blocks
+from smoa.kernels.factors import Factors, init_factors, saved_shapes, split_rank
+from smoa.kernels.autograd import is_transformed
+from smoa.kernels.blocks import SCRATCH, Branch, block_deltas, product_dtype
+from smoa.kernels.shared import (
     FEW_PRODUCTS,
     MOST_ON_GPU,
     Diagonal,
@@ -32,7 +32,7 @@ from smoa.maths.kernels.shared import (
     prefers_shared,
     shared,
 )
-from smoa.maths.spectrum import make_partition
+from smoa.spectrum import make_partition
 from tests import reference
 from tests.support.layers import ROUTES, adapted_layer, base_layer, factors, oracle_output
 from tests.support.live_bytes import LiveBytes
@@ -397,7 +397,7 @@ def test_each_group_gets_what_its_own_adapter_gives_and_each_adapter_its_own_gra
     )
     with torch.no_grad():
         for most in (1 << 20, 2 * max(ranks), 10 * max(ranks)):  # all, two tokens of a group, more than one group
-            monkeypatch.setattr("smoa.maths.kernels.shared.MOST_PRODUCTS", most)
+            monkeypatch.setattr("smoa.kernels.shared.MOST_PRODUCTS", most)
             for factors, slots in ((stacked(own, SLOTS), None), (stacked(own), SLOTS)):
                 total = g.clone()
                 add_shared(total, x, factors, diagonal, slots)

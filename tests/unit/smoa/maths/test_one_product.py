@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smoa.maths.factors import Factors
-from smoa.maths.kernels import one_product
-from smoa.maths.kernels.one_product import Effective, OneProduct, cut
-from smoa.maths.spectrum import make_partition
+from smoa.kernels.factors import Factors
+from smoa.kernels import one_product
+from smoa.kernels.one_product import Effective, OneProduct, cut
+from smoa.spectrum import make_partition
 from tests import reference
 from tests.support.live_bytes import LiveBytes
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from smoa import PartitionError
-from smoa.maths.scale import ScaleKind, block_scale, rms_of
-from smoa.maths.spectrum import make_partition
+from smoa.kernels.scale import ScaleKind, block_scale, rms_of
+from smoa.spectrum import make_partition
 from tests.support.layers import (
     adapted_layer,
     base_layer,

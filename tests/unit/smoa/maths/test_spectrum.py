@@ -10,8 +10,8 @@ from torch import Tensor
 
 from smoa import clear_spectrum_cache
 from smoa.errors import ConfigError
-from smoa.layers.adapter import Kinds, labels_and_scales
-from smoa.maths.spectrum import (
+from smoa.adapter import Kinds, labels_and_scales
+from smoa.spectrum import (
     decomposition_device,
     labels_from_scores,
     make_partition,
@@ -196,7 +196,7 @@ def test_autocast_changes_no_partition(partition: str, dtype: torch.dtype, monke
         rows, cols = (weight @ weight.sum(0), weight.T @ weight.sum(1))
         return labels_from_scores(rows, num_blocks), labels_from_scores(cols, num_blocks)
 
-    monkeypatch.setattr("smoa.maths.spectrum._registered", {"of_products": of_products})
+    monkeypatch.setattr("smoa.spectrum._registered", {"of_products": of_products})
     weight = torch.randn(256, 192)
     expected = labels_and_scales(16, weight, (partition, None, "hadamard", 0))
     clear_spectrum_cache()

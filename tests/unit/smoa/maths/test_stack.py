@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smoa.layers.adapter import labels_and_scales
+from smoa.adapter import labels_and_scales
 from smoa.maths import stack as stacks
-from smoa.maths.layout import Layout
-from smoa.maths.stack import Side, Stack
+from smoa.experts import Layout
+from smoa.kernels.stack import Side, Stack
 from tests import reference
 from tests.support.decompositions import NoDecomposition
 from tests.support.tolerance import assert_close

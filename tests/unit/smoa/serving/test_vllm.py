@@ -18,11 +18,11 @@ from torch import Tensor
 
 from smoa import AdapterFileError, ConfigError, SmoaConfig
 from smoa.files.names import PREFIX
-from smoa.layers.batch import RowsBySlot
-from smoa.maths.blocks import Blocks
-from smoa.serving.saved import SavedLayer, Template, read_layers
-from smoa.serving.slots import Slots
-from smoa.serving.vllm import register
+from smoa.kernels.plan import RowsBySlot
+from smoa.partition import Blocks
+from smoa.vllm.saved import SavedLayer, Template, read_layers
+from smoa.vllm.slots import Slots
+from smoa.vllm import register
 from tests.support import fake_vllm, tiny_mixtures, tiny_models
 from tests.support.stubs import import_with_stubs
 from tests.support.tolerance import assert_close
@@ -339,7 +339,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return import_with_stubs(monkeypatch, "smoa.serving.vllm.plugin", fake_vllm.stubs())
+    return import_with_stubs(monkeypatch, "smoa.vllm.plugin", fake_vllm.stubs())
 
 
 class Engine:
@@ -621,7 +621,7 @@ def test_a_vllm_that_lacks_a_name_stays_as_it_is(
     stubs = fake_vllm.stubs()
     del stubs["vllm.lora.worker_manager"][lost]
     before = dict(stubs["vllm.lora.worker_manager"])
-    names = import_with_stubs(monkeypatch, "smoa.serving.vllm.plugin", stubs)
+    names = import_with_stubs(monkeypatch, "smoa.vllm.plugin", stubs)
     names.install()
     assert len(caplog.messages) == 1
     assert lost in caplog.messages[0]
@@ -643,7 +643,7 @@ def test_a_folder_of_the_adapters_name_is_found_and_no_other(
         config.base_model_name_or_path = "its/base"
         config.save_pretrained(place / own)
     stubs = fake_vllm.stubs()
-    resolver = import_with_stubs(monkeypatch, "smoa.serving.vllm.resolver", stubs)
+    resolver = import_with_stubs(monkeypatch, "smoa.vllm.resolver", stubs)
     registered = stubs["vllm.lora.resolver"]["LoRAResolverRegistry"].resolvers
     resolver.register_resolver()
     assert not registered, "the environment names no folder"
@@ -689,7 +689,7 @@ def test_a_weight_whose_inputs_have_a_fixed_scale_is_read_as_it_is_or_refused(la
         layer.base_layer.quant_method = StaticMethod(largest, names_scale)
         if names_scale:
             layer.base_layer.input_scale = torch.tensor(largest / 448)
-        read: Any = importlib.import_module("smoa.serving.vllm.weights").weight_of
+        read: Any = importlib.import_module("smoa.vllm.weights").weight_of
         if names_scale:
             assert_close(read(layer, torch.float32)[0], expected)
             continue
@@ -736,7 +736,7 @@ def test_an_activation_that_fails_half_way_leaves_nothing_active(folder: Path, m
 
 @pytest.mark.usefixtures("names")
 def test_a_projection_that_vllm_reads_without_calling_it_is_refused(folder: Path) -> None:
-    module: Any = importlib.import_module("smoa.serving.vllm.plugin")
+    module: Any = importlib.import_module("smoa.vllm.plugin")
     engine = Engine()
     layer = engine.manager.modules["model.layers.0.self_attn.o_proj"]
     engine.manager.modules["model.layers.0.self_attn.kv_b_proj"] = layer
@@ -750,7 +750,7 @@ def test_a_projection_that_vllm_reads_without_calling_it_is_refused(folder: Path
 @pytest.mark.usefixtures("names")
 def test_a_projection_that_vllm_has_in_two_places_is_refused() -> None:
     """Gemma 4's k_proj, where it is v_proj too."""
-    module: Any = importlib.import_module("smoa.serving.vllm.plugin")
+    module: Any = importlib.import_module("smoa.vllm.plugin")
     engine = Engine()
     stacked = {"layers.0.self_attn.k_proj.": ("layers.0.self_attn.qkv_proj.", ["k", "v"])}
     stacked |= {"layers.0.self_attn.q_proj.": ("layers.0.self_attn.qkv_proj.", "q")}
@@ -772,7 +772,7 @@ def test_an_adapter_of_a_model_without_its_head_is_served_where_the_engine_pools
     engine = Engine()
     with pytest.raises(ConfigError, match="no LoRA layer of this engine"):
         engine.load(tmp_path / "anna")
-    module: Any = importlib.import_module("smoa.serving.vllm.plugin")
+    module: Any = importlib.import_module("smoa.vllm.plugin")
     engine.manager.is_pooling_model = True
     engine.manager.smoa_renamed = module._renaming(engine.manager)
     assert engine.load(tmp_path / "anna").loras.keys() == Engine().load(folder / "anna").loras.keys()

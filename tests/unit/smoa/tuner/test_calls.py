@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from smoa import SmoaConfig
 from smoa.layers import by_name as calls
-from smoa.layers.batch import RowsBySlot
-from smoa.layers.by_name import rows_unknown
+from smoa.kernels.plan import RowsBySlot
+from smoa.adapter_names import rows_unknown
 from tests.support import tiny_mixtures, tiny_models
 from tests.support.adapted_models import adapted, add_adapter
 from tests.support.tolerance import assert_close
@@ -137,7 +137,7 @@ def test_a_checkpoint_takes_the_names_along_in_whatever_mode_the_model_is(reentr
 def test_a_checkpoint_that_would_lose_the_names_is_an_error(
     names: list[str], reentrant: bool, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smoa.layers.by_name.take_names_along", lambda model: None)  # as if it were another's
+    monkeypatch.setattr("smoa.adapter_names.take_names_along", lambda model: None)  # as if it were another's
     for tokens in (1, 5, 140):
         model = gang(reentrant=reentrant)
         with pytest.raises(error, match="checkpoint"):

@@ -102,7 +102,7 @@ def test_a_combination_that_stops_on_the_way_is_not_added(monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     model = model_with({"r": 5}, {"r": 6})
-    monkeypatch.setattr("smoa.tuner.model.fill_combined", interrupted)
+    monkeypatch.setattr("smoa.model.fill_combined", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
     assert {*model.peft_config} == {*layer_of(model).smoa_A} == {"one", "two"}

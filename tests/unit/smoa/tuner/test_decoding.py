@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from smoa import ConfigError, SmoaConfig, keep_in_generate
 from smoa.layers import kept
-from smoa.layers.mixed_batch import shared_output
-from smoa.maths.blocks import Blocks
-from smoa.maths.factors import BlockRun
-from smoa.maths.kernels.blocks import Deltas, block_deltas, diagonal_blocks
-from smoa.maths.update import Update
+from smoa.mixed_batch import shared_output
+from smoa.partition import Blocks
+from smoa.kernels.factors import BlockRun
+from smoa.kernels.blocks import Deltas, block_deltas, diagonal_blocks
+from smoa.kernels.one_product import Update
 from tests.support import tiny_models
 from tests.support.adapted_models import SETTINGS, adapted, add_adapter
 from tests.support.layers import Wrapper, layers_of, take_route
@@ -82,7 +82,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     monkeypatch.setattr(kept, "block_deltas", of)
     monkeypatch.setattr(Update, "apply", counted(apply))
     monkeypatch.setattr(Update, "apply_with_base", counted(fused))
-    monkeypatch.setattr("smoa.layers.linear.shared_output", counted(shared_output))
+    monkeypatch.setattr("smoa.linear.shared_output", counted(shared_output))
     return seen
 
 
@@ -113,7 +113,7 @@ class During:
 def test_in_float32_logits_are_those_of_the_plain_route_to_the_last_bit(
     family: str, partition: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smoa.maths.kernels.shared.FEW_PRODUCTS", 0)  # the plain route forms ΔW too
+    monkeypatch.setattr("smoa.kernels.shared.FEW_PRODUCTS", 0)  # the plain route forms ΔW too
     model = model_of(family, partition=partition)
     take_route("apart")  # the same products
     (tokens, logits), (plain_tokens, plain_logits) = answer(model), plain_answer(model)
@@ -170,7 +170,7 @@ def test_a_mixed_batch_forms_no_update_and_gathers_the_blocks_of_each_weight_onc
         gathered.append(diagonal_blocks(blocks, run, anchor))
         return gathered[-1]
 
-    monkeypatch.setattr("smoa.maths.kernels.shared.diagonal_blocks", gather)
+    monkeypatch.setattr("smoa.kernels.shared.diagonal_blocks", gather)
     model = two_adapters()
     names = {"adapter_names": ["default", "other"]}
     tokens = model.generate(input_ids=prompts()[:, :4], max_new_tokens=5, pad_token_id=0, **names, **options)

@@ -26,7 +26,7 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWor
 from transformers.pytorch_utils import Conv1D
 
 from smoa import ConfigError, PartitionError, SmoaConfig, SmoaError, UnsupportedModuleError
-from smoa.layers.kinds import kind_of
+from smoa.kinds import kind_of
 from smoa.tuner.targets import check_target
 from tests.support.kinds import input_of
 from tests.support.layers import Wrapper, adapted_layer, smoa_layers

@@ -1,1 +1,0 @@
-"""Saved adapters: names of tensors, checks, reading and writing."""
