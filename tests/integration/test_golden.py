@@ -30,7 +30,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:num_blocks=10 is larger:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's, of any method
 @pytest.mark.parametrize("name", sorted(path.name for path in (golden.GOLDEN / "adapters").iterdir()))
 def test_a_saved_adapter_loads_and_says_what_it_said(name: str) -> None:
     base = BASES[name]
