@@ -35,7 +35,7 @@ class SmoaConfig(PeftConfig):
         r: Total rank, Σ r_k. It is split evenly over the blocks; the first ones get the remainder. The default of 16,
             with K = 2, trains as many parameters as LoRA's of 8.
         num_blocks: K, at most 255. A layer whose weight has a side shorter than K takes as many blocks as that side is
-            long, and the ranks of the first of the K blocks. alpha / r stays the same. One warning names these layers.
+            long, and the ranks of the first of the K blocks. alpha / r stays the same.
         num_blocks_pattern: K by module name or regular expression, at most the smaller side of the weights it names.
         alpha: ΔW is scaled by alpha / r; None means alpha = r.
         use_rslora: Scale by alpha / √(r/K) instead, rsLoRA's at equal parameters. alpha = None then means r / K.
