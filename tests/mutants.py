@@ -44,6 +44,11 @@ class Mutant(NamedTuple):
     why: str
     first: bool = False
 
+    def fits(self) -> bool:
+        """Whether it can be planted."""
+        path = SOURCE / self.file
+        return path.exists() and path.read_text(encoding="utf-8").count(self.old) == 1
+
     @contextmanager
     def planted(self) -> Iterator[Path]:
         """A copy of src with the edit."""
@@ -159,7 +164,7 @@ def main(arguments: list[str]) -> None:
     for mutant in chosen:
         row = table.setdefault(mutant.name, {})
         if not given.command:
-            print(f"{mutant.place:8} {mutant.name:24} {row or run(mutant, ['true'], 60).split()[0]}")  # noqa: T201
+            print(f"{mutant.place:8} {mutant.name:24} {row or ('fits' if mutant.fits() else 'DOES NOT FIT')}")  # noqa: T201
         elif given.column not in row:
             row[given.column] = run(mutant, given.command, given.limit)
             print(f"{mutant.name}: {row[given.column]}", flush=True)  # noqa: T201
