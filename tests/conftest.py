@@ -48,11 +48,13 @@ def _float32_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _route_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test chooses (`take_route`) holds for no other one."""
-    from smoa.layers import route
+    from smoa.conv import Convolution
+    from smoa.embedding import Embedding
     from smoa.kernels import one_product
 
     monkeypatch.setattr(one_product, "MIN_TOKENS", one_product.MIN_TOKENS)
-    monkeypatch.setattr(route, "may_form", route.may_form)
+    for kind in (Convolution, Embedding):
+        monkeypatch.setattr(kind, "fits_one_product", kind.fits_one_product)
 
 
 @pytest.fixture(params=["whole", "cut"])

@@ -1,4 +1,4 @@
-"""Runs the machine from a new seed: `make states`, or `python -m tests.states --minutes 15 --mask L2 --mask L13`."""
+"""Runs the machine from a new seed: `make states`, or `python -m tests.states --minutes 15`."""
 
 import argparse
 import random
@@ -21,13 +21,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--steps", type=int, default=14)
-    parser.add_argument("--mask", action="append", default=[], help="a known fault that is not looked for")
     parser.add_argument("--shrink", type=int, default=60, help="seconds for a shorter sequence")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    machine.MASKED.update(given.mask)
     number = random.randrange(1 << 30) if given.seed is None else given.seed
-    print(f"seed {number}, masked {sorted(machine.MASKED)}", flush=True)  # noqa: T201
+    print(f"seed {number}", flush=True)  # noqa: T201
     engine.MAX_SHRINKING_SECONDS = given.shrink
     engine.ConjectureRunner.generate_mutations_from = lambda *args: None  # copies of what ran: rules would not meet
     started = time.process_time()

@@ -4,27 +4,24 @@ import copy
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from tests.support import golden
-
 WORDS = 11
-KINDS = ("mini", "llama", "mixture", "golden")
+KINDS = ("mini", "llama", "mixture")
 
 
 class Mini(nn.Module):
     """An embedding, a convolution, a Conv1D, linear layers and a head; no class of transformers'."""
 
-    def __init__(self, tied: bool = False, twice: bool = False) -> None:
+    def __init__(self, tied: bool = False) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(WORDS, 6)
         self.conv = nn.Conv1d(6, 8, 3, padding=1)
         self.proj = Conv1D(9, 8)
         self.mix = nn.Linear(9, 9)
-        self.again = self.mix if twice else nn.Linear(9, 9)
+        self.again = nn.Linear(9, 9)
         self.down = nn.Linear(9, 6)
         self.lm_head = nn.Linear(6, WORDS, bias=False)
         for parameter in self.parameters():
@@ -46,17 +43,12 @@ class Mini(nn.Module):
         return self.lm_head(torch.tanh(self.down(h)))
 
 
-def base(
-    kind: str, dtype: str = "float64", tied: bool = False, twice: bool = False, resized: int = 0, lora: str = ""
-) -> Any:
-    """A model of seed 0, in evaluation. `resized` is the seed of the rows of new words, 0 for none. `lora` names layers
-    that a LoRA of PEFT is on, not merged."""
+def base(kind: str, dtype: str = "float64", tied: bool = False) -> Any:
+    """A model of seed 0, in evaluation."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if kind == "mini":
-            model: Any = Mini(tied, twice)
-        elif kind == "golden":
-            model = golden.base("gemma3")
+            model: Any = Mini(tied)
         else:
             sizes: dict[str, Any] = {"vocab_size": WORDS, "hidden_size": 8, "intermediate_size": 12}
             sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
@@ -68,25 +60,14 @@ def base(
                 model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, tie_word_embeddings=tied))
                 if dtype == "float64":
                     model.set_experts_implementation("eager")
-        if resized:
-            torch.manual_seed(resized)
-            model.resize_token_embeddings(WORDS + 2, mean_resizing=False)
-            with torch.no_grad():
-                for table in {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.lm_head)}.values():
-                    table[WORDS:] = 0.3 * torch.randn_like(table[WORDS:])
         model = model.to(getattr(torch, dtype)).eval()
         model.requires_grad_(True)
-        if lora:
-            config = LoraConfig(r=2, target_modules=[lora], init_lora_weights=False)
-            model = inject_adapter_in_model(config, model, "lora").eval()
     return model
 
 
 def parted(model: Any) -> Any:
     """A copy in float64 whose layers share no weight, so that each has what the oracle says of it."""
     model = copy.deepcopy(model).double().requires_grad_(False)
-    if getattr(model, "again", None) is not None and model.again is model.mix:
-        model.again = copy.deepcopy(model.mix)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     seen: set[int] = set()

@@ -50,15 +50,24 @@ def read(model: Any, name: str, config: dict[str, Any]) -> Facts:
     return Facts(config, layers, copies)
 
 
-def of_file(folder: str, config: dict[str, Any], copied: Iterable[str] = ()) -> tuple[Facts, dict[str, Tensor]]:
-    """The adapter in a folder, and what else its file has, by the base's names."""
+def parameters(model: Any) -> dict[str, str]:
+    """The names of adapted parameters, by the names that their wrappers have in a file: of one module, nested."""
+    found = {path: getattr(module, "parameter_name", None) for path, module in model.named_modules()}
+    return {path.removeprefix(PREFIX): f"{plain(path)}.{name}" for path, name in found.items() if name}
+
+
+def of_file(
+    folder: str, config: dict[str, Any], copied: Iterable[str] = (), known: Mapping[str, str] | None = None
+) -> tuple[Facts, dict[str, Tensor]]:
+    """The adapter in a folder, and what else its file has, by the base's names; `known` are those of parameters."""
     tensors = load_file(f"{folder}/adapter_model.safetensors")
     layers: dict[str, dict[str, Tensor]] = {}
     copies, rest = {}, {}
     for key, tensor in tensors.items():
         part = next((part for part in PARTS if key.endswith(f".{part}")), None)
         if part is not None:
-            layers.setdefault(key.removeprefix(PREFIX).removesuffix(f".{part}"), {})[part] = tensor
+            layer = key.removeprefix(PREFIX).removesuffix(f".{part}")
+            layers.setdefault((known or {}).get(layer, layer), {})[part] = tensor
         elif plain(key) in copied:
             copies[plain(key)] = tensor
         else:

@@ -137,28 +137,6 @@ class Served(RuleBasedStateMachine):
         self.slots[slot] = adapter.id
         self.check()
 
-    @rule(name=st.sampled_from(sorted(KINDS)), slot=st.integers(0, SLOTS - 1), place=st.integers(0, 5))
-    def activation_fails(self, name: str, slot: int, place: int) -> None:
-        note(f"activate({name!r}, {slot}) without memory in layer {place}")
-        self.free(slot)
-        self.only_reserved &= name in self.reserved
-        adapter, calls = self.load(name), []
-        layer = [*self.layers.values()][place % len(self.layers)]
-        with pytest.MonkeyPatch.context() as patch:
-
-            def fails(*args: Any) -> None:
-                calls.append(args)
-                raise MemoryError
-
-            patch.setattr(layer.smoa, "set", fails)
-            try:
-                self.manager.activate(adapter, slot)
-            except MemoryError:
-                pass
-            else:
-                self.slots[slot] = adapter.id
-        self.check()
-
     @precondition(lambda self: self.slots)
     @rule(data=st.data())
     def evict(self, data: Any) -> None:

@@ -112,7 +112,7 @@ def tensor_missing(rng: random.Random, folder: Path, corpus: Corpus) -> None:
 
 
 def tensor_extra(rng: random.Random, folder: Path, corpus: Corpus) -> None:
-    """Also those of the base, which would be written over it."""
+    """Also those of the base, which are written over it."""
     names = ["up.base_layer.weight", "down.base_layer.bias", "up.lora_A.weight", "left.smoa_A.weight", "head.weight"]
     names += ["up.smoa_C.weight", "up.weight", "head.original_module.weight", "up.smoa_A.other.weight"]
     shape = rng.choice([(10, 12), (12,), (4, 6), (3, 12)])
@@ -234,14 +234,11 @@ def pickled(rng: random.Random, folder: Path, corpus: Corpus) -> None:
 
 
 def linked(rng: random.Random, folder: Path, corpus: Corpus) -> None:
-    """Links to the file itself, to a device, to a folder, in a circle, to nowhere; pipes; folders."""
+    """Links to the file itself, to a device, in a circle, to nowhere; a folder."""
     file = folder / rng.choice([CONFIG, WEIGHTS])
     kept = file.rename(folder / "kept")
-    ours = "SMOA" in (kept if file.name == CONFIG else folder / CONFIG).read_text()
-    kind = rng.randrange(6 if ours else 5)  # other methods' weights PEFT reads, and waits for a pipe to speak
-    if kind == 5:
-        os.mkfifo(file)
-    elif kind == 4:
+    kind = rng.randrange(5)
+    if kind == 4:
         file.mkdir()
     else:
         file.symlink_to([kept, "/dev/zero", file, "/nowhere/at/all"][kind])

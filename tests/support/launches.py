@@ -7,7 +7,7 @@ import pytest
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from smoa.maths import blocks
+from smoa import partition
 
 STARTS_NOTHING = {
     *("alias", "as_strided", "detach", "diagonal", "expand", "narrow", "permute", "select", "slice", "split"),
@@ -28,14 +28,14 @@ SORTS_OR_WAITS = {"sort", "argsort", "bincount", "unique", "_unique2", "nonzero"
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Lists every such operation of the context when it closes, those inside operators and NumPy's copies included."""
     found: list[str] = []
-    original = blocks.numpy.take
+    original = partition.numpy.take
 
     def take(*args: object, **kwargs: object) -> object:
         found.append("index_select")  # which NumPy replaces on a CPU
         return original(*args, **kwargs)  # type: ignore[call-overload]
 
     with monkeypatch.context() as patched, profile(activities=[ProfilerActivity.CPU]) as profiled:
-        patched.setattr(blocks.numpy, "take", take)
+        patched.setattr(partition.numpy, "take", take)
         yield found
     events = [event for event in profiled.events() if _starts(event) and not _inside_another(event)]
     found.extend(event.name.removeprefix("aten::") for event in events)

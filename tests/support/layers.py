@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoa import SmoaConfig
-from smoa.files.names import PREFIX
-from smoa.layers import route as routes
-from smoa.layer import SmoaLayer
+from smoa.compat import PREFIX
+from smoa.conv import Convolution
+from smoa.embedding import Embedding
 from smoa.kernels import one_product
+from smoa.layer import SmoaLayer
 from tests import reference
 
 # (out_features, in_features, num_blocks): square, tall, wide, K that divides neither side, K = min(m, n), K = 1.
@@ -26,7 +27,7 @@ def take_route(route: str | None) -> None:
     if route is not None:
         one_product.MIN_TOKENS = 0 if route == "one product" else 1 << 60
     if route == "apart":
-        routes.may_form = lambda *_: False
+        Convolution.fits_one_product = Embedding.fits_one_product = SmoaLayer.fits_one_product  # type: ignore[method-assign]
 
 
 class Wrapper(nn.Module):
@@ -123,7 +124,7 @@ def oracle_delta(
         (own_B.detach() if B is None else B).double(),
         *labels(layer, adapter),
         ranks(layer, adapter),
-        [layer.scaling[adapter] * s for s in layer.derived(adapter).block_scale.tolist()],
+        [layer.scaling[adapter] * s for s in layer.decided(adapter).block_scale.tolist()],
         layer.adapters[adapter].modulation,
     )
 

@@ -140,7 +140,7 @@ def oracle_deltas(wrapper: ParamWrapper, A: Tensor | None = None, B: Tensor | No
     A, B = (own.detach() if given is None else given for own, given in ((own_A, A), (own_B, B)))
     ranks, halves = wrapper.adapters["default"].ranks, wrapper.layout.halves
     rows, cols = wrapper.smoa_row_labels["default"].tolist(), wrapper.smoa_col_labels["default"].tolist()
-    r, scales = sum(ranks), wrapper.derived("default").block_scale.tolist()
+    r, scales = sum(ranks), wrapper.decided("default").block_scale.tolist()
     return [
         reference.delta_weight(
             matrix_of(wrapper, number // halves, number % halves).double(),

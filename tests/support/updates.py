@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smoa.partition import Blocks
 from smoa.kernels.factors import Factors
-from smoa.spectrum import make_partition
 from smoa.kernels.one_product import Update
+from smoa.partition import Blocks
+from smoa.spectrum import make_partition
 from tests import reference
 
 # (out_features, in_features, block_ranks): square, tall, wide, ragged, r that K does not divide, unequal, an empty one.

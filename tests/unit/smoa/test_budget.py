@@ -99,6 +99,6 @@ def test_the_bytes_of_an_adapter_are_those_of_its_factors_labels_and_scales(
     out_features: int, in_features: int, r: int, num_blocks: int
 ) -> None:
     layer = adapted_layer(base_layer(out_features, in_features, dtype=torch.float32), r=r, num_blocks=num_blocks)
-    saved = layer.smoa_row_labels["default"], layer.smoa_col_labels["default"], layer.derived("default").block_scale
+    saved = layer.smoa_row_labels["default"], layer.smoa_col_labels["default"], layer.decided("default").block_scale
     expected = sum(tensor.nbytes for tensor in (*factors(layer), *saved))
     assert adapter_bytes(out_features, in_features, r, num_blocks) == expected

@@ -1,18 +1,16 @@
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
-from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig
+from smoa import ConfigError, MergeError, SmoaConfig
 from smoa.hotswap import hotswap_adapter
-from smoa.generation import snapshot_of
+from smoa.kept import snapshot_of
 from tests.support import tiny_models
-from tests.support.adapter_files import rewritten, with_settings
+from tests.support.adapter_files import with_settings
 from tests.support.layers import layers_of
 from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close
@@ -36,47 +34,6 @@ def saved(folder: Path, seed: int = 2, family: str = "llama", **config: Any) -> 
     return model
 
 
-def replace(model: PeftModel, folder: Path, low: bool = False) -> None:
-    model.load_adapter(folder, "default", low_cpu_mem_usage=low)
-
-
-@pytest.mark.parametrize(
-    ("more", "last"),
-    [
-        ({}, "layers.1.mlp.down_proj.smoa_B.default."),
-        ({"modules_to_save": ["lm_head"]}, "lm_head.modules_to_save.default."),
-        ({"family": "gpt2", "bias": "all", "target_modules": ["c_attn"]}, "h.1.attn.c_attn.base_layer."),
-    ],
-)
-@pytest.mark.parametrize("swap", [hotswap_adapter, replace, partial(replace, low=True)])
-def test_a_swap_that_is_interrupted_leaves_the_adapter_as_it_was(
-    swap: Callable[[PeftModel, Path], object],
-    more: dict[str, Any],
-    last: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    saved(tmp_path, scale="lora", **more)
-    model, load, loaded = adapted(1, scale="block", **more), nn.Module._load_from_state_dict, list[str]()
-    before, config = logits(model, more.get("family", "llama")), dict(vars(model.peft_config["default"]))
-    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-
-    def interrupted(self: nn.Module, tensors: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        load(self, tensors, prefix, *args)
-        loaded.append(prefix)
-        if prefix.endswith(last):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(nn.Module, "_load_from_state_dict", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        swap(model, tmp_path)
-    assert len(loaded) > 20
-    assert torch.equal(logits(model), before)
-    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-    assert vars(model.peft_config["default"]) == config
-
-
-@pytest.mark.filterwarnings("ignore:r is smaller than num_blocks:UserWarning")
 @pytest.mark.parametrize(
     "other",
     [
@@ -112,7 +69,7 @@ def test_after_a_swap_the_model_does_what_the_new_adapter_does(other: dict[str, 
 
 def test_the_config_says_of_its_base_what_the_file_says(tmp_path: Path) -> None:
     saved(tmp_path)
-    said = {"base_model_name_or_path": "org/base", "other_base": True, "quantized_base": True}
+    said = {"scale": "lora", "other_base": True}
     with_settings(tmp_path, **said)
     model = adapted(1)
     hotswap_adapter(model, tmp_path)
@@ -181,32 +138,18 @@ def test_the_next_generate_has_the_new_adapter(dtype: torch.dtype, tmp_path: Pat
     ("other", "reason"),
     [
         ({"r": 9}, "more than the"),
-        ({"num_blocks": 2}, "num_blocks=2, not 3"),
-        ({"modulation": "none"}, "modulation='none'"),
-        ({"bias": "all"}, "bias='all'"),
-        ({"target_modules": ["q_proj", "k_proj"]}, r"has .*k_proj.*, but not"),
-        ({"modules_to_save": ["norm"]}, "norm"),
-        ({"family": "gemma3"}, "fit the layer"),
+        ({"num_blocks": 2}, "differs from the loaded adapter in num_blocks"),
+        ({"modulation": "none"}, "modulation"),
+        ({"bias": "all"}, "bias"),
+        ({"target_modules": ["q_proj", "k_proj"]}, r"has .*k_proj, which 'default' lacks"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_changes_nothing(other: dict[str, Any], reason: str, tmp_path: Path) -> None:
     model = adapted(1)
     saved(tmp_path, **other)
     before = logits(model)
-    with pytest.raises((ConfigError, AdapterFileError), match=reason):
+    with pytest.raises(ConfigError, match=reason):
         hotswap_adapter(model, tmp_path)
-    assert torch.equal(logits(model), before)
-
-
-@pytest.mark.parametrize("tokens", [[5, 6], [2, 1]])  # their rows are saved in this order
-def test_trained_tokens_of_other_indices_are_refused(tokens: list[int], tmp_path: Path) -> None:
-    model = adapted(1, trainable_token_indices=[1, 2])
-    saved(tmp_path, trainable_token_indices=tokens)
-    before = logits(model)
-    with pytest.raises(ConfigError, match=rf"trainable_token_indices=.*{tokens[1]}\], not \[1, 2\]"):
-        hotswap_adapter(model, tmp_path)
-    with pytest.raises(ConfigError, match=rf"trainable_token_indices=.*{tokens[1]}\], not \[1, 2\]"):
-        model.load_adapter(tmp_path, "default")
     assert torch.equal(logits(model), before)
 
 
@@ -220,27 +163,9 @@ def test_a_merged_adapter_is_not_swapped(tmp_path: Path) -> None:
 def test_only_smoa_adapters_are_swapped(tmp_path: Path) -> None:
     lora = get_peft_model(tiny_models.build("llama"), LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="no SMoA adapter named"):
+    with pytest.raises(ConfigError, match="both must be SMoA adapters"):
         hotswap_adapter(lora, tmp_path)
-    with pytest.raises(ConfigError, match="no SMoA adapter named 'other'"):
+    with pytest.raises(ConfigError, match="can't replace 'other'"):
         hotswap_adapter(adapted(1), tmp_path, "other")
-    with pytest.raises(ConfigError, match="LORA"):
-        hotswap_adapter(adapted(1), tmp_path)
-
-
-def test_a_layer_that_lacks_a_part_is_refused_and_nothing_is_changed(tmp_path: Path) -> None:
-    model = adapted(1)
-    before = logits(model)
-    saved(tmp_path)
-    part = "base_model.model.model.layers.1.self_attn.q_proj.smoa_B.weight"
-    with_settings(rewritten(tmp_path, lambda tensors: tensors.pop(part)))
-    with pytest.raises(AdapterFileError, match=r"but not .*layers\.1\.self_attn\.q_proj\.smoa_B"):
-        hotswap_adapter(model, tmp_path)
-    assert torch.equal(logits(model), before)
-
-
-def test_factors_of_another_rank_than_their_config_says_are_refused(tmp_path: Path) -> None:
-    saved(tmp_path)
-    with_settings(tmp_path, r=3)
-    with pytest.raises(AdapterFileError, match="don't fit the layer"):
+    with pytest.raises(ConfigError, match="both must be SMoA adapters"):
         hotswap_adapter(adapted(1), tmp_path)

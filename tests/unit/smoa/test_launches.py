@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from smoa.layer import SmoaLayer
 from smoa.kernels import blocks as by_blocks
 from smoa.kernels import one_product
+from smoa.layer import SmoaLayer
 from tests.support.gradients import assert_path
 from tests.support.launches import SORTS_OR_WAITS, count
 from tests.support.layers import adapted_layer, base_layer, factors, take_route
@@ -51,7 +51,6 @@ def test_a_step_starts_few_operations_whatever_the_number_of_blocks(
 ) -> None:
     take_route(route)
     monkeypatch.setattr(one_product, "PIECE", 1 << 60)
-    monkeypatch.setattr(one_product, "is_finite", lambda *_: True)  # which waits, on a CPU alone
     most, found = LAUNCHES[route], set()
     for num_blocks in (2, 8, 16):
         forward, backward = launches_of(*adapted(dtype, num_blocks=num_blocks, partition=partition), monkeypatch)

@@ -10,10 +10,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from smoa import SmoaConfig, clear_spectrum_cache
-from smoa.layers import merging
-from smoa.adapter import labels_and_scales
-from smoa.maths import spectrum
+from smoa import SmoaConfig, clear_spectrum_cache, spectrum
+from smoa.adapter import decided_partition
 from smoa.kernels import one_product
 from smoa.kernels.blocks import SCRATCH
 from tests.support.layers import ROUTES, adapted_layer, add_adapter, base_layer, factors
@@ -29,7 +27,6 @@ def _tiles_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many tiles of rows as a large weight has."""
     monkeypatch.setattr(spectrum, "ROW_TILE", 32)
     monkeypatch.setattr(one_product, "PIECE", 1)
-    monkeypatch.setattr(merging, "LOSS_ROWS", 16)
     clear_spectrum_cache()
 
 
@@ -53,7 +50,7 @@ def test_making_an_adapter_holds_few_copies_of_the_larger_of_weight_and_gram_mat
     monkeypatch.setattr(spectrum, "CLOSE_SCORES", close)
     weight = (0.02 * torch.randn(shape)).to(dtype)
     with LiveBytes(weight) as held:
-        labels_and_scales(4, weight, ("spectral", None, "hadamard", 0))
+        decided_partition(4, weight, SmoaConfig(), 0)
     assert held.peak <= (most + SMALL - 1) * 4 * weight.numel()
     assert held.peak >= 4 * min(shape) ** 2  # the Gram matrix was counted
 

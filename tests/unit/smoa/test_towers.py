@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from smoa import SmoaConfig
-from smoa.kinds import Convolution, Embedding
+from smoa.conv import Convolution
+from smoa.embedding import Embedding
 from smoa.linear import Linear
 from tests.support.decompositions import NoDecomposition
 from tests.support.layers import layers_of, oracle_delta

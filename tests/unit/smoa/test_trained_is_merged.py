@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import smoa
 from smoa import SmoaConfig, UnsupportedModuleError, keep_in_generate
+from smoa.kernels.one_product import Update
 from smoa.layer import smoa_layers
 from smoa.route import route_of
-from smoa.kernels.one_product import Update
 from tests.support.kinds import KINDS, input_of, kind_of_layer
 from tests.support.layers import adapted_layer, stored_bits, take_route
 
@@ -40,7 +40,7 @@ def test_a_model_in_training_gives_the_merged_ones_logits(dtype: torch.dtype, nu
     ids = tokens(4)
     logits = model(input_ids=ids).logits
     before = stored_bits(model)
-    with smoa.merged(model, reports=False):
+    with smoa.merged(model):
         assert torch.equal(model(input_ids=ids).logits, logits)
     model.merge_adapter()
     assert torch.equal(model(input_ids=ids).logits, logits)

@@ -6,7 +6,7 @@ import pytest
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from smoa import ConfigError, SmoaConfig
+from smoa import SmoaConfig
 from tests import soak
 from tests.support.layers import Wrapper
 
@@ -25,12 +25,6 @@ def test_a_token_given_for_loading_is_not_saved(tmp_path: Path, adapter: PeftMod
     again = PeftModel.from_pretrained(base(), tmp_path / "first", token="hf_secret")
     again.save_pretrained(tmp_path / "second")
     assert all(b"hf_secret" not in file.read_bytes() for file in (tmp_path / "second").iterdir())
-
-
-def test_a_pickle_is_refused_when_it_is_saved(tmp_path: Path, adapter: PeftModel) -> None:
-    adapter.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"is a pickle.*safe_serialization"):
-        adapter.save_pretrained(tmp_path, safe_serialization=False)
 
 
 def test_lives_of_an_adapter_leave_weights_and_memory_as_they_were() -> None:

@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor
 
 from smoa import SmoaConfig
-from smoa.files.names import PREFIX
+from smoa.compat import PREFIX
 from smoa.layer import SmoaLayer
 from tests import reference
-from tests.support import tiny_mixtures, tiny_models
+from tests.support import tiny_models
 from tests.support.gradients import assert_path, layer_13_to_11
 from tests.support.launches import gathers
 from tests.support.layers import (
@@ -29,7 +28,6 @@ from tests.support.layers import (
     randomise,
     smoa_layers,
 )
-from tests.support.tolerance import assert_close
 
 CONFIG = {"r": 5, "num_blocks": 3, "alpha": 8.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
@@ -61,17 +59,17 @@ def test_the_file_holds_factors_labels_and_scales_and_nothing_else(tmp_path: Pat
     assert all(name.startswith("base_model.model.model.layers.") for name in tensors)
 
 
-def test_an_adapter_made_from_a_saved_config_alone_decides_its_labels_before_it_is_saved(tmp_path: Path) -> None:
+def test_an_adapter_made_from_a_saved_config_alone_decides_its_labels_at_its_first_use(tmp_path: Path) -> None:
     config = SmoaConfig.from_pretrained(saved(trained_llama(), tmp_path / "first"))
     model = get_peft_model(tiny_models.build("llama"), config)
+    model(**tiny_models.batch("llama"))
     tensors = load_file(saved(model, tmp_path / "second") / "adapter_model.safetensors")
     for name, layer in smoa_layers(model).items():
         own = tensors[f"{PREFIX}{name}.smoa_row_labels"].tolist(), tensors[f"{PREFIX}{name}.smoa_col_labels"].tolist()
         assert own == reference.spectral_labels(base_weight(layer), 3)
 
 
-@pytest.mark.parametrize("first", ["called", "saved"])
-def test_the_labels_of_a_model_adapted_on_the_meta_device_are_decided_once_weights_are_there(first: str) -> None:
+def test_the_labels_of_a_model_adapted_on_the_meta_device_are_decided_once_weights_are_there() -> None:
     with torch.device("meta"):
         model = get_peft_model(tiny_models.llama(), SmoaConfig(**CONFIG))
     real = tiny_models.build("llama").state_dict()
@@ -80,12 +78,10 @@ def test_the_labels_of_a_model_adapted_on_the_meta_device_are_decided_once_weigh
         for name, tensor in model.named_parameters():
             own = name.removeprefix("base_model.model.").replace(".base_layer", "")
             tensor.copy_(real.get(own, torch.ones_like(tensor)))
-    state = get_peft_model_state_dict(model) if first == "saved" else {}
-    for name, layer in smoa_layers(model).items():
+    for layer in smoa_layers(model).values():
         expected = reference.spectral_labels(base_weight(layer), 3)
         partition = layer.blocks("default")
         assert (partition.row_labels.tolist(), partition.col_labels.tolist()) == expected
-        assert not state or torch.equal(state[f"{PREFIX}{name}.smoa_row_labels"], partition.row_labels)
 
 
 def as_fsdp1(layer: Any) -> None:
@@ -103,45 +99,16 @@ CASTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*has factors and no labels of their blocks:UserWarning")
-@pytest.mark.parametrize("partition", ["spectral", "random"])
-def test_a_checkpoint_of_blocks_that_were_not_decided_yet_leaves_them_to_be_decided(
-    partition: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = trained_llama(partition=partition)
-    batch = tiny_models.batch("llama")
-    expected = model(**batch).logits
-    with monkeypatch.context() as launched:  # by torchrun, before there is a process group
-        launched.setenv("LOCAL_RANK", "0")
-        launched.setenv("WORLD_SIZE", "2")
-        early = trained_llama(partition=partition)
-    factors_alone = {
-        key: tensor for key, tensor in model.state_dict().items() if ".smoa_A." in key or ".smoa_B." in key
-    }
-    early.load_state_dict(factors_alone, strict=False)
-    model.load_state_dict(early.state_dict())
-    assert torch.equal(model(**batch).logits, expected)
-
-
 @pytest.mark.parametrize("cast", CASTS)
 def test_the_scale_of_a_block_is_not_rounded(cast: str) -> None:
     layer = adapted_layer(base_layer(12, 8, dtype=torch.bfloat16), r=4, num_blocks=2, scale="layer")
-    before = layer.derived("default").block_scale.clone()
+    before = layer.decided("default").block_scale.clone()
     assert not torch.equal(before, before.bfloat16().float())
     CASTS[cast](layer)
     assert layer.state_dict()["smoa_block_scale.default"].dtype == torch.float32
     assert torch.equal(layer.state_dict()["smoa_block_scale.default"], before)
-    assert torch.equal(layer.derived("default").block_scale, before)
-    assert torch.equal(layer.derived("default").rank_scale, before.repeat_interleave(2))
-
-
-def test_what_is_derived_anew_takes_no_scale_that_was_rounded_since() -> None:
-    layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2)
-    before = layer.derived("default").block_scale.clone()
-    as_fsdp1(layer)
-    rows = layer.smoa_row_labels["default"]
-    rows.copy_(1 - rows)  # a new adapter, of blocks in the other order
-    assert torch.equal(layer.derived("default").block_scale, before)
+    assert torch.equal(layer.decided("default").block_scale, before)
+    assert torch.equal(layer.decided("default").rank_scale, before.repeat_interleave(2))
 
 
 def test_blocks_leave_with_the_last_adapter_that_has_them() -> None:
@@ -163,7 +130,7 @@ def test_a_whole_model_is_saved_and_loaded_by_safetensors(tmp_path: Path) -> Non
     config = SmoaConfig(r=4, target_modules=["q_proj"], init_weights=False)
     saved, loaded = (get_peft_model(tiny_models.build("llama"), config).eval() for _ in range(2))
     layer = saved.base_model.model.model.layers[0].self_attn.q_proj
-    layer.smoa_block_scale["default"].copy_(layer.smoa_block_scale["default"].bfloat16())  # as FSDP1 does
+    as_fsdp1(layer)
     save_model(saved, tmp_path / "model.safetensors")  # as accelerate's save_model and load_state do
     load_model(loaded, tmp_path / "model.safetensors")
     batch = tiny_models.batch("llama")
@@ -185,8 +152,8 @@ def test_injecting_and_loading_do_not_depend_on_the_default_dtype(
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
     usual = smoa_layers(get_peft_model(tiny_models.build("llama"), SmoaConfig(**CONFIG, partition=partition)))
     for name, layer in smoa_layers(injected).items():
-        assert layer.derived("default").block_scale.dtype == torch.float32
-        scale, usual_scale = (each.derived("default").block_scale for each in (layer, usual[name]))
+        assert layer.decided("default").block_scale.dtype == torch.float32
+        scale, usual_scale = (each.decided("default").block_scale for each in (layer, usual[name]))
         assert partition == "random" or torch.equal(scale, usual_scale)
         assert partition == "random" or labels(layer) == labels(usual[name])
 
@@ -228,74 +195,16 @@ def test_a_training_step_gathers_nothing_of_contiguous_blocks(
 
 
 def test_labels_that_happen_to_ascend_are_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = contiguous(partition="random", route="apart")
-    for side in (layer.smoa_row_labels["default"], layer.smoa_col_labels["default"]):
-        side.copy_(side.sort().values)
-    layer.derived("default")
+    layer, x = contiguous(partition="random", route="apart", other_base=True)
+    rows, cols, scale = layer.partition_of("default")
+    layer.set_partition("default", (rows.sort().values, cols.sort().values, scale))
+    layer.decided("default")
     with gathers(monkeypatch) as found:
         step(layer, x)
     assert not found
     assert_path(layer, layer(x), x)
-    for side in ("smoa_row_labels", "smoa_col_labels"):  # one alone
-        layer.load_state_dict({f"{side}.default": getattr(layer, side)["default"].roll(1)}, strict=False)
+    for number in range(2):  # one side alone
+        partition = [*layer.partition_of("default")]
+        partition[number] = partition[number].roll(1)
+        layer.set_partition("default", partition)
         assert_path(layer, layer(x), x)
-
-
-@pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("partition", ["random", "contiguous"])
-def test_labels_that_are_written_in_place_are_followed(partition: str, inference: bool) -> None:
-    torch.manual_seed(1)
-    source = adapted_layer(base_layer(12, 14, dtype=torch.float32), partition="random", num_blocks=3)
-    torch.manual_seed(2)
-    with torch.inference_mode(inference):
-        target = adapted_layer(base_layer(12, 14, dtype=torch.float32), partition=partition, num_blocks=3)
-    x = torch.randn(5, 14)
-    with torch.inference_mode(inference), torch.no_grad():
-        assert not torch.allclose(target(x), source(x))
-        for name, tensor in target.state_dict().items():
-            tensor.copy_(source.state_dict()[name])
-        assert_close(target(x), source(x))
-
-
-def put_there(tensor: Tensor, values: Tensor) -> None:
-    tensor.data = values.clone()
-
-
-UNCOUNTED = {"data": lambda tensor, values: tensor.data.copy_(values), "another memory": put_there}
-"""Ways to write to a tensor that PyTorch doesn't count; a broadcast of torch.distributed is one more."""
-ADAPTED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    "linear layers": (lambda: tiny_models.build("llama"), {"target_modules": ["q_proj"]}),
-    "an embedding": (lambda: tiny_models.build("llama"), {"target_modules": ["embed_tokens"]}),
-    "experts": (lambda: tiny_mixtures.build_mixture("mixtral"), {"target_parameters": tiny_mixtures.EXPERTS}),
-}
-
-
-@pytest.mark.parametrize("way", UNCOUNTED)
-@pytest.mark.parametrize("kind", ADAPTED)
-def test_what_is_written_over_another_adapter_is_followed_in_the_next_call(kind: str, way: str) -> None:
-    build, targets = ADAPTED[kind]
-    configs = (
-        SmoaConfig(r=4, num_blocks=2, init_weights=False, partition=p, **targets) for p in ("random", "spectral")
-    )
-    source, model = (get_peft_model(build(), config).eval() for config in configs)
-    expected, before = (each(**tiny_models.batch("llama")).logits for each in (source, model))
-    state = model.state_dict(keep_vars=True)
-    for tensor, values in zip(state.values(), source.state_dict().values(), strict=True):
-        UNCOUNTED[way](tensor, values)
-    assert not torch.allclose(before, expected)
-    assert torch.equal(model(**tiny_models.batch("llama")).logits, expected)
-
-
-@pytest.mark.parametrize("point", ["train", "generate", "merge_adapter", "save_pretrained"])
-def test_where_a_call_can_not_look_at_labels_other_calls_do(point: str, tmp_path: Path) -> None:
-    source, model = trained_llama(partition="random"), trained_llama()
-    state = {key: tensor.unsqueeze(-1).repeat_interleave(2, -1)[..., 0] for key, tensor in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)  # apart in memory; calls count writes only, as they do on a GPU
-    expected, batch = source(**tiny_models.batch("llama")).logits, tiny_models.batch("llama")
-    model(**batch)
-    for tensor, values in zip(model.state_dict().values(), source.state_dict().values(), strict=True):
-        tensor.data.copy_(values)
-    generating = {"input_ids": batch["input_ids"][:1], "max_new_tokens": 1, "pad_token_id": 0}
-    arguments: dict[str, Any] = {"generate": generating, "save_pretrained": {"save_directory": tmp_path}}
-    getattr(model, point)(**arguments.get(point, {}))
-    assert_close(model(**batch).logits, expected)

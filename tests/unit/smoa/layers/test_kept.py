@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from smoa.adapter_names import Call, opened
-from smoa.generation import snapshot_of
+from smoa.kept import snapshot_of
 from smoa.linear import Linear
 from tests.support.layers import adapted_layer, add_adapter, base_layer, oracle_output
 from tests.support.tolerance import assert_close
@@ -34,8 +34,14 @@ def test_what_is_kept_does_not_change_the_output(dtype: torch.dtype, modulation:
 
 
 def change_labels(layer: Linear) -> None:
-    rows = layer.smoa_row_labels["default"].flip(0)
-    layer.load_state_dict({"smoa_row_labels.default": rows}, strict=False)
+    rows, cols, scale = layer.partition_of("default")
+    parts = zip(("row_labels", "col_labels", "block_scale"), (rows.flip(0), cols, scale), strict=True)
+    layer.load_state_dict({f"smoa_{part}.default": tensor for part, tensor in parts}, strict=False)
+
+
+def change_scales(layer: Linear) -> None:
+    rows, cols, _ = layer.partition_of("default")
+    layer.set_partition("default", (rows, cols, torch.ones(3)))
 
 
 def replace_factor(layer: Linear) -> None:
@@ -59,7 +65,7 @@ VALUES: dict[str, Callable[[Any], object]] = {
     "the base": lambda layer: layer.get_base_layer().weight.mul_(2),
     "labels": change_labels,
     "scale": lambda layer: layer.set_scale("default", 7),
-    "block scales": lambda layer: layer.smoa_block_scale.__setitem__("default", torch.ones(3)),
+    "block scales": change_scales,
 }
 CHOICES: dict[str, Callable[[Any], object]] = {
     "another adapter of the name": lambda layer: add_adapter(layer, "default", num_blocks=3),
@@ -71,8 +77,9 @@ CHOICES: dict[str, Callable[[Any], object]] = {
 
 
 def two_adapters() -> Linear:
-    layer = adapted_layer(base_layer(12, 12, dtype=torch.float32), num_blocks=3).eval()
-    add_adapter(layer, "other", num_blocks=3)
+    settings = {"num_blocks": 3, "other_base": True}  # so that any blocks and scales may come
+    layer = adapted_layer(base_layer(12, 12, dtype=torch.float32), **settings).eval()
+    add_adapter(layer, "other", **settings)
     layer.set_adapter("default")
     return layer
 
@@ -94,7 +101,7 @@ def test_every_change_is_seen_in_the_next_forward(change: str) -> None:
 @torch.no_grad()
 def test_a_value_that_changes_in_a_snapshot_counts_from_the_next_one_on(change: str) -> None:
     layer, x, names = two_adapters(), torch.randn(2, 12), ["other", "default"]
-    call = Call(("other", "default"), frozenset([layer]))
+    call = Call(("other", "default"))
     with snapshot_of([layer]), opened(call):
         layer(x)
     with snapshot_of([layer]):

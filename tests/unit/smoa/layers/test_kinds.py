@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from smoa import SmoaConfig, UnsupportedModuleError
-from smoa.kinds import Convolution, Embedding
-from smoa.layer import SmoaLayer
+from smoa import SmoaConfig
+from smoa.conv import Convolution
+from smoa.embedding import Embedding
 from smoa.kernels.blocks import SCRATCH
+from smoa.layer import SmoaLayer
 from tests.support.kinds import CONVS, input_of, kind_of_layer, oracle_of
 from tests.support.layers import (
     ROUTES,
@@ -200,8 +201,3 @@ def test_a_scaled_embedding_scales_the_update_too(scaled: type[nn.Embedding]) ->
     unmerged = layer(TOKENS)
     layer.merge()
     assert_close(layer(TOKENS), unmerged)
-
-
-def test_what_changes_its_table_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModuleError, match=r"layer: .*max_norm=1\.0.*exclude_modules"):
-        get_peft_model(Wrapper(nn.Embedding(17, 10, max_norm=1.0)), SmoaConfig(target_modules=["layer"]))

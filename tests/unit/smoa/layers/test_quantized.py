@@ -13,11 +13,10 @@ import torch
 from peft import get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
-from smoa import SmoaConfig, UnsupportedModuleError, keep_in_generate
-from smoa.layers import quantized
+from smoa import SmoaConfig, UnsupportedModuleError, keep_in_generate, quantized
+from smoa.generation import keeping
 from smoa.layer import SmoaLayer
 from smoa.quantized import QuantizedLinear
-from smoa.generation import keeping
 from tests import reference
 from tests.support.layers import Wrapper, clone_leaf, factors, labels, oracle_delta, stored_bits
 from tests.support.quantized import (
@@ -268,15 +267,7 @@ def refused(layer: nn.Module, message: str) -> None:
 
 
 def test_an_eight_bit_float_without_a_backend_is_refused_by_name() -> None:
-    refused(
-        Float8Linear(),
-        r"layer: .*Float8Linear, for which PEFT has no quantization backend; load the model with dequantize=True",
-    )
-
-
-def test_a_layer_that_is_not_quantized_yet_is_refused() -> None:
-    refused(bnb.nn.Linear4bit(8, 8), r"layer: .*Linear4bit that holds torch.float32: it is not quantized yet")
-    refused(bnb.nn.Linear8bitLt(8, 8), r"layer: .*Linear8bitLt that holds .*has_fp16_weights=False")
+    refused(Float8Linear(), r"Float8Linear, which PEFT can't dequantize: .*load the model with dequantize=True")
 
 
 def test_a_format_that_peft_can_not_dequantize_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,12 +278,4 @@ def test_a_format_that_peft_can_not_dequantize_is_refused_by_name(monkeypatch: p
 
     backend = SimpleNamespace(backend_name="gptq", supports_merge=False)
     monkeypatch.setattr(quantized, "find_quantization_backend", lambda *_, **__: backend)
-    refused(PackedLinear(), r"layer: .*PackedLinear: PEFT can't dequantize gptq, and ΔW is relative to the weight")
-
-
-def test_what_peft_refuses_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    def resolve(*_: Any, **__: Any) -> None:
-        raise ValueError("torchao quantized layer detected but 'get_apply_tensor_subclass' was not provided")
-
-    monkeypatch.setattr(quantized, "find_quantization_backend", resolve)
-    refused(Float8Linear(), r"layer: SMoA can't adapt the quantized weight of a .*Float8Linear: torchao quantized")
+    refused(PackedLinear(), r"PackedLinear, which PEFT can't dequantize: ΔW is relative to the weight")

@@ -8,8 +8,8 @@ from torch.nn.functional import linear
 from transformers.integrations import moe
 
 from smoa.errors import UnsupportedModuleError
-from smoa.stand_in import StandIn
 from smoa.experts import Layout
+from smoa.stand_in import StandIn
 from tests.support.tolerance import assert_close
 
 E, M, N = 3, 4, 8

@@ -16,10 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from smoa.errors import PartitionError
 from smoa.generation import snapshot_of
-from smoa.partition import Blocks, Orders, ascend, block_sizes, check_num_blocks
-from smoa.kernels.factors import Factors, init_factors, saved_shapes, split_rank
 from smoa.kernels.autograd import is_transformed
 from smoa.kernels.blocks import SCRATCH, Branch, block_deltas, product_dtype
+from smoa.kernels.factors import Factors, init_factors, saved_shapes, split_rank
 from smoa.kernels.shared import (
     FEW_PRODUCTS,
     MOST_ON_GPU,
@@ -32,6 +31,7 @@ from smoa.kernels.shared import (
     prefers_shared,
     shared,
 )
+from smoa.partition import Blocks, Orders, ascend, block_sizes, check_num_blocks
 from smoa.spectrum import make_partition
 from tests import reference
 from tests.support.layers import ROUTES, adapted_layer, base_layer, factors, oracle_output

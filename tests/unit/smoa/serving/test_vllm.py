@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smoa import AdapterFileError, ConfigError, SmoaConfig
-from smoa.files.names import PREFIX
+from smoa.compat import PREFIX
 from smoa.kernels.plan import RowsBySlot
 from smoa.partition import Blocks
+from smoa.vllm import register
 from smoa.vllm.saved import SavedLayer, Template, read_layers
 from smoa.vllm.slots import Slots
-from smoa.vllm import register
 from tests.support import fake_vllm, tiny_mixtures, tiny_models
 from tests.support.stubs import import_with_stubs
 from tests.support.tolerance import assert_close

@@ -12,13 +12,11 @@ import torch
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
-from smoa import ConfigError, SmoaConfig, keep_in_generate
-from smoa.layers import kept
-from smoa.mixed_batch import shared_output
-from smoa.partition import Blocks
-from smoa.kernels.factors import BlockRun
+from smoa import ConfigError, SmoaConfig, keep_in_generate, kept
 from smoa.kernels.blocks import Deltas, block_deltas, diagonal_blocks
+from smoa.kernels.factors import BlockRun
 from smoa.kernels.one_product import Update
+from smoa.partition import Blocks
 from tests.support import tiny_models
 from tests.support.adapted_models import SETTINGS, adapted, add_adapter
 from tests.support.layers import Wrapper, layers_of, take_route
@@ -64,7 +62,7 @@ class Spy:
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     seen = Spy()
-    fill, apply, fused = block_deltas, Update.apply, Update.apply_with_base
+    fill, apply, fused, few = block_deltas, Update.apply, Update.apply_with_base, Update.apply_to_few
 
     def of(*args: Any) -> Deltas:
         found = fill(*args)
@@ -82,7 +80,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     monkeypatch.setattr(kept, "block_deltas", of)
     monkeypatch.setattr(Update, "apply", counted(apply))
     monkeypatch.setattr(Update, "apply_with_base", counted(fused))
-    monkeypatch.setattr("smoa.linear.shared_output", counted(shared_output))
+    monkeypatch.setattr(Update, "apply_to_few", counted(few))
     return seen
 
 

@@ -8,7 +8,6 @@ from peft import TaskType
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from smoa import MergeError
 from tests.support import tiny_models
 from tests.support.adapted_models import QV, adapted, add_adapter
 from tests.support.layers import adapted_layer, base_layer, oracle_output
@@ -18,7 +17,6 @@ from tests.support.tolerance import assert_close, relative_error
 
 
 @pytest.mark.parametrize("settings", [{}, {"r": 30, "num_blocks": 20}], ids=["", "narrow v_proj"])
-@pytest.mark.filterwarnings("ignore:num_blocks=20 is larger than a side of 2 of 4 targets:UserWarning")
 def test_a_mixed_batch_gives_what_each_adapter_gives_alone(
     tiny_llama: PreTrainedModel, settings: dict[str, int]
 ) -> None:
@@ -71,8 +69,6 @@ def test_a_mixed_batch_trains_tokens_of_a_head_in_the_rows_of_their_adapter_only
     mixed = logits(model, "gemma3", adapter_names=["default", "__base__", "__base__"])
     assert_close(mixed[0], alone[0])
     assert_close(mixed[1:], logits(tiny_models.build("gemma3"), "gemma3")[1:])
-    with pytest.raises(MergeError, match="lm_head: trainable_token_indices replaces rows of its weight"):
-        model.merge_adapter()
 
 
 @pytest.mark.parametrize("length", [1, 200])  # for 200 tokens at rank 2 it pays to form ΔW
@@ -108,7 +104,7 @@ def test_names_that_fit_no_batch_or_model_are_refused(tiny_llama: PreTrainedMode
     for names, reason in {("default",): "adapter_names", ("default", "nobody", "default"): "nobody"}.items():
         with pytest.raises(ValueError, match=reason):
             logits(model, adapter_names=[*names])
-    with pytest.raises(ValueError, match="did you mean 'default'"):
+    with pytest.raises(ValueError, match=r"unknown adapters \['defualt'\]; choose from default"):
         logits(model, adapter_names=["defualt"] * 3)
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged"):
