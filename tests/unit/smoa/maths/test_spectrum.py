@@ -66,7 +66,7 @@ def test_the_spectral_partition_is_that_of_a_full_decomposition(shape: tuple[int
 
 
 def test_an_unknown_kind_of_partition_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'contigous' must be one of .*'spectral'"):
+    with pytest.raises(ConfigError, match=r"'contigous' must be one of .*'spectral'"):
         make_partition(torch.eye(4), 2, "contigous")  # type: ignore[arg-type]
 
 

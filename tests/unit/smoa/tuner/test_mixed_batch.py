@@ -115,7 +115,7 @@ def test_names_that_fit_no_batch_or_model_are_refused(tiny_llama: PreTrainedMode
     ("family", "setting", "by"),
     [
         ("llama", {}, "argument"),
-        ("llama", {"num_beams": 2}, "positional config"),
+        ("llama", {"num_beams": 2}, "config"),
         ("t5", {"num_beams": 2}, "the model's config"),
         ("llama", {"num_beams": 2}, "argument over both"),
         ("llama", {"num_beams": 3, "num_return_sequences": 2}, "config"),
@@ -143,14 +143,12 @@ def test_a_mixed_batch_generates_what_each_adapter_generates_alone(
     elif by == "argument over both":
         model.generation_config.num_beams = 5
         options |= {"generation_config": GenerationConfig(**settings | {"num_beams": 4}), "num_beams": 1} | setting
-    by_position = by == "positional config"
-    positional = (inputs.pop("input_ids"), options.pop("generation_config")) if by_position else ()
     alone = []
     copies = setting.get("num_return_sequences", 1)
     for i, name in enumerate(["other", "default"]):
         model.set_adapter(name)
-        alone.append(model.generate(*positional, **inputs, **options)[i * copies : (i + 1) * copies])
-    mixed = model.generate(*positional, **inputs, **options, adapter_names=["other", "default"])
+        alone.append(model.generate(**inputs, **options)[i * copies : (i + 1) * copies])
+    mixed = model.generate(**inputs, **options, adapter_names=["other", "default"])
     assert torch.equal(mixed, torch.cat(alone))
 
 
