@@ -115,8 +115,9 @@ def linear_weight(linear: nn.Module) -> Tensor:
     if type(linear) is nn.Linear:
         return whole(linear.weight)
     weight = next(linear.parameters())
+    dtype = getattr(getattr(linear, "mixed_precision", None), "param_dtype", None) or weight.dtype  # FSDP1's
     with without_autocast(weight.device.type):  # it would round the factors
-        output: Tensor = linear(torch.eye(int(linear.in_features), device=weight.device, dtype=weight.dtype))  # type: ignore[arg-type]
+        output: Tensor = linear(torch.eye(int(linear.in_features), device=weight.device, dtype=dtype))  # type: ignore[arg-type]
     return output.T
 
 
