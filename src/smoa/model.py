@@ -6,6 +6,7 @@ import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -43,6 +44,7 @@ class SmoaModel(BaseTuner):
     prefix: str = "smoa_"
     tuner_layer_cls = SmoaLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    _add_modules_to_save_to_tie: Any = getattr(LoraModel, "_add_modules_to_save_to_tie", None)  # not in 0.18
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's `inject_adapter`, which decomposes no weight if labels will be loaded."""
