@@ -20,9 +20,10 @@ from accelerate.utils import DistributedType, load_fsdp_model, save_fsdp_model
 from peft import PeftModel, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 import smoa.adapter
-from smoa import PartitionError, SmoaConfig, make_partition, merged
+from smoa import SmoaConfig, make_partition, merged
 from smoa.layer import SmoaLayer
 from tests.support import tiny_models, tiny_reader
 from tests.support.tiny_mixtures import EXPERTS, build_mixture
@@ -90,6 +91,16 @@ def generated(model: nn.Module) -> list[list[int]]:
     return model.eval().generate(input_ids=micro_batches()[0, :, :5], max_new_tokens=6, do_sample=False).tolist()
 
 
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    """The same on every rank, which all must ask for."""
+    found: Tensor = model.eval()(input_ids=micro_batches()[0]).logits.clone()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # a forward without a backward leaves the root whole
+            module.reshard()
+    return found
+
+
 def train(accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, Any, list[float]]:
     """The prepared model and optimizer after training, and the loss of every step, averaged over the ranks."""
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
@@ -137,7 +148,7 @@ def save_adapter(accelerator: Accelerator, model: nn.Module, folder: Path) -> No
 def late_process_group(folder: Path) -> Result:
     """The adapter is injected before there is a process group; must be the first."""
     model = adapted()
-    pending = all(layer.adapters["default"].pending for layer in layers(model).values())
+    pending = all(layer.adapters["default"].blocks is None for layer in layers(model).values())
     accelerator = fresh_accelerator()
     model, _, losses = train(accelerator, model)
     return {"pending": pending, "losses": losses, "labels": labels(model)}
@@ -174,22 +185,13 @@ def disagreeing_weights(folder: Path) -> Result:
     return {"labels": labels(model), "own": own, "random": labels(shuffled), "decompositions": calls}
 
 
-def broken_weights(folder: Path) -> Result:
-    """Rank 0 can't decompose a weight."""
-    base = tiny_models.build("llama")
-    if RANK == 0:
-        base.model.layers[1].self_attn.q_proj.weight.data[0, 0] = float("nan")
-    try:
-        adapted(base)
-    except PartitionError as error:
-        return {"error": str(error)}
-    return {"error": None}
-
-
-def fsdp2(folder: Path, **options: Any) -> Result:
+def fsdp2(folder: Path, checkpoints_activations: bool = False, **options: Any) -> Result:
+    """The model checkpoints activations: with accelerate's wrappers for that PEFT saves no tensors, of LoRA neither."""
     accelerator = fresh_accelerator(fsdp_plugin=plugin(2, **options))
     loads_on_rank_zero = bool(options.get("cpu_ram_efficient_loading"))
     base = tiny_models.build("llama")
+    if checkpoints_activations:
+        base.gradient_checkpointing_enable()
     if loads_on_rank_zero and RANK > 0:
         for parameter in base.parameters():  # never loaded: rank 0 will send it
             parameter.data.fill_(float("nan"))
@@ -199,18 +201,18 @@ def fsdp2(folder: Path, **options: Any) -> Result:
 
 
 def _saves_and_restores(accelerator: Accelerator, model: nn.Module, folder: Path) -> list[bool]:
-    """Save a checkpoint, spoil factors and labels, load it, see if all is as it was; then the Trainer's kind, which
-    holds the adapter alone."""
+    """Save a checkpoint, spoil factors and labels, load it, see if all is as it was, by the logits too; then the
+    Trainer's kind, which holds the adapter alone."""
     plugin = accelerator.state.fsdp_plugin
     accelerator.save_state(str(folder / "checkpoint"))
     save_fsdp_model(plugin, accelerator, model, str(folder / "adapter_only"), adapter_only=True)
     trained = {name: p.to_local().clone() for name, p in model.named_parameters() if p.requires_grad}
-    kept = labels(model)
+    kept, said = labels(model), logits(model)
 
     def is_restored() -> bool:
         now = dict(model.named_parameters())
         same = all(torch.equal(now[name].to_local(), saved) for name, saved in trained.items())
-        return same and labels(model) == kept
+        return torch.equal(logits(model), said) and same and labels(model) == kept
 
     spoil(model)
     spoiled = not is_restored()
@@ -228,11 +230,12 @@ def spoil(model: nn.Module) -> None:
         if parameter.requires_grad:
             parameter.zero_()
     for layer in layers(model).values():
-        layer.smoa_row_labels["default"].copy_(1 - layer.smoa_row_labels["default"])
+        rows, cols, scale = layer.partition_of("default")
+        layer.set_partition("default", (1 - rows, cols, scale))
 
 
 def fsdp2_full(folder: Path) -> Result:
-    return fsdp2(folder, activation_checkpointing=True)
+    return fsdp2(folder, checkpoints_activations=True)
 
 
 def fsdp2_sharded(folder: Path) -> Result:
@@ -274,13 +277,24 @@ def fsdp2_embedding_and_convolution(folder: Path) -> Result:
     return {"losses": losses, "labels": labels(model), "restored": _saves_and_restores(accelerator, model, folder)}
 
 
-def fsdp1(folder: Path, **options: Any) -> Result:
-    """Its state dict is not asked for: on a CPU it fails inside PyTorch, with flat parameters for LoRA too."""
-    accelerator = fresh_accelerator(fsdp_plugin=plugin(1, sync_module_states=False, **options))
+def fsdp1(folder: Path, precision: str = "no", **options: Any) -> Result:
+    """Its whole state dict is not asked for: on a CPU it fails inside PyTorch, with flat parameters for LoRA too."""
+    chosen = plugin(1, sync_module_states=False, **options)
+    accelerator = fresh_accelerator(fsdp_plugin=chosen, mixed_precision=precision)
     model = adapted()
-    accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
+    exact = [layer.smoa_block_scale["default"].clone() for layer in layers(model).values()]
+    chosen.auto_wrap_policy = fsdp_auto_wrap_policy(model)
     model, _, losses = train(accelerator, model)
-    return {"losses": losses, "labels": labels(model)}
+    found: Result = {"losses": losses, "labels": labels(model)}
+    if precision != "no":  # then FSDP1 rounds the buffers in place
+        trained = layers(model).values()
+        saved = [layer.state_dict()["smoa_block_scale.default"] for layer in trained]
+        found["rounded"] = [
+            not torch.equal(layer.smoa_block_scale["default"].float(), scale)
+            for layer, scale in zip(trained, exact, strict=True)
+        ]
+        found["exact"] = list(map(torch.equal, saved, exact))
+    return found
 
 
 def fsdp1_flat(folder: Path) -> Result:
@@ -292,11 +306,14 @@ def fsdp1_original(folder: Path) -> Result:
     return fsdp1(folder, use_orig_params=True, activation_checkpointing=True)
 
 
+def fsdp1_bfloat16(folder: Path) -> Result:
+    return fsdp1(folder, precision="bf16", use_orig_params=True)
+
+
 SCENARIOS: list[Callable[[Path], Result]] = [
     late_process_group,
     ddp,
     disagreeing_weights,
-    broken_weights,
     fsdp2_full,
     fsdp2_sharded,
     fsdp2_documented,
@@ -304,6 +321,7 @@ SCENARIOS: list[Callable[[Path], Result]] = [
     fsdp2_embedding_and_convolution,
     fsdp1_flat,
     fsdp1_original,
+    fsdp1_bfloat16,
 ]
 
 
