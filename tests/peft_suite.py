@@ -107,7 +107,7 @@ LEFT_OUT: dict[str, str] = {
         f"{LORAS}alpha / √r; test_rank_stabilized_scaling_is_loras_at_equal_parameters has smoa's"
     ),
     "lora_embedding_(default|false)": f"{LORAS}normal numbers in B of an embedding; test_kernels.py has A and B",
-    "rank_not_divisible_by_groups.*lora with rank not": f"{LORAS}a rank of each group; test_kinds.py has grouped convolutions",
+    "divisible_by_groups.*lora with rank not": f"{LORAS}a rank of each group; test_kinds.py has grouped convolutions",
     "rank_pattern_for_moe": (
         f"{LORAS}one matrix for gate and up; test_patterns_go_by_the_parameters_name has the pattern of experts"
     ),
