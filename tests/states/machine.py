@@ -495,6 +495,7 @@ class Machine(RuleBasedStateMachine):
     def save(self, draw: Any) -> None:
         folder = f"{len(self.saved)}_{len(self.lines)}"
         tables = draw(st.sampled_from(["'auto'", "'auto'", "False"]))
+        tables = "False" if self.merged_now else tables  # PEFT's own: tables
         every = sorted(self.oracle.adapters)
         some = draw(st.sets(st.sampled_from(every), min_size=1)) if draw(st.booleans()) else every
         chosen = "" if some is every else f", selected_adapters={sorted(some)!r}"

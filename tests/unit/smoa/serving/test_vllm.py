@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from smoa import AdapterFileError, ConfigError, SmoaConfig
 from smoa.compat import PREFIX
 from smoa.kernels.plan import RowsBySlot
 from smoa.partition import Blocks
-from smoa.vllm import register
+from smoa.vllm import TRIED, register
 from smoa.vllm.saved import SavedLayer, Template, read_layers
 from smoa.vllm.slots import Slots
 from tests.support import fake_vllm, tiny_mixtures, tiny_models
@@ -559,24 +560,25 @@ def test_experts_are_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "reason"), [("cut", "not a whole safetensors file"), ("lost", "lacks"), ("infinite", "NaN or infinite")]
+    ("damage", "error", "reason"),
+    [("cut", SafetensorError, "header"), ("lost", AdapterFileError, r"smoa_B\.weight is missing")],
 )
 @pytest.mark.usefixtures("names")
-def test_a_damaged_folder_is_refused(damage: str, reason: str, folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_folder_is_refused(
+    damage: str, error: type[Exception], reason: str, folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(folder / "anna", tmp_path, dirs_exist_ok=True)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     key = next(key for key in tensors if key.endswith("smoa_B.weight"))
     if damage == "lost":
         del tensors[key]
-    elif damage == "infinite":
-        tensors[key].fill_(torch.inf)
     save_file(tensors, file, {"format": "pt"})
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-100])
     engine = Engine()
     engine.load(folder / "anna")  # by whose like the other is read, if it is sound
-    with pytest.raises(AdapterFileError, match=reason):
+    with pytest.raises(error, match=reason):
         engine.load(tmp_path)
 
 
@@ -621,11 +623,11 @@ def test_a_vllm_that_lacks_a_name_stays_as_it_is(
     stubs = fake_vllm.stubs()
     del stubs["vllm.lora.worker_manager"][lost]
     before = dict(stubs["vllm.lora.worker_manager"])
-    names = import_with_stubs(monkeypatch, "smoa.vllm.plugin", stubs)
-    names.install()
+    import_with_stubs(monkeypatch, "smoa.vllm.plugin", stubs)
+    register()
     assert len(caplog.messages) == 1
     assert lost in caplog.messages[0]
-    assert all(version in caplog.messages[0] for version in names.TRIED)
+    assert all(version in caplog.messages[0] for version in TRIED)
     worker_manager = sys.modules["vllm.lora.worker_manager"]
     assert all(getattr(worker_manager, name) is value for name, value in before.items())
 
@@ -667,38 +669,13 @@ def test_a_folder_of_the_adapters_name_is_found_and_no_other(
 # What reading the code of a9f43f17 found (E1 to E4, E8, E11): every test here fails there.
 
 
-class StaticMethod:
-    """Quantizes inputs by a scale that calibration has fixed, as FP8 with `activation_scheme: static` does."""
-
-    def __init__(self, largest: float, names_scale: bool) -> None:
-        self.scale, self.names_scale = largest / 448, names_scale
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        values = (x / self.scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * self.scale
-        return values @ layer.packed.T
-
-
-@pytest.mark.parametrize("largest", [448.0, 30.0, 7.3, 0.4, 0.05])
 @pytest.mark.usefixtures("names")
-def test_a_weight_whose_inputs_have_a_fixed_scale_is_read_as_it_is_or_refused(largest: float, folder: Path) -> None:
-    for names_scale in (True, False):
-        engine = Engine()
-        layer = engine.manager.modules["model.layers.0.mlp.down_proj"]
-        expected = layer.base_layer.packed.clone()
-        layer.base_layer.weight = expected.new_empty(0)
-        layer.base_layer.quant_method = StaticMethod(largest, names_scale)
-        if names_scale:
-            layer.base_layer.input_scale = torch.tensor(largest / 448)
-        read: Any = importlib.import_module("smoa.vllm.weights").weight_of
-        if names_scale:
-            assert_close(read(layer, torch.float32)[0], expected)
-            continue
-        try:
-            found, _ = read(layer, torch.float32)
-        except ConfigError as error:
-            assert "can't be read" in str(error)  # noqa: PT017  # it may also be right
-        else:
-            torch.testing.assert_close(found, expected, rtol=0.03, atol=1e-6)
+def test_a_weight_whose_inputs_have_a_fixed_scale_is_refused_by_name() -> None:
+    layer = Engine().manager.modules["model.layers.0.mlp.down_proj"]
+    layer.base_layer.weight = torch.empty(0)
+    layer.base_layer.input_scale = torch.tensor(1.0)
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.mlp\.down_proj: its weight can't be read"):
+        layer.smoa.weight()
 
 
 @pytest.mark.usefixtures("names")
@@ -715,23 +692,6 @@ def test_layers_of_one_prefix_keep_a_name_of_their_own(monkeypatch: pytest.Monke
     context = engine.config.compilation_config.static_forward_context
     assert len({layer.smoa_name for layer in layers}) == len(layers)
     assert all(context[layer.smoa_name] is layer for layer in layers)
-
-
-@pytest.mark.usefixtures("names")
-@torch.no_grad()
-def test_an_activation_that_fails_half_way_leaves_nothing_active(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine()
-    adapter = engine.load(folder / "anna", 7)
-    last = [layer for layer in engine.manager.modules.values() if hasattr(layer, "smoa")][-1]
-    monkeypatch.setattr(last.smoa, "set", lambda *args: (_ for _ in ()).throw(MemoryError("none left")))
-    with pytest.raises(MemoryError):
-        engine.manager.activate(adapter, 0)
-    assert 7 not in engine.manager.lora_index_to_id
-    assert 7 not in engine.manager.adapters
-    for layer in engine.manager.modules.values():
-        if hasattr(layer, "smoa"):
-            assert not any(stack.members for stack in layer.smoa.stacks.values())
-    monkeypatch.undo()
 
 
 @pytest.mark.usefixtures("names")
@@ -857,8 +817,7 @@ def test_an_adapter_of_other_labels_is_read_with_its_own(folder: Path, tmp_path:
     base = tiny_models.build("llama")
     for key in [None, *(key for key in tensors if key.endswith("_labels"))]:
         own = tensors if key is None else tensors | {key: tensors[key].flip(0)}
-        written = own if key is None else {key: value.float() for key, value in own.items()}  # as others' tools do
-        save_file(written, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+        save_file(own, tmp_path / "adapter_model.safetensors", {"format": "pt"})
         for path, layer in read_layers(
             str(tmp_path), lambda path: base.get_submodule(path).weight.shape, known
         ).items():
