@@ -588,10 +588,11 @@ class Machine(RuleBasedStateMachine):
         """A fresh base, perhaps in another dtype or with other rows for new words, and one adapter from a file."""
         path, facts, rest = self.path(draw)
         self.oracle.adapters, name = {}, draw(self.names(fresh=True))
-        own, low = [self.dtype], draw(st.booleans())
+        own, low, was = [self.dtype], draw(st.booleans()), self.dtype
         if not any(key.endswith(("tokens.weight", "head.weight")) for key in rest):  # PEFT's own: tables
             own += ["float64"] if self.kind == "mixture" else ["float64", "bfloat16"]  # rounding chooses other experts
         self.dtype = draw(st.sampled_from(own))
+        low = low and self.dtype == was  # PEFT's own: factors keep the file's dtype
         self.begin_model()
         given = f"adapter_name={name!r}, low_cpu_mem_usage={low}"
         self.run(f"m = PeftModel.from_pretrained(b, {self.shown_path(path)}, {given})")

@@ -26,7 +26,7 @@ WRONG: dict[str, list[Any]] = {
 @pytest.mark.parametrize("setting", WRONG)
 def test_a_value_that_there_is_not_is_refused_by_its_name(setting: str) -> None:
     for value in WRONG[setting]:
-        with pytest.raises(ConfigError, match=rf"SmoaConfig: .*{setting}={value!r} must be"):
+        with pytest.raises(ConfigError, match=rf"SmoaConfig: .*{setting}={value!r}"):
             SmoaConfig(**{setting: value})
 
 

@@ -75,16 +75,12 @@ def test_an_infinite_entry_off_the_blocks_survives_a_merge() -> None:
     assert torch.equal(base.weight, before)
 
 
-@pytest.mark.parametrize("by", ["hotswap", "load"])
-def test_a_slot_that_took_an_adapter_of_another_scale_is_saved_and_loaded_again(by: str, tmp_path: Path) -> None:
+def test_a_slot_that_took_an_adapter_of_another_scale_is_saved_and_loaded_again(tmp_path: Path) -> None:
     ids = tiny_models.batch("llama")["input_ids"]
     for scale in ("lora", "block"):
         get_peft_model(tiny_models.build("llama"), config(scale=scale)).save_pretrained(tmp_path / scale)
     model = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "lora").eval()
-    if by == "hotswap":
-        hotswap_adapter(model, tmp_path / "block")
-    else:
-        model.load_adapter(tmp_path / "block", "default")
+    hotswap_adapter(model, tmp_path / "block")
     model.save_pretrained(tmp_path / "again")
     again = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "again").eval()
     with torch.no_grad():

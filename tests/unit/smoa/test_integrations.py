@@ -53,17 +53,9 @@ def test_what_only_lora_has_is_refused_by_name(changed: dict[str, Any], named: s
         smoa_config(LoraConfig(**changed), {}, "file.yaml")
 
 
-@pytest.mark.parametrize(
-    ("block", "message"),
-    [
-        ({"num_blocks": 0}, "SmoaConfig: num_blocks=0"),
-        ({"num_blok": 4}, ".* unexpected keyword argument 'num_blok'; did you mean 'num_blocks'"),
-        ({"alpha": 8, "lora_alpha": 64}, ".*lora_alpha"),
-    ],
-)
-def test_a_wrong_setting_is_refused_with_its_place(block: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=f"^file.yaml: {message}"):
-        check_settings(block, "file.yaml")
+def test_a_wrong_setting_is_refused_with_its_place() -> None:
+    with pytest.raises(ConfigError, match=r"^file.yaml: SmoaConfig: .*num_blocks=0"):
+        check_settings({"num_blocks": 0}, "file.yaml")
 
 
 # axolotl

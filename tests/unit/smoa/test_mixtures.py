@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import disk_offload
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -256,21 +255,6 @@ def test_compiled_experts_give_the_same_output() -> None:
     arguments = inputs(wrapped)
     compiled = torch.compile(wrapped["experts"], backend="eager")
     assert_close(compiled(*arguments), wrapped["experts"](*arguments))
-
-
-def test_experts_that_accelerate_offloads_are_adapted_and_merged(tmp_path: Path) -> None:
-    family = "gpt_oss"
-    expected = logits(adapted(family, init_weights=False))
-    base = build_mixture(family)
-    disk_offload(base, str(tmp_path), torch.device("cpu"))
-    torch.manual_seed(3)
-    config = SmoaConfig(target_modules=[], target_parameters=EXPERTS, **SETTINGS)
-    model = get_peft_model(base, config)
-    assert_close(logits(model), expected)
-    model.merge_adapter()
-    assert_close(logits(model), expected)
-    with model.disable_adapter():
-        assert_close(logits(model), logits(build_mixture(family)))
 
 
 class InputsFirst(nn.Module):

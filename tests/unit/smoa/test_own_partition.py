@@ -83,8 +83,8 @@ def test_loaded_adapters_are_summed_and_copied_without_it(tmp_path: Path, monkey
     assert torch.equal(layer.blocks("ref").row_labels, layer.blocks("default").row_labels)
 
 
-@pytest.mark.parametrize("labels", [torch.zeros(10), torch.tensor([0, 1] * 4), torch.tensor([0] * 9 + [1]), None])
-def test_labels_that_are_no_partition_are_refused(labels: Tensor | None) -> None:
+@pytest.mark.parametrize("labels", [torch.zeros(10), torch.tensor([0, 1] * 4), torch.tensor([0] * 9 + [1])])
+def test_labels_that_are_no_partition_are_refused(labels: Tensor) -> None:
     register_partition("wrong", lambda weight, num_blocks: (labels, by_norm(weight, num_blocks)[1]))
     with pytest.raises(PartitionError):
         smoa.make_partition(torch.randn(10, 13), 2, "wrong")

@@ -1,17 +1,12 @@
-"""What `import smoa` promises: names, version, types, errors, and that others' notes stay out of the command."""
+"""What `import smoa` promises: names, version, types, errors."""
 
 import importlib
 import importlib.metadata
-import logging
-import sys
 from pathlib import Path
-from types import ModuleType
 
-import pytest
 import yaml
 
 import smoa
-from smoa._quiet import NOTES
 from smoa.errors import SmoaError
 
 SOURCE = Path(smoa.__file__).parent
@@ -19,7 +14,7 @@ SOURCE = Path(smoa.__file__).parent
 
 def test_all_is_what_is_exported() -> None:
     assert smoa.__all__ == sorted(set(smoa.__all__))
-    submodules = {path.stem for path in SOURCE.iterdir()}
+    submodules = {path.stem for path in SOURCE.iterdir()} - {"merged"}
     exported = {name for name in vars(smoa) if not name.startswith("_")} - submodules
     plumbing = {"annotations", "ensure_peft_type", "register", "save_biases"}
     assert exported - plumbing == set(smoa.__all__)
@@ -44,26 +39,3 @@ def test_every_error_is_exported_and_the_builtin_that_fits() -> None:
         "UnsupportedModuleError": TypeError,
         "UnsupportedVersionError": ImportError,
     }
-
-
-@pytest.mark.parametrize(
-    ("modules", "argv", "dropped"),
-    [
-        (["smoa_lab"], ["train.py"], True),
-        ([], ["-m", "data"], True),  # while Python looks for the __main__ of `python -m smoa`
-        ([], ["train.py"], False),
-    ],
-    ids=["the lab", "python -m smoa", "a program that only uses the library"],
-)
-def test_only_the_known_notes_are_dropped_and_only_in_the_lab(
-    modules: list[str], argv: list[str], dropped: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(sys.modules, "smoa_lab", raising=False)
-    for module in modules:
-        monkeypatch.setitem(sys.modules, module, ModuleType(module))
-    monkeypatch.setattr(sys, "argv", argv)
-    for name, note in NOTES.items():
-        logger = logging.getLogger(name)
-        texts = [f"{note}: an end that changes", f"{name} has news"]
-        shown = [bool(logger.filter(logger.makeRecord(name, logging.INFO, "", 1, text, (), None))) for text in texts]
-        assert shown == [not dropped, True]

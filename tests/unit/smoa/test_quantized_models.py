@@ -12,10 +12,8 @@ from smoa import SmoaConfig, UnsupportedModuleError, merged, scores
 from smoa.quantized import QuantizedLinear
 from tests.support import tiny_models
 from tests.support.layers import labels, layers_of, oracle_delta, randomise, stored_bits
-from tests.support.quantized import delta_of, quantized_model, same_layout_on_every_cpu, weight_of
+from tests.support.quantized import delta_of, quantized_model, same_layout_on_every_cpu
 from tests.support.tolerance import assert_close
-
-LOST = "relative error of ΔW"
 
 
 @pytest.fixture(autouse=True)
@@ -74,24 +72,16 @@ def test_every_merged_adapter_is_anchored_on_the_pristine_weight(two_adapters: P
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_merge_tells_what_rounding_lost_and_is_undone(tmp_path: Path, bits: int) -> None:
+def test_a_merge_is_undone_byte_for_byte(tmp_path: Path, bits: int) -> None:
     model = adapted_model(quantized_model(tmp_path, **{f"load_in_{bits}bit": True})).eval()
     before = stored_bits(model)
-    with pytest.warns(UserWarning, match=LOST) as warned:
-        model.merge_adapter(safe_merge=True)
-    told = next(
-        float(str(one.message).split(f"{LOST} is ")[1].split()[0]) for one in warned if LOST in str(one.message)
-    )
-    layers = layers_of(model)
-    kept = [layer.base_weight().double() - weight_of(layer) for layer in layers]
-    deltas = [delta_of(layer) for layer in layers]
-    error = torch.stack([(k - d).norm() for k, d in zip(kept, deltas, strict=True)]).norm()
-    assert told == pytest.approx(float(error / torch.stack([d.norm() for d in deltas]).norm()), rel=1e-2)
+    model.merge_adapter(safe_merge=True)
     model.unmerge_adapter()
+    assert stored_bits(model) == before
     with pytest.raises(UnsupportedModuleError, match=r"is quantized; .*lossy=True"), merged(model):
         pass
-    with pytest.warns(UserWarning, match=LOST), merged(model, lossy=True):
-        assert all(layer.merged for layer in layers)
+    with merged(model, lossy=True):
+        assert all(layer.merged for layer in layers_of(model))
     assert stored_bits(model) == before
 
 
@@ -101,8 +91,7 @@ def test_a_quantized_head_saved_while_merged_is_the_one_saved_unmerged(tmp_path:
     options = {f"load_in_{bits}bit": True, "llm_int8_skip_modules": ["embed_tokens"]}
     model = adapted_model(quantized_model(tmp_path / "base", **options), target_modules=["lm_head"]).eval()
     expected = model(**tiny_models.batch("llama")).logits
-    with pytest.warns(UserWarning, match=LOST):
-        model.merge_adapter()
+    model.merge_adapter()
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(quantized_model(tmp_path / "base", **options), tmp_path).eval()
     assert torch.equal(loaded(**tiny_models.batch("llama")).logits, expected)
@@ -116,7 +105,6 @@ def test_an_adapter_moves_to_a_full_precision_base_and_back(
     expected = trained(**tiny_models.batch("llama")).logits
     trained.peft_config["default"].other_base = not options  # 4 bits change so small a block by up to 28 %
     trained.save_pretrained(tmp_path / "adapter")
-    assert SmoaConfig.from_pretrained(tmp_path / "adapter").quantized_base
 
     def decompose(weight: Tensor) -> None:
         raise AssertionError("a loaded adapter decomposes nothing")
@@ -140,12 +128,3 @@ def test_the_projections_of_gpt2_are_quantized_and_adapted_too(tmp_path: Path) -
     layer = layers_of(model)[0]
     x = torch.randn(5, layer.in_features)
     assert_close(layer(x) - layer.base_layer(x), x.double() @ delta_of(layer).T, torch.float32)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_model_that_is_dequantized_under_the_adapter_says_what_to_load(tmp_path: Path, bits: int) -> None:
-    model: Any = adapted_model(quantized_model(tmp_path, **{f"load_in_{bits}bit": True}))
-    model.base_model.model.dequantize()
-    for call in (lambda: tiny_models.logits(model), model.merge_adapter):
-        with pytest.raises(UnsupportedModuleError, match="was dequantized under the adapter"):
-            call()

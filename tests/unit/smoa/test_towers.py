@@ -129,7 +129,7 @@ TOWERS = {
     "gemma3": Tower(
         gemma3,
         lambda: image_and_text(torch.randn(1, 3, 16, 16), "token_type_ids"),
-        ["patch_embedding", "embed_tokens", "q_proj", "layers.0.mlp.fc1"],
+        ["patch_embedding", "q_proj", "layers.0.mlp.fc1"],
     ),
     "qwen2_5_vl": Tower(
         qwen2_5_vl,

@@ -111,6 +111,21 @@ def test_the_scale_of_a_block_is_not_rounded(cast: str) -> None:
     assert torch.equal(layer.decided("default").rank_scale, before.repeat_interleave(2))
 
 
+def test_scales_that_fsdp1_has_rounded_are_saved_as_they_were_trained_and_loaded_so(tmp_path: Path) -> None:
+    model, other = trained_llama(), trained_llama(partition="random")
+    expected = model(**tiny_models.batch("llama")).logits
+    for layer in (*smoa_layers(model).values(), *smoa_layers(other).values()):
+        as_fsdp1(layer)
+    assert torch.equal(model(**tiny_models.batch("llama")).logits, expected)
+    tensors = load_file(saved(model, tmp_path) / "adapter_model.safetensors")
+    scales = [tensor for name, tensor in tensors.items() if "block_scale" in name]
+    assert {scale.dtype for scale in scales} == {torch.float32}
+    assert any(not torch.equal(scale, scale.bfloat16().float()) for scale in scales)
+    set_peft_model_state_dict(other, get_peft_model_state_dict(model))  # whose buffers are rounded, too
+    for again in (other, PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path).eval()):
+        assert torch.equal(again(**tiny_models.batch("llama")).logits, expected)
+
+
 def test_blocks_leave_with_the_last_adapter_that_has_them() -> None:
     layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2, partition="random")
     left = weakref.ref(layer.blocks("default"))
