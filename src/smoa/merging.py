@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +62,7 @@ class Merging:
         if not names:
             return
         chosen = [*self.merged_adapters, *names]
-        with onloaded_for(self, names, written=True):
+        with onloaded_for(self, names, written=True), _writing(self.stored_weight()):
             if safe_merge and not all(merged.isfinite().all() for _, _, merged, _ in self.merged_matrices(chosen)):
                 raise MergeError(
                     f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
@@ -76,7 +77,7 @@ class Merging:
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        with onloaded_for(self, [], written=True):
+        with onloaded_for(self, [], written=True), _writing(self.stored_weight()):
             self._restore_pristine()
         self.merged_adapters.clear()
 
@@ -115,6 +116,11 @@ class Merging:
         stored = self.stored_weight()
         if matrix.data_ptr() != stored.data_ptr():
             stored.copy_(placed_like(stored, as_stored(matrix, stored.shape, self.fan_in_fan_out)))
+
+
+def _writing(stored: Tensor) -> AbstractContextManager[Any]:
+    """Where PyTorch lets one write to a weight: to one made in inference mode there alone."""
+    return torch.inference_mode() if stored.is_inference() else nullcontext()
 
 
 def as_matrix(stored: Tensor, fan_in_fan_out: bool) -> Tensor:
