@@ -527,7 +527,7 @@ class Machine(RuleBasedStateMachine):
 
     def load(self, draw: Any) -> None:
         path, facts, rest = self.path(draw)
-        low, trains = draw(st.booleans()), draw(st.booleans())
+        low, trains = draw(st.booleans()) and self.keeps_dtype(facts), draw(st.booleans())
         name = draw(self.names())
         given = f"low_cpu_mem_usage={low}, is_trainable={trains}"
         if has_bias(facts) and any(has_bias(f) for f in self.oracle.adapters.values()):
@@ -543,6 +543,14 @@ class Machine(RuleBasedStateMachine):
         for key, tensor in rest.items():
             if key.endswith(".bias"):
                 self.oracle.state[key] = tensor.to(self.oracle.state[key].dtype)
+
+    def keeps_dtype(self, facts: Facts) -> bool:
+        """Whether factors are loaded in the file's dtype in any way; with low_cpu_mem_usage they keep it."""
+        return all(
+            tensor.dtype == own[part].dtype
+            for layer, own in self.in_dtype(facts).layers.items()
+            for part, tensor in facts.layers[layer].items()
+        )
 
     def in_dtype(self, facts: Facts) -> Facts:
         """As it is loaded: PEFT has factors of 16 bits in float32, and others in the base's dtype."""
@@ -560,6 +568,7 @@ class Machine(RuleBasedStateMachine):
         if not fitting or name in [known for known, _ in self.merged_now]:
             return
         path, facts, rest = draw(st.sampled_from(fitting))
+        low = low and self.keeps_dtype(facts)
         if any(key.endswith(".bias") for key in rest) or facts.copies or old.copies:
             return
         self.run(f"m.load_adapter({self.shown_path(path)}, {name!r}, low_cpu_mem_usage={low})")
@@ -588,11 +597,11 @@ class Machine(RuleBasedStateMachine):
         """A fresh base, perhaps in another dtype or with other rows for new words, and one adapter from a file."""
         path, facts, rest = self.path(draw)
         self.oracle.adapters, name = {}, draw(self.names(fresh=True))
-        own, low, was = [self.dtype], draw(st.booleans()), self.dtype
+        own, low = [self.dtype], draw(st.booleans())
         if not any(key.endswith(("tokens.weight", "head.weight")) for key in rest):  # PEFT's own: tables
             own += ["float64"] if self.kind == "mixture" else ["float64", "bfloat16"]  # rounding chooses other experts
         self.dtype = draw(st.sampled_from(own))
-        low = low and self.dtype == was  # PEFT's own: factors keep the file's dtype
+        low = low and self.keeps_dtype(facts)
         self.begin_model()
         given = f"adapter_name={name!r}, low_cpu_mem_usage={low}"
         self.run(f"m = PeftModel.from_pretrained(b, {self.shown_path(path)}, {given})")

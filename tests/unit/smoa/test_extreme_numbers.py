@@ -16,6 +16,7 @@ from tests.support.layers import (
     base_weight,
     factors,
     labels,
+    layers_of,
     oracle_delta,
     oracle_output,
     ranks,
@@ -139,3 +140,14 @@ def test_weights_that_come_after_the_adapter_and_are_not_finite_are_refused_at_f
     layer.base_layer.weight = nn.Parameter(torch.full((6, 6), float("nan")))
     with pytest.raises(PartitionError, match="NaN or infinite"):
         layer.blocks("default")
+
+
+def test_experts_of_which_one_is_broken_are_refused_under_safe_merge_and_stay_as_they_were() -> None:
+    model = get_peft_model(build_mixture("qwen3_moe"), SmoaConfig(r=2, target_parameters=["experts.down_proj"]))
+    layer = layers_of(model)[0]
+    with torch.no_grad():
+        layer.smoa_B["default"].weight[:, -2:] = float("nan")  # of the last one
+    before = layer.stored_weight().clone()
+    with pytest.raises(MergeError, match="NaNs detected"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.stored_weight(), before)

@@ -169,3 +169,10 @@ def test_only_smoa_adapters_are_swapped(tmp_path: Path) -> None:
         hotswap_adapter(adapted(1), tmp_path, "other")
     with pytest.raises(ConfigError, match="both must be SMoA adapters"):
         hotswap_adapter(adapted(1), tmp_path)
+
+
+def test_an_adapter_whose_name_begins_like_the_slots_is_left_alone(tmp_path: Path) -> None:
+    new, model = saved(tmp_path), adapted(1)
+    model.add_adapter("default_too", SmoaConfig(**SLOT | {"target_modules": ["o_proj"], "task_type": "CAUSAL_LM"}))
+    hotswap_adapter(model, tmp_path)
+    assert_close(logits(model), logits(new))

@@ -85,18 +85,6 @@ def test_a_merge_is_undone_byte_for_byte(tmp_path: Path, bits: int) -> None:
     assert stored_bits(model) == before
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantized_head_saved_while_merged_is_the_one_saved_unmerged(tmp_path: Path, bits: int) -> None:
-    options = {f"load_in_{bits}bit": True, "llm_int8_skip_modules": ["embed_tokens"]}
-    model = adapted_model(quantized_model(tmp_path / "base", **options), target_modules=["lm_head"]).eval()
-    expected = model(**tiny_models.batch("llama")).logits
-    model.merge_adapter()
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(quantized_model(tmp_path / "base", **options), tmp_path).eval()
-    assert torch.equal(loaded(**tiny_models.batch("llama")).logits, expected)
-
-
 @pytest.mark.parametrize("options", [{}, {"load_in_8bit": True}], ids=["nf4", "int8"])
 def test_an_adapter_moves_to_a_full_precision_base_and_back(
     tmp_path: Path, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch

@@ -38,11 +38,8 @@ from tests.support.tiny_mixtures import build_mixture
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file in a/base:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning"),
 ]
 X = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(5))
 

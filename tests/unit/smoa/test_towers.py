@@ -35,8 +35,6 @@ diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Model has `tie_word_embeddings=True`",
     "ignore:Model with `tie_word_embeddings=True` and:UserWarning",
-    "ignore:Input and output embeddings are no longer tied",
-    "ignore:num_blocks=3 is larger than a side",
     "ignore:Setting `save_embedding_layers` to `True`",
 )
 ATTENTION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -13,6 +13,7 @@ from peft import (
     PeftConfig,
     PeftModel,
     get_peft_model,
+    get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from smoa import SmoaConfig
+from smoa.compat import PREFIX
 from tests.support import tiny_models
 from tests.support.decompositions import NoDecomposition
 from tests.support.layers import layers_of
@@ -180,3 +182,13 @@ def test_factors_have_the_dtype_that_the_model_gives_them_and_not_the_files(
     base.load_state_dict(saved.unload().state_dict())
     loaded = PeftModel.from_pretrained(base, tmp_path)
     assert {parameter.dtype for parameter in loaded.parameters()} == {model}
+
+
+def test_tensors_that_come_with_the_injection_are_not_decided_before(saved: PeftModel) -> None:
+    state = get_peft_model_state_dict(saved)
+    with NoDecomposition():
+        inject_adapter_in_model(
+            SmoaConfig(**SETTINGS),
+            tiny_models.build("llama"),
+            state_dict={k.removeprefix(PREFIX): state[k] for k in state},
+        )

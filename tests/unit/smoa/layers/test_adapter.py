@@ -11,7 +11,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor
 
-from smoa import SmoaConfig
+from smoa import AdapterFileError, SmoaConfig
+from smoa.adapter import make_blocks
 from smoa.compat import PREFIX
 from smoa.layer import SmoaLayer
 from tests import reference
@@ -20,6 +21,7 @@ from tests.support.gradients import assert_path, layer_13_to_11
 from tests.support.launches import gathers
 from tests.support.layers import (
     adapted_layer,
+    add_adapter,
     base_layer,
     base_weight,
     default_dtype,
@@ -223,3 +225,37 @@ def test_labels_that_happen_to_ascend_are_recognized(monkeypatch: pytest.MonkeyP
         partition[number] = partition[number].roll(1)
         layer.set_partition("default", partition)
         assert_path(layer, layer(x), x)
+
+
+def test_a_loaded_adapter_shares_blocks_with_one_of_equal_rows_and_columns_alone() -> None:
+    layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2, partition="contiguous", other_base=True)
+    add_adapter(layer, "second", r=4, num_blocks=2, partition="contiguous", other_base=True)
+    assert layer.blocks("second") is layer.blocks("default")
+    state = layer.state_dict()
+    layer.load_state_dict(state | {"smoa_col_labels.second": state["smoa_col_labels.second"].flip(0)})
+    assert torch.equal(layer.blocks("second").col_labels, layer.smoa_col_labels["second"])
+
+
+def test_blocks_that_are_made_again_keep_the_scales_that_fsdp1_has_rounded() -> None:
+    layer = adapted_layer(base_layer(12, 8, dtype=torch.bfloat16), r=4, num_blocks=2, scale="layer")
+    before = layer.adapters["default"].block_scale.clone()
+    as_fsdp1(layer)
+    make_blocks(layer, "default")  # as on another device
+    assert torch.equal(layer.adapters["default"].block_scale, before)
+
+
+def test_an_adapter_that_is_set_and_not_loaded_is_compared_with_the_base_at_its_first_use() -> None:
+    """As transformers 5 sets the buffers of an adapter that it loads."""
+    known, layer = (adapted_layer(base_layer(12, 8), r=4, num_blocks=2) for _ in range(2))
+    layer.set_partition("default", known.partition_of("default"))
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(3 * known.base_layer.weight)
+    with pytest.raises(AdapterFileError, match="another base"):
+        layer.blocks("default")
+
+
+def test_an_adapter_may_be_called_like_an_attribute_of_what_keeps_its_labels() -> None:
+    layer = adapted_layer(base_layer(12, 8), "persistent", r=4, num_blocks=2)
+    add_adapter(layer, "take_loaded", r=4, num_blocks=2)
+    layer.load_state_dict(layer.state_dict())
+    assert torch.equal(layer.blocks("persistent").row_labels, layer.blocks("take_loaded").row_labels)

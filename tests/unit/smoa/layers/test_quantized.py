@@ -140,7 +140,6 @@ def test_the_merged_layer_is_the_requantized_sum_and_unmerging_puts_back_every_b
     assert torch.equal(layer(x), expected)
 
 
-@pytest.mark.filterwarnings("ignore:merged weights were quantized again:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_unloading_gives_the_quantized_layer_back_and_merging_one_of_its_class(kind: str) -> None:
     base = quantized_layer(kind)
@@ -168,7 +167,6 @@ class Rounded(nn.Module):
         raise RuntimeError("Only Tensors created explicitly by the user support the deepcopy protocol at the moment")
 
 
-@pytest.mark.filterwarnings("ignore:merged weights were quantized again:UserWarning")
 def test_a_layer_without_a_weight_of_that_name_is_unloaded_and_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = SimpleNamespace(
         backend_name="of a test",

@@ -561,7 +561,7 @@ def test_experts_are_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "error", "reason"),
-    [("cut", SafetensorError, "header"), ("lost", AdapterFileError, r"smoa_B\.weight is missing")],
+    [("cut", SafetensorError, "incomplete metadata"), ("lost", AdapterFileError, r"smoa_B\.weight is missing")],
 )
 @pytest.mark.usefixtures("names")
 def test_a_damaged_folder_is_refused(
@@ -833,7 +833,7 @@ def test_an_adapter_of_another_base_is_refused(folder: Path, tmp_path: Path) -> 
             layer.mlp.up_proj.weight.mul_(0.5)
     get_peft_model(base, SmoaConfig(r=4, target_modules=LINEAR, init_weights=False)).save_pretrained(tmp_path)
     engine = Engine()
-    with pytest.raises(AdapterFileError, match=r"trained on another base.*up_proj.*other_base=True"):
+    with pytest.raises(AdapterFileError, match=r"up_proj: .*trained on another base.*other_base=True"):
         engine.load(tmp_path)
     engine.load(folder / "anna")
     config = tmp_path / "adapter_config.json"

@@ -347,3 +347,11 @@ def test_an_adapter_of_a_changed_config_is_that_of_a_config_of_its_own(
     state = get_peft_model_state_dict(model, adapter_name="other")
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in state if "smoa_A" not in key)
+
+
+def test_a_layer_that_has_none_of_the_adapters_is_left_alone_by_a_merge() -> None:
+    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(r=4, target_modules=["q_proj"], init_weights=False))
+    model.add_adapter("second", SmoaConfig(r=4, target_modules=["v_proj"], init_weights=False))
+    model.merge_adapter()
+    assert [bool(layer.merged) for layer in smoa_layers(model).values()][:2] == [True, False]
+    model.unmerge_adapter()
