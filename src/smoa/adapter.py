@@ -135,7 +135,7 @@ def make_blocks(layer: Any, adapter_name: str, loaded: Partition | None = None) 
     own, partition = layer.adapters[adapter_name], loaded or layer.partition_of(adapter_name)
     with named(own.module or None), torch.inference_mode(False):  # what is made in it can't be used in training
         is_loaded = own.labels is None
-        if UNDECIDED in partition[0]:
+        if (partition[0] == UNDECIDED).all():  # a single one is damage
             layer.set_partition(adapter_name, _decided(layer, own))
             partition, is_loaded = layer.partition_of(adapter_name), False
         elif not is_loaded:  # the labels have moved, and the scale in the buffer may be rounded
