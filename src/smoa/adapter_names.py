@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -36,11 +36,13 @@ class Call:
         names: The adapter of each sample.
         copies: Rows that layers may be given for each sample, if not one: for each beam, or sequence to return.
         trains: Whether gradients are taken, and the route must be the same when a checkpoint computes again.
+        is_computed_again: Whether this is a part of the model under a checkpoint that takes its call along.
     """
 
     names: tuple[str, ...]
     copies: int = 1
     trains: bool = False
+    is_computed_again: bool = False
     _rows: dict[int, RowsBySlot] = field(default_factory=dict)
 
     @cached_property
@@ -52,7 +54,10 @@ class Call:
         """The adapter of each of so many rows, the base for those that aren't known."""
         copies = self.copies if count == len(self.names) * self.copies else 1
         if count != len(self.names) * copies:
-            raise ValueError(f"adapter_names has {len(self.names)} names for {count} samples; give one for each")
+            raise ValueError(  # PEFT's words, as below
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(self.names)} and {count} respectively."
+            )
         return [name if name in known else BASE for name in self.names for _ in range(copies)]
 
     def rows(self, count: int) -> RowsBySlot:
@@ -85,7 +90,7 @@ def call_by_names(
         return opened(None) if OPEN else nullcontext()
     names = tuple(names)
     if unknown := sorted({*names} - {BASE, *tuner.peft_config}):
-        raise ValueError(f"adapter_names: unknown adapters {unknown}; choose from {', '.join(tuner.peft_config)}")
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
     for wrapper in wrappers:
         if _name_rows not in wrapper._forward_pre_hooks.values():
             wrapper.register_forward_pre_hook(_name_rows, with_kwargs=True)
@@ -123,6 +128,7 @@ def take_names_along(model: nn.Module) -> None:
 
 def _checkpointed(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     call = CALL.get()
+    call = call and replace(call, is_computed_again=True)
 
     def computed(*args: Any, **kwargs: Any) -> Any:
         with opened(call):

@@ -12,7 +12,7 @@ from smoa.distributed import gather
 from smoa.kernels import formed
 from smoa.kernels.autograd import recomputed
 from smoa.layer import SmoaLayer
-from smoa.route import Route, casts_alike, in_autocast_dtype
+from smoa.route import Route, casts_alike, in_autocast_dtype, is_instrumented
 
 
 class Convolution(SmoaLayer):
@@ -29,8 +29,9 @@ class Convolution(SmoaLayer):
         return conv.out_channels, conv.in_channels // conv.groups * math.prod(conv.kernel_size)
 
     def fits_one_product(self, x: Tensor, adapter_name: str) -> bool:
-        """If x and W have one dtype."""
-        return casts_alike(x, self.stored_weight()) and self.is_bare()
+        """If x and W have one dtype, and the base layer's call does nothing but convolve."""
+        convolves = type(self.base_layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and not is_instrumented(self.base_layer)
+        return convolves and casts_alike(x, self.stored_weight())
 
     def in_one_product(self, x: Tensor, adapter_name: str) -> Tensor:
         """`conv(x, W + ΔW) + b`."""

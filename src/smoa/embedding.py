@@ -15,7 +15,7 @@ from smoa.kernels import formed
 from smoa.kernels.autograd import recomputed
 from smoa.kernels.factors import Initialization
 from smoa.layer import SmoaLayer
-from smoa.route import Route
+from smoa.route import Route, is_instrumented
 
 
 class Embedding(SmoaLayer):
@@ -36,8 +36,11 @@ class Embedding(SmoaLayer):
             A.mul_((3 * self.in_features) ** 0.5)
 
     def fits_one_product(self, x: Tensor, adapter_name: str) -> bool:
-        """If there is M."""
-        return self.adapters[adapter_name].modulation != "none" and self.is_bare()
+        """If there is M, and the base layer's call does nothing but look up, and perhaps scale."""
+        base: Any = self.base_layer
+        is_known = type(base) is nn.Embedding or type(base).__name__.endswith("ScaledWordEmbedding")
+        looks_up = is_known and base._parameters.keys() == {"weight"} and not is_instrumented(base)
+        return looks_up and self.adapters[adapter_name].modulation != "none"
 
     def in_one_product(self, x: Tensor, adapter_name: str) -> Tensor:
         """`(W + ΔW)[x]`, as below."""

@@ -16,12 +16,13 @@ those that accelerate offloads; adapters in training mode with dropout; and all 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import wraps
 from typing import Any, Literal, get_args
 
 from torch import nn
 
-from smoa.adapter_names import CALL
+from smoa.adapter_names import CALL, opened
 from smoa.distributed import why_not_plain
 from smoa.errors import ConfigError, UnsupportedModuleError
 from smoa.kept import Snapshot, snapshot_of
@@ -59,7 +60,12 @@ def watch_generate(model: nn.Module) -> None:
 
     @wraps(generate)
     def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with computing_merged(self), keeping(self):
+        call = CALL.get()  # of a model in training mode: generating takes no gradients
+        with (
+            nullcontext() if call is None else opened(replace(call, trains=False)),
+            computing_merged(self),
+            keeping(self),
+        ):
             return generate(self, *args, **kwargs)
 
     watched.smoa_watched = True  # type: ignore[attr-defined]

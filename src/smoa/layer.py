@@ -30,7 +30,7 @@ from smoa.kernels.factors import Initialization, init_factors, saved_shapes
 from smoa.kernels.one_product import Update
 from smoa.merging import Merging, as_matrix, as_stored
 from smoa.partition import UNDECIDED, Blocks, check_num_blocks
-from smoa.route import Route, in_autocast_dtype, is_instrumented, route_of
+from smoa.route import Route, in_autocast_dtype, route_of
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
@@ -113,11 +113,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
     def shape_of(base: nn.Module) -> Shape:
         """(out_features, in_features) of the matrix W in such a base layer, also while its weight is sharded."""
         raise NotImplementedError
-
-    def is_bare(self) -> bool:
-        """Whether nobody else sees or replaces the base layer's call, and it has no trained tokens."""
-        base = self._modules["base_layer"]
-        return base is self.get_base_layer() and not is_instrumented(base)
 
     keeps_blocks = False
     """Whether the layer takes the routes "kept" and "shared"."""
@@ -242,7 +237,7 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         for name in rows.keys() & cols.keys() & scale.keys():
             own, device = self.adapters[name], self.smoa_row_labels[name].device
             own.labels = None
-            if UNDECIDED not in rows[name] and device.type != "meta":
+            if not (rows[name] == UNDECIDED).all() and device.type != "meta":
                 labels = rows[name].to(device, torch.uint8), cols[name].to(device, torch.uint8)
                 make_blocks(self, name, (*labels, scale[name].to(device)))
 
@@ -359,8 +354,14 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
     def _forward_of(self, call: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output plus that of each row's own adapter."""
         rows = call.rows(len(x))
+        if call.trains and not (torch.is_grad_enabled() or call.is_computed_again):
+            raise ValueError(
+                "adapter_names: a reentrant checkpoint would compute again without them; use_reentrant=False"
+            )
         if self.merged:
-            raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
+            raise ValueError(  # PEFT's words
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         of_slot = {slot: name for slot in rows.of_slot if (name := call.of_slot[slot]) in self.adapters}
         result: Tensor = self.base_layer(x, *args, **kwargs)
         return self._add_mixed(result, x.to(result.device), call, of_slot)

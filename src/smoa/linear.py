@@ -13,7 +13,7 @@ from smoa.distributed import gather, whole_shape
 from smoa.kept import kept_output
 from smoa.kernels.one_product import Update, pays
 from smoa.layer import SmoaLayer
-from smoa.mixed_batch import add_mixed, shared_output
+from smoa.mixed_batch import add_mixed
 from smoa.route import Route, casts_alike, in_autocast_dtype, is_plain_linear, route_of
 
 
@@ -45,9 +45,8 @@ class Linear(SmoaLayer):
             return kept
         gather(self, adapter_name)
         x = self.branch_input(x, adapter_name)
-        if route == "shared":
-            return shared_output(self, x, adapter_name)
-        return self.apply_update(self.update(adapter_name), x)
+        update = self.update(adapter_name)
+        return update.apply_to_few(x, self.pristine_weight()) if route == "shared" else self.apply_update(update, x)
 
     _add_mixed = add_mixed
 
@@ -57,12 +56,13 @@ class Linear(SmoaLayer):
 
     def fits_one_product(self, x: Tensor, adapter_name: str) -> bool:
         """With M, and for many tokens; in a compiled model where gradients are enabled, whatever their number."""
-        if self.adapters[adapter_name].modulation == "none" or not self.multiplies_plainly(x):
-            return False
+        own = self.adapters[adapter_name]
         if torch.compiler.is_compiling():
-            return torch.is_grad_enabled()
-        own, tokens = self.adapters[adapter_name], x.shape[:-1].numel()
-        return pays(len(own.ranks), tokens, lambda: self.blocks(adapter_name).is_contiguous, x.device.type)
+            takes_one = torch.is_grad_enabled()
+        else:
+            tokens, contiguous = x.shape[:-1].numel(), lambda: self.blocks(adapter_name).is_contiguous
+            takes_one = pays(len(own.ranks), tokens, contiguous, x.device.type)
+        return takes_one and own.modulation != "none" and self.multiplies_plainly(x)
 
     def multiplies_plainly(self, x: Tensor) -> bool:
         """Whether the base layer's output is a product with its weight that nobody else sees, nor has."""

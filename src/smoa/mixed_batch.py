@@ -18,7 +18,7 @@ from smoa.kernels.autograd import only_values, without_autocast
 from smoa.kernels.factors import runs_of
 from smoa.kernels.plan import Part, add_by_plan
 from smoa.kernels.scale import whole_scale
-from smoa.kernels.shared import Diagonal, Gathered, add_shared, entries_of, gathered, shared
+from smoa.kernels.shared import Diagonal, Gathered, entries_of, gathered, shared
 from smoa.layer import SmoaLayer, add_rows
 from smoa.partition import Blocks
 from smoa.route import is_plain_linear
@@ -61,15 +61,6 @@ def add_mixed(layer: SmoaLayer, result: Tensor, x: Tensor, call: Call, of_slot: 
             for part in plan.parts:
                 result, is_own = add_rows(result, part.rows, group.output(own[part.rows], part), is_own), True
     return result
-
-
-def shared_output(layer: SmoaLayer, x: Tensor, adapter_name: str) -> Tensor:
-    """`x ΔWᵀ` of one adapter, by the product that many could share, for x as a branch is given it; no gradients."""
-    (group,) = _groups(layer, {0: adapter_name})
-    flat, diagonal = x.reshape(1, -1, x.shape[-1]), group.diagonal()
-    y = x.new_zeros(1, flat.shape[1], group.blocks.out_features)
-    add_shared(y, flat, group.factors(), diagonal)
-    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _groups(layer: SmoaLayer, of_slot: dict[int, str]) -> list[Group]:

@@ -51,7 +51,7 @@ class SmoaModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         given = kwargs.get("state_dict"), kwargs.get("low_cpu_mem_usage"), config.inference_mode, config.was_saved
         self._defers = any(given)
-        if not self._defers:
+        if not self._defers and len(self.peft_config) == 1:
             warn_of_experts(model, config)
         with tqdm(desc="SMoA partitions", unit="layer", delay=1, leave=False, disable=self._defers or None) as bar:
             self._count = bar.update

@@ -14,15 +14,17 @@ gathered by block, and the results scattered back, unless the blocks are contigu
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from smoa.kernels.autograd import Gradients, without_autocast
-from smoa.kernels.factors import BlockRun, Factors
+from smoa.kernels.factors import BlockRun, Factors, runs_of
 from smoa.partition import Blocks, take_columns
 
 PIECE = 1 << 21
@@ -32,6 +34,9 @@ FEW_ROWS = 4
 LARGE_BLOCK = 1 << 13
 """On a CPU, larger blocks are gathered faster by copying rows, then columns (docs/experiment-log.md, "Sorting
 columns")."""
+
+SMALL = 1 << 14
+"""Entries of buffers that the allocator keeps by itself."""
 
 Deltas = list[tuple[BlockRun, Tensor]]
 """The diagonal blocks of one ΔW: (blocks, height, width) for each run of blocks of one shape."""
@@ -50,8 +55,8 @@ class Scratch(threading.local):
     def take(self, use: str, shape: tuple[int, ...], like: Tensor, most: int = 2 * PIECE) -> Tensor:
         """An uninitialized tensor with dtype and device of `like`; the next `take` for `use` reuses it, unless it has
         more entries than `most`."""
-        size = torch.Size(shape).numel()
-        if like.device.type != "cpu" or size > most or isinstance(like, FakeTensor):
+        size = math.prod(shape)
+        if not SMALL < size <= most or like.device.type != "cpu" or isinstance(like, FakeTensor):
             return like.new_empty(shape)
         key = (use, like.dtype)
         buffer = self.buffers.get(key)
@@ -71,10 +76,15 @@ def rows_of_piece(columns: int) -> int:
     return max(16, PIECE // max(columns, 1))
 
 
-def pieces(factors: Factors, device: torch.device) -> Iterator[BlockRun]:
+def pieces(factors: Factors, device: torch.device) -> Sequence[BlockRun]:
     """The runs of blocks of one shape, cut for a CPU."""
-    for run in factors.runs():
-        yield from run.cut(rows_of_piece(factors.blocks.in_features)) if device.type == "cpu" else (run,)
+    return factors.runs() if device.type != "cpu" else _pieces_of(*factors.blocks.shape, factors.ranks)
+
+
+@lru_cache(maxsize=4096)
+def _pieces_of(out_features: int, in_features: int, ranks: tuple[int, ...]) -> tuple[BlockRun, ...]:
+    rows = rows_of_piece(in_features)
+    return tuple(piece for run in runs_of(out_features, in_features, ranks) for piece in run.cut(rows))
 
 
 def plain_branch(factors: Factors, x: Tensor, anchor: Tensor | None, bias: Tensor | None = None) -> Tensor:
@@ -84,9 +94,9 @@ def plain_branch(factors: Factors, x: Tensor, anchor: Tensor | None, bias: Tenso
     """
     blocks, flat = factors.blocks, x.reshape(-1, x.shape[-1])
     sorted_x, outputs = blocks.sort_inputs(flat), []
-    wide = factors.wide(factors.B.dtype if anchor is None else None)
+    scaled_A, scaled_B = factors.scaled(factors.B.dtype if anchor is None else factors.dtype)
     for run in factors.runs():
-        inputs, A, B = run.of_inputs(sorted_x), run.of_A(wide.A), run.of_B(wide.B)
+        inputs, A, B = run.of_inputs(sorted_x), run.of_A(scaled_A), run.of_B(scaled_B)
         delta = None if anchor is None else (B @ A * run.of_matrix(anchor, blocks)).to(x.dtype)
         y = inputs @ A.mT @ B.mT if delta is None else inputs @ delta.mT
         outputs.append(y.transpose(0, 1).reshape(flat.shape[0], run.count * run.height))
@@ -98,11 +108,11 @@ class Branch:
 
     def forward(self, factors: Factors, x: Tensor, anchor: Tensor, bias: Tensor | None = None) -> Tensor:
         """y: (tokens, out_features) in the dtype of x, not differentiable."""
-        blocks, wide = factors.blocks, factors.wide()
+        blocks, wide = factors.blocks, factors.scaled(factors.dtype)
         sorted_x = sort_columns(blocks, x, blocks.orders.cols).to(product_dtype(x.dtype, x.device.type))
-        y = sorted_x.new_empty(len(x), anchor.shape[0])
-        for piece in pieces(wide, x.device):
-            delta = _delta(wide, piece, diagonal_blocks(blocks, piece, anchor, reuses=True), y.dtype)
+        y = sorted_x.new_empty(x.shape[0], anchor.shape[0])
+        for piece in pieces(factors, x.device):
+            delta = _delta(wide, piece, diagonal_blocks(blocks, piece, anchor, reuses=True), y.dtype, blocks)
             torch.bmm(piece.of_inputs(sorted_x), delta.mT, out=piece.of_outputs(y))
         return sort_columns(blocks, y, blocks.orders.rows_inverse).to(x.dtype)
 
@@ -110,11 +120,12 @@ class Branch:
 
     def backward(self, factors: Factors, g: Tensor, x: Tensor, anchor: Tensor, needs_x: bool) -> Gradients:
         """Gradients for x (empty unless `needs_x`), A and B, from the diagonal blocks of gᵀx."""
-        blocks, wide, dtype = factors.blocks, factors.wide(), product_dtype(x.dtype, x.device.type)
+        blocks, dtype = factors.blocks, product_dtype(x.dtype, x.device.type)
+        A, B = wide = factors.scaled(factors.dtype)
         sorted_x = sort_columns(blocks, x, blocks.orders.cols).to(dtype)
-        grad_A, grad_B = torch.zeros_like(wide.A), torch.zeros_like(wide.B)
+        grad_A, grad_B = torch.zeros_like(A), torch.zeros_like(B)
         grad_x = torch.empty_like(sorted_x) if needs_x else x.new_empty(0)
-        for piece in pieces(wide, x.device):
+        for piece in pieces(factors, x.device):
             own_g, own_x = _outputs(blocks, piece, g).to(dtype), piece.of_inputs(sorted_x)
             if dtype.itemsize == 2:  # in 16 bits strided operands take a CPU three to eight times as long
                 own_g = own_g.contiguous()
@@ -122,12 +133,12 @@ class Branch:
             entries = diagonal_blocks(blocks, piece, anchor, reuses=True)
             if factors.trains:
                 grad_delta = SCRATCH.take("grad_delta", piece.shape, own_x)
-                grad_delta = torch.bmm(own_g.mT, own_x, out=grad_delta).to(wide.dtype).mul_(entries)
-                piece.of_A(grad_A).baddbmm_(piece.of_B(wide.B).mT, grad_delta, beta=beta)
-                torch.bmm(grad_delta, piece.of_A(wide.A).mT, out=piece.of_B(grad_B))
+                grad_delta = torch.bmm(own_g.mT, own_x, out=grad_delta).to(B.dtype).mul_(entries)
+                piece.of_A(grad_A).baddbmm_(piece.of_B(B).mT, grad_delta, beta=beta)
+                torch.bmm(grad_delta, piece.of_A(A).mT, out=piece.of_B(grad_B))
                 del grad_delta  # before ΔW takes as much
             if needs_x:
-                piece.of_inputs(grad_x).baddbmm_(own_g, _delta(wide, piece, entries, dtype), beta=beta)
+                piece.of_inputs(grad_x).baddbmm_(own_g, _delta(wide, piece, entries, dtype, blocks), beta=beta)
         if needs_x:
             grad_x = sort_columns(blocks, grad_x, blocks.orders.cols_inverse).to(x.dtype)
         grad_B = grad_B.mul_(factors.scale(factors.dtype))
@@ -139,14 +150,19 @@ def _outputs(blocks: Blocks, piece: BlockRun, g: Tensor) -> Tensor:
     if blocks.is_contiguous:
         return piece.of_outputs(g)
     rows = blocks.orders.rows.narrow(0, piece.first_row, piece.count * piece.height)
-    own = take_columns(g, rows, SCRATCH.take("g", (len(g), len(rows)), g))
-    return own.view(len(g), piece.count, piece.height).transpose(0, 1)
+    tokens = g.shape[0]
+    if tokens <= FEW_ROWS:
+        own = g.index_select(1, rows)
+    else:
+        own = take_columns(g, rows, SCRATCH.take("g", (tokens, rows.shape[0]), g))
+    return own.view(tokens, piece.count, piece.height).transpose(0, 1)
 
 
-def _delta(wide: Factors, run: BlockRun, entries: Tensor, dtype: torch.dtype) -> Tensor:
-    """The blocks of ΔW of a run, from those of M, which it may overwrite."""
-    product = torch.bmm(run.of_B(wide.B), run.of_A(wide.A))
-    if entries.dtype == dtype and not wide.blocks.is_contiguous:
+def _delta(scaled: tuple[Tensor, Tensor], run: BlockRun, entries: Tensor, dtype: torch.dtype, blocks: Blocks) -> Tensor:
+    """The blocks of ΔW of a run, from the factors with their scale and the blocks of M, which it may overwrite."""
+    A, B = scaled
+    product = torch.bmm(run.of_B(B), run.of_A(A))
+    if entries.dtype == dtype and not blocks.is_contiguous:
         return entries.mul_(product)  # multiplied in float32, then rounded into the copy
     return product.mul_(entries).to(dtype)
 
@@ -154,9 +170,10 @@ def _delta(wide: Factors, run: BlockRun, entries: Tensor, dtype: torch.dtype) ->
 def block_deltas(factors: Factors, anchor: Tensor, dtype: torch.dtype) -> Deltas:
     """The diagonal blocks of ΔW, rounded to the dtype of products for x of `dtype`."""
     with without_autocast(anchor.device.type):  # it would round the factors
-        wide, dtype = factors.wide(), product_dtype(dtype, anchor.device.type)
-        runs = wide.runs()
-        return [(run, _delta(wide, run, diagonal_blocks(wide.blocks, run, anchor), dtype)) for run in runs]
+        wide, blocks = factors.scaled(factors.dtype), factors.blocks
+        dtype = product_dtype(dtype, anchor.device.type)
+        runs = factors.runs()
+        return [(run, _delta(wide, run, diagonal_blocks(blocks, run, anchor), dtype, blocks)) for run in runs]
 
 
 def multiply(x: Tensor, blocks: Blocks, deltas: Deltas) -> Tensor:
@@ -193,10 +210,10 @@ def sort_columns(blocks: Blocks, x: Tensor, order: Tensor) -> Tensor:
     if blocks.is_contiguous:
         return x
     if x.dim() > 2:
-        return sort_columns(blocks, x.flatten(0, -2), order).view(*x.shape[:-1], len(order))
-    if len(x) <= FEW_ROWS:
+        return sort_columns(blocks, x.flatten(0, -2), order).view(*x.shape[:-1], order.shape[0])
+    if x.shape[0] <= FEW_ROWS:
         return x.index_select(1, order)
-    return take_columns(x, order, x.new_empty(len(x), len(order)))
+    return take_columns(x, order, x.new_empty(x.shape[0], order.shape[0]))
 
 
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class BlockRun:
     """Neighboring blocks of one height, width and rank: where they are in the sorted rows, columns and ranks.
 
     The methods return views (blocks, …, …). A piece of a larger block has `height` of its rows, after those it skips.
+    Where all blocks of a weight have one shape, one run `is_all` of them.
     """
 
     count: int
@@ -54,6 +55,7 @@ class BlockRun:
     first_col: int
     first_rank: int
     skipped: int = 0
+    is_all: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -73,30 +75,34 @@ class BlockRun:
                 count, height = min(blocks, self.count - first), min(rows, self.height - skipped)
                 yield BlockRun(count, height, self.width, self.rank, places[0] + skipped, places[1], rank, skipped)
 
+    def _of(self, tensor: Tensor, dim: int, start: int, size: int) -> Tensor:
+        """A part of a tensor, of which a run that has all blocks takes all: a view less in each call."""
+        return tensor if self.is_all else tensor.narrow(dim, start, size)
+
     def of_inputs(self, x: Tensor) -> Tensor:
         """(blocks, tokens, width), of x (tokens, in_features) sorted by block."""
-        columns = x.narrow(1, self.first_col, self.count * self.width)
+        columns = self._of(x, 1, self.first_col, self.count * self.width)
         return columns.view(x.shape[0], self.count, self.width).transpose(0, 1)
 
     def of_outputs(self, y: Tensor) -> Tensor:
         """(blocks, tokens, height), of y (tokens, out_features) sorted by block."""
-        columns = y.narrow(1, self.first_row, self.count * self.height)
+        columns = self._of(y, 1, self.first_row, self.count * self.height)
         return columns.view(y.shape[0], self.count, self.height).transpose(0, 1)
 
     def of_A(self, A: Tensor) -> Tensor:
         """(blocks, rank, width), of A (r, ⌈n/K⌉)."""
-        ranks = A.narrow(0, self.first_rank, self.count * self.rank).narrow(1, 0, self.width)
+        ranks = self._of(self._of(A, 0, self.first_rank, self.count * self.rank), 1, 0, self.width)
         return ranks.view(self.count, self.rank, self.width)
 
     def of_B(self, B: Tensor) -> Tensor:
         """(blocks, height, rank), of B (⌈m/K⌉, r)."""
-        ranks = B.narrow(1, self.first_rank, self.count * self.rank).narrow(0, self.skipped, self.height)
+        ranks = self._of(self._of(B, 1, self.first_rank, self.count * self.rank), 0, self.skipped, self.height)
         return ranks.view(self.height, self.count, self.rank).transpose(0, 1)
 
     def of_slices(self, matrix: Tensor) -> Tensor:
         """(blocks, height, width), of a matrix (out_features, in_features) whose blocks are contiguous."""
-        rows = matrix.narrow(0, self.first_row, self.count * self.height)
-        square = rows.narrow(1, self.first_col, self.count * self.width)
+        rows = self._of(matrix, 0, self.first_row, self.count * self.height)
+        square = self._of(rows, 1, self.first_col, self.count * self.width)
         square = square.view(self.count, self.height, self.count, self.width)
         return square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
@@ -106,8 +112,8 @@ class BlockRun:
 
     def indices(self, orders: Orders) -> tuple[Tensor, Tensor]:
         """The places of the blocks' entries in a matrix: rows (blocks, height, 1) and columns (blocks, 1, width)."""
-        rows = orders.rows.narrow(0, self.first_row, self.count * self.height)
-        cols = orders.cols.narrow(0, self.first_col, self.count * self.width)
+        rows = self._of(orders.rows, 0, self.first_row, self.count * self.height)
+        cols = self._of(orders.cols, 0, self.first_col, self.count * self.width)
         return rows.view(self.count, self.height, 1), cols.view(self.count, 1, self.width)
 
 
@@ -119,7 +125,7 @@ def _runs_of(out_features: int, in_features: int, ranks: tuple[int, ...]) -> tup
         run = BlockRun(len(list(blocks)), height, width, rank, row, col, first_rank)
         runs.append(run)
         row, col, first_rank = row + run.count * height, col + run.count * width, first_rank + run.count * rank
-    return tuple(runs)
+    return (replace(runs[0], is_all=True),) if len(runs) == 1 else tuple(runs)
 
 
 _cached_runs = lru_cache(maxsize=4096)(_runs_of)
@@ -131,7 +137,7 @@ def runs_of(out_features: int, in_features: int, ranks: tuple[int, ...]) -> tupl
     return make(out_features, in_features, ranks)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Factors:
     """Factors and scale of all blocks, for `s_k·B_k A_k` with `s_k = scaling·rank_scale`.
 
@@ -153,6 +159,10 @@ class Factors:
     blocks: Blocks
     modulation: ModulationKind = "hadamard"
 
+    def with_factors(self, A: Tensor | None, B: Tensor | None) -> Self:
+        """The same with other factors."""
+        return type(self)(A, B, self.ranks, self.scaling, self.rank_scale, self.blocks, self.modulation)  # type: ignore[arg-type]
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of products of the factors: float32 or wider."""
@@ -167,11 +177,6 @@ class Factors:
         """Whether A or B gets a gradient."""
         return self.A.requires_grad or self.B.requires_grad
 
-    def wide(self, dtype: torch.dtype | None = None) -> Factors:
-        """The factors in `dtype` (default: float32 or wider), with the scale multiplied into B as by `scaled`."""
-        A, B = self.scaled(dtype or self.dtype)
-        return replace(self, A=A, B=B, scaling=1.0, rank_scale=torch.ones_like(self.rank_scale))
-
     def runs(self) -> tuple[BlockRun, ...]:
         """The runs of blocks of one shape, in order."""
         return runs_of(*self.blocks.shape, tuple(self.ranks))
@@ -179,7 +184,7 @@ class Factors:
     def scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A, and B times the scale, which is multiplied in float32 or wider, in `dtype`."""
         wide = torch.promote_types(self.dtype, dtype)
-        return self.A.to(dtype), (self.B.to(wide) * self.scale(wide)).to(dtype)
+        return self.A.to(dtype), (self.B * self.scale(wide)).to(dtype)
 
     def spread(self, dtype: torch.dtype, stacked: bool = False) -> tuple[Tensor, Tensor]:
         """Ã (r, in_features) and B̃ (out_features, r) with the scale, in `dtype`, both in natural order.

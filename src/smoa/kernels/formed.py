@@ -120,7 +120,7 @@ def _of_factors(
     """The gradients of A and B, from the gradient g of ΔW or of rows of it, which `spread` gives the factors of."""
     with torch.enable_grad():
         A, B = (factor.detach().requires_grad_() for factor in (factors.A, factors.B))
-        spread_A, spread_B = spread(replace(factors, A=A, B=B))
+        spread_A, spread_B = spread(factors.with_factors(A, B))
     g = g.to(spread_A.dtype)
     g = g if factors.modulation == "none" else (g * anchor).to(g.dtype)
     of_A, of_B = torch.autograd.grad((spread_A, spread_B), (A, B), (spread_B.T @ g, g @ spread_A.T))

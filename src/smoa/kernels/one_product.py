@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from smoa.kernels.autograd import Gradients, is_transformed, recomputed, without_autocast
 from smoa.kernels.blocks import SCRATCH, Branch, plain_branch, product_dtype
 from smoa.kernels.factors import Factors
+from smoa.kernels.shared import shared_by_one
 
 ALL = slice(None)
 
@@ -185,7 +186,7 @@ class OneProduct:
 
     def forward(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         dtype = product_dtype(x.dtype, x.device.type)
-        y, own = x.new_empty(len(x), len(weight), dtype=dtype), x.to(dtype)
+        y, own = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype), x.to(dtype)
         for rows, effective in self._effective(factors, weight).operands(x.dtype):
             effective = effective.to(dtype)
             if bias is None:
@@ -224,7 +225,7 @@ def plain_effective(factors: Factors, weight: Tensor) -> Tensor:
 Weight = Tensor | Callable[[], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Update(Factors):
     """ΔW = s·(BA) ⊙ M of one layer, from its factors, scale and blocks."""
 
@@ -243,6 +244,12 @@ class Update(Factors):
         if self.modulation == "none":
             return plain_branch(self, x, None)
         y = recomputed(Branch(), self, x.reshape(-1, x.shape[-1]), weight)
+        return y.view(*x.shape[:-1], self.blocks.out_features)
+
+    def apply_to_few(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x ΔWᵀ` as `apply` gives it, for few tokens in fewer operations; not differentiable. There is M."""
+        with without_autocast(x.device.type):  # it would round the factors
+            y = shared_by_one(self, x.reshape(-1, x.shape[-1]), weight)
         return y.view(*x.shape[:-1], self.blocks.out_features)
 
     def apply_with_base(self, x: Tensor, weight: Weight, bias: Tensor | None, transposed: bool = False) -> Tensor:

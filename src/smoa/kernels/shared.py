@@ -20,7 +20,7 @@ from torch import Tensor
 
 from smoa.kernels.autograd import checkpointed, is_transformed, without_autocast
 from smoa.kernels.blocks import diagonal_blocks, multiply, product_dtype, sort_columns
-from smoa.kernels.factors import BlockRun
+from smoa.kernels.factors import BlockRun, Factors
 from smoa.partition import Blocks
 
 FEW_PRODUCTS = 128
@@ -75,6 +75,27 @@ def of_slots(factors: Gathered, slots: slice | Tensor) -> Gathered:
     if isinstance(slots, slice):
         return [(A[slots], B[slots]) for A, B in factors]
     return [(A.index_select(0, slots), B.index_select(0, slots)) for A, B in factors]
+
+
+def shared_by_one(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
+    """`x ΔWᵀ` of one adapter for few tokens, by the same products; not differentiable.
+
+    Args:
+        factors: The adapter's.
+        x: (tokens, in_features).
+        anchor: M (out_features, in_features).
+    """
+    blocks, dtype, parts = factors.blocks, product_dtype(x.dtype, x.device.type), []
+    A, B = factors.scaled(factors.dtype)
+    own = sort_columns(blocks, x, blocks.orders.cols)
+    for run in factors.runs():
+        entries = diagonal_blocks(blocks, run, anchor).to(dtype)
+        values = run.of_A(A).unsqueeze(1) * run.of_inputs(own).unsqueeze(2)  # (blocks, tokens, rank, width)
+        z = torch.bmm(values.flatten(1, 2).to(dtype), entries.mT).view(run.count, -1, run.rank, run.height)
+        y = (z * run.of_B(B).mT.unsqueeze(1)).sum(2)
+        parts.append(y.transpose(0, 1).flatten(1))
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return sort_columns(blocks, y, blocks.orders.rows_inverse).to(x.dtype)
 
 
 class Diagonal(NamedTuple):

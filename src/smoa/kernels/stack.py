@@ -100,6 +100,10 @@ class Stack:
         blocks = Blocks(rows, cols, len(self.ranks), Orders.of(rows, cols))
         return Update(A, B, self.ranks, self.scaling, of_ranks, blocks, self.modulation)
 
+    def with_factors(self, A: Tensor | None, B: Tensor | None) -> Stack:
+        """The same with other factors."""
+        return replace(self, A=A, B=B)  # type: ignore[arg-type]  # none between a forward and its backward
+
     def transposed(self) -> Stack:
         """The updates of the transposed matrices, which are ΔWᵀ."""
         return replace(self, A=self.B.T, B=self.A.T, rows=self.cols, cols=self.rows)
@@ -167,7 +171,7 @@ class _Grouped:
     def backward(self, stack: Stack, g: Tensor, x: Tensor, matrices: Tensor, needs_x: bool) -> Gradients:
         with torch.enable_grad():
             leaves = [factor.detach().requires_grad_() for factor in (stack.A, stack.B)]
-            *by_block, of_ranks = replace(stack, A=leaves[0], B=leaves[1]).by_block()
+            *by_block, of_ranks = stack.with_factors(*leaves).by_block()
         grad_A, grad_B = totals = [torch.zeros_like(factor) for factor in by_block]
         grad_x = torch.zeros_like(x) if needs_x else None
         for part in self._parts(stack, x, matrices):
