@@ -51,12 +51,6 @@ NAMES = {
 EDITS = {
     # the words of an error
     "lora.ParamWrapper does not support mixed adapter batches yet.": "has adapted experts",
-    "Length of `adapter_names` should be the same as the number of inputs, but got ": "give one for each",
-    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.": (
-        "adapter_names can't be used while adapters are merged; call unmerge_adapter first"
-    ),
-    "Trying to infer with non-existing adapter(s): does-not-exist, other": "unknown adapters ['does-not-exist', 'other",
-    "Trying to infer with non-existing adapter(s): ": "adapter_names: unknown adapters ['",
     'startswith("lora.Conv2d': 'startswith("smoa.Conv',
     'startswith("lora.': 'startswith("smoa.',
     "peft.tuners.lora.layer.Embedding": "smoa.embedding.Embedding",
