@@ -15,7 +15,9 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.demo-installed  ## fine-tune Gemma 3 270M with SMoA and show what changed
-	$(BIN)/smoa demo
+	$(BIN)/smoa train configs/demo.yaml
+	$(BIN)/smoa merge runs/demo runs/demo/merged
+	$(BIN)/smoa verify runs/demo --against runs/demo/merged
 
 # The tests build the documentation too. What uses one core runs beside the next.
 test: $(VENV)/.dev-installed  ## lint, types, PEFT's versions, PEFT's own tests and tests: what CI runs

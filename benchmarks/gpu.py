@@ -44,11 +44,11 @@ from peft import get_peft_model, prepare_model_for_kbit_training
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from smoa.partition import Blocks
-from smoa.kernels import one_product
-from smoa.spectrum import make_partition
-from smoa.scores import clear_spectrum_cache
 from smoa.generation import keeping
+from smoa.kernels import one_product
+from smoa.partition import Blocks
+from smoa.scores import clear_spectrum_cache
+from smoa.spectrum import make_partition
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (2048, 640))
 TOKENS = (512, 4096, 1, 16384)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoa import SmoaConfig
-from smoa.partition import Blocks
 from smoa.kernels.factors import split_rank
+from smoa.partition import Blocks
 from smoa.spectrum import make_partition
 
 METHODS = ("frozen", "smoa", "lora", "hira", "released")

@@ -36,9 +36,9 @@ from _common import (
 from peft import get_peft_model
 from torch import Tensor, nn
 
+from smoa.generation import keeping
 from smoa.merging import Loss
 from smoa.quantized import QuantizedLinear
-from smoa.generation import keeping
 from smoa_lab.base_models import load_weights
 from smoa_lab.config.run import ModelSection
 

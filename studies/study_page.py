@@ -12,12 +12,11 @@ from statistics import fmean
 from typing import Any
 
 import altair as alt
+from html_page import Cell, Figure, SortedTable, page
 from stored import Run, final_name, runs_of, summary_of
 
 from smoa_lab.base_models import PACKAGED_MODELS, described_base
 from smoa_lab.pages.charts import DASHES, METHODS, MUTED, PAPER, forest, tooltip, values
-from smoa_lab.pages.tables import Cell, Table
-from smoa_lab.pages.templates import Figure, page
 
 LOOKS = {**METHODS, "corda": ("CorDA", "#60303c")}
 """Names and colors of methods, also of one that today's code doesn't train."""
@@ -59,11 +58,11 @@ def study_page(folder: Path) -> str:
         else:
             sections.append((heading, [linked(heading, caption, content, summary, runs)]))
     if isinstance(summary, list):  # its runs are not in README.md, but what is said of them, after the last table
-        sections.append(("Every run", [Table(EVERY_RUN, [run_line(*each) for each in runs.items()], rest[0])]))
+        sections.append(("Every run", [SortedTable(EVERY_RUN, [run_line(*each) for each in runs.items()], rest[0])]))
     return page(title, sections, [*introduction, *filter(None, [about_base(folder)])])
 
 
-def linked(heading: str, caption: str, content: str, summary: Any, runs: Mapping[str, Run]) -> Table:
+def linked(heading: str, caption: str, content: str, summary: Any, runs: Mapping[str, Run]) -> SortedTable:
     """A table of README.md whose cells lead to runs, and are sorted by their numbers."""
     header, _, *lines = ([*line[2:-2].split(" | ")] for line in content.split("\n"))
     rows: list[list[Any]] = [[*line] for line in lines]
@@ -87,7 +86,7 @@ def linked(heading: str, caption: str, content: str, summary: Any, runs: Mapping
                 found = next((f"#{name}" for name in runs if name.startswith(stem)), None)
                 links = {row[place]: found} if found and row[place] else {}
                 row[place] = Cell(row[place], losses.get(rate), links=links)
-    return Table(header, rows, caption)
+    return SortedTable(header, rows, caption)
 
 
 def run_line(name: str, run: Run) -> list[Any]:

@@ -15,12 +15,12 @@ from typing import Any
 import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from smoa.kinds import KINDS, Kind, kind_of
 from torch import Tensor, nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
 from transformers.pytorch_utils import Conv1D
 
 from smoa import SmoaConfig
-from smoa.kinds import KINDS, Kind, kind_of
 
 PAGE = Path(__file__).parents[1] / "layers.md"
 MARKERS = "<!-- layer kinds: written by docs/figures/layer_kinds.py -->\n", "<!-- end of the layer kinds -->\n"

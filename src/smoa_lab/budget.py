@@ -17,12 +17,11 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from torch import nn
 from transformers import PreTrainedModel
 
-from smoa.budget import adapter_bytes, rank_bound, trainable_parameters
-from smoa.config import SmoaConfig
-from smoa.errors import ConfigError, DataError
-from smoa.kinds import kind_of
-from smoa.linear import Linear
+from smoa import ConfigError, DataError, SmoaConfig
 from smoa.experts import Layout
+from smoa.linear import Linear
+from smoa.model import LAYERS
+from smoa.partition import block_sizes, check_num_blocks
 from smoa_lab.base_models import empty_model
 from smoa_lab.config.methods import OTHER_LAYERS, Method, count_trained, find_method
 from smoa_lab.config.run import ConfigText, ModelSection
@@ -238,7 +237,7 @@ def choice_of(shapes: Shapes, total: int, r: int, num_blocks: int) -> Choice:
     """What r and num_blocks cost."""
     spent = parameters(shapes, r, num_blocks)
     size = sum(count * adapter_bytes(*shape, *own) for shape, own, count in _fitted(shapes, r, num_blocks))
-    bound = min(rank_bound(*shape, *own) for shape, own, _ in _fitted(shapes, r, num_blocks))
+    bound = min(rank_bound(*shape, block_sizes(*own)) for shape, own, _ in _fitted(shapes, r, num_blocks))
     percent = round(100 * spent / total, 4)
     return Choice(num_blocks, r, spent, percent, size, bound, spent // lora_parameters(shapes, 1))
 
@@ -249,10 +248,10 @@ def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> S
     output, layers = empty.get_output_embeddings(), []
     of_parameters = tuple(f".{target}" for target in targets if "." in target)
     for path, module in empty.named_modules():
-        if (kind := kind_of(module)) is not None:
-            is_linear = issubclass(kind.layer_class, Linear) and module is not output
+        if (kind := _kind_of(module)) is not None:
+            is_linear = issubclass(kind, Linear) and module is not output
             if path.rpartition(".")[2] in targets or (ALL_LINEAR in targets and is_linear):
-                layers.append(kind.layer_class.shape_of(module))
+                layers.append(kind.shape_of(module))
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and f"{path}.{name}".endswith(of_parameters):
                 layout = Layout.of(module, name)
@@ -260,6 +259,11 @@ def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> S
     if not layers:
         raise DataError(f"model: {model!r} has no layers named {', '.join(targets)} that SMoA adapts; name its own")
     return Counter(layers)
+
+
+def _kind_of(module: nn.Module) -> Any | None:
+    """smoa's class for a layer; None where it has none."""
+    return next((kind for base, kind in LAYERS.items() if isinstance(module, base)), None)
 
 
 def adapted_shapes(empty: PreTrainedModel, adapter: Mapping[str, Any]) -> Shapes:
@@ -274,11 +278,35 @@ def adapted_shapes(empty: PreTrainedModel, adapter: Mapping[str, Any]) -> Shapes
         }  # whole names would count in all layers
         vars(chosen).update(numbers, target_modules=ends)
     found = [
-        kind.layer_class.shape_of(module)
+        kind.shape_of(module)
         for path, module in empty.named_modules()
-        if check_target_module_exists(chosen, path) and (kind := kind_of(module)) is not None
+        if check_target_module_exists(chosen, path) and (kind := _kind_of(module)) is not None
     ]
     return Counter(found) or shapes_of(empty, (ALL_LINEAR,), "")
+
+
+def trainable_parameters(out_features: int, in_features: int, r: int, num_blocks: int) -> int:
+    """Trainable parameters of one layer, `Σ_k r_k(|I_k| + |J_k|)`.
+
+    If K divides m and n this is r(m+n)/K: 1/K of LoRA's at the same r. Raises PartitionError unless K is between 1 and
+    min(out_features, in_features, 255).
+    """
+    check_num_blocks(num_blocks, out_features, in_features)
+    rows, columns = block_sizes(out_features, num_blocks), block_sizes(in_features, num_blocks)
+    return sum(rank * (m + n) for m, n, rank in zip(rows, columns, block_sizes(r, num_blocks), strict=True))
+
+
+def rank_bound(out_features: int, in_features: int, ranks: Sequence[int]) -> int:
+    """Upper bound of rank ΔW, by the ranks r_k of the blocks, if all anchors have full rank:
+    `Σ_k min(|I_k|, |J_k|, r_k·min(|I_k|, |J_k|))`."""
+    rows, columns = block_sizes(out_features, len(ranks)), block_sizes(in_features, len(ranks))
+    return sum(min(m, n) if rank else 0 for m, n, rank in zip(rows, columns, ranks, strict=True))
+
+
+def adapter_bytes(out_features: int, in_features: int, r: int, num_blocks: int) -> int:
+    """Bytes of one layer in a saved adapter: padded float32 factors, a label byte per coordinate, a scale per block."""
+    values = r * (-(-out_features // num_blocks) + -(-in_features // num_blocks))
+    return 4 * values + out_features + in_features + 4 * num_blocks
 
 
 def lora_parameters(shapes: Shapes, r: int) -> int:

@@ -1,190 +1,99 @@
-"""Talks to an adapted model: who answers, the conversation and its commands."""
+"""Talks to an adapted model, and to its base: ``smoa chat``."""
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
-from shlex import quote
 from typing import Any
 
 import typer
-from jinja2 import TemplateError
 from transformers import TextStreamer
 
-from smoa.errors import DataError, SmoaError, nearest
-from smoa_lab.base_models import positions_of, to_device
-from smoa_lab.basics.folders import free_name
+from smoa import ConfigError, DataError
+from smoa_lab.base_models import to_device
 from smoa_lab.config.methods import base_lost
-from smoa_lab.open_run import find_model, run_name, with_saved_adapter
-from smoa_lab.scoring.evaluation import GREEDY, ends_of
+from smoa_lab.open_run import Opened, with_saved_adapter
+from smoa_lab.scoring.evaluation import greedily
 from smoa_lab.scoring.losses import scoring
 
-BASE = "base"
-
-COMMANDS = {
-    "base": ("", "turn the adapter off, or on again"),
-    "both": ("", "answer the last message twice, by the base model and by the adapter"),
-    "system": ("[TEXT]", "set the system prompt; without a text, remove it"),
-    "reset": ("", "forget the conversation, but not the system prompt"),
-    "help": ("", "list the commands"),
-    "quit": ("", "end the chat, as Ctrl-D does"),
-}
-"""What may follow the name of a command, and what it does."""
+HELP = """/both   answer the last message twice, by the base model and by the adapter
+/base   turn the adapter off, or on again
+/reset  forget the conversation
+/quit   end the chat, as Ctrl-D does"""
+Turns = list[dict[str, str]]
 
 
 class Chat:
-    """A conversation with the model of a run, an adapter or a model, and a method for each command. An adapter is
-    talked to through the template that it was trained with, or through ``template``. Temperature 0 is greedy. In a
-    pipe only answers go to stdout, each with an empty line after it, and notes to stderr. Whatever cannot be loaded or
-    done raises SmoaError.
-    """
+    """A conversation with the model of a run, an adapter or a model. An adapter is talked to through the template that
+    it was trained with. Temperature 0 is greedy."""
 
     def __init__(
-        self,
-        place: str,
-        changes: dict[str, Any],
-        template: str | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        is_terminal: bool = False,
+        self, opened: Opened, max_new_tokens: int = 256, temperature: float = 0.0, system: str | None = None
     ) -> None:
-        found = find_model(place, changes, template)
-        self.place, self.tokenizer, adapter = found.section.name, found.tokenizer, found.adapter
+        found = opened.model
+        self.tokenizer, self.max_new_tokens, self.temperature = found.tokenizer, max_new_tokens, temperature
         if not self.tokenizer.chat_template:  # before the weights are read
-            raise DataError(f"{self.place}: its tokenizer has no chat template; use --template alpaca")
+            raise DataError(f"{found.section.name}: its tokenizer has no chat template; use --template alpaca")
+        self.prompt: Turns = [{"role": "system", "content": system}] if system else []
+        self.turns: Turns = []
         self.base_model = found.load()
         to_device(self.base_model)
+        adapter = found.adapter
         self.model: Any = self.base_model if adapter is None else with_saved_adapter(self.base_model, adapter)
-        self.adapter = "" if adapter is None else free_name(run_name(adapter), BASE.__eq__)
-        self.name = self.adapter or BASE
+        self.has_adapter = self.uses_adapter = adapter is not None
+        self.adapter_name = opened.name
+
+    @property
+    def name(self) -> str:
         """Who answers."""
-        self.is_terminal, self.max_new_tokens, self.temperature = is_terminal, max_new_tokens, temperature
-        self.refused = False
-        """Whether a line was."""
-        self.prompt: list[dict[str, str]] = []
-        self.turns: list[dict[str, str]] = []
-        self.pieces: list[str] = []  # of the answer that is being written
-        self.first = 0  # the oldest turn that the model still sees
-        if self.adapter:
-            self.say(f"{self.name} answers.")
-
-    def show(self, piece: str) -> None:
-        self.pieces.append(piece)
-        typer.echo(piece, nl=False)
-
-    def say(self, note: str) -> None:
-        """Show a note, which is no part of an answer."""
-        typer.secho(note, dim=self.is_terminal or None, err=not self.is_terminal)
-
-    def refuse(self, line: str, error: SmoaError) -> None:
-        """Say why a line isn't answered. In a pipe a text's answer is then empty, so that later ones keep their
-        places."""
-        self.say(f"error: {error}")
-        self.refused = True
-        is_command = line.startswith("/") and [*line[1:].split(), ""][0] in COMMANDS
-        if not (self.is_terminal or is_command):
-            typer.echo("\n")
+        return self.adapter_name if self.uses_adapter else "base"
 
     def respond(self, line: str) -> None:
         """Answer a message, or run a command, which begins with a slash; ``/quit`` raises EOFError."""
-        name, _, argument = line.removeprefix("/").strip().partition(" ")
-        if not line.startswith("/"):
-            if line.strip():
-                self.ask(line.strip())
-        elif name not in COMMANDS:
-            raise DataError(f"there is no command /{name}{nearest(name, COMMANDS)}")
-        elif name in ("base", "both") and not self.adapter:
-            raise DataError("this is a model without an adapter; start again with the folder of an adapter or a run")
-        elif name in ("base", "both") and (lost := base_lost(self.model.active_peft_config)) is not None:
-            raise DataError(f"the adapter {lost}; talk to the base by itself: smoa chat {quote(self.place)}")
-        else:
-            getattr(self, name)(*([argument.strip()] if COMMANDS[name][0] else []))
+        match line.strip():
+            case "":
+                pass
+            case "/quit":
+                raise EOFError
+            case "/reset":
+                self.turns = []
+                typer.echo("The conversation starts anew.")
+            case "/base":
+                self._check_base()
+                self.uses_adapter = not self.uses_adapter
+                typer.echo(f"{self.name} answers.")
+            case "/both":
+                self._check_base()
+                if not self.turns:
+                    raise ConfigError("no message to answer yet")
+                for uses_adapter in (False, True):
+                    typer.echo(f"{self.adapter_name if uses_adapter else 'base'}:")
+                    self._write(self.turns[:-1], uses_adapter)
+            case command if command.startswith("/"):
+                typer.echo(HELP)
+            case message:
+                asked = [*self.turns, {"role": "user", "content": message}]
+                answer = self._write(asked, self.uses_adapter)
+                self.turns = [*asked, {"role": "assistant", "content": answer}]
 
-    def ask(self, text: str) -> None:
-        """Answer a message. An answer that is interrupted is kept as far as it got."""
-        question = {"role": "user", "content": text}
-        seen = self._seen([*self.turns, question])
-        self.pieces = []
-        try:
-            self.write(seen, self.name)
-        finally:
-            if self.pieces:
-                self.turns += [question, {"role": "assistant", "content": "".join(self.pieces).strip()}]
+    def _check_base(self) -> None:
+        """Raise ConfigError where switching the adapter off, if there is one, doesn't leave the base."""
+        if not self.has_adapter:
+            raise ConfigError("this is a model without an adapter; start again with the folder of an adapter or a run")
+        if (lost := base_lost(self.model.active_peft_config)) is not None:
+            raise ConfigError(f"the adapter {lost}; chat with the base by itself")
 
-    def tokens(self, messages: list[dict[str, str]]) -> Any:
-        """The model's inputs for its next message; raises DataError if the chat template refuses the messages."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except TemplateError as error:
-            raise DataError(f"the model's chat template refuses this: {error}") from error
-
-    def _seen(self, turns: list[dict[str, str]]) -> list[dict[str, str]]:
-        """What the model sees: the system prompt, and as many of the latest turns as fit with the longest answer."""
-        first, positions = self.first, positions_of(self.base_model.config) or math.inf
-        while True:
-            seen = [*self.prompt, *turns[first:]]
-            excess = self.tokens(seen)["input_ids"].shape[1] + self.max_new_tokens - positions
-            if excess <= 0:
-                break
-            first += 2  # a question and its answer
-            if first >= len(turns):
-                both = f"the message and {self.max_new_tokens} tokens for the answer exceed the model's positions"
-                raise DataError(f"{both} by {excess}; shorten the message, or lower --max-new-tokens")
-        if first and not self.first:
-            self.say("The conversation is longer than the model can read: it no longer sees the oldest turns.")
-        self.first = first
-        return seen
-
-    def write(self, messages: list[dict[str, str]], name: str) -> None:
-        """Write and show the next message, by the base or by the adapter."""
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        vars(streamer)["on_finalized_text"] = lambda text, stream_end=False: (
-            self.show(text) if text or stream_end else None
+    def _write(self, turns: Turns, uses_adapter: bool) -> str:
+        """Write and show the next message."""
+        inputs: Any = self.tokenizer.apply_chat_template(
+            [*self.prompt, *turns], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        adapter: Any = self.model.disable_adapter() if name == BASE and self.adapter else nullcontext()
-        options = {"do_sample": True, "temperature": self.temperature} if self.temperature else GREEDY
-        try:
-            with scoring(self.model), adapter:
-                self.model.generate(
-                    **self.tokens(messages).to(self.base_model.device),
-                    max_new_tokens=self.max_new_tokens,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                    eos_token_id=ends_of(self.base_model, self.tokenizer),
-                    streamer=streamer,
-                    num_beams=1,  # a streamer takes no more
-                    **options,
-                )
-        finally:
-            typer.echo("" if self.is_terminal else "\n")
-
-    def base(self) -> None:
-        self.name = self.adapter if self.name == BASE else BASE
-        self.say(f"{self.name} answers.")
-
-    def both(self) -> None:
-        if not self.turns:
-            raise DataError("no message to answer yet")
-        seen = self._seen(self.turns[:-1])
-        for name in (BASE, self.adapter):
-            self.say(f"{name}:")
-            self.write(seen, name)
-
-    def system(self, text: str) -> None:
-        prompt = [{"role": "system", "content": text}] if text else []
-        self.tokens([*prompt, {"role": "user", "content": "?"}])
-        self.prompt = prompt
-        self.say("The system prompt is set." if text else "There is no system prompt now.")
-
-    def reset(self) -> None:
-        self.turns, self.first = [], 0
-        self.say("The conversation starts anew.")
-
-    def help(self) -> None:
-        lines = [f"{f'/{name} {usage}':14}  {text}" for name, (usage, text) in COMMANDS.items()]
-        last = "Ctrl-C stops an answer. A message that begins with a slash needs a space before it."
-        self.say("\n".join([*lines, last]))
-
-    def quit(self) -> None:
-        raise EOFError
+        inputs = inputs.to(self.base_model.device)
+        adapter: Any = nullcontext() if uses_adapter or not self.has_adapter else self.model.disable_adapter()
+        with scoring(self.model), adapter, greedily(self.model, self.tokenizer):
+            written = self.model.generate(
+                **inputs,
+                max_new_tokens=self.max_new_tokens,
+                streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+                **({"do_sample": True, "temperature": self.temperature} if self.temperature else {}),
+            )
+        return str(self.tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

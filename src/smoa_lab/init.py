@@ -78,7 +78,7 @@ def first_values(
         "model": {"name": model, **({"dtype": dtype} if dtype else {})},  # else the machine and the method decide
         **method,
         **({"adapter": adapter} if adapter else {}),
-        "trainer": "dpo" if block["format"] == "preference" else "sft",
+        "trainer": "sft",
         "data": block,
         "training": {
             "output_dir": f"runs/{file_for(data).stem}",

@@ -9,25 +9,29 @@ of ΔW, with the rest of ΔW taken as zero.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from smoa.budget import rank_bound
-from smoa.errors import MergeError
+from smoa import MergeError
 from smoa.layer import SmoaLayer
 from smoa.partition import Blocks
 from smoa.spectrum import decomposition_device
+from smoa_lab.base_models import load_weights
+from smoa_lab.budget import rank_bound
 from smoa_lab.merge import weight_of
-from smoa_lab.open_run import adapter_of_run, model_of, with_saved_adapter
-from smoa_lab.pages.tables import Cell, Table
+from smoa_lab.open_run import open_place, with_saved_adapter
+from smoa_lab.pages.charts import LINE_LEGEND, colors, dashes, values
+from smoa_lab.pages.tables import Table
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,9 @@ TOO_FAR = {"relative_update": 0.06, "relative_spectral_norm": 0.2}
 """Figures from which a layer is marked: in studies/retention-pilot and -seeds a layer exceeded one of them in all
 runs that forgot more than 0.15 nats of the first task, and in no other run."""
 
+FAR = TOO_FAR["relative_spectral_norm"]
+PANEL, COLUMNS = 144, 4
+"""Pixels of a panel of the picture, and how many stand side by side."""
 NOT_SHOWN = ("bias", "modules_to_save")
 """Settings by which an adapter trains more than matrices."""
 
@@ -50,7 +57,6 @@ class UpdateSpectrum:
         output_energy: Share of ΔW's energy on each left singular vector of W.
         block_energy: Energy of each block's part of ΔW on W's singular vectors, both sides together, (num_blocks, q);
             None where ΔW has no blocks.
-        bands: Lowest and highest spectral score of each block's coordinates.
     """
 
     weight_values: Tensor
@@ -58,7 +64,6 @@ class UpdateSpectrum:
     input_energy: Tensor
     output_energy: Tensor
     block_energy: Tensor | None = None
-    bands: tuple[tuple[float, float], ...] = ()
 
     @property
     def rank(self) -> int:
@@ -137,8 +142,10 @@ class LayerReport(UpdateSpectrum):
 
 def inspect_layers(adapter: str | Path, base: str | None = None) -> list[LayerReport]:
     """A report on every adapted layer, in the model's order."""
-    source = adapter_of_run(adapter)
-    adapted = with_saved_adapter(model_of(source, base).load(), source)
+    opened = open_place(adapter, base)
+    source, section = opened.adapter, opened.model.section
+    dtype = None if "quantization_config" in section.options else "float32"
+    adapted = with_saved_adapter(load_weights(section, dtype=dtype)[0], source)
     config: Any = adapted.active_peft_config
     others = [key for key in NOT_SHOWN if getattr(config, key, None) not in (None, [], {}, "none")]
     if others:
@@ -215,7 +222,7 @@ def _reports(path: str, module: Any, adapter: str, method: str, counted: set[int
     scales: list[list[float]] = [[]] * len(matrices)
     if isinstance(module, SmoaLayer):
         blocks = [update.blocks for _, _, update in module.parts(adapter)]
-        scales = (module.scaling[adapter] * module.derived(adapter).block_scale.reshape(len(matrices), -1)).tolist()
+        scales = (module.scaling[adapter] * module.adapters[adapter].block_scale.reshape(len(matrices), -1)).tolist()
     for (name, weight, update), of_matrix, block_scales in zip(matrices, blocks, scales, strict=True):
         yield LayerReport(
             **vars(update_spectrum(weight, update, of_matrix)),
@@ -234,8 +241,7 @@ def _rank_bound(module: Any, adapter: str) -> int | None:
         block_ranks = module.adapters[adapter].ranks
         if module.adapters[adapter].modulation == "none":
             return sum(block_ranks)
-        sizes = module.out_features, module.in_features
-        return rank_bound(*sizes, sum(block_ranks), len(block_ranks), block_ranks)
+        return rank_bound(module.out_features, module.in_features, block_ranks)
     ranks = getattr(module, "r", None)
     is_scaled = getattr(module, "use_dora", {}).get(adapter)  # DoRA's magnitudes change W itself
     return int(ranks[adapter]) if isinstance(ranks, dict) and hasattr(module, "lora_A") and not is_scaled else None
@@ -250,26 +256,18 @@ def update_spectrum(weight: Tensor, delta_weight: Tensor, blocks: Blocks | None 
     )
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
     by_row, by_column = (delta @ Vh.T).square(), (delta.T @ U).square()
+    of_blocks = None
+    if blocks is not None:
+        labels = torch.cat([blocks.row_labels, blocks.col_labels]).long().cpu()
+        energy = torch.cat([by_row, by_column]).double().cpu()
+        of_blocks = energy.new_zeros(blocks.num_blocks, energy.shape[1]).index_add_(0, labels, energy)
     return UpdateSpectrum(
         weight_values=sigma.double().cpu(),
         update_values=torch.linalg.svdvals(delta).double().cpu(),
         input_energy=_shares(by_row.sum(0)),
         output_energy=_shares(by_column.sum(0)),
-        **({} if blocks is None else _by_block(blocks, (U * sigma, Vh.T * sigma), (by_row, by_column))),
+        block_energy=of_blocks,
     )
-
-
-def _by_block(blocks: Blocks, of_weight: tuple[Tensor, Tensor], of_update: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """``block_energy`` and ``bands``, from W's rows and columns on its singular vectors, (m, q) and (n, q), and from
-    the energies of ΔW's on them."""
-    labels = torch.cat([blocks.row_labels, blocks.col_labels]).long().cpu()
-    energy, own = (torch.cat(parts).double().cpu() for parts in (of_update, of_weight))
-    scores = own.square() @ torch.arange(own.shape[1], dtype=own.dtype) / own.square().sum(1)
-    inside = [scores[labels == block] for block in range(blocks.num_blocks)]
-    return {
-        "block_energy": energy.new_zeros(blocks.num_blocks, energy.shape[1]).index_add_(0, labels, energy),
-        "bands": tuple((float(scores.min()), float(scores.max())) for scores in inside),
-    }
 
 
 def _coverage(energy: Tensor) -> float:
@@ -284,21 +282,46 @@ def _shares(energy: Tensor) -> Tensor:
     return energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
 
 
-def layer_table(reports: Sequence[LayerReport], caption: str = "") -> Table:
+def layer_table(reports: Sequence[LayerReport]) -> Table:
     """A row for each layer."""
-    header = ["layer", "shape", "parameters", "‖ΔW‖/‖W‖", "‖ΔW‖₂/‖W‖₂", "rank", "bound"]
+    header = ["layer", "shape", "parameters", "‖ΔW‖/‖W‖", "‖ΔW‖₂/‖W‖₂", "rank", "bound", "stable rank", "coverage"]
     rows = [
         [
             report.module,
-            Cell(f"{report.rows}×{report.columns}", report.rows * report.columns),
-            Cell(f"{report.parameters:,}", report.parameters),
-            *(Cell(report.marked(figure), getattr(report, figure)) for figure in TOO_FAR),
+            f"{report.rows}×{report.columns}",
+            f"{report.parameters:,}",
+            *(report.marked(figure) for figure in TOO_FAR),
             report.rank,
             "–" if report.rank_bound is None else report.rank_bound,
-            f"{report.effective_rank:.1f}",
             f"{report.stable_rank:.1f}",
             f"{report.coverage:.3f}",
         ]
         for report in reports
     ]
-    return Table([*header, "effective rank", "stable rank", "coverage"], rows, caption)
+    return Table(header, rows)
+
+
+def moved(adapters: Mapping[str, Sequence[LayerReport]]) -> Any:
+    """How far each layer was moved: a panel for each kind of module, such as q_proj, and a line for each adapter by
+    name."""
+    rows = []
+    for name, reports in adapters.items():
+        for report in reports:
+            number = re.search(r"\.(\d+)\.", f".{report.module}.")
+            kind, far = report.module.rpartition(".")[2], report.relative_spectral_norm
+            rows.append({"adapter": name, "layer": int(number[1]) if number else 0, "kind": kind, "moved": far})
+    methods = {name: reports[0].method for name, reports in adapters.items()}
+    legend = LINE_LEGEND if len(adapters) > 1 else None
+    panels = [
+        alt.Chart(values(row for row in rows if row["kind"] == kind))
+        .mark_line(strokeWidth=1.5, point=True)
+        .encode(
+            x=alt.X("layer:Q", axis=alt.Axis(format="d", tickMinStep=1, grid=False)),
+            y=alt.Y("moved:Q", title=None, axis=alt.Axis(tickCount=4)),
+            color=colors(methods, "adapter", legend),
+            strokeDash=dashes(methods, "adapter", legend),
+        )
+        .properties(width=PANEL, height=PANEL * 0.8, title=kind)
+        for kind in dict.fromkeys(row["kind"] for row in rows)
+    ]
+    return alt.concat(*panels, columns=COLUMNS, title=f"‖ΔW‖₂ / ‖W‖₂ by layer; from {FAR} on much is likely forgotten")

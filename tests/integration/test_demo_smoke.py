@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from smoa.errors import DataError
 from smoa_lab.cli.main import app
-from smoa_lab.config.run import RunConfig, load_config
 from tests.support import lab
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -38,15 +36,19 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def finished(overrides: list[str]) -> tuple[str, Path]:
-    """What the demo printed, and its run folder."""
-    result = CliRunner().invoke(app, ["demo", str(DEMO), *overrides], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output, Path(overrides[1].partition("=")[2])
+    """What the demo's commands printed, and its run folder."""
+    run = Path(overrides[1].partition("=")[2])
+    told = ""
+    for words in (["train", str(DEMO), *overrides], ["merge", str(run), str(run / "merged")], ["verify", str(run)]):
+        result = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        told += result.output
+    return told, run
 
 
-def test_the_demo_trains_scores_reloads_merges_and_says_where_things_lie(finished: tuple[str, Path]) -> None:
+def test_the_demo_trains_scores_merges_and_verifies(finished: tuple[str, Path]) -> None:
     output, run = finished
-    for said in ("before", "after", "trainable parameters", "agrees  merged", str(run / "adapter")):
+    for said in ("before", "after", "trainable parameters", "agrees  merged", str(run)):
         assert said in output
     assert {"adapter", "config.yaml", "metrics.json", "loss_curve.png", "train.log"} <= {
         file.name for file in run.iterdir()
@@ -57,16 +59,3 @@ def test_the_demo_trains_scores_reloads_merges_and_says_where_things_lie(finishe
     assert {"commit", "dirty", "versions", "device", "seed"} <= metrics["provenance"].keys()
     assert metrics["data"]["parts"] == {"train": 24, "validation": 64, "test": 8}
     assert metrics["evaluation"]["after"]["rows"] == 8
-
-
-def test_the_demo_needs_no_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[RunConfig] = []
-
-    def prepare(config: RunConfig) -> None:
-        started.append(config)
-        raise DataError("far enough")
-
-    monkeypatch.setattr("smoa_lab.training.train.run", prepare)
-    monkeypatch.chdir(tmp_path)
-    assert "far enough" in CliRunner().invoke(app, ["demo"]).output
-    assert started == [load_config(DEMO)]

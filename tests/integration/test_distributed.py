@@ -168,15 +168,14 @@ def test_a_sharded_checkpoint_loads_back_on_one_process(
 
 
 @pytest.mark.slow  # three Python processes that import everything
-@pytest.mark.parametrize("kind", ["messages", "preference"])
 def test_accelerate_launch_gives_what_one_process_gives_with_twice_the_accumulation(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    rows = own_rows.write_rows(tmp_path / "rows.jsonl", (own_rows.chats if kind == "messages" else own_rows.pairs)(24))
+    rows = own_rows.write_rows(tmp_path / "rows.jsonl", own_rows.chats(24))
     base = own_rows.rows_base(tmp_path / "base")
-    training, trainer = {"max_steps": 4, "learning_rate": 0.01}, "sft" if kind == "messages" else "dpo"
-    config = own_rows.rows_values(tmp_path, rows, base, training=training, trainer=trainer)
+    training = {"max_steps": 4, "learning_rate": 0.01}
+    config = own_rows.rows_values(tmp_path, rows, base, training=training)
     one, two = trained_by_one_and_by_two(config, tmp_path)
     assert own_rows.losses(two) == pytest.approx(own_rows.losses(one), rel=CURVE_TOLERANCE)
     assert two["data"] == one["data"]

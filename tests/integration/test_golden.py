@@ -22,7 +22,7 @@ from tests.support.own_rows import MARKED, PLAIN, tokenizer_with, write_rows
 SAID = load_file(golden.GOLDEN / "outputs.safetensors")
 BASES: dict[str, str] = json.loads((golden.GOLDEN / "bases.json").read_text())
 LOSSES: dict[str, Any] = json.loads((golden.GOLDEN / "losses.json").read_text())
-FORMATS = ("messages", "prompt", "preference", "alpaca", "sharegpt", "text")
+FORMATS = ("messages", "prompt", "alpaca", "sharegpt", "text")
 ENCODERS: dict[str, dict[str, Any]] = {
     "": {"max_length": 1024},
     " whole": {"max_length": 1024, "assistant_only": False, "completion_only": False},
@@ -50,9 +50,6 @@ def test_rows_become_the_same_tokens(format: str, template: str) -> None:
     for way, settings in ENCODERS.items():
         encoder = Encoder(tokenizer, **settings)
         assert [golden.plain(encoder.encode(row)) for row in rows] == expected[f"{format} {template}{way}"]
-        if format == "preference" and not way:
-            worse = [golden.plain(encoder.encode(row, rejected=True)) for row in rows]
-            assert worse == expected[f"{format} {template} rejected"]
 
 
 def test_rows_with_choices_become_the_same_tokens_in_alpacas_template() -> None:
@@ -93,7 +90,6 @@ def test_a_run_learns_as_it_did(name: str, tmp_path: Path, monkeypatch: pytest.M
         "model": {"name": str(golden.language_model(tmp_path / "base")), "dtype": "float32"},
         "method": settings["method"],
         "adapter": {**settings["adapter"], "target_modules": "all-linear"},
-        "trainer": "dpo" if format == "preference" else "sft",
         "data": data,
         "forgetting": {"tokens": 512},
         "training": training,

@@ -11,7 +11,7 @@ from smoa_lab.config import run as config_module
 from smoa_lab.config.run import check_config, load_config
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.init import default_run
-from smoa_lab.open_run import open_run
+from smoa_lab.open_run import open_place
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train import run
 from tests.support import lab
@@ -44,8 +44,8 @@ def test_weights_of_the_base_are_trained_in_float32(
     checked = check_config(config)
     assert (checked.model.dtype, checked.training["bf16"]) == ("float32", True)
     metrics, folder = run(checked), RunFolder(checked.folder)
-    found = open_run(folder.path)
-    again = evaluate_run(*found, folder)
+    found = open_place(folder.path)
+    again = evaluate_run(found)
     assert again["scores"]["loss"] == pytest.approx(metrics["evaluation"]["after"]["loss"], abs=1e-3)
     stored = {name: tensor for file in folder.adapter.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from smoa_lab.training.train import run as train
 from tests.support.kills import killed_after_saving
-from tests.support.own_rows import chats, losses, pairs, rows_base, rows_config, write_rows
+from tests.support.own_rows import chats, losses, rows_base, rows_config, write_rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
@@ -24,7 +24,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "dropout": {"adapter": DROPPED},
     "packing": {"training": {"packing": True, "packing_strategy": "bfd"}, "data": {"max_length": 128}},
     "accumulation": {"training": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}},
-    "DPO": {"trainer": "dpo"},
     "early stopping": {"training": {**VALIDATED, "learning_rate": 30.0, "warmup_steps": 0}, "early_stopping": 2},
     "plateau": {"training": {**VALIDATED, "lr_scheduler_type": "reduce_lr_on_plateau", "learning_rate": 0.5}},
     "group_by_length": {"training": {"train_sampling_strategy": "group_by_length"}},
@@ -48,7 +47,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     of_kind = dict(KINDS[kind])
     killed_after = of_kind.pop("killed_after", 2)
-    rows = write_rows(tmp_path / "rows.jsonl", pairs(40) if kind == "DPO" else chats(40))
+    rows = write_rows(tmp_path / "rows.jsonl", chats(40))
     training = {"max_steps": 4, "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 1, "warmup_steps": 1}
     sections = {
         "forgetting": {"tokens": 0},

@@ -47,14 +47,11 @@ assert not lab & set(sys.modules), lab & set(sys.modules)
 """
 ASK = """
 import runpy, sys, smoa
-from smoa_lab.cli.runs import CONFIG
-from smoa_lab.config.run import load_config
 from smoa_lab.data.sources import read_rows
 from smoa_lab.data.general_text import passages
 from smoa_lab.data.named import DEMO_FILE
-from smoa_lab.pages.templates import page
 print("\\nASKED", smoa.__file__)
-print(load_config(CONFIG).folder, len(passages("packaged")), "vega-lite" in page("Empty"))
+print(len(passages("packaged")))
 print(len(list(read_rows(DEMO_FILE))), DEMO_FILE.with_name("csqa_demo.LICENSE").is_file())
 sys.argv[1:] = ["--help"]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,4 +1,4 @@
-"""A tiny model with a chat template, adapters of it, and a chat that keeps what it shows."""
+"""A tiny model with a chat template, and adapters of it."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from smoa_lab.chat import Chat
 from tests.support.adapted_models import adapted
 from tests.support.lab import byte_tokenizer, tiny_base
 
@@ -45,22 +44,3 @@ def written(model: Any, place: Path, messages: list[dict[str, str]]) -> str:
     output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
-
-
-class KeptChat(Chat):
-    """Keeps answers and notes in lists."""
-
-    def __init__(self, place: Path, template: Any = None, temperature: float = 0.0, **changes: Any) -> None:
-        self.answers: list[str] = []
-        self.notes: list[str] = []
-        super().__init__(str(place), changes, template, NEW_TOKENS, temperature)
-
-    def write(self, messages: list[dict[str, str]], name: str) -> None:
-        before = len(self.pieces)
-        try:
-            super().write(messages, name)
-        finally:
-            self.answers.append("".join(self.pieces[before:]))
-
-    def say(self, note: str) -> None:
-        self.notes.append(note)

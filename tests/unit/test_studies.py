@@ -10,10 +10,12 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
+import altair as alt
 import gallery
 import pytest
 import results_page
 from again import replay, unpacked
+from html_page import Cell, Figure, SortedTable, page
 from stored import PACK, Run, compared, final_name, folders, runs_of, store, summary_of
 from study_page import study_page
 
@@ -59,6 +61,37 @@ def test_the_page_of_a_study_leads_to_its_runs(folder: Path) -> None:
     of_sequence = isinstance(summary_of(folder), dict)
     assert sorted(shown) == [name for name in runs if not of_sequence or name.startswith("final/")]
     assert set(re.findall(r'"#((?:final|tuning)/[^"]+)"', html)) <= set(shown)
+
+
+@pytest.mark.parametrize("name", ["</script>", "<!--<script>", "<img src=x onerror=alert(1)>"])
+def test_a_chart_is_on_the_page_as_data_with_its_caption_in_words(name: str) -> None:
+    data = alt.InlineData(values=[{"x": name}])
+    text = Figure(alt.Chart(data).mark_point(fill="white").encode(x="x:N"), name).__html__()
+    (found,) = re.findall(r'<script type="application/json">(.*?)</script>', text, re.DOTALL)
+    chart = json.loads(found, parse_constant=pytest.fail)
+    assert name not in text.replace("</script>\n</figure>", "")
+    assert chart["description"] == name
+    assert chart["mark"]["fill"] == "var(--paper, white)"
+
+
+def test_text_that_looks_like_html_is_text_wherever_it_stands() -> None:
+    name = "<b>x</b>"
+    row = [name, Cell(name, value=name), Cell(name, anchor=True), Cell(name, links={name: name})]
+    table = SortedTable([name], [row], name)
+    text = page(name, [(name, [name, table, {name: name}])], [name]).partition("<script>")[0]
+    assert name not in text
+    assert text.count("<td>&lt;b&gt;x&lt;/b&gt;</td>") == 1
+    assert '<td data-value="&lt;b' in text
+    assert '<td><a href="&lt;b' in text
+    assert '<td><span id="&lt;b' in text
+
+
+def test_the_script_is_in_the_page_and_imports_nothing() -> None:
+    head, script = page("Empty").split("<script>")
+    assert len(script) < 1_000_000
+    assert not any(line.startswith(("import ", "export ")) for line in script.splitlines())
+    assert script.count("</script>") == 1
+    assert "http" not in head
 
 
 def gold_loss(run: Run) -> float | None:

@@ -1,10 +1,9 @@
 """The commands that take a saved adapter or its run, or a model alone: ``smoa merge``, ``convert``, ``verify``,
-``inspect``, ``report``, ``chat`` and ``budget``; and ``smoa exec``, other tools on adapters."""
+``inspect``, ``chat`` and ``budget``; and ``smoa exec``, other tools on adapters."""
 
 from __future__ import annotations
 
 import importlib
-import logging
 import runpy
 import sys
 from contextlib import suppress
@@ -41,7 +40,10 @@ def merge(
     trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
-    """Merge an adapter into its base model and save the result as a model that needs no adapter."""
+    """Merge an adapter into its base model and save the result as a model that needs no adapter.
+
+    Exit code 1: the saved model does not say what the adapter says.
+    """
     with reporting():
         from smoa_lab.merge import merge_run
         from smoa_lab.verify import verify_merged
@@ -49,137 +51,93 @@ def merge(
         merged = merge_run(adapter, output, dtype, base)
         if not json:
             typer.echo(f"{merged.folder}: {merged.summary()}")
-        found = verify_merged(adapter, output, base) if verify else "--no-verify"
-        verdict = None if isinstance(found, str) else found
+        verdict = verify_merged(adapter, output, base) if verify else None
         if json:
             print_json(merged.to_dict() | {"verified": verdict and verdict.to_dict()})
-        else:
-            typer.echo(verdict.line() if verdict else f"Not compared with the adapter: {found}.")
-        if verdict and verdict.outcome == "can't tell":
-            logging.getLogger("smoa_lab").warning("Little of the adapter is in the merged model; merge into float32")
-        if verdict and verdict.outcome == "differs":
+        elif verdict:
+            typer.echo(verdict.line())
+        if verdict and not verdict.agrees:
             raise typer.Exit(1)
 
 
 def convert(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter (then no loss is measured).")],
+    adapter: Adapter,
     output: Annotated[Path, typer.Argument(help="New folder for the LoRA.")],
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of every layer; give this or --energy.")] = None,
     energy: Annotated[float | None, typer.Option(help="Share of ‖ΔW‖² to keep in every layer, e.g. 0.9.")] = None,
-    score: Annotated[bool, typer.Option(help="Measure the loss on the run's held-out rows.")] = True,
     base: Base = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Show every layer.")] = False,
     trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
-    """Approximate a SMoA adapter by a LoRA, and measure what that loses of the update and of the task."""
+    """Approximate a SMoA adapter by a LoRA, and measure what that loses of the update.
+
+    What it loses of the task: smoa eval RUN --adapter LORA.
+    """
     with reporting():
         from smoa_lab.convert import convert_run
-        from smoa_lab.pages.tables import Table, spread
 
         if (rank is not None and energy is not None) or (kept := energy if rank is None else rank) is None:
             raise failed("give --rank or --energy")
-        result = convert_run(adapter, output, kept, base, score)
+        result = convert_run(adapter, output, kept, base)
         if json:
             print_json(result)
             return
-        if layers:
-            rows = [[layer["module"], layer["rank"], f"{layer['error']:.3f}"] for layer in result["layers"]]
-            Table(["layer", "rank", "‖ΔW − BA‖/‖ΔW‖"], rows).print()
         typer.echo(
             f"{result['folder']}: LoRA of rank {result['rank']}, {result['parameters']:,} parameters (the adapter has "
             f"{result['adapter_parameters']:,}); ‖ΔW − BA‖/‖ΔW‖ = {result['error']:.3f} over all layers."
         )
         if result["options"]:
             typer.echo(f"The adapter's base was loaded with {result['options']}; load the LoRA's base with them too.")
-        if (loss := result["loss"]) is not None:
-            gain = loss["gain_kept"]
-            share = "" if gain is None else f"; {100 * gain:.0f} % of the adapter's gain is kept"
-            typer.echo(
-                f"Held-out loss: base {loss['base']:.3f}, adapter {loss['adapter']:.3f}, LoRA {loss['lora']:.3f} "
-                f"(change {loss['lora_change']:+.3f}{spread(loss['lora_change_stderr'])}){share}."
-            )
 
 
 def verify(
     adapter: Adapter,
     against: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A model's or LoRA's folder, a server's address, or merged: in memory, if no folder is so called."
-        ),
+        list[str] | None, typer.Option(help="A model's or LoRA's folder, or merged: in memory. May be repeated.")
     ] = None,
-    served_name: Annotated[str | None, typer.Option(help="Adapter's name at the server; else its folder's.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens that a server is asked for, for each prompt.")] = 16,
     base: Base = None,
     trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
-    """Check on ten prompts that a merged model, a LoRA or a server answers as the adapter does.
+    """Check on ten prompts that a merged model or a LoRA says what the adapter says.
 
-    Exit code 0: all agree. 1: one differs. 3: none differs, and of one it can't be told.
+    Exit code 1: one does not.
     """
     with reporting():
-        from smoa_lab.verify import exit_code
+        from smoa_lab.verify import IN_MEMORY
         from smoa_lab.verify import verify as compared
 
-        targets = ["./merged" if each == "merged" and Path(each).is_dir() else each for each in against or []]
-        verdicts = compared(adapter, targets or ["merged"], served_name, tokens, base)
+        verdicts = compared(adapter, against or [IN_MEMORY], base)
         show("\n".join(verdict.line() for verdict in verdicts), [verdict.to_dict() for verdict in verdicts], json)
-        if code := exit_code(verdicts):
-            raise typer.Exit(code)
+        if not all(verdict.agrees for verdict in verdicts):
+            raise typer.Exit(1)
 
 
 def inspect(
     adapters: Annotated[list[Path], typer.Argument(help="Folder of a run, or of an adapter; several side by side.")],
     base: Base = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with charts to this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw how far each layer was moved into this PNG file.")] = None,
     trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
     """Show size, norm, ranks and spectral coverage of the update of every adapted layer."""
     with reporting():
-        from smoa.atomic import write_whole
-        from smoa_lab.basics.folders import check_place
-        from smoa_lab.inspect import LayerReport, inspect_layers, layer_table
+        from smoa_lab.inspect import inspect_layers, layer_table, moved
+        from smoa_lab.pages.charts import save_picture
 
-        if html is not None:
-            check_place(html, is_new=True)
-        reports = {place: inspect_layers(place, base) for place in adapters}
-        if html is not None:
-            from smoa_lab.basics.folders import free_name
-            from smoa_lab.inspect_page import inspection_page
-            from smoa_lab.open_run import run_name
-
-            by_name: dict[str, list[LayerReport]] = {}
-            for place, layers in reports.items():
-                by_name[free_name(run_name(place), by_name.__contains__)] = layers
-            write_whole(html, inspection_page(f"Inside {', '.join(by_name)}", by_name))
-            typer.echo(f"Page: {html}", err=True)
+        reports = {str(place): inspect_layers(place, base) for place in adapters}
+        if picture is not None:
+            save_picture(moved(reports), picture)
         if json:
-            plain = {str(place): [report.to_dict() for report in layers] for place, layers in reports.items()}
+            plain = {place: [report.to_dict() for report in layers] for place, layers in reports.items()}
             print_json(plain if len(plain) > 1 else next(iter(plain.values())))
             return
         for place, layers in reports.items():
             if len(reports) > 1:
                 typer.echo(f"\n{place}")
-            layer_table(layers).without("effective rank").print()
-            far = sum(report.moved_too_far for report in layers)
-            if far:
+            layer_table(layers).print()
+            if far := sum(report.moved_too_far for report in layers):
                 typer.echo(f"\n! {far} of {len(layers)} layers were moved far: the model may have forgotten much.")
-
-
-def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")],
-    output: Annotated[Path | None, typer.Option(help="The page's file; RUN/report.html by default.")] = None,
-    json: AsJson = False,
-) -> None:
-    """Write a run's page: scores, loss, answers before and after, what was forgotten, config, how to load it."""
-    with reporting():
-        from smoa_lab.run_page import report_run
-
-        page = report_run(run, output)
-        show(f"Page: {page}", {"page": str(page)}, json)
 
 
 def chat(
@@ -195,38 +153,21 @@ def chat(
     trust_remote_code: Trusted = False,
 ) -> None:
     """Chat with an adapted model and compare it with its base; /help lists the commands."""
-    given = {"name": base, "dtype": dtype}
-    changes = {key: value for key, value in given.items() if value is not None}
     with reporting():
-        from smoa.errors import SmoaError
+        from smoa import SmoaError
         from smoa_lab.chat import Chat
+        from smoa_lab.open_run import open_place
 
-        try:
-            chat = Chat(place, changes, template, max_new_tokens, temperature, _is_terminal())
-            if system:
-                chat.system(system)
-            if chat.is_terminal:
-                with suppress(ImportError):  # Windows has none
-                    importlib.import_module("readline")  # input() then keeps a history
-                chat.say("/help lists the commands.")
-            while True:
-                try:
-                    line = input(f"{chat.name}> " if chat.is_terminal else "")
-                    chat.respond(line)
-                except SmoaError as error:
-                    chat.refuse(line, error)
-                except KeyboardInterrupt:
-                    if not chat.is_terminal:
-                        raise
-                    chat.say("\nInterrupted. /quit or Ctrl-D ends the chat.")
-        except EOFError:
-            raise typer.Exit(int(chat.refused and not chat.is_terminal)) from None
-        except KeyboardInterrupt:  # while the model is loaded, and in a pipe: there is nothing to resume
-            raise typer.Exit(130) from None
-
-
-def _is_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()
+        chat = Chat(open_place(place, base).with_changes(dtype, template), max_new_tokens, temperature, system)
+        with suppress(ImportError):  # Windows has none
+            importlib.import_module("readline")  # input() then keeps a history
+        while True:
+            try:
+                chat.respond(input(f"{chat.name}> " if sys.stdin.isatty() else ""))
+            except EOFError:
+                return
+            except SmoaError as error:
+                typer.echo(f"error: {error}", err=True)
 
 
 def budget(

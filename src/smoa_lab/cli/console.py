@@ -16,8 +16,6 @@ import typer
 from smoa_lab.basics.plain import json_text
 from smoa_lab.basics.trust import TRUSTED, Trust
 
-FULL_DISK = ("No space left", "quota exceeded", "File too large", "inline_container", "iostream error")
-"""Words of the errors of Python, safetensors and torch when a disk, or what a process may write, is full."""
 Base = Annotated[str | None, typer.Option(help="Base model to use instead of the one recorded in the adapter.")]
 
 
@@ -61,8 +59,9 @@ Data = Annotated[str | None, typer.Option(help="Without a file: rows, as a file,
 
 @contextmanager
 def reporting(*of: str) -> Iterator[None]:
-    """Show the log of the lab, or ``of`` packages in it and all warnings, on stderr; an error of smoa's ends the
-    command with one message and exit code 1."""
+    """Show the log of the lab, or ``of`` packages in it and all warnings, on stderr; an error ends the command with one
+    message and exit code 1, what smoa's own errors are not with the name of their class. ``SMOA_TRACEBACK=1`` shows
+    where it was raised."""
     from smoa.errors import SmoaError
 
     try:
@@ -70,11 +69,12 @@ def reporting(*of: str) -> Iterator[None]:
             yield
     except SmoaError as error:
         raise failed(str(error)) from error
+    except (typer.Exit, ModuleNotFoundError):  # the latter names an extra to install
+        raise
     except Exception as error:
-        if not any(words in str(error) for words in FULL_DISK):
+        if os.environ.get("SMOA_TRACEBACK"):
             raise
-        remedy = "make room, or raise ulimit -f, and run the same command again"
-        raise failed(f"the disk is full ({error}); {remedy}") from error
+        raise failed(f"{type(error).__name__}: {error}") from error
     except KeyboardInterrupt:
         typer.echo("interrupted; run the same command again: a run goes on from its last checkpoint", err=True)
         raise typer.Exit(130) from None

@@ -39,15 +39,13 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "train": (runs.train, "smoa train --model smollm2-135m --data chats.jsonl training.max_steps=100"),
     "tune": (studies.tune, "smoa tune my.yaml --max-runs 4"),
     "eval": (runs.evaluate, "smoa eval runs/my --output scores.json"),
-    "report": (adapters.report, "smoa report runs/my --output my.html"),
     "chat": (adapters.chat, "smoa chat runs/my --temperature 0.7"),
     "merge": (adapters.merge, "smoa merge runs/my merged --dtype float32"),
     "convert": (adapters.convert, "smoa convert runs/my lora --rank 16"),
     "verify": (adapters.verify, "smoa verify runs/my --against merged --against lora"),
     "compare": (studies.compare, "smoa compare --model smollm2-135m --data chats.jsonl"),
-    "inspect": (adapters.inspect, "smoa inspect runs/my --html inside.html"),
+    "inspect": (adapters.inspect, "smoa inspect runs/my runs/lora"),
     "budget": (adapters.budget, "smoa budget gemma3-270m lora:8"),
-    "demo": (runs.demo, "smoa demo"),
 }
 """Each command's function and an example, in the order of ``smoa --help``."""
 EXEC = "smoa exec lm_eval --model hf --model_args pretrained=google/gemma-3-270m,peft=out --tasks arc_easy"

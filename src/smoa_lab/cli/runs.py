@@ -1,5 +1,5 @@
 """The commands of a run: ``smoa init``, which writes its YAML file, ``smoa data check``, which shows what would be
-trained, ``smoa train``, ``smoa eval`` and ``smoa demo``."""
+trained, ``smoa train`` and ``smoa eval``."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ from smoa_lab.cli.console import (
 )
 from smoa_lab.pages.tables import metric_table, outcome, steps_text
 
-CONFIG = Path(__file__).with_name("demo.yaml")
-"""In a clone ``configs/demo.yaml`` is a link to it."""
 DEFAULT = "smollm2-135m"
 data_app = typer.Typer(help="Look at your own rows before a run.", no_args_is_help=True)
 
@@ -129,6 +127,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(help="Values to change, e.g. data.test=new.jsonl.", callback=lambda given: overridden(given)),
     ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Another adapter of the run's base, such as its LoRA.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     metric: Metric = None,
     base: Base = None,
@@ -140,57 +139,22 @@ def evaluate(
         from smoa.atomic import write_whole
         from smoa_lab.basics.folders import check_place
         from smoa_lab.basics.plain import json_text
-        from smoa_lab.evaluate import check_overrides, evaluate_run
-        from smoa_lab.open_run import open_run
-        from smoa_lab.training.run_folder import RunFolder
+        from smoa_lab.evaluate import evaluate_run
+        from smoa_lab.open_run import open_place
 
         if output is not None:
             check_place(output, is_new=True)
-        check_overrides(overrides or [])
-        config, adapter = open_run(run, overrides, base)
-        result = evaluate_run(config, adapter, RunFolder(run) if run.is_dir() else None, base)
+        opened = open_place(run, base, overrides or [])
+        result = evaluate_run(opened, adapter, base)
         if json:
             print_json(result)
         else:
-            typer.echo(result["adapter"] or config.model.name)
+            typer.echo(result["adapter"] or result["config"]["model"]["name"])
             stages = {"before": result["before"], "after": result["scores"]}
             table = metric_table({stage: scores for stage, scores in stages.items() if scores})
             (table if result["before"] else table.without("training")).print()
         if output is not None:  # last: whatever happens to the file, the scores are printed
             write_whole(output, json_text(result) + "\n")
-
-
-def demo(
-    config: Annotated[
-        Path, typer.Argument(help="YAML file of the run; by default the packaged demo.", show_default=False)
-    ] = CONFIG,
-    overrides: Overrides = None,
-    trust_remote_code: Trusted = False,
-) -> None:
-    """Fine-tune a small real model in minutes, show what changed, reload the adapter and merge it."""
-    with reporting():
-        from smoa.errors import ConfigError
-        from smoa_lab.base_models import PACKAGED_MODELS
-        from smoa_lab.config.run import load_config
-        from smoa_lab.training.run_folder import RunFolder, in_free_folder
-        from smoa_lab.training.train import run
-        from smoa_lab.verify import exit_code, verify
-
-        checked = in_free_folder(load_config(config, overrides))
-        if checked.method == "full":
-            reason = "saves a whole model, and smoa demo reloads and merges an adapter"
-            raise ConfigError(f"method: {checked.method} {reason}; choose another, or train by smoa train")
-        if checked.model.name in PACKAGED_MODELS:
-            typer.echo(PACKAGED_MODELS[checked.model.name].notice)
-        print_scores(run(checked))
-        folder = RunFolder(checked.folder)
-        typer.echo("\nThe saved adapter, loaded again:")
-        verdicts = verify(folder.path, ["merged"])
-        typer.echo("\n".join(verdict.line() for verdict in verdicts))
-        typer.echo(f"\nAdapter:    {folder.adapter}\nLoss curve: {folder.picture}\nMetrics:    {folder.metrics}")
-        typer.echo(f"To train your own: copy {config}, edit the copy, and pass it to `smoa train`.")
-        if code := exit_code(verdicts):
-            raise typer.Exit(code)
 
 
 @data_app.command(epilog="Example: smoa data check chats.jsonl --model smollm2-135m --examples 10")
@@ -244,22 +208,6 @@ def check(
             raise typer.Exit(1)
         if place.endswith((".yaml", ".yml")):
             trainable_rows_of(config, tokenizer)
-
-
-@data_app.command(epilog="Example: smoa data clear")
-def clear(json: AsJson = False) -> None:
-    """Remove the tokens of rows that runs keep in the cache folder; the next run on the same rows reads them again."""
-    with reporting():
-        import shutil
-
-        from rich.filesize import decimal
-
-        from smoa_lab.basics.folders import cache_folder
-
-        folder = cache_folder() / "rows"
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        shutil.rmtree(folder, ignore_errors=True)
-        show(f"{folder}: {decimal(size)} removed", {"removed": size}, json)
 
 
 def _print_account(place: str, model: str, account: dict[str, Any]) -> None:

@@ -138,15 +138,6 @@ def base_lost(config: PeftConfig | None) -> str | None:
     return None
 
 
-def dpo_refusal(config: PeftConfig | None) -> str | None:
-    """Why a method can't be trained on preferences; None if it can."""
-    if (reason := base_lost(config)) is not None:
-        return f"{reason}, so that there is no reference for DPO"
-    if getattr(config, "is_adaption_prompt", False):
-        return "calls the model past the losses that TRL's DPO puts into it"
-    return None
-
-
 def method_names() -> list[str]:
     """All methods that a run can name."""
     trained = (name for name, found in _config_classes().items() if _refusal(name, found) is None)

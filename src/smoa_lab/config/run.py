@@ -53,9 +53,6 @@ DECIDED = {
     "truncation_mode": "rows keep their beginning",
 }
 """Keys of TRL that would contradict the tokens that are made here, and what to do instead."""
-OLDER_DATA = {"group": False, "answer_tokens": 128, "recall": False}
-"""What stood for keys of ``data`` that configs of older releases lack: each row for itself, and answers of at most so
-many tokens."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 ROUNDS_AWAY = "weights of the base train in 16 bits, where most steps round away; give model.dtype: float32"
 SMALL, LARGE = (3e8, 2e-3), (1e9, 2e-4)
@@ -187,14 +184,14 @@ class ForgettingSection(Section):
 class RunConfig(Section):
     """A run: which model is trained on which rows, and how.
 
-    ``trainer`` is TRL's: ``dpo`` for preferences, ``sft`` for all other rows. ``early_stopping`` ends the run when the
-    validation loss has not fallen for so many evaluations, and keeps the best adapter.
+    ``trainer`` is TRL's SFTTrainer; preferences are for its DPOTrainer, with SmoaConfig. ``early_stopping`` ends the
+    run when the validation loss has not fallen for so many evaluations, and keeps the best adapter.
     """
 
     model: ModelSection
     method: MethodName = "smoa"
     adapter: dict[str, Any] = Field(default={})
-    trainer: Literal["sft", "dpo"] = "sft"
+    trainer: Literal["sft"] = "sft"
     data: DataSection
     training: dict[str, Any]
     early_stopping: int | None = Field(default=None, gt=0)
@@ -230,21 +227,19 @@ class RunConfig(Section):
         training = {"logging_nan_inf_filter": False, **self.training}  # else the loss of a run that diverges is 0
         if self.early_stopping is not None:  # otherwise a resumed run would forget for how long it had waited
             training["restore_callback_states_from_checkpoint"] = True
-        length = self.data.max_length
-        if self.trainer == "sft":
-            training |= {"assistant_only_loss": False, "completion_only_loss": None}
-            length = length if training.get("packing") else None
+        training |= {"assistant_only_loss": False, "completion_only_loss": None}
+        length = self.data.max_length if training.get("packing") else None
         try:
-            return trainer_arguments(self.trainer)(**training, max_length=length)  # type: ignore[call-arg]
+            return trainer_arguments()(**training, max_length=length)  # type: ignore[call-arg]
         except (ValueError, TypeError) as error:
             raise ConfigError(f"training: {error}") from error
 
 
-def trainer_arguments(trainer: Any) -> type[TrainingArguments]:
-    """TRL's class of a trainer's arguments."""
+def trainer_arguments() -> type[TrainingArguments]:
+    """TRL's class of its trainer's arguments."""
     import trl  # here, since it takes seconds
 
-    chosen: type[TrainingArguments] = trl.DPOConfig if trainer == "dpo" else trl.SFTConfig
+    chosen: type[TrainingArguments] = trl.SFTConfig
     return chosen
 
 
@@ -288,7 +283,7 @@ class ConfigText:
         if given is None or isinstance(given, dict):
             values = {**values, "training": {**defaults, **training}}
         decided = [(("training", key), f"is not for rows: {DECIDED[key]}") for key in DECIDED.keys() & training.keys()]
-        of_training = training_problems(values.get("training"), trainer_arguments(values.get("trainer")))
+        of_training = training_problems(values.get("training"), trainer_arguments())
         self.refuse([*block_problems(RunConfig, values), *method_problems(values), *of_training, *decided])
         return RunConfig.model_validate(values)
 

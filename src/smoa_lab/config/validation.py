@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from transformers import TrainingArguments
 
 from smoa.errors import ConfigError, nearest
-from smoa_lab.config.methods import FROM_DATA, dpo_refusal, find_method
+from smoa_lab.config.methods import FROM_DATA, find_method
 
 UNWANTED = {
     "resume_from_checkpoint": "smoa resumes an interrupted run by itself: leave it out, and run the same command again",
@@ -67,12 +67,9 @@ def method_problems(values: dict[str, Any]) -> Iterable[Problem]:
         yield from problems
         if not problems:
             try:
-                config = method.peft_config(adapter)
+                method.peft_config(adapter)
             except ConfigError as error:  # the rules that the PEFT config checks itself
                 yield ("adapter",), str(error)
-                return
-            if values.get("trainer") == "dpo" and (reason := dpo_refusal(config)) is not None:
-                yield ("method",), f"{name} {reason}; choose another method or setting for preferences"
 
 
 def training_problems(training: Any, training_class: type[TrainingArguments]) -> Iterable[Problem]:

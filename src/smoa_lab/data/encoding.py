@@ -133,10 +133,10 @@ class Encoder:
         common = len(commonprefix([asked, before]))  # noqa: RUF071
         return (asked[common:], before[common:]) if asked != before else None
 
-    def encode(self, row: Row, rejected: bool = False) -> Tokens:
-        """What is trained on: of choices the right one, of a preference the better completion, or the ``rejected`` one.
-        Raises DataError if the chat template refuses this row, or changes what was said before."""
-        completion = row.rejected if rejected and row.rejected is not None else row.completion
+    def encode(self, row: Row) -> Tokens:
+        """What is trained on: of choices the right one. Raises DataError if the chat template refuses this row, or
+        changes what was said before."""
+        completion = row.completion
         if isinstance(completion, str):
             prompt, text = str(row.prompt), f"{row.prompt}{completion}"
             ids = self._ids(text if text.endswith(self.eos) else text + self.eos)
@@ -144,9 +144,8 @@ class Encoder:
         return self._cut(self._turns(_messages(row.prompt), completion))
 
     def texts(self, row: Row, scored: bool) -> list[Tokens]:
-        """Every text of a row that is trained, and of one that is ``scored`` its choices too."""
-        trained = [self.encode(row)] if row.rejected is None else [self.encode(row), self.encode(row, rejected=True)]
-        return trained + (self.choices(row) if scored and row.choices else [])
+        """The text of a row that is trained, and of one that is ``scored`` its choices too."""
+        return [self.encode(row), *(self.choices(row) if scored and row.choices else [])]
 
     def choices(self, row: Row) -> list[Tokens]:
         """The prompt with each choice, and without what ends the answer: whose likelihoods are compared."""

@@ -42,6 +42,7 @@ SHAREGPT_ROLES = {
 }
 
 INSTEAD = "use TRL's SFTTrainer with SmoaConfig for tools and images"
+PREFERENCES = "use TRL's DPOTrainer with SmoaConfig for preferences (examples/trl_trainers.py)"
 REFUSED_KEYS = {
     "tool_calls": f"tool calls are not trained here, only text; {INSTEAD}",
     "function_call": f"function calls are not trained here, only text; {INSTEAD}",
@@ -50,13 +51,12 @@ REFUSED_KEYS = {
 }
 """Keys of a turn that change its meaning, and what to do instead. Others are ignored, such as ``name`` or ``id``."""
 
-Format = Literal["messages", "choices", "prompt", "text", "alpaca", "sharegpt", "preference"]
+Format = Literal["messages", "choices", "prompt", "text", "alpaca", "sharegpt"]
 
 COLUMNS: dict[Format, tuple[str, ...]] = {
     "messages": ("messages",),
     "choices": ("prompt", "choices", "label"),
     "prompt": ("prompt", "completion"),
-    "preference": ("chosen", "rejected"),
     "alpaca": ("instruction", "output"),
     "sharegpt": ("conversations",),
     "text": ("text",),
@@ -80,6 +80,8 @@ LIKE_PARTS = {*PARTS, "training", "valid", "val", "dev", "eval", "testing", "hel
 def recognize(row: dict[str, Any]) -> Format:
     """The format of a row; raises BadRow if it has the columns of none. ``conversations`` whose turns have ``role`` are
     the format ``messages``."""
+    if "chosen" in row and "rejected" in row:
+        raise BadRow(None, f"found a preference, expected an answer to train on: {PREFERENCES}")
     for format, columns in COLUMNS.items():
         if all(column in row for column in columns):
             return "messages" if format == "sharegpt" and _has_roles(row["conversations"]) else format
@@ -113,8 +115,6 @@ def _shaped(row: dict[str, Any], format: Format) -> Row:
             return _prompt(row)
         case "choices":
             return _choices(row)
-        case "preference":
-            return _preference(row)
         case "messages" | "sharegpt":
             field = "messages" if "messages" in row else "conversations"
             keys = ("from", "value") if format == "sharegpt" else ("role", "content")
@@ -183,28 +183,6 @@ def _label(value: object, choices: list[str]) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(choices):
         raise BadRow("label", f"found {shown(value)}, expected the number of a choice, from 0, or its text")
     return value
-
-
-def _preference(row: dict[str, Any]) -> Row:
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if chosen == rejected:
-        raise BadRow("rejected", "is the same as chosen, expected a worse answer")
-    if not _are_turns(chosen, rejected):
-        asked = "" if prompt is None else check_text(prompt, "prompt")
-        return Row(asked, check_text(chosen, "chosen"), check_text(rejected, "rejected"))
-    better, worse = read_turns(chosen, "chosen"), read_turns(rejected, "rejected")
-    if _are_turns(prompt):
-        before = read_turns(prompt, "prompt")
-    else:  # the turns that both begin with
-        same = [turn == other for (_, turn), (_, other) in zip(better, worse, strict=False)]
-        shared = [*same, False].index(False)
-        before, better, worse = better[:shared], better[shared:], worse[shared:]
-    completion, other = _answered(before, better, "chosen"), _answered(before, worse, "rejected")
-    for path, message in (better[0], worse[0]):
-        if message.role != "assistant":
-            problem = f"found a {message.role} turn where chosen and rejected differ, expected one of the assistant"
-            raise BadRow(path, problem)
-    return Row(_said(before), completion, other)
 
 
 def _said(turns: Sequence[Turn]) -> tuple[Message, ...]:

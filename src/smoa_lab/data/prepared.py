@@ -33,7 +33,7 @@ from smoa_lab.data.sources import RowSource
 
 logger = logging.getLogger(__name__)
 
-VERSION = 13
+VERSION = 14
 """Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
 LONG = 1000
 """More rows than these are announced: the tokens of long conversations may take half a minute."""
@@ -236,7 +236,7 @@ class Reading:
                         account = self._read_all(temporary)
                         write_whole(temporary / "account.json", json.dumps(account, ensure_ascii=False))
         account = read_stored(
-            folder / "account.json", {"parts", "unused", "named"}, "run smoa data clear, and rows are read again"
+            folder / "account.json", {"parts", "unused", "named"}, "remove the folder, and rows are read again"
         )
         for part, number in account["unused"].items():
             every = account["named"][part]
@@ -258,7 +258,6 @@ class Reading:
         text = datasets.Value("string")
         self.keys, self.groups, self.named, self.faults, self.bad = array("Q"), array("Q"), list[str](), list[str](), 0
         self.not_tested = 0
-        self.is_text: bool | None = None
         read = folder / "read.arrow"
         with ArrowWriter(path=str(read), features=datasets.Features(dict.fromkeys(KEPT, text))) as writer:
             for part, sources in (("test", self.test), ("", self.train)):
@@ -336,10 +335,6 @@ class Reading:
                     raise values
                 self.format = self.format or recognize(values)
                 row = shape(values, self.format)
-                self.is_text = row.is_text if self.is_text is None else self.is_text
-                if self.format == "preference" and row.is_text != self.is_text:
-                    kinds = ("a conversation", "text") if self.is_text else ("text", "a conversation")
-                    raise BadRow(None, f"is {kinds[0]}, where the rows before are {kinds[1]}; give each its own file")
                 if str(values.get("split")).lower() in PARTS and row.part is None:
                     warning_once(
                         logger, "the column split is not read: call it part, and rows are in the parts that it names"
@@ -375,16 +370,16 @@ class Reading:
         written = {"row": row.to_json(), **(dict.fromkeys(KEPT, "") if part == "train" else portable(read))}
         self.contents.update(f"{part} {written['row']}\n".encode())
         lengths = [len(each.input_ids) + each.cut for each in texts]
-        trained = [each.trained for each in texts[: 1 if row.rejected is None else 2]]
+        trained = texts[0].trained
         if is_counted:
             self.lengths.append(max(lengths))
-            self.total += sum(lengths[: len(trained)])
+            self.total += lengths[0]
             self.counts["cut"] += any(each.cut for each in texts)
-            self.counts["trained_tokens"] += sum(trained)
-            self.counts["dropped"] += not all(trained)
-        if all(trained):
+            self.counts["trained_tokens"] += trained
+            self.counts["dropped"] += not trained
+        if trained:
             writer.write({**texts[0].columns, **written, **group})
-        return all(trained)
+        return bool(trained)
 
     def _note(self, where: str, error: DataError) -> None:
         """Count a bad row, and list it if it is one of the first."""

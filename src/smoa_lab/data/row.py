@@ -31,15 +31,14 @@ Said = str | tuple[Message, ...]
 class Row:
     """A prompt, never trained, and its completion: both are text, or both turns of a conversation.
 
-    A text without a prompt is trained in full. A conversation without one is trained where the assistant speaks. A
-    preference has a ``rejected`` completion too. A row with ``choices`` is a conversation whose completion is the turn
-    ``choices[label]``. ``part`` is where the row says that it belongs. A held-out row that was read keeps ``own``, all
-    its fields as JSON, ``where`` it is, and the ``group`` of rows that it belongs to.
+    A text without a prompt is trained in full. A conversation without one is trained where the assistant speaks. A row
+    with ``choices`` is a conversation whose completion is the turn ``choices[label]``. ``part`` is where the row says
+    that it belongs. A held-out row that was read keeps ``own``, all its fields as JSON, ``where`` it is, and the
+    ``group`` of rows that it belongs to.
     """
 
     prompt: Said
     completion: Said
-    rejected: Said | None = None
     choices: tuple[str, ...] = ()
     label: int | None = None
     part: Part | None = None
@@ -54,9 +53,9 @@ class Row:
     @property
     def digest(self) -> str:
         """Equal for rows that say the same, whatever their format, white space, case and way of writing accents: what
-        is said in turn, the rejected answer and the choices, in any order."""
+        is said in turn, and the choices, in any order."""
         said = [*_texts(self.prompt), *_texts(self.completion)]
-        return _hash([said, _texts(self.rejected or ""), sorted(map(_even, self.choices))])
+        return _hash([said, [], sorted(map(_even, self.choices))])  # the empty list is of what stored runs were made by
 
     @property
     def key(self) -> int:
@@ -80,7 +79,7 @@ class Row:
 def row_from_json(text: str, **kept: str) -> Row:
     """The row of a JSON text, and of what is ``kept`` beside it."""
     values = json.loads(text) | kept
-    for key in ("prompt", "completion", "rejected"):
+    for key in ("prompt", "completion"):
         if isinstance(values[key], list):
             values[key] = tuple(Message(**turn) for turn in values[key])
     return Row(**{**values, "choices": tuple(values["choices"])})

@@ -1,1 +1,1 @@
-"""What people read: HTML and Markdown from templates, tables, charts and pictures."""
+"""What people read: cards, tables, charts and pictures."""

@@ -45,11 +45,14 @@ SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 """The lines and points of several entries, in their order: they differ in gray too."""
 
 WIDTH = 620
-PANEL = 144
-"""Pixels of a chart, and of a panel of several."""
+"""Pixels of a chart."""
 
 LINE = 22
 """Pixels of an entry in a forest."""
+
+HELD_OUT = "held-out rows"
+KINDS = {"training": "loss", "validation": "eval_loss"}
+"""What a picture calls the losses that a trainer logs."""
 
 
 def name_of(method: str) -> str:
@@ -152,6 +155,41 @@ def forest(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
         words.encode(x=alt.value(room + 12), text="difference:N"),
         words.encode(x=alt.value(room + 12 + written), text="verdict:N"),
     ).properties(width=room, height=LINE * len(rows))
+
+
+def losses(
+    history: Sequence[Mapping[str, Any]],
+    evaluation: Mapping[str, Mapping[str, Any]],
+    method: str,
+    training: Mapping[str, Any] | None = None,
+) -> Any | None:
+    """The trainer's loss by step, each line named at its end; of held-out rows a point before and after, unless the
+    trainer's loss is another one: of a choice with what ends it. None where nothing was logged."""
+    points = [
+        {"step": entry["step"], "loss": entry[key], "data": kind}
+        for kind, key in KINDS.items()
+        for entry in history
+        if entry.get(key) is not None  # as of a run that diverged
+    ]
+    if not points:
+        return None
+    last = (training or {}).get("best_step") or history[-1]["step"]
+    is_other = "accuracy" in evaluation.get("after", {})
+    stages = {} if is_other else {"before": 0, "after": last}
+    known = ((step, evaluation.get(stage, {}).get("loss")) for stage, step in stages.items())
+    held_out = [{"step": step, "loss": loss, "data": HELD_OUT} for step, loss in known if loss is not None]
+    shades = alt.Scale(domain=[*KINDS, HELD_OUT], range=[color_of(method), MUTED, INK])
+    chart = alt.Chart(values(points)).encode(
+        x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickMinStep=1, grid=False)),
+        y=alt.Y("loss:Q", title="loss on trained tokens (nats per token)", scale=alt.Scale(zero=False)),
+        color=alt.Color("data:N", scale=shades, legend=None),
+    )
+    names = {point["data"]: point for point in [*points, *reversed(held_out)]}.values()
+    return alt.layer(
+        chart.mark_line(point=alt.OverlayMarkDef(size=24)),
+        chart.properties(data=values(held_out)).mark_point(shape="diamond", size=90, filled=True, opacity=1),
+        chart.properties(data=values(names)).mark_text(align="left", dx=8).encode(text="data:N"),
+    ).properties(width=WIDTH - 80, height=230)
 
 
 def save_picture(chart: Any, file: Path) -> None:

@@ -1,10 +1,10 @@
-"""A table, built once and shown in the terminal, in Markdown and on a page; among them the table of metrics."""
+"""A table, built once and shown in the terminal and in Markdown; among them the table of metrics."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from smoa_lab.data.answers import TITLES, shown_as
@@ -14,26 +14,12 @@ WIDEST = 100_000
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell that is more than its text on a page: sorted by another ``value``, a place that links lead to by the text
-    (``anchor``), or several texts with the addresses that they link to."""
-
-    text: str
-    value: float | str | None = None
-    anchor: bool = False
-    links: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Table:
-    """Rows under a header. A cell is a :class:`Cell`, or what ``str`` makes text of."""
+    """Rows under a header; ``str`` makes the text of a cell."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
     caption: str = ""
-
-    def cells(self) -> list[list[Cell]]:
-        return [[cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row] for row in self.rows]
 
     def without(self, column: str) -> Table:
         place = list(self.header).index(column)
@@ -42,8 +28,8 @@ class Table:
 
     def markdown(self, marks: Sequence[str] = ()) -> str:
         """``marks`` align the columns, as in Markdown; without them the first one is text, the others are numbers."""
-        rows = [self.header, *([cell.text for cell in row] for row in self.cells())]
-        first, *lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
+        rows = [self.header, *self.rows]
+        first, *lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
         marks = marks or ["---", *["--:"] * (len(self.header) - 1)]
         return "\n".join([first, f"|{'|'.join(marks)}|", *lines])
 
@@ -59,17 +45,12 @@ class Table:
         grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for number, name in enumerate(self.header):
             grid.add_column(Text(name), justify="right" if number else "left", overflow="fold")
-        for row in self.cells():
-            grid.add_row(*(Text(cell.text) for cell in row))
+        for row in self.rows:
+            grid.add_row(*(Text(str(cell)) for cell in row))
         console = Console(highlight=False)
         if not console.is_terminal:
             console.width = Console(width=WIDEST).measure(grid).maximum
         console.print(grid)
-
-    def __html__(self) -> str:
-        from smoa_lab.pages.templates import render
-
-        return render("table.html.jinja", table=self)
 
 
 def metric_table(evaluation: Mapping[str, Mapping[str, Any]], caption: str = "") -> Table:
@@ -110,9 +91,6 @@ def outcome(metrics: Mapping[str, Any]) -> list[str]:
         (times, digits, _), stderr = shown_as(name), gain[f"{name}_stderr"]
         change = f"{times * gain[name]:+.{digits}f}{spread(stderr, digits, times)} points"
         lines.append(f"{TITLES[name].capitalize()} changed by {change}.")
-    if "won" in after:
-        share = f"{100 * after['won']:.0f} % of the held-out rows"
-        lines.append(f"The chosen answer gained on the rejected one in {share}.")
     parts, known = [], [name for name in TITLES if name in after]
     if before and known:
         name = known[-1]  # answers that are scored before accuracy

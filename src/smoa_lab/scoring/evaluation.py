@@ -1,18 +1,18 @@
-"""What a model shows before and after training: on held-out rows loss, accuracy and sample answers, and on general text
-the loss, whose rise is what the training forgot."""
+"""What a model shows before and after training: on held-out rows loss, accuracy and answers, and on general text the
+loss, whose rise is what the training forgot."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import warning_once
 
 from smoa.errors import DataError
@@ -32,74 +32,24 @@ NEW_TOKENS, CHOICE_TOKENS = 128, 24
 """The most tokens of a sample answer, and of one to a row with choices."""
 LEAST_TOKENS, ROOM = 32, 1.25
 """The least that a scored answer has, and what it has of the references' 99th percentile."""
-BETA = 0.1
-"""TRL's default of DPO's β."""
 BATCH_TOKENS = 4096
 """Padded tokens of a batch of choices, or of answers."""
-
-
-def _softplus(x: float) -> float:
-    """log(1 + eˣ), without overflow."""
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
-
-
-DpoLoss = Callable[[float, float, float], float]
-DPO_LOSSES: dict[str, DpoLoss] = {
-    "sigmoid": lambda beta, margin, _: _softplus(-beta * margin),  # arXiv:2305.18290, equation 7
-    "sigmoid_norm": lambda beta, _, by_token: _softplus(-beta * by_token),
-    "hinge": lambda beta, margin, _: max(1 - beta * margin, 0.0),  # in this order NaN stays
-    "ipo": lambda beta, _, by_token: (by_token - 1 / (2 * beta)) ** 2,  # arXiv:2310.12036, equation 17
-}
-"""TRL's losses of preferences by ``loss_type``: of β, the margin, and the margin of log-likelihoods per token."""
-CHANGES_LOSS: dict[str, tuple[Any, ...]] = {
-    "ld_alpha": (None, 1.0),
-    "use_weighting": (None, False),
-    "loss_weights": (None, [1.0]),
-    "f_divergence_type": (None, "reverse_kl"),
-}
-"""Keys of TRL's DPO that make another loss of these, and the values that don't."""
-GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-"""Without what a model's generation config may have for sampling alone."""
-LIKELIEST: dict[str, Any] = {
-    **GREEDY,
-    **dict.fromkeys(("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "stop_strings")),
-    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "max_time", "guidance_scale")),
-    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config", "prompt_lookup_num_tokens")),
-    **dict.fromkeys(("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
-    **dict.fromkeys(("num_beams", "num_return_sequences", "repetition_penalty", "encoder_repetition_penalty"), 1),
-    "return_dict_in_generate": False,
-}
-"""Nor what else it may have that makes an answer another one than the likeliest token each time."""
-
-
-def changes_loss(training: Mapping[str, Any]) -> list[str]:
-    """The keys of a ``training`` block that make another loss of :data:`DPO_LOSSES`."""
-    return [key for key, usual in CHANGES_LOSS.items() if training.get(key) not in usual]
-
-
-def dpo_loss_of(training: Mapping[str, Any]) -> DpoLoss | None:
-    """The loss of preferences of a ``training`` block: TRL's default without a ``loss_type``, None where it is another
-    than :data:`DPO_LOSSES`."""
-    named = training.get("loss_type") or "sigmoid"
-    name = named[0] if isinstance(named, list) and len(named) == 1 else named
-    return DPO_LOSSES.get(name) if isinstance(name, str) and not changes_loss(training) else None
+TEXT_TOKENS = 256
+"""A longer text is cut at its end, and a shorter one where the model takes less."""
 
 
 @dataclass(frozen=True)
 class Measured:
     """What a model makes of rows, in their order: the negative log-likelihoods of their completions; of choices, which
-    is that of the right one without what ends it, whether it is the likeliest; of preferences that of the rejected
-    completions."""
+    is that of the right one without what ends it, whether it is the likeliest."""
 
     losses: Losses
     right: Sequence[bool] = ()
-    rejected: Sequence[float] = ()
 
 
 class Evaluation:
     """Measures a model on held-out ``rows`` of a ``part`` before and after training, and lets it answer the first
-    ``samples``, or all for a ``metric`` of answers, each in at most ``answer_tokens``. Each row is tokenized once.
-    ``beta`` is DPO's, as is the loss, None where it is not known."""
+    ``samples``, or all for a ``metric`` of answers, each in at most ``answer_tokens``. Each row is tokenized once."""
 
     def __init__(
         self,
@@ -107,45 +57,43 @@ class Evaluation:
         rows: Sequence[Row],
         samples: int = 0,
         part: str = "test",
-        beta: float = BETA,
         metric: MetricName | None = None,
-        dpo_loss: DpoLoss | None = DPO_LOSSES["sigmoid"],
         answer_tokens: int | None = None,
     ) -> None:
-        self.encoder, self.rows, self.part, self.beta = encoder, rows, part, beta
-        self.dpo_loss = dpo_loss
-        self.prefers = bool(rows) and rows[0].rejected is not None
+        self.encoder, self.rows, self.part = encoder, rows, part
         self.chooses = bool(rows) and bool(rows[0].choices)
         self.choices = [encoder.choices(row) for row in rows] if self.chooses else []
         self.tokens = [] if self.chooses else [encoder.encode(row) for row in rows]
-        self.rejected = [encoder.encode(row, rejected=True) for row in rows] if self.prefers else []
         self.metric, self.samples_shown = metric if metric in ANSWERED else None, samples
         prompts = (encoder.prompt(row, encoder.max_length) for row in rows[:samples])
         self.prompts = [prompt for prompt in prompts if prompt is not None]
         self.new_tokens = CHOICE_TOKENS if self.chooses else NEW_TOKENS
         if metric is not None and rows:
-            self._answers(metric, answer_tokens)
+            self._check_metric(metric)
+        if self.metric is not None and rows:
+            self._answer_all(answer_tokens)
         self.measured: dict[Stage, Measured] = {}
         self.written: dict[Stage, list[str]] = {}
         self.scored: dict[Stage, list[float]] = {}
 
-    def _answers(self, metric: MetricName, most: int | None) -> None:
-        """Have all rows answered, if the metric takes answers; raises DataError where rows lack what it scores, or a
-        completion isn't right by it, or the user's own can't score it."""
+    def _check_metric(self, metric: MetricName) -> None:
+        """Raise DataError where rows lack what the metric scores."""
         has_prompts = bool(self.rows[0].prompt) or not self.rows[0].is_text
-        if self.prefers or not (self.chooses if metric == "choice" else has_prompts):
+        if not (self.chooses if metric == "choice" else has_prompts):
             needs = "one of several choices" if metric == "choice" else "the answer to a prompt"
             raise DataError(f"data.metric: {metric} scores {needs}, and these rows have none; leave it out")
-        if self.metric is None:
-            return
+
+    def _answer_all(self, most: int | None) -> None:
+        """Have all rows answered; raises DataError where a completion isn't right by the metric, or the user's own
+        can't score it."""
         found = map(self.encoder.prompt, self.rows)
         self.prompts = [prompt for prompt in found if prompt is not None]  # all: of one that is too long the end
         right = self._scored([prompt.reference for prompt in self.prompts])
         for number, prompt in enumerate(self.prompts, start=1):
-            if metric != OWN and not right[number - 1]:
+            if self.metric != OWN and not right[number - 1]:
                 text = f"the completion of held-out row {number}, {shown(prompt.reference)}, has no number"
-                raise DataError(f"data.metric: {metric}: {text}; fix the row, or take exact or contains")
-        unclear = sum(not is_one_number(prompt.reference) for prompt in self.prompts) if metric == "number" else 0
+                raise DataError(f"data.metric: {self.metric}: {text}; fix the row, or take exact or contains")
+        unclear = sum(not is_one_number(prompt.reference) for prompt in self.prompts) if self.metric == "number" else 0
         if unclear:
             told = "have several numbers without ####, or none that is one; the last one is compared as it is written"
             warning_once(logger, f"data.metric: number: {unclear} of {len(self.prompts)} completions {told}")
@@ -154,9 +102,7 @@ class Evaluation:
         usual = max(LEAST_TOKENS, math.ceil(ROOM * sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]))
         self.new_tokens = usual if most is None else most
         if cut := sum(length > self.new_tokens for length in lengths):
-            told = (
-                f"have more than {self.new_tokens} tokens, and no answer as long is written; raise data.answer_tokens"
-            )
+            told = f"have more than {self.new_tokens} tokens, so no answer can be as long; raise data.answer_tokens"
             warning_once(logger, f"data.metric: {cut} of {len(lengths)} completions {told}")
 
     def _scored(self, answers: Sequence[str]) -> list[float]:
@@ -184,9 +130,9 @@ class Evaluation:
             self.scored[stage] = self._scored(self.written[stage])
 
     def measure_once(self, model: Any) -> Measured:
+        """The losses of the rows, and of choices which are right."""
         if not self.chooses:
-            rejected = row_losses(model, self.rejected, self.encoder.pad).nll if self.prefers else []
-            return Measured(row_losses(model, self.tokens, self.encoder.pad), rejected=rejected)
+            return Measured(row_losses(model, self.tokens, self.encoder.pad))
         every = [tokens for choices in self.choices for tokens in choices]
         scores = iter(score(model, every, self.encoder.pad, BATCH_TOKENS))
         nll, tokens, right = list[float](), list[int](), list[bool]()
@@ -202,12 +148,13 @@ class Evaluation:
 
     def diverge(self) -> None:
         """Note that training diverged: nothing is measured after it, and no loss is finite."""
-        number, nothing = len(self.rows), [math.nan] * len(self.rows)
+        if not self.rows:
+            return
+        number = len(self.rows)
         right = (choices[row.label or 0] for choices, row in zip(self.choices, self.rows, strict=False))
-        losses = Losses(nothing, [tokens.trained for tokens in (right if self.chooses else self.tokens)])
-        if number:
-            self.measured["after"] = Measured(losses, [False] * number * self.chooses, nothing * self.prefers)
-            self.written["after"] = [""] * len(self.prompts)
+        tokens = [each.trained for each in (right if self.chooses else self.tokens)]
+        self.measured["after"] = Measured(Losses([math.nan] * number, tokens), [False] * number * self.chooses)
+        self.written["after"] = [""] * len(self.prompts)
 
     def shares(self, stage: Stage) -> dict[str, Losses]:
         """The scores of rows, by what: of what is right the mean is a share."""
@@ -217,7 +164,7 @@ class Evaluation:
         return {name: Losses(list(map(float, right)), [1] * len(right)) for name, right in found.items() if right}
 
     def scores(self) -> dict[str, dict[str, Any]]:
-        """The scores of each stage, as ``metrics.json`` has them; those of preferences need both."""
+        """The scores of each stage, as ``metrics.json`` has them."""
         every: dict[str, dict[str, Any]] = {}
         for stage, found in self.measured.items():
             losses = found.losses
@@ -228,41 +175,15 @@ class Evaluation:
             if found.right:
                 labels = (row.choices[row.label or 0] for row in self.rows), (row.label for row in self.rows)
                 scores["majority"] = max(max(Counter(each).values()) for each in labels) / len(self.rows)
-            if self.dpo_loss and self.prefers and stage == "before":
-                scores["dpo_loss"] = self.dpo_loss(self.beta, 0.0, 0.0)
             every[stage] = scores
-        if rows := self.preferences:
-            every["after"] |= {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         return every
-
-    @property
-    def preferences(self) -> list[dict[str, float]]:
-        """Of each row with a preference the trainer's loss, where it is known here; by how much the odds of the better
-        completion against the other rose, as logarithms: DPO's margin divided by β; and whether they did. None before
-        both stages are scored."""
-        if not self.prefers or len(self.measured) < 2:
-            return []
-        (good, bad), (good_after, bad_after) = (
-            (np.array(self.measured[stage].losses.nll), np.array(self.measured[stage].rejected))
-            for stage in ("before", "after")
-        )
-        m, n = (np.array([max(1, each.trained) for each in tokens]) for tokens in (self.tokens, self.rejected))
-        with np.errstate(invalid="ignore"):  # of a run that diverged
-            margins = (bad_after - good_after) - (bad - good)
-            by_token = (bad_after / n - good_after / m) - (bad / n - good / m)
-        return [
-            ({"dpo_loss": self.dpo_loss(self.beta, *pair)} if self.dpo_loss else {})
-            | {"margin": pair[0], "won": int(pair[0] > 0)}
-            for pair in zip(margins.tolist(), by_token.tolist(), strict=True)
-        ]
 
     @property
     def gain(self) -> dict[str, float] | None:
         """What changed, with its standard error, paired by row; None unless both stages were scored."""
         if len(self.measured) < 2:
             return None
-        before, after = self.measured["before"], self.measured["after"]
-        change = after.losses.change_from(before.losses)
+        change = self.measured["after"].losses.change_from(self.measured["before"].losses)
         gain = {"loss": change.mean, "loss_stderr": change.stderr}
         early = self.shares("before")
         for name, late in self.shares("after").items():
@@ -275,7 +196,6 @@ class Evaluation:
         copies: Counter[str] = Counter()
         lines = []
         tokens = next(iter(self.measured.values())).losses.tokens if self.measured else []
-        preferences = self.preferences
         for number, (row, count) in enumerate(zip(self.rows, tokens, strict=False)):
             digest = row.digest
             line: dict[str, Any] = {"digest": digest, "copy": copies[digest], "part": self.part, "tokens": count}
@@ -290,9 +210,6 @@ class Evaluation:
                     line[f"answer_{stage}"] = self.written[stage][number]
                 if self.metric == OWN and stage in self.scored:
                     line |= {f"scored_{stage}": self.scored[stage][number], "scored_by": own_metric().name}
-            if preferences:
-                before = {"dpo_loss_before": self.dpo_loss(self.beta, 0.0, 0.0)} if self.dpo_loss else {}
-                line |= preferences[number] | before
             lines.append(line)
         return lines
 
@@ -307,10 +224,6 @@ class Evaluation:
             }
             for number, prompt in enumerate(self.prompts[: self.samples_shown])
         ]
-
-
-TEXT_TOKENS = 256
-"""A longer text is cut at its end, and a shorter one where the model takes less."""
 
 
 class Forgetting:
@@ -363,7 +276,6 @@ def continue_prompts(
     that loses its head. ``size`` prompts make a batch, by default as many as hold BATCH_TOKENS, and eight at least.
     """
     texts: dict[int, str] = {}
-    pad = pad_token(tokenizer)
     positions = positions_of(model.config)
     if positions is not None:
         new_tokens = min(new_tokens, positions // 2)
@@ -375,22 +287,32 @@ def continue_prompts(
             for ids, head in zip(prompts, heads, strict=True)
         ]
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    with scoring(model), progress("writing", len(order)) as bar:
+    with scoring(model), greedily(model, tokenizer), progress("writing", len(order)) as bar:
         while order:
             most = size or max(8, BATCH_TOKENS // (len(prompts[order[0]]) + new_tokens))
             numbers, order = order[:most], order[most:]
             batch = [prompts[number] for number in numbers]
-            written = model.generate(
-                **left_padded(batch, pad, next(model.parameters()).device),
-                max_new_tokens=new_tokens,
-                pad_token_id=pad,
-                eos_token_id=ends_of(model, tokenizer),
-                **LIKELIEST,
-            )
+            inputs = left_padded(batch, pad_token(tokenizer), next(model.parameters()).device)
+            written = model.generate(**inputs, max_new_tokens=new_tokens)
             answers = tokenizer.batch_decode(written[:, max(map(len, batch)) :], skip_special_tokens=True)
             texts.update(zip(numbers, map(str.strip, answers), strict=True))
             bar.update(len(numbers))
     return [texts[number] for number in range(len(prompts))]
+
+
+@contextmanager
+def greedily(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Within it the model generates the likeliest token each time, whatever its own generation config says, which is
+    put back: it is saved with a merged model. Settings given to ``generate`` would leave the others in force."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    own = base.generation_config
+    base.generation_config = GenerationConfig(
+        eos_token_id=ends_of(model, tokenizer), pad_token_id=pad_token(tokenizer), bos_token_id=own.bos_token_id
+    )
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def ends_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from smoa_lab.basics.folders import read_stored
 from smoa_lab.data.answers import OWN, RULES, MetricName
-from smoa_lab.scoring.evaluation import BETA, DPO_LOSSES, dpo_loss_of
 from smoa_lab.study.plan import Metrics
 from smoa_lab.training.run_folder import RunFolder
 
@@ -37,17 +35,12 @@ class Metric:
 
 LOSS = Metric("loss", "after", True, -1, 1, 4, "nats per token", "before")
 OF_CHOICES = Metric("accuracy %", "right_after", False, 1, 100, 1, "points", "right_before")
-OF_PREFERENCES = (
-    Metric("DPO loss", "dpo_loss", False, -1, 1, 4, "nats", math.log(2)),
-    Metric("margin", "margin", False, 1, 1, 3, "nats", 0.0),
-    Metric("won %", "won", False, 1, 100, 1, "points", 0.0),
-)
 SCORED = "scored_after"
 BY_NAME = {
     name: Metric(f"{title} %", SCORED, False, 1, 100, 1, "points", "scored_before")
     for name, title in {"choice": "accuracy", **{name: name for name in RULES}}.items()
 } | {OWN: Metric(OWN, SCORED, False, 1, 1, 3, "points of score", "scored_before")}
-METRICS = {each.title: each for each in (LOSS, OF_CHOICES, *OF_PREFERENCES, *BY_NAME.values())}
+METRICS = {each.title: each for each in (LOSS, OF_CHOICES, *BY_NAME.values())}
 """All metrics by their titles."""
 
 
@@ -59,11 +52,6 @@ def metrics_of(row: Mapping[str, Any], name: MetricName | None, training: Mappin
     """What is compared on rows like this one of a run with this ``training`` block, first what decides."""
     if name is not None:
         return BY_NAME[name], LOSS
-    if "dpo_loss" in row:
-        loss, *others = OF_PREFERENCES
-        known = dpo_loss_of(training) or DPO_LOSSES["sigmoid"]  # a run with another loss has no such row
-        of_base = row.get("dpo_loss_before", known(training.get("beta", BETA), 0.0, 0.0))
-        return replace(loss, untouched=of_base), *others
     return (LOSS, OF_CHOICES) if "right_after" in row else (LOSS,)
 
 
@@ -73,9 +61,9 @@ def read_metrics(folder: RunFolder) -> Metrics:
 
 
 def loss_of(metrics: Metrics) -> float | None:
-    """What a search goes by: the loss, for preferences DPO's; None for a run that diverged."""
+    """What a search goes by: the loss; None for a run that diverged."""
     scores = scores_of(metrics)
-    loss: float | None = scores.get("dpo_loss", scores["loss"])
+    loss: float | None = scores["loss"]
     return loss
 
 

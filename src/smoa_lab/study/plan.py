@@ -19,13 +19,13 @@ from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.basics.folders import check_place, read_stored
 from smoa_lab.basics.plain import json_text, portable
 from smoa_lab.basics.section import Section
-from smoa_lab.config.run import OLDER_DATA, RunConfig
+from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import to_yaml
 from smoa_lab.data.answers import ANSWERED, OWN
 from smoa_lab.pages.tables import Table, counted
 from smoa_lab.study.bounds import level_of
 from smoa_lab.study.search import STARTS, Chosen, rate_text
-from smoa_lab.study.study import FORMAT, OR_REMOVE, Stage, Study, load_study, series_of
+from smoa_lab.study.study import FORMAT, OLDER_DATA, OR_REMOVE, Stage, Study, load_study, series_of
 
 FEWEST = 30
 """Steps below which a plan takes fewer seeds instead: fewer hardly tell one rate from another."""

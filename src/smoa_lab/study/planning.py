@@ -234,7 +234,7 @@ class Planner:
         of_text = 2 * first.forgetting.tokens / max(1, found["rows"]["test"] * found["length"])
         final = (1 + of_text) * of_rows["test"]
         plan, metric = self._made(found, timings, steps, failed, final), first.data.metric
-        if len(plan.seeds) < 2 or first.trainer == "dpo" or metric not in (None, *RULES):
+        if len(plan.seeds) < 2 or metric not in (None, *RULES):
             return plan, "Which difference it will tell is not known beforehand."
         scale = 1.0 if metric is None else self._spread_of_answers(first, metric)
         together = max(len(own) for name, own in self.study.families().items() if name != ALL_SIZES)

@@ -16,9 +16,8 @@ from smoa.errors import ConfigError
 from smoa_lab.basics.folders import read_stored
 from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.methods import MethodName, find_method
-from smoa_lab.config.run import OLDER_DATA, ConfigText, RunConfig, check_config
+from smoa_lab.config.run import ConfigText, RunConfig, check_config
 from smoa_lab.config.validation import Problem, block_problems
-from smoa_lab.scoring.evaluation import CHANGES_LOSS, DPO_LOSSES, changes_loss, dpo_loss_of
 from smoa_lab.study.search import rate_text
 
 FORMAT = 3
@@ -27,6 +26,8 @@ SEEDS = ("random_seed", "random_loc_seed", "projection_prng_key", "projection_se
 """Keys of PEFT's methods by which they draw what is not trained; without one, all seeds of a run draw the same."""
 ALL_SIZES = "all sizes"
 """The family of all entries with a size."""
+OLDER_DATA = {"group": False, "answer_tokens": 128, "recall": False}
+"""What stands for keys of ``data`` that stored plans lack."""
 logger = logging.getLogger(__name__)
 
 STUDY = "study.yaml"
@@ -46,9 +47,7 @@ DECIDED = {
 """Keys of a run that no block of a study may have, and why."""
 SHARED = {
     **dict.fromkeys(("max_steps", "num_train_epochs"), "all entries take the same steps"),
-    **dict.fromkeys(
-        ("beta", "loss_type", "label_smoothing", *CHANGES_LOSS), "all entries are compared by the same loss"
-    ),
+    **dict.fromkeys(("loss_type", "label_smoothing"), "all entries are compared by the same loss"),
     **dict.fromkeys(("assistant_only_loss", "completion_only_loss", "packing"), "all entries learn the same tokens"),
 }
 """Keys of training that only the shared block may have, and why."""
@@ -171,13 +170,6 @@ class Study(Section):
                     yield (*place, *path), f"{reason}; leave it out"
                 if place != ("shared",) and path[-1] in SHARED:
                     yield (*place, *path), f"{SHARED[path[-1]]}; set it under shared"
-        training: dict[str, Any] = self.shared.get("training") or {}
-        if self.shared.get("trainer") == "dpo":
-            known, changed = f"entries are compared by {', '.join(DPO_LOSSES)}", changes_loss(training)
-            for key in changed:
-                yield ("shared", "training", key), f"{known}, of which it makes another loss; leave it out"
-            if not changed and dpo_loss_of(training) is None:
-                yield ("shared", "training", "loss_type"), f"{known}; take one of them"
         for name in (name for name, entry in self.entries.items() if "name" in entry.model):
             yield ("entries", name, "model", "name"), "all entries adapt the same base; make another study for it"
 

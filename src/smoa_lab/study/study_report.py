@@ -1,6 +1,6 @@
-"""Writes a study's README.md, index.html, summary.json and picture, from its run folders alone.
+"""Writes a study's README.md, summary.json and picture, from its run folders alone.
 
-A table or chart is made once. ``smoa compare`` prints it, README.md has it as Markdown, and the page as HTML.
+A table or chart is made once. ``smoa compare`` prints it, README.md has it as Markdown.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from shlex import quote
 from typing import Any
 
-from markupsafe import Markup
-
 from smoa.atomic import write_whole
 from smoa_lab.basics.plain import finite
 from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.data.answers import ANSWERED, OWN, TITLES
 from smoa_lab.pages.charts import save_picture
-from smoa_lab.pages.tables import Cell, Table, counted, number, score_text
-from smoa_lab.pages.templates import Figure, commands, page
+from smoa_lab.pages.tables import Table, counted, number, score_text
 from smoa_lab.scoring.losses import Losses
 from smoa_lab.study import study_charts
 from smoa_lab.study.decision import EQUAL, Budget
@@ -39,8 +36,6 @@ MARKS = {"edge": " !", "cut": " !", "vertex": " ^"}
 DIFFERENCES, SIZES, MEASURED = "Differences", "Quality against size", "How it was measured"
 PICTURE = "differences.png"
 PICTURES = {DIFFERENCES: PICTURE, SIZES: "sizes.png"}
-LARGE = "font-size: 1.4rem; line-height: 1.35; max-width: 52rem; overflow-wrap: anywhere"
-ANSWERS = "Greedy answers to the first held-out prompts, each entry's of its first seed."
 CAPTIONS = {
     DIFFERENCES: "What decides, with what it is at least and at most; filled points are better or worse for certain.",
     SIZES: (
@@ -48,9 +43,6 @@ CAPTIONS = {
         "or of the smallest; filled points differ from it for certain. Methods of one size stand side by side. A gray "
         "line joins the best of neighboring sizes, where bounds show that they are."
     ),
-    "Searches": "Validation loss at each learning rate that was tried; an upright line is at a chosen vertex.",
-    "Loss and time": "Training loss of each entry's first seed, against seconds, by the pace timed for the plan.",
-    "Learned and forgotten": "Loss on held-out rows against the change of the loss on general text.",
 }
 INTRODUCTION = (
     "Every entry's learning rate is chosen by the loss on validation rows; the figures are from fresh seeds on the "
@@ -74,9 +66,17 @@ WHERE = (
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A chart and what it shows."""
+
+    chart: Any
+    caption: str
+
+
+@dataclass(frozen=True)
 class Report:
     """What is known of a study: ``summary`` in plain values, the ``verdict`` in sentences, the tables and charts under
-    their headings, of which all charts but the first are on the page only, and ``notes`` on how it was measured."""
+    their headings, and ``notes`` on how it was measured."""
 
     title: str
     summary: dict[str, Any]
@@ -92,16 +92,6 @@ class Report:
             own = {title: table.without(column) for title, table in own.items()}
         return own
 
-    def page(self) -> str:
-        sections: list[tuple[str, Sequence[Any]]] = [(title, [content]) for title, content in self.sections.items()]
-        told = self.summary["answers"]
-        answers = [{name: text.strip() or "(nothing)" for name, text in each.items()} for each in told]
-        if answers:
-            sections.insert(-1, ("Answers", [ANSWERS, *answers]))
-        told = [Markup('<p style="{}">{}</p>').format(LARGE, commands(sentence)) for sentence in self.verdict]
-        shown = [contents[0] for title, contents in sections if title in PICTURES]
-        return page(self.title, [*sections[len(shown) :], (MEASURED, self.notes)], [*told, *shown])
-
     def readme(self) -> str:
         """The Markdown, with the picture that lies beside it."""
         parts = [f"# {self.title}", "Written by `smoa compare` from the stored runs; do not edit."]
@@ -115,13 +105,13 @@ class Report:
 
 
 def report(comparison: Progress) -> Report:
-    """Write ``README.md``, ``index.html``, ``summary.json`` and the pictures of what has run into the study's
+    """Write ``README.md``, ``summary.json`` and the pictures of what has run into the study's
     folder."""
     study = comparison.study
     comparison.catch_up([*study.entries])
     families, untouched = comparison.budgets(), untouched_metrics(comparison)
     sentences, told = sentences_of(comparison, families)
-    charts, searches, finals = charts_of(comparison, families, untouched), comparison.searches(), comparison.finals()
+    charts, searches, finals = charts_of(comparison, families), comparison.searches(), comparison.finals()
     figures = {title: Figure(chart, CAPTIONS[title]) for title, chart in charts.items() if chart is not None}
     results = [one for budget in families.values() if not budget.of_sizes for one in budget.results]
     made = Report(
@@ -150,7 +140,6 @@ def report(comparison: Progress) -> Report:
         if title in figures:
             save_picture(charts[title], study.folder / file)
     write_whole(study.folder / "README.md", made.readme())
-    write_whole(study.folder / "index.html", made.page())
     return made
 
 
@@ -204,21 +193,14 @@ def sentences_of(comparison: Progress, families: Mapping[str, Budget]) -> tuple[
     return sentences, told
 
 
-def charts_of(comparison: Progress, families: Mapping[str, Budget], untouched: Metrics | None) -> dict[str, Any]:
+def charts_of(comparison: Progress, families: Mapping[str, Budget]) -> dict[str, Any]:
     """The charts by their titles, None where there is nothing to draw."""
-    study, finals = comparison.study, comparison.finals()
+    study = comparison.study
     budgets = {name: budget for name, budget in families.items() if not budget.of_sizes}
-    results = [one for budget in budgets.values() for one in budget.results]
-    in_rounds = [one for one in results if budgets[one.budget].round > 1]
     series = {name: series_of(name, entry.size) for name, entry in study.entries.items()}
-    methods = {name: entry.method for name, entry in study.entries.items()}
-    loss = None if untouched is None else untouched["evaluation"]["before"]["loss"]
     return {
         DIFFERENCES: study_charts.differences(budgets),
         SIZES: study_charts.sizes(families[ALL_SIZES], budgets, series) if ALL_SIZES in families else None,
-        "Searches": study_charts.searches(comparison.searches(), methods),
-        "Loss and time": study_charts.losses(results, finals),
-        "Learned and forgotten": study_charts.learned_and_forgotten(in_rounds, loss),
     }
 
 
@@ -251,16 +233,15 @@ def result_table(budget: Budget) -> Table:
     lines = []
     for one in results:
         rate = rate_text(one.chosen.learning_rate) + MARKS.get(one.chosen.place, "")
-        links = {str(seed): study_charts.final_run(one, seed) for seed in one.seeds}
         share = "" if abs(one.share - 1) <= EQUAL else f" ({one.share:.0%})"
-        line: list[Any] = [one.entry, Cell(f"{one.parameters:,}{share}", one.parameters), rate]
-        line.append(Cell(str(len(one.seeds)), links=links))
+        line: list[Any] = [one.entry, f"{one.parameters:,}{share}", rate]
+        line.append(str(len(one.seeds)))
         for each in metrics:
             mean, *spread = (f"{each.scale * value:.{each.digits}f}" for value in one.values[each.title])
             text = " ± ".join([mean, *spread][: len(one.seeds)])
-            line.append(Cell("diverged" if one.diverged else text, one.values[each.title][0]))
+            line.append("diverged" if one.diverged else text)
             if (most := one.worst.get(each.title)) is not None:
-                line.append(Cell(f"{each.scale * most:+.{each.digits}f}" if math.isfinite(most) else "–", most))
+                line.append(f"{each.scale * most:+.{each.digits}f}" if math.isfinite(most) else "–")
         forgot = "–" if one.forgotten is None else f"{one.forgotten:+.4f}"
         sizes = [number(one.memory and one.memory / 1e9, 1), number(one.size and one.size / 1e6, 1)]
         lines.append([*line, forgot, number(one.step_seconds, 3), *sizes])
@@ -297,7 +278,7 @@ def run_table(comparison: Progress, finals: Mapping[str, Mapping[int, FinalRun]]
     lines = []
     for run in (run for of_entry in finals.values() for run in of_entry.values()):
         training, made, loss = run.metrics["training"], run.metrics["provenance"], loss_of(run.metrics)
-        name = Cell(run.folder.path.relative_to(comparison.study.folder).as_posix(), anchor=True)
+        name = run.folder.path.relative_to(comparison.study.folder).as_posix()
         reached = "diverged" if loss is None else f"{loss:.4f}"
         where = [made.get("device", "–"), (made.get("commit") or "–")[:7]]
         took = "–" if training.get("resumed") else f"{training['seconds']:.0f}"
@@ -320,8 +301,7 @@ def answers(finals: Mapping[str, Mapping[int, FinalRun]], untouched: Metrics | N
 
 def untouched_sentence(scores: Mapping[str, Any]) -> str:
     """The base model's scores."""
-    what, loss = ("DPO loss", scores["dpo_loss"]) if "dpo_loss" in scores else ("loss", scores["loss"])
-    text = f"The base model: {what} {number(loss, 4)}"
+    text = f"The base model: loss {number(scores['loss'], 4)}"
     text += "".join(f", {score_text(name, scores[name])}" for name in TITLES if name in scores)
     if scores.get("majority") is not None:
         text += f"; the commonest label is right in {100 * scores['majority']:.1f} %"

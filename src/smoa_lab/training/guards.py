@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import TrainerCallback
 
-from smoa.errors import ConfigError, SmoaError, first_of
 from smoa.distributed import is_distributed
+from smoa.errors import ConfigError, SmoaError, first_of
 from smoa_lab.data.encoding import IGNORED
 
 logger = logging.getLogger(__name__)
@@ -126,10 +126,8 @@ class Guard(TrainerCallback):
 
 def _trains(inputs: dict[str, Any]) -> bool:
     """Whether a batch has a token at which the loss is taken: the first one of a row is never predicted."""
-    if (labels := inputs.get("labels")) is not None:
-        return bool((labels[:, 1:] != IGNORED).any())
-    mask = inputs.get("completion_mask")
-    return mask is None or bool(mask.any())
+    labels = inputs.get("labels")
+    return labels is None or bool((labels[:, 1:] != IGNORED).any())
 
 
 def _are_finite(gradients: Iterable[Any], device: torch.device) -> bool:

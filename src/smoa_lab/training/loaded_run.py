@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import RunModel, base_config, base_content, positions_of
 from smoa_lab.config.run import RunConfig
-from smoa_lab.data.encoding import Encoder, ends_texts
+from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.general_text import STORY, passages
 from smoa_lab.data.prepared import PreparedRows, Reading, mean_length, require_good_rows
-from smoa_lab.data.row import PARTS, Row, row_from_json
-from smoa_lab.scoring.evaluation import BETA, Evaluation, dpo_loss_of
+from smoa_lab.data.row import PARTS
+from smoa_lab.scoring.evaluation import Evaluation
 from smoa_lab.training.run_folder import RunFolder
 
 
@@ -56,10 +56,8 @@ class LoadedRun:
             folder.warn_of_other_rows(section, self.data.account["sha256"])
         if folder is not None and not section.recall:
             rows, trained_on = folder.not_trained_on(rows)
-        training = self.config.training
-        beta = float(training.get("beta", BETA))
-        told = section.metric, dpo_loss_of(training), section.answer_tokens
-        return Evaluation(self.encoder, rows, section.samples * answers, part, beta, *told), trained_on
+        told = section.metric, section.answer_tokens
+        return Evaluation(self.encoder, rows, section.samples * answers, part, *told), trained_on
 
 
 def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
@@ -114,14 +112,15 @@ def trainable_rows_of(
         return encoder, rows
     if metric := config.data.metric:
         Evaluation(encoder, rows.rows(config.scoring.part), metric=metric, answer_tokens=config.data.answer_tokens)
-    _check_trainer(config, account["format"])
     if not account["parts"].get("train"):
         raise DataError(
             f"{config.data.title}: leaves no rows to train on: {account['also_held_out']} are held out too, "
             f"{account['dropped']} have nothing trained within {account['max_length']} tokens, "
             f"{account['parts'].get('test', 0)} are held out, {account['bad']} are bad"
         )
-    _check_tokens(config, tokenizer, row_from_json(rows.part("train")[0]["row"]))
+    if tokenizer.pad_token is None:
+        place = f"model.name: the tokenizer of {config.model.name}"
+        raise ConfigError(f"{place} has neither a pad_token nor an eos_token; name one in its tokenizer_config.json")
     return encoder, rows
 
 
@@ -133,22 +132,3 @@ def _check_positions(config: RunConfig, account: dict[str, Any]) -> None:
     if positions is not None and longest > positions:
         found = f"rows of up to {longest:,} tokens would be given to this model, which has {positions:,} positions"
         raise ConfigError(f"data.max_length: {found}; set it to {positions}")
-
-
-def _check_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
-    """Raise ConfigError if the tokenizer lacks a token that TRL takes, or adds one that it takes for text."""
-    place, remedy = f"model.name: the tokenizer of {config.model.name}", "in its tokenizer_config.json"
-    if tokenizer.pad_token is None:
-        raise ConfigError(f"{place} has neither a pad_token nor an eos_token to fill batches with; name one {remedy}")
-    if config.trainer == "dpo" and row.is_text and tokenizer.eos_token is None:
-        raise ConfigError(f"{place} has no eos_token, by which TRL ends each answer; name one {remedy}")
-    if config.trainer == "dpo" and row.is_text and ends_texts(tokenizer):
-        added = "puts eos_token after each text, prompts too, and TRL would train answers that follow it"
-        raise ConfigError(f"{place} {added}; set add_eos_token: false {remedy}")
-
-
-def _check_trainer(config: RunConfig, format: str) -> None:
-    """Raise ConfigError if another trainer is for rows of this format."""
-    right = "dpo" if format == "preference" else "sft"
-    if format and config.trainer != right:
-        raise ConfigError(f"trainer: {config.trainer} is not for rows of the format {format}; set it to {right}")

@@ -33,7 +33,7 @@ from smoa.atomic import flush, new_file, write_whole
 from smoa.errors import ConfigError, DataError, first_of
 from smoa_lab.basics.folders import check_place, free_name, read_stored
 from smoa_lab.basics.plain import finite, json_text
-from smoa_lab.config.run import OLDER_DATA, ConfigText, DataSection, RunConfig
+from smoa_lab.config.run import ConfigText, DataSection, RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
 from smoa_lab.data.row import Row
 
@@ -64,7 +64,6 @@ class RunFolder:
         self.picture = path / "loss_curve.png"
         self.log = path / "train.log"
         self.samples = path / "samples.md"
-        self.report = path / "report.html"
         self.lock = path / "lock"
 
     @property
@@ -89,10 +88,10 @@ class RunFolder:
     def warn_of_other_rows(self, data: DataSection, digest: str) -> None:
         """Warn if the rows that the run's own ``data`` names have another content, or others of them are held out, than
         when it was scored."""
-        own = DataSection.model_validate({**OLDER_DATA, **ConfigText.read(self.config).values["data"]})
+        own = DataSection.model_validate(ConfigText.read(self.config).values["data"])
         scored_on = read_stored(self.metrics).get("digests", {}).get("data", digest)
         if scored_on != digest and own.choice == data.choice:
-            why = "a file changed since, or an older release split them in another way"
+            why = "a file changed since"
             logger.warning("%s: its rows are others than when it was trained and scored: %s", self.path, why)
 
     def check(self, config_yaml: str) -> None:
@@ -146,11 +145,10 @@ class RunFolder:
 
     def _other_values(self, config_yaml: str) -> list[str]:
         """Those of the folder's config that this one has not, as ``key.key=value``, whatever the folder was called then
-        and what scores answers; other releases write the same config in other words, or leave keys out."""
+        and what scores answers."""
         values = list[dict[str, Any]]()
         for text in (self.config.read_text(encoding="utf-8"), config_yaml):
             config = parse_yaml(text, self.config)
-            config["data"] = {**OLDER_DATA, **(config.get("data") or {})}
             blocks = {key: own if isinstance(own, dict) else {"": own} for key, own in config.items()}
             values.append({f"{block}.{key}".rstrip("."): own[key] for block, own in blocks.items() for key in own})
         before, now = values

@@ -16,8 +16,8 @@ from peft import PeftConfig
 from transformers import Trainer, TrainingArguments
 
 from smoa.atomic import new_file, write_whole
-from smoa.errors import ConfigError, DataError
 from smoa.distributed import from_rank_zero
+from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import described_base, empty_model, to_device, with_rate
 from smoa_lab.basics.folders import new_folder
 from smoa_lab.basics.plain import finite, portable
@@ -25,8 +25,8 @@ from smoa_lab.config.methods import check_adapter, moves_base
 from smoa_lab.config.run import ROUNDS_AWAY, RunConfig
 from smoa_lab.data.answers import ANSWERED
 from smoa_lab.data.row import row_from_json
-from smoa_lab.pages.charts import save_picture
-from smoa_lab.pages.run_report import losses, run_card, samples_text
+from smoa_lab.pages.card import run_card, samples_text
+from smoa_lab.pages.charts import losses, save_picture
 from smoa_lab.scoring.evaluation import Evaluation, Forgetting
 from smoa_lab.training.guards import Diverged
 from smoa_lab.training.loaded_run import LoadedRun, load_run
@@ -105,7 +105,7 @@ def _train(
     if not evaluation.rows:
         logger.info("No rows are held out, so none are scored")
     with _untouched(trainer.model):
-        if loaded.config.scoring.before or evaluation.prefers:  # the loss of preferences compares with what was before
+        if loaded.config.scoring.before:
             evaluation.measure(trainer.model, "before")
         forgetting.measure(trainer.model, "before")
     logger.info("Training on %s by %s", loaded.config.data.title, type(trainer).__name__)

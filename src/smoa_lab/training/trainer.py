@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -18,8 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SchedulerType
 
-from smoa.errors import ConfigError, nearest
 from smoa.distributed import is_distributed
+from smoa.errors import ConfigError, nearest
 from smoa_lab.data.row import Part
 from smoa_lab.training.guards import Guard, guarded
 from smoa_lab.training.loaded_run import LoadedRun
@@ -46,10 +45,8 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
     set_seed(arguments.seed)  # the adapter's factors are drawn here
     if peft_config is not None and (revision := config.model.options.get("revision")) is not None:
         peft_config.revision = revision  # whoever loads the adapter gets the same base
-    chosen: Any = trl.DPOTrainer if config.trainer == "dpo" else trl.SFTTrainer
-    # Of a whole model TRL would load the reference by its name, without revision and options.
-    reference = {"ref_model": run.model.load()} if config.trainer == "dpo" and peft_config is None else {}
-    if chosen is trl.SFTTrainer and arguments.device.type != "cuda":
+    chosen: Any = trl.SFTTrainer
+    if arguments.device.type != "cuda":
         from smoa_lab.training.sparse_trainer import SparseSFTTrainer  # here, since it imports TRL
 
         chosen = SparseSFTTrainer
@@ -75,7 +72,6 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
             processing_class=run.tokenizer,
             callbacks=callbacks,
             peft_config=peft_config,
-            **reference,
         )
         if getattr(run.base, "is_quantized", False):  # TRL makes these factors bfloat16, and they are loaded as float32
             for each in (each for each in trainer.model.parameters() if each.requires_grad):
@@ -85,7 +81,7 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
             trainer.optimizer = trainer.lr_scheduler = None
     except Exception as error:  # of any kind: also of the Hub, for push_to_hub
         raise ConfigError(f"training: TRL, transformers or PEFT refuses: {error}") from error
-    _check_arguments(trainer, config.trainer)
+    _check_arguments(trainer)
     if routers is not None:  # TRL asks mixtures for them in each step; with a cache of keys and values that fails
         settings.output_router_logits = routers
     trainer.guard = guard
@@ -105,16 +101,15 @@ def fit(trainer: Trainer, checkpoint: str | None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def _check_arguments(trainer: Any, kind: str) -> None:
+def _check_arguments(trainer: Any) -> None:
     """Raise ConfigError for what the Trainer refuses in the middle of a run, or ends at once for."""
-    arguments, parts = trainer.args, ("chosen", "rejected")
+    arguments = trainer.args
     rows, batch = len(trainer.train_dataset), arguments.train_batch_size * arguments.world_size
     if arguments.dataloader_drop_last and rows < batch:
         found = f"drops the only batch, of {rows} rows, which is smaller than {batch}"
         raise ConfigError(f"training.dataloader_drop_last: {found}; leave it out, or lower the batch size")
-    known = ["loss"] if kind == "sft" else ["loss", "rewards/accuracies", "rewards/margins"]
-    known += [f"{what}/{part}" for what in ("rewards", "logps", "logits") for part in parts if kind == "dpo"]
-    if kind == "dpo" or type(trainer).__name__ == "SFTTrainer":
+    known = ["loss"]
+    if type(trainer).__name__ == "SFTTrainer":
         known += ["entropy", "mean_token_accuracy"]
     best = str(arguments.metric_for_best_model or "loss").removeprefix("eval_")
     if best not in known:
@@ -122,14 +117,9 @@ def _check_arguments(trainer: Any, kind: str) -> None:
 
 
 def _dataset(run: LoadedRun, part: Part) -> Any:
-    """The tokens, or for preferences, which DPOTrainer tokenizes itself, the texts; None for no rows."""
+    """The tokens; None for no rows."""
     data = run.data.part(part)
-    if not len(data):
-        return None
-    if run.config.trainer == "sft":
-        return data.select_columns(["input_ids", "labels"])
-    texts = data.map(lambda row: json.loads(row["row"]), remove_columns=data.column_names)
-    return texts.select_columns(["prompt", "completion", "rejected"]).rename_column("completion", "chosen")
+    return data.select_columns(["input_ids", "labels"]) if len(data) else None
 
 
 class ProgressReport(TrainerCallback):

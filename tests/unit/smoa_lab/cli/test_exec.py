@@ -50,15 +50,3 @@ def test_what_is_neither_command_nor_script_is_named() -> None:
 
 
 # the demo
-
-
-def test_a_method_that_saves_a_whole_model_is_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("smoa_lab.training.train.load_run", pytest.fail)
-    config = Path(__file__).parents[4] / "configs" / "demo.yaml"
-    changes = [f"training.output_dir={tmp_path / 'run'}", "method=full", "adapter={}"]
-    done = CliRunner().invoke(app, ["demo", str(config), *changes])
-    assert done.exit_code == 1
-    assert done.stderr.startswith("error: method: full saves a whole model")
-    assert not (tmp_path / "run").exists()

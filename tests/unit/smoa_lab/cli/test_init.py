@@ -14,7 +14,7 @@ from smoa_lab.config.yaml_text import parse_yaml
 from smoa_lab.init import config_text, default_run, first_values
 from tests.support import lab
 from tests.support.chats import chat_base
-from tests.support.own_rows import chat, chats, write_rows
+from tests.support.own_rows import chats, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +42,13 @@ def test_conversations_get_a_template_if_the_model_has_none(tmp_path: Path) -> N
     assert "template" not in data_block(chats(40), str(chat_base(tmp_path / "chat")))
 
 
-def test_plain_text_and_pairs_of_texts_need_no_template_and_pairs_of_turns_do() -> None:
+def test_plain_text_needs_no_template() -> None:
     assert "template" not in data_block([{"text": f"Line {i}."} for i in range(20)])
-    assert "template" not in data_block([{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(20)])
-    pairs = [{"chosen": chat(f"{i}?", "Yes."), "rejected": chat(f"{i}?", "No.")} for i in range(20)]
-    found = data_block(pairs)
-    assert (found["format"], found["template"]) == ("preference", "alpaca")
 
 
-def test_preferences_get_their_trainer_and_choices_a_template(tmp_path: Path) -> None:
-    write_rows(Path("rows.jsonl"), [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(20)])
-    assert first_values("base", "rows.jsonl")["trainer"] == "dpo"
+def test_choices_get_a_template() -> None:
     values = first_values("base", "csqa-demo")
-    assert (values["trainer"], values["data"]["format"], values["data"]["template"]) == ("sft", "choices", "alpaca")
+    assert (values["data"]["format"], values["data"]["template"]) == ("choices", "alpaca")
     assert values["training"]["output_dir"] == "runs/csqa-demo"
 
 

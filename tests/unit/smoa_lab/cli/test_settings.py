@@ -75,15 +75,3 @@ def test_a_look_at_data_downloads_nothing_unasked(base: Path, tmp_path: Path, mo
     assert found.exit_code == 0, found.output
     lab.tiny_base(tmp_path / "cache" / "models" / "smollm2-135m")  # as it is here once it was asked for
     assert invoke("data", "check", rows, "--template", "alpaca").exit_code == 0
-
-
-def test_kept_rows_are_cleared(base: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "chats.jsonl", chats(12))
-    for length in (256, 512):
-        words = ("data", "check", rows, "--model", base, "--template", "alpaca", "--max-length", length)
-        assert invoke(*words).exit_code == 0
-    kept = tmp_path / "cache" / "rows"
-    assert len([place for place in kept.iterdir() if place.is_dir()]) == 2
-    assert json.loads(invoke("data", "clear", "--json").stdout)["removed"] > 0
-    assert not kept.exists()
-    assert invoke("data", "clear").exit_code == 0

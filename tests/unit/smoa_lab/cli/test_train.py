@@ -98,15 +98,5 @@ def test_answers_are_scored_by_a_function_that_the_command_names(room: Path) -> 
     (room / "own.py").write_text("def score(answer, row): return 2.5")
     again = CliRunner().invoke(app, ["eval", "run", "--metric", "own.py:score", "--json"])
     assert [json.loads(again.stdout)[stage]["score"] for stage in ("before", "scores")] == [2.5, 2.5]
-    in_vain = CliRunner().invoke(app, ["eval", "run", "training.learning_rate=1e-3"])
-    assert (in_vain.exit_code, "learning_rate=1e-3: changes nothing that is scored" in in_vain.stderr) == (1, True)
     assert CliRunner().invoke(app, ["eval", "run", "--metric", ""]).exit_code == 1
     assert "score" not in json.loads(CliRunner().invoke(app, ["eval", "run", "--json"]).stdout)["scores"]
-
-
-def test_the_result_of_preferences_is_printed_and_keys_can_be_changed_on_the_command_line(room: Path) -> None:
-    rows = [{"prompt": f"{i}?", "chosen": " Yes.", "rejected": " No."} for i in range(20)]
-    done = command(room, write_rows(room / "rows.jsonl", rows), "training.max_steps=1", trainer="dpo")
-    assert done.exit_code == 0, done.stderr
-    assert "The chosen answer gained on the rejected one in " in done.stdout
-    assert "DPOTrainer: 1 steps in " in done.stdout

@@ -239,7 +239,6 @@ TALK = {"messages": chat("Open?", "Yes.", "Today?", "No.", "Oh.")}
             "No.",
         ),
         ({"prompt": "Open?", "completion": " Yes."}, "<bos>Open?", "Open?", " Yes."),
-        ({"prompt": "Open?", "chosen": " Yes.", "rejected": " No."}, "<bos>Open?", "Open?", " Yes."),
         ({"text": "abcdef"}, "<bos>abc", "abc", "def"),
     ],
 )

@@ -95,36 +95,9 @@ def test_plain_text_stays_as_it_is() -> None:
     assert shaped({"prompt": "Write a message.", "completion": listed}) == Row("Write a message.", listed)
 
 
-PREFERENCES: dict[str, tuple[dict[str, Any], Row]] = {
-    "turns": (
-        {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]},
-        Row((USER_TURN,), (ANSWER_TURN,), (OTHER_TURN,)),
-    ),
-    "a shared beginning": (
-        {"chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, USER, OTHER]},
-        Row((SYSTEM_TURN, USER_TURN), (ANSWER_TURN,), (OTHER_TURN,)),
-    ),
-    "a shared beginning beside its text": (
-        {"prompt": "Open?", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
-        Row((USER_TURN,), (ANSWER_TURN,), (OTHER_TURN,)),
-    ),
-    "a shared answer": (
-        {"chosen": [USER, ANSWER, USER, OTHER], "rejected": [USER, ANSWER, USER, ANSWER]},
-        Row((USER_TURN, ANSWER_TURN, USER_TURN), (OTHER_TURN,), (ANSWER_TURN,)),
-    ),
-    "turns as JSON": (
-        {"prompt": json.dumps([USER]), "chosen": json.dumps([ANSWER]), "rejected": json.dumps([OTHER])},
-        Row((USER_TURN,), (ANSWER_TURN,), (OTHER_TURN,)),
-    ),
-    "text": ({"prompt": "Open? ", "chosen": "Yes.", "rejected": "No."}, Row("Open? ", "Yes.", "No.")),
-    "text without a prompt": ({"chosen": "Yes.", "rejected": "Yet."}, Row("", "Yes.", "Yet.")),
-    "text with a null prompt": ({"prompt": None, "chosen": "a", "rejected": "b"}, Row("", "a", "b")),
-}
-
-
-@pytest.mark.parametrize(("row", "preference"), PREFERENCES.values(), ids=PREFERENCES)
-def test_a_preference_has_three_parts_of_one_kind(row: dict[str, Any], preference: Row) -> None:
-    assert shaped(row) == preference
+def test_a_preference_is_refused_with_the_trainer_that_takes_it() -> None:
+    with pytest.raises(BadRow, match=r"found a preference, .*DPOTrainer with SmoaConfig"):
+        recognize({"prompt": "Open?", "chosen": "Yes.", "rejected": "No."})
 
 
 QUESTION = {"prompt": " Open? ", "choices": ["Yes.", " No."], "label": 1}
@@ -204,7 +177,6 @@ EXAMPLE_FORMATS: dict[str, Format] = {
     "alpaca.json": "alpaca",
     "messages.jsonl": "messages",
     "messages.parquet": "messages",
-    "preference.jsonl": "preference",
     "prompt-completion-chat.jsonl": "prompt",
     "prompt-completion.jsonl": "prompt",
     "sharegpt.json": "sharegpt",
@@ -271,12 +243,6 @@ COLUMNS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": [USER], "completion": "Yes."}, "completion", "list"),
     ({"prompt": CHAT, "completion": [USER]}, "completion", "no assistant turn"),
     ({"prompt": [USER], "completion": CHAT}, "completion[0]", "alternation"),
-    ({"chosen": "Yes.", "rejected": ""}, "rejected", "blank"),
-    ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "prompt", "expected text"),
-    ({"chosen": CHAT, "rejected": CHAT}, "rejected", "worse"),
-    ({"chosen": CHAT, "rejected": [{**USER, "content": "Hi"}, OTHER]}, "chosen[0]", "a user turn where"),
-    ({"chosen": CHAT, "rejected": [USER]}, "rejected", "no assistant turn"),
-    ({"prompt": [USER], "chosen": CHAT, "rejected": [USER, OTHER]}, "chosen[0]", "alternation"),
     ({**QUESTION, "prompt": " "}, "prompt", "blank"),
     ({**QUESTION, "prompt": CHAT}, "prompt[1]", "assistant.*user"),
     ({**QUESTION, "choices": "Yes.|No."}, "choices", "in CSV as JSON"),

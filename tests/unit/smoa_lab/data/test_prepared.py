@@ -207,16 +207,6 @@ def test_labels_and_ids_are_those_of_the_encoder_and_are_cut() -> None:
     assert rows.account["cut"] == 5
 
 
-def test_a_preference_is_as_long_as_its_longer_answer_and_both_are_trained() -> None:
-    """<bos>, the bytes and <eos>."""
-    rows = [{"prompt": "ab", "chosen": "cd", "rejected": "e" * 50}, {"prompt": "ab", "chosen": "cd", "rejected": "e"}]
-    account = prepare(Listed(rows), sizes=ALL, max_length=30).account
-    assert (account["cut"], account["dropped"], account["parts"]) == (1, 0, {"train": 2})
-    assert (account["tokens"]["longest"], account["tokens"]["shortest"]) == (54, 6)
-    assert account["tokens"]["total"] == 6 + 54 + 6 + 5
-    assert account["trained_tokens"] == 3 + 27 + 3 + 2
-
-
 def test_choices_count_where_they_are_scored() -> None:
     rows = [{"prompt": "Why?", "choices": ["no", "no " * 99], "label": 0, "part": part} for part in ("train", "test")]
     lengths = [prepare(Listed([row], n)).account["tokens"]["longest"] for n, row in enumerate(rows)]

@@ -1,4 +1,4 @@
-"""What pages are made of: figures, tables, charts of a run, its card, and its script."""
+"""Tables, the chart of a run, and its card."""
 
 import json
 import math
@@ -6,68 +6,24 @@ import re
 from pathlib import Path
 from typing import Any
 
-import altair as alt
 import pytest
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
 
 from smoa import SmoaConfig
-from smoa_lab.pages.card import NamedBase, adapter_card, named_base
-from smoa_lab.pages.charts import PAPER, save_picture, values
-from smoa_lab.pages.run_report import losses, run_card, samples_text
-from smoa_lab.pages.tables import Cell, Table, metric_table, outcome
-from smoa_lab.pages.templates import Figure, code, page
+from smoa_lab.pages.card import NamedBase, adapter_card, named_base, run_card, samples_text
+from smoa_lab.pages.charts import losses, save_picture
+from smoa_lab.pages.tables import Table, metric_table, outcome
 from tests.support.runs import stored_metrics
 
-
-def drawn(value: Any, caption: str) -> tuple[str, dict[str, Any]]:
-    """A figure as HTML, and the chart in it."""
-    text = Figure(alt.Chart(values([{"x": value}])).mark_point(fill=PAPER).encode(x="x:N"), caption).__html__()
-    (data,) = re.findall(r'<script type="application/json">(.*?)</script>', text, re.DOTALL)
-    return text, json.loads(data, parse_constant=pytest.fail)
+TABLE = Table(["name", "rank"], [["q_proj", 8], ["v_proj", "3 4"]])
 
 
-@pytest.mark.parametrize("name", ["</script>", "<!--<script>", "<img src=x onerror=alert(1)>"])
-def test_a_chart_is_on_the_page_as_data_with_its_caption_in_words(name: str) -> None:
-    text, chart = drawn(name, name)
-    assert name not in text.replace("</script>\n</figure>", "")
-    assert chart["description"] == name
-    assert chart["mark"]["fill"] == "var(--paper, white)"
-    assert list(chart["datasets"].values()) == [[{"x": name}]]
-
-
-def test_text_that_looks_like_html_is_text_wherever_it_stands() -> None:
-    name = "<b>x</b>"
-    row = [name, Cell(name, value=name), Cell(name, anchor=True), Cell(name, links={name: name})]
-    table = Table([name], [row], name)
-    text = page(name, [(name, [name, table, code(name), {name: name}])], [name]).partition("<script>")[0]
-    assert name not in text
-    assert text.count("<td>&lt;b&gt;x&lt;/b&gt;</td>") == 1
-    assert '<td data-value="&lt;b' in text
-    assert '<td><a href="&lt;b' in text
-    assert '<td><span id="&lt;b' in text
-
-
-def test_the_script_is_in_the_page_and_imports_nothing() -> None:
-    head, script = page("Empty").split("<script>")
-    assert len(script) < 1_000_000
-    assert not any(line.startswith(("import ", "export ")) for line in script.splitlines())
-    assert "figure[data-chart]" in script
-    assert script.count("</script>") == 1
-    assert "http" not in head
-
-
-TABLE = Table(["name", "rank"], [["q_proj", 8], [Cell("v_proj", value=1), Cell("3 4", links={"3": "#3", "4": "#4"})]])
-
-
-def test_one_table_is_shown_in_markdown_on_a_page_and_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_table_is_shown_in_markdown_and_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert TABLE.markdown() == "| name | rank |\n|---|--:|\n| q_proj | 8 |\n| v_proj | 3 4 |"
     assert TABLE.markdown(["--:"] * 2).splitlines()[1] == "|--:|--:|"
     assert Table(["a|b"], [["c|d"]]).markdown().splitlines()[::2] == [r"| a\|b |", r"| c\|d |"]
-    page = TABLE.__html__()
-    assert "<tr><td>q_proj</td><td>8</td></tr>" in page
-    assert '<tr><td data-value="1">v_proj</td><td><a href="#3">3</a> <a href="#4">4</a></td></tr>' in page
     assert TABLE.without("rank").markdown() == "| name |\n|---|\n| q_proj |\n| v_proj |"
     Table(["task", "n"], [["a", 100], ["bcdefg", 1]]).print()
     assert capsys.readouterr().out == "task      n\na       100\nbcdefg    1\n"
@@ -118,13 +74,6 @@ def test_one_row_has_no_standard_error() -> None:
         "Accuracy changed by +50.0 points.",
         "forgot: +0.250 nats per token of general text",
     ]
-
-
-def test_the_loss_of_preferences_is_not_drawn_with_that_of_held_out_rows() -> None:
-    history = [{**entry, "rewards/margins": 0.1} for entry in HISTORY]
-    chart = losses(history, ROWS, "smoa")
-    assert "held-out rows" not in {row["data"] for row in rows(chart)}
-    assert "loss of preferences" in json.dumps(chart.to_dict())
 
 
 def test_the_loss_of_a_choice_without_its_end_is_not_drawn_with_that_of_training() -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -29,13 +31,11 @@ from smoa_lab.data.own_metric import own_metric
 from smoa_lab.data.row import Message, Row
 from smoa_lab.scoring import evaluation as evaluation_module
 from smoa_lab.scoring.evaluation import (
-    DPO_LOSSES,
     Evaluation,
     Forgetting,
     Measured,
     Stage,
     continue_prompts,
-    dpo_loss_of,
     ends_of,
 )
 from smoa_lab.scoring.losses import Losses, row_losses
@@ -45,10 +45,6 @@ from tests.support.own_rows import MARKED, tiny_chat_model, tokenizer_with
 
 QUESTIONS = [shape(row, "choices") for row in lab.questions(12, "test")]
 ASKED = (Message("user", "Open?"),)
-PAIRS = [
-    Row(ASKED, (Message("assistant", "Yes, till six."),), (Message("assistant", "Nope."),)),
-    Row(ASKED, (Message("assistant", "Until six."),), (Message("assistant", "Never, go away."),)),
-]
 
 
 @pytest.fixture
@@ -145,34 +141,6 @@ def test_a_model_to_which_all_tokens_are_alike_has_the_perplexity_of_its_vocabul
     assert scores["loss"] == pytest.approx(math.log(model.config.vocab_size), rel=1e-5)
     assert scores["tokens"] == len("Open at nine.Closed.") + 2  # and each end
     assert Losses([5000.0], [5]).perplexity == math.inf  # which no float holds
-
-
-def test_a_preference_is_won_where_the_chosen_answer_gained_on_the_rejected_one() -> None:
-    before = Measured(Losses([10.0, 12.0], [4, 6]), rejected=[9.0, 15.0])
-    after = Measured(Losses([9.0, 13.0], [4, 6]), rejected=[10.0, 2015.0])
-    evaluation = given(PAIRS, before, after, of_turns())
-    assert [row["margin"] for row in evaluation.preferences] == [2.0, 1999.0]
-    after.rejected[1] = 13.0  # type: ignore[index]
-    scores = evaluation.scores()
-    losses = [math.log1p(math.exp(-0.1 * margin)) for margin in (2.0, -3.0)]
-    assert scores["after"]["dpo_loss"] == pytest.approx(sum(losses) / 2)
-    assert (scores["after"]["margin"], scores["after"]["won"]) == (-0.5, 0.5)
-    assert "won" not in scores["before"]
-    lines = evaluation.lines()
-    assert [(line["margin"], line["won"], line["before"]) for line in lines] == [(2.0, 1, 10.0), (-3.0, 0, 12.0)]
-    assert [line["dpo_loss"] for line in lines] == pytest.approx(losses)
-    assert {line["dpo_loss_before"] for line in lines} == {math.log(2)}
-    evaluation.dpo_loss = DPO_LOSSES["ipo"]
-    assert {line["dpo_loss_before"] for line in evaluation.lines()} == {25.0}  # 1 / (2 β) squared
-    del evaluation.measured["before"]
-    assert evaluation.preferences == []
-    assert "won" not in evaluation.scores()["after"]
-
-
-def test_rejected_answers_are_cut_as_the_rows_were() -> None:
-    whole, cut = Evaluation(of_turns(), PAIRS).rejected, Evaluation(of_turns(40), PAIRS).rejected
-    assert [row.input_ids[:40] for row in whole] == [row.input_ids for row in cut]
-    assert len(whole[1].input_ids) > 40
 
 
 def test_a_question_is_right_where_its_choice_is_the_likeliest_of_all(model: PreTrainedModel) -> None:
@@ -326,7 +294,7 @@ def test_answers_are_greedy_whatever_the_models_generation_config_says(
     plain = answers()
     model.generation_config.update(**settings)
     assert answers() == plain
-    monkeypatch.setattr(evaluation_module, "LIKELIEST", {})
+    monkeypatch.setattr(evaluation_module, "greedily", lambda *_: nullcontext())
     try:
         other = answers()
     except (ValueError, TypeError, KeyError):  # the others can't be asked for without more arguments
@@ -359,7 +327,7 @@ class Writer(torch.nn.Module):
     def __init__(self, encoder: Encoder, text: str) -> None:
         super().__init__()
         self.weight, self.config, self.asked = torch.nn.Parameter(torch.zeros(1)), GPT2Config(), list[int]()
-        self.generation_config: Any = dataclasses.make_dataclass("Own", ["eos_token_id"])(None)
+        self.generation_config = GenerationConfig()
         self.ids = torch.tensor(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
         self.read = list[list[int]]()
 
@@ -448,9 +416,8 @@ def test_a_users_metric_is_tried_on_the_references(tmp_path: Path) -> None:
     with named(tmp_path / "own.py", "def score(answer, row): return row['n']"):
         with pytest.raises(DataError, match=r"^a\.jsonl, row 1: --metric .* fails on the answer '4': KeyError: 'n'"):
             Evaluation(of_turns(), rows, metric="score")
-        for others in (PAIRS, [Row("", "A story.")]):
-            with pytest.raises(DataError, match="score scores the answer to a prompt, and these rows have none"):
-                Evaluation(of_turns(), others, metric="score")
+        with pytest.raises(DataError, match="score scores the answer to a prompt, and these rows have none"):
+            Evaluation(of_turns(), [Row("", "A story.")], metric="score")
 
 
 def test_a_row_whose_prompt_is_too_long_is_answered_too() -> None:
@@ -463,7 +430,6 @@ def test_a_row_whose_prompt_is_too_long_is_answered_too() -> None:
 @pytest.mark.parametrize(
     ("rows", "metric", "problem"),
     [
-        (PAIRS, "exact", "exact scores the answer to a prompt, and these rows have none"),
         ([Row("", "A story.")], "contains", "contains scores the answer to a prompt, and these rows have none"),
         ([talk("2 + 2?", "4")], "choice", "choice scores one of several choices, and these rows have none"),
         (
@@ -481,23 +447,3 @@ def test_a_metric_refuses_rows_that_it_cant_score(rows: list[Row], metric: Any, 
 def test_by_choice_nothing_is_written() -> None:
     evaluation = Evaluation(of_questions(), QUESTIONS, metric="choice")
     assert (evaluation.prompts, evaluation.metric) == ([], None)
-
-
-@pytest.mark.parametrize("name", DPO_LOSSES)
-def test_a_loss_of_preferences_of_what_is_not_a_number_is_none(name: str) -> None:
-    assert math.isnan(DPO_LOSSES[name](0.1, math.nan, math.nan))
-
-
-@pytest.mark.parametrize(
-    ("training", "known"),
-    [
-        ({}, "sigmoid"),
-        ({"loss_type": None, "loss_weights": [1.0], "ld_alpha": 1.0}, "sigmoid"),
-        ({"loss_type": ["hinge"]}, "hinge"),
-        ({"loss_type": ["sigmoid", 1]}, None),
-        ({"loss_type": 3}, None),
-        ({"ld_alpha": 0.5}, None),
-    ],
-)
-def test_the_loss_of_preferences_is_known_by_the_keys_that_make_it(training: dict[str, Any], known: str | None) -> None:
-    assert dpo_loss_of(training) is (None if known is None else DPO_LOSSES[known])

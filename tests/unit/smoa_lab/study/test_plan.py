@@ -11,8 +11,7 @@ import pytest
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import planning, progress
-from smoa_lab.study.bounds import expected_width, level_of
-from smoa_lab.study.calibrated import NOISE
+from smoa_lab.study.bounds import level_of
 from smoa_lab.study.executor import Executor
 from smoa_lab.study.plan import FEWEST, Plan, Timing, check_folder, fitted, study_file
 from smoa_lab.study.planning import outlook, prepare
@@ -274,23 +273,6 @@ def test_a_plan_alone_leaves_a_study_that_runs_meanwhile(
     told_beforehand(study)
     assert len(list(study.folder.glob("*/lr-*/metrics.json"))) == len(written.ran) - 2 > 0
     assert [path.name for path in study.folder.parent.iterdir()] == ["study"]
-
-
-def test_the_difference_it_will_tell_goes_by_groups_of_rows_and_is_not_known_of_preferences(
-    study: Study, written: WrittenRuns
-) -> None:
-    by_rows, width = told_beforehand(study), expected_width(2, 3, 60, NOISE["loss"], level_of(2, 3))
-    assert by_rows == f"By 3 rounds it will tell differences of about {width:.3f} nats per token."
-    level = level_of(2, 3)  # which was planned for all rounds
-    by_two = outlook(study, Executor().result, 3.5, 1, None, time.monotonic())[1]
-    wider = expected_width(2, 2, 60, NOISE["loss"], level)
-    assert by_two == f"By 2 rounds it will tell differences of about {wider:.3f} nats per token."
-    written.groups = 6
-    few, many = (float(told.split()[-4]) for told in (told_beforehand(study), by_rows))
-    assert few > 2 * many
-    del study.entries["full"]
-    preferences = study.model_copy(update={"shared": {**study.shared, "trainer": "dpo"}})
-    assert told_beforehand(preferences) == "Which difference it will tell is not known beforehand."
 
 
 def test_bad_rows_and_an_entry_that_cannot_be_made_are_told_before_the_first_run(

@@ -191,13 +191,6 @@ def test_a_search_without_final_runs_keeps_the_best_adapter(study: Study, writte
     assert not (study.folder / "untouched").exists()
 
 
-def test_preferences_are_searched_by_dpos_loss(study: Study, written: WrittenRuns) -> None:
-    written.kind = "preference"
-    comparison = compared(study)
-    comparison.run(["lora"])
-    assert comparison.chosen["lora"].losses[0.002] == 2.1
-
-
 @pytest.fixture
 def slow(written: WrittenRuns, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """The thread and the folder of each run, which takes a moment."""

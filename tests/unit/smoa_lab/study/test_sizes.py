@@ -213,7 +213,6 @@ def test_each_size_and_all_sizes_get_their_verdict_and_then_the_study_ends(sized
     assert len(made.summary["entries"]) == 6
     assert (sized.folder / "sizes.png").is_file()
     assert "![Quality against size](sizes.png)" in (sized.folder / "README.md").read_text()
-    assert "<h2>Budget: all sizes</h2>" not in (sized.folder / "index.html").read_text()
     assert len(folders(sized, "*/lr-*-seed-[012]")) == 12, "two rounds told"
 
 

@@ -57,7 +57,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         for keys, reason in (
             ({"max_steps": 1, "num_train_epochs": 1}, "all entries take the same steps; set it under shared"),
             (
-                {"beta": 1, "loss_type": "ipo", "label_smoothing": 0.1, "ld_alpha": 0.5, "loss_weights": [2.0]},
+                {"loss_type": "dft", "label_smoothing": 0.1},
                 "all entries are compared by the same loss",
             ),
             (dict.fromkeys(("assistant_only_loss", "completion_only_loss", "packing"), False), "all entries learn the"),
@@ -65,13 +65,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         for key, value in keys.items()
     ),
     ({"entries": {"lora": {**LORA, "model": {"name": "other"}}}}, r"model\.name: all entries adapt the same base"),
-    *(
-        (
-            with_shared(trainer="dpo", training={key: value}),
-            rf"shared\.training\.{key}: entries are compared by sigmoid, .* another loss; leave it out",
-        )
-        for key, value in {"ld_alpha": 0.5, "use_weighting": True, "f_divergence_type": "forward_kl"}.items()
-    ),
     (with_shared(forgeting={}), "forgeting: unknown key; did you mean 'forgetting'"),
 ]
 
@@ -128,8 +121,8 @@ def test_all_mistakes_of_keys_are_told_at_once_with_their_lines_and_the_nearest_
 
 
 def test_what_is_one_for_all_entries_may_be_set_under_shared(tmp_path: Path) -> None:
-    shared = {**SHARED, "trainer": "dpo", "training": {"beta": 1.0, "loss_type": ["ipo"], "max_steps": 4}}
-    assert load(tmp_path, shared=shared).config("lora").training["beta"] == 1.0
+    shared = {**SHARED, "training": {"loss_type": "dft", "max_steps": 4}}
+    assert load(tmp_path, shared=shared).config("lora").training["loss_type"] == "dft"
 
 
 def test_a_study_has_one_dtype_on_all_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """The verdict in words, from values that are made up."""
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from smoa_lab.pages.charts import color_of
 from smoa_lab.study.bounds import Family
 from smoa_lab.study.decision import Budget, by_cost
-from smoa_lab.study.metrics import LOSS, OF_CHOICES, Metric, metrics_of
+from smoa_lab.study.metrics import LOSS, OF_CHOICES, Metric
 from smoa_lab.study.plan import Plan, Timing
 from smoa_lab.study.search import Chosen
 from smoa_lab.study.study_charts import differences, learned_and_forgotten, searches
@@ -241,10 +240,3 @@ def test_what_was_learned_stands_against_what_was_forgotten_beside_the_untouched
     assert [(row["entry"], row["forgotten"], row["loss"]) for row in drawn] == [
         *(("lora", 0.01, 2.5), ("untouched", 0.0, 4.0)),
     ]
-
-
-def test_the_base_models_dpo_loss_is_that_of_the_trainers_loss_at_margin_0() -> None:
-    ipo, hinge = {"loss_type": "ipo"}, {"loss_type": ["hinge"], "beta": 0.2}
-    assert metrics_of({"dpo_loss": 24.0, "dpo_loss_before": 25.0}, None, {})[0].untouched == 25.0
-    for training, value in ((ipo, 25.0), (hinge, 1.0), ({}, math.log(2))):  # rows of older runs don't say it
-        assert metrics_of({"dpo_loss": 0.6}, None, training)[0].untouched == value

@@ -84,7 +84,7 @@ def test_a_method_is_trained_saved_loaded_scored_and_merged(name: str, run: Load
     assert trainer.state.global_step == 2
     assert trained != before
     with _untouched(model):
-        assert base_lost(wanted) or measured(model) == pytest.approx(before, abs=1e-6)  # which is DPO's reference
+        assert base_lost(wanted) or measured(model) == pytest.approx(before, abs=1e-6)
 
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(copy.deepcopy(run.base), str(tmp_path / "adapter"))
@@ -95,7 +95,7 @@ def test_a_method_is_trained_saved_loaded_scored_and_merged(name: str, run: Load
         merge_in_memory(copy.deepcopy(run.base), tmp_path / "adapter", result).save_pretrained(result.folder)
 
     if name in UNMERGED:
-        with pytest.raises(MergeError, match=UNMERGED[name]):
+        with pytest.raises((MergeError, NotImplementedError, ValueError), match=UNMERGED[name]):
             merge()
         return
     merge()

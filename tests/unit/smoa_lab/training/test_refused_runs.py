@@ -6,19 +6,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from smoa.errors import ConfigError, DataError
+from smoa.errors import ConfigError
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import check_config
-from smoa_lab.evaluate import evaluate_run
 from smoa_lab.init import default_run
-from smoa_lab.open_run import open_run
 from smoa_lab.training import loaded_run
 from smoa_lab.training import train as run_module
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train import run
 from tests.support import lab
-from tests.support.own_rows import pairs, write_rows
 
 VALIDATED = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
 
@@ -49,7 +46,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "report's package": ({"training": {"report_to": "comet_ml"}}, "training: .*Comet"),
     "hub": ({"training": {"push_to_hub": True}}, "training: TRL, transformers or PEFT refuses: "),
     "validation": ({"training": VALIDATED, "data": {"validation_examples": 0}}, "training: .*eval_dataset"),
-    "trainer": ({"trainer": "dpo"}, "trainer: dpo is not for rows of the format choices; set it to sft"),
     "layer": ({"adapter": {"target_modules": ["q_prj"]}}, "did you mean 'q_proj'"),
     "adapter's package": (
         {"method": "lora", "adapter": {"num_blocks": None, "megatron_config": {"a": 1}}},
@@ -71,14 +67,6 @@ def test_what_is_refused_comes_before_any_scoring_and_leaves_nothing(
         run(check_config(config))
     folder = Path(config["training"]["output_dir"])
     assert not folder.exists() or not any(folder.iterdir())
-
-
-def test_what_trl_refuses_in_its_first_step_is_one_error(config: dict[str, Any], tmp_path: Path) -> None:
-    config["data"] = {"train": str(write_rows(tmp_path / "pairs.jsonl", pairs(20))), "test_examples": 2}
-    config |= {"trainer": "dpo"}
-    config["training"] |= {"f_divergence_type": "foo"}
-    with pytest.raises(ConfigError, match="training: the first step fails: Unknown f_divergence_type: foo"):
-        run(check_config(config))
 
 
 def test_pissa_with_a_number_of_iterations_is_trained(config: dict[str, Any]) -> None:
@@ -114,41 +102,6 @@ def test_a_link_in_the_place_of_the_adapter_is_refused_before_training(config: d
 
 
 # what is reported
-
-
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "sigmoid_norm"])
-def test_the_loss_of_preferences_is_the_trainers(loss_type: str, config: dict[str, Any], tmp_path: Path) -> None:
-    config["data"] = {"train": str(write_rows(tmp_path / "pairs.jsonl", pairs(24))), "test_examples": 4}
-    config["data"]["validation_examples"] = 4
-    config["training"] |= {"loss_type": [loss_type], "beta": 0.3, "learning_rate": 0.01, "max_steps": 6}
-    config["training"] |= {"eval_strategy": "steps", "eval_steps": 6, "per_device_eval_batch_size": 4}
-    scoring = {"part": "validation", "before": False}  # which the loss needs all the same
-    checked = check_config({**config, "trainer": "dpo", "scoring": scoring})
-    metrics = run(checked)
-    by_trainer = next(entry["eval_loss"] for entry in metrics["history"] if "eval_loss" in entry)
-    before, after = (metrics["evaluation"][stage] for stage in ("before", "after"))
-    assert after["dpo_loss"] == pytest.approx(by_trainer, rel=1e-3)
-    assert before["dpo_loss"] != after["dpo_loss"]
-    assert evaluate_run(*open_run(checked.folder), RunFolder(checked.folder))["scores"] == after
-
-
-@pytest.mark.parametrize("training", [{"loss_type": ["apo_zero"]}, {"ld_alpha": 0.5}], ids=["loss", "its key"])
-def test_a_loss_of_preferences_that_is_known_to_trl_alone_is_not_measured(
-    training: dict[str, Any], config: dict[str, Any], tmp_path: Path
-) -> None:
-    config["data"] = {"train": str(write_rows(tmp_path / "pairs.jsonl", pairs(12))), "test_examples": 4}
-    config["training"] |= training
-    evaluation = run(check_config({**config, "trainer": "dpo"}))["evaluation"]
-    assert "margin" in evaluation["after"]
-    assert not any("dpo_loss" in scores for scores in evaluation.values())
-
-
-def test_texts_and_conversations_are_no_preferences_together(config: dict[str, Any], tmp_path: Path) -> None:
-    turns = [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]
-    rows = [*pairs(10), {"prompt": [{"role": "user", "content": "q"}], "chosen": turns[0], "rejected": turns[1]}]
-    config["data"] = {"train": str(write_rows(tmp_path / "pairs.jsonl", rows)), "template": "alpaca"}
-    with pytest.raises(DataError, match=r"1 bad row.*\n.*row 11: is a conversation, where the rows before are text"):
-        run(check_config({**config, "trainer": "dpo"}))
 
 
 # a packaged base

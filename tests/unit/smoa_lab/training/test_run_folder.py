@@ -53,17 +53,6 @@ def test_a_key_that_an_unfinished_run_does_not_have_is_named_as_such(tmp_path: P
         run.start("method: smoa\ntraining: {output_dir: run, weight_decay: 0.1}\n")
 
 
-def test_an_unfinished_run_of_a_release_that_knew_fewer_keys_is_resumed_by_what_stood_for_them(tmp_path: Path) -> None:
-    run, now = RunFolder(tmp_path), f"{SMOA}data: {{train: a, recall: false, group: {{}}, answer_tokens: {{}}}}\n"
-    run.config.write_text(f"{SMOA}data: {{train: a}}\n")
-    (tmp_path / "checkpoint-2").mkdir()
-    with pytest.raises(ConfigError, match=r"with data\.answer_tokens=128, data\.group=false; give the values"):
-        run.start(now.replace("{}", "null"))
-    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    run.inputs.write_text("{}")
-    assert run.start(now.replace("group: {}", "group: false").replace("{}", "128")) == str(tmp_path / "checkpoint-2")
-
-
 def test_a_run_that_has_no_checkpoint_yet_gives_way_to_another_config(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.start(SMOA)

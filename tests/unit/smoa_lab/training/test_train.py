@@ -12,10 +12,10 @@ import pytest
 from transformers import AutoConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.config.run import ModelSection, RunConfig, check_config
+from smoa_lab.config.run import RunConfig, check_config
 from smoa_lab.data.answers import RULES
 from smoa_lab.evaluate import evaluate_run
-from smoa_lab.open_run import model_of, open_run
+from smoa_lab.open_run import open_place
 from smoa_lab.training import train as run_module
 from smoa_lab.training.guards import Diverged
 from smoa_lab.training.loaded_run import inputs, load_run
@@ -24,7 +24,7 @@ from smoa_lab.training.train import run, score_untouched
 from tests.support import lab
 from tests.support.kills import killed_after_saving
 from tests.support.metrics import named
-from tests.support.own_rows import chats, pairs, rows_base, rows_config
+from tests.support.own_rows import chats, rows_base, rows_config
 
 # Not ours: a deprecation between transformers and peft.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -72,21 +72,6 @@ def test_the_digests_change_with_what_they_are_of_alone(values: dict[str, Any], 
     text.write_text("one " * 130)
     other = load_run(changed(values)).digests
     assert [name for name in own if own[name] != other[name]] == ["own"]
-
-
-def test_a_whole_model_that_was_trained_on_preferences_is_compared_with_its_base_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    rows, base = lab.write_rows(tmp_path / "pairs.jsonl", pairs(20)), rows_base(tmp_path / "base")
-    options = {"method": "full", "adapter": {}, "trainer": "dpo", "training": {"learning_rate": 1e-3}}
-    config = rows_config(tmp_path, rows, base, **options)
-    scores = run(config)["evaluation"]["after"]
-    again = evaluate_run(*open_run(config.folder), RunFolder(config.folder))["scores"]
-    assert again == pytest.approx(scores)
-    base.rename(tmp_path / "moved")
-    moved = evaluate_run(*open_run(config.folder), RunFolder(config.folder), str(tmp_path / "moved"))["scores"]
-    assert moved == again
 
 
 def test_the_untouched_model_is_scored_as_before_a_run_and_nothing_is_trained(values: dict[str, Any]) -> None:
@@ -146,7 +131,7 @@ def test_without_held_out_rows_a_run_is_trained_and_a_line_says_that_it_is_not_s
     assert "No rows are held out, so none are scored" in folder.log.read_text()
     assert not folder.samples.exists()
     assert rows_of(config) == []
-    assert model_of(folder.adapter).section == ModelSection(name=model.name, options={"revision": "v2"})
+    assert open_place(folder.adapter).model.section.options == {"revision": "v2"}
 
 
 def test_a_mixture_gives_router_logits_only_while_it_is_trained(values: dict[str, Any], tmp_path: Path) -> None:
@@ -172,12 +157,12 @@ def test_a_run_is_scored_again_from_its_folder_which_shares_nothing_of_this_mach
     assert lab.files_with(tmp_path, tmp_path / "run") == own | named
     assert (metrics["parameters"]["trainable"] == metrics["parameters"]["total"]) == (method == "full")
     assert "## Prompt 2" in (tmp_path / "run" / "samples.md").read_text()
-    again = evaluate_run(*open_run(tmp_path / "run"), RunFolder(tmp_path / "run"))
+    again = evaluate_run(open_place(tmp_path / "run"))
     assert again["scores"] == metrics["evaluation"]["after"]
     assert again["trained_on"] == 0
     assert (again["format"], again["digests"]["encoder"]) == (2, metrics["digests"]["encoder"])
     assert again["provenance"]["seed"] == metrics["provenance"]["seed"] == 42  # the trainer's, as none is named
-    base = evaluate_run(*open_run(tmp_path / "run" / "config.yaml"))
+    base = evaluate_run(open_place(tmp_path / "run" / "config.yaml"))
     assert base["scores"] == metrics["evaluation"]["before"] or method == "full"
 
 
@@ -192,14 +177,14 @@ def test_rows_that_a_run_was_trained_on_are_counted_and_not_scored_as_held_out(
     run(rows_config(tmp_path, trained, base, data=none | {"train_examples": 5}))
     folder = RunFolder(tmp_path / "run")
     for change, left in ((f"data.test={mixed}", 4), (f"data.test={trained}", 1)):
-        scored = evaluate_run(*open_run(folder.path, [change, "data.test_examples=400"]), folder)
+        scored = evaluate_run(open_place(folder.path, overrides=[change, "data.test_examples=400"]))
         assert (scored["trained_on"], scored["scores"]["rows"]) == (5, left)
     one = [f"data.train={tmp_path / 'c.jsonl'}", f"data.test={lab.write_rows(tmp_path / 'd.jsonl', chats(1))}"]
     lab.write_rows(tmp_path / "c.jsonl", chats(1))
     folder.trained.unlink()
-    assert evaluate_run(*open_run(folder.path, [*one, "data.test_examples=400"]), folder)["trained_on"] is None
+    assert evaluate_run(open_place(folder.path, overrides=[*one, "data.test_examples=400"]))["trained_on"] is None
     with pytest.raises(DataError, match=r"nothing is held out that could be scored; give other rows as data\.test"):
-        evaluate_run(*open_run(folder.path))
+        evaluate_run(open_place(folder.path))
 
 
 def test_a_run_whose_rows_changed_says_so_when_it_is_scored_again(
@@ -211,12 +196,12 @@ def test_a_run_whose_rows_changed_says_so_when_it_is_scored_again(
     run(rows_config(tmp_path, rows, rows_base(tmp_path / "base"), forgetting={"text": str(general), "tokens": 64}))
     general.unlink()  # which eval does not read
     folder, told = RunFolder(tmp_path / "run"), "run: its rows are others than when it was trained and scored"
-    evaluate_run(*open_run(folder.path), folder)
+    evaluate_run(open_place(folder.path))
     assert told not in caplog.text
     lab.write_rows(rows, chats(30))
-    evaluate_run(*open_run(folder.path, [f"data.test={rows}"]), folder)
+    evaluate_run(open_place(folder.path, overrides=[f"data.test={rows}"]))
     assert told not in caplog.text, "they are the user's"
-    evaluate_run(*open_run(folder.path, ["data.max_length=100", "data.skip_bad_rows=true"]), folder)
+    evaluate_run(open_place(folder.path, overrides=["data.max_length=100", "data.skip_bad_rows=true"]))
     assert told in caplog.text
 
 
@@ -325,7 +310,7 @@ def test_answers_are_scored_before_and_after_training_and_when_the_run_is_scored
         RULES["number"](line["answer_before"], line["reference"]) for line in lines
     ) / len(lines)
     assert len(metrics["samples"]) == 1
-    again = evaluate_run(*open_run(config.folder, ["data.metric=contains"]), RunFolder(config.folder))
+    again = evaluate_run(open_place(config.folder, overrides=["data.metric=contains"]))
     for found, stage in ((again["before"], "before"), (again["scores"], "after")):
         right = [RULES["contains"](line[f"answer_{stage}"], line["reference"]) for line in lines]
         assert found["contains"] == sum(right) / len(right)
@@ -342,10 +327,12 @@ def test_a_metric_that_fails_after_training_leaves_the_run_whole_and_names_the_r
     assert RunFolder(config.folder).finished
     assert all("answer_after" in line and "scored_after" not in line for line in rows_of(config))
     with named(tmp_path / "own.py"):
-        found = evaluate_run(*open_run(config.folder, ["data.metric=score"]), RunFolder(config.folder))
+        found = evaluate_run(open_place(config.folder, overrides=["data.metric=score"]))
     lengths = [len(line["answer_after"]) / len(str(json.loads(line["own"]))) for line in rows_of(config)]
     assert found["scores"]["score"] == pytest.approx(sum(lengths) / len(lengths))
-    assert open_run(config.folder)[0].data.metric is None  # and other commands need no function
+    opened = open_place(config.folder).config
+    assert opened is not None
+    assert opened.data.metric is None  # and other commands need no function
 
 
 def test_what_a_run_starts_from_counts_rows_of_one_prompt_once(tmp_path: Path) -> None:

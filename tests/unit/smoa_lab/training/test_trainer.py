@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import shutil
 import sys
 import time
@@ -25,12 +24,11 @@ from smoa_lab.training import trainer as trainer_module
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.train import run as train
 from smoa_lab.training.trainer import ProgressReport, Stopwatch, make_trainer
-from tests.support.lab import byte_tokenizer, tiny_gpt2
+from tests.support.lab import tiny_gpt2
 from tests.support.own_rows import (
     chat,
     chats,
     losses,
-    pairs,
     rows_base,
     rows_config,
     rows_values,
@@ -65,16 +63,10 @@ def talks(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "chats.jsonl", rows)
 
 
-@pytest.fixture
-def preferences(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "pairs.jsonl", pairs(12))
-
-
 def by_trl(values: dict[str, Any], rows: Path, folder: Path) -> list[float]:
     """The loss curve of TRL's own trainer on the same file."""
-    prefers = "chosen" in json.loads(rows.read_text().splitlines()[0])
     messages = "messages" in json.loads(rows.read_text().splitlines()[0])
-    kinds = (trl.DPOConfig, trl.DPOTrainer) if prefers else (trl.SFTConfig, trl.SFTTrainer)
+    kinds = trl.SFTConfig, trl.SFTTrainer
     own = {**values["training"], "output_dir": str(folder), "max_length": values["data"].get("max_length", 1024)}
     given = {"report_to": "none", "bf16": False, **own}
     arguments: Any = kinds[0](**given, **({"assistant_only_loss": True} if messages else {}))
@@ -108,18 +100,6 @@ def test_the_loss_curve_is_that_of_trls_own_trainer(
     curve = losses(train(check_config(values)))
     assert len(curve) == 4
     assert curve == pytest.approx(by_trl(values, talks, tmp_path / "trl"), abs=1e-4)
-
-
-def test_preferences_begin_at_log_2_and_follow_trls_own_curve(preferences: Path, base: Path, tmp_path: Path) -> None:
-    """TRL's own reference is the model with its adapter switched off."""
-    training = {"max_steps": 4, "learning_rate": 0.01, "beta": 0.3}
-    metrics = train(rows_config(tmp_path, preferences, base, data=ALL, training=training, trainer="dpo"))
-    values = rows_values(tmp_path, preferences, base, training=training)
-    assert losses(metrics)[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert losses(metrics) == pytest.approx(by_trl(values, preferences, tmp_path / "trl"), abs=1e-4)
-    assert metrics["training"]["trainer"] == "DPOTrainer"
-    assert losses(metrics)[-1] < 0.65
-    assert not [entry for entry in (tmp_path / "run" / "adapter").iterdir() if entry.is_dir()]  # no reference is saved
 
 
 STOPPING = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 8, "per_device_eval_batch_size": 64}
@@ -162,21 +142,13 @@ def refused(config: RunConfig, error: type[SmoaError] = ConfigError) -> str:
     return str(caught.value)
 
 
-def test_a_tokenizer_is_refused_that_lacks_a_token_which_trl_takes_or_ends_prompts(
-    talks: Path, preferences: Path, tmp_path: Path
-) -> None:
+def test_a_tokenizer_is_refused_that_lacks_a_token_which_fills_batches(talks: Path, tmp_path: Path) -> None:
     base = rows_base(tmp_path / "bare", template=None)
     file = base / "tokenizer_config.json"
     for lost in ("eos_token", "pad_token"):
         file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != lost}))
-        if lost == "eos_token":
-            message = refused(rows_config(tmp_path, preferences, base, trainer="dpo"))
-            assert "has no eos_token, by which TRL ends each answer; name one in its tokenizer_config" in message
     message = refused(rows_config(tmp_path, talks, base, data={"template": "alpaca"}))
-    assert "has neither a pad_token nor an eos_token to fill batches with; name one in" in message
-    byte_tokenizer(adds_eos=True).save_pretrained(base)
-    message = refused(rows_config(tmp_path, preferences, base, trainer="dpo"))
-    assert "puts eos_token after each text, prompts too" in message
+    assert "has neither a pad_token nor an eos_token; name one in" in message
 
 
 def test_an_adapter_on_the_output_layer_is_refused(talks: Path, base: Path, tmp_path: Path) -> None:
@@ -203,13 +175,10 @@ def test_rows_of_all_the_models_positions_are_trained_and_answered_and_longer_on
     packed = rows_config(tmp_path, short, base, data={"max_length": 129}, adapter=adapter, training={"packing": True})
     assert refused(packed).startswith("data.max_length: rows of up to 129 tokens ")
     wider = tiny_gpt2(tmp_path / "wider", positions=512)  # for the template's words
-    others = [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "no " * 199} for i in range(10)]
-    choices = [{"prompt": row["prompt"], "choices": ["Yes.", row["rejected"]], "label": 0} for row in others]
-    for rows, sections in ((others, {"trainer": "dpo"}), (choices, {})):  # the long answer is the wrong one
-        write_rows(tmp_path / "wrong.jsonl", rows)
-        data = {"template": "alpaca"}
-        long = rows_config(tmp_path, tmp_path / "wrong.jsonl", wider, data=data, adapter=adapter, **sections)
-        assert refused(long).endswith("which has 512 positions; set it to 512")
+    choices = [{"prompt": f"{i}?", "choices": ["Yes.", "no " * 199], "label": 0} for i in range(10)]
+    write_rows(tmp_path / "wrong.jsonl", choices)  # the long answer is the wrong one
+    long = rows_config(tmp_path, tmp_path / "wrong.jsonl", wider, data={"template": "alpaca"}, adapter=adapter)
+    assert refused(long).endswith("which has 512 positions; set it to 512")
     metrics = train(fitting)
     assert metrics["data"]["cut"] == 10
     assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}]
