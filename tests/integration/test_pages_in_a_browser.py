@@ -1,4 +1,4 @@
-"""The pages of `smoa inspect`, `smoa compare` and `smoa report` as a browser sees them: headless Chromium, where it is
+"""The pages of `smoa inspect` and `smoa report` as a browser sees them: headless Chromium, where it is
 installed."""
 
 import json
@@ -15,10 +15,8 @@ from smoa import SmoaConfig
 from smoa_lab.inspect import inspect_layers
 from smoa_lab.inspect_page import inspection_page
 from smoa_lab.run_page import report_run
-from smoa_lab.study.study_report import report
 from tests.support import lab
 from tests.support.runs import stored_run
-from tests.support.studies import finished, tiny_study, write_runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
@@ -28,7 +26,7 @@ OPTIONS = (
     *("--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"),
     "--virtual-time-budget=5000",
 )
-KINDS = ("inspect", "compare", "report")
+KINDS = ("inspect", "report")
 # Waits until all charts are drawn, then keeps what an expression gives for the test.
 PROBE = """<script>(async () => {
   const drawn = () => [...document.querySelectorAll('.chart')].every(one => 'drawn' in one.dataset);
@@ -51,12 +49,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model.save_pretrained(folder / config.peft_type.value)
     adapters = {name: inspect_layers(folder / name, base=str(base)) for name in ("SMOA", "LORA")}
     (folder / "inspect.html").write_text(inspection_page("Adapters", adapters), encoding="utf-8")
-    study = tiny_study(folder / "study")
-    with pytest.MonkeyPatch.context() as patch:
-        write_runs(patch)
-        report(finished(study))
     run = report_run(stored_run(folder / "run"))
-    return {"inspect": folder / "inspect.html", "compare": study.folder / "index.html", "report": run}
+    return {"inspect": folder / "inspect.html", "report": run}
 
 
 def seen(page: Path, expression: str, tmp_path: Path, *options: str) -> Any:
@@ -117,7 +111,7 @@ def test_paper_and_ink_are_light_or_dark_as_the_reader_has_it(pages: dict[str, P
     found = {}
     for scheme, setting in (("light", 1), ("dark", 0)):
         (light, paper, ink), (dark, _, _) = seen(
-            pages["compare"], script, tmp_path, f"--blink-settings=preferredColorScheme={setting}"
+            pages["report"], script, tmp_path, f"--blink-settings=preferredColorScheme={setting}"
         )
         assert (light, dark) == (scheme == "light", scheme == "dark")
         found[scheme] = (paper, ink)
