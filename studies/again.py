@@ -27,8 +27,8 @@ from stored import PACK, STUDIES, compared, runs_of
 
 from smoa.atomic import write_whole
 from smoa_lab.basics.plain import json_text
+from smoa_lab.study.finished import Finished, Run, finals, read_finished, searched
 from smoa_lab.study.report import PICTURES, report
-from smoa_lab.study.runs import Finished, Run, finals, read_finished, searched
 from smoa_lab.study.study import STUDY, Study, load_study
 from smoa_lab.study.verdict import verdict
 

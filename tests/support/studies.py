@@ -19,9 +19,9 @@ from smoa_lab.basics.plain import portable
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import ANSWERED
 from smoa_lab.study import asked, fit, run_study
+from smoa_lab.study.finished import read_finished
 from smoa_lab.study.report import Report, report
 from smoa_lab.study.run_study import work
-from smoa_lab.study.runs import read_finished
 from smoa_lab.study.study import STUDY, Study, load_study
 from smoa_lab.study.verdict import Verdict, verdict
 from smoa_lab.training.run_folder import RunFolder

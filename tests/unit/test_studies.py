@@ -17,8 +17,8 @@ from again import replay, unpacked
 from stored import PACK, Run, compared, final_name, folders, runs_of, store, summary_of
 from study_page import study_page
 
+from smoa_lab.study.finished import chosen, read_finished
 from smoa_lab.study.report import report
-from smoa_lab.study.runs import chosen, read_finished
 from smoa_lab.study.study import edit, load_study
 from smoa_lab.study.verdict import verdict
 from tests.support.studies import finished, tiny_study, write_runs

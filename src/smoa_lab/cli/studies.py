@@ -62,10 +62,10 @@ def compare(
         from smoa_lab.budget import method_settings
         from smoa_lab.study.asked import ask, check, write_study
         from smoa_lab.study.default_study import METHODS, default_study
+        from smoa_lab.study.finished import read_finished
         from smoa_lab.study.fit import fit
         from smoa_lab.study.report import report
         from smoa_lab.study.run_study import work
-        from smoa_lab.study.runs import read_finished
         from smoa_lab.study.study import STUDY, load_study
         from smoa_lab.study.workers import work_on_ray, work_side_by_side
 
@@ -121,8 +121,8 @@ def tune(
         from smoa_lab.pages.tables import Table, number
         from smoa_lab.study.asked import ask, check, write_study
         from smoa_lab.study.default_study import tuning_study
+        from smoa_lab.study.finished import chosen, read_finished
         from smoa_lab.study.run_study import work
-        from smoa_lab.study.runs import chosen, read_finished
         from smoa_lab.study.search import rate_text
 
         run = load_config(config, overrides)

@@ -16,8 +16,8 @@ from smoa_lab.basics.folders import read_stored
 from smoa_lab.config.methods import check_adapter
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.init import file_for
+from smoa_lab.study.finished import check_inputs, flat, read_finished
 from smoa_lab.study.report import SUMMARY, metric_name
-from smoa_lab.study.runs import check_inputs, flat, read_finished
 from smoa_lab.study.study import STUDY, Study, edit, load_study
 from smoa_lab.training.loaded_run import inputs
 

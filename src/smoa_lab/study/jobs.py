@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from operator import itemgetter
 
-from smoa_lab.study.runs import Finished, Run, chosen, done, finals, search, searched
+from smoa_lab.study.finished import Finished, Run, chosen, done, finals, search, searched
 from smoa_lab.study.study import Job, Study
 from smoa_lab.study.verdict import verdict
 

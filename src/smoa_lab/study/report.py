@@ -16,9 +16,9 @@ from smoa_lab.data.answers import ANSWERED, OWN, TITLES
 from smoa_lab.data.own_metric import own_metric
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.tables import Table, counted, number, score_text
-from smoa_lab.study.charts import differences, sizes
+from smoa_lab.study.finished import Finished, chosen, read_finished, search
 from smoa_lab.study.metrics import scores_of
-from smoa_lab.study.runs import Finished, chosen, read_finished, search
+from smoa_lab.study.pictures import differences, sizes
 from smoa_lab.study.search import rate_text
 from smoa_lab.study.study import Study
 from smoa_lab.study.verdict import EQUAL, Verdict, verdict

@@ -14,10 +14,10 @@ from statistics import fmean
 from smoa.errors import ConfigError, SmoaError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.pages.tables import score_text
+from smoa_lab.study.finished import read_finished
 from smoa_lab.study.jobs import at_most_left, needless, next_jobs
 from smoa_lab.study.metrics import Metrics, loss_of, scores_of
 from smoa_lab.study.report import report
-from smoa_lab.study.runs import read_finished
 from smoa_lab.study.study import Job, load_study
 from smoa_lab.training.guards import Diverged
 from smoa_lab.training.run_folder import OfAnother, RunFolder, Taken

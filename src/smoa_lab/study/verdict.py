@@ -10,8 +10,8 @@ from functools import cached_property
 import numpy as np
 
 from smoa_lab.study.bounds import Family, Floats, looks
+from smoa_lab.study.finished import Finished, Run, chosen, done, finals, searched
 from smoa_lab.study.metrics import SCORED, Metric, metrics_of
-from smoa_lab.study.runs import Finished, Run, chosen, done, finals, searched
 from smoa_lab.study.search import Chosen
 from smoa_lab.study.study import Study
 

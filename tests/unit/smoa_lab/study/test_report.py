@@ -11,9 +11,9 @@ import pytest
 from smoa.errors import DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import run_study
+from smoa_lab.study.finished import read_finished
 from smoa_lab.study.report import Report, report
 from smoa_lab.study.run_study import work
-from smoa_lab.study.runs import read_finished
 from smoa_lab.study.study import edit, load_study
 from tests.support.metrics import named
 from tests.support.studies import ROWS, WrittenRuns, finished, page, tiny_study, verdicts

@@ -14,9 +14,9 @@ import pytest
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import run_study
+from smoa_lab.study.finished import chosen, done, finals, read_finished, search
 from smoa_lab.study.jobs import at_most_left, next_jobs
 from smoa_lab.study.run_study import duration, work
-from smoa_lab.study.runs import chosen, done, finals, read_finished, search
 from smoa_lab.study.study import edit, load_study
 from smoa_lab.training.guards import Diverged
 from smoa_lab.training.run_folder import OfAnother, RunFolder

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from smoa_lab.study.bounds import Family
-from smoa_lab.study.charts import differences, sizes
 from smoa_lab.study.metrics import LOSS, OF_CHOICES, Metric
+from smoa_lab.study.pictures import differences, sizes
 from smoa_lab.study.search import Chosen
 from smoa_lab.study.study import Study, load_study
 from smoa_lab.study.verdict import Verdict, step_seconds
