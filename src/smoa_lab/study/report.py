@@ -95,9 +95,9 @@ def notes(study: Study, finished: Finished) -> list[str]:
     """What the base model reached, and where it was measured."""
     told = []
     if (run := finished.get("untouched")) is not None:
-        scores, metric = dict(scores_of(run.metrics)), run.metric
-        if metric in ANSWERED:  # by now another function may score them
-            scores[metric] = fmean(row["scored_before"] for row in run.rows.values())
+        scores = {name: score for name, score in scores_of(run.metrics).items() if name not in ANSWERED}
+        if run.metric in ANSWERED:  # another than when they were stored may score the answers now
+            scores[run.metric] = fmean(row["scored_before"] for row in run.rows.values())
         text = "".join(f", {score_text(name, scores[name])}" for name in TITLES if name in scores)
         told.append(f"The base model: loss {number(scores['loss'], 4)}{text}.")
     provenances = [run.metrics["provenance"] for run in finished.values()]

@@ -29,14 +29,14 @@ from smoa_lab.study.run_study import Failed, work
 @dataclass(frozen=True)
 class Worker:
     """What one process does, from the folder and with the trust of the process that starts it: jobs of a study with so
-    many ``threads``, and where there are ``gpus`` with one of them."""
+    many ``threads``, and with one of the ``gpus`` of this machine, if there are any."""
 
     file: Path
     only: Sequence[str]
     deadline: float
     workers: int
     threads: int
-    gpus: int = 0
+    gpus: Sequence[str] = ()
     home: Path = field(default_factory=Path.cwd)
     trusted: Mapping[str, Any] = field(default_factory=lambda: dict(vars(TRUSTED)))
 
@@ -45,7 +45,7 @@ def _work(worker: Worker, place: int) -> Failed:
     os.chdir(worker.home)
     vars(TRUSTED).update(worker.trusted)
     if worker.gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(place % worker.gpus)
+        os.environ["CUDA_VISIBLE_DEVICES"] = worker.gpus[place % len(worker.gpus)]
     torch.set_num_threads(worker.threads)
     disable_progress_bar()
     shown, own = logging.StreamHandler(), logging.getLogger("smoa_lab.study")
@@ -57,14 +57,14 @@ def _work(worker: Worker, place: int) -> Failed:
 def work_side_by_side(file: Path, only: Sequence[str], deadline: float, workers: int) -> Failed:
     """Run a study's jobs by several processes of this machine, each with its part of the cores and, where there are
     GPUs, with one."""
-    threads, gpus = max(1, (os.cpu_count() or 1) // workers), torch.cuda.device_count()
-    worker = Worker(file, only, deadline, workers, threads, gpus)
+    visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    gpus = visible or [str(gpu) for gpu in range(torch.cuda.device_count())]
+    worker = Worker(file, only, deadline, workers, max(1, (os.cpu_count() or 1) // workers), gpus)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
             return _together(list(pool.map(partial(_work, worker), range(workers))))
         except BrokenProcessPool as error:
-            remedy = "if memory ran out, give fewer --workers; the same command goes on"
-            raise DataError(f"{file.parent}: a worker died; {remedy}") from error
+            raise DataError(f"{file.parent}: a worker died; if memory ran out, give fewer --workers") from error
 
 
 def work_on_ray(file: Path, only: Sequence[str], deadline: float, workers: int, address: str) -> Failed:

@@ -2,22 +2,27 @@
 
 import gzip
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from smoa.errors import DataError
+from smoa_lab.study import workers
 from smoa_lab.study.report import report
 from smoa_lab.study.run_study import work
 from smoa_lab.study.study import load_study
-from smoa_lab.study.workers import Worker, work_on_ray, work_side_by_side
+from smoa_lab.study.workers import work_on_ray, work_side_by_side
 from tests.support.own_rows import chats, rows_base, write_rows
 from tests.support.studies import tiny_study
 
@@ -100,11 +105,49 @@ def wait_for(condition: Callable[[], Any], deadline: float = 300.0) -> Any:
     return found
 
 
-def test_a_worker_has_the_folder_and_the_trust_of_the_command(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_have_the_folder_and_trust_of_the_command_its_cores_and_a_gpu_each(
+    room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(room)
-    sent = Worker(Path("study.yaml"), (), 0.0, 2, 1)
-    assert sent.home == room
-    assert sent.trusted["metric"] is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    seen: list[Any] = []
+
+    class Pool:
+        """Of one process, this one, which does nothing."""
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def map(self, task: Any, places: Any) -> Any:
+            for place in places:
+                task(place)
+                seen.append((os.environ["CUDA_VISIBLE_DEVICES"], torch.get_num_threads()))
+            return [{}, {"lora": "failed"}, {}]
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(workers, "work", lambda *given: seen.append(given[1:]))
+    try:
+        assert work_side_by_side(Path("study.yaml"), ["lora"], 9.0, 3) == {"lora": "failed"}
+    finally:
+        torch.set_num_threads(threads)
+        logging.getLogger("smoa_lab.study").handlers = []
+    assert seen[::2] == [(["lora"], 9.0, 3)] * 3
+    assert seen[1::2] == [("5", 2), ("7", 2), ("5", 2)]
+
+
+def test_a_worker_that_dies_is_told(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def died(*_: Any) -> None:
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(workers.ProcessPoolExecutor, "map", died)
+    with pytest.raises(DataError, match="a worker died"):
+        work_side_by_side(room / "study.yaml", (), 9.0, 1)
 
 
 @pytest.mark.slow  # a minute, as the next ones
@@ -121,7 +164,6 @@ def test_two_ray_tasks_give_the_bounds_of_one_process(
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     address = ray.get_runtime_context().gcs_address
-    ray.shutdown() if False else None
     monkeypatch.setattr(ray, "init", lambda *_, **__: None)  # it is joined already
     try:
         file = study_file(room, "ray")
@@ -133,16 +175,16 @@ def test_two_ray_tasks_give_the_bounds_of_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("number", ["1", "2"])
 def test_ctrl_c_and_kills_lose_runs_that_are_done_again_to_the_same_bounds(
-    workers: str, room: Path, wanted: tuple[dict[str, Any], Any]
+    number: str, room: Path, wanted: tuple[dict[str, Any], Any]
 ) -> None:
-    file = study_file(room, f"stopped-{workers}")
-    command = [sys.executable, "-m", "smoa_lab", "compare", str(file), "--workers", workers]
+    file = study_file(room, f"stopped-{number}")
+    command = [sys.executable, "-m", "smoa_lab", "compare", str(file), "--workers", number]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
-    for number, end in enumerate((signal.SIGINT, signal.SIGKILL, signal.SIGINT), start=1):
+    for finished, end in enumerate((signal.SIGINT, signal.SIGKILL, signal.SIGINT), start=1):
         driver = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        wait_for(lambda: len(results(file)) >= number or driver.poll() is not None)  # noqa: B023
+        wait_for(lambda: len(results(file)) >= finished or driver.poll() is not None)  # noqa: B023
         started = psutil.Process(driver.pid).children(recursive=True) if driver.poll() is None else []
         os.killpg(driver.pid, end) if driver.poll() is None else None
         _, told = driver.communicate(timeout=120)
@@ -151,6 +193,6 @@ def test_ctrl_c_and_kills_lose_runs_that_are_done_again_to_the_same_bounds(
         wait_for(lambda: not [one for one in started if one.is_running() and one.status() != psutil.STATUS_ZOMBIE])  # noqa: B023
     assert work(file) == {}
     assert results(file).keys() == wanted[0].keys()
-    if workers == "1":
+    if number == "1":
         assert results(file) == wanted[0]
         assert bounds(file) == wanted[1]
