@@ -65,14 +65,19 @@ def migrate(folder: Path) -> None:
     (folder / "README.md").write_text(f"{readme}\n\n{NOTE}\n", encoding="utf-8")
     if not (folder / PACK).is_file():
         return
-    lines = list[str]()
-    for line in gzip.decompress(original(folder / PACK)).decode().splitlines():
-        run = json.loads(line)
-        data = {**OLDER_DATA, "recall": False, **run["config"]["data"]}
-        now = {**run, "config": {**run["config"], "data": data}}
-        assert {key: now[key] for key in run if key != "config"} == {key: run[key] for key in run if key != "config"}
-        lines.append(json.dumps(now))
-    (folder / PACK).write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
+    runs = list(map(json.loads, gzip.decompress(original(folder / PACK)).decode().splitlines()))
+    lines = "".join(f"{json.dumps({**run, 'config': migrated(run['config'])})}\n" for run in runs)
+    (folder / PACK).write_bytes(gzip.compress(lines.encode(), mtime=0))
+    stored = map(json.loads, gzip.decompress((folder / PACK).read_bytes()).decode().splitlines())
+    for before, after in zip(runs, stored, strict=True):
+        config, now = before.pop("config"), after.pop("config")
+        assert before == after, "a value beside the config changed"
+        assert config == {**now, "data": {key: now["data"][key] for key in config["data"]}}
+
+
+def migrated(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config with the keys that it lacks."""
+    return {**config, "data": {**OLDER_DATA, "recall": False, **config["data"]}}
 
 
 if __name__ == "__main__":
