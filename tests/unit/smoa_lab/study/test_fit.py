@@ -70,6 +70,17 @@ def test_a_fitted_study_ends_in_time_also_where_searches_take_longer(many: Path,
         assert all(len(list(file.parent.glob(f"{name}/*-seed-1"))) == 1 for name in ("smoa", "lora"))
 
 
+def test_the_first_step_which_is_slow_does_not_count(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, found = many.read_text(), []
+    for first in (0.1, 50.0):
+        many.write_text(text)
+        monkeypatch.setattr("smoa_lab.study.fit.time_steps", lambda *_, first=first: {"seconds": [first, 0.1, 0.1]})
+        fit(many, 300)
+        found.append(load_study(many))
+    assert found[0].seeds == found[1].seeds
+    assert found[0].shared == found[1].shared
+
+
 def test_what_an_interrupted_fit_left_is_thrown_away_and_steps_are_not_kept(many: Path, written: WrittenRuns) -> None:
     fit(many, 3600)
     assert len(written.timed) == 2

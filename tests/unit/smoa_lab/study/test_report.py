@@ -76,20 +76,28 @@ def test_a_final_run_that_diverged_is_worse_than_any(file: Path, written: Writte
     assert "diverged" in page(file)
 
 
-@pytest.mark.parametrize("kind", ["choices", "contains"])
-def test_a_run_that_diverged_is_worse_than_any_by_shares_too(kind: str, file: Path, written: WrittenRuns) -> None:
+@pytest.mark.parametrize("metric", [None, "choice", "contains"])
+def test_a_run_that_diverged_is_worse_than_any_by_shares_too(
+    metric: str | None, file: Path, written: WrittenRuns
+) -> None:
     """Not one without a right answer."""
     usual = written.loss
-    if kind == "choices":
-        written.kind = kind
-    edit(file, [f"shared.data.metric={'choice' if kind == 'choices' else kind}"])
+    written.kind = "messages" if metric == "contains" else "choices"
+    edit(file, [f"shared.data.metric={metric or 'null'}"])
     is_bad = lambda config: config.method == "smoa" and config.training["seed"] == 1  # noqa: E731
     written.loss = lambda config: None if is_bad(config) else usual(config)
     finished(file)
-    family = verdicts(file)["small"].family
-    assert family is not None
+    families = {metric.title: family for metric, family in verdicts(file)["small"].families.items()}
+    family = families["contains %" if metric == "contains" else "accuracy %"]
     assert family.diverged("ours")
     assert family.upper("lora", "ours") == -math.inf
+
+
+def test_the_pairs_of_an_entry_share_the_level_of_a_look(file: Path, written: WrittenRuns) -> None:
+    edit(file, ["entries.full.budget=small"])
+    finished(file)
+    of = verdicts(file)["small"]
+    assert {family.level for family in of.families.values()} == {of.level / 2}
 
 
 def test_choices_are_compared_by_accuracy_too_and_decide_where_the_loss_is_the_same(
