@@ -1,10 +1,10 @@
 """Measures how often the bounds of `smoa compare` miss, and what searches of a rate cost:
 
-    python studies/calibration.py            # studies/calibration.json, of which results_page.py makes tables
-    python studies/calibration.py levels     # src/smoa_lab/study/calibrated.py: levels of looks, --plan's noise
-    python studies/calibration.py noise      # the latter alone
+    python studies/calibration.py           # studies/calibration.json, of which results_page.py makes tables
+    python studies/calibration.py whole     # of whole studies alone, the longest part; the rest of the file stays
+    python studies/calibration.py levels    # print the levels of looks, for src/smoa_lab/study/bounds.py
 
-The draws are simulated; searches are simulated on stored curves, and noise is that of stored studies.
+The draws are simulated; searches are simulated on stored curves.
 """
 
 from __future__ import annotations
@@ -13,24 +13,23 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from ruamel.yaml import YAML
 from scipy.special import ndtri, stdtr, stdtrit
-from stored import PACK, STUDIES, compared, folders, runs_of, summary_of
+from stored import STUDIES, folders, summary_of
 
 from smoa.atomic import write_whole
 from smoa_lab.basics.plain import json_text
-from smoa_lab.study.bounds import Estimate, Floats, contrast, level_of, spread_of
-from smoa_lab.study.calibrated import LEVELS
+from smoa_lab.study.bounds import Estimate, Floats, contrast, looks
 from smoa_lab.study.search import Chosen, best_of, next_indices, rate
 
 FILE = STUDIES / "calibration.json"
-CALIBRATED = Path(__file__).parents[1] / "src" / "smoa_lab" / "study" / "calibrated.py"
 DRAWS, SEARCHED = 4000, 200
 """Simulated studies of a cell; searches of a curve."""
 RATIOS = (0.0, 0.02, 0.05, 0.1, 0.3, 1.0)
@@ -42,17 +41,32 @@ RIGHT = (0.05, 0.5, 0.9, 0.98)
 WILD = 5.0
 """How many times the seeds' standard deviation of the other entries a wild one has."""
 TOLERANCE = 0.1
+WHOLE_DRAWS, WHOLE_AT_ONCE = 10_000, 1_000
+WHOLE_ENTRIES, WHOLE_ROUNDS, WHOLE_GROUPS = (2, 3, 5), (3, 4, 5), (5, 10, 50, 200)
+"""Of whole studies: draws of a cell, and of these in memory at once."""
+GAIN = 40.0
+"""What training gains there, in standard deviations of one seed."""
+SHARES, SHIFTS = ((0.05, 0.5), (0.25, 0.75), (0.5, 0.98)), (0.0, 0.1)
+"""Right answers of the base model and of the best entry; the standard deviation of a seed's effect on how hard each row
+is, in that of rows."""
 SPENT, MOST_ROUNDS, LEVEL_ENTRIES = 0.04, 8, (1, 2, 3, 4, 5, 6)
 MAX_RUNS = 6
 RULES = ("before", "now")
 
 
 def studies(
-    random: np.random.Generator, entries: int, seeds: int, groups: int, size: int, ratio: float, skewed: bool
+    random: np.random.Generator,
+    entries: int,
+    seeds: int,
+    groups: int,
+    size: int,
+    ratio: float,
+    skewed: bool,
+    draws: int = DRAWS,
 ) -> tuple[Floats, Floats]:
     """Values (draws, entries, seeds, groups) and weights of equal entries, whose seeds have the variance 1. The rows of
     the first differ from those of others, by a gamma distribution of skew 1 if ``skewed``, and in each seed anew."""
-    shape = (DRAWS, 1, 1, groups)
+    shape = (draws, 1, 1, groups)
 
     def effect(*shape: int) -> Floats:
         return (random.gamma(4.0, size=shape) - 4) / 2 if skewed else random.normal(size=shape)
@@ -60,7 +74,7 @@ def studies(
     of_group = INTRACLASS**0.5 * effect(*shape)
     of_rows = (1 - INTRACLASS) ** 0.5 * effect(*shape, size).mean(axis=-1)
     scale = (2 * ratio * groups / (INTRACLASS + (1 - INTRACLASS) / size)) ** 0.5
-    values = random.normal(size=(DRAWS, entries, seeds, 1)) + np.zeros(groups)
+    values = random.normal(size=(draws, entries, seeds, 1)) + np.zeros(groups)
     values[:, :1] += scale * (of_group + of_rows)
     values += (ratio * groups) ** 0.5 / 2 * random.normal(size=values.shape)
     return values * size, np.full(groups, float(size))
@@ -126,35 +140,85 @@ def of_a_wild_entry(seeds: int, entries: int) -> dict[str, float]:
     return missed(contrast(values, np.zeros((1, 2)), weights, 0, 1, 1.0))
 
 
-def taken(random: np.random.Generator, entries: int, rounds: int, ratio: float, gain: float, wild: float) -> Floats:
-    """The share of whole studies that take each entry, in order of cost: the last gains ``gain`` seeds' standard
-    deviations, the others by the tolerance less."""
-    values, weights = studies(random, entries, rounds, 50, 1, ratio, False)
+def passing_draws(
+    values: Floats, untouched: Floats, of: int, draws: NDArray[np.int_], level: float, is_share: bool
+) -> NDArray[np.int_]:
+    """Those of the ``draws`` in which an entry suffices, at a pair's ``level``."""
+    entries, weights = values.shape[1], np.ones(values.shape[-1])
+    others = [entry for entry in range(entries - 1, -1, -1) if entry != of]  # the best is the hardest to match
+    for other in [*others, None]:
+        if len(draws):
+            kept = 1.0 if other is None else 1 - TOLERANCE
+            found = contrast(values[draws], untouched[draws], weights, of, other, kept, is_share)
+            draws = draws[found.upper(level) < 0]
+    return draws
+
+
+def wrong_takes(values: Floats, untouched: Floats, is_share: bool = False) -> float:
+    """In which share of studies another than the last entry is taken: the others are cheaper."""
+    draws, entries, rounds, _ = values.shape
+    is_wrong, pairs = np.zeros(draws, bool), max(1, entries - 1)
+    asked = [(number, level / pairs) for number, level in looks(entries, rounds, rounds)]
+    for place, (number, level) in enumerate(asked):
+        for of in range(entries - 1):
+            found = passing_draws(values[:, :, :number], untouched, of, np.flatnonzero(~is_wrong), level, is_share)
+            for earlier, at in asked[:place]:  # the last was not taken before, which would have ended the study
+                ended = passing_draws(values[:, :, :earlier], untouched, entries - 1, found, at, is_share)
+                found = np.setdiff1d(found, ended)
+            is_wrong[found] = True
+    return float(is_wrong.sum())
+
+
+def of_losses(random: np.random.Generator, entries: int, rounds: int, groups: int, ratio: float, wild: float) -> float:
+    """The last entry gains :data:`GAIN`, the others by the tolerance less; the first is ``wild`` times as wild."""
+    values, _ = studies(random, entries, rounds, groups, 1, ratio, False, WHOLE_AT_ONCE)
     values[:, 0] *= wild
-    values -= gain * (1 - TOLERANCE * (np.arange(entries) < entries - 1))[:, None, None]
-    level, untouched = level_of(entries, rounds) / max(1, entries - 1), np.zeros((1, 50))
-    takes = np.full(DRAWS, -1)
-    for seeds in range(2, rounds + 1):
+    values -= GAIN * (1 - TOLERANCE * (np.arange(entries) < entries - 1))[:, None, None]
+    return wrong_takes(values, np.zeros((WHOLE_AT_ONCE, 1, groups)))
+
+
+def of_right_answers(
+    random: np.random.Generator, entries: int, rounds: int, groups: int, shares: tuple[float, float], shift: float
+) -> float:
+    """The same of right answers: how hard a row is has a part for all, one for an entry and one for a run, in equal
+    parts, and what a seed shifts."""
+    base, best = shares
+    reached = np.array([base, *[best - TOLERANCE * (best - base)] * (entries - 1), best])
+    hard = random.normal(size=(WHOLE_AT_ONCE, 1, 1, groups)) + random.normal(
+        size=(WHOLE_AT_ONCE, entries + 1, 1, groups)
+    )
+    hard = (hard + random.normal(size=(WHOLE_AT_ONCE, entries + 1, rounds, groups))) / 3**0.5
+    hard += shift * random.normal(size=(WHOLE_AT_ONCE, entries + 1, rounds, 1))
+    wrong = (hard > ndtri(reached)[:, None, None] * (1 + shift**2) ** 0.5).astype(float)
+    return wrong_takes(wrong[:, 1:], wrong[:, 0, :1], is_share=True)
+
+
+def of_harm(random: np.random.Generator, entries: int, rounds: int, groups: int, ratio: float) -> float:
+    """In how many studies any entry is taken, of which all are worse than the base model, by a seed's deviation."""
+    values, _ = studies(random, entries, rounds, groups, 1, ratio, False, WHOLE_AT_ONCE)
+    values, untouched, found = values + 1, np.zeros((WHOLE_AT_ONCE, 1, groups)), set[int]()
+    for number, level in looks(entries, rounds, rounds):
         for of in range(entries):
-            bounds = [
-                contrast(values[:, :, :seeds], untouched, weights, of, other, 1 - TOLERANCE).upper(level)
-                for other in [*range(of), *range(of + 1, entries), None]
-            ]
-            passes = (np.array(bounds) < 0).all(axis=0)
-            is_open = takes < 0
-            takes[is_open & passes & ~np.isin(takes, range(entries))] = of
-    return np.asarray([(takes == of).mean() for of in range(entries)])
+            draws, pair = np.arange(WHOLE_AT_ONCE), level / max(1, entries - 1)
+            found |= {*passing_draws(values[:, :, :number], untouched, of, draws, pair, False).tolist()}
+    return float(len(found))
 
 
 def of_studies(entries: int, rounds: int) -> dict[str, float]:
-    """How often the whole takes an entry that keeps just too little, one of these wild too, or one of those that all
-    leave the model as it was: the worst of all variances of rows."""
-    random, worst = np.random.default_rng(rounds), dict[str, float]()
-    for ratio in RATIOS:
-        for name, gain, wild in (("wrong", 40.0, 1.0), ("wild", 40.0, WILD), ("harmful", -1.0, 1.0)):
-            found = taken(random, entries, rounds, ratio, gain, wild)
-            share = float(found.sum() if name == "harmful" else found[:-1].sum())
-            worst[name] = max(worst.get(name, 0.0), share)
+    """How often the whole takes an entry that keeps just too little, by its loss or by its right answers, one of these
+    that is wild too, or one of those that are all worse than the base model: the worst of all groups and variances."""
+    worst = dict[str, float]()
+    for groups in WHOLE_GROUPS:
+        cells: dict[str, list[Any]] = {
+            "wrong": [partial(of_losses, ratio=ratio, wild=1.0) for ratio in RATIOS],
+            "wild": [partial(of_losses, ratio=ratio, wild=WILD) for ratio in RATIOS],
+            "right": [partial(of_right_answers, shares=each, shift=by) for each, by in product(SHARES, SHIFTS)],
+            "harmful": [partial(of_harm, ratio=ratio) for ratio in RATIOS],
+        }
+        for (name, own), number in product(cells.items(), range(len(RATIOS))):
+            random = np.random.default_rng((entries, rounds, groups, number))
+            errs = sum(own[number](random, entries, rounds, groups) for _ in range(WHOLE_DRAWS // WHOLE_AT_ONCE))
+            worst[name] = max(worst.get(name, 0.0), errs / WHOLE_DRAWS)
     return worst
 
 
@@ -292,68 +356,23 @@ def of_searches() -> dict[str, dict[str, float]]:
     return {rule: dict(zip(names, map(float, np.mean(each, axis=0)), strict=True)) for rule, each in found.items()}
 
 
-def noise() -> dict[str, tuple[float, float]]:
-    """For each kind of measure, of the stored studies of `smoa compare`: the standard deviation of one seed's mean, and
-    that of a row's difference between two entries; medians over pairs. Of losses in nats per token, of right answers in
-    standard deviations of the base model's, by its first 20 rows."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for folder in (each for each in compared() if (each / PACK).is_file()):
-        runs = runs_of(folder)
-        kind = "scored" if "scored_before" in runs["untouched"]["rows"] else "loss"
-        field = "scored_after" if kind == "scored" else "after"
-        tokens = np.array(runs["untouched"]["rows"]["tokens"], float) if kind == "loss" else 1.0
-        scale = 1.0 if kind == "loss" else spread_of(runs["untouched"]["rows"]["scored_before"][:20])
-        chosen = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["seeds"]
-        rates = {n: c["learning_rate"] for n, c in json.loads((folder / "chosen.json").read_text("utf-8")).items()}
-        own = {}
-        for name, learning_rate in rates.items():
-            of_entry = [
-                run for key, run in runs.items() if key.startswith(f"{name}/") and _is_final(run, learning_rate)
-            ]
-            rows = [
-                np.array(run["rows"][field], float) / tokens
-                for run in of_entry
-                if run["config"]["training"]["seed"] in chosen
-            ]
-            own[name] = np.array(rows)
-        for one, other in ((a, b) for a in own for b in own if a < b):
-            gaps = (own[one] - own[other]).mean(axis=0)
-            spread = np.mean([own[name].mean(axis=1).var(ddof=1) for name in (one, other)]) ** 0.5
-            found.setdefault(kind, []).append((float(spread / scale), float(gaps.std() / scale)))
-    return {
-        kind: (float(f"{median(one for one, _ in own):.2g}"), float(f"{median(one for _, one in own):.2g}"))
-        for kind, own in found.items()
-    }
+def of_whole_studies() -> dict[str, dict[str, float]]:
+    found = {}
+    for entries, rounds in product(WHOLE_ENTRIES, WHOLE_ROUNDS):
+        found[f"{entries}, {rounds}"] = of_studies(entries, rounds)
+        print(entries, rounds, found[f"{entries}, {rounds}"], flush=True)
+    return found
 
 
-def _is_final(run: Mapping[str, Any], learning_rate: float) -> bool:
-    config = run["config"]
-    return bool(config["scoring"]["part"] == "test" and config["training"]["learning_rate"] == learning_rate)
-
-
-def write_calibrated(is_whole: bool) -> None:
-    """What the lab takes from here."""
-    known = levels() if is_whole else LEVELS
-    lines = "\n".join(f"    {entries}: ({', '.join(map(str, own))})," for entries, own in known.items())
-    noises = "\n".join(f'    "{kind}": ({seeds}, {rows}),' for kind, (seeds, rows) in noise().items())
-    write_whole(
-        CALIBRATED,
-        f'''"""What `python studies/calibration.py levels` found."""
-
-LEVELS: dict[int, tuple[float, ...]] = {{
-{lines}
-}}
-"""The level of a look, by the number of entries, for 2, 3, 4 and more planned rounds."""
-NOISE: dict[str, tuple[float, float]] = {{
-{noises}
-}}
-"""Standard deviations of a seed's mean, and of a row's difference between two entries: of losses in nats per token, of
-right answers in those of the base model's."""
-''',
-    )
-
-
-def main() -> None:
+def main(what: str) -> None:
+    if what == "levels":
+        for entries, own in levels().items():
+            print(f"    {entries}: ({', '.join(map(str, own))}),")
+        return
+    if what == "whole":
+        found = json.loads(FILE.read_text(encoding="utf-8")) | {"whole": of_whole_studies()}
+        write_whole(FILE, json_text(found) + "\n")
+        return
     rows = [
         {
             "groups": groups,
@@ -365,11 +384,10 @@ def main() -> None:
         for groups in GROUPS
     ]
     wild = {str(seeds): {str(entries): of_a_wild_entry(seeds, entries) for entries in ENTRIES} for seeds in SEEDS}
-    whole = {f"{entries}, {rounds}": of_studies(entries, rounds) for entries, rounds in product(ENTRIES, (3, 4))}
     widths = {f"{entries}, {seeds}": width(entries, seeds) for entries, seeds in product(ENTRIES, (2, 3, 4))}
-    found = {"rows": rows, "wild": wild, "whole": whole, "widths": widths}
+    found = {"rows": rows, "wild": wild, "whole": of_whole_studies(), "widths": widths}
     write_whole(FILE, json_text(found | {"curves": len(list(curves())), "searches": of_searches()}) + "\n")
 
 
 if __name__ == "__main__":
-    write_calibrated(sys.argv[1:] == ["levels"]) if sys.argv[1:] else main()
+    main("".join(sys.argv[1:]))

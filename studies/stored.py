@@ -19,14 +19,11 @@ from smoa_lab.basics.folders import read_stored_lines
 
 STUDIES = Path(__file__).parent
 PACK = "runs.jsonl.gz"
-KEPT = ("README.md", "study.yaml", "plan.json", "chosen.json", "differences.png", "sizes.png")
+KEPT = ("README.md", "study.yaml", "differences.png", "sizes.png")
 OF_RUN = ("config", "provenance", "digests", "parameters", "evaluation", "gain", "forgetting", "training")
 OF_PART = ("digest", "group", "copy")
 """What all runs on a part have in common; `rows_of` names the run that it is stored with."""
-OF_ROW = (
-    *("tokens", "before", "after", "right_before", "right_after", "scored_before", "scored_after"),
-    *("margin", "won", "dpo_loss", "dpo_loss_before"),
-)
+OF_ROW = (*("tokens", "before", "after", "right_before", "right_after", "scored_before", "scored_after"),)
 Run = dict[str, Any]
 
 
@@ -65,17 +62,16 @@ def final_name(entry: str, learning_rate: float, seed: int) -> str:
 def store(study: Path, target: Path) -> None:
     """Store a folder of `smoa compare`: what it reports and, of each run and row, loss and score, but no texts."""
     from smoa_lab.basics.plain import finite
-    from smoa_lab.study.results import read_rows
-    from smoa_lab.training.run_folder import RunFolder
+    from smoa_lab.study.finished import read_finished
+    from smoa_lab.study.study import STUDY, load_study
 
     target.mkdir(exist_ok=True)
     for name in (name for name in KEPT if (study / name).is_file()):
         shutil.copy(study / name, target)
     shutil.copy(study / "summary.json", target / "results.json")
     lines, stored_with = list[str](), dict[str, str]()
-    for file in sorted(study.rglob("metrics.json")):
-        metrics, name = json.loads(file.read_text(encoding="utf-8")), file.parent.relative_to(study).as_posix()
-        found = read_rows(RunFolder(file.parent), metrics["config"]["data"]["metric"])
+    for name, run in read_finished(load_study(study / STUDY)).items():
+        metrics, found = run.metrics, run.rows
         rows = [found[key] for key in sorted(found)]
         of_part, columns = (
             {key: finite([row.get(key) for row in rows]) for key in keys if any(key in row for row in rows)}

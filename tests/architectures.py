@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig, get_peft_model
+from smoa.tuner.targets import _ends, _stacks
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from smoa import SmoaConfig
-from smoa.tuner.targets import _ends, _stacks
 
 WIDTHS = "hidden_size d_model n_embd dim embedding_size"
 INNER = "intermediate_size ffn_dim n_inner d_ff ffn_hidden_size mlp_hidden_size encoder_ffn_dim decoder_ffn_dim"

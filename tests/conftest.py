@@ -95,6 +95,6 @@ def tiny_gemma3() -> Any:
 def quick_pictures() -> Iterator[None]:
     """The file of a picture is empty: drawing one takes longer than training a tiny model."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("training.train", "study.study_report"):
+        for module in ("training.train", "study.report"):
             patch.setattr(f"smoa_lab.{module}.save_picture", lambda chart, file: file.touch())
         yield

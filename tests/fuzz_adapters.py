@@ -48,10 +48,14 @@ class Base(nn.Module):
         return self.head(self.down(self.up(x).relu()))
 
 
-def base(width: int = 12, seed: int = 1) -> Base:
+@torch.no_grad()
+def base(width: int = 12, size: float = 1.0) -> Base:
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Base(width)
+        torch.manual_seed(1)
+        model = Base(width)
+    for parameter in model.parameters():
+        parameter.mul_(size)
+    return model
 
 
 TARGETS = ["up", "down"]
@@ -75,7 +79,7 @@ def write_corpus(room: Path) -> dict[str, Path]:
     """One saved adapter of each kind, the same ones every time."""
     torch.manual_seed(2)
     for name, (config, width) in CORPUS.items():
-        model = get_peft_model(base(width, 2 if name == "another base" else 1), config)
+        model = get_peft_model(base(width, 1.2 if name == "another base" else 1.0), config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -127,16 +131,25 @@ def outcome(folder: Path, pristine: Path, name: str = "default") -> str:
     tensors = load_peft_weights(str(folder))
     for place, layer in layers.items():
         expected = _expected(layer, name, f"base_model.model.{place}.smoa_", tensors)
-        if not torch.allclose(found[place].double(), expected, rtol=1e-3, atol=1e-5, equal_nan=True):
+        fits = is_tame(tensors) | found[place].isfinite()  # NaN in a factor is NaN in its whole row, as LoRA has it
+        if not torch.isclose(found[place].double(), expected, rtol=1e-3, atol=1e-5)[fits].all():
             return f"FINDING ΔW of {place} is not what the file says"
     return "loaded"
+
+
+def is_tame(tensors: dict[str, Tensor]) -> bool:
+    """Whether no product of them can leave float32."""
+    return all(tensor.double().abs().max() < 1e12 for tensor in tensors.values() if tensor.numel())
 
 
 def _expected(layer: SmoaLayer, adapter: str, prefix: str, tensors: dict[str, Tensor]) -> Tensor:
     """The oracle's ΔW of the file's tensors, and of the layer's own in the place of those that it lacks."""
     own = dict(zip(("A.weight", "B.weight"), layer.factors(adapter), strict=True))
-    own |= zip(("row_labels", "col_labels", "block_scale"), layer.partition_of(adapter), strict=True)
-    A, B, rows, cols, scale = (tensors.get(prefix + part, tensor).detach().float() for part, tensor in own.items())
+    partition = dict(zip(("row_labels", "col_labels", "block_scale"), layer.partition_of(adapter), strict=True))
+    brings_all = all(prefix + part in tensors for part in partition)  # else the layer decides all of it
+    given = {name: tensor for name, tensor in tensors.items() if brings_all or name.endswith(".weight")}
+    own |= partition
+    A, B, rows, cols, scale = (given.get(prefix + part, tensor).detach().float() for part, tensor in own.items())
     known, scaling = layer.adapters[adapter], layer.scaling[adapter]
     return reference.delta_weight(
         layer.base_weight().detach().double(),

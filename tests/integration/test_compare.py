@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from smoa_lab.cli.main import app
-from smoa_lab.study import executor
-from tests.support.own_rows import chats, pairs, rows_base, write_rows
+from smoa_lab.study import run_study
+from tests.support.own_rows import chats, rows_base, write_rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # not ours: transformers and peft
@@ -28,23 +28,21 @@ LORA = {"method": "lora", "adapter": {"r": 2, "target_modules": ["q_proj", "v_pr
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A tiny model, chats, others that are held out, and preferences."""
+    """A tiny model, chats, and others that are held out."""
     room = tmp_path_factory.mktemp("room")
     rows_base(room / "base")
     write_rows(room / "chats.jsonl", chats(100))
     write_rows(room / "held-out.jsonl", chats(160)[100:])
-    write_rows(room / "pairs.jsonl", pairs(60))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMOA_CACHE", str(room / "cache"))
         yield room
 
 
-def values_in(room: Path, folder: Path) -> dict[str, Any]:
+def values_in(room: Path) -> dict[str, Any]:
     """A study of two entries of the same trainable parameters."""
     smoa = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}
     training = {"max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "no", "logging_steps": 1}
     return {
-        "folder": str(folder),
         "shared": {
             "model": {"name": str(room / "base")},
             "data": {"train": str(room / "chats.jsonl"), "test": str(room / "held-out.jsonl"), "samples": 2},
@@ -54,17 +52,17 @@ def values_in(room: Path, folder: Path) -> dict[str, Any]:
         "tuning": {"max_runs": 0},  # test_run_study.py has searches
         "seeds": [0, 1, 2],
         "entries": {
-            "ours": {"method": "smoa", "adapter": smoa, "learning_rate": 0.01, "parameters": 448},
-            "lora": {**LORA, "parameters": 448},
+            "ours": {"method": "smoa", "adapter": smoa, "learning_rate": 0.01},
+            "lora": LORA,
         },
         "keep": "all",
     }
 
 
-def compare(values: dict[str, Any]) -> Any:
-    file = Path(f"{values['folder']}.yaml")
-    file.write_text(yaml.safe_dump(values, sort_keys=False))
-    ran = CliRunner().invoke(app, ["compare", str(file), "--json"], catch_exceptions=False)
+def compare(folder: Path, values: dict[str, Any]) -> Any:
+    folder.mkdir(exist_ok=True)
+    (folder / "study.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    ran = CliRunner().invoke(app, ["compare", str(folder), "--json"], catch_exceptions=False)
     assert ran.exit_code == 0, ran.output
     return json.loads(ran.stdout)
 
@@ -72,26 +70,28 @@ def compare(values: dict[str, Any]) -> Any:
 @pytest.fixture(scope="module")
 def summary(room: Path) -> dict[str, Any]:
     """What the study in room/study found."""
-    found: dict[str, Any] = compare(values_in(room, room / "study"))
+    found: dict[str, Any] = compare(room / "study", values_in(room))
     return found
 
 
 def test_a_study_is_run_reported_and_never_run_twice(
     room: Path, summary: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entries = {one["entry"]: one for one in summary["entries"]}
+    budget, folder = summary["budgets"]["all"], room / "study"
+    entries = budget["entries"]
     assert entries["ours"]["parameters"] == entries["lora"]["parameters"] == 448
     assert set(entries["lora"]["worst"]) == {"loss"}
     seeds = entries["lora"]["seeds"]
-    assert seeds == [0, 1, 2][: summary["budgets"]["all"]["round"]]
-    assert entries["lora"]["forgotten"] is not None
-    folder = room / "study"
-    assert len(list(folder.glob("*/lr-*-seed-[012]/adapter/adapter_model.safetensors"))) == 2 * len(seeds)
-    assert [set(answers) for answers in summary["answers"]] == [
-        {"Prompt", "Reference", "Untouched", "ours", "lora"}
-    ] * 2
-    monkeypatch.setattr(executor, "run", lambda config: pytest.fail("a finished run is run again"))
-    assert compare(values_in(room, folder)) == summary
+    assert seeds == [0, 1, 2][: budget["round"]]
+    runs = list(folder.glob("*/lr-*-seed-[012]"))
+    assert len(runs) == 2 * len(seeds)
+    for run in runs:
+        assert (run / "adapter" / "adapter_model.safetensors").is_file()
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert metrics["forgetting"]["change"] is not None
+        assert len(metrics["samples"]) == 2
+    monkeypatch.setattr(run_study, "run", lambda config: pytest.fail("a finished run is run again"))
+    assert compare(folder, values_in(room)) == summary
 
 
 def plain_losses(run: Path, base: Path, rows: Path) -> tuple[list[float], list[int]]:

@@ -11,23 +11,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError
 from smoa_lab.basics.plain import portable
 from smoa_lab.config.run import RunConfig
-from smoa_lab.data.answers import ANSWERED, OWN
-from smoa_lab.data.own_metric import own_metric
-from smoa_lab.study import executor, planning, progress, run_study
-from smoa_lab.study.decision import Result
-from smoa_lab.study.executor import Executor
-from smoa_lab.study.planning import prepare
-from smoa_lab.study.run_study import Comparison
-from smoa_lab.study.search import Chosen
-from smoa_lab.study.study import Entry, Study
+from smoa_lab.data.answers import ANSWERED
+from smoa_lab.study import asked, fit, run_study
+from smoa_lab.study.finished import read_finished
+from smoa_lab.study.report import Report, report
+from smoa_lab.study.run_study import work
+from smoa_lab.study.study import STUDY, Study, load_study
+from smoa_lab.study.verdict import Verdict, verdict
 from smoa_lab.training.run_folder import RunFolder
 
-ADAPTER = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}
 ROWS = 60
 BEST = {"smoa": 0.01, "lora": 0.002, "full": 0.0003}
 """Each method's best learning rate in a study that is written."""
@@ -35,14 +33,8 @@ REACHED = {"smoa": 2.0, "lora": 2.1, "full": 2.2}
 """Its loss there."""
 
 
-def entry(method: str = "smoa", **values: Any) -> Entry:
-    """An entry of a study of tiny models."""
-    adapter = ADAPTER if method == "smoa" else {"r": 2, "target_modules": ["q_proj"]}
-    return Entry(method=method, learning_rate=0.01, **{"adapter": adapter} | values)
-
-
-def tiny_study(folder: Path, **values: Any) -> Study:
-    """Two entries of one budget and a third of another; nothing is run yet."""
+def tiny_study(folder: Path, **values: Any) -> Path:
+    """The file of a study of two entries of one budget and a third of another; nothing is run yet."""
     entries = {
         "ours": {"method": "smoa", "learning_rate": 0.01, "budget": "small"},
         "lora": {"method": "lora", "learning_rate": 0.002, "budget": "small"},
@@ -53,7 +45,10 @@ def tiny_study(folder: Path, **values: Any) -> Study:
         "data": {"train": "chats.jsonl"},
         "training": {"use_cpu": True, "max_steps": 100},
     }
-    return Study.model_validate({"folder": folder, "shared": shared, "entries": entries, **values})
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / STUDY
+    file.write_text(yaml.safe_dump({"shared": shared, "entries": entries} | values, sort_keys=False))
+    return file
 
 
 class WrittenRuns:
@@ -69,7 +64,7 @@ class WrittenRuns:
         self.slower = 1.0
         self.untouched_loss = 4.0
         self.kind = "messages"
-        """Of the rows: messages, choices or preference."""
+        """Of the rows: messages or choices."""
         self.loss: Callable[[RunConfig], float | None] = self.usual_loss
         self.step_seconds = {"smoa": 0.108, "lora": 0.1, "full": 0.2}
         self.parameters = 1000
@@ -128,7 +123,6 @@ class WrittenRuns:
         scores = {"rows": ROWS, "loss": self.untouched_loss, "tokens": 360} | (
             {"accuracy": 0.25, "majority": 0.6} if self.kind == "choices" else {}
         )
-        scores |= {"dpo_loss": math.log(2)} if self.kind == "preference" else {}
         metrics = self._metrics(config) | {"evaluation": {"before": scores}, "samples": samples}
         seconds = 1.0 if config.scoring.part == "validation" else 4.0
         self.now += 1.0 + seconds
@@ -139,7 +133,6 @@ class WrittenRuns:
             metrics,
             [
                 {**row, "before": row["after"], "right_before": number % 4 == 0, "answer_before": "5"}
-                | ({"scored_before": own_metric().score("5", row["own"], "")} if config.data.metric == OWN else {})
                 for number, row in enumerate(rows)
             ],
         )
@@ -187,71 +180,43 @@ class WrittenRuns:
             right = number % 4 < {"smoa": 4, "lora": 3}.get(config.method, 2)
             row |= {"reference": "4", "answer_after": answer if right else "5"}
             row |= {"own": json.dumps({"level": number % 3}), "where": f"rows.jsonl, row {number + 1}"}
-            if config.data.metric == OWN:
-                own = own_metric()
-                row |= {"scored_after": own.score(row["answer_after"], row["own"], row["where"]), "scored_by": own.name}
-        if self.kind == "preference":
-            row |= {"dpo_loss": value, "margin": -(value or 0.0), "won": int(number % 2 == 0)}
         return row
 
     def _scores(self, rows: list[dict[str, Any]], loss: float | None) -> dict[str, Any]:
-        return {"rows": len(rows), "loss": loss} | ({"dpo_loss": loss} if self.kind == "preference" else {})
+        return {"rows": len(rows), "loss": loss}
 
 
 def write_runs(patch: pytest.MonkeyPatch) -> WrittenRuns:
     """Runs are written from now on."""
     runs = WrittenRuns()
-    patch.setattr(executor, "run", runs.run)
-    patch.setattr(executor, "score_untouched", runs.untouched)
-    patch.setattr(executor, "time_steps", runs.time_steps)
+    patch.setattr(run_study, "run", runs.run)
+    patch.setattr(run_study, "score_untouched", runs.untouched)
     patch.setattr(run_study, "POLL_SECONDS", 0.005)
-    patch.setattr(planning, "inputs", runs.inputs)
-    patch.setattr(planning, "empty_model", lambda model: None)
-    patch.setattr(planning, "check_adapter", lambda model, wanted: None)
+    patch.setattr(fit, "time_steps", runs.time_steps)
+    patch.setattr(asked, "inputs", runs.inputs)
+    patch.setattr(asked, "empty_model", lambda model: None)
+    patch.setattr(asked, "check_adapter", lambda model, wanted: None)
     return runs
 
 
 def fake_time(patch: pytest.MonkeyPatch, runs: WrittenRuns) -> None:
     """Time passes by runs alone, as long as they would take."""
     clock = SimpleNamespace(sleep=time.sleep, **dict.fromkeys(("monotonic", "perf_counter", "time"), lambda: runs.now))
-    for module in (progress, run_study, executor, planning):
+    for module in (run_study, fit):
         patch.setattr(module, "time", clock)
 
 
-def compared(study: Study, minutes: float | None = None, number: int | None = None) -> Comparison:
-    """The study with its plan; nothing of it is run yet but the base model."""
-    return Comparison(study, prepare(study, Executor().result, minutes, number=number))
+def finished(file: Path) -> Report:
+    """The report of a study after all its runs."""
+    failed = work(file)
+    return report(load_study(file), failed)
 
 
-def finished(study: Study) -> Comparison:
-    """The study with all its runs."""
-    compared(study).run()
-    return compared(study)
+def verdicts(file: Path) -> dict[str, Verdict]:
+    """What the finished runs say."""
+    study: Study = load_study(file)
+    return verdict(study, read_finished(study))
 
 
-def page(study: Study) -> str:
-    return (study.folder / "README.md").read_text()
-
-
-def result(entry: str = "lora", **values: Any) -> Result:
-    """A line of a study's table; the others are not there."""
-    known: dict[str, Any] = {
-        "entry": entry,
-        "method": "lora",
-        "budget": "all",
-        "parameters": 1000,
-        "share": 1.0,
-        "chosen": Chosen(0.01, {0.003: 2.6, 0.01: 2.5, 0.03: 2.7}, "interior"),
-        "seeds": [3, 4, 5],
-        "diverged": 0,
-        "rows": 200,
-        "groups": 200,
-        "values": {"loss": (2.5, 0.1)},
-        "worst": {"loss": 0.75},
-        "step_seconds": 1.0,
-        "memory": 2_000_000_000,
-        "size": 9_000_000,
-        "forgotten": 0.01,
-        "kept": None,
-    }
-    return Result(**known | values)
+def page(file: Path) -> str:
+    return file.with_name("README.md").read_text()

@@ -14,16 +14,15 @@ A group that is a large part of all draws θ to itself, by which its own part of
 degrees of freedom for groups whose values vary with w_g (Bell and McCaffrey, 2002). Of G equal groups these are
 G / (G − 1) and G − 1.
 
-*pooled* is the mean variance over seeds of all entries, with Σ (n − 1) degrees, *own* that of the pair. Several sizes
-are pooled each by itself, and a pair of two sizes has the variances of both pools, with Satterthwaite's degrees. Where
-the pair's exceeds the others' by F's 90 % point, one wild entry may be its cause, and the pair has Welch's degrees,
-which are as few as that one's. Where the pooled variance has two degrees or fewer, as with two seeds of two entries,
+*pooled* is the mean variance over seeds of all entries, with Σ (n − 1) degrees, *own* that of the pair. Where the
+pair's exceeds the others' by F's 90 % point, one wild entry may be its cause, and the pair has Welch's degrees, which
+are as few as that one's. Where the pooled variance has two degrees or fewer, as with two seeds of two entries,
 Satterthwaite's are too many where these agree by chance; then t is the mean of both parts' own, weighted by their
 variances (Cochran and Cox, 1950). V is part of how seeds differ, and is not counted twice. For shares of right answers
 v_R has one group more, which lies a whole answer off (+ 1 / W²): ten groups without an error don't show that there are
 none.
 
-studies/calibration.py measures how often the bounds miss.
+studies/calibration.py measures how often the bounds miss, and from which levels a study as a whole errs in 5 %.
 """
 
 from __future__ import annotations
@@ -36,41 +35,39 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import fdtri, stdtrit
 
-from smoa_lab.study.calibrated import LEVELS
-
 Floats = NDArray[np.float64]
+LEVELS: dict[int, tuple[float, ...]] = {
+    1: (0.0384, 0.0226, 0.0124, 0.0103, 0.00853, 0.00772, 0.00703),
+    2: (0.043, 0.0231, 0.0167, 0.0137, 0.0119, 0.0108, 0.01),
+    3: (0.0432, 0.0247, 0.0196, 0.0164, 0.0142, 0.0128, 0.0113),
+    4: (0.0541, 0.0293, 0.0217, 0.0178, 0.0156, 0.0142, 0.0129),
+    5: (0.0554, 0.0332, 0.0247, 0.0207, 0.0175, 0.0157, 0.0145),
+    6: (0.0622, 0.0365, 0.027, 0.0224, 0.0189, 0.0169, 0.0155),
+}
+"""The level of a planned look, by the number of entries, for 2, 3, 4 and more planned rounds: by it all looks together
+err in 4 %, as `python studies/calibration.py levels` found."""
+LATER = 0.01
+"""What all looks beyond the plan together err in at most."""
 WILD = 0.9
 """The point of F's distribution beyond which a pair's variance is its own; of two entries, the larger variance is
 compared with the smaller, either of which may be the wild one."""
 FEW = 2
 """Degrees of freedom of the pooled variance up to which each part has its own t."""
-FIRST_EXTENSION = 0.005
-"""The level of the first look beyond the planned rounds; each further one has half of it."""
 
 
-def spread_of(right: Sequence[float]) -> float:
-    """The standard deviation of right answers by a few, by Laplace's rule of succession: none of them is no 0."""
-    share = (sum(right) + 1) / (len(right) + 2)
-    return math.sqrt(share * (1 - share))
+def looks(entries: int, planned: int, rounds: int, added: int = 0) -> list[tuple[int, float]]:
+    """The rounds after which so many entries are compared, and the level of each look over all pairs of one entry.
 
-
-def expected_width(entries: int, rounds: int, groups: int, noise: tuple[float, float], level: float) -> float:
-    """About which difference such a study tells in its last round at this ``level``, that of a look, by the ``noise``
-    of a seed's mean and of a row."""
-    of_rows, of_seeds = np.asarray(noise[1] ** 2 / groups), np.asarray(2 * noise[0] ** 2 / rounds)
-    freedom = np.asarray(entries * (rounds - 1.0))
-    found = Estimate(np.zeros(()), of_rows, max(1, groups - 1), of_seeds, freedom, freedom <= FEW)
-    return float(found.upper(level / max(1, entries - 1)))
-
-
-def level_of(entries: int, planned: int, extensions: int = 0) -> float:
-    """What a look errs at most, over all pairs of one entry. Looks at the ``planned`` rounds, from the second on, have
-    a constant level, by which all of them together err in 4 %; that of an extension is its own."""
-    if extensions:
-        return FIRST_EXTENSION / 2.0 ** (extensions - 1)
+    Each planned round from the second on is looked at, at a constant level. A look at a further round takes half of
+    what is left of :data:`LATER`. An entry that was ``added`` takes such an unplanned look too, the first or a later
+    one: the planned ones are spent by then, and entries are compared after the last planned round at the earliest.
+    """
     of_rounds = LEVELS[min(entries, max(LEVELS))]
-    last = len(of_rounds) + 1
-    return of_rounds[min(max(planned, 2), last) - 2] * min(1.0, last / max(planned, 1))
+    longest = len(of_rounds) + 1
+    level = of_rounds[min(max(planned, 2), longest) - 2] * min(1.0, longest / max(planned, 1))
+    in_plan = [] if added else [(number, level) for number in range(2, planned + 1)]
+    first = max(2, planned if added else planned + 1)
+    return in_plan + [(number, LATER / 2 ** (number - planned + added)) for number in range(first, rounds + 1)]
 
 
 @dataclass(frozen=True)
@@ -97,6 +94,7 @@ class Estimate:
         return np.asarray(self.mean + self._width(level))
 
     def lower(self, level: float | Floats) -> Floats:
+        """θ is below it in as many."""
         return np.asarray(self.mean - self._width(level))
 
     def _width(self, level: float | Floats) -> Floats:
@@ -116,30 +114,20 @@ class Estimate:
 
 
 def contrast(
-    values: Floats,
-    untouched: Floats,
-    weights: Floats,
-    of: int,
-    other: int | None,
-    kept: float,
-    is_share: bool = False,
-    pools: Sequence[int] = (),
+    values: Floats, untouched: Floats, weights: Floats, of: int, other: int | None, kept: float, is_share: bool = False
 ) -> Estimate:
     """θ of two entries, or of one and the base model where ``other`` is None.
 
     ``values`` are (..., entries, seeds, groups), ``untouched`` (..., 1 or seeds, groups), ``weights`` (groups,), and
     ``kept`` is 1 − τ. There are two seeds and two groups or more. An entry with values that aren't finite has no
-    variance. ``pools`` are the sizes of entries, by default one.
+    variance.
     """
-    entries, seeds = values.shape[-3:-1]
-    total = weights.sum()
-    own_values = values[..., of, :, :]
+    seeds, total = values.shape[-2], weights.sum()
     if other is None:
-        gaps, pair, shares = own_values - untouched, [of], np.ones(1)
+        gaps = values[..., of, :, :] - untouched
     else:
-        gaps = own_values - kept * values[..., other, :, :]
+        gaps = values[..., of, :, :] - kept * values[..., other, :, :]
         gaps = gaps - (1 - kept) * untouched if kept != 1 else gaps
-        pair, shares = [of, other], np.array([1.0, kept**2])
     of_seed = gaps.sum(axis=-1) / total
     mean = of_seed.mean(axis=-1)
     around = gaps.mean(axis=-2) - weights * mean[..., None]
@@ -147,107 +135,81 @@ def contrast(
     part = weights / total
     of_rows = (around**2 / (1 - part)).sum(axis=-1) - apart.var(axis=-2, ddof=1).sum(axis=-1) / seeds
     of_rows = (np.maximum(0.0, of_rows) + is_share) / total**2
-    with np.errstate(invalid="ignore"):
-        variances = (values.sum(axis=-1) / total).var(axis=-1, ddof=1)
-    known = np.isfinite(variances)
-    pools = pools or [0] * entries
-    pooled, freedom = _pooled(
-        variances, known, [[n for n in range(entries) if pools[n] == pools[i]] for i in pair], shares
-    )
-    is_few = freedom * (seeds - 1) <= FEW
-    own = (shares * variances[..., pair]).sum(axis=-1) / shares.sum()
-    rest = [n for n in range(entries) if n not in pair and pools[n] in [pools[i] for i in pair]]
-    others, others_known = _mean_of(variances, known, rest)
-    spread, has_others = variances[..., pair], others_known > 0
-    if len(pair) == 2 or has_others.any():  # without others, the larger variance against the smaller
-        compared = np.where(has_others, own, spread.max(axis=-1))
-        others = np.where(has_others, others, spread.min(axis=-1))
-        own_freedom = (seeds - 1) * np.where(has_others, len(pair), 1)
-        wild = np.where(has_others, WILD, (1 + WILD) / 2)
-        point = fdtri(own_freedom, np.maximum(1, others_known) * (seeds - 1), wild)
-        is_wild = (has_others | (len(pair) == 2)) & (compared > point * others)
-        parts = ((shares * spread) ** 2).sum(axis=-1)
-        welch = np.divide((shares * spread).sum(axis=-1) ** 2, parts, where=parts > 0, out=np.ones_like(parts))
-        freedom = np.where(is_wild, welch, freedom)
-    of_seeds = shares.sum() * np.maximum(pooled, own) / seeds
     drawn = part**2 / (1 - part)
     rows_freedom = 1 / float((part**2).sum() + drawn.sum() ** 2 - (drawn**2).sum())
-    return Estimate(mean, of_rows, rows_freedom, of_seeds, freedom * (seeds - 1), is_few)
+    with np.errstate(invalid="ignore"):
+        variances = (values.sum(axis=-1) / total).var(axis=-1, ddof=1)
+    of_seeds, freedom, pool = _of_seeds(variances, seeds, of, other, kept)
+    return Estimate(mean, of_rows, rows_freedom, of_seeds, freedom, pool <= FEW)
 
 
-def _pooled(
-    variances: Floats, known: NDArray[np.bool_], pools: Sequence[Sequence[int]], shares: Floats
-) -> tuple[Floats, Floats]:
-    """The variance of a pair's mean entry by the pools of both, and its degrees in those of one seed."""
-    means, counts = zip(*(_mean_of(variances, known, pool) for pool in pools), strict=True)
-    if len({tuple(pool) for pool in pools}) == 1:
-        return means[0], counts[0]
-    parts = [share * mean for share, mean in zip(shares, means, strict=True)]
-    errs = sum(part**2 / count for part, count in zip(parts, counts, strict=True))
-    freedom = np.divide(sum(parts) ** 2, errs, where=errs > 0, out=np.asarray(sum(counts)))
-    return np.asarray(sum(parts) / shares.sum()), freedom
+def _of_seeds(variances: Floats, seeds: int, of: int, other: int | None, kept: float) -> tuple[Floats, Floats, Floats]:
+    """v_S and its degrees of freedom, of a pair or of one entry, and those of the pool; ``variances`` (..., entries)
+    are over seeds."""
+    entries = range(variances.shape[-1])
+    pair, shares = ([of], np.ones(1)) if other is None else ([of, other], np.array([1.0, kept**2]))
+    pooled, known = _mean_of(variances, entries)
+    spread = variances[..., pair]
+    own = (shares * spread).sum(axis=-1) / shares.sum()
+    others, others_known = _mean_of(variances, [entry for entry in entries if entry not in pair])
+    has_others = others_known > 0  # without others, the larger variance against the smaller
+    compared = np.where(has_others, own, spread.max(axis=-1))
+    others = np.where(has_others, others, spread.min(axis=-1))
+    own_freedom = (seeds - 1) * np.where(has_others, len(pair), 1)
+    wild = np.where(has_others, WILD, (1 + WILD) / 2)
+    point = fdtri(own_freedom, np.maximum(1, others_known) * (seeds - 1), wild)
+    is_wild = (has_others | (len(pair) == 2)) & (compared > point * others)
+    parts = ((shares * spread) ** 2).sum(axis=-1)
+    welch = np.divide((shares * spread).sum(axis=-1) ** 2, parts, where=parts > 0, out=np.ones_like(parts))
+    freedom = np.where(is_wild, welch, known)
+    return shares.sum() * np.maximum(pooled, own) / seeds, freedom * (seeds - 1), known * (seeds - 1)
 
 
-def _mean_of(variances: Floats, known: NDArray[np.bool_], which: Sequence[int]) -> tuple[Floats, Floats]:
-    """The mean of the known ones among them, and how many these are."""
-    own, counts = known[..., list(which)], known[..., list(which)].sum(axis=-1)
-    found = np.where(own, variances[..., list(which)], 0.0).sum(axis=-1) / np.maximum(1, counts)
-    return found, counts.astype(float)
+def _mean_of(variances: Floats, which: Sequence[int]) -> tuple[Floats, Floats]:
+    """The mean of the finite ones among them, and how many these are."""
+    own = variances[..., list(which)]
+    is_known = np.isfinite(own)
+    counts = is_known.sum(axis=-1)
+    return np.where(is_known, own, 0.0).sum(axis=-1) / np.maximum(1, counts), counts.astype(float)
 
 
 @dataclass(frozen=True)
 class Family:
-    """The entries of a table in one measure, lower is better; ``level`` is a look's, over all pairs of one entry.
+    """The entries of a table in one measure, lower is better; ``level`` is that of one pair.
 
-    ``values`` are (entries, seeds, groups), infinite where a run diverged, ``untouched`` (1, groups) or None where it
-    was not scored; ``entries`` counts those that were dropped too; ``pools`` are the sizes of entries, by default one.
+    ``values`` are (entries, seeds, groups), infinite where a run diverged, ``untouched`` (1, groups).
     """
 
     names: Sequence[str]
     values: Floats
-    untouched: Floats | None
+    untouched: Floats
     weights: Floats
     is_share: bool
     level: float
-    entries: int
-    pools: Sequence[int] = ()
 
-    @property
-    def of_pair(self) -> float:
-        """The level of one pair."""
-        return self.level / max(1, self.entries - 1)
+    def of_seeds(self, name: str) -> Floats:
+        """An entry's mean in each seed."""
+        return np.asarray(self.values[list(self.names).index(name)].sum(axis=-1) / self.weights.sum())
 
     def diverged(self, name: str) -> bool:
-        return not np.isfinite(self._of(name)).all()
-
-    def mean(self, name: str) -> float:
-        own = self._of(name)
-        return float(own.sum() / len(own) / self.weights.sum())
-
-    def spread(self, name: str) -> float:
-        """The standard deviation over seeds."""
-        of_seed = self._of(name).sum(axis=-1) / self.weights.sum()
-        return float(of_seed.std(ddof=1)) if len(of_seed) > 1 and np.isfinite(of_seed).all() else 0.0
+        return not np.isfinite(self.of_seeds(name)).all()
 
     def upper(self, name: str, other: str | None, tolerance: float = 0.0, rounds: float | None = None) -> float:
         """How much worse than ``other``, or than the base model, an entry is at most, or would be found after so
         many rounds; infinite where nothing bounds it."""
         if self.diverged(name) or (other is not None and self.diverged(other)):
             return math.inf if self.diverged(name) else -math.inf
-        found = self._estimate(name, other, tolerance)
-        seeds = self.values.shape[-2]
-        return (
-            math.inf if found is None else float((found.after(rounds, seeds) if rounds else found).upper(self.of_pair))
-        )
+        found, seeds = self._estimate(name, other, tolerance), self.values.shape[-2]
+        if found is None:
+            return math.inf
+        return float((found.after(rounds, seeds) if rounds else found).upper(self.level))
 
     def lower(self, name: str, other: str | None) -> float:
         """How much worse it is at least."""
-        found = None if self.diverged(name) else self._estimate(name, other, 0.0)
-        return -math.inf if found is None else float(found.lower(self.of_pair))
-
-    def between(self, name: str, other: str) -> tuple[float, float]:
-        """How much worse than another it is at least and at most."""
-        return -self.upper(other, name), self.upper(name, other)
+        if other is not None:
+            return -self.upper(other, name)
+        found = None if self.diverged(name) else self._estimate(name, None, 0.0)
+        return -math.inf if found is None else float(found.lower(self.level))
 
     def worst(self, name: str, tolerance: float = 0.0, rounds: float | None = None) -> float:
         """The largest of its bounds against each other entry."""
@@ -258,10 +220,6 @@ class Family:
         """Whether it keeps 1 − ``tolerance`` of what each other gained, and gained."""
         return self.upper(name, None, rounds=rounds) < 0 and self.worst(name, tolerance, rounds) < 0
 
-    def hurt(self) -> bool:
-        """Whether every entry is worse than the base model."""
-        return all(self.lower(name, None) > 0 for name in self.names)
-
     def kept(self, name: str, tolerance: float) -> float:
         """The share of what each other gained that it keeps at least: 1 − τ where its largest bound is 0."""
         low, high = -1.0, tolerance
@@ -270,14 +228,10 @@ class Family:
             low, high = (low, middle) if self.worst(name, middle) < 0 else (middle, high)
         return 1 - high
 
-    def _of(self, name: str) -> Floats:
-        return np.asarray(self.values[list(self.names).index(name)])
-
     def _estimate(self, name: str, other: str | None, tolerance: float) -> Estimate | None:
         _, seeds, groups = self.values.shape
-        if min(seeds, groups) < 2 or (self.untouched is None and (other is None or tolerance)):
+        if min(seeds, groups) < 2:
             return None
-        untouched = np.zeros((1, groups)) if self.untouched is None else self.untouched
         of, against = (None if each is None else list(self.names).index(each) for each in (name, other))
         assert of is not None
-        return contrast(self.values, untouched, self.weights, of, against, 1 - tolerance, self.is_share, self.pools)
+        return contrast(self.values, self.untouched, self.weights, of, against, 1 - tolerance, self.is_share)

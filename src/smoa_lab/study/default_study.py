@@ -1,26 +1,25 @@
-"""The study that ``smoa compare --model --data`` and ``smoa tune`` write: entries of equal size, each with a rate from
-which its search starts."""
+"""The study of ``smoa compare --model --data``, whose entries have equal sizes and a rate each from which its search
+starts, and that of ``smoa tune``."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from smoa.errors import ConfigError
 from smoa_lab.base_models import empty_model, with_rate
 from smoa_lab.budget import ALL_LINEAR, FIRST_BLOCKS, LORA, budget_parameters, shapes_of, size_method
 from smoa_lab.config.methods import OTHER_LAYERS, find_method, trains_own_dtype
-from smoa_lab.config.run import ConfigText, ModelSection, RunConfig, check_config, native_dtype
+from smoa_lab.config.run import ModelSection, RunConfig, check_config, native_dtype
 from smoa_lab.config.yaml_text import apply_overrides
-from smoa_lab.init import file_for, first_values
-from smoa_lab.study.study import STUDY, Study, Tuning, checked_study, load_study
+from smoa_lab.init import first_values
 from smoa_lab.training.loaded_run import inputs
 
+logger = logging.getLogger(__name__)
 METHODS, PARAMETERS = ("lora", "smoa"), "lora:8"
 STEPS, PASSES, BATCH = 300, 3, 8
 """At most so many steps, of so many rows, and passes over the rows."""
@@ -66,34 +65,26 @@ def default_study(
     changes: Sequence[str] = (),
     settings: Mapping[str, dict[str, Any]] | None = None,
     sizes: Sequence[int] = (),
-) -> Study:
-    """A study of ``methods`` at ``parameters``, by default :data:`PARAMETERS`, or at each of ``sizes``, ranks of LoRA,
-    on a model and data, as `smoa train` would take these, with further ``settings`` of theirs."""
+) -> dict[str, Any]:
+    """The values of a study's file: ``methods`` at ``parameters``, by default :data:`PARAMETERS`, or at each of
+    ``sizes``, ranks of LoRA with a budget of their own, on a model and data, as `smoa train` would take these, with
+    further ``settings`` of theirs."""
     if sizes and parameters:
         raise ConfigError("--sizes and --parameters both say how many each trains; leave one out")
-    if wrong := [size for size in sizes if size < 1 or list(sizes).count(size) > 1]:
-        raise ConfigError(f"--sizes: {wrong[0]} is no rank of LoRA, or named twice; give different ones, e.g. 1,4,16")
-    amounts = {f"-r{size}": f"{LORA}{size}" for size in sorted(sizes)} or {"": parameters or PARAMETERS}
-    for name, own in (settings or {}).items():
-        if name not in methods:
-            raise ConfigError(f"--set {name}: is not one of --methods {','.join(methods)}; name it there too")
-        places = {f"entries.{name}{suffix}.adapter.{key}" for suffix in amounts for key in own}
-        if twice := sorted(places & {change.partition("=")[0] for change in changes}):
-            raise ConfigError(f"--set {name}: {twice[0]} says it too; leave one out")
-    if twice := [name for name in methods if list(methods).count(name) > 1]:
-        raise ConfigError(f"--methods: {twice[0]} is named twice; name each once")
+    if other := [name for name in settings or {} if name not in methods]:
+        raise ConfigError(f"--set {other[0]}: is not one of --methods {','.join(methods)}; name it there too")
+    amounts = {f"-r{size}": f"{LORA}{size}" for size in sorted({*sizes})} or {"": parameters or PARAMETERS}
     of_data = [change.removeprefix("shared.") for change in changes if change.startswith("shared.data.")]
     run = first_values(model, data, next(iter(amounts.values())), changes=of_data)
     empty, lora_rate = empty_model(ModelSection(name=model)), float(run["training"]["learning_rate"])
     shapes = shapes_of(empty, (ALL_LINEAR,), model)
     kept = {key: value for key, value in run["training"].items() if key not in OWN and value}
     apply_overrides(run, of_data)
-    looked = {**run, "training": {**kept, "output_dir": "runs"}}
-    rows = inputs(check_config(looked, "smoa compare"))["rows"]["train"]
-    steps = min(STEPS, math.ceil(PASSES * rows / BATCH))
+    looked = check_config({**run, "training": {**kept, "output_dir": "runs"}}, "smoa compare")
+    steps = min(STEPS, math.ceil(PASSES * inputs(looked)["rows"]["train"] / BATCH))
     training = {"max_steps": steps, "per_device_train_batch_size": BATCH, "logging_steps": max(1, steps // 30)}
-    entries, gaps = dict[str, dict[str, Any]](), dict[str, str]()
-    for (suffix, amount), name in product(amounts.items(), methods):
+    entries = dict[str, dict[str, Any]]()
+    for (suffix, amount), name in product(amounts.items(), dict.fromkeys(methods)):
         found = find_method(name).config_class
         fields = set() if found is None else {each.name for each in dataclasses.fields(found)}
         block: dict[str, Any] = {} if name in OTHER_LAYERS else {"target_modules": ALL_LINEAR}
@@ -105,59 +96,42 @@ def default_study(
         if reason := sized.misses(budget, amount):
             if not sizes:
                 raise ConfigError(f"--methods: {reason}; leave it out, or write it into a study's file")
-            gaps[f"{name}{suffix}"] = reason
+            logger.warning("%s: is left out: %s", f"{name}{suffix}", reason)
             continue
         alphas = [key for key in ALPHAS if key in fields and "r" in sized.adapter][:1]
-        of_size = {"budget": f"r = {suffix[2:]}", "size": int(suffix[2:])} if sizes else {}
-        entries[f"{name}{suffix}"] = of_size | {
+        entries[f"{name}{suffix}"] = {
             "method": name,
             "adapter": {**dict.fromkeys(alphas, 2 * sized.adapter.get("r", 0)), **block, **sized.adapter},
             "learning_rate": float(f"{TIMES_LORA.get(name, (1, ''))[0] * lora_rate:.1e}"),
-            "parameters": sized.parameters,
+            **({"budget": f"r = {suffix.removeprefix('-r')}"} if sizes else {}),
             **({"model": {"dtype": "float32"}} if trains_own_dtype({"method": name, "adapter": block}) else {}),
         }
     if not entries:
-        raise ConfigError(f"--sizes: no method can have one of them: {'; '.join(gaps.values())}")
-    together = max(Counter(each.get("budget") for each in entries.values()).values())
+        raise ConfigError("--sizes: no method can have one of them")
     values = {
-        "folder": f"studies/{file_for(data).stem}",
         "shared": {
             "model": {"dtype": native_dtype(), **run["model"]},  # which other entries than whole copies have
             **{key: run[key] for key in ("trainer", "data")},
             "training": {**kept, **training},
         },
         "entries": entries,
-        **({"gaps": gaps} if gaps else {}),
-        "tuning": Tuning().model_dump(),
-        "seeds": list(range(MOST_SEEDS.get(together, 3))),
-        "keep": "best",
+        "seeds": list(range(MOST_SEEDS.get(len({*methods}), 3))),
     }
     apply_overrides(values, [change for change in changes if not change.startswith("shared.data.")])
-    if (stored := Path(str(values["folder"]), STUDY)).is_file():
-        before = load_study(stored)
-        values["entries"] = {name: entries[name] for name in before.entries if name in entries} | entries
-        for key in before.model_fields_set & {"seeds", "keep", "tolerance"}:  # edited, or of another version
-            if not any(change.startswith(f"{key}=") for change in changes):
-                values[key] = getattr(before, key)
-        if (metric := before.shared["data"].get("metric")) is not None:
-            run["data"].setdefault("metric", metric)
-    return checked_study(ConfigText(values, "smoa compare"), Path(STUDY))
+    return values
 
 
-def tuning_study(config: RunConfig, max_runs: int) -> Study:
-    """The study of a run's learning rate, in the folder beside the run's, ``OUTPUT_DIR-tuning``: one entry, and no
-    final runs."""
+def tuning_study(config: RunConfig, max_runs: int) -> dict[str, Any]:
+    """The values of the study of a run's learning rate: one entry, and no final runs."""
     config = with_rate(config)
     shared = config.model_dump(mode="json", exclude={"method", "adapter", "scoring"})
     own = ("learning_rate", "seed", "output_dir")
     shared["data"]["metric"] = None  # the loss decides
     shared["training"] = {key: value for key, value in config.training.items() if key not in own}
     rate = config.training.get("learning_rate", WHOLE_MODEL)
-    values = {
-        "folder": str(config.folder.with_name(f"{config.folder.name}-tuning")),
+    return {
         "shared": shared,
         "entries": {config.method: {"method": config.method, "adapter": config.adapter, "learning_rate": rate}},
         "tuning": {"seed": config.training.get("seed", 42), "max_runs": max_runs},
         "seeds": [],
     }
-    return checked_study(ConfigText(values, "smoa tune"), Path(STUDY))

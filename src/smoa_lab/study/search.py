@@ -7,7 +7,6 @@ decades from the named rate.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -21,11 +20,6 @@ STARTS = 3
 def rate(start: float, index: float) -> float:
     """start · 10^(index / 4) to two digits; the start itself is taken as it is."""
     return float(f"{start * 10 ** (index / 4):.1e}") if index else start
-
-
-def index_of(start: float, learning_rate: float) -> int:
-    """Where a rate of the search lies."""
-    return round(4 * math.log10(learning_rate / start))
 
 
 def rate_text(learning_rate: float) -> str:
@@ -59,12 +53,11 @@ def best_of(losses: Mapping[Key, float | None]) -> Key:
 class Chosen:
     """The rate that an entry's final runs take, the losses of its search by rate, and where among them it lies: at a
     ``vertex`` between two that were tried, at one ``interior`` to them, or at the ``edge``, beside which it may do
-    better; ``named`` is a rate that was taken without a search, ``open`` the best so far, ``cut`` the same where the
-    time ended the search."""
+    better; ``named`` is a rate that was taken without a search."""
 
     learning_rate: float
     losses: dict[float, float | None]
-    place: Literal["vertex", "interior", "edge", "named", "open", "cut"]
+    place: Literal["vertex", "interior", "edge", "named"]
 
     @classmethod
     def of(cls, start: float, losses: Mapping[int, float | None]) -> Chosen:
@@ -75,11 +68,6 @@ class Chosen:
             return cls(rate(start, best), tried, "edge")
         chosen = rate(start, best + _beside(*(losses.get(index) for index in (best - 1, best, best + 1))))
         return cls(chosen, tried, "interior" if chosen in tried else "vertex")
-
-    @property
-    def is_at_edge(self) -> bool:
-        """Whether it may do better beyond what was tried."""
-        return self.place in ("edge", "cut")
 
     @property
     def tried(self) -> float:

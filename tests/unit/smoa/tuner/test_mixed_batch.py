@@ -104,7 +104,7 @@ def test_names_that_fit_no_batch_or_model_are_refused(tiny_llama: PreTrainedMode
     for names, reason in {("default",): "adapter_names", ("default", "nobody", "default"): "nobody"}.items():
         with pytest.raises(ValueError, match=reason):
             logits(model, adapter_names=[*names])
-    with pytest.raises(ValueError, match="non-existing.*defualt"):
+    with pytest.raises(ValueError, match="defualt"):
         logits(model, adapter_names=["defualt"] * 3)
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged"):

@@ -354,4 +354,3 @@ def test_a_layer_that_has_none_of_the_adapters_is_left_alone_by_a_merge() -> Non
     model.add_adapter("second", SmoaConfig(r=4, target_modules=["v_proj"], init_weights=False))
     model.merge_adapter()
     assert [bool(layer.merged) for layer in smoa_layers(model).values()][:2] == [True, False]
-    model.unmerge_adapter()

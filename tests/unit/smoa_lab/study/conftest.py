@@ -2,8 +2,6 @@ from pathlib import Path
 
 import pytest
 
-from smoa_lab.study.run_study import Comparison
-from smoa_lab.study.study import Study
 from tests.support import studies
 from tests.support.studies import WrittenRuns, write_runs
 
@@ -15,12 +13,6 @@ def written(monkeypatch: pytest.MonkeyPatch) -> WrittenRuns:
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Study:
-    """Two entries of one budget and a third of another; nothing is run yet."""
+def file(tmp_path: Path) -> Path:
+    """Of a study of two entries of one budget and a third of another; nothing is run yet."""
     return studies.tiny_study(tmp_path / "study")
-
-
-@pytest.fixture
-def no_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Studies run all their rounds: for tests of what is run, and not of what ends it."""
-    monkeypatch.setattr(Comparison, "_decide", lambda self, only=(): None)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import stdtrit
 
-from smoa_lab.study.bounds import Family, Floats, contrast, expected_width, level_of
+from smoa_lab.study.bounds import Family, Floats, contrast, looks
 
 ROWS = 40
 
@@ -15,11 +15,10 @@ def draws(*shape: int, seed: int = 0) -> Floats:
     return np.random.default_rng(seed).normal(size=shape)
 
 
-def family(values: Floats, untouched: float | None = 5.0, level: float = 0.05, is_share: bool = False) -> Family:
+def family(values: Floats, untouched: float = 5.0, level: float = 0.05, is_share: bool = False) -> Family:
     """Entries a, b, …, each row of weight 1; the base model has the same value everywhere."""
     weights = np.ones(values.shape[-1])
-    base = None if untouched is None else untouched * weights[None]
-    return Family("abcdef"[: len(values)], values, base, weights, is_share, level, len(values))
+    return Family("abcdef"[: len(values)], values, untouched * weights[None], weights, is_share, level)
 
 
 def test_two_entries_with_seeds_alone_have_students_t_with_the_pooled_variance() -> None:
@@ -44,19 +43,10 @@ def test_rows_alone_have_the_error_of_a_mean_of_their_groups() -> None:
     )
 
 
-def test_the_difference_that_a_study_will_tell_is_the_bound_of_what_its_noise_gives() -> None:
-    of_rows, of_seeds = 0.5**2 / 60, 2 * 0.04**2 / 5  # of the difference of two entries, each with five seeds
-    seeds_freedom = 3 * (5 - 1)
-    freedom = (of_rows + of_seeds) ** 2 / (of_rows**2 / 59 + of_seeds**2 / seeds_freedom)
-    of_pair = level_of(3, 5) / 2
-    expected = stdtrit(freedom, 1 - of_pair) * math.sqrt(of_rows + of_seeds)
-    assert expected_width(3, 5, 60, (0.04, 0.5), level_of(3, 5)) == pytest.approx(expected)
-
-
 def test_rows_that_belong_together_count_as_one() -> None:
     gaps = np.repeat(draws(8), 5)
     values = np.stack([np.tile(gaps, (2, 1)), np.zeros((2, 40))])
-    grouped = Family("ab", values.reshape(2, 2, 8, 5).sum(axis=-1), np.zeros((1, 8)), np.full(8, 5.0), False, 0.05, 2)
+    grouped = Family("ab", values.reshape(2, 2, 8, 5).sum(axis=-1), np.zeros((1, 8)), np.full(8, 5.0), False, 0.05)
     assert grouped.upper("a", "b") - gaps.mean() > 2 * (family(values).upper("a", "b") - gaps.mean())
 
 
@@ -144,20 +134,26 @@ def test_what_diverged_loses_to_all_and_what_nothing_bounds_is_open() -> None:
     assert math.isfinite(found.upper("b", "c"))
     assert family(draws(2, 1, ROWS)).upper("a", "b") == math.inf, "one seed"
     assert family(draws(2, 3, 1)).upper("a", "b") == math.inf, "one group"
-    assert family(draws(2, 3, ROWS), untouched=None).upper("a", "b", 0.1) == math.inf
 
 
-def test_training_that_hurts_every_entry_is_told() -> None:
-    values = 6.0 + 0.01 * draws(2, 3, ROWS)
-    assert family(values).hurt()
-    values[1] -= 2
-    assert not family(values).hurt()
+def test_how_much_worse_at_least_is_how_much_better_the_other_is_at_most() -> None:
+    found = family(draws(2, 3, ROWS))
+    assert found.lower("a", "b") == -found.upper("b", "a") < found.upper("a", "b")
+    assert found.lower("a", None) < found.of_seeds("a").mean() - 5 < found.upper("a", None)
 
 
-def test_looks_at_more_rounds_and_extensions_are_at_lower_levels() -> None:
-    levels = [level_of(4, rounds) for rounds in range(2, 13)]
+def test_planned_looks_have_one_level_and_later_ones_a_half_of_what_is_left() -> None:
+    planned = looks(3, 3, 3)
+    assert [number for number, _ in planned] == [2, 3]
+    assert len({level for _, level in planned}) == 1
+    assert looks(3, 3, 6)[2:] == [(4, 0.005), (5, 0.0025), (6, 0.00125)]
+    levels = [looks(4, rounds, rounds)[0][1] for rounds in range(2, 13)]
     assert levels == sorted(levels, reverse=True)
-    assert [level_of(2, 3, extensions) for extensions in (1, 2, 3)] == [0.005, 0.0025, 0.00125]
-    assert level_of(20, 3) == level_of(6, 3)
-    assert family(draws(3, 2, ROWS), level=0.05).of_pair == 0.025, "the pairs of an entry share a look's"
-    assert 0 < level_of(1, 3) < level_of(2, 3) < level_of(3, 3) < 0.05
+    assert looks(20, 3, 3) == looks(6, 3, 3)
+    assert 0 < looks(1, 3, 3)[0][1] < looks(2, 3, 3)[0][1] < looks(3, 3, 3)[0][1] < 0.05
+
+
+def test_an_added_entry_takes_unplanned_looks_alone_from_the_last_planned_round_on() -> None:
+    assert looks(3, 3, 3, added=1) == [(3, 0.005)]
+    assert looks(3, 3, 5, added=2) == [(3, 0.0025), (4, 0.00125), (5, 0.000625)]
+    assert looks(3, 0, 2) == [(2, 0.0025)]

@@ -27,8 +27,8 @@ from smoa_lab.base_models import RunModel
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import check_config
 from smoa_lab.config.yaml_text import to_yaml
-from smoa_lab.study.executor import perform
-from smoa_lab.study.metrics import loss_of, read_metrics
+from smoa_lab.study.metrics import loss_of
+from smoa_lab.study.run_study import perform
 from smoa_lab.study.study import Job
 from smoa_lab.training import guards
 from smoa_lab.training import train as run_module
@@ -271,7 +271,8 @@ def test_a_search_takes_the_rate_as_diverged(config: dict[str, Any], tmp_path: P
     assert metrics is not None
     assert loss_of(metrics) is None
     folder = RunFolder(Path(config["training"]["output_dir"]))
-    assert read_metrics(folder)["training"]["steps"] < 6
+    assert metrics["training"]["steps"] < 6
+    assert folder.finished
     assert folder.rows.is_file()
     assert not folder.adapter.exists()
     assert time_steps(
