@@ -545,7 +545,9 @@ class Machine(RuleBasedStateMachine):
                 self.oracle.state[key] = tensor.to(self.oracle.state[key].dtype)
 
     def keeps_dtype(self, facts: Facts) -> bool:
-        """Whether factors are loaded in the file's dtype in any way; with low_cpu_mem_usage they keep it."""
+        """Whether tensors are loaded in the file's dtype in any way: with low_cpu_mem_usage PEFT keeps it."""
+        if has_bias(facts) or facts.copies:
+            return False
         return all(
             tensor.dtype == own[part].dtype
             for layer, own in self.in_dtype(facts).layers.items()
