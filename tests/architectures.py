@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig, get_peft_model
-from smoa.tuner.targets import _ends, _stacks
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -85,6 +84,12 @@ def tiny(kind: str) -> Any:
     return model.eval()
 
 
+def experts_of(model: nn.Module) -> list[str]:
+    """What `target_parameters` takes: ends of the names of stacks of experts' matrices."""
+    stacks = (name for name, each in model.named_parameters() if each.dim() == 3 and min(each.shape) > 1)
+    return sorted({".".join(name.split(".")[-3:]) for name in stacks if "expert" in name or "moe" in name})
+
+
 def output(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(input_ids=IDS, use_cache=False).logits  # type: ignore[no-any-return]
@@ -115,7 +120,7 @@ def main(kinds: list[str]) -> int:
     for kind in kinds or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
             base = tiny(kind)
-            stacks = _ends(key for key in _stacks(base) if "expert" in key or "moe" in key)
+            stacks = experts_of(base)
             base = base if stacks else base.double()  # PyTorch's grouped products take no float64
             assert output(base).isfinite().all()
         except Exception as error:
