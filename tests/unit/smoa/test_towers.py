@@ -128,6 +128,7 @@ TOWERS = {
         gemma3,
         lambda: image_and_text(torch.randn(1, 3, 16, 16), "token_type_ids"),
         ["patch_embedding", "q_proj", "layers.0.mlp.fc1"],
+        CONVOLVES,
     ),
     "qwen2_5_vl": Tower(
         qwen2_5_vl,

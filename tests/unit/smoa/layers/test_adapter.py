@@ -249,7 +249,7 @@ def test_an_adapter_that_is_set_and_not_loaded_is_compared_with_the_base_at_its_
     known, layer = (adapted_layer(base_layer(12, 8), r=4, num_blocks=2) for _ in range(2))
     layer.set_partition("default", known.partition_of("default"))
     with torch.no_grad():
-        layer.base_layer.weight.copy_(3 * known.base_layer.weight)
+        base_weight(layer).copy_(3 * base_weight(known))
     with pytest.raises(AdapterFileError, match="another base"):
         layer.blocks("default")
 

@@ -276,6 +276,17 @@ def test_kept_blocks_are_rounded_to_the_dtype_of_products(dtype: torch.dtype) ->
             assert_close(own, theirs, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_rounds_no_update_of_a_weight_that_trains(dtype: torch.dtype) -> None:
+    case = problem(11, 13, (1, 4, 2))
+    single = case._replace(A=case.A.detach().float(), B=case.B.detach().float())
+    update, weight = single.update("hadamard"), case.weight.to(dtype).requires_grad_()
+    x = torch.randn(5, 13).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = update.apply(x, weight)
+    assert torch.equal(found, update.apply(x, weight))
+
+
 def test_a_pytorch_without_onednn_trains_and_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(torch.ops.__dict__, "mkldnn", SimpleNamespace())
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)

@@ -11,11 +11,6 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import (
-    Llama4ForCausalLM,
-    Llama4TextConfig,
-    PreTrainedModel,
-)
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
@@ -59,14 +54,6 @@ def test_an_unsupported_module_is_refused_by_name_with_what_there_is(target: str
     model.empty = nn.Identity()
     with pytest.raises(UnsupportedModuleError, match=rf"{target}: Target module {kind} is not supported.*{SUPPORTED}"):
         get_peft_model(model, SmoaConfig(r=4, target_modules=[target, "linear"]))
-
-
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
-HEADS = {"num_key_value_heads": 2, "num_local_experts": 4, "pad_token_id": 0}
-
-
-def llama4() -> PreTrainedModel:
-    return Llama4ForCausalLM(Llama4TextConfig(**SMALL, **HEADS, num_hidden_layers=5, head_dim=8))
 
 
 class Doubled(nn.Linear):
@@ -186,13 +173,6 @@ def test_all_linear_says_once_that_it_leaves_the_experts_out_and_how_to_name_the
 # kinds of layers
 
 
-class Positions(nn.Embedding):
-    """Looks up places and not its input, as positional embeddings of transformers do."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(torch.arange(tokens.shape[-1]))
-
-
 class Standardized(nn.Conv2d):
     """Computes with another weight than the one that it holds."""
 
@@ -208,7 +188,6 @@ class Inherited(Doubled):
     ("base", "x"),
     [
         (Inherited(6, 8), torch.randn(5, 6)),
-        (Positions(17, 10), torch.tensor([[3, 16, 0]])),
         (Standardized(4, 4, 3), torch.randn(1, 4, 5, 5)),
         (T5Gemma2TextScaledWordEmbedding(16, 8, 0, embed_scale=2.0, eoi_token_index=5), torch.tensor([[3, 5, 0]])),
     ],
