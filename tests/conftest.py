@@ -64,6 +64,7 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     from smoa.kernels import one_product
 
     monkeypatch.setattr(by_blocks, "PIECE", 1 << 60 if request.param == "whole" else 1)
+    monkeypatch.setattr(by_blocks, "_pieces_of", by_blocks._pieces_of.__wrapped__)  # without its cache
     monkeypatch.setattr(by_blocks, "LARGE_BLOCK", 1 << 60 if request.param == "whole" else 0)
     monkeypatch.setattr(one_product, "PIECE", 1 << 60 if request.param == "whole" else 1)
 
