@@ -55,6 +55,13 @@ def test_making_an_adapter_holds_few_copies_of_the_larger_of_weight_and_gram_mat
     assert held.peak >= 4 * min(shape) ** 2  # the Gram matrix was counted
 
 
+def test_the_scores_of_a_tall_weight_take_tiles_of_rows() -> None:
+    weight = 0.02 * torch.randn(2048, 128)
+    with LiveBytes(weight) as held:
+        spectrum.spectral_scores(weight)
+    assert held.peak <= 0.6 * weight.nbytes
+
+
 def test_making_a_model_s_adapter_takes_no_more_than_its_largest_layer() -> None:
     model = TwoLayers(torch.bfloat16)
     with LiveBytes(*model.parameters()) as held:

@@ -13,6 +13,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from smoa import ConfigError, SmoaConfig, keep_in_generate, kept
+from smoa.generation import computing_merged
 from smoa.kernels.blocks import Deltas, block_deltas, diagonal_blocks
 from smoa.kernels.factors import BlockRun
 from smoa.kernels.one_product import Update
@@ -312,6 +313,15 @@ def test_dropout_acts_in_training_mode(spy: Spy) -> None:
     assert spy.plain == 6 * len(layers_of(model))
     answer(model.eval())
     assert spy.plain == 6 * len(layers_of(model))
+
+
+def test_disabled_adapters_are_not_merged() -> None:
+    model = model_of()
+    keep_in_generate(model, "merged")
+    with model.disable_adapter(), computing_merged(model):
+        assert not any(layer.merged for layer in layers_of(model))
+    with computing_merged(model):
+        assert all(layer.merged for layer in layers_of(model))
 
 
 def test_a_setting_that_does_not_exist_is_refused() -> None:
