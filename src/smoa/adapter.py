@@ -146,6 +146,25 @@ def make_blocks(layer: Any, adapter_name: str, loaded: Partition | None = None) 
             check_base(own.config, (rows, cols, scale), lambda: layer.pristine_matrix(0))
 
 
+def make_loaded_blocks(layer: Any, incompatible_keys: object = None) -> None:
+    """A hook after a load: make the blocks of labels that a state dict has brought; a compiled model would not."""
+    rows, cols, scale = (store.take_loaded() for store in layer.partition_stores)
+    for name in rows.keys() & cols.keys() & scale.keys():
+        own, device = layer.adapters[name], layer.smoa_row_labels[name].device
+        own.labels = None
+        if not (rows[name] == UNDECIDED).all() and device.type != "meta":
+            labels = rows[name].to(device, torch.uint8), cols[name].to(device, torch.uint8)
+            make_blocks(layer, name, (*labels, scale[name].to(device)))
+
+
+def save_exact_scales(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """A hook of a save: write block scales as they were trained with, for FSDP1 may have rounded the buffers."""
+    for name, own in layer.adapters.items():
+        key = f"{prefix}smoa_block_scale.{name}"
+        if own.labels is not None and key in state_dict and state_dict[key].dtype != own.block_scale.dtype:
+            state_dict[key] = own.block_scale
+
+
 def twin_of(layer: Any, own: Adapter) -> str | None:
     """Another adapter of a layer with the same config. TRL makes one as its reference, and copies factors alone."""
     decided = ((name, each) for name, each in layer.adapters.items() if each.labels)

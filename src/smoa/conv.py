@@ -22,6 +22,8 @@ class Convolution(SmoaLayer):
     layer's output.
     """
 
+    read_by_models = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+
     @staticmethod
     def shape_of(base: nn.Module) -> Shape:
         """(out_channels, in_channels / groups · kernel)."""

@@ -25,6 +25,8 @@ class Embedding(SmoaLayer):
     factors as they would on the table. With `sparse`, the factors' gradients are dense.
     """
 
+    read_by_models = ("num_embeddings", "embedding_dim", "padding_idx")
+
     @staticmethod
     def shape_of(base: nn.Module) -> Shape:
         """(num_embeddings, embedding_dim)."""

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from smoa.adapter import Adapter, AdapterBuffers, Partition, make_blocks, twin_of
+from smoa.adapter import Adapter, AdapterBuffers, Partition, make_blocks, make_loaded_blocks, save_exact_scales, twin_of
 from smoa.adapter_names import CALL, OPEN, Call
 from smoa.config import Shape, SmoaConfig
 from smoa.distributed import (
@@ -35,7 +35,6 @@ from smoa.route import Route, in_autocast_dtype, route_of
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
-_NOTHING = nullcontext()
 RANDOM_SIZE = 0.1
 """rms of ΔW relative to W for an adapter made with `init_weights=False`: visible, not huge."""
 
@@ -100,14 +99,20 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self.out_features, self.in_features = self._weight_shape()
-        self.register_state_dict_post_hook(SmoaLayer._save_exact_scales)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(SmoaLayer._after_load)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(save_exact_scales)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(make_loaded_blocks)  # type: ignore[no-untyped-call]
         self.update_layer(adapter_name, config, module, defer_partition=defer_partition)
 
     def __repr__(self) -> str:
         return f"smoa.{super().__repr__()}"
 
     # What a kind of layer says.
+
+    read_by_models: tuple[str, ...] = ()
+    """Attributes of the base layer that models read, as Whisper reads the strides of its convolutions."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.get_base_layer(), name) if name in type(self).read_by_models else super().__getattr__(name)
 
     @staticmethod
     def shape_of(base: nn.Module) -> Shape:
@@ -231,23 +236,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
             store[adapter_name] = part.to(store[adapter_name].device, copy=True)
         self.adapters[adapter_name].labels = None
 
-    def _after_load(self, incompatible_keys: object = None) -> None:
-        """Make the blocks of labels that a state dict has brought, now, as a compiled model would not."""
-        rows, cols, scale = (store.take_loaded() for store in self.partition_stores)
-        for name in rows.keys() & cols.keys() & scale.keys():
-            own, device = self.adapters[name], self.smoa_row_labels[name].device
-            own.labels = None
-            if not (rows[name] == UNDECIDED).all() and device.type != "meta":
-                labels = rows[name].to(device, torch.uint8), cols[name].to(device, torch.uint8)
-                make_blocks(self, name, (*labels, scale[name].to(device)))
-
-    def _save_exact_scales(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-        """Save block scales as they were trained with: FSDP1 may have rounded the buffers."""
-        for name, own in self.adapters.items():
-            key = f"{prefix}smoa_block_scale.{name}"
-            if own.labels is not None and key in state_dict and state_dict[key].dtype != own.block_scale.dtype:
-                state_dict[key] = own.block_scale
-
     def _replicate_for_data_parallel(self) -> Self:
         raise UnsupportedModuleError(
             "torch.nn.DataParallel copies a model to other GPUs without what SMoA derives from labels; start one "
@@ -345,7 +333,7 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         if "one product" in routes:
             return self.in_one_product(x, active[0])
         result = self.base_layer(x, *args, **kwargs)
-        with _NOTHING if "kept" in routes else onloaded_for(self, active):
+        with nullcontext() if "kept" in routes else onloaded_for(self, active):
             for name, route in zip(active, routes, strict=True):
                 result = result + self.branch_output(x.to(result.device), name, route).to(result.dtype)
         return result

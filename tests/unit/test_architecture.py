@@ -13,23 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
 LIBRARY = ["errors", "atomic", "compat", "partition", "kernels", "spectrum", "scores", "config", "distributed"]
-LIBRARY += [
-    "adapter_names",
-    "kept",
-    "route",
-    "merging",
-    "adapter",
-    "layer",
-    "mixed_batch",
-    "linear",
-    "embedding",
-    "conv",
-]
-LIBRARY += ["quantized", "stand_in", "experts", "merged", "generation", "combining", "hotswap", "model"]
-LIBRARY += ["integrations", "vllm"]
+LIBRARY += ["adapter_names", "kept", "route", "merging", "adapter", "layer", "mixed_batch"]
+LIBRARY += ["linear", "embedding", "conv", "quantized", "stand_in", "experts"]
+LIBRARY += ["merged", "generation", "combining", "hotswap", "model", "integrations", "vllm"]
 """Each may import what stands before it."""
 LAB = ["basics", "data", "config", "pages", "base_models", "scoring", "training", "open_run", "evaluate", "budget"]
-LAB += ["merge", "verify", "convert", "run_page", "inspect", "inspect_page", "chat", "init", "study", "cli"]
+LAB += ["merge", "verify", "convert", "inspect", "chat", "init", "study", "cli"]
 
 
 def module_of(file: Path) -> str:

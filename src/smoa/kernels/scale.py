@@ -26,9 +26,9 @@ ModulationKind = Literal["hadamard", "none"]
 
 
 def rms_of(weight: Tensor) -> float:
-    """Root mean square of the entries, computed in float32 or wider."""
-    weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    return float(torch.linalg.vector_norm(weight)) / math.sqrt(weight.numel())
+    """Root mean square of the entries, summed in float64, or in float32 on Apple's GPUs, which have no float64."""
+    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+    return float(torch.linalg.vector_norm(weight.detach(), dtype=dtype)) / math.sqrt(weight.numel())
 
 
 ScaleKind = Literal["paper", "layer", "block", "lora"]
@@ -44,7 +44,7 @@ SMALLEST = 1e-30
 def scale_of(kind: ScaleKind, anchor: Tensor) -> float:
     """c_k of a block, or of all of a layer's, whose entries these are."""
     size = rms_of(anchor) / FACTORS[kind]
-    return 1 / size if SMALLEST < size < math.inf else 1.0
+    return 1 / size if SMALLEST < size < torch.finfo(torch.float32).max else 1.0
 
 
 def block_scale(kind: ScaleKind, anchor: Tensor | None, blocks: Blocks) -> Tensor:

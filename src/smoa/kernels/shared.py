@@ -91,7 +91,7 @@ def shared_by_one(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
     for run in factors.runs():
         entries = diagonal_blocks(blocks, run, anchor).to(dtype)
         values = run.of_A(A).unsqueeze(1) * run.of_inputs(own).unsqueeze(2)  # (blocks, tokens, rank, width)
-        z = torch.bmm(values.flatten(1, 2).to(dtype), entries.mT).view(run.count, -1, run.rank, run.height)
+        z = torch.bmm(values.flatten(1, 2).to(dtype), entries.mT).view(*values.shape[:3], run.height)
         y = (z * run.of_B(B).mT.unsqueeze(1)).sum(2)
         parts.append(y.transpose(0, 1).flatten(1))
     y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

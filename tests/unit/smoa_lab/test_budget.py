@@ -7,16 +7,17 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from smoa import SmoaConfig
-from smoa.budget import adapter_bytes, rank_bound
 from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import empty_model
 from smoa_lab.budget import (
     adapted_shapes,
+    adapter_bytes,
     budget_choice,
     budget_choices,
     budget_parameters,
     lora_parameters,
     parameters,
+    rank_bound,
     shapes_of,
     size_methods,
 )
@@ -71,7 +72,7 @@ def test_a_narrow_layer_is_counted_with_the_blocks_and_rank_that_it_gets(tmp_pat
         counted = [reference.parameter_count(*shape, own) for shape, own in zip(shapes, ranks, strict=True)]
         assert choice.parameters == sum(counted) <= 250
         assert [list(layer.adapters["default"].ranks) for layer in smoa_layers(model).values()] == ranks
-        bounds = [rank_bound(*shape, sum(own), len(own)) for shape, own in zip(shapes, ranks, strict=True)]
+        bounds = [rank_bound(*shape, own) for shape, own in zip(shapes, ranks, strict=True)]
         assert choice.rank_bound == min(bounds)
         saved = [adapter_bytes(*shape, sum(own), len(own)) for shape, own in zip(shapes, ranks, strict=True)]
         assert choice.bytes_on_disk == sum(saved)
