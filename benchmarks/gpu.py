@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -54,6 +55,8 @@ SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (2048, 640))
 TOKENS = (512, 4096, 1, 16384)
 NUM_BLOCKS = (2, 4, 8)
 OTHERS = ("frozen", "lora", "dora", "hira", "released")
+CASE = ("shape", "tokens", "method", "num_blocks", "partition")
+"""What stands for a case of which both routes are timed."""
 OURS = tuple(product(("eager", "one product", "compiled"), ("random", "contiguous")))
 MODELS = (("lora", 0, ""), ("hira", 0, ""), *(("smoa", k, p) for k in (8, 2) for p in ("random", "contiguous")))
 LLAMA_3_8B = LlamaConfig(
@@ -152,6 +155,11 @@ def layer(rows: Rows) -> None:
         named = {"shape": f"{shape[0]}x{shape[1]}", "tokens": tokens, "method": method, "num_blocks": num_blocks}
         cost = partial(layer_cost, rows, shape, tokens, method, num_blocks, route, partition)
         rows.measure(cost, **named, route=route, partition=partition)
+    times = {tuple(row[key] for key in (*CASE, "route")): row.get("ms") for row in rows.rows}
+    for case in dict.fromkeys(case[:-1] for case in times):
+        apart, one = times.get((*case, "eager")), times.get((*case, "one product"))
+        if apart and one:
+            print(*case, f"take {'one product' if one < apart else 'blocks'}: {one:.2f} and {apart:.2f} ms")
 
 
 def layer_cost(
@@ -159,7 +167,7 @@ def layer_cost(
 ) -> dict[str, Any]:
     base = OneLayer(*shape, torch.bfloat16, rows.device)
     model = adapted(method, base, 64, num_blocks, partition or "random")
-    one_product.ONE_PRODUCT_ON_GPU = route == "one product"
+    one_product.MIN_TOKENS_ON_GPU = 0 if route == "one product" else sys.maxsize
     torch.compiler.reset()
     step = training_step(torch.compile(model) if route == "compiled" else model, *inputs(base, tokens))
     costs = rows.cost_of(step, 20)

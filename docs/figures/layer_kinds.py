@@ -1,6 +1,6 @@
 """Writes the table of what can be adapted into docs/layers.md: every cell is tried, with SMoA, LoRA and HiRA.
 
-Run it with PEFT 0.21, which has all three. The rows are the kinds of `smoa.kinds`, some quantized or grouped,
+Run it with PEFT 0.21, which has all three. The rows are the kinds of `smoa.model.LAYERS`, some quantized or grouped,
 and one that SMoA refuses.
 """
 
@@ -15,12 +15,12 @@ from typing import Any
 import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from smoa.kinds import KINDS, Kind, kind_of
 from torch import Tensor, nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
 from transformers.pytorch_utils import Conv1D
 
 from smoa import SmoaConfig
+from smoa.model import LAYERS
 
 PAGE = Path(__file__).parents[1] / "layers.md"
 MARKERS = "<!-- layer kinds: written by docs/figures/layer_kinds.py -->\n", "<!-- end of the layer kinds -->\n"
@@ -178,9 +178,9 @@ def lines() -> Iterator[str]:
         yield f"| {', '.join(alike)} | {cells_of_all} |"
 
 
-def missing() -> list[Kind]:
-    """Kinds of layers without a row."""
-    return [kind for kind in KINDS if not any(kind_of(layer()) is kind for layer, _ in ROWS.values())]
+def missing() -> list[type[nn.Module]]:
+    """Classes of layers without a row."""
+    return [known for known in LAYERS if not any(isinstance(layer(), known) for layer, _ in ROWS.values())]
 
 
 def page() -> str:
