@@ -37,7 +37,6 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from smoa.generation import keeping
-from smoa.merging import Loss
 from smoa.quantized import QuantizedLinear
 from smoa_lab.base_models import load_weights
 from smoa_lab.config.run import ModelSection
@@ -307,14 +306,15 @@ def quantized_merge(device: torch.device, r: int = 32, num_blocks: int = 4) -> d
             of_unit_size.append(layer.smoa_B["default"].weight / size)
         errors[base] = {}
         for size in RELATIVE_SIZES:
-            losses: list[Loss] = []
+            error = update = 0.0
             for layer, factors in zip(layers, of_unit_size, strict=True):
                 layer.smoa_B["default"].weight.copy_(factors * size)
-                layer.losses = losses
+                before, delta = layer.base_weight(), layer.delta("default")
                 layer.merge()
+                error += float((layer.base_weight() - before - delta).square().sum())
+                update += float(delta.square().sum())
                 layer.unmerge()
-            error, update, _ = (sum(value**2 for value in column) ** 0.5 for column in zip(*losses, strict=True))
-            errors[base][f"{size:g}"] = error / update
+            errors[base][f"{size:g}"] = (error / update) ** 0.5
     print(errors)
     return {"blocks": MERGED_BLOCKS, "quantizations": QUANTIZATIONS, "relative_error": errors}
 

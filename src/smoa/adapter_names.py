@@ -89,8 +89,8 @@ def call_by_names(
     if names is None:  # within another call this one takes the active adapters
         return opened(None) if OPEN else nullcontext()
     names = tuple(names)
-    if unknown := sorted({*names} - {BASE, *tuner.peft_config}):
-        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+    if unknown := sorted({*names} - {BASE, *tuner.peft_config}, key=str):
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}")
     for wrapper in wrappers:
         if _name_rows not in wrapper._forward_pre_hooks.values():
             wrapper.register_forward_pre_hook(_name_rows, with_kwargs=True)

@@ -66,6 +66,7 @@ class SmoaConfig(PeftConfig):
         other_base: Load the adapter on a base of other weights than it was trained on.
         lora_alpha: LoRA's name for alpha.
         lora_dropout: LoRA's name for smoa_dropout.
+        smoa_format: The format of a saved config. Leave it out.
 
     Raises:
         ConfigError: a setting has no such value.

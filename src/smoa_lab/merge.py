@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 
 from smoa import MergeError
 from smoa_lab import base_models
-from smoa_lab.base_models import RunModel, load_tokenizer
+from smoa_lab.base_models import RunModel
 from smoa_lab.basics.folders import check_place, new_folder
-from smoa_lab.config.run import ModelSection
 from smoa_lab.open_run import open_place, with_saved_adapter
 from smoa_lab.pages.card import card_text, method_name
 
@@ -30,6 +29,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 DEQUANTIZED_BY_TRANSFORMERS = ("fp8", "mxfp4", "compressed-tensors")
 """Formats of checkpoints that transformers dequantizes while it loads them, if their config has `dequantize`."""
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt")
+TOKENIZER += ("*.model", "chat_template*")
+"""The files of a tokenizer that was saved with an adapter."""
 DEQUANTIZED = "The base is quantized. The adapter is merged into its dequantized weights, on which it was used."
 NOTEWORTHY = 0.01
 """Share of ΔW lost to rounding from which on the summary recommends float32."""
@@ -120,8 +122,11 @@ def merge_run(place: str | Path, output: Path, dtype: Dtype = "auto", base: str 
         result = Merged(output, model.section.name, loaded.dtype, note)
         merged = model.stopping(merge_in_memory(loaded, adapter, result))
         merged.save_pretrained(folder)
-        own = any(adapter.glob("tokenizer*"))
-        (load_tokenizer(ModelSection(name=str(adapter))) if own else model.tokenizer).save_pretrained(folder)
+        if any(adapter.glob("tokenizer*")):  # copied and not loaded: it may name code of its own
+            for file in {file for pattern in TOKENIZER for file in adapter.glob(pattern) if file.is_file()}:
+                shutil.copyfile(file, folder / file.name)
+        else:
+            model.tokenizer.save_pretrained(folder)
         source = Path(base_models.locate(model.section.name)[0])
         for file in [] if of_file else [file for pattern in LEGAL for file in source.glob(pattern)]:
             shutil.copyfile(file, folder / file.name)

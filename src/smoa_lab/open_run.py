@@ -99,10 +99,11 @@ def _run_of(path: Path) -> RunFolder | None:
 
 
 def _on(config: RunConfig, base: str | None) -> RunConfig:
-    """The config with another base, whose revision and quantization are not those of the run's."""
-    if base is None or base == config.model.name:
+    """The config with a base that the user gave: not quantized, and another one not in the run's revision."""
+    if base is None:
         return config
-    options = {key: own for key, own in config.model.options.items() if key not in ("quantization_config", "revision")}
+    of_run = ("quantization_config", *([] if base == config.model.name else ["revision"]))
+    options = {key: own for key, own in config.model.options.items() if key not in of_run}
     return config.model_copy(update={"model": config.model.model_copy(update={"name": base, "options": options})})
 
 

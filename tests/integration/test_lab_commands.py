@@ -72,7 +72,7 @@ def test_every_outputs_place_is_tried_before_any_work(command: str, run: Path, m
     words = command.replace("RUN", str(run)).replace("PLACE", str(run / "metrics.json")).split()
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 1
-    assert "cannot be written (Not a directory); choose another place" in done.stderr
+    assert "Not a directory" in done.stderr
     assert done.stdout == ""
 
 

@@ -26,9 +26,9 @@ ModulationKind = Literal["hadamard", "none"]
 
 
 def rms_of(weight: Tensor) -> float:
-    """Root mean square of the entries, summed in float64, or in float32 on Apple's GPUs, which have no float64."""
-    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-    return float(torch.linalg.vector_norm(weight.detach(), dtype=dtype)) / math.sqrt(weight.numel())
+    """Root mean square of the entries, summed in float64: on the CPU where a device has none, as Apple's GPUs."""
+    weight = weight.detach() if weight.device.type in ("cpu", "cuda") else weight.detach().cpu()
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float64)) / math.sqrt(weight.numel())
 
 
 ScaleKind = Literal["paper", "layer", "block", "lora"]

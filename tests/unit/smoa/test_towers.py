@@ -66,7 +66,9 @@ def whisper() -> nn.Module:
     tokens = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     lengths = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 12}
     none = {"suppress_tokens": None, "begin_suppress_tokens": None}
-    return WhisperForConditionalGeneration(WhisperConfig(d_model=16, **sizes, **tokens, **lengths, **none))
+    return WhisperForConditionalGeneration(
+        WhisperConfig(d_model=16, **sizes, **tokens, **lengths, **none, tie_word_embeddings=False)
+    )
 
 
 def gemma3() -> nn.Module:

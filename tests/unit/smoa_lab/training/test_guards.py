@@ -221,7 +221,7 @@ def test_tensors_without_a_gradient_are_named(
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: original(self, x).detach())
     config["adapter"] = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "up_proj"]}
     config["training"]["max_steps"] = 11
-    with pytest.warns(UserWarning, match="training left ΔW"), caplog.at_level("WARNING", "smoa_lab"):
+    with caplog.at_level("WARNING", "smoa_lab"):
         run(check_config(config))
     assert "4 trained tensors had no gradient in 10 steps: " in caplog.text
     assert "up_proj" in caplog.text
