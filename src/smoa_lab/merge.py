@@ -29,8 +29,17 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 DEQUANTIZED_BY_TRANSFORMERS = ("fp8", "mxfp4", "compressed-tensors")
 """Formats of checkpoints that transformers dequantizes while it loads them, if their config has `dequantize`."""
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt")
-TOKENIZER += ("*.model", "chat_template*")
+TOKENIZER = (
+    *(
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab*",
+        "merges.txt",
+        "*.model",
+        "chat_template*",
+    ),
+)
 """The files of a tokenizer that was saved with an adapter."""
 DEQUANTIZED = "The base is quantized. The adapter is merged into its dequantized weights, on which it was used."
 NOTEWORTHY = 0.01
