@@ -11,7 +11,7 @@ from smoa.config import Shape
 from smoa.distributed import gather
 from smoa.kernels import formed
 from smoa.kernels.autograd import recomputed
-from smoa.layer import SmoaLayer
+from smoa.layer import SmoaLayer, of_base
 from smoa.route import Route, casts_alike, in_autocast_dtype, is_instrumented
 
 
@@ -22,7 +22,8 @@ class Convolution(SmoaLayer):
     layer's output.
     """
 
-    read_by_models = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+    in_channels, out_channels, kernel_size = map(of_base, ("in_channels", "out_channels", "kernel_size"))
+    stride, padding, dilation, groups = map(of_base, ("stride", "padding", "dilation", "groups"))
 
     @staticmethod
     def shape_of(base: nn.Module) -> Shape:

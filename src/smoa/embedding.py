@@ -14,7 +14,7 @@ from smoa.distributed import gather
 from smoa.kernels import formed
 from smoa.kernels.autograd import recomputed
 from smoa.kernels.factors import Initialization
-from smoa.layer import SmoaLayer
+from smoa.layer import SmoaLayer, of_base
 from smoa.route import Route, is_instrumented
 
 
@@ -25,7 +25,7 @@ class Embedding(SmoaLayer):
     factors as they would on the table. With `sparse`, the factors' gradients are dense.
     """
 
-    read_by_models = ("num_embeddings", "embedding_dim", "padding_idx")
+    num_embeddings, embedding_dim, padding_idx = map(of_base, ("num_embeddings", "embedding_dim", "padding_idx"))
 
     @staticmethod
     def shape_of(base: nn.Module) -> Shape:

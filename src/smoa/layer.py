@@ -108,12 +108,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
 
     # What a kind of layer says.
 
-    read_by_models: tuple[str, ...] = ()
-    """Attributes of the base layer that models read, as Whisper reads the strides of its convolutions."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.get_base_layer(), name) if name in type(self).read_by_models else super().__getattr__(name)
-
     @staticmethod
     def shape_of(base: nn.Module) -> Shape:
         """(out_features, in_features) of the matrix W in such a base layer, also while its weight is sharded."""
@@ -374,6 +368,11 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         if self.adapters[adapter_name].modulation == "none":
             return self._cast_input_dtype(x, self.factors(adapter_name)[0].dtype)
         return in_autocast_dtype(x)
+
+
+def of_base(name: str) -> Any:
+    """An attribute of the base layer that models read, as Whisper reads the strides of its convolutions."""
+    return property(lambda layer: getattr(layer.get_base_layer(), name))
 
 
 def around_adapters(

@@ -121,7 +121,8 @@ class Branch:
     def backward(self, factors: Factors, g: Tensor, x: Tensor, anchor: Tensor, needs_x: bool) -> Gradients:
         """Gradients for x (empty unless `needs_x`), A and B, from the diagonal blocks of gᵀx."""
         blocks, dtype = factors.blocks, product_dtype(x.dtype, x.device.type)
-        A, B = wide = factors.scaled(factors.dtype)
+        scale = factors.scale(factors.dtype)
+        A, B = wide = factors.A.to(scale.dtype), factors.B * scale
         sorted_x = sort_columns(blocks, x, blocks.orders.cols).to(dtype)
         grad_A, grad_B = torch.zeros_like(A), torch.zeros_like(B)
         grad_x = torch.empty_like(sorted_x) if needs_x else x.new_empty(0)
@@ -141,7 +142,7 @@ class Branch:
                 piece.of_inputs(grad_x).baddbmm_(own_g, _delta(wide, piece, entries, dtype, blocks), beta=beta)
         if needs_x:
             grad_x = sort_columns(blocks, grad_x, blocks.orders.cols_inverse).to(x.dtype)
-        grad_B = grad_B.mul_(factors.scale(factors.dtype))
+        grad_B = grad_B.mul_(scale)
         return grad_x, grad_A.to(factors.A.dtype), grad_B.to(factors.B.dtype)
 
 
