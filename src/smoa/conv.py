@@ -18,8 +18,8 @@ from smoa.route import Route, casts_alike, in_autocast_dtype, is_instrumented
 class Convolution(SmoaLayer):
     """SMoA on a `torch.nn.Conv1d`, `Conv2d` or `Conv3d`, with any stride, padding, dilation and number of groups.
 
-    One active adapter is computed by one convolution with W + ΔW on a CPU. Otherwise `conv(x, ΔW)` is added to the base
-    layer's output.
+    One active adapter is computed by one convolution with W + ΔW. Otherwise `conv(x, ΔW)` is added to the base layer's
+    output.
     """
 
     in_channels, out_channels, kernel_size = map(of_base, ("in_channels", "out_channels", "kernel_size"))

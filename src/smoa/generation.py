@@ -1,7 +1,7 @@
 """What `generate` does for adapted layers.
 
 `generate` calls the model once for each token, and each call would form ΔW again. So its layers keep what they use
-again (`smoa.generation`) from its start to its end, whether it returns or raises.
+again (`smoa.kept`) from its start to its end, whether it returns or raises.
 
 PEFT, TRL, lm-eval, pipelines and transformers' `model.load_adapter` all look up `generate` on the base model. So
 injection wraps this method of the base model's class, once: a model without adapters finds no layer that keeps
