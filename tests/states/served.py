@@ -79,16 +79,9 @@ class Served(RuleBasedStateMachine):
         self.manager = module.create_lora_manager(tiny_models.build("llama"), SLOTS, vllm_config=config)
         self.worker._adapter_manager = self.manager
         self.layers = {name: own for name, own in self.manager.modules.items() if hasattr(own, "smoa")}
-        self.reserved, self.slots, self.held = reserved, dict[int, int](), dict[int, str]()
-        self.only_reserved, self.number = True, 0
-        self.at_start = self.memory()
-
-    def memory(self) -> int:
-        return sum(layer.smoa.nbytes(SLOTS) for layer in self.layers.values())
+        self.slots, self.held, self.number = dict[int, int](), dict[int, str](), 0
 
     def check(self) -> None:
-        if self.only_reserved:
-            assert self.memory() == self.at_start, f"reserved {self.at_start} bytes, and {self.memory()} are taken"
         active = [own for own in self.manager.lora_index_to_id if own is not None]
         tokens = [0, *active, *active, 0]
         self.manager.map_tokens(tokens)
@@ -131,7 +124,6 @@ class Served(RuleBasedStateMachine):
     def activate(self, name: str, slot: int) -> None:
         note(f"activate({name!r}, {slot})")
         self.free(slot)
-        self.only_reserved &= name in self.reserved
         adapter = self.load(name)
         self.manager.activate(adapter, slot)
         self.slots[slot] = adapter.id

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from functools import cache, partial, wraps
 from itertools import accumulate
@@ -33,8 +32,6 @@ from smoa.vllm.weights import places_of_rank, totals_of, weight_of
 OPERATOR = "vllm::smoa_add"
 EXAMPLES = "smoa_examples"
 """In vLLM's `additional_config`: folders of adapters for whose like memory is reserved."""
-
-log = logging.getLogger("vllm.smoa")
 
 
 def install() -> None:
@@ -135,14 +132,8 @@ def _give_slots(manager: Any, config: Any) -> None:
         for layer in layers.values():
             layer.smoa.clear()
 
-    @torch.inference_mode()  # vLLM calls it within and without
-    def activate(lora_id: int) -> bool:
-        found: bool = activate_adapter(lora_id)
-        if any(layer.smoa.is_new for layer in layers.values()):
-            log.warning("smoa: %s names none like adapter %d: %s", EXAMPLES, lora_id, _taken(manager))
-        return found
-
-    manager.remove_all_adapters, manager.activate_adapter = remove_all, activate
+    manager.remove_all_adapters = remove_all
+    manager.activate_adapter = torch.inference_mode()(activate_adapter)  # vLLM calls it within and without
     if hasattr(manager.model, "load_weights"):
         manager.model.load_weights = _forgets(manager, manager.model.load_weights)
 
@@ -160,18 +151,10 @@ def _forgets(manager: Any, load_weights: Callable[..., Any]) -> Callable[..., An
     return load
 
 
-def _taken(manager: Any) -> str:
-    """What all kinds of adapters take, as a message."""
-    slots = [layer.smoa for layer in manager.modules.values() if hasattr(layer, "smoa")]
-    for own in slots:
-        own.is_new = False
-    total = sum(own.nbytes(manager.lora_slots) for own in slots)
-    return f"blocks of W and {manager.lora_slots} slots of each kind of adapter take {total:,} bytes"
-
-
 @torch.inference_mode()
 def _reserve(manager: Any, folder: str) -> None:
-    """Take the memory of as many adapters like this one as there are slots, before vLLM measures what is free."""
+    """Take the memory of as many adapters like this one as there are slots, before vLLM measures what is free. It is
+    given back with the first adapters that are removed, and vLLM has counted it."""
     place = get_adapter_absolute_path(folder)
     if not is_smoa(place):
         raise ConfigError(f"additional_config: {EXAMPLES} names {folder}, which has no SMoA adapter; name one that has")
@@ -180,7 +163,6 @@ def _reserve(manager: Any, folder: str) -> None:
         parts = [layers.get(own) for own in manager.packed_modules.get(name, [name])]
         if any(parts):
             layer.smoa.reserve(parts, manager.lora_slots)
-    log.info("smoa: reserved memory for adapters like %s: %s", folder, _taken(manager))
 
 
 def _follow(wrapper: Any, of_smoa: set[int]) -> None:

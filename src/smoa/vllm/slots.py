@@ -118,9 +118,6 @@ class LayerBlocks:
         device: Where the coordinates are needed.
     """
 
-    place: Hashable = None
-    """Equal for equal partitions, with or without the blocks of W."""
-
     def __init__(
         self, parts: Parts, sizes: Sequence[int], own: Own | None, weight: Weight | None, device: torch.device
     ) -> None:
@@ -140,12 +137,9 @@ class LayerBlocks:
                 self.entries.append(piece.run(0, start + piece.first, first_col).of_slices(W))
             elif W is not None:
                 self.entries.append(W[rows.to(W.device)[:, :, None], cols.to(W.device)[:, None]])
-        self.nbytes = 0
-        """Of the blocks of W that are no views of it."""
         if W is not None and not (are_slices and is_stored and (W.device.type != "cpu" or W.dtype.itemsize > 2)):
-            dtype = product_dtype(W.dtype, W.device.type)  # a CPU takes slices in 16 bits slowly
+            dtype = product_dtype(W.dtype, W.device.type)  # else views of W; a CPU takes slices in 16 bits slowly
             self.entries = [part.to(dtype).contiguous() for part in self.entries]
-            self.nbytes = sum(part.nbytes for part in self.entries)
         whole = Orders(*(torch.cat(side).to(device) for side in zip(*orders, strict=True)))
         covered = sum(piece.size for piece in self.pieces)
         spans = [(start + piece.first, piece.size) for start, piece in zip(starts, self.pieces, strict=True)]
@@ -200,11 +194,6 @@ class LayerStack:
             self._plan, self._chosen = plan, factors
         add_by_plan(output, x, plan, factors, Diagonal(own.blocks, self.runs, own.entries or None), own.spans)
 
-    def nbytes(self, slots: int) -> int:
-        """Of the factors in so many slots, or of those that there is room for, if these are more."""
-        of_one = sum(part.itemsize * part.shape[1:].numel() for pair in self.factors for part in pair)
-        return of_one * max(slots, len(self.factors[0][0]))
-
 
 class Slots:
     """The adapters in the slots of a layer: ``others`` are of other methods, ``stacks`` those of SMoA that are alike.
@@ -220,28 +209,18 @@ class Slots:
         self._sizes, self._own, self.weight, self._device = sizes, own, weight, device
         self.others: set[int] = set()
         self.stacks: dict[Hashable, LayerStack] = {}
-        self._reserved: dict[Hashable, LayerStack] = {}
         self._blocks: WeakValueDictionary[Hashable, LayerBlocks] = WeakValueDictionary()
-        self.is_new = False
-        """Whether an adapter took memory that was not reserved."""
 
     def reserve(self, parts: Parts, slots: int) -> None:
-        """Keep room for so many adapters with the blocks, ranks and modulation of this one."""
-        stack = LayerStack(self._blocks_of(parts), parts, slots)
-        self._reserved[_kind(parts)] = self.stacks[_kind(parts)] = stack
+        """Take the memory of so many adapters with the blocks, ranks and modulation of this one."""
+        self.stacks[_kind(parts)] = LayerStack(self._blocks_of(parts), parts, slots)
 
     def set(self, slot: int, parts: Parts) -> None:
         """Put an adapter's factors into a free slot."""
         key = _kind(parts)
         if key not in self.stacks:  # an empty stack waits for its like till another comes
             self.stacks = {known: each for known, each in self.stacks.items() if each.places}
-            blocks = self._blocks_of(parts)
-            stack = self._reserved.get(key) or LayerStack(blocks, parts, 0)
-            self.is_new |= key not in self._reserved
-            stack.hold({})
-            for each in (stack, *self._reserved.values()):  # reserved ones have their old ones after `clear`
-                each.blocks = blocks if each.blocks.place == blocks.place else each.blocks
-            self.stacks[key] = stack
+            self.stacks[key] = LayerStack(self._blocks_of(parts), parts, 0)
         self.stacks[key].write(slot, parts)
 
     def _blocks_of(self, parts: Parts) -> LayerBlocks:
@@ -251,7 +230,6 @@ class Slots:
         if (blocks := self._blocks.get(place)) is None:
             weight = self.weight if is_modulated else None
             self._blocks[place] = blocks = LayerBlocks(parts, self._sizes, self._own, weight, self._device)
-            blocks.place = place
         return blocks
 
     def reset(self, slot: int) -> None:
@@ -261,7 +239,7 @@ class Slots:
             stack.hold({own: place for own, place in stack.places.items() if own != slot})
 
     def clear(self) -> None:
-        """Forget all adapters, and the blocks of W; what was reserved stays so."""
+        """Forget all adapters, and the blocks of W."""
         self.stacks.clear()
         self._blocks.clear()
 
@@ -270,12 +248,6 @@ class Slots:
         for stack in self.stacks.values():
             if not stack.places.keys().isdisjoint(rows.of_slot):
                 stack.add_to(output, x, rows)
-
-    def nbytes(self, slots: int) -> int:
-        """Of all that is kept, with so many slots."""
-        stacks = (self._reserved | self.stacks).values()
-        blocks = {id(stack.blocks): stack.blocks.nbytes for stack in stacks}
-        return sum(blocks.values()) + sum(stack.nbytes(slots) for stack in stacks)
 
 
 def _kind(parts: Parts) -> Hashable:
