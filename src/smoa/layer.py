@@ -28,6 +28,7 @@ from smoa.errors import UnsupportedModuleError
 from smoa.kernels.autograd import is_transformed
 from smoa.kernels.factors import Initialization, init_factors, saved_shapes
 from smoa.kernels.one_product import Update
+from smoa.kernels.scale import as_dtype
 from smoa.merging import Merging, as_matrix, as_stored
 from smoa.partition import UNDECIDED, Blocks, check_num_blocks
 from smoa.route import Route, in_autocast_dtype, route_of
@@ -329,7 +330,7 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         result = self.base_layer(x, *args, **kwargs)
         with nullcontext() if "kept" in routes else onloaded_for(self, active):
             for name, route in zip(active, routes, strict=True):
-                result = result + self.branch_output(x.to(result.device), name, route).to(result.dtype)
+                result = result + as_dtype(self.branch_output(x.to(result.device), name, route), result.dtype)
         return result
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # for each batch of names it would compile again

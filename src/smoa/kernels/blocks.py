@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from smoa.kernels.autograd import Gradients, without_autocast
 from smoa.kernels.factors import BlockRun, Factors, runs_of
+from smoa.kernels.scale import as_dtype
 from smoa.partition import Blocks, take_columns
 
 PIECE = 1 << 21
@@ -109,12 +110,12 @@ class Branch:
     def forward(self, factors: Factors, x: Tensor, anchor: Tensor, bias: Tensor | None = None) -> Tensor:
         """y: (tokens, out_features) in the dtype of x, not differentiable."""
         blocks, wide = factors.blocks, factors.scaled(factors.dtype)
-        sorted_x = sort_columns(blocks, x, blocks.orders.cols).to(product_dtype(x.dtype, x.device.type))
+        sorted_x = as_dtype(sort_columns(blocks, x, blocks.orders.cols), product_dtype(x.dtype, x.device.type))
         y = sorted_x.new_empty(x.shape[0], anchor.shape[0])
         for piece in pieces(factors, x.device):
             delta = _delta(wide, piece, diagonal_blocks(blocks, piece, anchor, reuses=True), y.dtype, blocks)
             torch.bmm(piece.of_inputs(sorted_x), delta.mT, out=piece.of_outputs(y))
-        return sort_columns(blocks, y, blocks.orders.rows_inverse).to(x.dtype)
+        return as_dtype(sort_columns(blocks, y, blocks.orders.rows_inverse), x.dtype)
 
     plain = staticmethod(plain_branch)
 
@@ -122,28 +123,28 @@ class Branch:
         """Gradients for x (empty unless `needs_x`), A and B, from the diagonal blocks of gᵀx."""
         blocks, dtype = factors.blocks, product_dtype(x.dtype, x.device.type)
         scale = factors.scale(factors.dtype)
-        A, B = wide = factors.A.to(scale.dtype), factors.B * scale
-        sorted_x = sort_columns(blocks, x, blocks.orders.cols).to(dtype)
-        grad_A, grad_B = torch.zeros_like(A), torch.zeros_like(B)
+        A, B = wide = as_dtype(factors.A, scale.dtype), factors.B * scale
+        sorted_x = as_dtype(sort_columns(blocks, x, blocks.orders.cols), dtype)
+        empty = torch.empty_like if factors.runs()[0].is_all else torch.zeros_like  # what pads a block stays zero
+        grad_A, grad_B = empty(A), empty(B)
         grad_x = torch.empty_like(sorted_x) if needs_x else x.new_empty(0)
         for piece in pieces(factors, x.device):
-            own_g, own_x = _outputs(blocks, piece, g).to(dtype), piece.of_inputs(sorted_x)
+            own_g, own_x = as_dtype(_outputs(blocks, piece, g), dtype), piece.of_inputs(sorted_x)
             if dtype.itemsize == 2:  # in 16 bits strided operands take a CPU three to eight times as long
                 own_g = own_g.contiguous()
             beta = int(piece.skipped > 0)  # the first rows of a block overwrite, the others are added
             entries = diagonal_blocks(blocks, piece, anchor, reuses=True)
             if factors.trains:
                 grad_delta = SCRATCH.take("grad_delta", piece.shape, own_x)
-                grad_delta = torch.bmm(own_g.mT, own_x, out=grad_delta).to(B.dtype).mul_(entries)
+                grad_delta = as_dtype(torch.bmm(own_g.mT, own_x, out=grad_delta), B.dtype).mul_(entries)
                 piece.of_A(grad_A).baddbmm_(piece.of_B(B).mT, grad_delta, beta=beta)
                 torch.bmm(grad_delta, piece.of_A(A).mT, out=piece.of_B(grad_B))
                 del grad_delta  # before ΔW takes as much
             if needs_x:
                 piece.of_inputs(grad_x).baddbmm_(own_g, _delta(wide, piece, entries, dtype, blocks), beta=beta)
         if needs_x:
-            grad_x = sort_columns(blocks, grad_x, blocks.orders.cols_inverse).to(x.dtype)
-        grad_B = grad_B.mul_(scale)
-        return grad_x, grad_A.to(factors.A.dtype), grad_B.to(factors.B.dtype)
+            grad_x = as_dtype(sort_columns(blocks, grad_x, blocks.orders.cols_inverse), x.dtype)
+        return grad_x, as_dtype(grad_A, factors.A.dtype), as_dtype(grad_B.mul_(scale), factors.B.dtype)
 
 
 def _outputs(blocks: Blocks, piece: BlockRun, g: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ def _delta(scaled: tuple[Tensor, Tensor], run: BlockRun, entries: Tensor, dtype:
     product = torch.bmm(run.of_B(B), run.of_A(A))
     if entries.dtype == dtype and not blocks.is_contiguous:
         return entries.mul_(product)  # multiplied in float32, then rounded into the copy
-    return product.mul_(entries).to(dtype)
+    return as_dtype(product.mul_(entries), dtype)
 
 
 def block_deltas(factors: Factors, anchor: Tensor, dtype: torch.dtype) -> Deltas:
@@ -180,9 +181,10 @@ def block_deltas(factors: Factors, anchor: Tensor, dtype: torch.dtype) -> Deltas
 def multiply(x: Tensor, blocks: Blocks, deltas: Deltas) -> Tensor:
     """`x ΔWᵀ` (…, out_features) in the dtype of x, from the diagonal blocks of ΔW; not differentiable."""
     flat = sort_columns(blocks, x.reshape(-1, x.shape[-1]), blocks.orders.cols)
-    parts = [(run.of_inputs(flat).to(delta.dtype) @ delta.mT).transpose(0, 1).flatten(1) for run, delta in deltas]
+    own = (torch.bmm(as_dtype(run.of_inputs(flat), delta.dtype), delta.mT) for run, delta in deltas)
+    parts = [y.transpose(0, 1).flatten(1) for y in own]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    y = sort_columns(blocks, y, blocks.orders.rows_inverse).to(x.dtype)
+    y = as_dtype(sort_columns(blocks, y, blocks.orders.rows_inverse), x.dtype)
     return y.view(*x.shape[:-1], y.shape[1])
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smoa.kernels.scale import ModulationKind, rank_scale, whole_scale
+from smoa.kernels.scale import ModulationKind, as_dtype, rank_scale, whole_scale
 from smoa.partition import Blocks, Orders, block_sizes, slices
 
 Initialization = bool | Literal["zero_A"]
@@ -184,7 +184,7 @@ class Factors:
     def scaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A, and B times the scale, which is multiplied in float32 or wider, in `dtype`."""
         wide = torch.promote_types(self.dtype, dtype)
-        return self.A.to(dtype), (self.B * self.scale(wide)).to(dtype)
+        return as_dtype(self.A, dtype), as_dtype(self.B * self.scale(wide), dtype)
 
     def spread(self, dtype: torch.dtype, stacked: bool = False) -> tuple[Tensor, Tensor]:
         """Ã (r, in_features) and B̃ (out_features, r) with the scale, in `dtype`, both in natural order.

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smoa.kernels.autograd import Gradients, is_transformed, recomputed, without_autocast
-from smoa.kernels.blocks import SCRATCH, Branch, plain_branch, product_dtype
+from smoa.kernels.blocks import SCRATCH, Branch, block_deltas, multiply, plain_branch, product_dtype
 from smoa.kernels.factors import Factors
 from smoa.kernels.shared import shared_by_one
 
@@ -46,6 +46,8 @@ MASK_COST = 64
 tokens on")."""
 FEWEST_ROWS, FEWEST_COLUMNS = 16, 64
 """Pieces have at least so many: products of fewer rows sum in another order, of fewer columns take twice the time."""
+FEW_ENTRIES = 1 << 14
+"""Of diagonal blocks of ΔW that are formed for few tokens too: in a small layer that takes fewer operations."""
 SMALL = 4096
 """PyTorch sums products of so few multiplications in 16 bits in another order."""
 
@@ -249,6 +251,8 @@ class Update(Factors):
     def apply_to_few(self, x: Tensor, weight: Tensor) -> Tensor:
         """`x ΔWᵀ` as `apply` gives it, for few tokens in fewer operations; not differentiable. There is M."""
         with without_autocast(x.device.type):  # it would round the factors
+            if weight.numel() <= FEW_ENTRIES * len(self.ranks):
+                return multiply(x, self.blocks, block_deltas(self, weight, x.dtype))
             y = shared_by_one(self, x.reshape(-1, x.shape[-1]), weight)
         return y.view(*x.shape[:-1], self.blocks.out_features)
 

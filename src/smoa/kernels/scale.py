@@ -57,7 +57,12 @@ def block_scale(kind: ScaleKind, anchor: Tensor | None, blocks: Blocks) -> Tenso
 
 def whole_scale(of_weight: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
     """`s_k = (α/r)·c_k` in `dtype`, of c_k, which comes from the weight, and α/r: the one place where they meet."""
-    return of_weight.to(dtype) * scaling
+    return as_dtype(of_weight, dtype) * scaling
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, in a tenth of the time where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def rank_scale(block_scale: Tensor, ranks: Sequence[int]) -> Tensor:

@@ -30,6 +30,7 @@ from smoa.kernels.shared import (
     gathered,
     prefers_shared,
     shared,
+    shared_by_one,
 )
 from smoa.partition import Blocks, Orders, ascend, block_sizes, check_num_blocks
 from smoa.spectrum import make_partition
@@ -188,6 +189,8 @@ def assert_is_the_oracles(case: Problem, modulation: str, transposed: bool = Fal
     with torch.no_grad():
         kept = block_deltas(update, weight, torch.float64)
         assert_all_close([block for _, stacked in kept for block in stacked], case.partition.of(delta))
+        for few in (update.apply_to_few(x, weight), shared_by_one(update, x, weight)):
+            assert_close(few, of_update)
     check(update.apply_with_base(x, weight, bias, transposed), x @ (weight + delta).T + bias, x, case.A, case.B, bias)
     check(update.apply_with_base(x.detach(), weight, None, transposed), x @ (weight + delta).T, case.A, case.B)
     of_trained = x @ case._replace(weight=trained).oracle(modulation, [s / 2 for s in scale]).T
