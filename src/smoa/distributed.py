@@ -123,12 +123,11 @@ def linear_weight(linear: nn.Module) -> Tensor:
 
 def why_not_plain(layer: Any) -> str | None:
     """What an adapted layer's weight is, if it isn't a plain one in this process's memory."""
-    parameters = list(layer.parameters())
-    if any(parameter.is_meta for parameter in parameters):
+    weight, base = layer.stored_weight(), layer.get_base_layer()
+    if weight.is_meta:
         return "offloaded"
-    # ZeRO-3 may have left a parameter whole (`ds_id`), but replaces it in every step
-    whole = [p for p in parameters if p.numel() and not isinstance(p, DTensor) and not hasattr(p, "ds_id")]
-    flat = any(p.ndim != 2 for factor in (layer.smoa_A, layer.smoa_B) for p in factor.parameters())  # FSDP1's shards
-    if not parameters or len(whole) < len(parameters) or flat:
+    # FSDP1 leaves a flat part of it, or no parameter; ZeRO-3 may leave it whole, but replaces it in every step
+    is_flat = weight.ndim < 2 or not weight.numel() or next(base.parameters(), None) is None
+    if is_flat or isinstance(weight, DTensor) or hasattr(weight, "ds_id"):
         return "sharded over processes"
     return None if layer.quantization_backend is None else "quantized"
