@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from stored import PACK, STUDIES, runs_of
 
-from smoa.atomic import write_whole
+from smoa_lab.basics.atomic import write_whole
 from smoa_lab.basics.plain import json_text
 
 TARGET = STUDIES / "rate_ratio.json"

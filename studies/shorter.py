@@ -17,7 +17,7 @@ from again import unpacked
 from calibration import Curve
 from stored import STUDIES
 
-from smoa.atomic import write_whole
+from smoa_lab.basics.atomic import write_whole
 from smoa_lab.basics.plain import json_text
 from smoa_lab.study.finished import chosen, read_finished
 from smoa_lab.study.search import Chosen

@@ -133,7 +133,7 @@ def make_blocks(layer: Any, adapter_name: str, loaded: Partition | None = None) 
         AdapterFileError: the adapter was trained on another weight.
     """
     own, partition = layer.adapters[adapter_name], loaded or layer.partition_of(adapter_name)
-    with named(own.module or None), torch.inference_mode(False):  # what is made in it can't be used in training
+    with named(own.module), torch.inference_mode(False):  # what is made in it can't be used in training
         is_loaded = own.labels is None
         if (partition[0] == UNDECIDED).all():  # a single one is damage
             layer.set_partition(adapter_name, _decided(layer, own))

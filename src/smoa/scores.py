@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smoa.atomic import write_whole
 from smoa.spectrum import decomposition_device, spectral_scores
 
 CACHE_VARIABLE = "SMOA_SPECTRUM_CACHE"
@@ -42,7 +41,8 @@ def cached_spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tenso
             return rows, cols
     rows, cols = spectral_scores(weight, precise)
     with suppress(OSError):  # a full disk, or a folder of others
-        write_whole(path, torch.cat([rows, cols]).cpu().numpy().tobytes())
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(torch.cat([rows, cols]).cpu().numpy().tobytes())  # a part of it has another length
         _delete_oldest(folder)
     return rows, cols
 

@@ -34,9 +34,9 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, quantization_config
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from smoa.atomic import write_whole
 from smoa.errors import DataError
 from smoa.quantized import keep_unpacked
+from smoa_lab.basics.atomic import write_whole
 from smoa_lab.basics.folders import cache_folder, check_place, content_of, new_folder
 from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from smoa import atomic
+from smoa_lab.basics import atomic
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import check_config
 from smoa_lab.training.train import run as train

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from smoa.atomic import write_whole
 from smoa.errors import ConfigError
+from smoa_lab.basics.atomic import write_whole
 from smoa_lab.basics.plain import portable
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import ANSWERED

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from smoa.compat import PREFIX
 from smoa.config import Shape, SmoaConfig
-from smoa.errors import AdapterFileError, ConfigError, first_of, named
+from smoa.errors import AdapterFileError, ConfigError, named
 from smoa.kernels.factors import saved_shapes
 from smoa.kernels.scale import ModulationKind, whole_scale
 from smoa.partition import check_labels
@@ -154,7 +154,7 @@ def read_layers(folder: str, shape_of: Callable[[str], Shape | str], known: list
     shapes = {path: shape_of(path) for path in sorted(found)}
     refused = [f"{path} ({shape})" for path, shape in shapes.items() if isinstance(shape, str)]
     if refused:
-        raise ConfigError(f"{folder}: adapts {first_of(refused)}; {REMEDY}")
+        raise ConfigError(f"{folder}: adapts {refused[0]}; {REMEDY}")
     right = {path: shape for path, shape in shapes.items() if not isinstance(shape, str)}
     layers = _checked(found, right, config, folder)
     known[:] = [Template(layers, settings, data), *known[: MOST_TEMPLATES - 1]]

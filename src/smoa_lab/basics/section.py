@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from smoa.errors import nearest
+from smoa_lab.basics.names import nearest
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 

@@ -43,9 +43,9 @@ def init(
 ) -> None:
     """Write a commented config for your model and data; ask for them if they are not given."""
     with reporting():
-        from smoa.atomic import write_whole
         from smoa.errors import ConfigError
         from smoa_lab import init
+        from smoa_lab.basics.atomic import write_whole
         from smoa_lab.basics.folders import check_place
 
         file = config or init.file_for(data)
@@ -136,7 +136,7 @@ def evaluate(
 ) -> None:
     """Score a run's adapter, or a base model, on held-out rows."""
     with reporting():
-        from smoa.atomic import write_whole
+        from smoa_lab.basics.atomic import write_whole
         from smoa_lab.basics.folders import check_place
         from smoa_lab.basics.plain import json_text
         from smoa_lab.evaluate import evaluate_run

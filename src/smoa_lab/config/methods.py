@@ -19,7 +19,8 @@ from pydantic import StringConstraints
 from transformers import PreTrainedModel
 
 import smoa  # noqa: F401  (registers SMoA with PEFT)
-from smoa.errors import ConfigError, nearest
+from smoa.errors import ConfigError
+from smoa_lab.basics.names import nearest
 
 MethodName = Annotated[str, StringConstraints(to_lower=True)]
 

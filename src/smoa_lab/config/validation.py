@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from transformers import TrainingArguments
 
-from smoa.errors import ConfigError, nearest
+from smoa.errors import ConfigError
+from smoa_lab.basics.names import nearest
 from smoa_lab.config.methods import FROM_DATA, find_method
 
 UNWANTED = {

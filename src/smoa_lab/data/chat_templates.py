@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
-from smoa.errors import ConfigError, nearest
+from smoa.errors import ConfigError
+from smoa_lab.basics.names import nearest
 
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 """What looks like a special token in a template."""

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from smoa.errors import ConfigError, DataError, nearest
+from smoa.errors import ConfigError, DataError
+from smoa_lab.basics.names import nearest
 from smoa_lab.basics.plain import portable
 from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.data.answers import OWN

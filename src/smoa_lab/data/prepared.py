@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers.utils.logging import warning_once
 
-from smoa.atomic import write_whole
 from smoa.errors import DataError
+from smoa_lab.basics.atomic import write_whole
 from smoa_lab.basics.folders import cache_folder, check_place, new_folder, read_stored
 from smoa_lab.basics.plain import portable
 from smoa_lab.data.encoding import Encoder

@@ -16,8 +16,9 @@ from typing import Any
 
 from transformers.utils.logging import warning_once
 
-from smoa.errors import DataError, first_of, nearest
+from smoa.errors import DataError
 from smoa_lab.basics.folders import content_of
+from smoa_lab.basics.names import first_of, nearest
 from smoa_lab.basics.section import Section
 from smoa_lab.data.formats import BadRow, shown
 from smoa_lab.data.named import DEMO, DEMO_FILE, SETS

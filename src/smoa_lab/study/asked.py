@@ -9,9 +9,9 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from smoa.atomic import write_whole
 from smoa.errors import ConfigError
 from smoa_lab.base_models import empty_model
+from smoa_lab.basics.atomic import write_whole
 from smoa_lab.basics.folders import read_stored
 from smoa_lab.config.methods import check_adapter
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml

@@ -9,7 +9,7 @@ from shlex import quote
 from statistics import fmean
 from typing import Any
 
-from smoa.atomic import write_whole
+from smoa_lab.basics.atomic import write_whole
 from smoa_lab.basics.plain import finite, json_text
 from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.data.answers import ANSWERED, OWN, TITLES

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from ruamel.yaml import YAML
 
-from smoa.atomic import write_whole
 from smoa.errors import ConfigError
+from smoa_lab.basics.atomic import write_whole
 from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.methods import MethodName, find_method
 from smoa_lab.config.run import ConfigText, RunConfig, check_config

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map_only
 from transformers import TrainerCallback
 
 from smoa.distributed import is_distributed
-from smoa.errors import ConfigError, SmoaError, first_of
+from smoa.errors import ConfigError, SmoaError
+from smoa_lab.basics.names import first_of
 from smoa_lab.data.encoding import IGNORED
 
 logger = logging.getLogger(__name__)

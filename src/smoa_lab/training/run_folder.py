@@ -29,9 +29,10 @@ from filelock import FileLock, Timeout
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from smoa.atomic import flush, new_file, write_whole
-from smoa.errors import ConfigError, DataError, first_of
+from smoa.errors import ConfigError, DataError
+from smoa_lab.basics.atomic import flush, new_file, write_whole
 from smoa_lab.basics.folders import check_place, free_name, read_stored
+from smoa_lab.basics.names import first_of
 from smoa_lab.basics.plain import finite, json_text
 from smoa_lab.config.run import ConfigText, DataSection, RunConfig
 from smoa_lab.config.yaml_text import parse_yaml

@@ -18,7 +18,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SchedulerType
 
 from smoa.distributed import is_distributed
-from smoa.errors import ConfigError, nearest
+from smoa.errors import ConfigError
+from smoa_lab.basics.names import nearest
 from smoa_lab.data.row import Part
 from smoa_lab.training.guards import Guard, guarded
 from smoa_lab.training.loaded_run import LoadedRun

@@ -13,7 +13,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from smoa import ConfigError, SmoaConfig, keep_in_generate, kept
-from smoa.generation import computing_merged
+from smoa.generation import computing_merged, keeping
 from smoa.kernels.blocks import Deltas, block_deltas, diagonal_blocks
 from smoa.kernels.factors import BlockRun
 from smoa.kernels.one_product import Update
@@ -284,26 +284,28 @@ def test_if_memory_runs_out_it_warns_once_and_goes_on_without(spy: Spy, monkeypa
 
 def under_zero_3(model: Any) -> None:
     for layer in layers_of(model):
-        layer.smoa_A["default"].weight.ds_id = 1
-
-
-def flat_shards(model: Any) -> None:
-    for layer in layers_of(model):
-        layer.parameters = lambda: iter([nn.Parameter(torch.zeros(4))])
-        layer.smoa_A.parameters = layer.parameters
+        layer.stored_weight().ds_id = 1
 
 
 def off(model: Any) -> None:
     keep_in_generate(model, "off")
 
 
-@pytest.mark.parametrize("state", [off, under_zero_3, flat_shards])
+@pytest.mark.parametrize("state", [off, under_zero_3])
 def test_it_goes_the_plain_route_in_silence(state: Callable[[Any], None], spy: Spy) -> None:
     model = model_of()
     state(model)
     answer(model)
     assert spy.fills == 0
     assert spy.plain == 6 * len(layers_of(model))
+
+
+def test_flat_shards_keep_nothing() -> None:
+    model = model_of()
+    for layer in layers_of(model):
+        layer.stored_weight().data = layer.stored_weight().data.flatten()
+    with keeping(model) as snapshot:
+        assert not snapshot.layers
 
 
 def test_dropout_acts_in_training_mode(spy: Spy) -> None:

@@ -13,9 +13,9 @@ import pytest
 from transformers import BloomConfig, GPT2Config, LlamaConfig
 
 import smoa_lab
-from smoa.atomic import new_file, write_whole
 from smoa.errors import ConfigError
 from smoa_lab.base_models import positions_of
+from smoa_lab.basics.atomic import new_file, write_whole
 from smoa_lab.basics.folders import cache_folder, check_place, free_name, new_folder
 from smoa_lab.basics.plain import finite, json_text, portable
 from tests.support.kills import killed_at
