@@ -1,5 +1,6 @@
 """Tables, maps and settings that documents show are those that computing them anew gives."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -21,6 +22,12 @@ def test_the_table_of_layers_is_up_to_date() -> None:
     script = runpy.run_path(str(ROOT / "docs" / "figures" / "layer_kinds.py"))
     assert script["page"]() == script["PAGE"].read_text(encoding="utf-8"), "run python docs/figures/layer_kinds.py"
     assert script["missing"]() == []  # every kind of layer has a row
+
+
+def test_the_table_of_rates_is_up_to_date() -> None:
+    script = runpy.run_path(str(ROOT / "studies" / "rate_ratio.py"))
+    searches = json.loads(script["TARGET"].read_text(encoding="utf-8"))["searches"]
+    assert script["table"](searches) in script["PAGE"].read_text(encoding="utf-8"), "run python studies/rate_ratio.py"
 
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
