@@ -21,7 +21,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from smoa.kernels.autograd import Gradients, without_autocast
 from smoa.kernels.factors import BlockRun, Factors, runs_of
@@ -57,15 +56,14 @@ class Scratch(threading.local):
         """An uninitialized tensor with dtype and device of `like`; the next `take` for `use` reuses it, unless it has
         more entries than `most`."""
         size = math.prod(shape)
-        if not SMALL < size <= most or like.device.type != "cpu" or isinstance(like, FakeTensor):
+        if not SMALL < size <= most or like.device.type != "cpu":
             return like.new_empty(shape)
         key = (use, like.dtype)
         buffer = self.buffers.get(key)
         if buffer is None or buffer.numel() < size:
             with torch.inference_mode(False):  # buffers made in inference mode can't be written to outside
                 buffer = torch.empty(size, dtype=like.dtype, device=like.device)
-            if not isinstance(buffer, FakeTensor):  # which holds no memory, for this call or a later one
-                self.buffers[key] = buffer
+            self.buffers[key] = buffer
         return buffer[:size].view(shape)
 
 
