@@ -99,9 +99,9 @@ def pairs(folder: Path) -> list[dict[str, Any]]:
 
 def kind_of(config: dict[str, Any]) -> str:
     """What a search is of: the method, and for SMoA what its best rate depends on."""
-    method = config["method"]
+    method = str(config["method"])
     if method != "smoa":
-        return {"melora": "blocks without W", "full": "full fine-tuning"}.get(method, NAMES.get(method, method))
+        return NAMES.get(method, method)
     if config.get("modulation", "hadamard") == "none":
         return "blocks without W"
     scale, cut = config.get("scale") or "lora", config.get("partition") or "spectral"
@@ -110,7 +110,8 @@ def kind_of(config: dict[str, Any]) -> str:
 
 
 NAMES = {
-    "lora": "LoRA",
+    "melora": "blocks without W",
+    "full": "full fine-tuning",
     "dora": "DoRA",
     "hira": "HiRA",
     "shira": "SHiRA",
