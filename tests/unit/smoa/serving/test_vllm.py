@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -796,3 +797,14 @@ def test_an_adapter_of_another_base_is_refused(folder: Path, tmp_path: Path) -> 
     config = tmp_path / "adapter_config.json"
     config.write_text(config.read_text().replace('"peft_type"', '"other_base": true, "peft_type"'))
     engine.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda tensor: tensor[:-1], None], ids=["another shape", "left out"])
+def test_a_tensor_that_lacks_or_does_not_fit_its_layer_is_named(change: Any, folder: Path, tmp_path: Path) -> None:
+    tensors, base = load_file(folder / "anna" / "adapter_model.safetensors"), tiny_models.build("llama")
+    shutil.copy(folder / "anna" / "adapter_config.json", tmp_path)
+    key = next(key for key in tensors if key.endswith("smoa_A.weight"))
+    changed = {name: tensor for name, tensor in tensors.items() if name != key}
+    save_file(changed | ({key: change(tensors[key])} if change else {}), tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterFileError, match=re.escape(key.removeprefix(PREFIX))):
+        read_layers(str(tmp_path), lambda path: base.get_submodule(path).weight.shape, [])
