@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property, partial
 from typing import Any, TypeVar, cast
@@ -86,8 +85,7 @@ class Group:
         self.layer, self.blocks = layer, cast(Blocks, own.blocks)
         self.runs = runs_of(*self.blocks.shape, own.ranks)
         self.key_of_entries = layer, self.blocks, *(run.shape for run in self.runs)
-        trains_weight = torch.is_grad_enabled() and layer.stored_weight().requires_grad  # no gradient in `shared`
-        self.rank = math.inf if trains_weight else 0 if own.modulation == "none" else max(own.ranks)
+        self.rank = 0 if own.modulation == "none" else max(own.ranks)
         self.slots: list[int] = []
         self.names: list[str] = []
         self.tensors: list[tuple[Tensor, Tensor, Tensor]] = []

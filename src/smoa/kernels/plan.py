@@ -57,13 +57,13 @@ class RowsBySlot:
         self._plans: dict[Any, Plan] = {}
 
     def plan(
-        self, members: frozenset[tuple[int, int]], rank: float, tokens: int, device: torch.device, trains: bool = False
+        self, members: frozenset[tuple[int, int]], rank: int, tokens: int, device: torch.device, trains: bool = False
     ) -> Plan:
         """How to serve the rows of some slots; layers with the same members share it.
 
         Args:
             members: These slots, each with the place where its factors are.
-            rank: The most of a block; 0 without modulation: all rows are together then, infinite: ΔW must be formed.
+            rank: The most of a block; 0 without modulation: all rows are together then.
             tokens: Of each row.
             device: Where the rows are.
             trains: Whether gradients are taken, now or when a checkpoint computes again.

@@ -33,7 +33,7 @@ MOST_ON_GPU = 2048
 """So many a GPU, for its memory: with the widest layer of an 8B model, 4096 + 28672 coordinates, they take 270 MB."""
 
 
-def prefers_shared(rank: float, tokens: int, trains: bool = False) -> bool:
+def prefers_shared(rank: int, tokens: int, trains: bool = False) -> bool:
     """Whether an adapter's tokens are multiplied by the blocks of W, once for each rank, instead of by those of ΔW: at
     rank 1 any number of them, but for a backward, which takes all at once."""
     return rank * tokens <= FEW_PRODUCTS or (rank == 1 and not trains)
@@ -115,7 +115,7 @@ class Diagonal(NamedTuple):
 def entries_of(blocks: Blocks, runs: Sequence[BlockRun], anchor: Tensor) -> list[Tensor]:
     """The entries of a `Diagonal`: views where blocks are contiguous, but in 16 bits copies, in the dtype of
     the products: slices take a CPU three times the time."""
-    if torch.compiler.is_compiling() or is_transformed(anchor):
+    if torch.compiler.is_compiling() or anchor.requires_grad or is_transformed(anchor):
         return [run.of_matrix(anchor, blocks) for run in runs]
     entries = [diagonal_blocks(blocks, run, anchor) for run in runs]
     dtype = product_dtype(anchor.dtype, anchor.device.type)
@@ -125,7 +125,7 @@ def entries_of(blocks: Blocks, runs: Sequence[BlockRun], anchor: Tensor) -> list
 def shared(x: Tensor, factors: Callable[[], Gathered], diagonal: Diagonal | Callable[[], Diagonal]) -> Tensor:
     """`x ΔWᵀ` with each group's own ΔW: (groups, tokens, out_features) in the dtype of x.
 
-    Differentiable in x and the factors, not in M.
+    Differentiable in x, the factors and M.
 
     Args:
         x: (groups, tokens, in_features).

@@ -8,6 +8,7 @@ from peft import TaskType
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from smoa.kernels import blocks
 from tests.support import tiny_models
 from tests.support.adapted_models import QV, adapted, add_adapter
 from tests.support.layers import adapted_layer, base_layer, oracle_output
@@ -46,7 +47,11 @@ def test_adapters_of_other_blocks_take_a_product_of_their_own(tiny_llama: PreTra
         assert_close(mixed, alone[i][i])
 
 
-def test_a_weight_that_trains_gets_its_gradient_through_each_rows_adapter(tiny_llama: PreTrainedModel) -> None:
+@pytest.mark.parametrize("large", [0, 1 << 13])
+def test_a_weight_that_trains_gets_its_gradient_through_each_rows_adapter(
+    large: int, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "LARGE_BLOCK", large)
     model = adapted(tiny_llama)
     add_adapter(model, "other")
     names = ["default", "other", "default"]
