@@ -239,9 +239,8 @@ class Slots:
             stack.hold({own: place for own, place in stack.places.items() if own != slot})
 
     def clear(self) -> None:
-        """Forget all adapters, and the blocks of W."""
+        """Forget all adapters, and with them the blocks of W."""
         self.stacks.clear()
-        self._blocks.clear()
 
     def add_to(self, output: Tensor, x: Tensor, rows: RowsBySlot) -> None:
         """Add to the output (tokens, out_features) what SMoA adapters make of the input x (tokens, in_features)."""

@@ -184,11 +184,23 @@ class Inherited(Doubled):
     pass
 
 
+class Halved(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+class Shifted(nn.Embedding):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
 @pytest.mark.parametrize(
     ("base", "x"),
     [
         (Inherited(6, 8), torch.randn(5, 6)),
         (Standardized(4, 4, 3), torch.randn(1, 4, 5, 5)),
+        (Halved(4, 4, 3), torch.randn(1, 4, 5, 5)),
+        (Shifted(16, 8), torch.tensor([[3, 5, 0]])),
         (T5Gemma2TextScaledWordEmbedding(16, 8, 0, embed_scale=2.0, eoi_token_index=5), torch.tensor([[3, 5, 0]])),
     ],
     ids=lambda value: type(value).__name__,
