@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import Annotated, Any
 
-import peft
 from peft import PeftConfig, TrainableTokensConfig, get_peft_model
 from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -92,8 +91,6 @@ REFUSED = {
 """Methods of PEFT that no run can train, and why."""
 MOVED = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """``init_lora_weights`` with which a part of the base's weights goes into the adapter (PEFT's tuners/lora/layer.py)."""
-FROM_DATA = ("eva", "corda", "lora_ga")
-"""``init_lora_weights`` that need what PEFT collects on data beforehand; without it PEFT trains eva's as plain LoRA."""
 PROMPTS = "trains virtual tokens before the text: losses here are read at the text's own places, and it can't be merged"
 
 
@@ -105,11 +102,9 @@ def find_method(name: str) -> Method:
         return PRESETS[key]
     found = _config_classes().get(key)
     if found is None:
-        names = method_names()
-        near = nearest(name, names).partition("; choose")[0]
+        near = nearest(name, method_names())
         raise ConfigError(
-            f"method: there is no method {name!r}{near or ';'} PEFT {peft.__version__} and smoa have "
-            f"{', '.join(names)}; a newer PEFT may have more"
+            f"method: there is no method {name!r}{near}; smoa budget MODEL lora:8 --method all lists them"
         )
     if (reason := _refusal(key, found)) is not None:
         raise ConfigError(f"method: {key} {reason}; choose another method")

@@ -19,9 +19,9 @@ from smoa_lab.study.jobs import at_most_left, needless, next_jobs
 from smoa_lab.study.metrics import Metrics, loss_of, scores_of
 from smoa_lab.study.report import report
 from smoa_lab.study.study import Job, load_study
-from smoa_lab.training.guards import Diverged
 from smoa_lab.training.run_folder import OfAnother, RunFolder, Taken
 from smoa_lab.training.train import run, score_untouched
+from smoa_lab.training.trainer import Diverged
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0

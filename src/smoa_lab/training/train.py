@@ -28,10 +28,9 @@ from smoa_lab.data.row import row_from_json
 from smoa_lab.pages.card import run_card, samples_text
 from smoa_lab.pages.charts import losses, save_picture
 from smoa_lab.scoring.evaluation import Evaluation, Forgetting
-from smoa_lab.training.guards import Diverged
 from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.run_folder import RunFolder, is_first_process, peak_memory, provenance, reset_peak_memory
-from smoa_lab.training.trainer import Stopwatch, fit, make_trainer
+from smoa_lab.training.trainer import Diverged, Stopwatch, fit, make_trainer
 
 logger = logging.getLogger(__name__)
 FORMAT = 2

@@ -18,8 +18,8 @@ from smoa_lab.study.finished import chosen, done, finals, read_finished, search
 from smoa_lab.study.jobs import at_most_left, next_jobs
 from smoa_lab.study.run_study import duration, work
 from smoa_lab.study.study import edit, load_study
-from smoa_lab.training.guards import Diverged
 from smoa_lab.training.run_folder import OfAnother, RunFolder
+from smoa_lab.training.trainer import Diverged
 from tests.support.studies import BEST, WrittenRuns, finished, tiny_study, verdicts
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")

@@ -17,10 +17,10 @@ from smoa_lab.data.answers import RULES
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.open_run import open_place
 from smoa_lab.training import train as run_module
-from smoa_lab.training.guards import Diverged
 from smoa_lab.training.loaded_run import inputs, load_run
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train import run, score_untouched
+from smoa_lab.training.trainer import Diverged
 from tests.support import lab
 from tests.support.kills import killed_after_saving
 from tests.support.metrics import named
