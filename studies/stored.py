@@ -46,7 +46,7 @@ def summary_of(folder: Path) -> Any:
 def runs_of(folder: Path) -> dict[str, Run]:
     """All runs by name: ``untouched``, ``tuning/ENTRY/lr-RATE-seed-SEED`` and ``final/…``, sorted; of `smoa compare` by
     their folders."""
-    stored = read_stored_lines(folder / PACK, {"name"}, f"put it back: git checkout {folder / PACK}")
+    stored = read_stored_lines(folder / PACK)
     runs: dict[str, Run] = {run["name"]: run for run in stored}
     for run in (run for run in runs.values() if "rows_of" in run):
         whole = runs[run.pop("rows_of")]["rows"]

@@ -16,14 +16,12 @@ from smoa import SmoaConfig
 from smoa_lab.base_models import RunModel, load_weights
 from smoa_lab.chat import Chat
 from smoa_lab.config.run import ModelSection, check_config
-from smoa_lab.convert import convert_run
 from smoa_lab.data.chat_templates import saved_chat_template
 from smoa_lab.evaluate import evaluate_run
+from smoa_lab.export import convert_run, merge_run, verify
 from smoa_lab.inspect import inspect_layers
-from smoa_lab.merge import merge_run
 from smoa_lab.open_run import open_place
 from smoa_lab.training.train import run
-from smoa_lab.verify import verify
 from tests.support import lab
 from tests.support.own_rows import chats, write_rows
 
@@ -68,7 +66,7 @@ def test_all_that_load_a_runs_model_take_it_whole(
     convert_run(checked.folder, tmp_path / "lora", 2)
     assert len(loaded) >= 4
     merge_run(checked.folder, tmp_path / "merged")
-    merged, _ = load_weights(ModelSection(name=str(tmp_path / "merged")))
+    merged = load_weights(ModelSection(name=str(tmp_path / "merged")))
     loaded.append((merged, saved_chat_template(tmp_path / "merged")))
     for model, template in loaded:
         assert (model.config.rope_parameters["factor"], template) == (4, own)

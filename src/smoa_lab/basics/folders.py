@@ -6,17 +6,14 @@ A kill or a full disk leaves none or the new one.
 
 from __future__ import annotations
 
-import errno
 import gzip
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -26,18 +23,10 @@ import platformdirs
 from smoa.errors import ConfigError, DataError
 
 
-def check_place(target: Path, is_new: bool = False) -> None:
-    """Raise ConfigError, before any work, if a file or folder can't be written or, where it `is_new`, exists. It is
-    tried, and nothing is left behind."""
-    if is_new and os.path.lexists(target):
+def check_new(target: Path) -> None:
+    """Raise ConfigError, before any work, if a file or folder exists."""
+    if target.exists():
         raise ConfigError(f"{target}: exists and is not overwritten; choose another name")
-    try:
-        if target.is_dir() and not is_new:
-            raise IsADirectoryError(errno.EISDIR, "is a folder")
-        with tempfile.TemporaryFile(dir=next(above for above in target.absolute().parents if above.exists())):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
 
 
 @contextmanager
@@ -46,8 +35,8 @@ def new_folder(target: Path, keep_existing: bool = False) -> Iterator[Path]:
 
     A folder that exists, at the start or at the end, stays: with `keep_existing` in silence, else by a ConfigError.
     """
-    if target.exists() and not keep_existing:
-        raise ConfigError(f"{target}: exists; choose another folder")
+    if not keep_existing:
+        check_new(target)
     temporary = target.with_name(f".{target.name}-{token_hex(4)}")
     temporary.mkdir(parents=True)
     try:
@@ -74,32 +63,17 @@ def content_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_stored(file: Path, keys: Set[str] = frozenset(), remedy: str = "put back a copy") -> dict[str, Any]:
-    """The object in a JSON file, which has these ``keys``; raises DataError, with the file's name and the ``remedy``,
-    where it is damaged."""
-    (stored,) = read_stored_lines(file, keys, remedy)
-    return stored
+def read_stored(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises DataError with the file's name where it is damaged."""
+    return read_stored_lines(file)[0]
 
 
-def read_stored_lines(
-    file: Path, keys: Set[str] = frozenset(), remedy: str = "put back a copy"
-) -> list[dict[str, Any]]:
+def read_stored_lines(file: Path) -> list[dict[str, Any]]:
     """The objects in the lines of a gzipped file, or the one of a JSON file, as :func:`read_stored`."""
     try:
         if file.suffix == ".gz":
             with gzip.open(file, "rt", encoding="utf-8") as lines:
-                stored = list(map(json.loads, lines))
-        else:
-            stored = [json.loads(file.read_text(encoding="utf-8"))]
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise DataError(f"{file}: is damaged ({error}); {remedy}") from error
-    if not stored or any(not isinstance(each, dict) or keys - each.keys() for each in stored):
-        raise DataError(f"{file}: is damaged: lacks what the lab wrote; {remedy}")
-    return stored
-
-
-def free_name(name: str, is_taken: Callable[[str], bool]) -> str:
-    """``name``, or the first of ``name-2``, ``name-3`` and so on that is free."""
-    if not is_taken(name):
-        return name
-    return next(free for number in count(2) if not is_taken(free := f"{name}-{number}"))
+                return list(map(json.loads, lines))
+        return [json.loads(file.read_text(encoding="utf-8"))]
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{file}: is damaged ({error}); put back a copy, or run it again") from error

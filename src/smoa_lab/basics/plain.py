@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -26,6 +26,12 @@ def finite(value: Any) -> Any:
 def json_text(value: Any) -> str:
     """``value`` as indented JSON, None for what is not finite."""
     return json.dumps(finite(value), indent=2, ensure_ascii=False)
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of all blocks of a config, as ``block.key``."""
+    blocks = {block: own if isinstance(own, dict) else {"": own} for block, own in config.items()}
+    return {f"{block}.{key}".rstrip("."): own[key] for block, own in blocks.items() for key in own}
 
 
 def portable(value: Any) -> Any:

@@ -39,7 +39,7 @@ class Method:
 
     @property
     def budget_key(self) -> str | None:
-        """The key of the adapter that sets how many parameters it has; None if there is none."""
+        """The key of the adapter in which the number of its parameters is a line; None if there is none."""
         if self.peft_type in BUDGET_KEYS:
             return BUDGET_KEYS[self.peft_type]
         return "r" if hasattr(self.config_class, "r") else None
@@ -69,18 +69,14 @@ PRESETS: dict[str, Method] = {
     "full": Method(None),
 }
 BUDGET_KEYS: dict[str, str | None] = {
+    **dict.fromkeys(("boft", "c3a", "lokr", "oft", "osf", "psoft", "randlora", "supertuning")),
     "adalora": "init_r",
-    "boft": "boft_block_size",
-    "c3a": "block_size",
     "fourierft": "n_frequency",
-    "oft": "oft_block_size",
-    "osf": "effective_rank",
-    "supertuning": None,
     "tinylora": "u",
     "unilora": "theta_d_length",
     "waveft": "n_frequency",
 }
-"""Where it is another key than ``r``, or none that is a whole number."""
+"""Where it is another key than ``r``, or none in which the number of parameters is a line."""
 OTHER_LAYERS = ("adaption_prompt", "ln_tuning", "trainable_tokens")
 """Methods whose ``target_modules`` are attention modules, norms or embeddings, and not linear layers."""
 REFUSED = {

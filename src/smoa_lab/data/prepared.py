@@ -24,7 +24,7 @@ from transformers.utils.logging import warning_once
 
 from smoa.atomic import write_whole
 from smoa.errors import DataError
-from smoa_lab.basics.folders import cache_folder, check_place, new_folder, read_stored
+from smoa_lab.basics.folders import cache_folder, new_folder, read_stored
 from smoa_lab.basics.plain import portable
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.formats import BadRow, Format, recognize, shape
@@ -228,16 +228,13 @@ class Reading:
         name = sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()[:16]
         folder = cache_folder() / "rows" / (name + ALONE * self.alone)
         if not folder.is_dir():
-            check_place(folder / "account.json")
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{folder}.lock"):
                 if not folder.is_dir():
                     with new_folder(folder) as temporary:
                         account = self._read_all(temporary)
                         write_whole(temporary / "account.json", json.dumps(account, ensure_ascii=False))
-        account = read_stored(
-            folder / "account.json", {"parts", "unused", "named"}, "remove the folder, and rows are read again"
-        )
+        account = read_stored(folder / "account.json")
         for part, number in account["unused"].items():
             every = account["named"][part]
             warning_once(

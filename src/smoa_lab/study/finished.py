@@ -12,7 +12,7 @@ from typing import Any
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.folders import read_stored, read_stored_lines
-from smoa_lab.basics.plain import portable
+from smoa_lab.basics.plain import flat, portable
 from smoa_lab.data.answers import ANSWERED, OWN, RULES, MetricName
 from smoa_lab.data.own_metric import own_metric
 from smoa_lab.study.metrics import Metrics, loss_of, metrics_of
@@ -20,7 +20,6 @@ from smoa_lab.study.search import STARTS, Chosen, next_indices, rate
 from smoa_lab.study.study import Job, Study
 from smoa_lab.training.run_folder import RunFolder
 
-RUN_AGAIN = "put back a copy, or remove this run's folder, and it is run again"
 """What to do where a file of a run is damaged."""
 Row = dict[str, Any]
 
@@ -42,7 +41,7 @@ class Run:
         """The held-out rows by digest and number among equal ones, with what the metric makes of their answers, the
         worst where it diverged. Answers are stored, and scores are not; a row that was stored without its answer has
         the score that was stored with it."""
-        rows = read_stored_lines(self.folder.rows, {"digest", "copy", "tokens"}, RUN_AGAIN)
+        rows = read_stored_lines(self.folder.rows)
         answer = "right" if self.metric == "choice" else "answer"
         for row in rows if self.metric else ():
             for stage in (stage for stage in ("before", "after") if f"{answer}_{stage}" in row):
@@ -85,7 +84,7 @@ def read_finished(study: Study) -> Finished:
 @cache
 def _read(file: Path, changed: int, metric: MetricName | None) -> Run:
     """A run as its file is since it was ``changed``. Where it has no answers, its own metric holds."""
-    metrics = read_stored(file, {"config", "evaluation"}, RUN_AGAIN)
+    metrics = read_stored(file)
     own = metrics["config"]["data"].get("metric")
     return Run(RunFolder(file.parent), metrics, metric if own in ANSWERED and metric in ANSWERED else own)
 
@@ -115,12 +114,6 @@ def done(study: Study, finished: Finished, job: Job) -> Run | None:
         found = f"has a run with another {', another '.join(sorted(differ))}"
         raise ConfigError(f"{run.folder.path}: {found}; move it away, put the values back, or use a new folder")
     return run
-
-
-def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of all blocks, as ``block.key``."""
-    blocks = {block: own if isinstance(own, dict) else {"": own} for block, own in config.items()}
-    return {f"{block}.{key}".rstrip("."): own[key] for block, own in blocks.items() for key in own}
 
 
 def search(study: Study, finished: Finished, name: str) -> tuple[dict[int, float | None], list[Job]]:

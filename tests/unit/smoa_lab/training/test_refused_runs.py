@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from smoa.errors import ConfigError
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import check_config
 from smoa_lab.init import default_run
@@ -58,22 +57,6 @@ def test_a_run_of_any_method_takes_a_model_and_data_alone(method: str, config: d
     assert found.method == method
     assert found.adapter.get("num_blocks") is None
     assert (found.adapter.get("r") is not None) == (method in ("hira", "dora", "vera"))
-
-
-# folders
-
-
-def test_a_link_in_the_place_of_the_adapter_is_refused_before_training(config: dict[str, Any], tmp_path: Path) -> None:
-    checked = check_config(config)
-    folder = RunFolder(checked.folder)
-    folder.start(checked.to_yaml(), {"data": "x"})
-    (tmp_path / "elsewhere").mkdir()
-    folder.adapter.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="adapter: is a link or file and not replaced"):
-        run(checked)
-
-
-# what is reported
 
 
 # a packaged base

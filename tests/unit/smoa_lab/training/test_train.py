@@ -187,24 +187,6 @@ def test_rows_that_a_run_was_trained_on_are_counted_and_not_scored_as_held_out(
         evaluate_run(open_place(folder.path))
 
 
-def test_a_run_whose_rows_changed_says_so_when_it_is_scored_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    rows = lab.write_rows(tmp_path / "a.jsonl", chats(20))
-    (general := tmp_path / "general.txt").write_text("All is quiet. " * 50)
-    run(rows_config(tmp_path, rows, rows_base(tmp_path / "base"), forgetting={"text": str(general), "tokens": 64}))
-    general.unlink()  # which eval does not read
-    folder, told = RunFolder(tmp_path / "run"), "run: its rows are others than when it was trained and scored"
-    evaluate_run(open_place(folder.path))
-    assert told not in caplog.text
-    lab.write_rows(rows, chats(30))
-    evaluate_run(open_place(folder.path, overrides=[f"data.test={rows}"]))
-    assert told not in caplog.text, "they are the user's"
-    evaluate_run(open_place(folder.path, overrides=["data.max_length=100", "data.skip_bad_rows=true"]))
-    assert told in caplog.text
-
-
 def test_what_is_written_to_the_home_folder_is_written_there_by_the_trainer_and_the_run(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
