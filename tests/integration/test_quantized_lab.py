@@ -10,9 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smoa.errors import ConfigError
 from smoa.quantized import QuantizedLinear
-from smoa_lab import base_models
 from smoa_lab.base_models import load_weights
 from smoa_lab.config.run import ModelSection, check_config
 from smoa_lab.evaluate import evaluate_run
@@ -120,16 +118,3 @@ def test_a_run_that_was_scored_before_trains_as_one_that_was_not(
         torch.float32,
         torch.uint8,
     }
-
-
-@REPACKS
-@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
-def test_a_run_stops_where_no_gradient_passes_a_repacked_weight(
-    wide: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(base_models, "keep_unpacked", lambda module: None)
-    config["model"]["name"] = str(wide)
-    config |= {"method": "lora", "adapter": {"r": 4, "target_modules": ["q_proj", "v_proj"]}}
-    with pytest.raises(ConfigError, match=r"no gradient passes .*o_proj, .*down_proj"):
-        run_module.run(check_config(config))
-    assert not RunFolder(Path(config["training"]["output_dir"])).finished

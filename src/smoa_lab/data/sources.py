@@ -14,8 +14,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.logging import warning_once
-
 from smoa.errors import DataError, first_of, nearest
 from smoa_lab.basics.folders import content_of
 from smoa_lab.basics.section import Section
@@ -30,8 +28,6 @@ Numbered = Iterator[tuple[int, Any]]
 
 PART = re.compile(r"(.*[-_. ])?(train|training|test|testing|validation|valid|val|dev|eval|heldout)([-_. \d].*)?")
 """Names of files of one part, such as the Hub's ``test-00000-of-00001.parquet``."""
-BESIDE = re.compile(r"[._].*|(readme|licen[cs]e).*|.*\.(md|py|ya?ml)", re.IGNORECASE)
-"""Names in a folder of rows that nobody takes for rows."""
 BATCH = 16
 """Rows of a Parquet file that are decoded at once."""
 
@@ -47,35 +43,24 @@ def read_rows(place: Path) -> Iterator[Placed]:
 
 def files_of(place: Path) -> list[Path]:
     """The file itself, or the files of a folder by name."""
-    kinds = f"{', '.join(READERS)} (.gz as well, except parquet)"
-    try:
-        folder = place.expanduser()
-        if not folder.exists():
-            near = "" if is_of_known_kind(place) else nearest(str(place), [DEMO, *SETS])
-            raise DataError(f"{place}: no such file, folder or named set{near or '; give the path of one that exists'}")
-        files = [place]
-        if folder.is_dir():
-            entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
-            read = {entry.name for entry in entries if entry.is_file() and is_of_known_kind(entry)}
-            files = [place / entry.name for entry in entries if entry.name in read and not entry.name.startswith(".")]
-            left = [entry.name for entry in entries if entry.name not in read and not BESIDE.fullmatch(entry.name)]
-            if files and left:
-                rule = f"of a folder only its own {kinds} are read, and not"
-                warning_once(logger, f"{place}: {rule} {first_of(left)}; list other folders in data.train")
-        elif not is_of_known_kind(place):
+    kinds, folder = f"{', '.join(READERS)} (.gz as well, except parquet)", place.expanduser()
+    if not folder.exists():
+        near = "" if is_of_known_kind(place) else nearest(str(place), [DEMO, *SETS])
+        raise DataError(f"{place}: no such file, folder or named set{near or '; give the path of one that exists'}")
+    if not folder.is_dir():
+        if not is_of_known_kind(place):
             raise DataError(f"{place}: cannot read this kind of file; use one of {kinds}")
-        if not files:
-            raise DataError(f"{place}: no file in this folder is one of {kinds}; name a file, or add one")
-        named = {file.name: found[2] for file in files if (found := PART.fullmatch(file.name.lower()))}
-        trained = [name for name, part in named.items() if part.startswith("train")]
-        if trained and len(trained) < len(named):
-            rule = f"is not named like {trained[0]}, and all files of a folder are used alike"
-            remedy = "list the files to train on in data.train and those to hold out in data.test, each with its folder"
-            raise DataError(f"{place}: {first_of(sorted(named.keys() - {*trained}))} {rule}; {remedy}")
-        for file in files:
-            file.expanduser().open("rb").close()
-    except OSError as error:
-        raise DataError(f"{place}: cannot be read: {error}; check the path and its permissions") from error
+        return [place]
+    entries = (entry for entry in folder.iterdir() if entry.is_file() and is_of_known_kind(entry))
+    files = [place / name for name in sorted(entry.name for entry in entries) if not name.startswith(".")]
+    if not files:
+        raise DataError(f"{place}: no file in this folder is one of {kinds}; name a file, or add one")
+    named = {file.name: found[2] for file in files if (found := PART.fullmatch(file.name.lower()))}
+    trained = [name for name, part in named.items() if part.startswith("train")]
+    if trained and (others := sorted(named.keys() - {*trained})):
+        rule = f"is not named like {trained[0]}, and all files of a folder are used alike"
+        remedy = "list the files to train on in data.train and those to hold out in data.test, each with its folder"
+        raise DataError(f"{place}: {first_of(others)} {rule}; {remedy}")
     return files
 
 
@@ -95,13 +80,9 @@ def _rows(file: Path) -> Iterator[Placed]:
             if not isinstance(row, dict | BadRow):
                 row = BadRow(None, f"found {shown(row)}, expected an object with columns")
             yield f"{file}, row {number}", row
-    except DataError:
-        raise
-    except (ValueError, RecursionError, OSError, EOFError, zlib.error, csv.Error) as error:
-        raise DataError(
-            f"{file}: cannot be read after row {number}: {' '.join(str(error).split())}; a file has to be whole, in "
-            "UTF-8 and of the kind that its name says, .jsonl for one object in each line"
-        ) from error
+    except (ValueError, OSError, EOFError, RecursionError, zlib.error, csv.Error) as error:
+        rule = "a file has to be whole, in UTF-8 and of the kind that its name says, .jsonl for one object in each line"
+        raise DataError(f"{file}: cannot be read after row {number}: {error}; {rule}") from error
     if not number:
         raise DataError(f"{file}: has no rows; expected at least one")
 
@@ -120,8 +101,7 @@ def _json_lines(file: Path) -> Numbered:
 
 def _json_list(file: Path) -> Numbered:
     with _open(file, "rb") as stream:
-        content = stream.read()
-    rows = json.loads(content) if content.strip() else []
+        rows = json.load(stream)
     if not isinstance(rows, list):
         raise ValueError(f"found {shown(rows)}, expected a list of objects")
     return enumerate(rows, start=1)
@@ -133,11 +113,8 @@ def _csv_rows(file: Path) -> Numbered:
         first = stream.readline()
         stream.seek(0)
         mark = max(",;\t", key=first.count)
-        table = csv.DictReader(stream, strict=True, delimiter=mark)  # else a quote that is never closed swallows rows
-        names = list(filter(None, table.fieldnames or []))
-        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-            raise DataError(f"{file}: has two columns {twice[0]!r}, of which one would be lost; rename or remove one")
-        for number, row in enumerate(table, start=1):
+        # strict: else a quote that is never closed swallows rows
+        for number, row in enumerate(csv.DictReader(stream, strict=True, delimiter=mark), start=1):
             if None in row or None in row.values():
                 problem = "has more or fewer cells than the header; put quotes around a cell that holds commas"
                 yield number, BadRow(None, f"{problem}, quotes or line breaks")
@@ -148,12 +125,9 @@ def _csv_rows(file: Path) -> Numbered:
 def _parquet_rows(file: Path) -> Numbered:
     from pyarrow import parquet
 
-    try:
-        with parquet.ParquetFile(file) as table:
-            batches = table.iter_batches(batch_size=BATCH)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except Exception as error:  # pyarrow has a dozen kinds, and not one above them all
-        raise ValueError(str(error)) from error
+    with parquet.ParquetFile(file) as table:
+        batches = table.iter_batches(batch_size=BATCH)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
 
 
 READERS: dict[str, Callable[[Path], Numbered]] = {"jsonl": _json_lines, "csv": _csv_rows}
@@ -205,29 +179,20 @@ class HubSource:
     def rows(self) -> Iterator[Placed]:
         import datasets
 
-        wanted = self.wanted
-        try:
-            stream = datasets.load_dataset(
-                wanted.name, wanted.config, split=self.split, revision=wanted.revision, streaming=True
-            )
-            for number, row in enumerate(stream, start=1):
-                try:
-                    parsed = row if self.parse is None else self.parse(row)
-                except (KeyError, ValueError, TypeError) as error:
-                    parsed = BadRow(None, f"{error!r}; the row has {sorted(row)}")
-                yield f"{self.name}, row {number}", parsed
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"data.train: cannot read {self.name} from the Hub: {error}") from error
+        wanted, options = self.wanted, {"revision": self.wanted.revision, "streaming": True}
+        stream = datasets.load_dataset(wanted.name, wanted.config, split=self.split, **options)
+        for number, row in enumerate(stream, start=1):
+            try:
+                parsed = row if self.parse is None else self.parse(row)
+            except (KeyError, ValueError, TypeError) as error:
+                parsed = BadRow(None, f"{error!r}; the row has {sorted(row)}")
+            yield f"{self.name}, row {number}", parsed
 
     def state(self) -> Any:
         """The commit, so that a data set that changed is read anew."""
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
 
-        try:
-            commit = HfApi().dataset_info(self.wanted.name, revision=self.wanted.revision).sha
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            raise DataError(f"data.train: cannot find {self.wanted.name!r} on the Hub: {error}") from error
+        commit = HfApi().dataset_info(self.wanted.name, revision=self.wanted.revision).sha
         return [self.wanted.model_dump(), self.split, commit]
 
 

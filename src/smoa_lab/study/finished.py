@@ -13,8 +13,7 @@ from typing import Any
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.folders import read_stored, read_stored_lines
 from smoa_lab.basics.plain import flat, portable
-from smoa_lab.data.answers import ANSWERED, OWN, RULES, MetricName
-from smoa_lab.data.own_metric import own_metric
+from smoa_lab.data.answers import ANSWERED, OWN, RULES, MetricName, own_metric
 from smoa_lab.study.metrics import Metrics, loss_of, metrics_of
 from smoa_lab.study.search import STARTS, Chosen, next_indices, rate
 from smoa_lab.study.study import Job, Study

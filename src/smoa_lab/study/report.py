@@ -12,8 +12,7 @@ from typing import Any
 from smoa.atomic import write_whole
 from smoa_lab.basics.plain import finite, json_text
 from smoa_lab.basics.trust import TRUSTED
-from smoa_lab.data.answers import ANSWERED, OWN, TITLES
-from smoa_lab.data.own_metric import own_metric
+from smoa_lab.data.answers import ANSWERED, OWN, TITLES, own_metric
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.tables import Table, counted, number, score_text
 from smoa_lab.study.finished import Finished, chosen, read_finished, search

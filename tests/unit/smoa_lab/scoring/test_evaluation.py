@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from smoa.errors import DataError
+from smoa_lab.data.answers import own_metric
 from smoa_lab.data.chat_templates import set_chat_template
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.formats import shape
-from smoa_lab.data.own_metric import own_metric
 from smoa_lab.data.row import Message, Row
 from smoa_lab.scoring import evaluation as evaluation_module
 from smoa_lab.scoring.evaluation import (
