@@ -103,7 +103,7 @@ class OwnMetric:
         return self.known[answer, row]
 
 
-_loaded: dict[str, OwnMetric] = {}
+_loaded: dict[tuple[str, int], OwnMetric] = {}
 
 
 def own_metric(known: str | None = None) -> OwnMetric:
@@ -111,6 +111,8 @@ def own_metric(known: str | None = None) -> OwnMetric:
     if TRUSTED.metric is None:
         needed = (known or "FILE.py:NAME ").rpartition(" ")[0]
         raise ConfigError(f"data.metric: {OWN} is a function that only the command names: give --metric {needed}")
-    if TRUSTED.metric not in _loaded:
-        _loaded[TRUSTED.metric] = OwnMetric(TRUSTED.metric)
-    return _loaded[TRUSTED.metric]
+    file = Path(TRUSTED.metric.rpartition(":")[0]).expanduser()
+    key = TRUSTED.metric, file.stat().st_mtime_ns  # another when it is edited
+    if key not in _loaded:
+        _loaded[key] = OwnMetric(TRUSTED.metric)
+    return _loaded[key]

@@ -76,7 +76,10 @@ def work_on_ray(file: Path, only: Sequence[str], deadline: float, workers: int, 
     threads = max(1, int(resources["CPU"]) // workers)
     worker = Worker(file, only, deadline, workers, threads)
     task = ray.remote(_work).options(num_cpus=threads, num_gpus=int("GPU" in resources))
-    return _together(ray.get([task.remote(worker, place) for place in range(workers)]))
+    try:
+        return _together(ray.get([task.remote(worker, place) for place in range(workers)]))
+    except ray.exceptions.RayError as error:  # whose text has the traceback of another machine, its cause has not
+        raise DataError(f"{file.parent}: a worker failed: {getattr(error, 'cause', error)}") from error
 
 
 def _together(found: Sequence[Failed]) -> Failed:

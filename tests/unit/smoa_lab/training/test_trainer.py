@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -148,16 +147,6 @@ def test_a_tokenizer_is_refused_that_lacks_a_token_which_fills_batches(talks: Pa
         file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != lost}))
     message = refused(rows_config(tmp_path, talks, base, data={"template": "alpaca"}))
     assert "has neither a pad_token nor an eos_token; name one in" in message
-
-
-def test_an_adapter_on_the_output_layer_is_refused(talks: Path, base: Path, tmp_path: Path) -> None:
-    adapter = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "lm_head"]}
-    message = refused(rows_config(tmp_path, talks, base, adapter=adapter))
-    assert message.startswith("adapter.target_modules: TRL would not train lm_head, the output layer")
-    tied = shutil.copytree(base, tmp_path / "tied") / "config.json"
-    tied.write_text(json.dumps({**json.loads(tied.read_text()), "tie_word_embeddings": True}))
-    tokens = rows_config(tmp_path, talks, tied.parent, method="trainable_tokens", adapter={"token_indices": [5]})
-    assert refused(tokens).startswith("method: trainable_tokens would adapt the output layer, which is tied")
 
 
 def test_rows_of_all_the_models_positions_are_trained_and_answered_and_longer_ones_refused(tmp_path: Path) -> None:
