@@ -32,7 +32,7 @@ from smoa import SmoaConfig
 from smoa_lab.base_models import load_tokenizer, load_weights
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY
-from smoa_lab.data.named import DEMO_FILE
+from smoa_lab.data.sources import DEMO_FILE
 from smoa_lab.scoring.evaluation import Forgetting
 
 BASE = ModelSection(name="smollm2-135m", dtype="bfloat16")

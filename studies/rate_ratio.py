@@ -21,7 +21,7 @@ import numpy as np
 from stored import PACK, STUDIES, runs_of
 
 from smoa.atomic import write_whole
-from smoa_lab.basics.plain import json_text
+from smoa_lab.basics.folders import json_text
 
 TARGET = STUDIES / "rate_ratio.json"
 FACTORS = (0.5, 0.6, 0.7, 0.8, 1.0, 1.25, 1.5)

@@ -61,7 +61,7 @@ def final_name(entry: str, learning_rate: float, seed: int) -> str:
 
 def store(study: Path, target: Path) -> None:
     """Store a folder of `smoa compare`: what it reports and, of each run and row, loss and score, but no texts."""
-    from smoa_lab.basics.plain import finite
+    from smoa_lab.basics.folders import finite
     from smoa_lab.study.finished import read_finished
     from smoa_lab.study.study import STUDY, load_study
 

@@ -137,8 +137,7 @@ def evaluate(
     """Score a run's adapter, or a base model, on held-out rows."""
     with reporting():
         from smoa.atomic import write_whole
-        from smoa_lab.basics.folders import check_new
-        from smoa_lab.basics.plain import json_text
+        from smoa_lab.basics.folders import check_new, json_text
         from smoa_lab.evaluate import evaluate_run
         from smoa_lab.open_run import open_place
 

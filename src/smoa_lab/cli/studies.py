@@ -65,9 +65,8 @@ def compare(
         from smoa_lab.study.finished import read_finished
         from smoa_lab.study.fit import fit
         from smoa_lab.study.report import report
-        from smoa_lab.study.run_study import work
+        from smoa_lab.study.run_study import work, work_on_ray, work_side_by_side
         from smoa_lab.study.study import STUDY, load_study
-        from smoa_lab.study.workers import work_on_ray, work_side_by_side
 
         deadline = time.time() + 60 * minutes if minutes is not None else math.inf
         words = [*([study] if study and "=" in study else []), *(overrides or [])]

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from transformers import TrainingArguments
 
 from smoa.errors import ConfigError
-from smoa_lab.basics.plain import portable
+from smoa_lab.basics.folders import portable
 from smoa_lab.basics.section import Section
 from smoa_lab.config.methods import MethodName, find_method, trains_own_dtype
 from smoa_lab.config.validation import Problem, block_problems, converted, method_problems, model_of

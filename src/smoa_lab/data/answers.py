@@ -17,7 +17,7 @@ from typing import Any, Literal
 from unicodedata import normalize
 
 from smoa.errors import ConfigError, DataError, nearest
-from smoa_lab.basics.plain import portable
+from smoa_lab.basics.folders import portable
 from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.data.formats import shown
 

@@ -24,8 +24,7 @@ from transformers.utils.logging import warning_once
 
 from smoa.atomic import write_whole
 from smoa.errors import DataError
-from smoa_lab.basics.folders import cache_folder, new_folder, read_stored
-from smoa_lab.basics.plain import portable
+from smoa_lab.basics.folders import cache_folder, new_folder, portable, read_stored
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.formats import BadRow, Format, recognize, shape
 from smoa_lab.data.row import KEPT, PARTS, Part, Row, row_from_json

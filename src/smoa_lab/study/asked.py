@@ -12,8 +12,7 @@ from typing import Any
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError
 from smoa_lab.base_models import empty_model
-from smoa_lab.basics.folders import read_stored
-from smoa_lab.basics.plain import flat
+from smoa_lab.basics.folders import flat, read_stored
 from smoa_lab.config.methods import check_adapter
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.init import file_for

@@ -32,8 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.atomic import flush, new_file, write_whole
 from smoa.errors import ConfigError, DataError, first_of
-from smoa_lab.basics.folders import read_stored
-from smoa_lab.basics.plain import finite, flat, json_text
+from smoa_lab.basics.folders import finite, flat, json_text, read_stored
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
 from smoa_lab.data.row import Row

@@ -19,8 +19,7 @@ from smoa.atomic import new_file, write_whole
 from smoa.distributed import from_rank_zero
 from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import described_base, empty_model, to_device, with_rate
-from smoa_lab.basics.folders import new_folder
-from smoa_lab.basics.plain import finite, portable
+from smoa_lab.basics.folders import finite, new_folder, portable
 from smoa_lab.config.methods import check_adapter, moves_base
 from smoa_lab.config.run import ROUNDS_AWAY, RunConfig
 from smoa_lab.data.answers import ANSWERED

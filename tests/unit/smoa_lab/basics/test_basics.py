@@ -16,8 +16,7 @@ import smoa_lab
 from smoa.atomic import new_file, write_whole
 from smoa.errors import ConfigError
 from smoa_lab.base_models import positions_of
-from smoa_lab.basics.folders import cache_folder, new_folder
-from smoa_lab.basics.plain import finite, json_text, portable
+from smoa_lab.basics.folders import cache_folder, finite, json_text, new_folder, portable
 from tests.support.kills import killed_at
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import check_config
 from smoa_lab.config.yaml_text import to_yaml
-from smoa_lab.study.metrics import loss_of
+from smoa_lab.study.finished import loss_of
 from smoa_lab.study.run_study import perform
 from smoa_lab.study.study import Job
 from smoa_lab.training import train as run_module
