@@ -58,7 +58,7 @@ def gemma(method: str, r: int, num_blocks: int, device: torch.device, base: str 
     non-zero."""
     torch.manual_seed(0)
     options = {"quantization_config": QUANTIZATIONS[base]} if base in QUANTIZATIONS else {}
-    model, _ = load_weights(ModelSection(name="gemma3-270m", options=options))
+    model = load_weights(ModelSection(name="gemma3-270m", options=options))
     model.to(device)
     if method == "base":
         return model.requires_grad_(False)

@@ -32,7 +32,7 @@ from smoa import SmoaConfig
 from smoa_lab.base_models import load_tokenizer, load_weights
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY
-from smoa_lab.data.named import DEMO_FILE
+from smoa_lab.data.sources import DEMO_FILE
 from smoa_lab.scoring.evaluation import Forgetting
 
 BASE = ModelSection(name="smollm2-135m", dtype="bfloat16")
@@ -50,7 +50,7 @@ class Synced:
     """A base in bfloat16, and its float32 copy that trains. The factors of both are the same tensors."""
 
     def __init__(self, method: str, device: torch.device) -> None:
-        base, _ = load_weights(BASE)
+        base = load_weights(BASE)
         self.tokenizer = load_tokenizer(BASE)
         self.method = method
         self.trained: Any = get_peft_model(copy.deepcopy(base).float().to(device), CONFIGS[method]())
@@ -181,7 +181,7 @@ def merge(device: torch.device, repeats: int = 9) -> dict[str, Any]:
     models: dict[str, Any] = {}
     memory: dict[str, dict[str, int]] = {}
     for method, config in CONFIGS.items():
-        base, _ = load_weights(BASE)
+        base = load_weights(BASE)
         models[method] = model = get_peft_model(base.to(device), config())
         for name, parameter in model.named_parameters():
             if "_B" in name:  # zeros until it is trained

@@ -19,8 +19,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.losses import MultipleNegativesRankingLoss
 
 from smoa import SmoaConfig
-from smoa_lab.data.named import DEMO_FILE
-from smoa_lab.data.sources import read_rows
+from smoa_lab.data.sources import DEMO_FILE, read_rows
 
 
 def main() -> None:

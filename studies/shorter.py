@@ -18,7 +18,7 @@ from calibration import Curve
 from stored import STUDIES
 
 from smoa_lab.basics.atomic import write_whole
-from smoa_lab.basics.plain import json_text
+from smoa_lab.basics.folders import json_text
 from smoa_lab.study.finished import chosen, read_finished
 from smoa_lab.study.search import Chosen
 from smoa_lab.study.study import STUDY, Study, load_study

@@ -46,7 +46,7 @@ def summary_of(folder: Path) -> Any:
 def runs_of(folder: Path) -> dict[str, Run]:
     """All runs by name: ``untouched``, ``tuning/ENTRY/lr-RATE-seed-SEED`` and ``final/…``, sorted; of `smoa compare` by
     their folders."""
-    stored = read_stored_lines(folder / PACK, {"name"}, f"put it back: git checkout {folder / PACK}")
+    stored = read_stored_lines(folder / PACK)
     runs: dict[str, Run] = {run["name"]: run for run in stored}
     for run in (run for run in runs.values() if "rows_of" in run):
         whole = runs[run.pop("rows_of")]["rows"]
@@ -61,7 +61,7 @@ def final_name(entry: str, learning_rate: float, seed: int) -> str:
 
 def store(study: Path, target: Path) -> None:
     """Store a folder of `smoa compare`: what it reports and, of each run and row, loss and score, but no texts."""
-    from smoa_lab.basics.plain import finite
+    from smoa_lab.basics.folders import finite
     from smoa_lab.study.finished import read_finished
     from smoa_lab.study.study import STUDY, load_study
 

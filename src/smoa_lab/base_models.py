@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,7 +36,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from smoa.errors import DataError
 from smoa.quantized import keep_unpacked
 from smoa_lab.basics.atomic import write_whole
-from smoa_lab.basics.folders import cache_folder, check_place, content_of, new_folder
+from smoa_lab.basics.folders import cache_folder, content_of, new_folder
 from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
 from smoa_lab.data.chat_templates import saved_chat_template, set_chat_template, stop_at_turns_end
@@ -140,31 +139,25 @@ DECIDING = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
 """Endings of the files of a model's folder that decide what it computes."""
 
 
-def load_weights(
-    wanted: ModelSection, auto_class: Any = AutoModelForCausalLM, dtype: str | None = None
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model alone, in ``wanted.dtype`` or another one (``auto``: its own), and what transformers says of its
-    loading: ``missing_keys``, ``unexpected_keys``, …"""
+def load_weights(wanted: ModelSection, dtype: str | None = None) -> PreTrainedModel:
+    """The model alone, in ``wanted.dtype`` or another one (``auto``: its own)."""
     source, gguf_file = locate(wanted.name)
     options: dict[str, Any] = dict(wanted.options)
-    if gguf_file and "quantization_config" in options:
-        raise DataError("model.options.quantization_config: a GGUF file is dequantized when loaded; leave it out")
     if gguf_file and hasattr(quantization_config, "GgufConfig"):  # where it would keep them quantized
         options["quantization_config"] = quantization_config.GgufConfig(gguf_file=gguf_file, dequantize=True)
     with _explained(wanted):
-        model, found = auto_class.from_pretrained(
-            source,
-            dtype=dtype or getattr(torch, wanted.dtype),
-            output_loading_info=True,
-            **_shared(gguf_file),
-            **options,
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or getattr(torch, wanted.dtype), **_shared(gguf_file), **options
         )
     if gguf_file:
-        _unmark_gguf(model)
+        # the weights are plain floats: marks of a quantized model would mislead saving and adapters
+        vars(model.config).pop("quantization_config", None)
+        for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
+            model.__dict__.pop(mark, None)
         model.name_or_path = wanted.name  # from_pretrained records the folder, not the file
     for module in model.modules():  # else scoring repacks 4-bit weights, after which no gradient passes them
         keep_unpacked(module)
-    return model, found
+    return model
 
 
 @dataclass(frozen=True)
@@ -196,7 +189,7 @@ class RunModel:
 
     def load(self) -> PreTrainedModel:
         """The base."""
-        return self.stopping(load_weights(self.section)[0])
+        return self.stopping(load_weights(self.section))
 
     def stopping(self, model: PreTrainedModel) -> PreTrainedModel:
         """A model that was loaded, which then stops at a turn's end; as it is where it can't generate, or has no
@@ -214,13 +207,11 @@ def to_device(model: Any, device: torch.device | None = None) -> None:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def empty_model(wanted: ModelSection, auto_class: Any = AutoModelForCausalLM) -> PreTrainedModel:
+def empty_model(wanted: ModelSection) -> PreTrainedModel:
     """The model with its config and layers, and without weights."""
-    config = base_config(wanted)
+    config, trusted = base_config(wanted), TRUSTED.trust_remote_code
     with _explained(wanted), torch.device("meta"):
-        if not hasattr(auto_class, "from_config"):
-            return cast(PreTrainedModel, auto_class(config))
-        return cast(PreTrainedModel, auto_class.from_config(config, trust_remote_code=TRUSTED.trust_remote_code))
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=trusted))
 
 
 def with_rate(config: RunConfig) -> RunConfig:
@@ -293,35 +284,22 @@ def _shared(gguf_file: str | None) -> dict[str, Any]:
 
 @contextmanager
 def _explained(wanted: ModelSection) -> Iterator[None]:
-    place = f"model.name: cannot load {wanted.name!r}"
-    if (revision := wanted.options.get("revision")) is not None:
-        place += f" in revision {revision}; give another, or for a trained adapter the newest by --base {wanted.name}"
     try:
         yield
-    except (TypeError, AttributeError) as error:  # transformers passes on unknown options, and dtypes unknown to torch
-        raise DataError(f"model.options: cannot load {wanted.name!r} with {wanted.options}: {error}") from error
-    except ImportError as error:  # transformers', of a package that the model's quantization or file format takes
-        raise DataError(f"{place}: {error}") from error
-    except SafetensorError as error:
-        raise DataError(f"{place}: its weights are cut off or damaged ({error}); fetch it again") from error
-    except (OSError, ValueError, KeyError, RecursionError, struct.error) as error:  # the last of a GGUF that is cut off
-        kinds = f"a Hub id, a folder with config.json and weights, a .gguf file, or one of {sorted(PACKAGED_MODELS)}"
-        raise DataError(f"{place}: {error}. Give {kinds}") from error
+    except (OSError, ValueError, KeyError, struct.error) as error:  # the last of a GGUF that is cut off
+        kinds = f"a Hub id, a folder with config.json and weights, a .gguf file, or one of {', '.join(PACKAGED_MODELS)}"
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"model.name: cannot load {wanted.name!r}; give {kinds}\n  {reason}") from error
 
 
 def locate(name: str) -> tuple[str, str | None]:
     """The ``from_pretrained`` source, and the GGUF file in it if that is what was named."""
     path = Path(name).expanduser()
     if name in PACKAGED_MODELS:
-        if path.is_dir():
-            logger.warning("%s: is the packaged model; write ./%s for the folder of this name", name, name)
         return str(prepare_packaged_model(name)), None
     if name.endswith(".gguf"):
-        if not path.is_file():
-            raise DataError(f"model.name: {name!r}: no such file")
         return str(path.parent), path.name
-    folder = f"./{path}" if str(path) in PACKAGED_MODELS else str(path)  # by which it is recorded, and found again
-    return (folder if path.is_dir() else name), None
+    return (str(path) if path.is_dir() else name), None
 
 
 def prepare_packaged_model(name: str) -> Path:
@@ -329,23 +307,14 @@ def prepare_packaged_model(name: str) -> Path:
     folder = unpacked_folder(name)
     if folder.is_dir():
         return folder
-    check_place(folder / "config.json")
     packaged = PACKAGED_MODELS[name]
     logger.info("Dequantizing %s into %s (once, about a minute)", packaged.hub_id, folder)
     with new_folder(folder, keep_existing=True) as temporary:
         gguf = packaged.write(temporary)
         section = ModelSection(name=str(gguf), dtype="float32")
-        load_weights(section)[0].save_pretrained(temporary)
+        load_weights(section).save_pretrained(temporary)
         tokenizer = load_tokenizer(section)
         tokenizer.init_kwargs["local_files_only"] = False  # transformers notes there whether it was offline
         tokenizer.save_pretrained(temporary)
         gguf.unlink()
     return folder
-
-
-def _unmark_gguf(model: PreTrainedModel) -> None:
-    """Remove the marks of a quantized model, which would mislead saving and adapters: the weights are plain floats."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
-        model.__dict__.pop(mark, None)

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import copy
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -35,9 +34,10 @@ ALL_LINEAR = "all-linear"
 """Every linear layer but the output, as PEFT understands it."""
 LORA = "lora:"
 """Before a rank: as many parameters as LoRA of that rank trains on the same layers."""
-LARGEST, RISING, SMALLEST, NEAR, MOST = 2**20, 8, 0.85, 0.95, 1.02
-"""Of a method that is sized by one key: how many of its values are tried, and up to how many times that of the least
-size; below which share of the budget it isn't compared, and which shares are equal."""
+RANKS = (8, 16)
+"""The values of the key that sizes a method between whose counts a line is laid."""
+SMALLEST, MOST = 0.85, 1.02
+"""Shares of a budget below and above which a method isn't compared."""
 
 # (out_features, in_features) of each adapted layer, counted.
 Shapes = Counter[tuple[int, int]]
@@ -63,7 +63,7 @@ def budget_choices(model: str, amount: str, targets: tuple[str, ...]) -> list[Ch
     count, or ``"lora:8"``, what LoRA of that rank trains."""
     empty = empty_model(ModelSection(name=model))
     shapes, total = shapes_of(empty, targets, model), empty.num_parameters()
-    limit = budget_parameters(amount, total, shapes)
+    limit = budget_parameters(amount, total, lora_parameters(shapes, 1))
     widest = max(min(shape) for shape in shapes)
     largest = {k: _largest_r(shapes, k, limit) for k in BLOCKS if k <= widest}
     choices = [choice_of(shapes, total, r, k) for k, r in largest.items() if r >= k]
@@ -101,8 +101,6 @@ def method_settings(words: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise ConfigError(f"--set {name}: write METHOD.KEY=VALUE, e.g. ia3.feedforward_modules=[down_proj]")
         problems = method_problems({"method": name, "adapter": block})
         ConfigText({}, "--set").refuse(((name, *path[1:]), reason) for path, reason in problems)
-        if (key := find_method(name).budget_key) is not None and key in block:
-            raise ConfigError(f"--set {name}.{key}: the number of parameters decides it; leave it out")
     return settings
 
 
@@ -115,14 +113,14 @@ def size_methods(
 ) -> list[Sized]:
     """Each of the methods ``names`` at ``amount``, which :func:`budget_choices` explains, with the ``settings`` of
     :func:`method_settings`."""
-    empty = empty_model(ModelSection(name=model))
-    shapes, total = shapes_of(empty, targets, model), empty.num_parameters()
-    budget = budget_parameters(amount, total, shapes)
-    wanted: Any = ALL_LINEAR if ALL_LINEAR in targets else list(targets)
+    empty, wanted = empty_model(ModelSection(name=model)), ALL_LINEAR if ALL_LINEAR in targets else list(targets)
+    shapes = shapes_of(empty, targets, model)
+    budget = budget_parameters(amount, empty.num_parameters(), lora_parameters(shapes, 1))
     sized = []
     for name in names:
         found = find_method(name).config_class
-        block = {} if name.lower() in OTHER_LAYERS or found is None else {"target_modules": wanted}
+        has_targets = name.lower() not in OTHER_LAYERS and found is not None
+        block: dict[str, Any] = {"target_modules": wanted} if has_targets else {}
         block |= {"total_step": 1} if hasattr(found, "total_step") else {}  # AdaLoRA's, which costs nothing
         block |= (settings or {}).get(name.lower(), {})
         sized.append(size_method(empty, name, block, budget))
@@ -131,50 +129,28 @@ def size_methods(
 
 def size_method(empty: PreTrainedModel, name: str, adapter: dict[str, Any], budget: float) -> Sized:
     """The method on ``empty``, a model on the meta device, with the other keys of its block in ``adapter``: the value
-    of its budget key at which it trains nearest to ``budget``, at most 2 % more. PEFT counts the parameters."""
+    of the key that sizes it at which it trains nearest to ``budget``, at most 2 % more, by a line between what PEFT
+    counts at two values. A method whose counts make no line has the size of its block."""
     method = find_method(name)
     if method.config_class is None:
         return Sized(name, {}, empty.num_parameters(), "trains all weights")
-    key, counts = method.budget_key, dict[int, float]()
-
-    def count(value: int) -> float:
-        """Infinite where PEFT refuses the value."""
-        if value not in counts:
-            try:
-                counts[value] = _trained(empty, method, {**adapter, str(key): value})
-            except ConfigError:
-                counts[value] = math.inf
-        return counts[value]
-
+    key = method.budget_key
     try:
-        if key is None:
-            found = _trained(empty, method, adapter)
-            return Sized(name, {}, found, f"no whole number sets its size{'' if found else '; needs keys of its own'}")
-        sides = sorted({side for shape in adapted_shapes(empty, adapter) for side in shape})
-        if key.endswith("block_size"):  # which divides the sides of every layer
-            common = math.gcd(*sides)
-            divisors = (size for size in range(2, common + 1) if common % size == 0)
-            values: Sequence[int] = [size for size in divisors if count(size) < math.inf]
-        else:
-            step = next((2**power for power in range(7) if count(2**power) < math.inf), 0)
-            values = range(step, step * LARGEST, step) if step else ()
-        if not values:
-            _trained(empty, method, {**adapter, key: 8})
+        if key is None or key in adapter:
+            return Sized(name, {}, _trained(empty, method, adapter), f"is sized by --set {name}.KEY=VALUE")
+        low, high = (_trained(empty, method, {**adapter, key: value}) for value in RANKS)
+        slope = (high - low) / (RANKS[1] - RANKS[0])
+        if slope <= 0:
+            return Sized(name, {}, low, f"{key} doesn't size it; give --set {name}.KEY=VALUE")
+        nearest = min(round(RANKS[0] + (budget - low) / slope), math.floor(RANKS[0] + (MOST * budget - low) / slope))
+        if nearest < 1:
+            least = low - slope * (RANKS[0] - 1)
+            return Sized(name, note=f"{key} can't make it so small: it trains {least:,.0f} or more")
+        trained = _trained(empty, method, {**adapter, key: nearest})
     except ConfigError as error:
         return Sized(name, note=str(error).removeprefix("adapter: "))
-    places = _last_within(values, count, budget, sides)
-    around = [value for place in places for value in values[max(0, place - 1) : place + 2]]
-    near = [value for value in around if 0 < count(value) <= MOST * budget]
-    if not near:
-        least = min((found for found in counts.values() if 0 < found < math.inf), default=0)
-        return Sized(name, note=f"{key} can't make it so small: it trains {least:,} or more")
-    chosen = min(near, key=lambda value: abs(count(value) - budget))
-    trained = int(count(chosen))
-    if places[-1] == len(values) - 1 and count(values[0]) < trained:  # counts of LoKr and others end at whole factors
-        chosen = values[bisect_left(values, float(trained), key=count)]
     share = trained / budget
-    note = "" if share >= NEAR else f"{share:.0%} of the budget is the nearest that {key} allows"
-    return Sized(name, {key: chosen}, trained, note)
+    return Sized(name, {key: nearest}, trained, "" if share >= 0.95 else f"{share:.0%} of the budget")
 
 
 def _trained(empty: PreTrainedModel, method: Method, block: dict[str, Any]) -> int:
@@ -185,34 +161,12 @@ def _trained(empty: PreTrainedModel, method: Method, block: dict[str, Any]) -> i
     try:
         return count_trained(empty, wanted)
     except RuntimeError as error:
-        refused = ConfigError("reads the weights when it starts, so it can't be counted without them")
-        if "no data" in str(error):
-            raise refused from error
+        if "no data" not in str(error):
+            raise ConfigError("reads the weights when it starts, so it can't be counted without them") from error
     try:
         return count_trained(_with_zeros(copy.deepcopy(empty)), wanted)
     except RuntimeError as error:
-        raise refused from error
-
-
-def _last_within(
-    values: Sequence[int], count: Callable[[int], float], budget: float, sides: Iterable[int]
-) -> list[int]:
-    """The places in ``values`` of the largest counts up to ``budget``, or else before the least. Counts rise all along
-    ``values``, most of them in a line, or fall to their end or, as RandLoRA's, to a side of a layer and rise from
-    there."""
-    first, second = (count(value) for value in (values[0], values[min(1, len(values) - 1)]))
-    if first >= second:
-        ends = [*(values.index(side) for side in sides if side in values), len(values) - 1]
-        least = min(ends, key=lambda place: count(values[place]))
-        falling = bisect_left(values, -budget, hi=least, key=lambda value: -count(value))
-        if NEAR * budget <= count(values[falling]) <= budget:
-            return [falling]
-        rising = bisect_right(values, budget, least, min(len(values), RISING * (least + 1)), key=count) - 1
-        return [falling, max(least, rising)]
-    guess = max(0, int((budget - first) / (second - first)))
-    if guess + 1 < len(values) and count(values[guess]) <= budget < count(values[guess + 1]):
-        return [guess]
-    return [bisect_right(values, budget, key=count) - 1]
+        raise ConfigError("reads the weights when it starts, so it can't be counted without them") from error
 
 
 def _with_zeros(model: PreTrainedModel) -> PreTrainedModel:
@@ -226,7 +180,7 @@ def _with_zeros(model: PreTrainedModel) -> PreTrainedModel:
 
 def budget_choice(shapes: Shapes, total: int, amount: str) -> Choice:
     """:data:`FIRST_BLOCKS`, and as r the largest multiple of it within ``amount``."""
-    limit = budget_parameters(amount, total, shapes)
+    limit = budget_parameters(amount, total, lora_parameters(shapes, 1))
     r = _largest_r(shapes, FIRST_BLOCKS, limit) // FIRST_BLOCKS * FIRST_BLOCKS
     if not r:  # r = num_blocks costs what r = 1 costs with one block
         raise _too_small(amount, shapes)
@@ -266,23 +220,10 @@ def _kind_of(module: nn.Module) -> Any | None:
     return next((kind for base, kind in LAYERS.items() if isinstance(module, base)), None)
 
 
-def adapted_shapes(empty: PreTrainedModel, adapter: Mapping[str, Any]) -> Shapes:
-    """How often each shape of W occurs among the layers that a method's block chooses, by default all linear ones."""
-    named = adapter.get("target_modules") or ALL_LINEAR
-    config = LoraConfig(target_modules=named, exclude_modules=adapter.get("exclude_modules"))
-    chosen: Any = _maybe_include_all_linear_layers(config, empty)
-    numbers = {key: adapter.get(key) for key in ("layers_to_transform", "layers_pattern")}
-    if numbers["layers_to_transform"] is not None and not isinstance(chosen.target_modules, str):
-        ends = {
-            name.rpartition(".")[2] for name in chosen.target_modules or ()
-        }  # whole names would count in all layers
-        vars(chosen).update(numbers, target_modules=ends)
-    found = [
-        kind.shape_of(module)
-        for path, module in empty.named_modules()
-        if check_target_module_exists(chosen, path) and (kind := _kind_of(module)) is not None
-    ]
-    return Counter(found) or shapes_of(empty, (ALL_LINEAR,), "")
+def lora_on(empty: PreTrainedModel, adapter: Mapping[str, Any]) -> int:
+    """What LoRA of rank 1 trains on the layers that a method's block chooses, by default all linear ones."""
+    chosen = {key: adapter[key] for key in ("target_modules", "exclude_modules") if adapter.get(key) is not None}
+    return count_trained(empty, LoraConfig(**{"r": 1, "target_modules": ALL_LINEAR, **chosen}))
 
 
 def trainable_parameters(out_features: int, in_features: int, r: int, num_blocks: int) -> int:
@@ -331,10 +272,10 @@ def _too_small(amount: str, shapes: Shapes) -> ConfigError:
     return ConfigError(f"budget: {amount!r} is too small; the smallest adapter has {least:,} parameters")
 
 
-def budget_parameters(amount: str, total: int, shapes: Shapes) -> float:
-    """The parameters that ``amount`` is, of a model with ``total`` and adapted layers of these ``shapes``."""
+def budget_parameters(amount: str, total: int, of_lora: int) -> float:
+    """The parameters that ``amount`` is, of a model with ``total``, where LoRA of rank 1 trains ``of_lora``."""
     text = amount.replace(",", "").replace("_", "").strip().lower()
-    unit = lora_parameters(shapes, 1) if text.startswith(LORA) else total / 100 if text.endswith("%") else 1
+    unit = of_lora if text.startswith(LORA) else total / 100 if text.endswith("%") else 1
     try:
         limit = float(text.removeprefix(LORA).removesuffix("%")) * unit
     except ValueError as error:

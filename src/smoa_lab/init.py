@@ -13,9 +13,9 @@ from smoa.errors import DataError
 from smoa_lab.base_models import RunModel, empty_model, load_tokenizer, positions_of
 from smoa_lab.budget import (
     ALL_LINEAR,
-    adapted_shapes,
     budget_choice,
     budget_parameters,
+    lora_on,
     shapes_of,
     size_method,
 )
@@ -65,7 +65,7 @@ def first_values(
         adapter |= {"r": choice.lora_r}
     is_sized = kind == "lora" or (kind == "smoa" and "num_blocks" not in own)
     if adapter and not is_sized and find_method(name).budget_key not in own:
-        budget = budget_parameters(parameters, size, adapted_shapes(empty, given))
+        budget = budget_parameters(parameters, size, lora_on(empty, given))
         sized = size_method(empty, name, {**adapter, **own}, budget)
         if why := sized.misses(budget, parameters):
             logger.warning("method: %s; what is trained is of another size than with other methods", why)

@@ -10,18 +10,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smoa.errors import ConfigError
 from smoa.quantized import QuantizedLinear
-from smoa_lab import base_models
 from smoa_lab.base_models import load_weights
 from smoa_lab.config.run import ModelSection, check_config
 from smoa_lab.evaluate import evaluate_run
-from smoa_lab.merge import merge_run
+from smoa_lab.export import merge_run, verify_merged
 from smoa_lab.open_run import open_place
 from smoa_lab.training import train as run_module
 from smoa_lab.training.loaded_run import LoadedRun
 from smoa_lab.training.run_folder import RunFolder
-from smoa_lab.verify import verify_merged
 from tests.support import lab
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
@@ -61,7 +58,7 @@ def test_a_run_trains_on_the_quantized_model_and_is_scored_again_from_its_folder
     assert metrics["evaluation"]["after"] != metrics["evaluation"]["before"]
     again = evaluate_run(open_place(run.folder))
     assert again["scores"] == pytest.approx(metrics["evaluation"]["after"], rel=1e-5)
-    full, _ = load_weights(ModelSection(name=config["model"]["name"]))
+    full = load_weights(ModelSection(name=config["model"]["name"]))
     packed = metrics["parameters"]
     assert packed["total"] - packed["trainable"] == sum(weight.numel() for weight in full.parameters())
     found = merge_run(run.folder, run.folder.with_name("merged"))
@@ -121,16 +118,3 @@ def test_a_run_that_was_scored_before_trains_as_one_that_was_not(
         torch.float32,
         torch.uint8,
     }
-
-
-@REPACKS
-@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
-def test_a_run_stops_where_no_gradient_passes_a_repacked_weight(
-    wide: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(base_models, "keep_unpacked", lambda module: None)
-    config["model"]["name"] = str(wide)
-    config |= {"method": "lora", "adapter": {"r": 4, "target_modules": ["q_proj", "v_proj"]}}
-    with pytest.raises(ConfigError, match=r"no gradient passes .*o_proj, .*down_proj"):
-        run_module.run(check_config(config))
-    assert not RunFolder(Path(config["training"]["output_dir"])).finished

@@ -19,8 +19,7 @@ from typer.testing import CliRunner
 from smoa import SmoaConfig
 from smoa.errors import ConfigError
 from smoa_lab.cli.main import app
-from smoa_lab.merge import merge_run
-from smoa_lab.verify import Verdict, verify
+from smoa_lab.export import Verdict, merge_run, verify
 from tests.support import lab
 
 
@@ -130,7 +129,7 @@ def test_a_merge_that_went_wrong_is_kept_and_told(
         AutoModelForCausalLM.from_pretrained(adapter.parent / "base").save_pretrained(export.folder)
         return export
 
-    monkeypatch.setattr("smoa_lab.merge.merge_run", wrong)
+    monkeypatch.setattr("smoa_lab.export.merge_run", wrong)
     done = merge(adapter, tmp_path / "merged")
     assert done.exit_code == 1
     assert "DIFFERS" in done.stdout

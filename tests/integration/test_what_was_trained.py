@@ -13,17 +13,16 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from smoa import SmoaConfig
+from smoa_lab import base_models
 from smoa_lab.base_models import RunModel, load_weights
 from smoa_lab.chat import Chat
 from smoa_lab.config.run import ModelSection, check_config
-from smoa_lab.convert import convert_run
 from smoa_lab.data.chat_templates import saved_chat_template
 from smoa_lab.evaluate import evaluate_run
+from smoa_lab.export import convert_run, merge_run, verify
 from smoa_lab.inspect import inspect_layers
-from smoa_lab.merge import merge_run
 from smoa_lab.open_run import open_place
 from smoa_lab.training.train import run
-from smoa_lab.verify import verify
 from tests.support import lab
 from tests.support.own_rows import chats, write_rows
 
@@ -51,13 +50,20 @@ def test_all_that_load_a_runs_model_take_it_whole(
     config["data"]["template"] = str(tmp_path / "own.jinja")
     checked = check_config(config)
     loaded: list[tuple[Any, str | None]] = []
-    load = RunModel.load
+    options: list[Any] = []
+    load, load_alone = RunModel.load, base_models.load_weights
 
     def noted(self: RunModel) -> Any:
         loaded.append((load(self), str(self.tokenizer.chat_template)))
         return loaded[-1][0]
 
+    def weights(section: ModelSection, *others: Any, **more: Any) -> Any:
+        options.append(section.options)
+        return load_alone(section, *others, **more)
+
     monkeypatch.setattr(RunModel, "load", noted)
+    for place in ("base_models", "export", "inspect"):
+        monkeypatch.setattr(f"smoa_lab.{place}.load_weights", weights)
     run(checked)
     assert open_place(checked.folder / "adapter", str(base)).model.section.options == ROPE
     evaluate_run(open_place(checked.folder))
@@ -66,9 +72,10 @@ def test_all_that_load_a_runs_model_take_it_whole(
     verify(checked.folder, ["merged"])
     inspect_layers(checked.folder)
     convert_run(checked.folder, tmp_path / "lora", 2)
-    assert len(loaded) >= 4
     merge_run(checked.folder, tmp_path / "merged")
-    merged, _ = load_weights(ModelSection(name=str(tmp_path / "merged")))
+    assert options == [ROPE] * len(options)
+    assert len(options) >= len(loaded) + 5  # verify loads two, and each other command one
+    merged = load_weights(ModelSection(name=str(tmp_path / "merged")))
     loaded.append((merged, saved_chat_template(tmp_path / "merged")))
     for model, template in loaded:
         assert (model.config.rope_parameters["factor"], template) == (4, own)

@@ -49,7 +49,7 @@ ASK = """
 import runpy, sys, smoa
 from smoa_lab.data.sources import read_rows
 from smoa_lab.data.general_text import passages
-from smoa_lab.data.named import DEMO_FILE
+from smoa_lab.data.sources import DEMO_FILE
 print("\\nASKED", smoa.__file__)
 print(len(passages("packaged")))
 print(len(list(read_rows(DEMO_FILE))), DEMO_FILE.with_name("csqa_demo.LICENSE").is_file())

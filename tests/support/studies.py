@@ -15,7 +15,7 @@ import yaml
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.atomic import write_whole
-from smoa_lab.basics.plain import portable
+from smoa_lab.basics.folders import portable
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import ANSWERED
 from smoa_lab.study import asked, fit, run_study

@@ -18,7 +18,7 @@ LIBRARY += ["linear", "embedding", "conv", "quantized", "stand_in", "experts"]
 LIBRARY += ["merged", "generation", "combining", "hotswap", "model", "integrations", "vllm"]
 """Each may import what stands before it."""
 LAB = ["basics", "data", "config", "pages", "base_models", "scoring", "training", "open_run", "evaluate", "budget"]
-LAB += ["merge", "verify", "convert", "inspect", "chat", "init", "study", "cli"]
+LAB += ["export", "inspect", "chat", "init", "study", "cli"]
 
 
 def module_of(file: Path) -> str:

@@ -1,23 +1,18 @@
-"""Where files go: the folder in which models and data are cached, names by content, and names that are free. A new
-folder is written whole or not at all: beside its place, under a hidden name, and renamed when complete.
-
-A kill or a full disk leaves none or the new one.
-"""
+"""Where files go, and plain values in them: the folder in which models and data are cached, new folders that are
+written whole or not at all, and values for files that leave this machine: finite numbers, no places of it."""
 
 from __future__ import annotations
 
-import errno
 import gzip
 import hashlib
 import json
+import math
 import os
 import shutil
-import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from secrets import token_hex
 from typing import Any
 
@@ -26,18 +21,10 @@ import platformdirs
 from smoa.errors import ConfigError, DataError
 
 
-def check_place(target: Path, is_new: bool = False) -> None:
-    """Raise ConfigError, before any work, if a file or folder can't be written or, where it `is_new`, exists. It is
-    tried, and nothing is left behind."""
-    if is_new and os.path.lexists(target):
+def check_new(target: Path) -> None:
+    """Raise ConfigError, before any work, if a file or folder exists."""
+    if target.exists():
         raise ConfigError(f"{target}: exists and is not overwritten; choose another name")
-    try:
-        if target.is_dir() and not is_new:
-            raise IsADirectoryError(errno.EISDIR, "is a folder")
-        with tempfile.TemporaryFile(dir=next(above for above in target.absolute().parents if above.exists())):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
 
 
 @contextmanager
@@ -46,8 +33,8 @@ def new_folder(target: Path, keep_existing: bool = False) -> Iterator[Path]:
 
     A folder that exists, at the start or at the end, stays: with `keep_existing` in silence, else by a ConfigError.
     """
-    if target.exists() and not keep_existing:
-        raise ConfigError(f"{target}: exists; choose another folder")
+    if not keep_existing:
+        check_new(target)
     temporary = target.with_name(f".{target.name}-{token_hex(4)}")
     temporary.mkdir(parents=True)
     try:
@@ -74,32 +61,53 @@ def content_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_stored(file: Path, keys: Set[str] = frozenset(), remedy: str = "put back a copy") -> dict[str, Any]:
-    """The object in a JSON file, which has these ``keys``; raises DataError, with the file's name and the ``remedy``,
-    where it is damaged."""
-    (stored,) = read_stored_lines(file, keys, remedy)
-    return stored
+def read_stored(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises DataError with the file's name where it is damaged."""
+    return read_stored_lines(file)[0]
 
 
-def read_stored_lines(
-    file: Path, keys: Set[str] = frozenset(), remedy: str = "put back a copy"
-) -> list[dict[str, Any]]:
+def read_stored_lines(file: Path) -> list[dict[str, Any]]:
     """The objects in the lines of a gzipped file, or the one of a JSON file, as :func:`read_stored`."""
     try:
         if file.suffix == ".gz":
             with gzip.open(file, "rt", encoding="utf-8") as lines:
-                stored = list(map(json.loads, lines))
-        else:
-            stored = [json.loads(file.read_text(encoding="utf-8"))]
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise DataError(f"{file}: is damaged ({error}); {remedy}") from error
-    if not stored or any(not isinstance(each, dict) or keys - each.keys() for each in stored):
-        raise DataError(f"{file}: is damaged: lacks what the lab wrote; {remedy}")
-    return stored
+                return list(map(json.loads, lines))
+        return [json.loads(file.read_text(encoding="utf-8"))]
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{file}: is damaged ({error}); put back a copy, or run it again") from error
 
 
-def free_name(name: str, is_taken: Callable[[str], bool]) -> str:
-    """``name``, or the first of ``name-2``, ``name-3`` and so on that is free."""
-    if not is_taken(name):
-        return name
-    return next(free for number in count(2) if not is_taken(free := f"{name}-{number}"))
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``value`` with each plain value within dictionaries and lists changed."""
+    if isinstance(value, dict):
+        return {key: _mapped(inside, change) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(inside, change) for inside in value]
+    return change(value)
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None for NaN and infinities, also within dictionaries and lists: what a run left that diverged."""
+    return _mapped(value, lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf)
+
+
+def json_text(value: Any) -> str:
+    """``value`` as indented JSON, None for what is not finite."""
+    return json.dumps(finite(value), indent=2, ensure_ascii=False)
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of all blocks of a config, as ``block.key``."""
+    blocks = {block: own if isinstance(own, dict) else {"": own} for block, own in config.items()}
+    return {f"{block}.{key}".rstrip("."): own[key] for block, own in blocks.items() for key in own}
+
+
+def portable(value: Any) -> Any:
+    """``value`` with only the last name of every absolute path, also within dictionaries and lists."""
+
+    def last_name(leaf: Any) -> Any:
+        is_place = isinstance(leaf, str) and (leaf.startswith("~/") or PurePosixPath(leaf).is_absolute())
+        is_place = is_place or (isinstance(leaf, str) and PureWindowsPath(leaf).is_absolute())
+        return PureWindowsPath(leaf).name if is_place else leaf
+
+    return _mapped(value, last_name)

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 
 @dataclass
 class Trust:
-    """Whether repositories may run their own code; and FILE:NAME of a metric, whose file has that digest if one is
-    given."""
+    """Whether repositories may run their own code; and FILE:NAME of a metric."""
 
     trust_remote_code: bool = False
     metric: str | None = None
-    digest: str | None = None
 
 
 TRUSTED = Trust()

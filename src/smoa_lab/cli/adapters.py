@@ -28,7 +28,7 @@ from smoa_lab.cli.console import (
 )
 
 MergedDtype = Literal["auto", "float32", "bfloat16", "float16"]
-"""The choices of smoa_lab.merge, whose import would make ``--help`` wait for torch."""
+"""The choices of smoa_lab.export, whose import would make ``--help`` wait for torch."""
 
 
 def merge(
@@ -45,8 +45,7 @@ def merge(
     Exit code 1: the saved model does not say what the adapter says.
     """
     with reporting():
-        from smoa_lab.merge import merge_run
-        from smoa_lab.verify import verify_merged
+        from smoa_lab.export import merge_run, verify_merged
 
         merged = merge_run(adapter, output, dtype, base)
         if not json:
@@ -74,7 +73,7 @@ def convert(
     What it loses of the task: smoa eval RUN --adapter LORA.
     """
     with reporting():
-        from smoa_lab.convert import convert_run
+        from smoa_lab.export import convert_run
 
         if (rank is not None and energy is not None) or (kept := energy if rank is None else rank) is None:
             raise failed("give --rank or --energy")
@@ -104,8 +103,8 @@ def verify(
     Exit code 1: one does not.
     """
     with reporting():
-        from smoa_lab.verify import IN_MEMORY
-        from smoa_lab.verify import verify as compared
+        from smoa_lab.export import IN_MEMORY
+        from smoa_lab.export import verify as compared
 
         verdicts = compared(adapter, against or [IN_MEMORY], base)
         show("\n".join(verdict.line() for verdict in verdicts), [verdict.to_dict() for verdict in verdicts], json)

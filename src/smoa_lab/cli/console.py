@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from smoa_lab.basics.plain import json_text
 from smoa_lab.basics.trust import TRUSTED, Trust
 
 Base = Annotated[str | None, typer.Option(help="Base model to use instead of the one recorded in the adapter.")]
@@ -113,9 +112,11 @@ def failed(message: str) -> typer.Exit:
 
 def print_json(value: Any) -> None:
     """Print JSON and nothing else to stdout."""
+    from smoa_lab.basics.folders import json_text  # here, since it imports torch
+
     typer.echo(json_text(value))
 
 
 def show(text: str, value: Any, as_json: bool) -> None:
     """Print what a command did in words or, where that is asked for, as JSON."""
-    typer.echo(json_text(value) if as_json else text)
+    print_json(value) if as_json else typer.echo(text)

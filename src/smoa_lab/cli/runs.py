@@ -46,12 +46,12 @@ def init(
         from smoa.errors import ConfigError
         from smoa_lab import init
         from smoa_lab.basics.atomic import write_whole
-        from smoa_lab.basics.folders import check_place
+        from smoa_lab.basics.folders import check_new
 
         file = config or init.file_for(data)
         if file.suffix not in (".yaml", ".yml"):
             raise ConfigError(f"{file}: the name of a config ends in .yaml; write {file}.yaml")
-        check_place(file, is_new=True)
+        check_new(file)
         values = init.first_values(model, data, parameters, dtype)
         values["training"]["output_dir"] = f"runs/{file.stem}"
         write_whole(file, init.config_text(file, values))
@@ -137,13 +137,12 @@ def evaluate(
     """Score a run's adapter, or a base model, on held-out rows."""
     with reporting():
         from smoa_lab.basics.atomic import write_whole
-        from smoa_lab.basics.folders import check_place
-        from smoa_lab.basics.plain import json_text
+        from smoa_lab.basics.folders import check_new, json_text
         from smoa_lab.evaluate import evaluate_run
         from smoa_lab.open_run import open_place
 
         if output is not None:
-            check_place(output, is_new=True)
+            check_new(output)
         opened = open_place(run, base, overrides or [])
         result = evaluate_run(opened, adapter, base)
         if json:

@@ -65,17 +65,19 @@ def compare(
         from smoa_lab.study.finished import read_finished
         from smoa_lab.study.fit import fit
         from smoa_lab.study.report import report
-        from smoa_lab.study.run_study import work
+        from smoa_lab.study.run_study import work, work_on_ray, work_side_by_side
         from smoa_lab.study.study import STUDY, load_study
-        from smoa_lab.study.workers import work_on_ray, work_side_by_side
 
         deadline = time.time() + 60 * minutes if minutes is not None else math.inf
         words = [*([study] if study and "=" in study else []), *(overrides or [])]
         place, changes = None if study is None or "=" in study else Path(study), overridden(words, "shared.")
         if model is not None and data is not None:
             names = [name.strip().lower() for name in methods.split(",")] if methods else METHODS
-            ranks, own = [int(rank) for rank in sizes.split(",")] if sizes else [], method_settings(settings or [])
-            file = write_study(default_study(model, data, names, parameters, changes, own, ranks), place)
+            ranks, own = [rank.strip() for rank in (sizes or "").split(",") if sizes], method_settings(settings or [])
+            if wrong := [rank for rank in ranks if not rank.isdecimal() or not int(rank)]:
+                raise ConfigError(f"--sizes: {wrong[0]!r} is no rank of LoRA; give some by commas, e.g. 1,4,16")
+            values = default_study(model, data, names, parameters, changes, own, list(map(int, ranks)))
+            file = write_study(values, place)
         elif place is not None and not any((model, data, methods, parameters, sizes, settings)):
             file = place / STUDY if place.is_dir() else place
         else:

@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import Annotated, Any
 
-import peft
-from peft import PeftConfig, TrainableTokensConfig, get_peft_model
+from peft import PeftConfig, get_peft_model
 from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import check_target_module_exists
 from pydantic import StringConstraints
 from transformers import PreTrainedModel
 
@@ -41,7 +39,7 @@ class Method:
 
     @property
     def budget_key(self) -> str | None:
-        """The key of the adapter that sets how many parameters it has; None if there is none."""
+        """The key of the adapter in which the number of its parameters is a line; None if there is none."""
         if self.peft_type in BUDGET_KEYS:
             return BUDGET_KEYS[self.peft_type]
         return "r" if hasattr(self.config_class, "r") else None
@@ -71,18 +69,14 @@ PRESETS: dict[str, Method] = {
     "full": Method(None),
 }
 BUDGET_KEYS: dict[str, str | None] = {
+    **dict.fromkeys(("boft", "c3a", "lokr", "oft", "osf", "psoft", "randlora", "supertuning")),
     "adalora": "init_r",
-    "boft": "boft_block_size",
-    "c3a": "block_size",
     "fourierft": "n_frequency",
-    "oft": "oft_block_size",
-    "osf": "effective_rank",
-    "supertuning": None,
     "tinylora": "u",
     "unilora": "theta_d_length",
     "waveft": "n_frequency",
 }
-"""Where it is another key than ``r``, or none that is a whole number."""
+"""Where it is another key than ``r``, or none in which the number of parameters is a line."""
 OTHER_LAYERS = ("adaption_prompt", "ln_tuning", "trainable_tokens")
 """Methods whose ``target_modules`` are attention modules, norms or embeddings, and not linear layers."""
 REFUSED = {
@@ -93,8 +87,6 @@ REFUSED = {
 """Methods of PEFT that no run can train, and why."""
 MOVED = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """``init_lora_weights`` with which a part of the base's weights goes into the adapter (PEFT's tuners/lora/layer.py)."""
-FROM_DATA = ("eva", "corda", "lora_ga")
-"""``init_lora_weights`` that need what PEFT collects on data beforehand; without it PEFT trains eva's as plain LoRA."""
 PROMPTS = "trains virtual tokens before the text: losses here are read at the text's own places, and it can't be merged"
 
 
@@ -106,11 +98,9 @@ def find_method(name: str) -> Method:
         return PRESETS[key]
     found = _config_classes().get(key)
     if found is None:
-        names = method_names()
-        near = nearest(name, names).partition("; choose")[0]
+        near = nearest(name, method_names())
         raise ConfigError(
-            f"method: there is no method {name!r}{near or ';'} PEFT {peft.__version__} and smoa have "
-            f"{', '.join(names)}; a newer PEFT may have more"
+            f"method: there is no method {name!r}{near}; smoa budget MODEL lora:8 --method all lists them"
         )
     if (reason := _refusal(key, found)) is not None:
         raise ConfigError(f"method: {key} {reason}; choose another method")
@@ -168,9 +158,6 @@ def check_adapter(empty: PreTrainedModel, wanted: PeftConfig) -> None:
 def count_trained(empty: PreTrainedModel, wanted: PeftConfig) -> int:
     """How many parameters the adapter trains on a copy of ``empty``, a model without weights. Raises ConfigError if
     PEFT refuses the adapter, and PyTorch's RuntimeError if a method reads a value of a tensor without data."""
-    if missing := [key for key in ("adapter_len", "adapter_layers") if getattr(wanted, key, 0) is None]:
-        problem = f"adapter: adaption_prompt needs {' and '.join(missing)}, which PEFT leaves open"
-        raise ConfigError(f"{problem}; set the number of tokens, and in how many of the last layers")
     peft_config: Any = copy.deepcopy(wanted)  # PEFT writes into it
     if hasattr(peft_config, "init_lora_weights"):
         peft_config.init_lora_weights = True  # the others look at the weights
@@ -181,32 +168,16 @@ def count_trained(empty: PreTrainedModel, wanted: PeftConfig) -> int:
             model = get_peft_model(copy.deepcopy(empty), peft_config, low_cpu_mem_usage=empty.device.type == "meta")
         except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, ImportError, re.error) as error:
             raise ConfigError(f"adapter: {shorten(str(error), 1000)}") from error
-        try:
-            PeftConfig.from_peft_type(**peft_config.to_dict())
-        except ValueError as error:  # IA³ adds the feed-forward layers that it knows of to some that were named
-            raise ConfigError(
-                f"adapter: {error}, as the method completes the keys itself; set these as well"
-            ) from error
     return int(model.get_nb_trainable_parameters()[0])
 
 
 def _check_names(empty: PreTrainedModel, config: PeftConfig) -> None:
-    """Raise ConfigError for a name that PEFT would pass over, since it only wants one of a list to match, and for the
-    output layer, which TRL leaves out of training."""
+    """Raise ConfigError for a name that PEFT would pass over, since it only wants one of a list to match."""
     paths = {path: module for path, module in empty.named_modules() if path}
     layers = {path.rpartition(".")[2] for path in paths if not path[-1].isdigit()}
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+    for key in ("target_modules", "modules_to_save"):
         wanted = getattr(config, key, None)
         wanted = sorted(wanted) if isinstance(wanted, set) else wanted
-        if isinstance(wanted, str) and wanted.isidentifier() and wanted not in paths:
-            raise ConfigError(f"adapter.{key}: {wanted!r} would have to match a whole path; write [{wanted}]")
-        for name in wanted if isinstance(wanted, list) and key != "exclude_modules" else ():
+        for name in wanted if isinstance(wanted, list) else ():
             if not any(f".{path}".endswith(f".{name}") for path in paths):
                 raise ConfigError(f"adapter.{key}: the model has no layer {name!r}{nearest(str(name), layers)}")
-    if isinstance(config, TrainableTokensConfig) and getattr(empty.config, "tie_word_embeddings", False):
-        reason = "would adapt the output layer, which is tied to the embeddings, and TRL would not train it"
-        raise ConfigError(f"method: trainable_tokens {reason}; use lora with adapter.trainable_token_indices")
-    head = next((path for path, module in paths.items() if module is empty.get_output_embeddings()), None)
-    is_named = getattr(config, "target_modules", None) is not None  # PEFT's defaults for a model leave the head out
-    if head is not None and is_named and check_target_module_exists(config, head):
-        raise ConfigError(f"adapter.target_modules: TRL would not train {head}, the output layer; leave it out")

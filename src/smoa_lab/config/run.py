@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +19,10 @@ from pydantic import Field, field_validator, model_validator
 from transformers import TrainingArguments
 
 from smoa.errors import ConfigError
-from smoa_lab.basics.plain import portable
+from smoa_lab.basics.folders import portable
 from smoa_lab.basics.section import Section
 from smoa_lab.config.methods import MethodName, find_method, trains_own_dtype
-from smoa_lab.config.validation import Problem, block_problems, method_problems, training_problems
+from smoa_lab.config.validation import Problem, block_problems, converted, method_problems, model_of
 from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
 from smoa_lab.data.answers import OWN, MetricName
 from smoa_lab.data.formats import Format
@@ -33,8 +32,6 @@ from smoa_lab.data.sources import HubRows, HubSource, RowSource, find_sources
 
 TRUST = ("trust_remote_code", "allow_all_kernels")
 """Keys of ``from_pretrained`` that let a repository run its own code."""
-SECRET = re.compile(r"(hub_|.*access_)?token|(.*_)?api_key|password")
-"""Keys, of transformers and of packages that it calls, whose text is a secret."""
 TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "logging_steps": 10,
@@ -93,6 +90,13 @@ class ModelSection(Section):
     name: str
     dtype: Dtype = Field(default_factory=native_dtype)
     options: dict[str, Any] = Field(default={})
+
+    @field_validator("options")
+    @classmethod
+    def _runs_no_code(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if given := [key for key in TRUST if options.get(key)]:
+            raise ValueError(f"{given[0]}: a file can't let a repository run its code; give --trust-remote-code")
+        return options
 
 
 class DataSection(Section):
@@ -251,19 +255,11 @@ class ConfigText:
     place: str = "config"
     lines: dict[tuple[str, ...], int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.refuse(_forbidden(self.values))
-
     @classmethod
     def read(cls, path: str | Path, overrides: list[str] | None = None) -> ConfigText:
         """Read a YAML file and lay ``key.key=value`` overrides over it."""
         file = Path(path)
-        if not file.is_file():
-            raise ConfigError(f"{path}: no such file")
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError) as error:
-            raise ConfigError(f"{path}: cannot be read as text in UTF-8 ({error}); save it in that encoding") from error
+        text = file.read_text(encoding="utf-8")
         values = parse_yaml(text, file)
         apply_overrides(values, overrides or [])
         return cls(values, str(file), key_lines(text))
@@ -282,10 +278,20 @@ class ConfigText:
             defaults |= {"bf16": True} | ({} if torch.accelerator.is_available() else {"use_cpu": True})
         if given is None or isinstance(given, dict):
             values = {**values, "training": {**defaults, **training}}
-        decided = [(("training", key), f"is not for rows: {DECIDED[key]}") for key in DECIDED.keys() & training.keys()]
-        of_training = training_problems(values.get("training"), trainer_arguments())
-        self.refuse([*block_problems(RunConfig, values), *method_problems(values), *of_training, *decided])
-        return RunConfig.model_validate(values)
+        problems = [*block_problems(RunConfig, values), *method_problems(values)]
+        if isinstance(given := values.get("training"), dict):
+            problems += block_problems(model_of(trainer_arguments()), given, ("training",))  # type: ignore[arg-type]
+            problems += [(("training", key), f"is not for rows: {DECIDED[key]}") for key in DECIDED.keys() & given]
+        self.refuse(problems)
+        for block, target in (
+            ("adapter", find_method(str(values.get("method", "smoa"))).config_class),
+            ("training", trainer_arguments()),
+        ):
+            if target is not None and block in values:
+                values = {**values, block: converted(target, values[block])}
+        config = RunConfig.model_validate(values)
+        config.arguments()  # which raises what TRL and transformers refuse
+        return config
 
     def _stopping(self, training: dict[str, Any]) -> dict[str, Any]:
         """Defaults with early stopping: a checkpoint after each evaluation, of which the best is loaded at the end."""
@@ -318,17 +324,3 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 def check_config(values: dict[str, Any], place: str = "config") -> RunConfig:
     """The checked config of plain values, as :func:`load_config` makes it."""
     return ConfigText(values, place).checked()
-
-
-def _forbidden(values: Any, path: tuple[str, ...] = ()) -> Iterator[Problem]:
-    """The keys that no config may have: those of :data:`TRUST` and of :data:`SECRET`, and a function as metric."""
-    inside = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in inside:
-        place = (*path, str(key))
-        if key in TRUST and value not in (False, None):
-            yield place, "a file can't allow a repository to run its code; if you trust it, give --trust-remote-code"
-        if isinstance(value, str) and SECRET.fullmatch(str(key)):
-            yield place, "a config can't hold a secret; leave it out, and set HF_TOKEN or log in instead"
-        if place[-2:] == ("data", "metric") and ":" in str(value):
-            yield place, f"a file can't name a function to run; if you trust it, give --metric {value}"
-        yield from _forbidden(value, place)

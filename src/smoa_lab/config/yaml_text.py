@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,6 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node
 
 from smoa.errors import ConfigError
-
-HASH = re.compile(r"\s*(#|[^\s'\"\[{#].*\s#)")
-"""An override such as ``data.train=my rows #2.jsonl``, of which YAML would leave out the end as a comment."""
 
 
 def _yaml() -> Any:
@@ -72,8 +68,6 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> None:
             if not isinstance(block, dict):
                 raise ConfigError(f"{override!r}: {parent} is not a block of keys")
         try:
-            read = _yaml().load(value)
-            is_text = isinstance(read, str) or value.lstrip().startswith("#")
-            block[last] = value if is_text and HASH.match(value) else read
+            block[last] = _yaml().load(value)
         except (YAMLError, ValueError):
             block[last] = value

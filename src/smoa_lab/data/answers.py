@@ -1,56 +1,41 @@
-"""Whether a written answer is right, by the metrics that a config may name."""
+"""Whether a written answer is right: by the metrics that a config may name, or by a function ``(answer, row) -> float``
+of the user's, which ``--metric FILE:NAME`` names; higher is better."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
-import unicodedata
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
 from fractions import Fraction
-from typing import Literal
+from hashlib import sha256
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any, Literal
+from unicodedata import normalize
+
+from smoa.errors import ConfigError, DataError
+from smoa_lab.basics.folders import portable
+from smoa_lab.basics.names import nearest
+from smoa_lab.basics.trust import TRUSTED
+from smoa_lab.data.formats import shown
 
 MetricName = Literal["exact", "number", "contains", "choice", "score"]
 MARK = "####"
 """What stands before the number that counts, as in GSM8K."""
-NUMBER = re.compile(
-    r"""
-    (?P<other> (?<!\w) (?: \d+ (?::\d+)+ | \d{1,4} ([-./]) \d{1,2} \2 \d{1,4} ) (?!\w) )      # a time, a date
-    | (?P<sign> (?<!\w) [-−–] [$€£¥]? )? (?<!\w)
-      (?: (?P<mixed> \d{1,3} ) [ ] (?= \d+ / \d+ (?![\d/]) ) )?                            # the 2 of 2 1/2
-      (?P<whole> [1-9]\d{0,2} (?: ,\d{3} )+ (?!\d) | [1-9]\d{0,2} (?: [ '’\u00a0\u202f]\d{3} )+ (?!\d)
-               | [1-9]\d{0,2} (?: \.\d{3} )+ (?= ,\d+ (?![.\d]) )
-               | [1-9]\d{0,2} (?: \.\d{3} ){2,} (?! \d | \.\d ) | \d+ )?
-      (?P<part> (?(whole) [.,] | \. ) \d+ )?
-      (?(whole) | (?(part) | (?!) ) )
-      (?P<power> [eE] [-−+]? \d{1,3} (?!\d) )?
-      (?: \s? [x×*·] \s? 10 \^ (?P<ten> [-−+]? \d{1,3} ) (?!\d) | \^ (?P<exponent> \d{1,3} ) (?!\d) )?
-      (?: \s? / \s? (?P<under> \d+ ) )?
-    """,
-    re.VERBOSE,
-)
-"""A number with its sign, fraction, grouping and power: 1,234.5, 1 234,5 and 1.234,5, 3/4 and 2 1/2, -2 and -$2, 6e23,
-6 x 10^23 and 2^3; not the 2 of m2. A time or a date is no number, and is taken as it is written."""
-BEFORE = (
-    r"(?<![\w\-−–])(?<!\d[.,:/])"
-    + "".join(rf"(?<!\b(?i:{word}) )" for word in ("not", "no", "never"))
-    + "(?<!(?i:n't) )"
-)
-"""What may stand before words that an answer contains: no part of a longer word, and no word that denies them."""
+NUMBER = re.compile(r"(?:(?<!\w)[-−]\$?)?(?<!\w)(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?(?:/\d+)?")
+"""A number with its sign, thousands, decimals, power or fraction: 1,234.5, -$2, 6e23 and 3/4; not the 2 of m2."""
 
 
-def numbers(text: str) -> list[Fraction | str]:
-    """Those of a text, behind its last ``####`` if it has one; what is written like a time or a date as text."""
-    found: list[Fraction | str] = []
-    for match in NUMBER.finditer(unicodedata.normalize("NFC", text).rpartition(MARK)[2]):
-        if match["other"]:
-            found.append(match["other"])
-            continue
-        whole = re.sub(r"\D", "", match["whole"] or "0")
-        value = Fraction(f"{whole}{(match['part'] or '').replace(',', '.')}{(match['power'] or '').replace('−', '-')}")
-        value *= Fraction(10) ** int((match["ten"] or "0").replace("−", "-"))
-        value **= int(match["exponent"] or 1)
-        value = value / Fraction(match["under"]) if int(match["under"] or 0) else value
-        value += int(match["mixed"] or 0)
-        found.append(-value if match["sign"] else value)
+def numbers(text: str) -> list[Fraction]:
+    """Those of a text, behind its last ``####`` if it has one."""
+    found = []
+    for match in NUMBER.findall(text.rpartition(MARK)[2]):
+        value, _, under = match.replace(",", "").replace("$", "").replace("−", "-").partition("/")
+        with suppress(ZeroDivisionError):
+            found.append(Fraction(value) / Fraction(under or 1))
     return found
 
 
@@ -60,18 +45,12 @@ def _is_number(answer: str, right: str) -> bool:
     return wanted != [] and numbers(answer)[-len(wanted) :] == wanted
 
 
-def is_one_number(text: str) -> bool:
-    """Whether it is plain which number of a completion counts."""
-    found = numbers(text)
-    return bool(found) and not isinstance(found[-1], str) and (len(found) == 1 or MARK in text)
-
-
 def _words(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return " ".join(normalize("NFC", text).split())
 
 
 def _contains(answer: str, right: str) -> bool:
-    return re.search(rf"{BEFORE}{re.escape(_words(right))}(?!\w|[.,:/]\d)", _words(answer)) is not None
+    return re.search(rf"(?<![\w.,-]){re.escape(_words(right))}(?!\w|[.,]\d)", _words(answer)) is not None
 
 
 RULES: dict[str, Callable[[str, str], bool]] = {
@@ -91,3 +70,50 @@ TITLES = {"accuracy": "accuracy", **{name: f"right answers ({name})" for name in
 def shown_as(name: str) -> tuple[int, int, str]:
     """How a metric is shown: so many times as large, with so many digits, and a sign behind it."""
     return (1, 3, "") if name == OWN else (100, 1, " %")
+
+
+class OwnMetric:
+    """The function, loaded from the file that the command names. ``name`` has both, and the SHA-256 of the file."""
+
+    def __init__(self, given: str) -> None:
+        self.place, self.known = f"--metric {given}", dict[tuple[str, str], float]()
+        file, _, name = given.rpartition(":")
+        spec = spec_from_file_location("smoa_own_metric", Path(file).expanduser())
+        if spec is None or spec.loader is None:
+            raise ConfigError(f"{self.place}: names no function of a file; write it as FILE.py:NAME")
+        module = sys.modules[spec.name] = module_from_spec(spec)  # where dataclasses look
+        with redirect_stdout(sys.stderr):  # stdout is for what the command prints
+            spec.loader.exec_module(module)
+        self.function: Any = getattr(module, name, None)
+        if not callable(self.function):
+            raise ConfigError(f"{self.place}: {file} has no function {name!r}{nearest(name, vars(module))}")
+        self.name = f"{portable(given)} {sha256(Path(file).expanduser().read_bytes()).hexdigest()}"
+
+    def score(self, answer: str, row: str, where: str) -> float:
+        """What the function makes of an answer to ``row``, JSON of the place ``where``; it is asked once."""
+        if (answer, row) not in self.known:
+            try:
+                with redirect_stdout(sys.stderr):
+                    value = float(self.function(answer, json.loads(row)))
+                if not math.isfinite(value):
+                    raise ValueError(f"it returned {value}")
+            except Exception as error:
+                problem = f"{self.place}: fails on the answer {shown(answer)}: {type(error).__name__}: {error}"
+                raise DataError(f"{where}: {problem}; return a finite number, or fix the row") from error
+            self.known[answer, row] = value
+        return self.known[answer, row]
+
+
+_loaded: dict[tuple[str, int], OwnMetric] = {}
+
+
+def own_metric(known: str | None = None) -> OwnMetric:
+    """The function that the command names; raises ConfigError if it names none, such as the one that is ``known``."""
+    if TRUSTED.metric is None:
+        needed = (known or "FILE.py:NAME ").rpartition(" ")[0]
+        raise ConfigError(f"data.metric: {OWN} is a function that only the command names: give --metric {needed}")
+    file = Path(TRUSTED.metric.rpartition(":")[0]).expanduser()
+    key = TRUSTED.metric, file.stat().st_mtime_ns  # another when it is edited
+    if key not in _loaded:
+        _loaded[key] = OwnMetric(TRUSTED.metric)
+    return _loaded[key]

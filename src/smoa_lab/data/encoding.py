@@ -234,36 +234,21 @@ class Encoder:
         """The tokens under a template without marks: trained is what each answer adds to the conversation before it,
         blanks at its end aside, which separate turns."""
         whole = str(self._apply(messages, tokenize=False))
-        ids, seen, characters = self._of_template(whole), list[int](), 0
-
-        def tokens_of(*said: Message, **options: Any) -> int:
-            """How many tokens this beginning of the conversation has: those of the one before, and of what it adds."""
-            nonlocal characters
-            text = str(self._apply(said, tokenize=False, **options))
-            seen.extend(self._of_template(text[characters:]))
-            characters = len(text)
-            if seen != ids[: len(seen)] or not whole.startswith(text):  # some tokenizers join what two texts have
-                seen[:] = self._of_template(text)
-            is_cut = bool(options) and self.max_length is not None and len(seen) >= self.max_length
-            if seen != ids[: len(seen)] and not is_cut:
+        read = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        ids = list(read["input_ids"])
+        labels = [IGNORED] * len(ids)
+        for place in (place for place, message in enumerate(messages) if message.role == "assistant"):
+            before = str(self._apply(messages[:place], tokenize=False, add_generation_prompt=True))
+            after = str(self._apply(messages[: place + 1], tokenize=False)).rstrip()
+            if not (whole.startswith(before) and whole.startswith(after)):
                 raise DataError(
                     "data.template: under this model's template the assistant's turns can't be told apart: a longer "
-                    "conversation doesn't begin with the tokens of a shorter one; name another template, or set "
+                    "conversation doesn't begin with a shorter one; name another template, or set "
                     "training.assistant_only_loss: false to train on whole conversations"
                 )
-            return len(seen)
-
-        labels = [IGNORED] * len(ids)
-        for place, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            start = tokens_of(*messages[:place], add_generation_prompt=True)
-            if self.max_length is not None and start >= self.max_length:
-                break  # what follows is cut
-            end = tokens_of(*messages[: place + 1])
-            while end > start and not str(self.tokenizer.decode(ids[end - 1])).strip():
-                end -= 1
-            labels[start:end] = ids[start:end]
+            for number, (start, stop) in enumerate(read["offset_mapping"]):
+                if stop > len(before) and start < len(after):
+                    labels[number] = ids[number]
         return Tokens(ids, labels)
 
     def _of_template(self, text: str) -> list[int]:

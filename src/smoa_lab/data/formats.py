@@ -6,8 +6,6 @@ import json
 import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date, time
-from decimal import Decimal
 from typing import Any, Literal
 
 from smoa.errors import DataError
@@ -161,22 +159,16 @@ def _choices(row: dict[str, Any]) -> Row:
 
 
 def _choice(value: object, field: str) -> str:
-    """The text of a choice: numbers and lists as JSON, decimals and dates as Python writes them."""
+    """The text of a choice: what is no text as JSON."""
     if isinstance(value, bool | int | float | list | dict) and value == value:  # and not NaN, which stands for none
-        value = json.dumps(value, default=str)
-    return check_text(str(value) if isinstance(value, Decimal | date | time) else value, field).strip()
+        value = json.dumps(value)
+    return check_text(value, field).strip()
 
 
 def _label(value: object, choices: list[str]) -> int:
     """The number of the right choice: an integer from 0, or the text of that choice; what a CSV has of either."""
-    if isinstance(value, Decimal | date | time) or (isinstance(value, float) and value % 1 > 0):  # and not NaN
-        value = _choice(value, "label")
     if isinstance(value, str) and value.strip() in choices:
-        number = choices.index(value.strip())
-        if value.strip().isdecimal() and number != int(value) < len(choices):
-            problem = f"found {shown(value)}, the text of one choice and the number of another"
-            raise BadRow("label", f"{problem}; expected a number without quotes, in JSON lines")
-        return number
+        return choices.index(value.strip())
     is_whole = isinstance(value, float) and value.is_integer()  # as in a Parquet column in which one is missing
     if is_whole or (isinstance(value, str) and value.strip().isdecimal()):
         value = int(value)  # type: ignore[call-overload]
@@ -235,16 +227,11 @@ def _answered(before: Sequence[Turn], turns: Sequence[Turn], field: str) -> tupl
 
 
 def check_text(value: object, field: str) -> str:
-    """The text of a field; raises BadRow if it is not text, blank, or not a valid string."""
+    """The text of a field; raises BadRow if it is not text, or blank."""
     if not isinstance(value, str):
         raise BadRow(field, f"found {shown(value)}, expected text")
     if not value or value.isspace():
         raise BadRow(field, "is blank, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = ascii(value[error.start])
-        raise BadRow(field, f"holds {half}, half of a character, expected text; delete or complete it") from error
     return value
 
 
@@ -254,9 +241,6 @@ def _message(turn: object, path: str, role_key: str, content_key: str) -> Messag
     for key, remedy in REFUSED_KEYS.items():
         if turn.get(key):
             raise BadRow(f"{path}.{key}", f"found {shown(turn[key])}, expected none: {remedy}")
-    if turn.get("weight", 1) not in (1, None):
-        problem = f"found {shown(turn['weight'])}, expected 1 or no weight: every assistant turn is trained in full"
-        raise BadRow(f"{path}.weight", f"{problem}; give turns that are only context as a prompt with a completion")
     for key in (role_key, content_key):
         if key not in turn:
             raise BadRow(f"{path}.{key}", f"is missing, expected text; the message has {shown(list(turn))}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -17,15 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers.utils.logging import warning_once
 
 from smoa.errors import DataError
 from smoa_lab.basics.atomic import write_whole
-from smoa_lab.basics.folders import cache_folder, check_place, new_folder, read_stored
-from smoa_lab.basics.plain import portable
+from smoa_lab.basics.folders import cache_folder, new_folder, portable, read_stored
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.formats import BadRow, Format, recognize, shape
 from smoa_lab.data.row import KEPT, PARTS, Part, Row, row_from_json
@@ -49,8 +48,6 @@ LOST = {
     "not_tested": "they name the part test, and data.test is tested instead",
 }
 """Why rows are in no part."""
-ALONE = "-alone"
-"""Ends the folder of rows of which ``data.test`` alone are tested."""
 HELD_OUT = {"test": 5, "validation": 10}
 """Of so many different rows one is held out."""
 FEWEST_GROUPS, LARGEST_GROUP = 10, 0.1
@@ -180,7 +177,7 @@ class PreparedRows:
     @property
     def name(self) -> str:
         """Another wherever the tokens of a row may be others."""
-        return self.folder.name if self.account.get("not_tested") else self.folder.name.removesuffix(ALONE)
+        return self.folder.name
 
     def part(self, part: Part) -> Any:
         """A ``datasets.Dataset``."""
@@ -222,29 +219,20 @@ class Reading:
             "format": self.format,
             "sizes": asdict(self.sizes),
             "encoder": self.encoder.state(),
-            **({} if self.group is False else {"group": self.group}),
-            **({"recall": True} if self.recall else {}),
+            "how": [self.group, self.recall, self.alone],
         }
         name = sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        folder = cache_folder() / "rows" / (name + ALONE * self.alone)
+        folder = cache_folder() / "rows" / name
         if not folder.is_dir():
-            check_place(folder / "account.json")
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock"):
-                if not folder.is_dir():
-                    with new_folder(folder) as temporary:
-                        account = self._read_all(temporary)
-                        write_whole(temporary / "account.json", json.dumps(account, ensure_ascii=False))
-        account = read_stored(
-            folder / "account.json", {"parts", "unused", "named"}, "remove the folder, and rows are read again"
-        )
+            with new_folder(folder, keep_existing=True) as temporary:  # of another process that reads the same
+                write_whole(temporary / "account.json", json.dumps(self._read_all(temporary), ensure_ascii=False))
+        account = read_stored(folder / "account.json")
         for part, number in account["unused"].items():
             every = account["named"][part]
-            warning_once(
-                logger, f"{number} of {every} {part} rows are not used; data.{part}_examples: {every} takes all"
-            )
-        if told := account.get("ungrouped"):
+            told = f"{number} of {every} {part} rows are not used; data.{part}_examples: {every} takes all"
             warning_once(logger, told)
+        if ungrouped := account.get("ungrouped"):
+            warning_once(logger, ungrouped)
         for key, why in LOST.items():
             if number := account.get(key):
                 warning_once(logger, f"{number} rows are left out: {why}")
@@ -252,69 +240,63 @@ class Reading:
 
     def _read_all(self, folder: Path) -> dict[str, Any]:
         """Read all sources, split the rows and write the tokens of each part into ``folder``; the account of them."""
-        import datasets
-        from datasets.arrow_writer import ArrowWriter
-
-        text = datasets.Value("string")
-        self.keys, self.groups, self.named, self.faults, self.bad = array("Q"), array("Q"), list[str](), list[str](), 0
-        self.not_tested = 0
-        read = folder / "read.arrow"
-        with ArrowWriter(path=str(read), features=datasets.Features(dict.fromkeys(KEPT, text))) as writer:
-            for part, sources in (("test", self.test), ("", self.train)):
-                for source in sources:
-                    self._read(source, part, writer)
-            writer.finalize()
-        keys = np.array(self.keys, np.uint64)
-        units, chosen, left_out, ungrouped = self._split(keys)
-        rows = datasets.Dataset.from_file(str(read))
-        self.lengths, self.total, self.contents = array("I"), 0, sha256()
-        self.counts = dict.fromkeys(("trained_tokens", "cut", "dropped"), 0)
-        integers = datasets.List(datasets.Value("int32"))
-        tokens = {"input_ids": integers, "labels": integers}
-        grouped = () if self.group is False else ("group",)
-        columns = datasets.Features(tokens | dict.fromkeys(("row", *KEPT, *grouped), text))
-        parts = dict[str, int]()
-        named = {part: self.named.count(part) for part in PARTS if part != "train"}
-        cut = {part: number for part, number in named.items() if number > getattr(self.sizes, part)}
-        unused = {part: cut[part] - len(chosen[part]) for part in cut if 0 < len(chosen[part]) < cut[part]}
+        read, faults, not_tested = list[tuple[str, str]](), list[str](), 0
+        keys, groups, named = array("Q"), array("Q"), list[str]()
+        for part, source in [*(("test", each) for each in self.test), *(("", each) for each in self.train)]:
+            for where, values in tqdm(source.rows(), desc=f"reading {source.name}", unit=" rows", disable=None):
+                try:
+                    row, group = self._shaped(values)
+                except DataError as error:
+                    faults.append(f"{where}: {error}")
+                    continue
+                if self.alone and not part and row.part == "test":
+                    not_tested += 1
+                    continue
+                read.append((where, json.dumps(values, default=str)))
+                keys.append(row.key)
+                groups.append(group)
+                named.append(part or row.part or "")
+        units, chosen, left_out, ungrouped = self._split(np.array(keys, np.uint64), np.array(groups, np.uint64), named)
         used = np.unique(np.concatenate([*chosen.values()]))
         if len(used) > LONG:
             logger.info("Making tokens of %d rows", len(used))
-        for part in PARTS:
-            with ArrowWriter(path=str(folder / f"{part}.arrow"), features=columns) as writer:
-                bar = tqdm(chosen[part], desc=f"tokens, {part}", unit=" rows", leave=False, disable=None)
-                written = sum(
-                    self._encode(rows[int(number)], part, writer, dict.fromkeys(grouped, f"{units[number]:016x}"))
-                    for number in bar
-                )
-                parts |= {part: written} if written else {}
-                writer.finalize()
-        del rows
-        read.unlink()
+        numbers = {part: named.count(part) for part in PARTS if part != "train"}
+        cut = {part: number for part, number in numbers.items() if number > getattr(self.sizes, part)}
         return {
             "max_length": self.encoder.max_length,
             "format": self.format or "",
-            "sha256": self.contents.hexdigest(),
-            "parts": parts,
-            "tokens": {**length_summary(self.lengths), "total": self.total},
-            **self.counts,
-            "repeated": len(used) - len(np.unique(keys[used])),
+            **self._write(folder, read, chosen, units, faults),
+            "repeated": len(used) - len(np.unique(np.array(keys, np.uint64)[used])),
             "also_held_out": left_out,
-            "unused": unused,
-            "named": named,
-            "bad": self.bad,
-            "faults": self.faults,
+            "unused": {part: cut[part] - len(chosen[part]) for part in cut if 0 < len(chosen[part]) < cut[part]},
+            "named": numbers,
+            "bad": len(faults),
+            "faults": faults[:SHOWN],
             **({"ungrouped": ungrouped} if ungrouped else {}),
-            **({"not_tested": self.not_tested} if self.not_tested else {}),
+            **({"not_tested": not_tested} if not_tested else {}),
         }
 
-    def _split(self, keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], dict[Part, NDArray[np.int64]], int, str]:
+    def _shaped(self, values: dict[str, Any] | BadRow) -> tuple[Row, int]:
+        """The row of what was read, and the number of its group; the first one that has a format decides it for all."""
+        if isinstance(values, BadRow):
+            raise values
+        self.format = self.format or recognize(values)
+        row = shape(values, self.format)
+        if not isinstance(self.group, str):
+            return row, row.asked if self.group is None else row.key
+        if values.get(self.group) is None or not str(values[self.group]).strip():
+            raise DataError(f"has no {self.group}, by which data.group says what belongs together")
+        named = json.dumps(values[self.group], sort_keys=True, default=str)
+        return row, int(sha256(named.encode()).hexdigest()[:16], 16)
+
+    def _split(
+        self, keys: NDArray[np.uint64], groups: NDArray[np.uint64], named: Sequence[str]
+    ) -> tuple[NDArray[np.uint64], dict[Part, NDArray[np.int64]], int, str]:
         """By what each row is split, and into which part, how many are left out, and why prompts make no groups."""
-        groups = np.array(self.groups, np.uint64)
         whole = units_of(keys, groups)
         units = whole if self.group is not None else units_of(keys, groups, LARGEST_GROUP)
         told = "" if (units == whole).all() else f"a prompt has more than {LARGEST_GROUP:.0%} of all rows"
-        chosen, left_out = split(keys, self.named, self.sizes, units)
+        chosen, left_out = split(keys, named, self.sizes, units)
         if self.recall:
             chosen, left_out = dict.fromkeys(PARTS, np.arange(len(keys))[: self.sizes.train]), 0
         held_out: tuple[Part, ...] = ("test", "validation")
@@ -322,67 +304,54 @@ class Reading:
             own = units[chosen[part]]
             if len(np.unique(own)) < FEWEST_GROUPS and (own != keys[chosen[part]]).any():
                 told, units = f"the {part} part has fewer than {FEWEST_GROUPS} prompts", keys
-                chosen, left_out = split(keys, self.named, self.sizes, units)
+                chosen, left_out = split(keys, named, self.sizes, units)
                 break
         told = told and f"{told}: its rows count by themselves; where rows belong together, name a column: data.group"
         return units, chosen, left_out, told
 
-    def _read(self, source: RowSource, part: str, writer: Any) -> None:
-        """Read a source; the first row that has a format decides it for all."""
-        for where, values in tqdm(source.rows(), desc=f"reading {source.name}", unit=" rows", disable=None):
-            try:
-                if isinstance(values, BadRow):
-                    raise values
-                self.format = self.format or recognize(values)
-                row = shape(values, self.format)
-                if str(values.get("split")).lower() in PARTS and row.part is None:
-                    warning_once(
-                        logger, "the column split is not read: call it part, and rows are in the parts that it names"
-                    )
-                group = row.asked if self.group is None else row.key
-                if isinstance(self.group, str):
-                    if values.get(self.group) is None or not str(values[self.group]).strip():
-                        raise DataError(f"has no {self.group}, by which data.group says what belongs together")
-                    named = json.dumps(values[self.group], sort_keys=True, default=str)
-                    group = int(sha256(named.encode()).hexdigest()[:16], 16)
-            except DataError as error:
-                self._note(where, error)
-                continue
-            if self.alone and not part and row.part == "test":
-                self.not_tested += 1
-                continue
-            self.keys.append(row.key)
-            self.groups.append(group)
-            self.named.append(part or row.part or "")
-            writer.write({"own": json.dumps(values, default=str), "where": where})
+    def _write(
+        self,
+        folder: Path,
+        read: Sequence[tuple[str, str]],
+        chosen: Mapping[Part, NDArray[np.int64]],
+        units: NDArray[np.uint64],
+        faults: list[str],
+    ) -> dict[str, Any]:
+        """Write the tokens of each part's rows, and their groups; what is counted of them. Adds to the ``faults``."""
+        import datasets
+        from datasets.arrow_writer import ArrowWriter
 
-    def _encode(self, read: dict[str, str], part: Part, writer: Any, group: dict[str, str]) -> bool:
-        """Write a row's tokens and its group; whether there is something to train in them."""
-        assert self.format is not None
-        row = shape(json.loads(read["own"]), self.format)
-        is_counted = not self.recall or part == "test"  # else each row is in three parts
-        try:
-            texts = self.encoder.texts(row, scored=part != "train")
-        except DataError as error:
-            if is_counted:
-                self._note(read["where"], error)
-            return False
-        written = {"row": row.to_json(), **(dict.fromkeys(KEPT, "") if part == "train" else portable(read))}
-        self.contents.update(f"{part} {written['row']}\n".encode())
-        lengths = [len(each.input_ids) + each.cut for each in texts]
-        trained = texts[0].trained
-        if is_counted:
-            self.lengths.append(max(lengths))
-            self.total += lengths[0]
-            self.counts["cut"] += any(each.cut for each in texts)
-            self.counts["trained_tokens"] += trained
-            self.counts["dropped"] += not trained
-        if trained:
-            writer.write({**texts[0].columns, **written, **group})
-        return bool(trained)
-
-    def _note(self, where: str, error: DataError) -> None:
-        """Count a bad row, and list it if it is one of the first."""
-        self.bad += 1
-        if self.bad <= SHOWN:
-            self.faults.append(f"{where}: {error}")
+        text, integers = datasets.Value("string"), datasets.List(datasets.Value("int32"))
+        grouped = () if self.group is False else ("group",)
+        tokens = {"input_ids": integers, "labels": integers}
+        columns = datasets.Features(tokens | dict.fromkeys(("row", *KEPT, *grouped), text))
+        contents, lengths, counts, parts = sha256(), array("I"), Counter[str](), Counter[str]()
+        for part in PARTS:
+            with ArrowWriter(path=str(folder / f"{part}.arrow"), features=columns) as writer:
+                for number in tqdm(chosen[part], desc=f"tokens, {part}", unit=" rows", leave=False, disable=None):
+                    where, own = read[number]
+                    assert self.format is not None
+                    row, is_counted = shape(json.loads(own), self.format), not self.recall or part == "test"
+                    try:
+                        texts = self.encoder.texts(row, scored=part != "train")
+                    except DataError as error:
+                        faults += [f"{where}: {error}"] * is_counted
+                        continue
+                    contents.update(f"{part} {row.to_json()}\n".encode())
+                    sizes, trained = [len(each.input_ids) + each.cut for each in texts], texts[0].trained
+                    if is_counted:  # with recall each row is in three parts
+                        lengths.append(max(sizes))
+                        counts.update(total=sizes[0], trained_tokens=trained, dropped=not trained)
+                        counts.update(cut=any(each.cut for each in texts))
+                    if trained:
+                        kept = dict.fromkeys(KEPT, "") if part == "train" else portable({"own": own, "where": where})
+                        group = dict.fromkeys(grouped, f"{units[number]:016x}")
+                        writer.write({**texts[0].columns, "row": row.to_json(), **kept, **group})
+                        parts[part] += 1
+                writer.finalize()
+        return {
+            "sha256": contents.hexdigest(),
+            "parts": dict(parts),
+            "tokens": {**length_summary(lengths), "total": counts["total"]},
+            **{key: counts[key] for key in ("trained_tokens", "cut", "dropped")},
+        }

@@ -1,4 +1,5 @@
-"""Reads rows one by one: from JSON lines, JSON, CSV or Parquet files, a folder of them, or a data set of the Hub."""
+"""Reads rows one by one: from JSON lines, JSON, CSV or Parquet files, a folder of them, a data set of the Hub, or a
+named set: one of the Hub whose rows become rows of the formats ``choices`` or ``messages``."""
 
 from __future__ import annotations
 
@@ -14,14 +15,89 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.logging import warning_once
-
 from smoa.errors import DataError
 from smoa_lab.basics.folders import content_of
 from smoa_lab.basics.names import first_of, nearest
 from smoa_lab.basics.section import Section
 from smoa_lab.data.formats import BadRow, shown
-from smoa_lab.data.named import DEMO, DEMO_FILE, SETS
+
+Values = dict[str, Any]
+"""A row's columns: of the Hub, or of a format."""
+DEMO = "csqa-demo"
+"""The name of the part of CommonsenseQA that lies in the package, whose rows name their part."""
+DEMO_FILE = Path(__file__).with_name("csqa_demo.jsonl.gz")
+
+
+def _choices(prompt: str, choices: list[str], label: int, context: str = "") -> Values:
+    lines = [text.strip() for text in (context, prompt)]
+    return {"prompt": "\n".join(filter(None, lines)), "choices": choices, "label": label}
+
+
+def _winogrande(row: Values) -> Values:
+    prompt = f"Please fill in the blank to complete the given sentence: {row['sentence']}"
+    return _choices(prompt, [row["option1"], row["option2"]], int(row["answer"]) - 1)
+
+
+def _boolq(row: Values) -> Values:
+    return _choices(f"{row['question']}?", ["yes", "no"], 0 if row["answer"] else 1, row["passage"])
+
+
+def _piqa(row: Values) -> Values:
+    return _choices(row["goal"], [row["sol1"], row["sol2"]], int(row["label"]))
+
+
+def _socialiqa(row: Values) -> Values:
+    choices = [row["answerA"], row["answerB"], row["answerC"]]
+    return _choices(f"{row['context']} {row['question']}", choices, int(row["label"]) - 1)
+
+
+def _hellaswag(row: Values) -> Values:
+    def unmarked(text: str) -> str:
+        """Without WikiHow's marks, as lm-eval removes them."""
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    beginning = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    prompt = f"Please complete the given sentence: {unmarked(beginning)}"
+    return _choices(prompt, list(map(unmarked, row["endings"])), int(row["label"]))
+
+
+def _lettered(row: Values) -> Values:
+    choices = row["choices"]
+    question = row["question"] if "question" in row else row["question_stem"]
+    return _choices(question, list(choices["text"]), list(choices["label"]).index(row["answerKey"]))
+
+
+def _gsm8k(row: Values) -> Values:
+    """Solutions end in ``#### number``."""
+    turns = ("user", row["question"]), ("assistant", row["answer"])
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A data set of the Hub, and what makes a row of ours of one of its rows. ``test`` is the split whose labels are
+    public and on which the literature evaluates."""
+
+    path: str
+    parse: Callable[[Values], Values]
+    test: str = "validation"
+    config: str | None = None
+
+
+# Copies of piqa and socialiqa, as lm-eval takes them: the originals are scripts, which datasets runs no more.
+SETS: dict[str, NamedSet] = {
+    "boolq": NamedSet("google/boolq", _boolq),
+    "piqa": NamedSet("baber/piqa", _piqa),
+    "socialiqa": NamedSet("lighteval/siqa", _socialiqa),
+    "hellaswag": NamedSet("Rowan/hellaswag", _hellaswag),
+    "winogrande": NamedSet("allenai/winogrande", _winogrande, config="winogrande_xl"),
+    "arc_easy": NamedSet("allenai/ai2_arc", _lettered, "test", "ARC-Easy"),
+    "arc_challenge": NamedSet("allenai/ai2_arc", _lettered, "test", "ARC-Challenge"),
+    "openbookqa": NamedSet("allenai/openbookqa", _lettered, "test", "main"),
+    "csqa": NamedSet("tau/commonsense_qa", _lettered),
+    "gsm8k": NamedSet("openai/gsm8k", _gsm8k, "test", "main"),
+}
+
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +107,6 @@ Numbered = Iterator[tuple[int, Any]]
 
 PART = re.compile(r"(.*[-_. ])?(train|training|test|testing|validation|valid|val|dev|eval|heldout)([-_. \d].*)?")
 """Names of files of one part, such as the Hub's ``test-00000-of-00001.parquet``."""
-BESIDE = re.compile(r"[._].*|(readme|licen[cs]e).*|.*\.(md|py|ya?ml)", re.IGNORECASE)
-"""Names in a folder of rows that nobody takes for rows."""
 BATCH = 16
 """Rows of a Parquet file that are decoded at once."""
 
@@ -48,35 +122,24 @@ def read_rows(place: Path) -> Iterator[Placed]:
 
 def files_of(place: Path) -> list[Path]:
     """The file itself, or the files of a folder by name."""
-    kinds = f"{', '.join(READERS)} (.gz as well, except parquet)"
-    try:
-        folder = place.expanduser()
-        if not folder.exists():
-            near = "" if is_of_known_kind(place) else nearest(str(place), [DEMO, *SETS])
-            raise DataError(f"{place}: no such file, folder or named set{near or '; give the path of one that exists'}")
-        files = [place]
-        if folder.is_dir():
-            entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
-            read = {entry.name for entry in entries if entry.is_file() and is_of_known_kind(entry)}
-            files = [place / entry.name for entry in entries if entry.name in read and not entry.name.startswith(".")]
-            left = [entry.name for entry in entries if entry.name not in read and not BESIDE.fullmatch(entry.name)]
-            if files and left:
-                rule = f"of a folder only its own {kinds} are read, and not"
-                warning_once(logger, f"{place}: {rule} {first_of(left)}; list other folders in data.train")
-        elif not is_of_known_kind(place):
+    kinds, folder = f"{', '.join(READERS)} (.gz as well, except parquet)", place.expanduser()
+    if not folder.exists():
+        near = "" if is_of_known_kind(place) else nearest(str(place), [DEMO, *SETS])
+        raise DataError(f"{place}: no such file, folder or named set{near or '; give the path of one that exists'}")
+    if not folder.is_dir():
+        if not is_of_known_kind(place):
             raise DataError(f"{place}: cannot read this kind of file; use one of {kinds}")
-        if not files:
-            raise DataError(f"{place}: no file in this folder is one of {kinds}; name a file, or add one")
-        named = {file.name: found[2] for file in files if (found := PART.fullmatch(file.name.lower()))}
-        trained = [name for name, part in named.items() if part.startswith("train")]
-        if trained and len(trained) < len(named):
-            rule = f"is not named like {trained[0]}, and all files of a folder are used alike"
-            remedy = "list the files to train on in data.train and those to hold out in data.test, each with its folder"
-            raise DataError(f"{place}: {first_of(sorted(named.keys() - {*trained}))} {rule}; {remedy}")
-        for file in files:
-            file.expanduser().open("rb").close()
-    except OSError as error:
-        raise DataError(f"{place}: cannot be read: {error}; check the path and its permissions") from error
+        return [place]
+    entries = (entry for entry in folder.iterdir() if entry.is_file() and is_of_known_kind(entry))
+    files = [place / name for name in sorted(entry.name for entry in entries) if not name.startswith(".")]
+    if not files:
+        raise DataError(f"{place}: no file in this folder is one of {kinds}; name a file, or add one")
+    named = {file.name: found[2] for file in files if (found := PART.fullmatch(file.name.lower()))}
+    trained = [name for name, part in named.items() if part.startswith("train")]
+    if trained and (others := sorted(named.keys() - {*trained})):
+        rule = f"is not named like {trained[0]}, and all files of a folder are used alike"
+        remedy = "list the files to train on in data.train and those to hold out in data.test, each with its folder"
+        raise DataError(f"{place}: {first_of(others)} {rule}; {remedy}")
     return files
 
 
@@ -96,13 +159,9 @@ def _rows(file: Path) -> Iterator[Placed]:
             if not isinstance(row, dict | BadRow):
                 row = BadRow(None, f"found {shown(row)}, expected an object with columns")
             yield f"{file}, row {number}", row
-    except DataError:
-        raise
-    except (ValueError, RecursionError, OSError, EOFError, zlib.error, csv.Error) as error:
-        raise DataError(
-            f"{file}: cannot be read after row {number}: {' '.join(str(error).split())}; a file has to be whole, in "
-            "UTF-8 and of the kind that its name says, .jsonl for one object in each line"
-        ) from error
+    except (ValueError, OSError, EOFError, RecursionError, zlib.error, csv.Error) as error:
+        rule = "a file has to be whole, in UTF-8 and of the kind that its name says, .jsonl for one object in each line"
+        raise DataError(f"{file}: cannot be read after row {number}: {error}; {rule}") from error
     if not number:
         raise DataError(f"{file}: has no rows; expected at least one")
 
@@ -121,8 +180,7 @@ def _json_lines(file: Path) -> Numbered:
 
 def _json_list(file: Path) -> Numbered:
     with _open(file, "rb") as stream:
-        content = stream.read()
-    rows = json.loads(content) if content.strip() else []
+        rows = json.load(stream)
     if not isinstance(rows, list):
         raise ValueError(f"found {shown(rows)}, expected a list of objects")
     return enumerate(rows, start=1)
@@ -134,11 +192,8 @@ def _csv_rows(file: Path) -> Numbered:
         first = stream.readline()
         stream.seek(0)
         mark = max(",;\t", key=first.count)
-        table = csv.DictReader(stream, strict=True, delimiter=mark)  # else a quote that is never closed swallows rows
-        names = list(filter(None, table.fieldnames or []))
-        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-            raise DataError(f"{file}: has two columns {twice[0]!r}, of which one would be lost; rename or remove one")
-        for number, row in enumerate(table, start=1):
+        # strict: else a quote that is never closed swallows rows
+        for number, row in enumerate(csv.DictReader(stream, strict=True, delimiter=mark), start=1):
             if None in row or None in row.values():
                 problem = "has more or fewer cells than the header; put quotes around a cell that holds commas"
                 yield number, BadRow(None, f"{problem}, quotes or line breaks")
@@ -149,12 +204,9 @@ def _csv_rows(file: Path) -> Numbered:
 def _parquet_rows(file: Path) -> Numbered:
     from pyarrow import parquet
 
-    try:
-        with parquet.ParquetFile(file) as table:
-            batches = table.iter_batches(batch_size=BATCH)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except Exception as error:  # pyarrow has a dozen kinds, and not one above them all
-        raise ValueError(str(error)) from error
+    with parquet.ParquetFile(file) as table:
+        batches = table.iter_batches(batch_size=BATCH)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
 
 
 READERS: dict[str, Callable[[Path], Numbered]] = {"jsonl": _json_lines, "csv": _csv_rows}
@@ -206,29 +258,20 @@ class HubSource:
     def rows(self) -> Iterator[Placed]:
         import datasets
 
-        wanted = self.wanted
-        try:
-            stream = datasets.load_dataset(
-                wanted.name, wanted.config, split=self.split, revision=wanted.revision, streaming=True
-            )
-            for number, row in enumerate(stream, start=1):
-                try:
-                    parsed = row if self.parse is None else self.parse(row)
-                except (KeyError, ValueError, TypeError) as error:
-                    parsed = BadRow(None, f"{error!r}; the row has {sorted(row)}")
-                yield f"{self.name}, row {number}", parsed
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"data.train: cannot read {self.name} from the Hub: {error}") from error
+        wanted, options = self.wanted, {"revision": self.wanted.revision, "streaming": True}
+        stream = datasets.load_dataset(wanted.name, wanted.config, split=self.split, **options)
+        for number, row in enumerate(stream, start=1):
+            try:
+                parsed = row if self.parse is None else self.parse(row)
+            except (KeyError, ValueError, TypeError) as error:
+                parsed = BadRow(None, f"{error!r}; the row has {sorted(row)}")
+            yield f"{self.name}, row {number}", parsed
 
     def state(self) -> Any:
         """The commit, so that a data set that changed is read anew."""
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
 
-        try:
-            commit = HfApi().dataset_info(self.wanted.name, revision=self.wanted.revision).sha
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            raise DataError(f"data.train: cannot find {self.wanted.name!r} on the Hub: {error}") from error
+        commit = HfApi().dataset_info(self.wanted.name, revision=self.wanted.revision).sha
         return [self.wanted.model_dump(), self.split, commit]
 
 

@@ -17,11 +17,10 @@ from transformers.utils.logging import warning_once
 
 from smoa.errors import DataError
 from smoa_lab.base_models import positions_of
-from smoa_lab.data.answers import ANSWERED, OWN, RULES, MetricName, is_one_number
+from smoa_lab.data.answers import ANSWERED, OWN, RULES, MetricName, own_metric
 from smoa_lab.data.encoding import Encoder, Tokens, pad_token, text_ids
 from smoa_lab.data.formats import shown
 from smoa_lab.data.general_text import STORY, TITLE, passages
-from smoa_lab.data.own_metric import own_metric
 from smoa_lab.data.row import Row
 from smoa_lab.scoring.losses import Losses, left_padded, progress, row_losses, score, scoring
 
@@ -93,10 +92,6 @@ class Evaluation:
             if self.metric != OWN and not right[number - 1]:
                 text = f"the completion of held-out row {number}, {shown(prompt.reference)}, has no number"
                 raise DataError(f"data.metric: {self.metric}: {text}; fix the row, or take exact or contains")
-        unclear = sum(not is_one_number(prompt.reference) for prompt in self.prompts) if self.metric == "number" else 0
-        if unclear:
-            told = "have several numbers without ####, or none that is one; the last one is compared as it is written"
-            warning_once(logger, f"data.metric: number: {unclear} of {len(self.prompts)} completions {told}")
         tokenizer = self.encoder.tokenizer
         lengths = [len(text_ids(tokenizer, prompt.reference)) + 1 for prompt in self.prompts]  # and its end
         usual = max(LEAST_TOKENS, math.ceil(ROOM * sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]))

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, takewhile
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -125,8 +125,7 @@ def _score_batch(model: nn.Module, groups: list[list[Tokens]], pad: int) -> list
     prompt_of = torch.tensor([place for place, group in enumerate(groups) for _ in group])
     longer = [number for number, row in enumerate(rows) if row.trained > 1]
     may_share = len(rows) > len(groups) and all(prompts) and all(row.answer for row in rows)
-    reach = max(len(row.input_ids) for row in rows)
-    shared = _prompt_pass(model, prompts, prompt_of[longer], pad, reach) if may_share else None
+    shared = _prompt_pass(model, prompts, prompt_of[longer], pad) if may_share else None
     if shared is None:
         return _predicted(model, rows, pad)
     logits, past, mask = shared
@@ -163,48 +162,25 @@ def _predicted(
 
 
 def _prompt_pass(
-    model: nn.Module, prompts: list[list[int]], prompt_of: Tensor, pad: int, reach: int
+    model: nn.Module, prompts: list[list[int]], prompt_of: Tensor, pad: int
 ) -> tuple[Tensor, dict[str, Any], Tensor] | None:
-    """Run what all prompts begin with, such as a template's words, once, and then the rest of each, padded left: the
-    logits after each prompt (prompts, vocabulary), keys and values by the model's name for them, for each row those of
-    its prompt, and their mask (rows, width). None where the model keeps none that can be repeated."""
+    """Run each prompt once, padded left: the logits after each (prompts, vocabulary), keys and values by the model's
+    name for them, for each row those of its prompt, and their mask (rows, width). None where the model keeps none that
+    can be repeated."""
     device = next(model.parameters()).device
-    common = _beginning(model, prompts, reach)
-    passes = [([prompt[len(common) :] for prompt in prompts], prompt_of)]
-    if common:
-        passes.insert(0, ([common], torch.zeros(len(prompts), dtype=torch.long)))
-    past: dict[str, Any] = {}
-    mask = torch.zeros(len(passes[0][0]), 0, dtype=torch.long, device=device)
-    for texts, rows in passes:
-        inputs = left_padded(texts, pad, device)
-        own = inputs["attention_mask"]
-        mask = torch.cat([mask, own], dim=1)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -own.shape[1] :]
-        inputs |= {"attention_mask": mask, "position_ids": positions, **past}
-        last = torch.zeros_like(own, dtype=torch.bool)
-        last[:, -1] = True
-        with logits_at(model, last):
-            output = model(**inputs, use_cache=True)
-        name = "cache" if hasattr(output, "cache") else "past_key_values"  # before transformers 5.24
-        cache: Any = getattr(output, name, None)
-        recurrent = any(hasattr(layer, "conv_states") for layer in getattr(cache, "layers", ()))  # linear attention's
-        if recurrent or not hasattr(cache, "batch_select_indices"):
-            return None
-        cache.batch_select_indices(rows.to(device))
-        past, mask = {name: cache}, mask[rows.to(device)]
-    return wanted_logits(output.logits, last), past, mask
-
-
-def _beginning(model: nn.Module, prompts: list[list[int]], reach: int) -> list[int]:
-    """The tokens that all prompts begin with, but for the last of each. A shorter prompt has padding after them, which
-    rotary positions leave out; other distances, and a window that rows of ``reach`` tokens exceed, would count it."""
-    config = cast(Any, model).config.get_text_config()
-    windows = [getattr(config, key, None) or reach for key in ("sliding_window", "attention_chunk_size")]
-    rotates = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
-    if not rotates or reach > min(windows):
-        return []
-    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-    return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, columns)]
+    inputs = left_padded(prompts, pad, device)
+    mask = inputs["attention_mask"]
+    last = torch.zeros_like(mask, dtype=torch.bool)
+    last[:, -1] = True
+    with logits_at(model, last):
+        output = model(**inputs, position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0), use_cache=True)
+    name = "cache" if hasattr(output, "cache") else "past_key_values"  # before transformers 5.24
+    cache: Any = getattr(output, name, None)
+    recurrent = any(hasattr(layer, "conv_states") for layer in getattr(cache, "layers", ()))  # linear attention's
+    if recurrent or not hasattr(cache, "batch_select_indices"):
+        return None
+    cache.batch_select_indices(prompt_of.to(device))
+    return wanted_logits(output.logits, last), {name: cache}, mask[prompt_of.to(device)]
 
 
 @contextmanager

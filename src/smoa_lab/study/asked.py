@@ -12,11 +12,11 @@ from typing import Any
 from smoa.errors import ConfigError
 from smoa_lab.base_models import empty_model
 from smoa_lab.basics.atomic import write_whole
-from smoa_lab.basics.folders import read_stored
+from smoa_lab.basics.folders import flat, read_stored
 from smoa_lab.config.methods import check_adapter
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.init import file_for
-from smoa_lab.study.finished import check_inputs, flat, read_finished
+from smoa_lab.study.finished import check_inputs, read_finished
 from smoa_lab.study.report import SUMMARY, metric_name
 from smoa_lab.study.study import STUDY, Study, edit, load_study
 from smoa_lab.training.loaded_run import inputs
@@ -77,7 +77,7 @@ def ask(file: Path, changes: Sequence[str], number: int | None = None) -> Study:
     if changes:
         edit(file, changes)
     study, said, written = load_study(file), file.with_name(SUMMARY), list[str]()
-    known = read_stored(said, {"budgets"})["budgets"] if said.is_file() else {}
+    known = read_stored(said)["budgets"] if said.is_file() else {}
     looked = {budget: one for budget, one in known.items() if one["round"] > 1}
     for budget, own in study.budgets().items():
         if (one := looked.get(budget)) is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from smoa.errors import ConfigError
 from smoa_lab.base_models import empty_model, with_rate
-from smoa_lab.budget import ALL_LINEAR, FIRST_BLOCKS, LORA, budget_parameters, shapes_of, size_method
+from smoa_lab.budget import ALL_LINEAR, FIRST_BLOCKS, LORA, budget_parameters, lora_on, size_method
 from smoa_lab.config.methods import OTHER_LAYERS, find_method, trains_own_dtype
 from smoa_lab.config.run import ModelSection, RunConfig, check_config, native_dtype
 from smoa_lab.config.yaml_text import apply_overrides
@@ -77,7 +77,6 @@ def default_study(
     of_data = [change.removeprefix("shared.") for change in changes if change.startswith("shared.data.")]
     run = first_values(model, data, next(iter(amounts.values())), changes=of_data)
     empty, lora_rate = empty_model(ModelSection(name=model)), float(run["training"]["learning_rate"])
-    shapes = shapes_of(empty, (ALL_LINEAR,), model)
     kept = {key: value for key, value in run["training"].items() if key not in OWN and value}
     apply_overrides(run, of_data)
     looked = check_config({**run, "training": {**kept, "output_dir": "runs"}}, "smoa compare")
@@ -91,7 +90,7 @@ def default_study(
         block |= {"num_blocks": FIRST_BLOCKS} if "num_blocks" in fields else {}
         block |= {"total_step": steps} if "total_step" in fields else {}
         block |= (settings or {}).get(name, {})
-        budget = budget_parameters(amount, empty.num_parameters(), shapes)
+        budget = budget_parameters(amount, empty.num_parameters(), lora_on(empty, {}))
         sized = size_method(empty, name, block, budget)
         if reason := sized.misses(budget, amount):
             if not sizes:

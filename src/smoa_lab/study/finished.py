@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -11,16 +11,60 @@ from statistics import fmean
 from typing import Any
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.basics.folders import read_stored, read_stored_lines
-from smoa_lab.basics.plain import portable
-from smoa_lab.data.answers import ANSWERED, OWN, RULES, MetricName
-from smoa_lab.data.own_metric import own_metric
-from smoa_lab.study.metrics import Metrics, loss_of, metrics_of
+from smoa_lab.basics.folders import flat, portable, read_stored, read_stored_lines
+from smoa_lab.data.answers import ANSWERED, OWN, RULES, MetricName, own_metric
 from smoa_lab.study.search import STARTS, Chosen, next_indices, rate
 from smoa_lab.study.study import Job, Study
 from smoa_lab.training.run_folder import RunFolder
 
-RUN_AGAIN = "put back a copy, or remove this run's folder, and it is run again"
+Metrics = dict[str, Any]
+"""What ``metrics.json`` has of a run."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is compared: a field of each held-out row, ``before`` training as the base model has it and ``after``, per
+    token or per row; ``sign`` is 1 where higher is better. It is shown ``scale`` times as large, in ``unit`` with so
+    many digits."""
+
+    title: str
+    before: str
+    after: str
+    per_token: bool
+    sign: int
+    scale: float
+    digits: int
+    unit: str
+
+
+LOSS = Metric("loss", "before", "after", True, -1, 1, 4, "nats per token")
+OF_CHOICES = Metric("accuracy %", "right_before", "right_after", False, 1, 100, 1, "points")
+SCORED = ("scored_before", "scored_after")
+BY_NAME = {
+    name: Metric(f"{title} %", *SCORED, False, 1, 100, 1, "points")
+    for name, title in {"choice": "accuracy", **{name: name for name in RULES}}.items()
+} | {OWN: Metric(OWN, *SCORED, False, 1, 1, 3, "points of score")}
+
+
+def metrics_of(row: Mapping[str, Any], name: MetricName | None) -> Sequence[Metric]:
+    """What is compared on rows like this one, where a config names this metric; first what decides."""
+    if name is not None:
+        return BY_NAME[name], LOSS
+    return (LOSS, OF_CHOICES) if OF_CHOICES.after in row else (LOSS,)
+
+
+def scores_of(metrics: Metrics) -> dict[str, Any]:
+    """Those of a run on held-out rows after its training; of the base model as it is."""
+    scores: dict[str, Any] = metrics["evaluation"].get("after") or metrics["evaluation"]["before"]
+    return scores
+
+
+def loss_of(metrics: Metrics) -> float | None:
+    """What a search goes by; None for a run that diverged."""
+    loss: float | None = scores_of(metrics)["loss"]
+    return loss
+
+
 """What to do where a file of a run is damaged."""
 Row = dict[str, Any]
 
@@ -42,7 +86,7 @@ class Run:
         """The held-out rows by digest and number among equal ones, with what the metric makes of their answers, the
         worst where it diverged. Answers are stored, and scores are not; a row that was stored without its answer has
         the score that was stored with it."""
-        rows = read_stored_lines(self.folder.rows, {"digest", "copy", "tokens"}, RUN_AGAIN)
+        rows = read_stored_lines(self.folder.rows)
         answer = "right" if self.metric == "choice" else "answer"
         for row in rows if self.metric else ():
             for stage in (stage for stage in ("before", "after") if f"{answer}_{stage}" in row):
@@ -85,7 +129,7 @@ def read_finished(study: Study) -> Finished:
 @cache
 def _read(file: Path, changed: int, metric: MetricName | None) -> Run:
     """A run as its file is since it was ``changed``. Where it has no answers, its own metric holds."""
-    metrics = read_stored(file, {"config", "evaluation"}, RUN_AGAIN)
+    metrics = read_stored(file)
     own = metrics["config"]["data"].get("metric")
     return Run(RunFolder(file.parent), metrics, metric if own in ANSWERED and metric in ANSWERED else own)
 
@@ -115,12 +159,6 @@ def done(study: Study, finished: Finished, job: Job) -> Run | None:
         found = f"has a run with another {', another '.join(sorted(differ))}"
         raise ConfigError(f"{run.folder.path}: {found}; move it away, put the values back, or use a new folder")
     return run
-
-
-def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of all blocks, as ``block.key``."""
-    blocks = {block: own if isinstance(own, dict) else {"": own} for block, own in config.items()}
-    return {f"{block}.{key}".rstrip("."): own[key] for block, own in blocks.items() for key in own}
 
 
 def search(study: Study, finished: Finished, name: str) -> tuple[dict[int, float | None], list[Job]]:

@@ -1,27 +1,53 @@
-"""Runs what a study's file asks for and its folder lacks. Any number of processes may do so at once, on this machine or
-others that share the folder: what is next is read from the folder, and whoever locks a run's folder does that run."""
+"""Runs what a study's file asks for and its folder lacks: by this process, by several of this machine, or on a cluster
+by Ray. Any number of processes may do so at once, on machines that share the folder: what is next is read from the
+folder, and whoever locks a run's folder does that run. None hands out jobs, and one that dies takes only its run with
+it."""
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from smoa.errors import ConfigError, SmoaError
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from smoa.errors import ConfigError, DataError, SmoaError
+from smoa_lab.basics.trust import TRUSTED
 from smoa_lab.config.run import RunConfig
 from smoa_lab.pages.tables import score_text
-from smoa_lab.study.finished import read_finished
-from smoa_lab.study.jobs import at_most_left, needless, next_jobs
-from smoa_lab.study.metrics import Metrics, loss_of, scores_of
+from smoa_lab.study.finished import (
+    Finished,
+    Metrics,
+    Run,
+    chosen,
+    done,
+    finals,
+    loss_of,
+    read_finished,
+    scores_of,
+    search,
+    searched,
+)
 from smoa_lab.study.report import report
-from smoa_lab.study.study import Job, load_study
-from smoa_lab.training.guards import Diverged
+from smoa_lab.study.study import Job, Study, load_study
+from smoa_lab.study.verdict import verdict
 from smoa_lab.training.run_folder import OfAnother, RunFolder, Taken
 from smoa_lab.training.train import run, score_untouched
+from smoa_lab.training.trainer import Diverged
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
@@ -98,3 +124,106 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def next_jobs(study: Study, finished: Finished, only: Sequence[str] = (), failed: Collection[str] = ()) -> list[Job]:
+    """What can be run now: the base model and searches, one rate of all entries at a time; then final runs of entries
+    whose rates are chosen, one seed of all at a time, but of budgets that have their answer. Results choose jobs, and
+    the order in which they come does not. What ``failed`` is left out."""
+    names, searches = [name for name in study.chosen(only) if name not in failed], bool(study.tuning.max_runs)
+    bases = [study.untouched("untouched")] * bool(study.seeds) + [study.untouched("untouched-validation")] * searches
+    jobs = [job for job in bases if done(study, finished, job) is None]
+    turns = list[tuple[int, Job]]()
+    for name in names if searches else ():
+        losses, missing = search(study, finished, name)
+        turns += enumerate(missing, start=len(losses))
+    jobs += [job for _, job in sorted(turns, key=itemgetter(0))]
+    answered = {name for one in verdict(study, finished, failed).values() if one.is_answered for name in one.entries}
+    runs = {name: finals(study, finished, name) for name in names if name not in answered}
+    rates = {name: rate for name in runs if (rate := chosen(study, finished, name)) is not None}
+    for seed in study.seeds:
+        jobs += [Job("final", name, rates[name].learning_rate, seed) for name in rates if seed not in runs[name]]
+    return list(dict.fromkeys(jobs))
+
+
+def at_most_left(study: Study, finished: Finished, only: Sequence[str], failed: Collection[str]) -> int:
+    """How many jobs are left at most, each search at its longest."""
+    jobs = next_jobs(study, finished, only, failed)
+    searching = {job.entry for job in jobs if job.stage == "search"}
+    tried = sum(len(search(study, finished, name)[0]) for name in searching)
+    whole = len(searching) * (study.tuning.max_runs + len(study.seeds))
+    return whole - tried + sum(job.stage != "search" for job in jobs)
+
+
+def needless(study: Study, finished: Finished) -> list[Run]:
+    """The runs whose adapters the study does not keep: those of searches, where final runs follow, and by ``keep`` all
+    but the best of what an entry is known by."""
+    found = list[Run]()
+    for name in study.entries:
+        searches = searched(study, finished, name)
+        found += searches if study.seeds else []
+        runs = [*finals(study, finished, name).values()] if study.seeds else searches
+        if runs and study.keep != "all":
+            best = min(runs, key=lambda run: run.lost)
+            found += [run for run in runs if study.keep == "none" or run is not best]
+    return found
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What one process does, from the folder and with the trust of the process that starts it: jobs of a study with so
+    many ``threads``, and with one of the ``gpus`` of this machine, if there are any."""
+
+    file: Path
+    only: Sequence[str]
+    deadline: float
+    workers: int
+    threads: int
+    gpus: Sequence[str] = ()
+    home: Path = field(default_factory=Path.cwd)
+    trusted: Mapping[str, Any] = field(default_factory=lambda: dict(vars(TRUSTED)))
+
+
+def _work(worker: Worker, place: int) -> Failed:
+    os.chdir(worker.home)
+    vars(TRUSTED).update(worker.trusted)
+    if worker.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = worker.gpus[place % len(worker.gpus)]
+    torch.set_num_threads(worker.threads)
+    disable_progress_bar()
+    shown, own = logging.StreamHandler(), logging.getLogger("smoa_lab.study")
+    shown.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    own.handlers, own.level = [shown], logging.INFO
+    return work(worker.file, worker.only, worker.deadline, worker.workers)
+
+
+def work_side_by_side(file: Path, only: Sequence[str], deadline: float, workers: int) -> Failed:
+    """Run a study's jobs by several processes of this machine, each with its part of the cores and, where there are
+    GPUs, with one."""
+    visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    gpus = visible or [str(gpu) for gpu in range(torch.cuda.device_count())]
+    worker = Worker(file, only, deadline, workers, max(1, (os.cpu_count() or 1) // workers), gpus)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        try:
+            return _together(list(pool.map(partial(_work, worker), range(workers))))
+        except BrokenProcessPool as error:
+            raise DataError(f"{file.parent}: a worker died; if memory ran out, give fewer --workers") from error
+
+
+def work_on_ray(file: Path, only: Sequence[str], deadline: float, workers: int, address: str) -> Failed:
+    """Run a study's jobs by tasks on the Ray cluster at ``address``, whose machines share the folder. Each has its part
+    of the cores and, where the cluster has GPUs, one of its own."""
+    ray: Any = import_module("ray")  # an extra
+    ray.init(address, log_to_driver=False)
+    resources = ray.cluster_resources()
+    threads = max(1, int(resources["CPU"]) // workers)
+    worker = Worker(file, only, deadline, workers, threads)
+    task = ray.remote(_work).options(num_cpus=threads, num_gpus=int("GPU" in resources))
+    try:
+        return _together(ray.get([task.remote(worker, place) for place in range(workers)]))
+    except ray.exceptions.RayError as error:  # whose text has the traceback of another machine, its cause has not
+        raise DataError(f"{file.parent}: a worker failed: {getattr(error, 'cause', error)}") from error
+
+
+def _together(found: Sequence[Failed]) -> Failed:
+    return {name: error for failed in found for name, error in failed.items()}

@@ -52,8 +52,6 @@ class LoadedRun:
         section, part = self.config.data, self.config.scoring.part
         rows = self.data.rows(part)
         trained_on: int | None = 0
-        if folder is not None:
-            folder.warn_of_other_rows(section, self.data.account["sha256"])
         if folder is not None and not section.recall:
             rows, trained_on = folder.not_trained_on(rows)
         told = section.metric, section.answer_tokens

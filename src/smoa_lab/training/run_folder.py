@@ -14,12 +14,13 @@ import json
 import logging
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import compress
+from itertools import chain, compress, count
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.atomic import flush, new_file, write_whole
-from smoa_lab.basics.folders import check_place, free_name, read_stored
+from smoa_lab.basics.folders import finite, flat, json_text, read_stored
 from smoa_lab.basics.names import first_of
-from smoa_lab.basics.plain import finite, json_text
-from smoa_lab.config.run import ConfigText, DataSection, RunConfig
+from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
 from smoa_lab.data.row import Row
 
@@ -76,89 +76,36 @@ class RunFolder:
         if not self.trained.is_file():
             logger.warning("%s: doesn't keep which rows it was trained on; some of these may be", self.path)
             return list(rows), None
-        try:
-            trained_on = np.load(self.trained)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{self.trained}: is damaged ({error}); put back a copy, or remove it") from error
-        new = ~np.isin(np.array([row.key for row in rows], np.uint64), trained_on)
+        new = ~np.isin(np.array([row.key for row in rows], np.uint64), np.load(self.trained))
         kept = list(compress(rows, new))
         if len(kept) < len(rows):
             logger.warning("%d of the %d rows were trained on, and are left out", len(rows) - len(kept), len(rows))
         return kept, len(rows) - len(kept)
 
-    def warn_of_other_rows(self, data: DataSection, digest: str) -> None:
-        """Warn if the rows that the run's own ``data`` names have another content, or others of them are held out, than
-        when it was scored."""
-        own = DataSection.model_validate(ConfigText.read(self.config).values["data"])
-        scored_on = read_stored(self.metrics).get("digests", {}).get("data", digest)
-        if scored_on != digest and own.choice == data.choice:
-            why = "a file changed since"
-            logger.warning("%s: its rows are others than when it was trained and scored: %s", self.path, why)
-
     def check(self, config_yaml: str) -> None:
-        """Raise ConfigError if another process trains into the folder, or it contains a finished run, or checkpoints of
-        another config, or files that are not of a run, or cannot be written. Nothing is left in it."""
-        check_place(self.config)
+        """Raise ConfigError if another process trains into the folder, or it has a finished run, files that are not of
+        a run, or checkpoints of another config."""
+        if self.finished:
+            raise ConfigError(f"{self.path}: contains a finished run; choose another training.output_dir or move it")
         if self.lock.is_file():
             with self.alone():
                 pass
-        self._check(config_yaml)
+        elif is_first_process() and not self.inputs.is_file() and any(self.path.glob("[!.]*")):
+            # what a run removes would be among the files
+            raise ConfigError(f"{self.path}: has files and no run of smoa's; choose another training.output_dir")
+        self._check_values(config_yaml)
 
-    def _check(self, config_yaml: str, is_claimed: bool = False) -> None:
-        is_run = False
-        marks = (self.metrics, self.inputs, self.lock)  # without which a config is the user's own
-        if is_claimed or any(mark.is_file() for mark in marks):
-            with suppress(OSError, ValueError):  # no file, neither UTF-8 nor YAML
-                text = self.config.read_text(encoding="utf-8")
-                is_run = {"method", "training"} <= parse_yaml(text, self.config).keys()
-        if not is_run and is_first_process() and self.path.is_dir():  # what a run removes would be among the files
-            foreign = [path for path in self.path.iterdir() if path != self.lock and not path.name.startswith(".")]
-            if foreign:
-                what = f"is not empty and contains no run of smoa's ({min(foreign).name})"
-                raise ConfigError(f"{self.path}: {what}; choose another training.output_dir")
-        if self.adapter.is_symlink() or self.adapter.is_file():
-            raise ConfigError(f"{self.adapter}: is a link or file and not replaced; choose another training.output_dir")
-        if self.finished:
-            raise ConfigError(f"{self.path}: contains a finished run; choose another training.output_dir or move it")
-        if is_run and get_last_checkpoint(str(self.path)) is not None and (other := self._other_values(config_yaml)):
-            found = f"contains an unfinished run of another config, with {first_of(other)}"
-            remedy = "give the values that it has, choose another training.output_dir, or remove it"
-            raise OfAnother(f"{self.path}: {found}; {remedy}")
-
-    def start(self, config_yaml: str, inputs: Mapping[str, str] | None = None) -> str | None:
-        """Claim the folder for this config; the checkpoint to resume from, if an interrupted run left one.
-
-        ``inputs`` names what the run starts from by what changes with its content.
-        """
-        self._check(config_yaml, is_claimed=True)
-        checkpoint = self._last_whole_checkpoint() if self.path.is_dir() else None
-        if checkpoint and self.inputs.is_file():
-            began_with = read_stored(self.inputs)
-            changed = [name for name, content in (inputs or {}).items() if began_with.get(name) != content]
-            if changed:
-                found = f"contains an unfinished run, and the {' and the '.join(changed)} changed since then"
-                remedy = "choose another training.output_dir, or remove the folder"
-                raise OfAnother(f"{self.path}: {found}; put back what was there, or the smoa that began it, {remedy}")
-        write_whole(self.config, config_yaml)  # first: a run that is killed now is known by it and the lock
-        if inputs:
-            write_whole(self.inputs, json.dumps(inputs) + "\n")
-        return checkpoint
-
-    def _other_values(self, config_yaml: str) -> list[str]:
-        """Those of the folder's config that this one has not, as ``key.key=value``, whatever the folder was called then
-        and what scores answers."""
-        values = list[dict[str, Any]]()
-        for text in (self.config.read_text(encoding="utf-8"), config_yaml):
-            config = parse_yaml(text, self.config)
-            blocks = {key: own if isinstance(own, dict) else {"": own} for key, own in config.items()}
-            values.append({f"{block}.{key}".rstrip("."): own[key] for block, own in blocks.items() for key in own})
-        before, now = values
+    def _check_values(self, config_yaml: str) -> None:
+        """Raise :class:`OfAnother` for checkpoints of a config that differs in more than the folder's name and what
+        scores answers."""
+        if not self.config.is_file() or get_last_checkpoint(str(self.path)) is None:
+            return
+        texts = self.config.read_text(encoding="utf-8"), config_yaml
+        before, now = ({**flat(parse_yaml(text, self.config))} for text in texts)
         keys = sorted((before.keys() | now.keys()) - {"training.output_dir", "data.metric"})
-        return [
-            f"{key}={json.dumps(before[key], default=str)}" if key in before else f"no {key}"
-            for key in keys
-            if before.get(key) != now.get(key)
-        ]
+        if other := [f"{key}={before.get(key)}" for key in keys if before.get(key) != now.get(key)]:
+            found = f"contains an unfinished run of another config, with {first_of(other)}"
+            raise OfAnother(f"{self.path}: {found}; take that, choose another training.output_dir, or remove it")
 
     def _last_whole_checkpoint(self) -> str | None:
         """The latest checkpoint; one that a kill or a full disk left half-written is removed.
@@ -217,9 +164,25 @@ class RunFolder:
 
     @contextmanager
     def claimed(self, config_yaml: str, inputs: Mapping[str, str]) -> Iterator[str | None]:
-        """What :meth:`start` gives, while no other process trains into the folder and the log goes there too."""
+        """Claim the folder for this config, and let no other process train into it; the checkpoint to resume from, if
+        an interrupted run left one. What smoa logs is kept there too.
+
+        ``inputs`` names what the run starts from by what changes with its content.
+        """
         with self.alone():
-            checkpoint = self.start(config_yaml, inputs)
+            if self.finished:  # by another process, meanwhile
+                raise ConfigError(f"{self.path}: contains a finished run; choose another training.output_dir")
+            self._check_values(config_yaml)
+            checkpoint = self._last_whole_checkpoint() if self.path.is_dir() else None
+            if checkpoint and inputs:
+                began_with = read_stored(self.inputs)
+                if changed := [name for name, content in inputs.items() if began_with[name] != content]:
+                    found = f"contains an unfinished run, and the {' and the '.join(changed)} changed since then"
+                    remedy = "choose another training.output_dir, or remove the folder"
+                    raise OfAnother(f"{self.path}: {found}; put back what was there, {remedy}")
+            write_whole(self.config, config_yaml)
+            if inputs:
+                write_whole(self.inputs, json.dumps(inputs) + "\n")
             with self._logging():
                 if checkpoint:
                     logger.info("Resuming from %s", checkpoint)
@@ -249,9 +212,9 @@ def is_first_process() -> bool:
 
 def in_free_folder(config: RunConfig) -> RunConfig:
     """``config`` in its own folder, or in the first of ``…-2``, ``…-3`` and so on without a finished run."""
-    wanted = config.folder
-    folder = wanted.with_name(free_name(wanted.name, lambda name: RunFolder(wanted.with_name(name)).finished))
-    return config.model_copy(update={"training": {**config.training, "output_dir": str(folder)}})
+    folders = (config.folder.with_name(f"{config.folder.name}-{number}") for number in count(2))
+    free = next(folder for folder in chain([config.folder], folders) if not RunFolder(folder).finished)
+    return config.model_copy(update={"training": {**config.training, "output_dir": str(free)}})
 
 
 def provenance(seed: int, device: torch.device) -> dict[str, Any]:
@@ -285,29 +248,16 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the GPU's memory that tensors took at most, or of this process in the machine's."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:  # on Windows
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _git_state() -> dict[str, Any]:
-    """Commit and dirty flag of the repository that has this file; None for a package installed from a wheel, also into
-    an environment inside of another repository."""
-    own = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
-    commit = _git("rev-parse", "HEAD") if own else None
-    if commit is None:
-        return {"commit": None, "dirty": None}
-    return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    """Commit and dirty flag of the repository that has this file; None for an installed package."""
+    found = []
+    for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        try:
+            found.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+        except (FileNotFoundError, subprocess.CalledProcessError):
+            return {"commit": None, "dirty": None}
+    return {"commit": found[0], "dirty": bool(found[1])}

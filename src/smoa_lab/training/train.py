@@ -19,8 +19,7 @@ from smoa.distributed import from_rank_zero
 from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import described_base, empty_model, to_device, with_rate
 from smoa_lab.basics.atomic import new_file, write_whole
-from smoa_lab.basics.folders import new_folder
-from smoa_lab.basics.plain import finite, portable
+from smoa_lab.basics.folders import finite, new_folder, portable
 from smoa_lab.config.methods import check_adapter, moves_base
 from smoa_lab.config.run import ROUNDS_AWAY, RunConfig
 from smoa_lab.data.answers import ANSWERED
@@ -28,10 +27,9 @@ from smoa_lab.data.row import row_from_json
 from smoa_lab.pages.card import run_card, samples_text
 from smoa_lab.pages.charts import losses, save_picture
 from smoa_lab.scoring.evaluation import Evaluation, Forgetting
-from smoa_lab.training.guards import Diverged
 from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.run_folder import RunFolder, is_first_process, peak_memory, provenance, reset_peak_memory
-from smoa_lab.training.trainer import Stopwatch, fit, make_trainer
+from smoa_lab.training.trainer import Diverged, Stopwatch, fit, make_trainer
 
 logger = logging.getLogger(__name__)
 FORMAT = 2

@@ -1,15 +1,15 @@
-"""TRL's trainer of a run: its adapter given to the base, its rows, what it logs."""
+"""TRL's trainer of a run: its adapter given to the base, its rows, what it logs, and what ends a run that diverges."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import torch.distributed as dist
+import torch
 from peft import PeftConfig
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, set_seed
@@ -17,17 +17,23 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SchedulerType
 
-from smoa.distributed import is_distributed
 from smoa.errors import ConfigError
-from smoa_lab.basics.names import nearest
 from smoa_lab.data.row import Part
-from smoa_lab.training.guards import Guard, guarded
 from smoa_lab.training.loaded_run import LoadedRun
 
 logger = logging.getLogger(__name__)
 
 SHOWN = ("loss", "eval_loss", "learning_rate")
 """What is shown of the Trainer's logs."""
+MOST_BAD = 3
+"""Steps in a row without finite gradients that end a run."""
+
+
+class Diverged(ConfigError):  # noqa: N818 - says what the run did
+    """A run's gradients are not finite any more. Its folder has neither adapter nor metrics; ``finish`` writes these,
+    with losses that are not finite, and gives them."""
+
+    finish: Callable[[], dict[str, Any]]
 
 
 def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
@@ -36,11 +42,6 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
     import trl
 
     config, arguments = run.config, run.config.arguments()
-    if is_distributed() and arguments.world_size < dist.get_world_size():
-        raise ConfigError(
-            f"training.deepspeed: accelerate counts {arguments.world_size} of {dist.get_world_size()} processes, as it "
-            "does for DeepSpeed without a GPU, and all would train on the same data; leave deepspeed out, or use GPUs"
-        )
     # Pinned memory speeds up copies to a GPU; without one torch only warns.
     arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
     set_seed(arguments.seed)  # the adapter's factors are drawn here
@@ -51,41 +52,24 @@ def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:
         from smoa_lab.training.sparse_trainer import SparseSFTTrainer  # here, since it imports TRL
 
         chosen = SparseSFTTrainer
-        if config.adapter.get("orth_reg_weight"):  # which AdaLoRA adds to the loss that the model computes
-            logger.warning("adapter.orth_reg_weight: does nothing on a CPU, where the loss is computed without it")
     settings: Any = run.base.config.get_text_config()
     routers = getattr(settings, "output_router_logits", None)
     patience, validates = config.early_stopping, str(config.training.get("eval_strategy", "no")) != "no"
-    if getattr(arguments, "activation_offloading", False) and arguments.device.type == "cpu":
-        raise ConfigError(
-            "training.activation_offloading: moves activations from a GPU, and there is none; leave it out"
-        )
-    if arguments.use_liger_kernel and find_spec("liger_kernel") is None:
-        raise ConfigError("training.use_liger_kernel: the package liger-kernel is missing; install it, or leave it out")
-    guard = Guard()
-    callbacks = [guard, ProgressReport(), *([] if patience is None else [EarlyStoppingCallback(patience)])]
-    try:
-        trainer: Any = guarded(chosen)(
-            model=run.base,
-            args=arguments,
-            train_dataset=_dataset(run, "train"),
-            eval_dataset=_dataset(run, "validation") if validates else None,
-            processing_class=run.tokenizer,
-            callbacks=callbacks,
-            peft_config=peft_config,
-        )
-        if getattr(run.base, "is_quantized", False):  # TRL makes these factors bfloat16, and they are loaded as float32
-            for each in (each for each in trainer.model.parameters() if each.requires_grad):
-                each.data = each.data.float()
-        if arguments.world_size == 1:  # what it says of optimizer and scheduler comes before the scoring, too
-            trainer.create_optimizer_and_scheduler(1)
-            trainer.optimizer = trainer.lr_scheduler = None
-    except Exception as error:  # of any kind: also of the Hub, for push_to_hub
-        raise ConfigError(f"training: TRL, transformers or PEFT refuses: {error}") from error
-    _check_arguments(trainer)
+    callbacks = [FiniteSteps(), ProgressReport(), *([] if patience is None else [EarlyStoppingCallback(patience)])]
+    trainer: Any = chosen(
+        model=run.base,
+        args=arguments,
+        train_dataset=_dataset(run, "train"),
+        eval_dataset=_dataset(run, "validation") if validates else None,
+        processing_class=run.tokenizer,
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )
+    if getattr(run.base, "is_quantized", False):  # TRL makes these factors bfloat16, and they are loaded as float32
+        for each in (each for each in trainer.model.parameters() if each.requires_grad):
+            each.data = each.data.float()
     if routers is not None:  # TRL asks mixtures for them in each step; with a cache of keys and values that fails
         settings.output_router_logits = routers
-    trainer.guard = guard
     vars(trainer)["create_model_card"] = lambda **_: None  # the adapter gets a card of ours
     for callback in (PrinterCallback, ProgressCallback):  # which ProgressReport replaces
         trainer.remove_callback(callback)
@@ -102,25 +86,39 @@ def fit(trainer: Trainer, checkpoint: str | None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def _check_arguments(trainer: Any) -> None:
-    """Raise ConfigError for what the Trainer refuses in the middle of a run, or ends at once for."""
-    arguments = trainer.args
-    rows, batch = len(trainer.train_dataset), arguments.train_batch_size * arguments.world_size
-    if arguments.dataloader_drop_last and rows < batch:
-        found = f"drops the only batch, of {rows} rows, which is smaller than {batch}"
-        raise ConfigError(f"training.dataloader_drop_last: {found}; leave it out, or lower the batch size")
-    known = ["loss"]
-    if type(trainer).__name__ == "SFTTrainer":
-        known += ["entropy", "mean_token_accuracy"]
-    best = str(arguments.metric_for_best_model or "loss").removeprefix("eval_")
-    if best not in known:
-        raise ConfigError(f"training.metric_for_best_model: the trainer measures no {best!r}{nearest(best, known)}")
-
-
 def _dataset(run: LoadedRun, part: Part) -> Any:
     """The tokens; None for no rows."""
     data = run.data.part(part)
     return data.select_columns(["input_ids", "labels"]) if len(data) else None
+
+
+class FiniteSteps(TrainerCallback):
+    """Keeps gradients that are not finite from the optimizer, and ends a run after three such steps in a row. Of fp16
+    the scaler keeps them; it halves its scale until they are finite, and only at a scale of one they count."""
+
+    bad = 0
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        gradients = [each.grad for each in model.parameters() if each.grad is not None]
+        parts = [each.to_local() if hasattr(each, "to_local") else each for each in gradients]
+        values = [part for each in parts if (part := each._values() if each.is_sparse else each).numel()]
+        largest = [each.float().to(args.device) for each in torch._foreach_norm(values, torch.inf)] if values else []
+        if not largest or bool(torch.stack(largest).isfinite().all()):
+            self.bad = 0
+            return
+        if (scaler := getattr(optimizer, "scaler", None)) is not None:
+            self.bad += scaler.get_scale() <= 1
+        else:
+            self.bad += 1
+            for each in model.parameters():
+                each.grad = None
+        if self.bad >= MOST_BAD:
+            found = f"{MOST_BAD} steps in a row, up to step {state.global_step + 1} of {state.max_steps}"
+            remedy = f"lower training.learning_rate ({args.learning_rate:g}), or take float32 as model.dtype"
+            told = f"the gradients of {found}, are not finite: the run diverged, and no adapter is saved"
+            raise Diverged(f"training: {told}; {remedy}")
 
 
 class ProgressReport(TrainerCallback):
@@ -158,7 +156,7 @@ class Stopwatch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds.append(time.perf_counter() - self.began)
-        later = self.seconds[1:]  # the first one is tried beforehand (`Guard`), and warms up
+        later = self.seconds[1:]  # the first one warms up
         control.should_training_stop |= len(self.seconds) >= self.most or (bool(later) and sum(later) >= self.limit)
 
 

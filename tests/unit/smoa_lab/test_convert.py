@@ -11,15 +11,14 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from smoa import SmoaConfig
-from smoa.errors import ConfigError, UnsupportedVersionError
+from smoa.errors import ConfigError
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import check_config
-from smoa_lab.convert import convert_run
 from smoa_lab.data.chat_templates import saved_chat_template
 from smoa_lab.evaluate import evaluate_run
+from smoa_lab.export import convert_run, verify
 from smoa_lab.open_run import open_place
 from smoa_lab.training.run_folder import RunFolder
-from smoa_lab.verify import verify
 from tests.support import lab, tiny_models
 from tests.support.tolerance import assert_close
 from tests.unit.smoa_lab.test_merge import saved
@@ -131,9 +130,3 @@ def test_what_is_no_smoa_adapter_is_refused_by_its_type(values: dict[str, Any], 
     with pytest.raises(ConfigError, match="adapter: is a LORA adapter; only SMoA's are converted"):
         convert_run(tmp_path / "adapter", tmp_path / "lora", 2)
     assert not (tmp_path / "lora").exists()
-
-
-def test_a_peft_that_converts_nothing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delattr(peft, "convert_to_lora")
-    with pytest.raises(UnsupportedVersionError, match=r"has no convert_to_lora; install peft 0\.19 or later"):
-        convert_run(tmp_path, tmp_path / "lora", 2)

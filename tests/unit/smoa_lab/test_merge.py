@@ -22,7 +22,7 @@ from transformers import (
 
 from smoa import MergeError, SmoaConfig
 from smoa_lab.base_models import prepare_packaged_model
-from smoa_lab.merge import Merged, merge_run, model_card
+from smoa_lab.export import Merged, merge_run, model_card
 from tests.support import gguf_base, lab, tiny_models
 from tests.support.layers import layers_of
 from tests.support.tiny_mixtures import EXPERTS, build_mixture
@@ -188,11 +188,10 @@ def test_tokenizer_generation_config_and_card_come_along(base: Path, adapter: Pa
     own = lab.byte_tokenizer()
     own.add_tokens(["<of-the-adapter>"])
     own.save_pretrained(adapter)  # which comes first
-    (base / "LICENSE").write_text("terms")
     report = json.loads(json.dumps(merge_run(adapter, output).to_dict()))
     assert "<of-the-adapter>" in (output / "tokenizer.json").read_text()
     assert (report["layers"], report["dtype"]) == (6, "float32")
-    assert {"tokenizer.json", "generation_config.json", "LICENSE", "README.md"} <= {f.name for f in output.iterdir()}
+    assert {"tokenizer.json", "generation_config.json", "README.md"} <= {f.name for f in output.iterdir()}
     card = (output / "README.md").read_text()
     assert "`base` with the SMOA adapter" in card
     assert 'tokenizer = AutoTokenizer.from_pretrained("PATH")' in card
@@ -278,13 +277,11 @@ def token_logits(model: nn.Module) -> Tensor:
 def test_the_base_is_a_gguf_file_whose_tokenizer_comes_along_unless_the_adapter_has_one(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     adapted = adapter_of(gguf_base.tiny_gguf(file), "elsewhere", tmp_path / "adapter")
-    (tmp_path / "LICENSE").write_text("of something else in the file's folder")
     found = merge_run(tmp_path / "adapter", tmp_path / "merged", base=str(file))
     assert found.dtype_name == "float32"
     assert_close(token_logits(merged_model(tmp_path / "merged")), token_logits(adapted))
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token_id == 2
     assert "`tiny.gguf` with" in (tmp_path / "merged" / "README.md").read_text()
-    assert not (tmp_path / "merged" / "LICENSE").exists()
     assert lab.files_with(tmp_path, tmp_path / "merged") == set()
     trained = lab.byte_tokenizer()
     trained.chat_template = "{{ messages[0].content }}"

@@ -16,8 +16,7 @@ import smoa_lab
 from smoa.errors import ConfigError
 from smoa_lab.base_models import positions_of
 from smoa_lab.basics.atomic import new_file, write_whole
-from smoa_lab.basics.folders import cache_folder, check_place, free_name, new_folder
-from smoa_lab.basics.plain import finite, json_text, portable
+from smoa_lab.basics.folders import cache_folder, finite, json_text, new_folder, portable
 from tests.support.kills import killed_at
 
 
@@ -37,14 +36,6 @@ def test_only_warnings_between_other_libraries_are_silenced() -> None:
             warnings.warn(f"`{name}` is deprecated and will go", FutureWarning, stacklevel=1)
         with pytest.raises(FutureWarning, match="something else"):
             warnings.warn("something else", FutureWarning, stacklevel=1)
-
-
-@pytest.mark.parametrize(
-    ("taken", "found"),
-    [(set(), "run"), ({"run"}, "run-2"), ({"run", "run-2", "run-4"}, "run-3"), ({"run-2"}, "run")],
-)
-def test_the_first_free_name_is_taken(taken: set[str], found: str) -> None:
-    assert free_name("run", taken.__contains__) == found
 
 
 def test_positions_are_the_configs_own_or_not_limited() -> None:
@@ -75,19 +66,6 @@ def test_of_absolute_paths_only_the_last_name_is_left() -> None:
 def texts(folder: Path) -> set[str]:
     """What the visible files hold."""
     return {file.read_text() for file in folder.rglob("*") if file.is_file() and "/." not in str(file)}
-
-
-def test_a_place_is_tried_and_nothing_is_left_there(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    check_place(tmp_path / "file")
-    check_place(tmp_path / "a" / "b", is_new=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    refused = {"file/x": "Not a directory", "": "is a folder", "/proc/x": "No such file or directory"}
-    for place, reason in refused.items():
-        with pytest.raises(ConfigError, match=rf"cannot be written \({reason}\); choose another place"):
-            check_place(tmp_path / place)
-    with pytest.raises(ConfigError, match="file: exists and is not overwritten; choose another name"):
-        check_place(tmp_path / "file", is_new=True)
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,8 +35,8 @@ def test_a_method_that_needs_more_keys_is_sized_with_them(base: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("ia3.feedforward_module=[down_proj]", "feedforward_module: IA3Config has no such key; did you mean"),
-        ("ia3.fan_in_fan_out=17.5", "ia3.fan_in_fan_out: should be a valid boolean; got 17.5"),
+        ("ia3.feedforward_module=[down_proj]", "feedforward_module: unknown key; did you mean"),
+        ("ia3.fan_in_fan_out=17.5", "got 17.5"),
         ("ia4.x=1", "there is no method 'ia4'"),
         ("ia3=1", "write METHOD.KEY=VALUE"),
         ("lora.use_rslora=true", "name the method too"),

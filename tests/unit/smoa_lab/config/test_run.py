@@ -48,51 +48,21 @@ def test_a_model_is_loaded_in_what_the_machine_multiplies(monkeypatch: pytest.Mo
     assert ModelSection(name="base").dtype == "float32"
 
 
-@pytest.mark.parametrize("key", ["trust_remote_code", "options.trust_remote_code", "options.allow_all_kernels"])
+@pytest.mark.parametrize("key", ["trust_remote_code", "allow_all_kernels"])
 def test_a_file_or_an_override_cannot_let_a_repository_run_its_code(file: Path, key: str) -> None:
-    refused = rf"model\.{re.escape(key)}: a file can't allow a repository to run its code; .* --trust-remote-code"
+    refused = rf"model\.options: {key}.*--trust-remote-code"
     with pytest.raises(ConfigError, match=refused):
-        load_config(file, [f"model.{key}=true"])
-    *parents, last = key.split(".")
-    value = f"{{name: base, options: {{{last}: yes}}}}" if parents else f"{{name: base, {last}: true}}"
-    file.write_text(file.read_text().replace("{name: base}", value))
+        load_config(file, [f"model.options.{key}=true"])
+    file.write_text(file.read_text().replace("{name: base}", f"{{name: base, options: {{{key}: yes}}}}"))
     with pytest.raises(ConfigError, match=f"line 2: {refused}"):
         load_config(file)
 
 
 def test_a_file_or_an_override_cannot_name_a_function_to_run(file: Path) -> None:
-    refused = r"data\.metric: a file can't name a function to run; if you trust it, give --metric own\.py:score"
-    with pytest.raises(ConfigError, match=refused):
+    with pytest.raises(ConfigError, match=r"data\.metric: .*own\.py:score"):
         load_config(file, ["data.metric=own.py:score"])
     assert load_config(file, ["data.metric=score"]).data.metric == "score"
     assert "metric: null" in load_config(file, ["data.metric=score"]).to_yaml()  # what other commands read
-
-
-@pytest.mark.parametrize("key", ["token", "hub_token", "my_access_token", "api_key", "wandb_api_key", "password"])
-def test_a_file_or_an_override_cannot_hold_a_secret(file: Path, key: str) -> None:
-    refused = rf"model\.options\.{key}: a config can't hold a secret; leave it out, and set HF_TOKEN"
-    with pytest.raises(ConfigError, match=refused) as caught:
-        load_config(file, [f"model.options.{key}=hf_one"])
-    assert "hf_one" not in str(caught.value)
-    file.write_text(file.read_text().replace("{name: base}", f"{{name: base, options: {{{key}: hf_one}}}}"))
-    with pytest.raises(ConfigError, match=f"line 2: {refused}"):
-        load_config(file)
-
-
-@pytest.mark.parametrize(
-    "option", ["pad_token=<pad>", "eos_token=</s>", "tokenizer_class=Own", "num_tokens=2", "token=true"]
-)
-def test_a_tokenizers_own_tokens_and_counts_are_no_secrets(file: Path, option: str) -> None:
-    assert option.partition("=")[0] in load_config(file, [f"model.options.{option}"]).model.options
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
-        load_config(tmp_path / "nowhere.yaml")
-    file = tmp_path / "latin.yaml"
-    file.write_bytes("model: {name: größe}\n".encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"latin\.yaml: cannot be read as text in UTF-8"):
-        load_config(file)
 
 
 def problems(file: Path, *overrides: str) -> str:
@@ -149,7 +119,7 @@ def test_numbers_are_within_bounds(file: Path) -> None:
 
 
 def test_a_key_that_the_trainer_lacks_is_named_with_the_nearest(file: Path) -> None:
-    assert "training.max_lenght: SFTConfig has no such key" in problems(file, "training.max_lenght=3")
+    assert "training.max_lenght: unknown key; did you mean 'max_length'?" in problems(file, "training.max_lenght=3")
     assert "trainer: " in problems(file, "trainer=dpo")
 
 
@@ -221,25 +191,6 @@ def test_what_is_not_yaml_is_a_text_in_an_override() -> None:
     assert values == {"a": {"b": [1, 2], "c": "[1", "d": 0.001}}
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("my rows #2.jsonl", "my rows #2.jsonl"),
-        ("#1.jsonl", "#1.jsonl"),
-        ("#", "#"),
-        ("rows#1.jsonl", "rows#1.jsonl"),
-        ("'rows' # all", "rows"),
-        ('"my rows #2.jsonl"', "my rows #2.jsonl"),
-        ("[a, 'b #1']  # both", ["a", "b #1"]),
-        ("", None),
-    ],
-)
-def test_an_override_has_no_comment_unless_it_is_quoted(value: str, expected: Any) -> None:
-    values: dict[str, Any] = {}
-    apply_overrides(values, [f"data.train={value}"])
-    assert values == {"data": {"train": expected}}
-
-
 def test_a_method_of_peft_is_found_by_its_name_in_any_case() -> None:
     assert find_method("IA3").config_class is IA3Config
     assert find_method("DoRA") is find_method("dora")
@@ -250,11 +201,8 @@ def test_a_method_of_peft_is_found_by_its_name_in_any_case() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "smao",
-            r"method: there is no method 'smao'; did you mean 'smoa'\? PEFT .* and smoa have adalora, .*, waveft; ",
-        ),
-        ("???", r"no method '\?\?\?'; PEFT .* have adalora, "),
+        ("smao", r"method: .*'smao'; did you mean 'smoa'\?"),
+        ("???", r"method: .*'\?\?\?'; smoa budget .* lists them"),
         ("prompt_tuning", "method: prompt_tuning trains virtual tokens before the text.*choose another"),
         ("poly", "method: poly chooses among its parameters by task ids"),
     ],
@@ -277,25 +225,15 @@ def test_a_preset_wins_over_the_block_and_the_block_over_the_task_type() -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": {}}, r"model\.name: is missing"),
-        ({"method": "full", "adapter": {"r": 4}}, "method full trains all weights and takes no adapter keys"),
-        ({"adapter": {"task_type": "SEQ_CLS"}}, r"adapter\.task_type: runs train causal language models; leave it out"),
-        *(
-            (
-                {"method": "lora", "adapter": {"init_lora_weights": init}},
-                r"adapter\.init_lora_weights: .*activations or gradients on data",
-            )
-            for init in ("EVA", "corda", "lora_ga")
-        ),
+        ({"model": {}}, r"model\.name: .*required"),
+        ({"method": "full", "adapter": {"r": 4}}, "method: full trains all weights; leave adapter out"),
         ({"training": 3}, "training"),
         ({"data": {"train": 3}}, r"data\.train"),
         ({"data": 3}, "data"),
-        ({"adapter": 3}, "adapter: should be a valid dictionary"),
+        ({"adapter": 3}, "adapter: .*valid dictionary; got 3"),
         ({"model": {"name": "x", "dtype": "float99"}}, r"model\.dtype"),
         ({"method": ["lora"]}, "there is no method"),
-        ({"data": {"train": [["a.csv"]]}}, r"data\.train\..*should be a valid string"),
-        ({"training": {"output_dir": None}}, r"training\.output_dir: is empty"),
-        ({"training": {"output_dir": ""}}, r"training\.output_dir: is empty"),
+        ({"data": {"train": [["a.csv"]]}}, r"data\.train: .*valid string"),
         (
             {"training": {"eval_strategy": "steps", "load_best_model_at_end": True, "save_strategy": "epoch"}},
             "training: ",
@@ -333,7 +271,8 @@ def test_five_mistakes_are_reported_at_once_with_line_and_nearest_name(file: Pat
     assert lines[0] == f"{file}: 5 problems"
     assert [line.split(":")[0].strip() for line in lines[1:]] == ["line 3", "line 7", "line 10", "line 11", "line 13"]
     for line, name in zip(lines[1:], ["float32", "num_blocks", "max_length", "sft", "learning_rate"], strict=True):
-        assert f"did you mean '{name}'?" in line
+        assert f"'{name}'" in line
+        assert ("did you mean" in line) == (name not in ("float32", "sft"))
 
 
 @pytest.mark.parametrize(
@@ -352,23 +291,18 @@ def test_a_mistake_is_told_by_its_key(overrides: list[str], message: str, file: 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("learning_rate=.nan", "should be a finite number; got nan"),
-        ("learning_rate=1e999", "should be a finite number; got inf"),
-        ("learning_rate='1e-3'", "should be a valid number; got '1e-3'"),
-        ("max_steps=0", "should be at least 1; got 0"),
-        ("gradient_accumulation_steps=0", "should be at least 1; got 0"),
-        ("seed=2020-13-45", "should be a valid integer; got '2020-13-45'"),
-        ("bf16=no", "should be a valid boolean; got 'no'"),
-        ("train_sampling_strategy=group_by_lenght", "there is no 'group_by_lenght'; did you mean 'group_by_length'?"),
-        ("save_only_model=true", "leaves out what an interrupted run needs"),
-        ("resume_from_checkpoint=true", "smoa resumes an interrupted run by itself: leave it out"),
+        ("learning_rate=.nan", "nan"),
+        ("learning_rate=1e999", "inf"),
+        ("max_steps=many", "'many'"),
+        ("seed=2020-13-45", "'2020-13-45'"),
+        ("bf16=maybe", "'maybe'"),
     ],
 )
 def test_a_training_value_that_the_trainer_would_fail_at_or_pass_over_is_refused(
     override: str, message: str, file: Path
 ) -> None:
     key = override.partition("=")[0]
-    with pytest.raises(ConfigError, match=rf"line \d+: training\.{key}: {re.escape(message)}"):
+    with pytest.raises(ConfigError, match=rf"line \d+: training\.{key}: .*got {re.escape(message)}"):
         load_config(file, [f"training.{override}"])
 
 
@@ -378,6 +312,12 @@ def test_a_training_value_that_the_trainer_would_fail_at_or_pass_over_is_refused
 )
 def test_a_training_value_that_means_none_is_taken(override: str, value: float | None, file: Path) -> None:
     assert load_config(file, [f"training.{override}"]).training[override.partition("=")[0]] == value
+
+
+def test_a_value_is_read_as_the_trainer_has_it(file: Path) -> None:
+    training = load_config(file, ["training.bf16=no", "training.learning_rate='1e-3'"]).training
+    assert training["bf16"] is False
+    assert training["learning_rate"] == 1e-3
 
 
 def test_a_list_may_stand_for_a_tuple_a_block_for_a_class_and_a_float_for_a_whole_number(file: Path) -> None:

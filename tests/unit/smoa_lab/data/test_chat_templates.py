@@ -55,18 +55,6 @@ def test_an_unknown_name_is_told_the_nearest() -> None:
             set_chat_template(tokenizer_with(None), name)
 
 
-def test_a_template_that_leaves_out_plain_text_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "own.jinja"
-    file.write_text("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}<eos>{% endfor %}")
-    with pytest.raises(ConfigError, match=r"own\.jinja leaves out what is said, where that is plain text; name ano"):
-        set_chat_template(tokenizer_with(None), str(file))
-    file.write_text(
-        trl_template("idefics3").replace("<|begin_of_text|>", "").replace("<end_of_utterance>", "")
-    )  # it takes lists of texts and images
-    with pytest.raises(ConfigError, match="leaves out what is said"):
-        set_chat_template(tokenizer_with(None), str(file))
-
-
 def test_a_template_whose_tokens_the_model_lacks_is_refused() -> None:
     tokenizer = byte_tokenizer()
     with pytest.raises(

@@ -1,6 +1,5 @@
 """Which tokens of a row are trained: read back as text, and compared with TRL's own preparation."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.data.chat_templates import alpaca
 from smoa_lab.data.encoding import Encoder, Tokens, text_ids, trained_pieces
 from smoa_lab.data.formats import recognize, shape
-from smoa_lab.data.row import Message, Row
+from smoa_lab.data.row import Row
 from tests.support.lab import byte_tokenizer
 from tests.support.own_rows import MARKED, PLAIN, STRICT, TRIMMED, chat, tiny_chat_model, tokenizer_with, trl_template
 
@@ -91,44 +90,11 @@ def test_a_template_that_changes_what_was_said_before_is_refused() -> None:
     assert len(trained(encoder, row)) == 1
 
 
-def test_a_conversation_is_tokenized_twice_however_many_turns_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, rendered, tokenized = Encoder(tokenizer_with(PLAIN), max_length=None), list[int](), list[str]()
-    row = example_of({"messages": chat(*["Open?", "Yes."] * 50)})
-    render, tokenize = Encoder._apply, Encoder._of_template
-
-    def counted(self: Encoder, messages: Sequence[Message], **options: Any) -> Any:
-        rendered.append(len(messages))
-        return render(self, messages, **options)
-
-    def measured(self: Encoder, text: str) -> list[int]:
-        tokenized.append(text)
-        return tokenize(self, text)
-
-    monkeypatch.setattr(Encoder, "_apply", counted)
-    monkeypatch.setattr(Encoder, "_of_template", measured)
-    whole = encoder.encode(row)
-    assert tokenized[0] == "".join(tokenized[1:])
-    rendered.clear()
-    encoder.max_length = 64
-    found = encoder.encode(row)
-    assert (found.input_ids, found.labels) == (whole.input_ids[:64], whole.labels[:64])
-    assert len(rendered) < 12  # no turn is looked for that is cut
-
-
 def test_turns_are_found_where_a_tokenizer_begins_each_text_with_a_blank() -> None:
     tokenizer = tokenizer_with(PLAIN)
     tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
     found = trained(Encoder(tokenizer), {"messages": TALKS["several turns"]})
     assert found == [f"{said}<|im_end|>" for said in ("Yes.", "From nine.", "Welcome.")]
-
-
-def test_a_turn_that_is_cut_need_not_be_told_apart() -> None:
-    tokenizer = byte_tokenizer(merges=[("\u0120", "Y")])  # a blank and Y
-    tokenizer.chat_template = TRIMMED
-    talk = {"messages": chat("Open?", "No.", "a" * 100, "Yes.")}
-    with pytest.raises(DataError, match="the assistant's turns can't be told apart"):
-        Encoder(tokenizer).encode(example_of(talk))
-    assert trained(Encoder(tokenizer, max_length=64), talk) == ["No."]
 
 
 def test_a_template_that_refuses_a_row_says_so_in_one_line() -> None:
@@ -143,11 +109,10 @@ def test_a_model_without_a_template_takes_no_conversations() -> None:
         Encoder(tokenizer_with(None)).encode(example_of({"messages": chat("Open?", "Yes.")}))
 
 
-def test_a_template_whose_last_blank_is_one_token_with_the_answer_is_refused() -> None:
+def test_a_token_of_the_templates_last_blank_and_of_the_answer_is_trained() -> None:
     tokenizer = byte_tokenizer(merges=[("\u0120", "Y")])  # a blank and Y
     tokenizer.chat_template = TRIMMED
-    with pytest.raises(DataError, match="the assistant's turns can't be told apart"):
-        Encoder(tokenizer).encode(example_of({"messages": chat("Open?", "Yes.")}))
+    assert trained(Encoder(tokenizer), {"messages": chat("Open?", "Yes.")}) == [" Yes."]
     assert trained(Encoder(tokenizer), {"messages": chat("Open?", "No.")}) == ["No."]
 
 

@@ -1,8 +1,6 @@
 import json
 import math
 import re
-from datetime import date
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +123,11 @@ def test_a_row_with_choices_is_a_conversation_that_the_right_one_answers(changes
         (["0", "1"], "1", 1),  # both ways the same
         (["x", "y", "y"], "y", 1),
         ([0.5, 2], "2", 1),
-        (["2", "3", "1"], "1", "the text of one choice and the number of another"),
         (["x", "y"], 1.0, 1),  # as in a Parquet column in which one is missing
         *((["x", "y"], label, "expected the number of a choice") for label in (2, -1, 1.5, "z", " ", None, True, [1])),
     ],
 )
-def test_a_label_is_the_number_of_a_choice_or_its_text_and_refused_where_it_is_both_or_neither(
+def test_a_label_is_the_number_of_a_choice_or_its_text_and_refused_where_it_is_neither(
     choices: list[Any], label: object, expected: int | str
 ) -> None:
     row = {"prompt": "Which?", "choices": choices, "label": label}
@@ -139,13 +136,6 @@ def test_a_label_is_the_number_of_a_choice_or_its_text_and_refused_where_it_is_b
     else:
         assert fault(row).field == "label"
         assert expected in fault(row).problem
-
-
-def test_choices_of_a_parquet_file_may_be_decimals_or_dates_and_stay_the_same_when_read_again() -> None:
-    for choices in ([Decimal("1.50"), Decimal(2)], [date(2026, 1, 2), date(2026, 1, 3)], [[date(2026, 1, 2)], [1]]):
-        row = {"prompt": "Which?", "choices": choices, "label": 0}
-        assert shaped(row) == shaped(json.loads(json.dumps(row, default=str)))
-        assert shaped(row).choices[0] in ("1.50", "2026-01-02", '["2026-01-02"]')
 
 
 def test_a_row_of_any_format_may_name_its_part() -> None:
@@ -214,10 +204,8 @@ TURNS: list[tuple[Any, str, str]] = [
     ([USER, {"role": "assistant", "tool_calls": [{"id": 1}]}], "[1].tool_calls", "SFTTrainer"),
     ([USER, {**ANSWER, "function_call": {"name": "f"}}], "[1].function_call", "SFTTrainer"),
     ([USER, {**ANSWER, "thinking": "Hm."}], "[1].thinking", "content"),
-    ([USER, {**ANSWER, "weight": 0}], "[1].weight", "prompt"),
     ([USER, {**ANSWER, "content": 10**400}], "[1].content", "expected text"),
     ([USER, {**ANSWER, "content": " \n"}], "[1].content", "blank"),
-    ([USER, {**ANSWER, "content": "Yes \ud83d"}], "[1].content", "half of a character"),
     ([{**USER, "content": [{"type": "image"}]}, ANSWER], "[0].content[0]", "SFTTrainer"),
     ([{**USER, "content": [{"type": "text", "text": None}]}], "[0].content[0]", '"type": "text"'),
     ([{**USER, "content": [{"type": "text", "text": ""}]}], "[0].content", "blank"),

@@ -13,10 +13,9 @@ import pytest
 from smoa_lab.data.chat_templates import set_chat_template
 from smoa_lab.data.encoding import IGNORED, Encoder, Tokens
 from smoa_lab.data.formats import BadRow, recognize, shape
-from smoa_lab.data.named import DEMO, SETS
 from smoa_lab.data.prepared import Reading, Sizes
 from smoa_lab.data.row import PARTS
-from smoa_lab.data.sources import HubSource, find_sources
+from smoa_lab.data.sources import DEMO, SETS, HubSource, find_sources
 from tests.support import golden
 from tests.support.own_rows import tokenizer_with
 

@@ -129,9 +129,6 @@ def test_rows_come_in_their_order_into_the_part_that_they_name_and_a_test_source
     found = {part: [row.completion for row in rows.rows(part)] for part in PARTS}
     assert found == {"train": ["c", "d"], "validation": ["a"], "test": ["b", "e"]}
     assert (rows.account["not_tested"], rows.account["repeated"]) == (1, 0)
-    named, plain = [(Listed(own), Listed(texts(2))), (Listed(texts(9)), Listed(texts(2)))]
-    names = [[prepare(*each, alone=alone).name for alone in (False, True)] for each in (named, plain)]
-    assert [first == second for first, second in names] == [False, True], "a run goes on where nothing is left out"
     rows = prepare(Listed(texts(2)), Listed([{"text": "a", "part": "train"}]))
     assert [row.completion for row in rows.rows("test")] == ["a"]
 

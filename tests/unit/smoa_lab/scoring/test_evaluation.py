@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from smoa.errors import DataError
+from smoa_lab.data.answers import own_metric
 from smoa_lab.data.chat_templates import set_chat_template
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.formats import shape
-from smoa_lab.data.own_metric import own_metric
 from smoa_lab.data.row import Message, Row
 from smoa_lab.scoring import evaluation as evaluation_module
 from smoa_lab.scoring.evaluation import (
@@ -384,13 +384,6 @@ def test_answers_have_room_for_all_references_but_the_longest_and_what_is_cut_is
     assert older.new_tokens == 128, "as a study goes on that was planned before"
     room = Evaluation(of_turns(max_length=None), [talk("2 + 2?", "4")], metric="number", answer_tokens=256)
     assert room.new_tokens == 256, "an answer may show its way"
-
-
-def test_a_number_that_is_not_the_only_one_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    Evaluation(
-        of_turns(), [talk("When?", "12:30"), talk("2 + 2?", "2 and 2 are 4"), talk("3?", "#### 3")], metric="number"
-    )
-    assert "2 of 3 completions have several numbers without ####, or none that is one" in caplog.text
 
 
 def test_a_users_metric_sees_the_answer_alone_and_the_rows_own_fields(tmp_path: Path) -> None:

@@ -192,7 +192,8 @@ def test_sizes_have_a_verdict_each_and_one_picture_and_err_by_themselves(room: P
     [
         (["--only", "nobody"], "--only: nobody is neither an entry (lora, smoa) nor a budget (all)"),
         (["--methods", "smoa,nobody"], "there is no method 'nobody'"),
-        (["--set", "lora.r=3"], "--set lora.r: the number of parameters decides it"),
+        (["--set", "lora.r=3"], "lora can't have the"),
+        (["--sizes", "1,two"], "--sizes: 'two' is no rank of LoRA"),
         (["--set", "dora.lora_alpha=3"], "--set dora: is not one of --methods lora,smoa"),
         (["--sizes", "1,4", "--parameters", "lora:8"], "--sizes and --parameters"),
     ],

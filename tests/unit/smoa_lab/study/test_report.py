@@ -118,7 +118,7 @@ def test_bounds_are_those_of_whole_rounds_and_a_take_stands_whatever_runs_later(
     file: Path, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = finished(file).summary["budgets"]["small"]
-    monkeypatch.setattr("smoa_lab.study.jobs.verdict", lambda *_: {})
+    monkeypatch.setattr("smoa_lab.study.run_study.verdict", lambda *_: {})
     written.loss = lambda config: 9.0 if config.method == "lora" else written.usual_loss(config)
     work(file)  # the third round too, which no look asked for
     assert len(list(file.parent.glob("lora/lr-2e-3-seed-?"))) == 3

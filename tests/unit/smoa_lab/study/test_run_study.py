@@ -15,11 +15,10 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import run_study
 from smoa_lab.study.finished import chosen, done, finals, read_finished, search
-from smoa_lab.study.jobs import at_most_left, next_jobs
-from smoa_lab.study.run_study import duration, work
+from smoa_lab.study.run_study import at_most_left, duration, next_jobs, work
 from smoa_lab.study.study import edit, load_study
-from smoa_lab.training.guards import Diverged
 from smoa_lab.training.run_folder import OfAnother, RunFolder
+from smoa_lab.training.trainer import Diverged
 from tests.support.studies import BEST, WrittenRuns, finished, tiny_study, verdicts
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
@@ -31,7 +30,7 @@ def folders(file: Path, pattern: str = "*/lr-*") -> list[str]:
 
 def without_answers(patch: pytest.MonkeyPatch) -> None:
     """Studies run all their rounds: for tests of what is run, and not of what ends it."""
-    patch.setattr("smoa_lab.study.jobs.verdict", lambda *_: {})
+    patch.setattr("smoa_lab.study.run_study.verdict", lambda *_: {})
 
 
 @pytest.fixture

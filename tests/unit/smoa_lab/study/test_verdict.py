@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from smoa_lab.study.bounds import Family
-from smoa_lab.study.metrics import LOSS, OF_CHOICES, Metric
-from smoa_lab.study.pictures import differences, sizes
+from smoa_lab.study.finished import LOSS, OF_CHOICES, Metric
+from smoa_lab.study.report import differences, sizes
 from smoa_lab.study.search import Chosen
 from smoa_lab.study.study import Study, load_study
-from smoa_lab.study.verdict import Verdict, step_seconds
-from smoa_lab.study.words import sentences
+from smoa_lab.study.verdict import Verdict, sentences, step_seconds
 from tests.support.studies import tiny_study
 
 GROUPS = 200

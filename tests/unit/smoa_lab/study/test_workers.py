@@ -18,11 +18,10 @@ import pytest
 import torch
 
 from smoa.errors import DataError
-from smoa_lab.study import workers
+from smoa_lab.study import run_study as workers
 from smoa_lab.study.report import report
-from smoa_lab.study.run_study import work
+from smoa_lab.study.run_study import work, work_on_ray, work_side_by_side
 from smoa_lab.study.study import load_study
-from smoa_lab.study.workers import work_on_ray, work_side_by_side
 from tests.support.own_rows import chats, rows_base, write_rows
 from tests.support.studies import tiny_study
 

@@ -14,7 +14,7 @@ from smoa.errors import MergeError
 from smoa_lab.base_models import empty_model
 from smoa_lab.config.methods import base_lost, check_adapter, method_names
 from smoa_lab.config.run import check_config
-from smoa_lab.merge import Merged, merge_in_memory
+from smoa_lab.export import Merged, merge_in_memory
 from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.train import _untouched
 from smoa_lab.training.trainer import fit, make_trainer

@@ -17,10 +17,10 @@ from smoa_lab.data.answers import RULES
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.open_run import open_place
 from smoa_lab.training import train as run_module
-from smoa_lab.training.guards import Diverged
 from smoa_lab.training.loaded_run import inputs, load_run
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train import run, score_untouched
+from smoa_lab.training.trainer import Diverged
 from tests.support import lab
 from tests.support.kills import killed_after_saving
 from tests.support.metrics import named
@@ -185,24 +185,6 @@ def test_rows_that_a_run_was_trained_on_are_counted_and_not_scored_as_held_out(
     assert evaluate_run(open_place(folder.path, overrides=[*one, "data.test_examples=400"]))["trained_on"] is None
     with pytest.raises(DataError, match=r"nothing is held out that could be scored; give other rows as data\.test"):
         evaluate_run(open_place(folder.path))
-
-
-def test_a_run_whose_rows_changed_says_so_when_it_is_scored_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    rows = lab.write_rows(tmp_path / "a.jsonl", chats(20))
-    (general := tmp_path / "general.txt").write_text("All is quiet. " * 50)
-    run(rows_config(tmp_path, rows, rows_base(tmp_path / "base"), forgetting={"text": str(general), "tokens": 64}))
-    general.unlink()  # which eval does not read
-    folder, told = RunFolder(tmp_path / "run"), "run: its rows are others than when it was trained and scored"
-    evaluate_run(open_place(folder.path))
-    assert told not in caplog.text
-    lab.write_rows(rows, chats(30))
-    evaluate_run(open_place(folder.path, overrides=[f"data.test={rows}"]))
-    assert told not in caplog.text, "they are the user's"
-    evaluate_run(open_place(folder.path, overrides=["data.max_length=100", "data.skip_bad_rows=true"]))
-    assert told in caplog.text
 
 
 def test_what_is_written_to_the_home_folder_is_written_there_by_the_trainer_and_the_run(

@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -20,10 +19,9 @@ from smoa.errors import ConfigError, SmoaError
 from smoa_lab.config.run import RunConfig, check_config
 from smoa_lab.data.encoding import Tokens
 from smoa_lab.scoring.losses import row_losses
-from smoa_lab.training import trainer as trainer_module
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.train import run as train
-from smoa_lab.training.trainer import ProgressReport, Stopwatch, make_trainer
+from smoa_lab.training.trainer import ProgressReport, Stopwatch
 from tests.support.lab import tiny_gpt2
 from tests.support.own_rows import (
     chat,
@@ -122,7 +120,7 @@ def test_the_best_adapter_is_kept_and_not_the_last(talks: Path, base: Path, tmp_
     assert f"(the best, step {best}, is kept)" in (config.folder / "adapter" / "README.md").read_text()
 
 
-def test_steps_are_timed_without_the_first_which_is_tried_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_timed_without_the_first_which_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
     watch, now = Stopwatch(most=5, limit=30), iter((0.0, 62.0, 100.0, 131.0))
     monkeypatch.setattr(time, "perf_counter", now.__next__)
     for is_over in (False, True):
@@ -151,16 +149,6 @@ def test_a_tokenizer_is_refused_that_lacks_a_token_which_fills_batches(talks: Pa
     assert "has neither a pad_token nor an eos_token; name one in" in message
 
 
-def test_an_adapter_on_the_output_layer_is_refused(talks: Path, base: Path, tmp_path: Path) -> None:
-    adapter = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "lm_head"]}
-    message = refused(rows_config(tmp_path, talks, base, adapter=adapter))
-    assert message.startswith("adapter.target_modules: TRL would not train lm_head, the output layer")
-    tied = shutil.copytree(base, tmp_path / "tied") / "config.json"
-    tied.write_text(json.dumps({**json.loads(tied.read_text()), "tie_word_embeddings": True}))
-    tokens = rows_config(tmp_path, talks, tied.parent, method="trainable_tokens", adapter={"token_indices": [5]})
-    assert refused(tokens).startswith("method: trainable_tokens would adapt the output layer, which is tied")
-
-
 def test_rows_of_all_the_models_positions_are_trained_and_answered_and_longer_ones_refused(tmp_path: Path) -> None:
     base = tiny_gpt2(tmp_path / "gpt2", positions=128)
     file = write_rows(tmp_path / "long.jsonl", [{"text": f"{i} " + "word " * 60} for i in range(10)])
@@ -182,26 +170,6 @@ def test_rows_of_all_the_models_positions_are_trained_and_answered_and_longer_on
     metrics = train(fitting)
     assert metrics["data"]["cut"] == 10
     assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}]
-
-
-def test_processes_that_accelerate_does_not_count_don_t_train(
-    talks: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trainer_module, "is_distributed", lambda: True)
-    monkeypatch.setattr(trainer_module.dist, "get_world_size", lambda: 2)
-    config = rows_config(tmp_path, talks, base)
-    with pytest.raises(ConfigError, match=r"accelerate counts 1 of 2 processes, .*; leave deepspeed out"):
-        make_trainer(load_run(config), config.peft_config())
-
-
-def test_a_setting_of_a_loss_that_a_cpu_computes_without_it_is_warned_of(
-    talks: Path, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    adapter = {"init_r": 2, "target_r": 1, "total_step": 9, "target_modules": ["q_proj"]}
-    for own, warned in (({}, False), ({"orth_reg_weight": 0.5}, True)):
-        config = rows_config(tmp_path, talks, base, method="adalora", adapter=adapter | own)
-        make_trainer(load_run(config), config.peft_config())
-        assert ("adapter.orth_reg_weight: does nothing on a CPU" in caplog.text) is warned
 
 
 @pytest.mark.parametrize("on_terminal", [True, False])
