@@ -119,7 +119,7 @@ def size_methods(
     sized = []
     for name in names:
         found = find_method(name).config_class
-        block = {} if name.lower() in OTHER_LAYERS or found is None else {"target_modules": wanted}
+        block: dict[str, Any] = {} if name.lower() in OTHER_LAYERS or found is None else {"target_modules": wanted}
         block |= {"total_step": 1} if hasattr(found, "total_step") else {}  # AdaLoRA's, which costs nothing
         block |= (settings or {}).get(name.lower(), {})
         sized.append(size_method(empty, name, block, budget))

@@ -229,8 +229,8 @@ class Reading:
         account = read_stored(folder / "account.json")
         for part, number in account["unused"].items():
             every = account["named"][part]
-            told = f"{number} of {every} {part} rows are not used; data.{part}_examples: {every} takes all"
-            warning_once(logger, told)
+            unused = f"{number} of {every} {part} rows are not used"
+            warning_once(logger, f"{unused}; data.{part}_examples: {every} takes all")
         if told := account.get("ungrouped"):
             warning_once(logger, told)
         for key, why in LOST.items():
