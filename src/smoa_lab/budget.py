@@ -119,8 +119,7 @@ def size_methods(
     sized = []
     for name in names:
         found = find_method(name).config_class
-        has_targets = name.lower() not in OTHER_LAYERS and found is not None
-        block: dict[str, Any] = {"target_modules": wanted} if has_targets else {}
+        block: dict[str, Any] = {} if name.lower() in OTHER_LAYERS or found is None else {"target_modules": wanted}
         block |= {"total_step": 1} if hasattr(found, "total_step") else {}  # AdaLoRA's, which costs nothing
         block |= (settings or {}).get(name.lower(), {})
         sized.append(size_method(empty, name, block, budget))

@@ -279,16 +279,15 @@ class ConfigText:
         if given is None or isinstance(given, dict):
             values = {**values, "training": {**defaults, **training}}
         problems = [*block_problems(RunConfig, values), *method_problems(values)]
-        if isinstance(given := values.get("training"), dict):
-            problems += block_problems(model_of(trainer_arguments()), given, ("training",))  # type: ignore[arg-type]
-            problems += [(("training", key), f"is not for rows: {DECIDED[key]}") for key in DECIDED.keys() & given]
+        arguments: Any = trainer_arguments()
+        if isinstance(block := values.get("training"), dict):
+            problems += block_problems(model_of(arguments), block, ("training",))
+            problems += [(("training", key), f"is not for rows: {DECIDED[key]}") for key in DECIDED.keys() & block]
         self.refuse(problems)
-        for block, target in (
-            ("adapter", find_method(str(values.get("method", "smoa"))).config_class),
-            ("training", trainer_arguments()),
-        ):
-            if target is not None and block in values:
-                values = {**values, block: converted(target, values[block])}
+        method = find_method(str(values.get("method", "smoa"))).config_class
+        for name, target in (("adapter", method), ("training", arguments)):
+            if target is not None and name in values:
+                values = {**values, name: converted(target, values[name])}
         config = RunConfig.model_validate(values)
         config.arguments()  # which raises what TRL and transformers refuse
         return config

@@ -72,7 +72,8 @@ def method_problems(values: Block) -> Iterator[Problem]:
         return
     if method.config_class is None or not isinstance(adapter, dict):
         return
-    problems = list(block_problems(model_of(method.config_class), adapter, ("adapter",)))  # type: ignore[arg-type]
+    target: Any = method.config_class
+    problems = list(block_problems(model_of(target), adapter, ("adapter",)))
     decided = method.preset.keys() & adapter.keys()
     problems += [(("adapter", key), f"is decided by method {name}; leave it out") for key in decided]
     yield from problems
@@ -84,7 +85,7 @@ def method_problems(values: Block) -> Iterator[Problem]:
 
 
 @cache
-def model_of(target: type[Any]) -> type[BaseModel]:
+def model_of(target: Any) -> type[BaseModel]:
     """A pydantic model of a dataclass to which a block is handed."""
     rules = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False, protected_namespaces=(), extra="forbid")
     hints = typing.get_type_hints(target)
@@ -92,8 +93,8 @@ def model_of(target: type[Any]) -> type[BaseModel]:
     return create_model(target.__name__, __config__=rules, **fields)
 
 
-def converted(target: type[Any], values: Block) -> Block:
+def converted(target: Any, values: Block) -> Block:
     """A block's values, numbers and yes or no as the dataclass has them: of ``bf16: "no"`` the text would be true."""
-    model = model_of(target).model_validate(values)  # type: ignore[arg-type]  # classes can be hashed
+    model = model_of(target).model_validate(values)
     found = {key: getattr(model, key) for key in values}
     return {key: new if isinstance(new := found[key], bool | int | float) else values[key] for key in values}

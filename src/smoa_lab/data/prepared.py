@@ -229,10 +229,10 @@ class Reading:
         account = read_stored(folder / "account.json")
         for part, number in account["unused"].items():
             every = account["named"][part]
-            told = f"{number} of {every} {part} rows are not used; data.{part}_examples: {every} takes all"
+            unused = f"{number} of {every} {part} rows are not used"
+            warning_once(logger, f"{unused}; data.{part}_examples: {every} takes all")
+        if told := account.get("ungrouped"):
             warning_once(logger, told)
-        if ungrouped := account.get("ungrouped"):
-            warning_once(logger, ungrouped)
         for key, why in LOST.items():
             if number := account.get(key):
                 warning_once(logger, f"{number} rows are left out: {why}")
