@@ -86,7 +86,7 @@ def test_all_that_load_a_runs_model_take_it_whole(
     ("command", "told"),
     [
         ("chat", ""),
-        ("merge", "weights merged"),
+        ("merge", "contains custom code"),
         ("verify", "agrees  merged"),
         ("eval", "majority"),
         ("inspect", "coverage"),
@@ -95,7 +95,7 @@ def test_all_that_load_a_runs_model_take_it_whole(
 def test_no_code_of_an_adapters_folder_or_its_bases_runs_whatever_a_pipe_says(
     command: str, told: str, config: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Each command does its work all the same."""
+    """Each command does its work all the same, but for a merge, which would copy the adapter's own tokenizer."""
     ran = tmp_path / "ran"
 
     def add_code(folder: Path, **own: str) -> None:
@@ -122,8 +122,8 @@ def test_no_code_of_an_adapters_folder_or_its_bases_runs_whatever_a_pipe_says(
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
     assert not ran.exists()
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip(), done.stderr  # a chat shows its answers alone
+    assert done.returncode == (command == "merge"), done.stderr
+    assert done.stdout.strip() or command == "merge", done.stderr  # a chat shows its answers alone
     assert told in done.stdout + done.stderr, (done.stdout, done.stderr)
 
 

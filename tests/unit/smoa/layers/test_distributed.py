@@ -139,9 +139,9 @@ def test_an_adapter_with_biases_is_loaded_into_a_model_under_fsdp(bias: str) -> 
 @pytest.mark.usefixtures("_one_rank")
 def test_sharded_layers_are_not_merged_for_a_while() -> None:
     layer = adapted_layer(nn.Linear(12, 18), num_blocks=3)
-    factor = layer.smoa_A["default"]
+    base = layer.get_base_layer()
     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
-    factor.weight = nn.Parameter(distribute_tensor(factor.weight.detach(), mesh, [Shard(0)]))
+    base.weight = nn.Parameter(distribute_tensor(base.weight.detach(), mesh, [Shard(0)]), requires_grad=False)
     with pytest.raises(UnsupportedModuleError, match=r"sharded over processes"), merged(layer):
         pass
 
