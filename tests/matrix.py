@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.support.environments import build, run
 
 ROWS = {
-    "oldest": ["peft==0.18.1", "transformers==5.0.*"],
+    "oldest": ["peft==0.18.1", "transformers==5.0.*", "kernels<0.11"],
     "LLaMA-Factory 0.9.5": ["peft>=0.18,<=0.18.1", "transformers<=5.6"],
     "PEFT 0.19": ["peft==0.19.*", "transformers==5.12.*"],
     "axolotl 0.19.0": ["peft==0.20.0", "transformers==5.16.1", "trl==1.9.0"],
