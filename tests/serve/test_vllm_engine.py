@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig
-from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from smoa import SmoaConfig
@@ -166,15 +164,10 @@ def test_two_ranks_refuse_what_does_not_fit_and_go_on(tiny: Path) -> None:
     wide.intermediate_size = 352
     LlamaForCausalLM(wide).save_pretrained(tiny / "wide")
     save_adapters(tiny / "wide", tiny, {"other shapes": smoa(num_blocks=8)})
-    shutil.copytree(tiny / "twin", tiny / "not a number", dirs_exist_ok=True)
-    tensors = load_file(file := tiny / "not a number" / "adapter_model.safetensors")
-    next(own for name, own in tensors.items() if "smoa_B" in name).fill_(float("nan"))
-    save_file(tensors, file, {"format": "pt"})
     names = ["base", *(name for name in KINDS if name != "lora")]
     settings: dict[str, Any] = {"max_loras": 3, "tensor_parallel_size": 2}
-    answers, refused = ask(tiny / "base", tiny, names, load=["other shapes", "not a number"], **settings)
+    answers, refused = ask(tiny / "base", tiny, names, load=["other shapes"], **settings)
     assert "doesn't fit the layer" in refused["other shapes"]
-    assert "NaN" in refused["not a number"]
     assert_as_peft(tiny / "base", tiny, answers)
 
 
