@@ -59,19 +59,18 @@ def first_values(
     given = {**adapter, **own}
     ConfigText({}, "smoa train").refuse(method_problems({"method": name, "adapter": given}))
     choice = budget_choice(shapes, size, parameters)
-    if kind == "smoa":
+    if kind == "smoa" and "num_blocks" not in own:
         adapter |= {"num_blocks": choice.num_blocks, "r": choice.r}
     elif kind == "lora":
         adapter |= {"r": choice.lora_r}
-    is_sized = kind == "lora" or (kind == "smoa" and "num_blocks" not in own)
-    if adapter and not is_sized and find_method(name).budget_key not in own:
+    elif adapter and find_method(name).budget_key not in own:
         budget = budget_parameters(parameters, size, lora_on(empty, given))
-        sized = size_method(empty, name, {**adapter, **own}, budget)
+        sized = size_method(empty, name, given, budget)
         if why := sized.misses(budget, parameters):
             logger.warning("method: %s; what is trained is of another size than with other methods", why)
         adapter |= sized.adapter
     if kind in ("smoa", "lora"):
-        adapter["alpha" if kind == "smoa" else "lora_alpha"] = 2 * own.get("r", adapter["r"])
+        adapter["alpha" if kind == "smoa" else "lora_alpha"] = 2 * {**adapter, **own}["r"]
     block, rows = look_at_rows(data, section, positions_of(empty.config), changes)
     tenth = EPOCHS * math.ceil(rows / (BATCH * ACCUMULATION)) // 10
     return {

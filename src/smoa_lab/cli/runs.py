@@ -25,7 +25,6 @@ from smoa_lab.cli.console import (
     reporting,
     show,
 )
-from smoa_lab.pages.tables import metric_table, outcome, steps_text
 
 DEFAULT = "smollm2-135m"
 data_app = typer.Typer(help="Look at your own rows before a run.", no_args_is_help=True)
@@ -105,6 +104,8 @@ def print_scores(metrics: dict[str, Any]) -> None:
     """Held-out scores before and after training, what was learned and forgotten, and the adapter's size."""
     from rich.filesize import decimal
 
+    from smoa_lab.pages.tables import metric_table, outcome, steps_text
+
     if metrics["evaluation"]:
         metric_table(metrics["evaluation"]).print()
         typer.echo()
@@ -140,6 +141,7 @@ def evaluate(
         from smoa_lab.basics.folders import check_new, json_text
         from smoa_lab.evaluate import evaluate_run
         from smoa_lab.open_run import open_place
+        from smoa_lab.pages.tables import metric_table
 
         if output is not None:
             check_new(output)
