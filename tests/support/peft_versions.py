@@ -15,7 +15,7 @@ CONVERTS = "test_convert_|merged_model_and_lora_say|a_lora_that_lost_much|merged
 SKIPPED = [
     ("<0.19", CONVERTS, "has no convert_to_lora"),
     ("<0.19", r"output_layer_that_was_tied_gets_a_weight_of_its_own\[config1", "says tied after a merge that unties"),
-    ("<0.19", "test_adapters_that_came_and_went", "lets one adapter of a model have target_parameters"),
+    ("<0.20", "test_adapters_that_came_and_went", "lets one adapter of a model have target_parameters"),
     ("<0.20", "peft_hira|Llama-2-7B HiRA", "has no HiRA"),
     ("<0.20", "test_an_adapter_is_loaded_into_an_injected_model", "looks for names of a PeftModel there, of LoRA too"),
     ("<0.20", "test_a_list_may_stand_for_a_tuple_a_block_for_a_class", "has no setting that is a class"),
