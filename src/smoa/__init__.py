@@ -10,7 +10,7 @@ from smoa.registration import ensure_peft_type, register
 
 ensure_peft_type()
 
-from smoa.compat import save_biases  # noqa: E402
+from smoa.compat import save_as_later_versions  # noqa: E402
 from smoa.config import SmoaConfig  # noqa: E402  (PeftType.SMOA must exist before the config is defined)
 from smoa.errors import (  # noqa: E402
     AdapterFileError,
@@ -30,7 +30,7 @@ from smoa.scores import clear_spectrum_cache  # noqa: E402
 from smoa.spectrum import make_partition, register_partition, spectral_scores  # noqa: E402
 
 register(SmoaConfig, SmoaModel)
-save_biases()
+save_as_later_versions()
 
 __version__ = "0.2.0"
 

@@ -574,6 +574,8 @@ class Machine(RuleBasedStateMachine):
         low = low and self.keeps_dtype(facts)
         if any(key.endswith(".bias") for key in rest) or facts.copies or old.copies:
             return
+        if self.merged_now and any(key.endswith(("tokens.weight", "head.weight")) for key in rest):
+            return  # PEFT's own: tables
         self.run(f"m.load_adapter({self.shown_path(path)}, {name!r}, low_cpu_mem_usage={low})")
         self.oracle.adapters[name] = self.in_dtype(facts)
         if name not in self.active and not self.merged_now and draw(st.booleans()):

@@ -78,6 +78,7 @@ SMOA_COMMANDS = [
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # PEFT 0.21 calls it
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch.compile does
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # TRL's default, on a CPU
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
 def test_the_python_of_a_page_runs(
     page: Path, tiny_gemma3: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -92,7 +92,7 @@ LEFT_OUT: dict[str, str] = {
     "key_mapping_save_old_load_new_lora|load_resized_embedding_ignore": (
         f"{REFUSED}an adapter of a base with other weights (docs/api.md)"
     ),
-    "TestDynamicDispatch": f"{LORAS}its dispatcher of custom layers; test_targets.py has smoa's kinds",
+    "TestDynamicDispatch": f"{LORAS}its dispatcher of custom layers; test_route.py has smoa's kinds",
     "TestLoraNestedConfig|TestEva|with_runtime_config": f"{LORAS}configs inside its config",
     "(?<!alt_)weight_tying_tied_model_target_modules_(str_)?lora|weight_tying_enc_dec_target_modules": (
         f"{LORAS}factors of the two ends that are one, transposed"
@@ -106,14 +106,14 @@ LEFT_OUT: dict[str, str] = {
         f"{LORAS}one matrix for gate and up; test_patterns_go_by_the_parameters_name has the pattern of experts"
     ),
     "multiple_parameters_on_same_module|result_caching_works|target_parameters_forward_under_autocast": (
-        f"{LORAS}the calls of its parametrization; test_mixtures.py and test_autocast_and_half_precision_train"
+        f"{LORAS}the calls of its parametrization; test_experts.py and test_autocast_and_half_precision_train"
     ),
     "inject_from_state_dict_low_cpu_mem_usage$": (
         f"{LORAS}no buffers, which stay real; test_low_cpu_mem_usage_makes_meta_factors_only has the factors"
     ),
     "warns_for_unsharded": f"{LORAS}a warning in PEFT's save, by the names of LoRA's tensors",
-    "different_target_parameters_raises": f"{ADAPTED}adapters of several parameters; test_targets.py",
-    "mixed_adapter_batches_training_mode_raises": f"{ADAPTED}training by names; test_calls.py trains by them",
+    "different_target_parameters_raises": f"{ADAPTED}adapters of several parameters; test_route.py",
+    "mixed_adapter_batches_training_mode_raises": f"{ADAPTED}training by names; test_adapter_names.py trains by them",
     "mamba_modules": f"{ADAPTED}what Mamba only reads (docs/layers.md)",
     "groups_greater_than_one": f"{ADAPTED}grouped convolutions; test_kinds.py",
     "stable_diffusion": "loads a pipeline of the Hub; tests/lives/test_towers.py has a UNet and a transformer",

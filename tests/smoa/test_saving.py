@@ -38,9 +38,9 @@ def test_biases_are_saved_whatever_peft_leaves_out(bias: str, count: int, monkey
     def get_peft_model_state_dict(model: Any, *args: Any, **options: Any) -> dict[str, Any]:  # as PEFT ≤ 0.20's
         return {}
 
-    monkeypatch.setattr(compat, "SAVES_BIASES", False)
+    monkeypatch.setattr(compat, "SAVES_ITS_OWN", False)
     monkeypatch.setattr(save_and_load, "get_peft_model_state_dict", get_peft_model_state_dict)
-    compat.save_biases()
+    compat.save_as_later_versions()
     base = nn.Sequential(Wrapper(nn.Linear(12, 10)), nn.Linear(10, 4))
     saved = save_and_load.get_peft_model_state_dict(
         get_peft_model(base, SmoaConfig(target_modules=["layer"], bias=bias))

@@ -4,6 +4,7 @@ import re
 
 import peft
 import pytest
+import transformers
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from peft.utils import save_and_load
@@ -14,6 +15,7 @@ CONVERTS = "test_convert_|merged_model_and_lora_say|a_lora_that_lost_much|merged
 SKIPPED = [
     ("<0.19", CONVERTS, "has no convert_to_lora"),
     ("<0.19", r"output_layer_that_was_tied_gets_a_weight_of_its_own\[config1", "says tied after a merge that unties"),
+    ("<0.20", "test_adapters_that_came_and_went", "lets one adapter of a model have target_parameters"),
     ("<0.20", "peft_hira|Llama-2-7B HiRA", "has no HiRA"),
     ("<0.20", "test_an_adapter_is_loaded_into_an_injected_model", "looks for names of a PeftModel there, of LoRA too"),
     ("<0.20", "test_a_list_may_stand_for_a_tuple_a_block_for_a_class", "has no setting that is a class"),
@@ -35,6 +37,8 @@ NEEDS_TRANSFORMERS_LOADER = (
 """Tests of `model.load_adapter`, which from transformers 5.6 on imports what PEFT 0.18 does not have."""
 SAMPLES_BY_STRATEGY = r"test_a_ready_config_is_valid.*\[demo|refused\[train_sampling_strategy"
 """Tests of a training argument that transformers had as `group_by_length` in 5.0."""
+WHOLE_MODULES = "test_transformers_loads_modules_that_were_trained_whole"
+"""A test of `model.load_adapter`, which before transformers 5.19 leaves out `modules_to_save`, of LoRA too."""
 IGNORED = [
     ("<0.19", "ignore:Unsupported layer type:UserWarning"),  # of LoRA, for experts
     ("<0.19", "ignore:Already found a `peft_config` attribute:UserWarning"),  # `unload` leaves it on the model
@@ -58,7 +62,9 @@ def adapt_to_peft(items: list[pytest.Item]) -> None:
     loader = [("<0.19", NEEDS_TRANSFORMERS_LOADER, "lacks what this load_adapter imports")] if lacking else []
     samples = [("", SAMPLES_BY_STRATEGY, "is beside a transformers without train_sampling_strategy")]
     samples = [] if hasattr(TrainingArguments, "train_sampling_strategy") else samples
-    for versions, names, reason in [*SKIPPED, demand, *t5, *loader, *samples]:
+    is_old = Version(transformers.__version__) < Version("5.19")
+    whole = [("", WHOLE_MODULES, "is beside a transformers that loads no modules_to_save")] if is_old else []
+    for versions, names, reason in [*SKIPPED, demand, *t5, *loader, *samples, *whole]:
         for item in items if version in SpecifierSet(versions) else []:
             if re.search(names, item.name):
                 item.add_marker(pytest.mark.skip(reason=f"PEFT {versions} {reason}"))
