@@ -119,7 +119,7 @@ LEFT_OUT: dict[str, str] = {
     "stable_diffusion": "loads a pipeline of the Hub; tests/lives/test_towers.py has a UNet and a transformer",
     r"trainable tokens Same.*merge_layers_multi|merge_layers_multi.*trainable tokens Same": (
         "one output, changed by 0.0013 by the second of two random updates where the test asks for 0.0019; "
-        "test_merging_in_place.py has several adapters"
+        "test_merging.py has several adapters"
     ),
     r"inject_from_state_dict_(transformers|compiled)": (
         "transformers 5.24 demands PEFT 0.22 for its own add_adapter, whatever the method; "
