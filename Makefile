@@ -45,7 +45,7 @@ VLLM := 0.32.0
 SERVE = .venv-serve$(if $(filter-out 0.32.0,$(VLLM)),-$(VLLM))
 
 serve-test: $(SERVE)/.installed  ## serve SMoA adapters with vLLM on a CPU, in an environment of 3.4 GB
-	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -m serve tests/serve
+	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -m serve tests/slow/serve
 
 # The variable silences an advertisement.
 docs: $(VENV)/.dev-installed  ## build the documentation into site/; warnings are errors
@@ -53,28 +53,28 @@ docs: $(VENV)/.dev-installed  ## build the documentation into site/; warnings ar
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 fuzz: $(VENV)/.dev-installed  ## load 10,000 mutated adapter folders, for 20 minutes at most
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz_adapters
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.lives.fuzz
 
 states: $(VENV)/.dev-installed  ## let a machine draw lives of adapters and compare them with an oracle, for 15 minutes
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.states
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.lives
 
 architectures: $(VENV)/.dev-installed  ## adapt a tiny model of each causal language model that transformers has, for 8 minutes
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.architectures
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.lives.architectures
 
 soak: $(VENV)/.dev-installed  ## 2,000 life cycles of an adapter: memory does not grow, weights stay the same
-	$(BIN)/python -m tests.soak
+	$(BIN)/python -m tests.lives.soak
 
 versions: $(VENV)/.dev-installed  ## run a few tests against the oldest and the newest PEFT, in temporary environments
-	$(BIN)/python -m tests.matrix --short
+	$(BIN)/python -m tests.slow.versions --short
 
 matrix: $(VENV)/.dev-installed  ## run a part of the tests against each supported PEFT and what frameworks demand
-	$(BIN)/python -m tests.matrix
+	$(BIN)/python -m tests.slow.versions
 
 peft-suite: $(VENV)/.dev-installed  ## run PEFT's own tests with SMoA in them; pip downloads them
-	$(BIN)/python -m tests.peft_suite
+	$(BIN)/python -m tests.slow.peft_suite
 
 peft-short: $(VENV)/.dev-installed  ## the same with one case of each kind of model, in a minute
-	$(BIN)/python -m tests.peft_suite --short
+	$(BIN)/python -m tests.slow.peft_suite --short
 
 dist: $(VENV)/.dev-installed  ## build the source distribution and the wheel into dist/
 	$(BIN)/python -m build --no-isolation

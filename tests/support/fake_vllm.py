@@ -1,6 +1,6 @@
 """What the plugin uses of vLLM, with the same names and signatures: LoRA layers with slots, a manager, a worker.
 
-It has no LoRA of its own: an output stays as it is, and `applied` counts the calls. tests/serve runs the real one.
+It has no LoRA of its own: an output stays as it is, and `applied` counts the calls. tests/slow/serve runs the real one.
 """
 
 import copy

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from smoa.layer import SmoaLayer
-from tests import reference
+from tests import oracle
 from tests.support.layers import adapted_layer, base_layer, base_weight, clone_leaf, factors, oracle_delta
 from tests.support.tolerance import assert_close
 
@@ -25,7 +25,7 @@ def oracle_gradients(layer: SmoaLayer, x: Tensor, gradient: Tensor, *adapters: s
     leaves = [clone_leaf(x.double())] + [clone_leaf(f.double()) for name in names for f in factors(layer, name)]
     deltas = [oracle_delta(layer, name, A=leaves[2 * a + 1], B=leaves[2 * a + 2]) for a, name in enumerate(names)]
     bias = layer.get_base_layer().bias
-    y = reference.forward(leaves[0], base_weight(layer).double(), bias.detach().double(), deltas)
+    y = oracle.forward(leaves[0], base_weight(layer).double(), bias.detach().double(), deltas)
     return [y.detach(), *torch.autograd.grad(y, leaves, gradient.double())]
 
 

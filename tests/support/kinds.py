@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from smoa.layer import SmoaLayer
-from tests import reference
+from tests import oracle
 from tests.support.layers import base_layer, base_weight, oracle_delta
 
 CONVS: dict[str, dict[str, Any]] = {
@@ -51,12 +51,12 @@ def input_of(kind: str, dtype: torch.dtype = torch.float64) -> Tensor:
 def applied(base: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """What the oracle says that a base layer with the matrix `weight` gives for x, without the bias."""
     if isinstance(base, nn.Embedding):
-        return reference.embedding(x.flatten().tolist(), weight).view(*x.shape, -1)
+        return oracle.embedding(x.flatten().tolist(), weight).view(*x.shape, -1)
     if not isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return reference.forward(x, weight, None, [])
+        return oracle.forward(x, weight, None, [])
     kernel = weight.view(base.weight.shape)
     settings = {"stride": base.stride, "dilation": base.dilation, "groups": base.groups, "mode": base.padding_mode}
-    return reference.convolution(x, kernel, padding=padding_of(base), **settings)
+    return oracle.convolution(x, kernel, padding=padding_of(base), **settings)
 
 
 def padding_of(base: Any) -> list[tuple[int, int]]:
@@ -72,7 +72,7 @@ def oracle_of(layer: SmoaLayer, x: Tensor, *adapters: str, **factors: Tensor) ->
     """What the oracle says that an adapted layer gives with these adapters active, in float64."""
     base = layer.get_base_layer()
     deltas = [oracle_delta(layer, name, **factors) for name in adapters or ("default",)]
-    weight = reference.effective_weight(base_weight(layer).double(), deltas)
+    weight = oracle.effective_weight(base_weight(layer).double(), deltas)
     y = applied(base, x if isinstance(base, nn.Embedding) else x.double(), weight)
     bias = getattr(base, "bias", None)
     if bias is None:

@@ -15,7 +15,7 @@ from smoa.conv import Convolution
 from smoa.embedding import Embedding
 from smoa.kernels import one_product
 from smoa.layer import SmoaLayer
-from tests import reference
+from tests import oracle
 
 # (out_features, in_features, num_blocks): square, tall, wide, K that divides neither side, K = min(m, n), K = 1.
 SHAPES = [(12, 12, 3), (17, 10, 4), (9, 16, 2), (11, 13, 5), (6, 7, 6), (8, 5, 1)]
@@ -86,7 +86,7 @@ def factors(layer: SmoaLayer, adapter: str = "default") -> tuple[nn.Parameter, n
 
 def randomise(layer: SmoaLayer, adapter: str = "default", scale: float = 0.5) -> None:
     """Fill the entries of A and B that are not padding."""
-    in_A, in_B = reference.real_entries(layer.out_features, layer.in_features, ranks(layer, adapter))
+    in_A, in_B = oracle.real_entries(layer.out_features, layer.in_features, ranks(layer, adapter))
     A, B = factors(layer, adapter)
     with torch.no_grad():
         A.copy_(torch.randn_like(A) * in_A.to(A) * scale)
@@ -118,7 +118,7 @@ def oracle_delta(
 ) -> Tensor:
     """The oracle's delta W (m, n) in float64, from the layer's factors and labels and from W or `weight`."""
     own_A, own_B = factors(layer, adapter)
-    return reference.delta_weight(
+    return oracle.delta_weight(
         (base_weight(layer) if weight is None else weight).double(),
         (own_A.detach() if A is None else A).double(),
         (own_B.detach() if B is None else B).double(),
@@ -133,7 +133,7 @@ def oracle_output(layer: SmoaLayer, x: Tensor, *adapters: str) -> Tensor:
     """The oracle's y in float64 with the given adapters active and dropout off; no adapter named means "default"."""
     bias = layer.get_base_layer().bias
     deltas = [oracle_delta(layer, adapter) for adapter in adapters or ("default",)]
-    return reference.forward(x.double(), base_weight(layer).double(), None if bias is None else bias.double(), deltas)
+    return oracle.forward(x.double(), base_weight(layer).double(), None if bias is None else bias.double(), deltas)
 
 
 def smoa_layers(model: nn.Module) -> dict[str, SmoaLayer]:

@@ -24,7 +24,7 @@ from transformers import (
 
 from smoa import SmoaConfig
 from smoa.experts import ParamWrapper
-from tests import reference
+from tests import oracle
 from tests.support.tiny_models import INITIALIZER_RANGE, SEED, VOCAB_SIZE
 
 COMMON: dict[str, Any] = {
@@ -142,7 +142,7 @@ def oracle_deltas(wrapper: ParamWrapper, A: Tensor | None = None, B: Tensor | No
     rows, cols = wrapper.smoa_row_labels["default"].tolist(), wrapper.smoa_col_labels["default"].tolist()
     r, scales = sum(ranks), wrapper.decided("default").block_scale.tolist()
     return [
-        reference.delta_weight(
+        oracle.delta_weight(
             matrix_of(wrapper, number // halves, number % halves).double(),
             A[number * r : (number + 1) * r].double(),
             B[:, number * r : (number + 1) * r].double(),

