@@ -26,11 +26,6 @@ from smoa.kernels.autograd import without_autocast
 T = TypeVar("T")
 
 
-def is_distributed() -> bool:
-    """Whether this is one of several processes in a process group."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def awaits_process_group() -> bool:
     """Whether this is one of several processes of torchrun or accelerate that have no process group yet."""
     launched = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -39,12 +34,11 @@ def awaits_process_group() -> bool:
 
 def from_rank_zero(compute: Callable[[], T]) -> T:
     """Rank 0's `compute()` on every rank. Every rank must call this."""
-    if not is_distributed():
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return compute()
     outcome: list[Any] = [compute() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(outcome, src=0)
-    result: T = outcome[0]
-    return result
+    return outcome[0]  # type: ignore[no-any-return]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -65,11 +59,6 @@ def whole_shape(module: nn.Module, name: str) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def is_partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has left the parameter empty on this rank."""
-    return hasattr(parameter, "ds_id") and parameter.numel() == 0
-
-
 def gather(layer: Any, *adapter_names: str) -> None:
     """Gather weight and factors, which an adapted layer reads without calling their modules, for its forward and
     backward, if ZeRO-3 partitions them. Every rank must call this."""
@@ -77,11 +66,12 @@ def gather(layer: Any, *adapter_names: str) -> None:
         return
     factors = [part[name] for part in (layer.smoa_A, layer.smoa_B) for name in adapter_names]
     parameters = [layer.stored_weight(), *(p for factor in factors for p in factor.parameters())]
-    for parameter in filter(is_partitioned, parameters):
-        import deepspeed
+    for parameter in parameters:
+        if hasattr(parameter, "ds_id") and not parameter.numel():
+            import deepspeed
 
-        deepspeed.zero.register_external_parameter(layer, parameter)
-        parameter.all_gather()
+            deepspeed.zero.register_external_parameter(layer, parameter)
+            parameter.all_gather()
 
 
 def onloaded_for(layer: Any, adapter_names: Iterable[str], written: bool = False) -> AbstractContextManager[None]:

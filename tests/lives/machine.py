@@ -213,6 +213,7 @@ class Machine(RuleBasedStateMachine):
         config = draw(settings_of(self.kind, bool(self.traits.get("tied")), rarely(draw, 3)))
         self.run(f"m = get_peft_model(b, {shown(config)}, adapter_name={name!r})")
         self.oracle.adapters[name] = read(self.m, name, config)
+        self.wrapped = [config]
         self.active = list(self.oracle.adapters)
 
     def begin_model(self) -> None:
@@ -321,10 +322,11 @@ class Machine(RuleBasedStateMachine):
                 for each in (*(f.get("target_modules") or []), *(f.get("target_parameters") or []))}  # fmt: skip
         if "lm_head" in both and any("lm_head.original_module." in key for key in self.m.state_dict()):
             return  # PEFT's own: copies
-        if not both_ways(config, [f.config for f in self.oracle.adapters.values()]):
+        if not both_ways(config, self.wrapped):
             return  # PEFT's own: both ways
         self.run(f"m.add_adapter({name!r}, {shown(config)})")
         self.oracle.adapters[name] = read(self.m, name, config)
+        self.wrapped.append(config)
         self.merged_now = []  # as PEFT: an adapter that is added unmerges
 
     def set_adapter(self, draw: Any) -> None:
@@ -535,8 +537,11 @@ class Machine(RuleBasedStateMachine):
             return  # PEFT's own: biases
         if facts.copies and self.merged_now:
             return  # PEFT's own: copies
+        if not both_ways(facts.config, self.wrapped):
+            return  # PEFT's own: both ways
         self.run(f"m.load_adapter({self.shown_path(path)}, {name!r}, {given})")
         self.oracle.adapters[name] = self.in_dtype(facts)
+        self.wrapped.append(facts.config)
         self.take_biases(rest)
         self.merged_now = []
 
@@ -611,6 +616,7 @@ class Machine(RuleBasedStateMachine):
         given = f"adapter_name={name!r}, low_cpu_mem_usage={low}"
         self.run(f"m = PeftModel.from_pretrained(b, {self.shown_path(path)}, {given})")
         self.oracle.adapters, self.active, self.merged_now = {name: self.in_dtype(facts)}, [name], []
+        self.wrapped = [facts.config]
         self.take_biases(rest)
 
     # The model as a whole.
