@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,6 +58,16 @@ def _route_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_product, "MIN_TOKENS", one_product.MIN_TOKENS)
     for kind in (Convolution, Embedding):
         monkeypatch.setattr(kind, "fits_one_product", kind.fits_one_product)
+
+
+@pytest.fixture
+def multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU with instructions for bfloat16. On others smoa multiplies in float32: the weights are still the merged ones,
+    the outputs differ by a rounding."""
+    import torch
+
+    own = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True, _is_mkldnn_fp16_supported=lambda: False)
+    monkeypatch.setitem(torch.ops.__dict__, "mkldnn", own)
 
 
 @pytest.fixture(params=["whole", "cut"])

@@ -100,6 +100,7 @@ def test_a_trained_base_weight_gets_the_gradient_of_the_anchor_too() -> None:
     assert_close(own.flatten(1), torch.autograd.grad(expected.sum(), leaf)[0])
 
 
+@pytest.mark.usefixtures("multiplies_bfloat16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_a_compiled_layer_gives_the_same_values_and_gradients(dtype: torch.dtype) -> None:
     torch.compiler.reset()

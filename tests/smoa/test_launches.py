@@ -43,6 +43,7 @@ def launches_of(layer: SmoaLayer, x: Tensor, g: Tensor, patch: pytest.MonkeyPatc
     return forward, count(lambda: outputs[0].backward(g), patch)
 
 
+@pytest.mark.usefixtures("multiplies_bfloat16")
 @pytest.mark.parametrize("partition", PARTITIONS)
 @pytest.mark.parametrize(
     ("route", "dtype"), [("apart", torch.bfloat16), ("apart", torch.float32), ("one product", torch.bfloat16)]

@@ -31,6 +31,7 @@ def tokens(rows: int = 2, length: int = 64) -> Tensor:
     return torch.randint(3, 96, (rows, length))
 
 
+@pytest.mark.usefixtures("multiplies_bfloat16")
 @pytest.mark.parametrize("partition", ["spectral", "contiguous"])
 @pytest.mark.parametrize("num_blocks", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,6 +57,7 @@ def test_nothing_is_recorded_for_training_while_adapters_are_merged() -> None:
     assert model(inputs_embeds=given).logits.requires_grad
 
 
+@pytest.mark.usefixtures("multiplies_bfloat16")
 @torch.no_grad()
 def test_under_autocast_too() -> None:
     model, ids = llama(torch.float32), tokens(4)
@@ -64,6 +66,7 @@ def test_under_autocast_too() -> None:
         assert torch.equal(model.merge_and_unload()(input_ids=ids).logits, logits)
 
 
+@pytest.mark.usefixtures("multiplies_bfloat16")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "linear_without_bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
@@ -76,6 +79,7 @@ def test_every_kind_of_layer(kind: str, dtype: torch.dtype) -> None:
     assert torch.equal(layer(x), y)
 
 
+@pytest.mark.usefixtures("multiplies_bfloat16")
 def test_the_step_is_the_merged_ones_too() -> None:
     model, ids = llama(torch.bfloat16), tokens(4)
     embeddings = model.get_input_embeddings()(ids).detach()

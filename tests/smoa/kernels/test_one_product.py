@@ -121,6 +121,7 @@ def test_a_fresh_update_is_exact_in_float16_however_small_the_weight() -> None:
     assert Effective(weight, factors).whole().isfinite().all()
 
 
+@pytest.mark.usefixtures("multiplies_bfloat16")
 @torch.no_grad()
 def test_the_gradient_of_x_errs_no_more_than_the_whole_product() -> None:
     weight, factors = made((14336, 4096), (8, 8, 8, 8), torch.bfloat16, "contiguous")
@@ -135,6 +136,7 @@ def test_the_gradient_of_x_errs_no_more_than_the_whole_product() -> None:
     assert torch.equal(OneProduct().backward(factors, g, x, weight, True)[0], grad_x)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("multiplies_bfloat16")
 @pytest.mark.parametrize("has_amx", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_a_step_keeps_x_and_the_factors_and_makes_little(
