@@ -62,7 +62,7 @@ def _route_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU with instructions for bfloat16. On others smoa multiplies in float32: the weights are still the merged ones,
+    """A CPU with instructions for bfloat16. On others smoa multiplies in float32: the weights are the merged ones, and
     the outputs differ by a rounding."""
     import torch
 
