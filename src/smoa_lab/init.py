@@ -9,16 +9,9 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from smoa.errors import DataError
+from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import RunModel, empty_model, load_tokenizer, positions_of
-from smoa_lab.budget import (
-    ALL_LINEAR,
-    budget_choice,
-    budget_parameters,
-    lora_on,
-    shapes_of,
-    size_method,
-)
+from smoa_lab.budget import ALL_LINEAR, FIRST_BLOCKS, budget_parameters, lora_on, size_method
 from smoa_lab.config.methods import OTHER_LAYERS, find_method
 from smoa_lab.config.run import ConfigText, Dtype, ModelSection, RunConfig, adapter_rate, check_config
 from smoa_lab.config.validation import method_problems
@@ -49,24 +42,21 @@ def first_values(
     section = ModelSection(name=model)
     empty = empty_model(section)
     size = empty.num_parameters()
-    shapes = shapes_of(empty, (ALL_LINEAR,), model)
     method: dict[str, Any] = {"method": "smoa", "adapter": {}}
     apply_overrides(method, [change for change in changes if change.startswith(("method=", "adapter.", "adapter="))])
     name, own = str(method["method"]).lower(), method.pop("adapter")
     own = own if isinstance(own, dict) else {}  # which is refused with the rest
     kind = find_method(name).peft_type
     adapter: dict[str, Any] = {} if kind is None or name in OTHER_LAYERS else {"target_modules": ALL_LINEAR}
+    adapter |= {"num_blocks": FIRST_BLOCKS} if kind == "smoa" else {}
     given = {**adapter, **own}
     ConfigText({}, "smoa train").refuse(method_problems({"method": name, "adapter": given}))
-    choice = budget_choice(shapes, size, parameters)
-    if kind == "smoa" and "num_blocks" not in own:
-        adapter |= {"num_blocks": choice.num_blocks, "r": choice.r}
-    elif kind == "lora":
-        adapter |= {"r": choice.lora_r}
-    elif adapter and find_method(name).budget_key not in own:
+    if adapter and find_method(name).budget_key not in own:
         budget = budget_parameters(parameters, size, lora_on(empty, given))
         sized = size_method(empty, name, given, budget)
         if why := sized.misses(budget, parameters):
+            if sized.parameters is None:
+                raise ConfigError(f"method: {why}")
             logger.warning("method: %s; what is trained is of another size than with other methods", why)
         adapter |= sized.adapter
     if kind in ("smoa", "lora"):

@@ -24,10 +24,9 @@ from tqdm.auto import tqdm
 
 from smoa import MergeError
 from smoa.layer import SmoaLayer
-from smoa.partition import Blocks
+from smoa.partition import Blocks, block_sizes
 from smoa.spectrum import decomposition_device
 from smoa_lab.base_models import load_weights
-from smoa_lab.budget import rank_bound
 from smoa_lab.export import weight_of
 from smoa_lab.open_run import open_place, with_saved_adapter
 from smoa_lab.pages.charts import LINE_LEGEND, colors, dashes, values
@@ -245,6 +244,13 @@ def _rank_bound(module: Any, adapter: str) -> int | None:
     ranks = getattr(module, "r", None)
     is_scaled = getattr(module, "use_dora", {}).get(adapter)  # DoRA's magnitudes change W itself
     return int(ranks[adapter]) if isinstance(ranks, dict) and hasattr(module, "lora_A") and not is_scaled else None
+
+
+def rank_bound(out_features: int, in_features: int, ranks: Sequence[int]) -> int:
+    """Upper bound of rank ΔW, by the ranks r_k of the blocks, if all anchors have full rank:
+    `Σ_k min(|I_k|, |J_k|, r_k·min(|I_k|, |J_k|))`."""
+    rows, columns = block_sizes(out_features, len(ranks)), block_sizes(in_features, len(ranks))
+    return sum(min(m, n) if rank else 0 for m, n, rank in zip(rows, columns, ranks, strict=True))
 
 
 def update_spectrum(weight: Tensor, delta_weight: Tensor, blocks: Blocks | None = None) -> UpdateSpectrum:

@@ -1,5 +1,4 @@
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,46 +7,26 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from smoa import SmoaConfig
 from smoa.errors import ConfigError, DataError
-from smoa_lab.base_models import empty_model
-from smoa_lab.budget import (
-    adapter_bytes,
-    budget_choice,
-    budget_choices,
-    budget_parameters,
-    lora_parameters,
-    parameters,
-    rank_bound,
-    shapes_of,
-    size_methods,
-)
+from smoa_lab.budget import budget_parameters, size_methods
 from smoa_lab.config.methods import find_method, method_names
-from smoa_lab.config.run import ModelSection
-from tests import oracle
 from tests.support import lab
-from tests.support.layers import smoa_layers
 from tests.support.tiny_mixtures import EXPERTS, build_mixture
 
 
-def test_a_model_whose_shapes_cannot_be_had_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_had_or_has_no_such_layers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"model\.name: cannot load"):
-        budget_choices(str(tmp_path), "9", ("q_proj",))
-    LlamaConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8
-    ).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="no layers named nowhere"):
-        budget_choices(str(tmp_path), "9", ("nowhere",))
-    assert shapes_of(empty_model(ModelSection(name=str(tmp_path))), ("q_proj",), "") == Counter({(8, 8): 1})
+        size_methods(str(tmp_path), "9", ["q_proj"])
+    with pytest.raises(ConfigError, match="nowhere"):
+        size_methods(str(lab.tiny_base(tmp_path)), "9", ["nowhere"])
 
 
-def test_a_budget_that_is_none_or_buys_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_budget_that_is_none_or_buys_nothing_is_refused(base: str) -> None:
     for amount, message in (("0", "must be more than 0"), ("200%", "must be more than 0"), ("x", "neither")):
         with pytest.raises(ConfigError, match=message):
             budget_parameters(amount, 1000, 10)
-    base = str(lab.tiny_base(tmp_path))
-    with pytest.raises(ConfigError, match=r"budget: '1' is too small; the smallest adapter has 256 parameters"):
-        budget_choices(base, "1", ("q_proj", "o_proj"))
-    least = budget_choices(base, "256", ("q_proj", "o_proj"))
-    assert {(choice.r - choice.num_blocks, choice.parameters) for choice in least} == {(0, 256)}
+    first, *_ = size_methods(base, "1", ["q_proj", "o_proj"])
+    assert (first.adapter, first.parameters) == ({"num_blocks": 1}, None)
+    assert "r can't make it so small: it trains 256 or more" in first.note
 
 
 def test_a_narrow_layer_is_counted_with_the_blocks_and_rank_that_it_gets(tmp_path: Path) -> None:
@@ -61,32 +40,19 @@ def test_a_narrow_layer_is_counted_with_the_blocks_and_rank_that_it_gets(tmp_pat
         vocab_size=8,
     )
     base.save_pretrained(tmp_path)
-    choices = budget_choices(str(tmp_path), "250", ("q_proj", "v_proj"))
-    assert [choice.num_blocks for choice in choices] == [1, 2, 4, 8]
-    for choice in choices:
-        config = SmoaConfig(r=choice.r, num_blocks=choice.num_blocks, target_modules=["q_proj", "v_proj"])
+    for found in size_methods(str(tmp_path), "250", ["q_proj", "v_proj"]):
+        r, num_blocks = found.adapter["r"], found.adapter["num_blocks"]
+        config = SmoaConfig(r=r, num_blocks=num_blocks, target_modules=["q_proj", "v_proj"])
         model = get_peft_model(AutoModelForCausalLM.from_config(base), config)
-        ranks = [oracle.block_ranks(choice.r, choice.num_blocks)[:side] for side in (8, 2)]
-        shapes = [(8, 12), (2, 12)]
-        counted = [oracle.parameter_count(*shape, own) for shape, own in zip(shapes, ranks, strict=True)]
-        assert choice.parameters == sum(counted) <= 250
-        assert [list(layer.adapters["default"].ranks) for layer in smoa_layers(model).values()] == ranks
-        bounds = [rank_bound(*shape, own) for shape, own in zip(shapes, ranks, strict=True)]
-        assert choice.rank_bound == min(bounds)
-        saved = [adapter_bytes(*shape, sum(own), len(own)) for shape, own in zip(shapes, ranks, strict=True)]
-        assert choice.bytes_on_disk == sum(saved)
+        assert found.parameters == model.get_nb_trainable_parameters()[0] <= 255
+        assert r % num_blocks == 0
 
 
-def test_loras_budget_is_what_lora_trains_on_the_same_layers(tmp_path: Path) -> None:
-    base = str(lab.tiny_base(tmp_path))
+def test_loras_budget_is_what_lora_trains_on_the_same_layers(base: str) -> None:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=3, target_modules="all-linear"))
     of_lora = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    empty = empty_model(ModelSection(name=base))
-    shapes, total = shapes_of(empty, ("all-linear",), base), empty.num_parameters()
-    assert lora_parameters(shapes, 3) == of_lora
-    assert {choice.lora_r for choice in budget_choices(base, "lora:3", ("all-linear",))} == {3}
-    choice = budget_choice(shapes, total, "LoRA:3")
-    assert (choice.num_blocks, choice.r, choice.parameters) == (4, 12, of_lora)
+    (smoa,) = size_methods(base, "LoRA:3", ["all-linear"], ["smoa"], {"smoa": {"num_blocks": 4}})
+    assert (smoa.adapter, smoa.parameters) == ({"r": 12}, of_lora)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +74,7 @@ def test_a_method_is_sized_by_one_key_to_what_peft_then_counts(name: str, key: s
     if name not in method_names():
         pytest.skip("not in this PEFT")
     targets = ("q_proj", "down_proj")
-    (sized,) = size_methods(base, "lora:6", targets, [name])
+    (sized,) = size_methods(base, "lora:6", targets, [name], {"smoa": {"num_blocks": 2}})
     assert list(sized.adapter) == [key]
     own = {"total_step": 1} if name == "adalora" else {}
     config = find_method(name).peft_config({"target_modules": list(targets), **own, **sized.adapter})
@@ -146,19 +112,10 @@ def test_a_method_that_cannot_be_sized_says_why(name: str, parameters: int | Non
     assert re.search(note, sized.note)
 
 
-def test_r_is_a_multiple_of_the_number_of_blocks() -> None:
-    shapes = Counter({(8, 8): 1})
-    assert [budget_choice(shapes, 1000, str(amount)).r for amount in (16, 31, 32, 63)] == [4, 4, 8, 12]
-    odd = Counter({(7, 7): 1})
-    assert budget_choice(odd, 1000, "14").parameters == 14
-    with pytest.raises(ConfigError, match="too small; the smallest adapter has 14"):
-        budget_choice(odd, 1000, "13")
-
-
-def test_experts_are_counted_matrix_by_matrix_if_their_parameters_are_named() -> None:
-    model = build_mixture("qwen3_moe")
-    shapes = shapes_of(model, ("q_proj", *EXPERTS), "tiny")
-    assert shapes == Counter({(16, 24): 10, (24, 16): 5, (24, 24): 1})
+def test_experts_are_sized_if_their_parameters_are_named(tmp_path: Path) -> None:
+    build_mixture("qwen3_moe").save_pretrained(tmp_path)
     config = SmoaConfig(r=6, num_blocks=2, target_modules=["q_proj"], target_parameters=EXPERTS)
-    trained = sum(p.numel() for p in get_peft_model(model, config).parameters() if p.requires_grad)
-    assert parameters(shapes, 6, 2) == trained
+    trained = get_peft_model(build_mixture("qwen3_moe"), config).get_nb_trainable_parameters()[0]
+    settings = {"smoa": {"num_blocks": 2}}
+    (found,) = size_methods(str(tmp_path), str(trained), ["q_proj", *EXPERTS], ["smoa"], settings)
+    assert (found.adapter, found.parameters) == ({"r": 6}, trained)

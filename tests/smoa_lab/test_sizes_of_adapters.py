@@ -3,15 +3,13 @@ import copy
 import peft
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smoa import PartitionError, SmoaConfig
-from smoa_lab.budget import adapter_bytes, rank_bound, trainable_parameters
+from smoa import SmoaConfig
+from smoa_lab.inspect import rank_bound
 from tests import oracle
-from tests.support.layers import adapted_layer, base_layer, base_weight, factors, labels, ranks
+from tests.support.layers import adapted_layer, base_layer, base_weight, labels, ranks
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 LLAMA_2_7B = LlamaConfig(
@@ -66,15 +64,6 @@ def test_published_parameter_counts_are_reproduced(
     assert f"{100 * trainable / total:.4f}" == percent
 
 
-@given(data=st.data())
-def test_the_budget_counts_what_the_formula_counts(data: st.DataObject) -> None:
-    out_features, in_features = data.draw(st.integers(1, 500)), data.draw(st.integers(1, 500))
-    num_blocks = data.draw(st.integers(1, min(out_features, in_features, 255)))
-    r = data.draw(st.integers(1, 64))
-    expected = oracle.parameter_count(out_features, in_features, oracle.block_ranks(r, num_blocks))
-    assert trainable_parameters(out_features, in_features, r, num_blocks) == expected
-
-
 @pytest.mark.parametrize(("out_features", "in_features", "num_blocks", "r"), [(24, 20, 2, 4), (11, 13, 3, 7)])
 def test_the_rank_bound_is_that_of_full_anchors(out_features: int, in_features: int, num_blocks: int, r: int) -> None:
     layer = adapted_layer(base_layer(out_features, in_features), r=r, num_blocks=num_blocks)
@@ -82,21 +71,5 @@ def test_the_rank_bound_is_that_of_full_anchors(out_features: int, in_features: 
     assert rank_bound(out_features, in_features, ranks(layer)) == expected
 
 
-@pytest.mark.parametrize("num_blocks", [0, 9])
-def test_a_number_of_blocks_that_does_not_fit_is_refused(num_blocks: int) -> None:
-    with pytest.raises(PartitionError, match=f"num_blocks={num_blocks}"):
-        trainable_parameters(8, 12, 4, num_blocks)
-
-
 def test_the_rank_bound_leaves_out_blocks_without_a_rank() -> None:
     assert rank_bound(11, 13, ranks=(4, 0, 1)) == 4 + 3
-
-
-@pytest.mark.parametrize(("out_features", "in_features", "r", "num_blocks"), [(11, 13, 7, 3)])
-def test_the_bytes_of_an_adapter_are_those_of_its_factors_labels_and_scales(
-    out_features: int, in_features: int, r: int, num_blocks: int
-) -> None:
-    layer = adapted_layer(base_layer(out_features, in_features, dtype=torch.float32), r=r, num_blocks=num_blocks)
-    saved = layer.smoa_row_labels["default"], layer.smoa_col_labels["default"], layer.decided("default").block_scale
-    expected = sum(tensor.nbytes for tensor in (*factors(layer), *saved))
-    assert adapter_bytes(out_features, in_features, r, num_blocks) == expected

@@ -178,50 +178,32 @@ def budget(
     trust_remote_code: Trusted = False,
     json: AsJson = False,
 ) -> None:
-    """List the r and num_blocks that fit a parameter budget, with their rank bound and what their tensors take."""
+    """List the r that fits a parameter budget with each num_blocks, or the size of other methods at it."""
     with reporting():
-        from rich.filesize import decimal
-
         from smoa.errors import ConfigError
-        from smoa_lab.budget import budget_choices, method_settings, size_methods
+        from smoa_lab.budget import method_settings, size_methods
         from smoa_lab.config.methods import method_names
         from smoa_lab.pages.tables import Table
 
-        names = tuple(name.strip() for name in target_modules.split(","))
-        wanted = method_names() if method == ["all"] else method or []
+        names = [name.strip() for name in target_modules.split(",")]
+        wanted = method_names() if method == ["all"] else method or ["smoa"]
         own = method_settings(settings or [])
         if other := [name for name in own if name not in map(str.lower, wanted)]:
             raise ConfigError(f"--set {other[0]}: name the method too, --method {other[0]}")
-        if method:
-            sized = size_methods(model, amount, names, wanted, own)
-            if json:
-                print_json([asdict(one) for one in sized])
-                return
-            rows = [
-                (
-                    one.method,
-                    ", ".join(f"{key}: {value}" for key, value in one.adapter.items()),
-                    "" if one.parameters is None else f"{one.parameters:,}",
-                    one.note,
-                )
-                for one in sized
-            ]
-            Table(["method", "adapter", "parameters", ""], rows).print()
-            return
-        choices = budget_choices(model, amount, names)
+        sized = size_methods(model, amount, names, wanted, own)
         if json:
-            print_json([asdict(choice) for choice in choices])
+            print_json([asdict(one) for one in sized])
             return
-        columns = {
-            "num_blocks": [choice.num_blocks for choice in choices],
-            "r": [choice.r for choice in choices],
-            "parameters": [f"{choice.parameters:,}" for choice in choices],
-            "of model": [f"{choice.percent} %" for choice in choices],
-            "tensors": [decimal(choice.bytes_on_disk) for choice in choices],
-            "rank bound": [choice.rank_bound for choice in choices],
-            "LoRA's r": [choice.lora_r for choice in choices],
-        }
-        Table(list(columns), list(zip(*columns.values(), strict=True))).print()
+        rows = [
+            (
+                one.method,
+                ", ".join(f"{key}: {value}" for key, value in one.adapter.items()),
+                "" if one.parameters is None else f"{one.parameters:,}",
+                one.note,
+            )
+            for one in sized
+        ]
+        Table(["method", "adapter", "parameters", ""], rows).print()
 
 
 # All words after the tool's name are passed to the tool, `--help` too.

@@ -100,7 +100,8 @@ def test_convert_and_inspect_tell_what_they_found(run: Path, tmp_path: Path) -> 
 def test_budget_tells_what_fits(config: dict[str, Any]) -> None:
     base = config["model"]["name"]
     assert "blocks" in invoke("budget", base, "20%")
-    assert [choice["num_blocks"] for choice in json.loads(invoke("budget", base, "20%", "--json"))][:2] == [1, 2]
+    sized = json.loads(invoke("budget", base, "20%", "--json"))
+    assert [one["adapter"]["num_blocks"] for one in sized][:2] == [1, 2]
     assert "trains all weights" in invoke("budget", base, "lora:2", "--method", "full")
 
 
