@@ -2,8 +2,7 @@
 
 With `W = U diag(σ) Vᵀ` (economy, σ descending) the energy of ΔW on input direction j is `‖ΔW v_j‖²`, and on output
 direction j `‖u_jᵀ ΔW‖²`. Coverage is the mean of `j / q` under that energy, q = min(m, n). It is near 0 if the update
-acts on the leading directions only, and 0.5 if it acts on all directions alike. A block's coverage is that of its part
-of ΔW, with the rest of ΔW taken as zero.
+acts on the leading directions only, and 0.5 if it acts on all directions alike.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 
 from smoa import MergeError
 from smoa.layer import SmoaLayer
-from smoa.partition import Blocks, block_sizes
+from smoa.partition import block_sizes
 from smoa.spectrum import decomposition_device
 from smoa_lab.base_models import load_weights
 from smoa_lab.export import weight_of
@@ -54,29 +53,18 @@ class UpdateSpectrum:
         update_values: Singular values of ΔW, descending.
         input_energy: Share of ΔW's energy on each right singular vector of W.
         output_energy: Share of ΔW's energy on each left singular vector of W.
-        block_energy: Energy of each block's part of ΔW on W's singular vectors, both sides together, (num_blocks, q);
-            None where ΔW has no blocks.
     """
 
     weight_values: Tensor
     update_values: Tensor
     input_energy: Tensor
     output_energy: Tensor
-    block_energy: Tensor | None = None
 
     @property
     def rank(self) -> int:
         """Numerical rank of ΔW: how many singular values are above σ_max·q·ε, with ε of float32."""
         floor = self.update_values[0] * len(self.update_values) * torch.finfo(torch.float32).eps
         return int((self.update_values > floor).sum())
-
-    @property
-    def effective_rank(self) -> float:
-        """exp of the entropy of ΔW's normalized singular values, from 1 to q (Roy and Vetterli, 2007); 0 if ΔW is
-        zero."""
-        share = self.update_values[self.update_values > 0]
-        share = share / share.sum()
-        return float(torch.exp(-(share * share.log()).sum())) if len(share) else 0.0
 
     @property
     def relative_update(self) -> float:
@@ -97,12 +85,9 @@ class UpdateSpectrum:
     @property
     def coverage(self) -> float:
         """Mean of `j / q` under the energy on both sides; 0 if ΔW is zero."""
-        return _coverage(self.input_energy + self.output_energy)
-
-    @property
-    def block_coverages(self) -> tuple[float, ...]:
-        """The coverage of each block's part of ΔW; empty where ΔW has no blocks."""
-        return () if self.block_energy is None else tuple(map(_coverage, self.block_energy))
+        energy = self.input_energy + self.output_energy
+        place = torch.arange(len(energy), dtype=energy.dtype) / len(energy)
+        return float(energy @ place) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +119,8 @@ class LayerReport(UpdateSpectrum):
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the curves left out."""
         names = ("module", "method", "rows", "columns", "parameters", "relative_update", "relative_spectral_norm")
-        ranks = ("rank", "rank_bound", "effective_rank", "stable_rank", "coverage", "moved_too_far")
-        blocks = {"block_scales": list(self.block_scales), "block_coverages": list(self.block_coverages)}
-        return {name: getattr(self, name) for name in (*names, *ranks)} | (blocks if self.block_scales else {})
+        ranks = ("rank", "rank_bound", "stable_rank", "coverage", "moved_too_far", "block_scales")
+        return {name: getattr(self, name) for name in (*names, *ranks)}
 
 
 def inspect_layers(adapter: str | Path, base: str | None = None) -> list[LayerReport]:
@@ -217,14 +201,12 @@ def _reports(path: str, module: Any, adapter: str, method: str, counted: set[int
     parameters = sum(number for key, number in own.items() if key not in counted) // len(matrices)
     counted.update(own)
     bound = _rank_bound(module, adapter)
-    blocks: list[Blocks | None] = [None] * len(matrices)
     scales: list[list[float]] = [[]] * len(matrices)
     if isinstance(module, SmoaLayer):
-        blocks = [update.blocks for _, _, update in module.parts(adapter)]
         scales = (module.scaling[adapter] * module.adapters[adapter].block_scale.reshape(len(matrices), -1)).tolist()
-    for (name, weight, update), of_matrix, block_scales in zip(matrices, blocks, scales, strict=True):
+    for (name, weight, update), block_scales in zip(matrices, scales, strict=True):
         yield LayerReport(
-            **vars(update_spectrum(weight, update, of_matrix)),
+            **vars(update_spectrum(weight, update)),
             module=name,
             method=method,
             rows=update.shape[0],
@@ -253,38 +235,24 @@ def rank_bound(out_features: int, in_features: int, ranks: Sequence[int]) -> int
     return sum(min(m, n) if rank else 0 for m, n, rank in zip(rows, columns, ranks, strict=True))
 
 
-def update_spectrum(weight: Tensor, delta_weight: Tensor, blocks: Blocks | None = None) -> UpdateSpectrum:
-    """Decompose W and ΔW, both (out_features, in_features), with two full SVDs, in float32 or wider. ``blocks`` are
-    those outside which ΔW is zero; None if it has no blocks."""
+def update_spectrum(weight: Tensor, delta_weight: Tensor) -> UpdateSpectrum:
+    """Decompose W and ΔW, both (out_features, in_features), with two full SVDs, in float32 or wider."""
     W, delta = (
         matrix.detach().to(decomposition_device(matrix.device)).to(torch.promote_types(matrix.dtype, torch.float32))
         for matrix in (weight, delta_weight)
     )
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
-    by_row, by_column = (delta @ Vh.T).square(), (delta.T @ U).square()
-    of_blocks = None
-    if blocks is not None:
-        labels = torch.cat([blocks.row_labels, blocks.col_labels]).long().cpu()
-        energy = torch.cat([by_row, by_column]).double().cpu()
-        of_blocks = energy.new_zeros(blocks.num_blocks, energy.shape[1]).index_add_(0, labels, energy)
     return UpdateSpectrum(
         weight_values=sigma.double().cpu(),
         update_values=torch.linalg.svdvals(delta).double().cpu(),
-        input_energy=_shares(by_row.sum(0)),
-        output_energy=_shares(by_column.sum(0)),
-        block_energy=of_blocks,
+        input_energy=_shares(delta @ Vh.T),
+        output_energy=_shares(delta.T @ U),
     )
 
 
-def _coverage(energy: Tensor) -> float:
-    """Mean of j / q under the energy (q,); 0 if that is zero."""
-    total = energy.sum()
-    place = torch.arange(len(energy), dtype=energy.dtype) / len(energy)
-    return float(energy @ place / total) if total else 0.0
-
-
-def _shares(energy: Tensor) -> Tensor:
-    energy = energy.double().cpu()
+def _shares(parts: Tensor) -> Tensor:
+    """The share of the energy that each column has; 0 for each if there is none."""
+    energy = parts.square().sum(0).double().cpu()
     return energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
 
 
