@@ -6,7 +6,7 @@
     python -m tests.faults.run --only scale-twice -- python -m tests.lives --minutes 15
 
 The tests near `smoa/kernels/blocks.py` are tests/smoa/kernels/test_blocks.py, the rest of that folder, tests/smoa and
-tests/lives. A file of outcomes is continued: a fault that it has is not planted again.
+tests/lives; of these the lab has test_studies.py. A file of outcomes is continued: a fault that it has is not planted again.
 """
 
 import argparse
@@ -51,7 +51,8 @@ class Fault(NamedTuple):
         file = Path(self.file)
         own = TESTS / file.parent / f"test_{file.stem}.py"
         folders = [TESTS / folder for folder in (file.parent, *file.parent.parents) if folder.name]
-        places = [own, *folders] + ([TESTS / "lives"] if file.parts[0] == "smoa" else [])
+        lives = TESTS / "lives" if file.parts[0] == "smoa" else TESTS / "lives" / "test_studies.py"
+        places = [own, *folders, lives]
         return [str(place) for place in places if place.exists()]
 
     @contextmanager

@@ -21,9 +21,9 @@ from study_page import study_page
 
 from smoa_lab.study.finished import chosen, read_finished
 from smoa_lab.study.report import report
-from smoa_lab.study.study import edit, load_study
+from smoa_lab.study.study import load_study
 from smoa_lab.study.verdict import verdict
-from tests.support.studies import finished, tiny_study, write_runs
+from tests.support.studies import StudyLife
 
 ROOT = Path(__file__).parents[2]
 SHOWN = 27
@@ -139,9 +139,8 @@ def test_the_pages_of_results_are_those_of_the_stored_ones(tmp_path: Path, monke
 
 
 def test_a_study_is_stored_with_the_digests_of_a_part_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_runs(monkeypatch)
-    file = tiny_study(tmp_path / "study", seeds=[0, 1])
-    made = finished(file)
+    life = StudyLife(tmp_path / "study", monkeypatch, seeds=[0, 1])
+    file, made = life.file, life.start()
     store(file.parent, tmp_path / "stored")
     with gzip.open(tmp_path / "stored" / PACK, "rt") as lines:
         stored = [json.loads(line) for line in lines]
@@ -158,17 +157,16 @@ def test_a_study_is_stored_with_the_digests_of_a_part_once(tmp_path: Path, monke
 
 
 def test_a_study_with_more_seeds_is_replayed_as_it_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = write_runs(monkeypatch)
-    usual = runs.loss  # seeds differ too much for two rounds to tell
-    runs.loss = lambda config: (usual(config) or 0.0) + 0.2 * (-1) ** int(config.training["seed"])
     entries = {name: {"method": name, "learning_rate": rate} for name, rate in (("smoa", 0.01), ("lora", 0.002))}
-    file = tiny_study(tmp_path / "study", seeds=[0, 1, 2], entries=entries)
-    finished(file)
-    store(file.parent, tmp_path / "stored")
+    life = StudyLife(tmp_path / "study", monkeypatch, seeds=[0, 1, 2], entries=entries)
+    usual = life.runs.loss  # seeds differ too much for two rounds to tell
+    life.runs.loss = lambda config: (usual(config) or 0.0) + 0.2 * (-1) ** int(config.training["seed"])
+    life.start()
+    store(life.file.parent, tmp_path / "stored")
     whole = replay(tmp_path / "stored")
-    edit(file, ["seeds=[0,1,2,3,4]", "rounds=3"])
-    finished(file)
-    store(file.parent, tmp_path / "extended")
+    life.edit("seeds=[0,1,2,3,4]", "rounds=3")
+    life.start()
+    store(life.file.parent, tmp_path / "extended")
     found = replay(tmp_path / "extended")
     assert sum(found["rounds"].values()) == 60, "orders of three of the five seeds"
     assert set(found["rounds"]) <= {"2", "3"}
@@ -177,15 +175,14 @@ def test_a_study_with_more_seeds_is_replayed_as_it_was_planned(tmp_path: Path, m
 
 
 def test_a_study_with_sizes_is_replayed_by_its_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_runs(monkeypatch)
     entries = {
         f"{method}-r{size}": {"method": method, "learning_rate": rate, "budget": f"r = {size}"}
         for size in (4, 1)
         for method, rate in (("smoa", 0.01), ("lora", 0.002))
     }
-    file = tiny_study(tmp_path / "study", seeds=[0, 1, 2], entries=entries)
-    made = finished(file)
-    store(file.parent, tmp_path / "stored")
+    life = StudyLife(tmp_path / "study", monkeypatch, seeds=[0, 1, 2], entries=entries)
+    made = life.start()
+    store(life.file.parent, tmp_path / "stored")
     with unpacked(tmp_path / "stored") as again:
         assert report(again).summary["budgets"] == made.summary["budgets"]
         assert (again.folder / "sizes.png").is_file()

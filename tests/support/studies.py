@@ -1,11 +1,14 @@
-"""Studies whose runs are written and not trained, and the pieces of small ones that are."""
+"""Studies whose runs are written and not trained, and `StudyLife`: what a user does with one."""
 
+import copy
 import gzip
 import json
 import math
+import os
 import random
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,17 +22,19 @@ from smoa_lab.basics.folders import portable
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import ANSWERED
 from smoa_lab.study import asked, fit, run_study
-from smoa_lab.study.finished import read_finished
-from smoa_lab.study.report import Report, report
+from smoa_lab.study.asked import ask
+from smoa_lab.study.finished import Run, chosen, read_finished
+from smoa_lab.study.report import SUMMARY, Report, report
 from smoa_lab.study.run_study import work
-from smoa_lab.study.study import STUDY, Study, load_study
+from smoa_lab.study.search import Chosen
+from smoa_lab.study.study import STUDY, Study, edit, load_study
 from smoa_lab.study.verdict import Verdict, verdict
 from smoa_lab.training.run_folder import RunFolder
 
 ROWS = 60
-BEST = {"smoa": 0.01, "lora": 0.002, "full": 0.0003}
+BEST = {"smoa": 0.01, "lora": 0.002, "full": 0.0003, "hira": 0.002}
 """Each method's best learning rate in a study that is written."""
-REACHED = {"smoa": 2.0, "lora": 2.1, "full": 2.2}
+REACHED = {"smoa": 2.0, "lora": 2.1, "full": 2.2, "hira": 2.3}
 """Its loss there."""
 
 
@@ -62,11 +67,11 @@ class WrittenRuns:
         self.now = 0.0
         """What clocks show, where a test sets them by ``fake_time``: seconds of runs at their entries' speed."""
         self.slower = 1.0
-        self.untouched_loss = 4.0
+        self.untouched_loss: float | None = 4.0
         self.kind = "messages"
         """Of the rows: messages or choices."""
         self.loss: Callable[[RunConfig], float | None] = self.usual_loss
-        self.step_seconds = {"smoa": 0.108, "lora": 0.1, "full": 0.2}
+        self.step_seconds = {"smoa": 0.108, "lora": 0.1, "full": 0.2, "hira": 0.1}
         self.parameters = 1000
         self.digests = {"data": "d", "base": "b", "encoder": "e", "forgetting": "f"}
         self.rows = {"train": 400, "validation": 40, "test": ROWS}
@@ -74,6 +79,10 @@ class WrittenRuns:
         """Of a row with its prompt, in tokens."""
         self.groups = 0
         """Of rows of the test part that belong together; 0 where each counts by itself."""
+        self.fails: str | None = None
+        """The method whose runs end in an error."""
+        self.lives = math.inf
+        """After so many more runs the process is killed in the middle of one."""
 
     def usual_loss(self, config: RunConfig) -> float | None:
         """The lower the nearer the rate is to the best of the method."""
@@ -91,6 +100,11 @@ class WrittenRuns:
         with folder.alone():
             if folder.finished:
                 raise ConfigError(f"{folder.path}: contains a finished run")
+            if self.fails == config.method:
+                raise RuntimeError("no memory.")
+            if self.lives <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.lives -= 1
             return self.write(config)
 
     def write(self, config: RunConfig) -> dict[str, Any]:
@@ -192,6 +206,8 @@ def write_runs(patch: pytest.MonkeyPatch) -> WrittenRuns:
     patch.setattr(run_study, "run", runs.run)
     patch.setattr(run_study, "score_untouched", runs.untouched)
     patch.setattr(run_study, "POLL_SECONDS", 0.005)
+    patch.setattr(run_study, "report", lambda *_: None)  # which takes longer than all else, after each run
+    patch.setattr(run_study, "at_most_left", lambda *_: 0)  # as does this
     patch.setattr(fit, "time_steps", runs.time_steps)
     patch.setattr(asked, "inputs", runs.inputs)
     patch.setattr(asked, "empty_model", lambda model: None)
@@ -206,17 +222,125 @@ def fake_time(patch: pytest.MonkeyPatch, runs: WrittenRuns) -> None:
         patch.setattr(module, "time", clock)
 
 
-def finished(file: Path) -> Report:
-    """The report of a study after all its runs."""
-    failed = work(file)
-    return report(load_study(file), failed)
+class StudyLife:
+    """A user's calls on a study whose runs are written and not trained. After each, `check` holds what they left
+    against what was asked for; `alone` is the same study as if nobody had ever stopped or changed it."""
 
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, **values: Any) -> None:
+        self.runs = write_runs(patch)
+        self.file = tiny_study(folder, **values)
+        self.failed: dict[str, str] = {}
 
-def verdicts(file: Path) -> dict[str, Verdict]:
-    """What the finished runs say."""
-    study: Study = load_study(file)
-    return verdict(study, read_finished(study))
+    # what a user does
 
+    def start(self, *only: str, deadline: float = math.inf) -> Report:
+        """`smoa compare FOLDER`, also to go on after whatever ended the last one; ``only`` entries or budgets."""
+        self.failed = work(self.file, only, deadline)
+        made, study = self.check(), self.study
+        most = {"none": 0, "best": 1}.get(study.keep, len(self.runs.ran))
+        for name in study.chosen(only):
+            assert len(self.named(f"{name}/*/adapter")) <= max(most, not study.seeds), "more adapters than are kept"
+        return made
 
-def page(file: Path) -> str:
-    return file.with_name("README.md").read_text()
+    def kill(self, after: int, *only: str) -> None:
+        """A start that is killed in the middle of a run, after so many others."""
+        if (process := os.fork()) == 0:
+            self.runs.lives = after
+            try:
+                work(self.file, only)
+            finally:
+                os._exit(0)
+        os.waitpid(process, 0)
+        self.runs.ran += [place for place in self.places() if place not in self.runs.ran]
+        self.check()
+
+    def add(self, name: str, method: str = "lora", budget: str = "small", learning_rate: float = 0.002) -> None:
+        """One entry more, in an editor, and the command again."""
+        entry = {"method": method, "learning_rate": learning_rate, "budget": budget}
+        edit(self.file, [f"entries.{name}={json.dumps(entry)}"])
+        self.ask()
+
+    def ask(self, *changes: str, seeds: int | None = None) -> Study:
+        """`smoa compare FOLDER KEY=VALUE --seeds N`, up to where runs begin."""
+        study = ask(self.file, changes, seeds)
+        self.check()
+        return study
+
+    def edit(self, *changes: str) -> None:
+        """In an editor."""
+        edit(self.file, changes)
+
+    def fail(self, method: str | None) -> None:
+        """From now on runs of this method end in an error; None where it is mended."""
+        self.runs.fails = method
+
+    def replay(self) -> Report:
+        """`smoa compare FOLDER --report-only`."""
+        return report(self.study, self.failed)
+
+    def alone(self) -> "StudyLife":
+        """The same file in a folder of its own, run by one start."""
+        twin = copy.copy(self)
+        twin.file = self.file.parent.with_name("alone") / STUDY
+        twin.file.parent.mkdir()
+        twin.file.write_bytes(self.file.read_bytes())
+        twin.start()
+        return twin
+
+    # what is there
+
+    @property
+    def study(self) -> Study:
+        return load_study(self.file)
+
+    @property
+    def finished(self) -> Mapping[str, Run]:
+        return read_finished(self.study)
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        return verdict(self.study, self.finished, self.failed)
+
+    @property
+    def page(self) -> str:
+        return self.file.with_name("README.md").read_text()
+
+    def said(self) -> dict[str, Any]:
+        """What is reported of each budget, but for how many runs there are."""
+        keys = ("take", "round", "level", "added", "measure", "pairs", "gains")
+        found = self.replay().summary["budgets"]
+        return {name: {key: one.get(key) for key in keys} for name, one in found.items()}
+
+    def places(self) -> list[str]:
+        """The folders of finished runs."""
+        return sorted(file.parent.as_posix() for file in self.file.parent.rglob("metrics.json"))
+
+    def named(self, pattern: str) -> list[str]:
+        """What fits a pattern in the study's folder."""
+        return sorted(path.relative_to(self.file.parent).as_posix() for path in self.file.parent.glob(pattern))
+
+    def chosen(self, name: str) -> Chosen:
+        """The rate of an entry whose search is over."""
+        found = chosen(self.study, self.finished, name)
+        assert found is not None
+        return found
+
+    def look_again(self) -> None:
+        """Files of runs were changed: they are read anew."""
+        for metrics in self.file.parent.rglob("metrics.json"):
+            metrics.touch()
+
+    # what must hold
+
+    def check(self) -> Report:
+        """Each job ran once; looks are of whole rounds, at the level that they have; what is reported is written."""
+        ran = [place for place in self.runs.ran if Path(place).is_relative_to(self.file.parent)]
+        assert sorted(ran) == self.places(), "a job was run twice, or its run is lost"
+        made, study = self.replay(), self.study
+        assert json.loads(self.file.with_name(SUMMARY).read_text()) == made.summary
+        assert all(f"**{sentence}**" in self.page for sentence in made.verdict)
+        for name, one in self.verdicts.items():
+            assert one.round == 0 or dict(one.looks(len(study.seeds)))[one.round] == one.level, "a level of its own"
+            assert all([*own] == study.seeds[: one.round] for own in one.runs.values() if one.round), "half a round"
+            assert one.take is None or one.take in study.budgets()[name]
+        return made

@@ -1,25 +1,30 @@
 """How many steps and rounds fit into minutes. Nothing is trained, and time passes by runs alone."""
 
-from itertools import product
 from pathlib import Path
 
 import pytest
 
 from smoa.errors import ConfigError
+from smoa_lab.study import fit as module
 from smoa_lab.study.fit import MARGIN, Timed, fit
 from smoa_lab.study.run_study import work
-from smoa_lab.study.study import edit, load_study
-from tests.support.studies import WrittenRuns, fake_time, finished, tiny_study
+from tests.support.studies import StudyLife, fake_time
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
 
 
+def many(folder: Path, patch: pytest.MonkeyPatch, far: float = 1.0) -> StudyLife:
+    """A study of one budget and five planned rounds, whose searches start ``far`` times from the best rates."""
+    rates = {"smoa": 0.01 * far, "lora": 0.002 * far}
+    entries = {name: {"method": name, "learning_rate": rate} for name, rate in rates.items()}
+    life = StudyLife(folder / "many", patch, entries=entries, seeds=[0, 1, 2, 3, 4])
+    fake_time(patch, life.runs)
+    return life
+
+
 @pytest.fixture
-def many(tmp_path: Path, written: WrittenRuns, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A study of one budget and five planned rounds."""
-    fake_time(monkeypatch, written)
-    entries = {name: {"method": name, "learning_rate": rate} for name, rate in (("smoa", 0.01), ("lora", 0.002))}
-    return tiny_study(tmp_path / "many", entries=entries, seeds=[0, 1, 2, 3, 4])
+def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyLife:
+    return many(tmp_path, monkeypatch)
 
 
 def test_a_study_lasts_as_long_as_its_searches_and_rounds_and_workers_share_it() -> None:
@@ -29,63 +34,53 @@ def test_a_study_lasts_as_long_as_its_searches_and_rounds_and_workers_share_it()
     assert two.lasts(3, 50) == timed.lasts(3, 50) / 2
 
 
-def test_more_time_never_gives_fewer_steps_or_rounds_and_all_fit_in_much(many: Path) -> None:
-    found, text = [], many.read_text()
+def test_more_time_never_gives_fewer_steps_or_rounds_and_all_fit_in_much(life: StudyLife) -> None:
+    found, text = [], life.file.read_text()
     for seconds in (120, 200, 300, 400, 600, 3600):
-        many.write_text(text)
-        fit(many, seconds)
-        study = load_study(many)
-        found.append((len(study.seeds), study.shared["training"]["max_steps"]))
+        life.file.write_text(text)
+        fit(life.file, seconds)
+        found.append((len(life.study.seeds), life.study.shared["training"]["max_steps"]))
     assert found == sorted(found)
     assert found[-1] == (5, 100)
     assert found[0][0] >= 2
-    assert all(rounds > 3 or steps <= 100 for rounds, steps in found)
     assert all(steps == 100 for rounds, steps in found if rounds > 3), "three rounds come before all steps, more do not"
 
 
-def test_time_that_is_too_little_for_the_smallest_comparison_is_refused_and_changes_nothing(many: Path) -> None:
-    before = many.read_text()
-    with pytest.raises(ConfigError, match=r"--minutes: the smallest comparison takes .* are left"):
-        fit(many, 20)
-    assert many.read_text() == before
-    edit(many, ["shared.training={use_cpu: true}"])
+def test_time_that_is_too_little_for_the_smallest_comparison_is_refused_and_changes_nothing(life: StudyLife) -> None:
+    before = life.file.read_text()
+    with pytest.raises(ConfigError, match="--minutes: the smallest comparison"):
+        fit(life.file, 20)
+    assert life.file.read_text() == before
+    life.edit("shared.training={use_cpu: true}")
     with pytest.raises(ConfigError, match="max_steps"):
-        fit(many, 3600)
+        fit(life.file, 3600)
 
 
-def test_a_fitted_study_ends_in_time_also_where_searches_take_longer(many: Path, written: WrittenRuns) -> None:
-    for seconds, far in product((160, 320), (1.0, 0.03)):
-        many.parent.rename(many.parent.with_name(f"{seconds}-{far}"))
-        file = tiny_study(
-            many.parent,
-            entries={
-                name: {"method": name, "learning_rate": far * rate} for name, rate in (("smoa", 0.01), ("lora", 0.002))
-            },
-            seeds=[0, 1, 2, 3, 4],
-        )
-        began = written.now
-        fit(file, seconds)
-        work(file, deadline=began + seconds)
-        assert written.now - began < seconds + 20, "what runs at the deadline is finished"
-        assert all(len(list(file.parent.glob(f"{name}/*-seed-1"))) == 1 for name in ("smoa", "lora"))
+@pytest.mark.parametrize("seconds", [160, 320])
+@pytest.mark.parametrize("far", [1.0, 0.03])
+def test_a_fitted_study_ends_in_time_also_where_searches_take_longer(
+    seconds: int, far: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life = many(tmp_path, monkeypatch, far)
+    fit(life.file, seconds)
+    work(life.file, deadline=seconds)
+    assert life.runs.now < seconds + 20, "what runs at the deadline is finished"
+    assert {name.partition("/")[0] for name in life.named("*/*-seed-1")} == {"smoa", "lora"}
 
 
-def test_the_first_step_which_is_slow_does_not_count(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text, found = many.read_text(), []
+def test_the_first_step_which_is_slow_does_not_count(life: StudyLife, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, found = life.file.read_text(), []
     for first in (0.1, 50.0):
-        many.write_text(text)
-        monkeypatch.setattr("smoa_lab.study.fit.time_steps", lambda *_, first=first: {"seconds": [first, 0.1, 0.1]})
-        fit(many, 300)
-        found.append(load_study(many))
-    assert found[0].seeds == found[1].seeds
-    assert found[0].shared == found[1].shared
+        life.file.write_text(text)
+        monkeypatch.setattr(module, "time_steps", lambda *_, first=first: {"seconds": [first, 0.1, 0.1]})
+        fit(life.file, 300)
+        found.append(life.file.read_text())
+    assert found[0] == found[1]
 
 
-def test_what_an_interrupted_fit_left_is_thrown_away_and_steps_are_not_kept(many: Path, written: WrittenRuns) -> None:
-    fit(many, 3600)
-    assert len(written.timed) == 2
-    assert not (many.parent / "timing").exists()
-    bases = [path for path in written.ran if "untouched" in path]
-    fit(many, 3600)
-    assert len([path for path in written.ran if "untouched" in path]) == 2 * len(bases) == 4
-    finished(many)
+def test_what_an_interrupted_fit_left_is_thrown_away_and_steps_are_not_kept(life: StudyLife) -> None:
+    for times in (1, 2):
+        fit(life.file, 3600)
+        assert len(life.runs.timed) == 2 * times
+        assert life.named("timing") == []
+        assert sum("untouched" in path for path in life.runs.ran) == 2 * times

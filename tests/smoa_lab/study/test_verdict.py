@@ -1,4 +1,4 @@
-"""Which entry is taken and what is said of it, from values that are made up."""
+"""Which entry is taken, why, and how it is drawn, from values that are made up. test_report.py has whole pages."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def given(
     rounds: int = 2,
     groups: int = GROUPS,
     metric: Metric = LOSS,
-    places: dict[str, str] | None = None,
+    places: dict[str, Any] | None = None,
     steps: dict[str, float] | None = None,
     parameters: dict[str, int] | None = None,
 ) -> Verdict:
@@ -51,18 +51,14 @@ def given(
     of_seeds = np.linspace(-1, 1, rounds)
     of_seeds = seeds * of_seeds / of_seeds.std(ddof=1) if rounds > 1 else np.zeros(1)
     values = np.array([5 - by + of_seeds[:, None] + (1 + place) * pattern for place, by in enumerate(gained.values())])
+    losses = {name: 2.0 if np.isfinite(by) else None for name, by in gained.items()}
+    sizes = {name: (parameters or {}).get(name, 1000) for name in names}
     found = Verdict(
         study=study,
         budget=names,
         entries=names,
-        chosen={name: Chosen(0.01, {0.003: 2.6, 0.01: 2.5}, (places or {}).get(name, "interior")) for name in names},  # type: ignore[arg-type]
-        runs={
-            name: {
-                seed: run((parameters or {}).get(name, 1000), 2.0 if np.isfinite(by) else None, groups)
-                for seed in range(rounds)
-            }
-            for name, by in gained.items()
-        },
+        chosen={name: Chosen(0.01, {0.003: 2.6, 0.01: 2.5}, (places or {}).get(name, "interior")) for name in names},
+        runs={name: {seed: run(sizes[name], losses[name], groups) for seed in range(rounds)} for name in names},
         done=rounds * len(names),
         steps=dict.fromkeys(names, 1.0) | (steps or {}),
         families={},
@@ -78,105 +74,74 @@ def told(of: Verdict) -> str:
     return " ".join(sentences(of, "smoa compare studies/x"))
 
 
-def test_the_first_in_order_of_cost_that_keeps_enough_of_what_each_other_gained_is_taken(study: Study) -> None:
-    found = given(study, {"lora": 1.0, "smoa": 1.01})
-    assert (found.take, found.is_answered) == ("lora", True)
-    assert told(found) == (
-        "lora keeps at least 93 % of what smoa gained, after round 2 of 4: take lora, the first in order of cost."
-    )
+CASES: dict[str, tuple[dict[str, float], dict[str, Any], str | None, bool, str]] = {
+    "the first in order of cost": ({"lora": 1.0, "smoa": 1.01}, {}, "lora", True, "keeps at least 93 % of what smoa"),
+    "one alone": ({"lora": 1.0}, {"seeds": 1e-4}, "lora", True, "nothing to compare it with"),
+    "a better one": ({"lora": 0.7, "smoa": 1.0}, {}, "smoa", True, "% more than lora, after round 2 of 4: take smoa"),
+    "the other hurt": ({"lora": -0.5, "smoa": 1.0}, {}, "smoa", True, "and lora nothing that"),
+    "the other gained nothing": ({"lora": 0.0, "smoa": 1.0}, {}, "smoa", True, "and lora nothing that"),
+    "seeds differ": ({"lora": 1.0, "smoa": 1.0}, {"seeds": 0.04}, None, False, "would tell: `smoa compare studies/x "),
+    "rows differ": ({"lora": 1.0, "smoa": 1.0}, {"rows": 2.0}, None, False, "more held-out rows are needed. 200 rows"),
+    "seeds differ much": ({"lora": 1.0, "smoa": 1.0}, {"seeds": 2.0}, None, False, "would not tell"),
+    "nothing yet": ({"lora": 0.001, "smoa": 0.0}, {"seeds": 0.1}, None, False, "Undecided"),
+    "nothing": ({"lora": 0.001, "smoa": 0.0}, {"seeds": 0.1, "rounds": 4}, None, True, "gained nothing"),
+    "harm": ({"lora": -1.0, "smoa": -0.9}, {}, None, True, "take none"),
+    "an edge": ({"lora": 1.0, "smoa": 0.7}, {"places": {"smoa": "edge"}}, None, False, "tuning.max_runs"),
+    "an edge of the best": ({"lora": 1.0, "smoa": 0.7}, {"places": {"lora": "edge"}}, "lora", True, "highest tried"),
+    "one diverged": ({"lora": -np.inf, "smoa": 1.0}, {}, "smoa", True, "lora diverged in 2 of 2 runs."),
+    "all diverged": ({"lora": -np.inf, "smoa": -np.inf}, {}, None, False, "take none"),
+    "one round": ({"lora": 1.0, "smoa": 1.0}, {"rounds": 1}, None, False, "2 of 8 final runs are done"),
+    "few rows": ({"lora": 1.0, "smoa": 1.0}, {"groups": 6, "metric": OF_CHOICES}, None, False, "Only 6 rows held out"),
+}
+
+
+@pytest.mark.parametrize(("gained", "changes", "take", "is_answered", "words"), CASES.values(), ids=CASES)
+def test_who_is_taken_and_why(
+    gained: dict[str, float], changes: dict[str, Any], take: str | None, is_answered: bool, words: str, study: Study
+) -> None:
+    found = given(study, gained, **changes)
+    assert (found.take, found.is_answered) == (take, is_answered)
+    assert words in told(found)
+    assert found.hurt == (gained == {"lora": -1.0, "smoa": -0.9})
+    assert "not planned" not in told(found)
+
+
+def test_of_three_the_quickest_that_keeps_enough_of_both_is_taken_and_its_adapter_named(study: Study) -> None:
+    adapter = study.folder / "smoa" / "lr-1e-2-seed-3" / "adapter"
+    adapter.mkdir(parents=True)
     three = given(study, {"lora": 0.7, "smoa": 1.0, "hira": 1.01}, steps={"hira": 2.0})
     assert three.take == "smoa"
-    assert "of what each other gained" in told(three)
-    assert "nothing to compare it with" in told(given(study, {"lora": 1.0}, seeds=1e-4))
+    assert f"of what each other gained, after round 2 of 4: take smoa: {adapter}." in told(three)
 
 
-def test_the_adapter_that_is_kept_is_named(study: Study) -> None:
-    adapter = study.folder / "lora" / "lr-1e-2-seed-3" / "adapter"
-    adapter.mkdir(parents=True)
-    assert f"take lora, the first in order of cost: {adapter}." in told(given(study, {"lora": 1.0, "smoa": 1.01}))
-
-
-def test_one_that_gained_more_than_all_others_is_said_to(study: Study) -> None:
-    assert "% more than lora, after round 2 of 4: take smoa." in told(given(study, {"lora": 0.7, "smoa": 1.0}))
-    barely = given(study, {"smoa": 1.005, "lora": 1.0}, rows=1e-4, seeds=1e-4, steps={"lora": 2.0})
-    assert "smoa gained at least as much as lora" in told(barely)
-    for gained in (-0.5, 0.0):
-        assert "and lora nothing that" in told(given(study, {"lora": gained, "smoa": 1.0}))
-
-
-def test_where_seeds_or_rows_tell_too_little_it_says_what_would(study: Study) -> None:
-    seeds = given(study, {"lora": 1.0, "smoa": 1.0}, seeds=0.04)
-    assert (seeds.take, seeds.is_answered) == (None, False)
-    assert "would tell: `smoa compare studies/x --seeds " in told(seeds)
-    rows = told(given(study, {"lora": 1.0, "smoa": 1.0}, rows=2.0))
-    assert "more held-out rows are needed. 200 rows" in rows
-    never = given(study, {"lora": 1.0, "smoa": 1.0}, seeds=2.0)
-    assert "would not tell" in told(never)
-
-
-def test_where_training_gained_nothing_for_certain_none_is_taken_after_the_last_round(study: Study) -> None:
-    nothing = {"lora": 0.001, "smoa": 0.0}
-    last = given(study, nothing, rounds=4, seeds=0.1)
-    assert (last.take, last.hurt, last.is_answered) == (None, False, True)
-    assert "gained nothing" in told(last)
-    early = given(study, nothing, rounds=2, seeds=0.1)
-    assert not early.is_answered
-    assert told(early).startswith("Undecided")
-
-
-def test_where_training_hurt_every_entry_none_is_taken_at_once(study: Study) -> None:
-    hurt = given(study, {"lora": -1.0, "smoa": -0.9})
-    assert (hurt.take, hurt.hurt, hurt.is_answered) == (None, True, True)
-    assert "take none" in told(hurt)
-    assert not given(study, {"lora": -1.0, "smoa": 0.9}).hurt
-
-
-def test_nobody_is_taken_over_an_entry_at_the_edge_of_its_search(study: Study) -> None:
-    found = given(study, {"lora": 1.0, "smoa": 0.7}, places={"smoa": "edge"})
-    assert found.take is None
-    assert "tuning.max_runs" in told(found)
-    assert "smoa's best rate, 1e-2, is the highest tried" in told(found)
-    assert given(study, {"lora": 1.0, "smoa": 0.7}, places={"lora": "edge"}).take == "lora", "the best may be taken"
-
-
-def test_what_diverged_is_never_taken_and_loses_to_all_others(study: Study) -> None:
-    found = given(study, {"lora": -np.inf, "smoa": 1.0})
-    assert found.take == "smoa"
-    assert "better than lora, which diverged" in told(found)
-    assert "lora diverged in 2 of 2 runs." in told(found)
-    assert "take none" in told(given(study, {"lora": -np.inf, "smoa": -np.inf}))
-
-
-def test_before_the_second_round_there_is_no_verdict_but_the_command_that_goes_on(study: Study) -> None:
-    assert told(given(study, {"lora": 1.0, "smoa": 1.0}, rounds=1)).startswith("2 of 8 final runs are done")
+def test_a_second_round_or_seed_is_asked_for_and_an_unplanned_look_says_so(study: Study) -> None:
+    equal = {"lora": 1.0, "smoa": 1.0}
     alone = study.model_copy(update={"seeds": [0]})
-    assert "`smoa compare studies/x --seeds 3` goes on" in told(given(alone, {"lora": 1.0, "smoa": 1.0}, rounds=1))
-
-
-def test_what_limits_a_verdict_is_part_of_it(study: Study) -> None:
-    parameters = {"smoa": 940, "lora": 1000}
-    few = given(study, {"lora": 1.0, "smoa": 1.0}, groups=6, parameters=parameters, metric=OF_CHOICES)
-    text = told(few)
-    assert "has 106 % of smoa's parameters." in text
-    assert "Only 6 rows held out" in text
-    assert "not planned" not in text
-    later = told(given(study.model_copy(update={"rounds": 2}), {"lora": 1.0, "smoa": 1.0}, rounds=3))
+    assert "`smoa compare studies/x --seeds 3` goes on" in told(given(alone, equal, rounds=1))
+    later = told(given(study.model_copy(update={"rounds": 2}), equal, rounds=3))
     assert "not planned at first: it errs in 0.5 %" in later
+    assert "has 106 % of smoa's parameters." in told(given(study, equal, parameters={"smoa": 940}))
 
 
-def test_the_order_of_cost_goes_by_time_then_parameters_then_lora_and_never_by_the_file(study: Study) -> None:
-    gained = dict.fromkeys(("smoa", "hira", "lora"), 1.0)
-
-    def order(steps: dict[str, float], parameters: dict[str, int] | None = None) -> list[str]:
-        return given(study, gained, steps=steps, parameters=parameters).order
-
-    assert order({"smoa": 1.0, "hira": 2.0, "lora": 1.09}) == ["lora", "smoa", "hira"], "a tie, which LoRA wins"
-    assert order({"smoa": 1.0, "hira": 2.0, "lora": 1.11}) == ["smoa", "lora", "hira"]
-    assert order({"smoa": 1.0, "hira": 2.0, "lora": 1.05}, {"smoa": 900}) == ["smoa", "lora", "hira"]
-    assert order({"smoa": 1.0, "hira": 2.0, "lora": 1.05}, {"smoa": 990}) == ["lora", "smoa", "hira"], "about as many"
-    assert order({"smoa": 1.2, "hira": 1.19, "lora": 2.0}) == ["hira", "smoa", "lora"], "else the quicker"
-    swapped = given(study, dict(reversed(gained.items())), steps={"smoa": 1.0, "hira": 1.0, "lora": 1.0})
-    assert swapped.order == given(study, gained).order == ["lora", "hira", "smoa"]
+@pytest.mark.parametrize(
+    ("steps", "parameters", "order"),
+    [
+        ((1.0, 2.0, 1.09), {}, "lora smoa hira"),  # a tie, which LoRA wins
+        ((1.0, 2.0, 1.11), {}, "smoa lora hira"),
+        ((1.0, 2.0, 1.05), {"smoa": 900}, "smoa lora hira"),
+        ((1.0, 2.0, 1.05), {"smoa": 990}, "lora smoa hira"),  # about as many
+        ((1.2, 1.19, 2.0), {}, "hira smoa lora"),  # else the quicker
+        ((1.0, 1.0, 1.0), {}, "lora hira smoa"),
+    ],
+)
+def test_the_order_of_cost_goes_by_time_then_parameters_then_lora_and_never_by_the_file(
+    steps: tuple[float, ...], parameters: dict[str, int], order: str, study: Study
+) -> None:
+    names = ["smoa", "hira", "lora"]
+    for entries in (names, names[::-1]):
+        of_entry = dict(zip(names, steps, strict=True))
+        found = given(study, dict.fromkeys(entries, 1.0), steps=of_entry, parameters=parameters)
+        assert found.order == order.split()
 
 
 def test_a_step_is_the_quickest_runs_of_one_machine_and_of_none_that_was_resumed() -> None:
@@ -184,8 +149,8 @@ def test_a_step_is_the_quickest_runs_of_one_machine_and_of_none_that_was_resumed
     assert step_seconds(runs) == {"lora": 2.0, "smoa": 1.0}
     elsewhere = run()
     elsewhere.metrics["provenance"] = {"device": "another"}
-    assert step_seconds({**runs, "smoa": [elsewhere]}) == {"lora": 0.0, "smoa": 0.0}
-    assert step_seconds({**runs, "smoa": [run(resumed=True)]}) == {"lora": 0.0, "smoa": 0.0}
+    for smoa in (elsewhere, run(resumed=True)):
+        assert step_seconds({**runs, "smoa": [smoa]}) == {"lora": 0.0, "smoa": 0.0}
 
 
 # charts
@@ -200,20 +165,18 @@ def data(chart: Any, key: str) -> list[dict[str, Any]]:
 
 def test_a_difference_is_drawn_with_both_bounds_and_its_words_for_each_budget(study: Study) -> None:
     found = given(study, {"lora": 1.0, "smoa": 0.7, "hira": 1.0})
-    chart = differences({"all": found})
-    smoa, hira = data(chart, "clear")
+    smoa, hira = data(differences({"all": found}), "clear")
     assert found.family is not None
-    assert smoa["high"] == pytest.approx(found.family.upper("smoa", "lora"))
-    assert smoa["low"] == pytest.approx(-found.family.upper("lora", "smoa"))
-    assert (smoa["verdict"], smoa["clear"]) == ("worse", True)
-    assert (hira["verdict"], hira["clear"]) == ("not told apart", False)
+    bounds = -found.family.upper("lora", "smoa"), found.family.upper("smoa", "lora")
+    assert (smoa["low"], smoa["high"]) == pytest.approx(bounds)
+    assert [(one["verdict"], one["clear"]) for one in (smoa, hira)] == [("worse", True), ("not told apart", False)]
     share = differences({"all": given(study, {"lora": 0.5, "smoa": 0.2}, metric=OF_CHOICES)})
     (row,) = data(share, "clear")
     assert row["mean"] == pytest.approx(-30.0), "in points, higher is better"
     assert row["low"] < row["mean"] < row["high"] < 0
     assert len(differences({"a": found, "b": found}).to_dict()["vconcat"]) == 2
-    assert differences({"all": given(study, {"lora": 1.0, "smoa": -np.inf})}) is None, "what diverged has no point"
-    assert differences({"all": given(study, {"lora": 1.0, "smoa": 1.0}, rounds=1)}) is None
+    for changes in ({"gained": {"lora": 1.0, "smoa": -np.inf}}, {"gained": {"lora": 1.0, "smoa": 1.0}, "rounds": 1}):
+        assert differences({"all": given(study, **changes)}) is None  # type: ignore[arg-type]
 
 
 def test_quality_is_drawn_against_size_with_a_line_for_each_method(study: Study) -> None:
@@ -221,11 +184,7 @@ def test_quality_is_drawn_against_size_with_a_line_for_each_method(study: Study)
         given(study, {"lora": by, "smoa": by}, parameters={"lora": n, "smoa": n}) for by, n in ((1, 9), (2, 99))
     )
     points = data(sizes({"r = 1": small, "r = 4": large}), "parameters")
-    assert [(one["method"], one["parameters"], one["mean"]) for one in points] == [
-        ("lora", 9, 4.0),
-        ("smoa", 9, 4.0),
-        ("lora", 99, 3.0),
-        ("smoa", 99, 3.0),
-    ]
+    found = [(one["method"], one["parameters"], one["mean"]) for one in points]
+    assert found == [(name, *point) for point in ((9, 4.0), (99, 3.0)) for name in ("lora", "smoa")]
     assert points[0]["high"] - points[0]["low"] == pytest.approx(0.02), "twice the seeds' standard deviation"
     assert sizes({"all": small}) is None

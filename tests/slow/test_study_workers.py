@@ -1,34 +1,28 @@
-"""Several processes that run a study of a tiny model at once."""
+"""Several processes that run a study of a tiny model at once: beside each other, on Ray, and after kills."""
 
 import gzip
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import torch
 
-from smoa.errors import DataError
-from smoa_lab.study import run_study as workers
 from smoa_lab.study.report import report
 from smoa_lab.study.run_study import work, work_on_ray, work_side_by_side
 from smoa_lab.study.study import load_study
 from tests.support.own_rows import chats, rows_base, write_rows
 from tests.support.studies import tiny_study
 
-ROOT = Path(__file__).parents[3]
-ADAPTER = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}
-SCORE = "def score(answer, row): return float(len(answer) % 3)"
+ROOT = Path(__file__).parents[2]
 pytestmark = [
+    pytest.mark.slow,  # a minute each
     pytest.mark.usefixtures("quick_pictures"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # not ours: transformers and peft
 ]
@@ -40,7 +34,6 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     room = tmp_path_factory.mktemp("workers")
     rows_base(room / "base")
     write_rows(room / "rows.jsonl", chats(60))
-    (room / "own.py").write_text(SCORE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMOA_CACHE", str(room / "cache"))
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -51,6 +44,8 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def study_file(room: Path, name: str) -> Path:
     """Two entries at two seeds, and the base model: five jobs."""
+    ours = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}
+    lora = {"r": 2, "target_modules": ["q_proj"]}
     training = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "use_cpu": True}
     return tiny_study(
         room / name,
@@ -63,22 +58,19 @@ def study_file(room: Path, name: str) -> Path:
         tuning={"max_runs": 0},
         seeds=[0, 1],
         entries={
-            "ours": {"method": "smoa", "adapter": ADAPTER, "learning_rate": 0.01},
-            "lora": {"method": "lora", "adapter": {"r": 2, "target_modules": ["q_proj"]}, "learning_rate": 0.01},
+            "ours": {"method": "smoa", "adapter": ours, "learning_rate": 0.01},
+            "lora": {"method": "lora", "adapter": lora, "learning_rate": 0.01},
         },
     )
 
 
 def results(file: Path) -> dict[str, Any]:
     """What the finished runs reached, and the losses of their rows."""
-    folders = [metrics.parent for metrics in file.parent.rglob("metrics.json")]
-    return {
-        folder.relative_to(file.parent).as_posix(): (
-            json.loads((folder / "metrics.json").read_text())["evaluation"],
-            gzip.decompress((folder / "rows.jsonl.gz").read_bytes()),
-        )
-        for folder in folders
-    }
+    found = {}
+    for metrics in file.parent.rglob("metrics.json"):
+        rows = gzip.decompress((metrics.parent / "rows.jsonl.gz").read_bytes())
+        found[metrics.parent.relative_to(file.parent).as_posix()] = json.loads(metrics.read_text())["evaluation"], rows
+    return found
 
 
 def bounds(file: Path) -> Any:
@@ -91,72 +83,23 @@ def wanted(room: Path) -> tuple[dict[str, Any], Any]:
     """The runs of one process with one thread, and its bounds."""
     file = study_file(room, "alone")
     assert work(file) == {}
-    found = results(file)
-    assert len(found) == 5
-    return found, bounds(file)
+    assert len(results(file)) == 5
+    return results(file), bounds(file)
 
 
-def wait_for(condition: Callable[[], Any], deadline: float = 300.0) -> Any:
+def wait_for(condition: Callable[[], Any], deadline: float = 300.0) -> None:
     end = time.monotonic() + deadline
-    while not (found := condition()):
+    while not condition():
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.005)
-    return found
 
 
-def test_workers_have_the_folder_and_trust_of_the_command_its_cores_and_a_gpu_each(
-    room: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(room)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    seen: list[Any] = []
-
-    class Pool:
-        """Of one process, this one, which does nothing."""
-
-        def __init__(self, *_: Any, **__: Any) -> None: ...
-
-        def __enter__(self) -> Any:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def map(self, task: Any, places: Any) -> Any:
-            for place in places:
-                task(place)
-                seen.append((os.environ["CUDA_VISIBLE_DEVICES"], torch.get_num_threads()))
-            return [{}, {"lora": "failed"}, {}]
-
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(workers, "work", lambda *given: seen.append(given[1:]))
-    try:
-        assert work_side_by_side(Path("study.yaml"), ["lora"], 9.0, 3) == {"lora": "failed"}
-    finally:
-        torch.set_num_threads(threads)
-        logging.getLogger("smoa_lab.study").handlers = []
-    assert seen[::2] == [(["lora"], 9.0, 3)] * 3
-    assert seen[1::2] == [("5", 2), ("7", 2), ("5", 2)]
-
-
-def test_a_worker_that_dies_is_told(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def died(*_: Any) -> None:
-        raise BrokenProcessPool
-
-    monkeypatch.setattr(workers.ProcessPoolExecutor, "map", died)
-    with pytest.raises(DataError, match="a worker died"):
-        work_side_by_side(room / "study.yaml", (), 9.0, 1)
-
-
-@pytest.mark.slow  # a minute, as the next ones
 def test_two_processes_of_this_machine_give_the_results_of_one(room: Path, wanted: tuple[dict[str, Any], Any]) -> None:
     file = study_file(room, "two")
     assert work_side_by_side(file, (), float("inf"), 2) == {}
     assert results(file).keys() == wanted[0].keys()
 
 
-@pytest.mark.slow
 def test_two_ray_tasks_give_the_bounds_of_one_process(
     room: Path, wanted: tuple[dict[str, Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,11 +112,9 @@ def test_two_ray_tasks_give_the_bounds_of_one_process(
         assert work_on_ray(file, (), float("inf"), 2, address) == {}
     finally:
         ray.shutdown()
-    assert results(file) == wanted[0]
-    assert bounds(file) == wanted[1]
+    assert (results(file), bounds(file)) == wanted
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", ["1", "2"])
 def test_ctrl_c_and_kills_lose_runs_that_are_done_again_to_the_same_bounds(
     number: str, room: Path, wanted: tuple[dict[str, Any], Any]
@@ -193,5 +134,4 @@ def test_ctrl_c_and_kills_lose_runs_that_are_done_again_to_the_same_bounds(
     assert work(file) == {}
     assert results(file).keys() == wanted[0].keys()
     if number == "1":
-        assert results(file) == wanted[0]
-        assert bounds(file) == wanted[1]
+        assert (results(file), bounds(file)) == wanted
