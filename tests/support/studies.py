@@ -94,7 +94,7 @@ class WrittenRuns:
         groups = self.groups or self.rows["test"]
         return {"digests": dict(self.digests), "rows": dict(self.rows), "groups": groups, "length": self.length}
 
-    def run(self, config: RunConfig) -> dict[str, Any]:
+    def run(self, config: RunConfig, may_diverge: bool = True) -> dict[str, Any]:
         """A run, unless the folder is another process's or has one."""
         folder = RunFolder(config.folder)
         with folder.alone():
@@ -152,17 +152,12 @@ class WrittenRuns:
         )
         return metrics
 
-    def time_steps(self, config: RunConfig, most: int, seconds: float) -> dict[str, Any]:
+    def time_steps(self, config: RunConfig, most: int, seconds: float) -> list[float]:
         """The first steps of a run."""
         self.timed.append(config.folder.as_posix())
         took = [2 * self.step_seconds[config.method]] + [self.step_seconds[config.method]] * (most - 1)
         self.now += 1.0 + sum(took)
-        return {
-            "parameters": {"trainable": self.parameters},
-            "loading": 1.0,
-            "seconds": took,
-            "steps": int(config.training["max_steps"]),
-        }
+        return took
 
     def _metrics(self, config: RunConfig) -> dict[str, Any]:
         self.ran.append(config.folder.as_posix())

@@ -114,11 +114,10 @@ def print_scores(metrics: dict[str, Any]) -> None:
     if metrics["samples"]:
         typer.echo(f"Answers before and after: samples.md, {len(metrics['samples'])} held-out prompts.")
     parameters, training = metrics["parameters"], metrics["training"]
-    speed = f", {training['tokens_per_second']:,.0f} tokens a second" if "tokens_per_second" in training else ""
     typer.echo(
         f"\n{parameters['trainable']:,} trainable parameters, {parameters['percent']} % of {parameters['total']:,}; "
         f"{decimal(parameters['adapter_bytes'])} on disk; {training['trainer']}: "
-        f"{steps_text(training)}{speed}; at most {decimal(training['peak_memory'])} of memory"
+        f"{steps_text(training)}; at most {decimal(training['peak_memory'])} of memory"
     )
 
 

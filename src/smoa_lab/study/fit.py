@@ -79,7 +79,7 @@ def _time(study: Study, seconds: float, workers: int) -> Timed:
     for name, entry in study.entries.items():
         config = study.config(Job("search", name, entry.learning_rate, study.tuning.seed))
         config = config.model_copy(update={"training": {**config.training, "output_dir": str(place)}})
-        took = time_steps(config, TIMED, limit)["seconds"]
+        took = time_steps(config, TIMED, limit)
         shutil.rmtree(place, ignore_errors=True)
         step += fmean(took[1:] or took)  # the first one is slower
     return Timed(step, search, final, SEARCH_RUNS if study.tuning.max_runs else 0, workers)

@@ -19,7 +19,6 @@ from importlib import import_module
 from multiprocessing import get_context
 from operator import itemgetter
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -47,7 +46,6 @@ from smoa_lab.study.study import Job, Study, load_study
 from smoa_lab.study.verdict import verdict
 from smoa_lab.training.run_folder import OfAnother, RunFolder, Taken
 from smoa_lab.training.train import run, score_untouched
-from smoa_lab.training.trainer import Diverged
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
@@ -56,10 +54,10 @@ Failed = dict[str, str]
 """The errors that ended entries, by entry."""
 
 
-def work(file: Path, only: Sequence[str] = (), deadline: float = math.inf, workers: int = 1) -> Failed:
+def work(file: Path, only: Sequence[str] = (), deadline: float = math.inf) -> Failed:
     """Run a study's jobs until none is left, or the time is past the ``deadline``, and report after each. Returns what
-    ended entries, whose other jobs are left out; ``workers`` at once do so, by which the time that is left is told."""
-    study, failed, took = load_study(file), Failed(), list[float]()
+    ended entries, whose other jobs are left out."""
+    study, failed = load_study(file), Failed()
     while time.time() < deadline:
         finished = read_finished(study)
         for each in needless(study, finished):
@@ -79,9 +77,7 @@ def work(file: Path, only: Sequence[str] = (), deadline: float = math.inf, worke
                 logger.error("%s: %s", job.name, failed[job.entry])
                 break
             if metrics is not None:
-                took.append(time.monotonic() - began)
-                left = at_most_left(study, read_finished(study), only, failed) * fmean(took) / workers
-                _log(job, metrics, took[-1], max(0.0, min(left, deadline - time.time())))
+                _log(job, metrics, time.monotonic() - began)
                 if study.seeds:
                     report(study, failed)
                 break
@@ -93,22 +89,19 @@ def work(file: Path, only: Sequence[str] = (), deadline: float = math.inf, worke
 
 def perform(job: Job, config: RunConfig) -> Metrics | None:
     """Run a job in this process; None where another process runs it, or has just finished it."""
-    folder = RunFolder(config.folder)
     try:
-        return score_untouched(config) if job.is_untouched else run(config)
-    except Diverged as error:
-        logger.warning("%s: %s", job.name, error)
-        with folder.alone():
-            return error.finish()
+        return score_untouched(config) if job.is_untouched else run(config, may_diverge=True)
     except Taken:
         return None
     except SmoaError:
-        if folder.finished:  # by another process, or but for a score, which is computed whenever rows are read
+        if RunFolder(
+            config.folder
+        ).finished:  # by another process, or but for a score, which is computed whenever rows are read
             return None
         raise
 
 
-def _log(job: Job, metrics: Metrics, took: float, left: float) -> None:
+def _log(job: Job, metrics: Metrics, took: float) -> None:
     """Say what a finished job reached; raises ConfigError where the base model has no loss to compare with."""
     scores, metric, loss = scores_of(metrics), metrics["config"]["data"]["metric"], loss_of(metrics)
     if job.is_untouched and loss is None and metric is None:
@@ -116,7 +109,7 @@ def _log(job: Job, metrics: Metrics, took: float, left: float) -> None:
     name = "accuracy" if metric == "choice" else str(metric)
     reached = f"{score_text(name, scores[name])}, " if scores.get(name) is not None else ""
     reached += "diverged" if loss is None else f"loss {loss:.4f}"
-    logger.info("%s: %s (%s); at most %s left", job.name, reached, duration(took), duration(left))
+    logger.info("%s: %s (%s)", job.name, reached, duration(took))
 
 
 def duration(seconds: float) -> str:
@@ -146,15 +139,6 @@ def next_jobs(study: Study, finished: Finished, only: Sequence[str] = (), failed
     return list(dict.fromkeys(jobs))
 
 
-def at_most_left(study: Study, finished: Finished, only: Sequence[str], failed: Collection[str]) -> int:
-    """How many jobs are left at most, each search at its longest."""
-    jobs = next_jobs(study, finished, only, failed)
-    searching = {job.entry for job in jobs if job.stage == "search"}
-    tried = sum(len(search(study, finished, name)[0]) for name in searching)
-    whole = len(searching) * (study.tuning.max_runs + len(study.seeds))
-    return whole - tried + sum(job.stage != "search" for job in jobs)
-
-
 def needless(study: Study, finished: Finished) -> list[Run]:
     """The runs whose adapters the study does not keep: those of searches, where final runs follow, and by ``keep`` all
     but the best of what an entry is known by."""
@@ -177,7 +161,6 @@ class Worker:
     file: Path
     only: Sequence[str]
     deadline: float
-    workers: int
     threads: int
     gpus: Sequence[str] = ()
     home: Path = field(default_factory=Path.cwd)
@@ -194,7 +177,7 @@ def _work(worker: Worker, place: int) -> Failed:
     shown, own = logging.StreamHandler(), logging.getLogger("smoa_lab.study")
     shown.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     own.handlers, own.level = [shown], logging.INFO
-    return work(worker.file, worker.only, worker.deadline, worker.workers)
+    return work(worker.file, worker.only, worker.deadline)
 
 
 def work_side_by_side(file: Path, only: Sequence[str], deadline: float, workers: int) -> Failed:
@@ -202,7 +185,7 @@ def work_side_by_side(file: Path, only: Sequence[str], deadline: float, workers:
     GPUs, with one."""
     visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     gpus = visible or [str(gpu) for gpu in range(torch.cuda.device_count())]
-    worker = Worker(file, only, deadline, workers, max(1, (os.cpu_count() or 1) // workers), gpus)
+    worker = Worker(file, only, deadline, max(1, (os.cpu_count() or 1) // workers), gpus)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
             return _together(list(pool.map(partial(_work, worker), range(workers))))
@@ -217,7 +200,7 @@ def work_on_ray(file: Path, only: Sequence[str], deadline: float, workers: int, 
     ray.init(address, log_to_driver=False)
     resources = ray.cluster_resources()
     threads = max(1, int(resources["CPU"]) // workers)
-    worker = Worker(file, only, deadline, workers, threads)
+    worker = Worker(file, only, deadline, threads)
     task = ray.remote(_work).options(num_cpus=threads, num_gpus=int("GPU" in resources))
     try:
         return _together(ray.get([task.remote(worker, place) for place in range(workers)]))

@@ -36,11 +36,12 @@ FORMAT = 2
 """Of ``metrics.json``."""
 
 
-def run(config: RunConfig) -> dict[str, Any]:
+def run(config: RunConfig, may_diverge: bool = False) -> dict[str, Any]:
     """Train, score, save; the run's metrics, as ``metrics.json`` has them, which has null for what is not finite.
 
-    A run that diverges raises :class:`Diverged` and can be started again, at another rate too. Nothing is written
-    before config, rows and model are known to be good, and TRL's trainer is made of them.
+    A run that diverges raises :class:`Diverged` and can be started again, at another rate too; if it ``may_diverge`` it
+    is finished, without an adapter. Nothing is written before config, rows and model are known to be good, and TRL's
+    trainer is made of them.
     """
     config = with_rate(config)
     folder, text, peft_config = RunFolder(config.folder), config.to_yaml(), config.peft_config()
@@ -56,7 +57,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     if config.data.metric in ANSWERED and trainer.args.world_size > 1:
         raise ConfigError(f"data.metric: {config.data.metric} needs answers, which one process writes; leave it out")
     with folder.claimed(text, loaded.inputs() if is_first_process() else {}) as checkpoint:
-        return _train(loaded, trainer, forgetting, folder, checkpoint)
+        return _train(loaded, trainer, forgetting, folder, checkpoint, may_diverge)
 
 
 def score_untouched(config: RunConfig) -> dict[str, Any]:
@@ -76,25 +77,23 @@ def score_untouched(config: RunConfig) -> dict[str, Any]:
         return _finish(folder, metrics, evaluation)
 
 
-def time_steps(config: RunConfig, most: int, seconds: float) -> dict[str, Any]:
+def time_steps(config: RunConfig, most: int, seconds: float) -> list[float]:
     """Take the first steps of a run and throw them away: at most so many, and no further one so many seconds after the
-    first. How long each took, and loading; how many a whole run takes; the parameters that are trained."""
-    started = time.perf_counter()
-    trainer = make_trainer(load_run(config), config.peft_config())
-    loaded, watch = time.perf_counter(), Stopwatch(most, seconds)
+    first. How long each took."""
+    trainer, watch = make_trainer(load_run(config), config.peft_config()), Stopwatch(most, seconds)
     trainer.add_callback(watch)
     with suppress(Diverged):
         fit(trainer, None)
-    return {
-        "parameters": {"trainable": _trainable(trainer.model)},
-        "loading": loaded - started,
-        "seconds": watch.seconds,
-        "steps": trainer.state.max_steps,
-    }
+    return watch.seconds
 
 
 def _train(
-    loaded: LoadedRun, trainer: Trainer, forgetting: Forgetting, folder: RunFolder, checkpoint: str | None
+    loaded: LoadedRun,
+    trainer: Trainer,
+    forgetting: Forgetting,
+    folder: RunFolder,
+    checkpoint: str | None,
+    may_diverge: bool,
 ) -> dict[str, Any]:
     arguments: Any = trainer.args
     if arguments.process_index > 0:
@@ -114,6 +113,8 @@ def _train(
         fit(trainer, checkpoint)
     except Diverged as error:
         folder.remove_checkpoints()  # a resumed run would come to the same steps
+        if not may_diverge:
+            raise
         failed = error
     seconds = time.perf_counter() - started
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # scored as it is loaded: without autocast
@@ -126,10 +127,6 @@ def _train(
         forgetting.measure(model, "after")
     else:
         evaluation.diverge()
-    history = trainer.state.log_history
-    tokens = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
-    is_whole = tokens and not checkpoint  # TRL counts a resumed run's tokens from 0 again
-    speed = {"tokens": tokens[-1], "tokens_per_second": round(tokens[-1] / seconds, 1)} if is_whole else {}
     metrics = _metrics(loaded, arguments, model, evaluation, forgetting, _trainable(model))
     metrics["training"] = {
         "trainer": type(trainer).__name__.removeprefix("Sparse"),
@@ -137,15 +134,13 @@ def _train(
         "steps": trainer.state.global_step,
         "best_step": None if isinstance(failed, Diverged) else _best_step(trainer),
         "processes": arguments.world_size,
-        **speed,
         "peak_memory": peak_memory(arguments.device),
         "resumed": bool(checkpoint),
     }
-    metrics["history"] = history
+    metrics["history"] = trainer.state.log_history
     if isinstance(failed, Diverged):
-        metrics["parameters"]["adapter_bytes"] = 0
-        failed.finish = partial(_finish, folder, metrics, evaluation)
-        raise failed
+        logger.warning(failed)
+        return _finish(folder, metrics, evaluation)
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded else None  # all ranks gather it
     metrics = from_rank_zero(partial(_save, loaded, folder, model, state, metrics, evaluation))

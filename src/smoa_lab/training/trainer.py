@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,10 +29,7 @@ MOST_BAD = 3
 
 
 class Diverged(ConfigError):  # noqa: N818 - says what the run did
-    """A run's gradients are not finite any more. Its folder has neither adapter nor metrics; ``finish`` writes these,
-    with losses that are not finite, and gives them."""
-
-    finish: Callable[[], dict[str, Any]]
+    """A run's gradients are not finite any more."""
 
 
 def make_trainer(run: LoadedRun, peft_config: PeftConfig | None) -> Trainer:

@@ -68,7 +68,6 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(
         train(broken)
     found = train(broken)
     assert found["training"]["resumed"]
-    assert "tokens_per_second" in expected["training"].keys() - found["training"].keys()
     assert found["training"]["steps"] == expected["training"]["steps"] == STEPS.get(kind, 4)
     assert losses(found) == losses(expected)
     assert found["evaluation"] == expected["evaluation"]
