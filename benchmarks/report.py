@@ -18,7 +18,7 @@ from typing import Any
 import altair as alt
 from _common import FOLDER, RESULTS, lower_quartile
 
-from smoa_lab.pages.charts import DASHES, color_of, colors, lines, save_picture, shapes, values
+from smoa_lab.pages.charts import color_of, colors, save_picture, shapes, values
 from smoa_lab.pages.tables import Table
 
 DOCS = FOLDER.parent / "docs"
@@ -385,13 +385,13 @@ def draw_sweep(folder: Path) -> None:
     content = load("sweep_float32")["sweep_float32"]
     panels = []
     for quantity, label in AXES.items():
-        points = [
-            {"name": "SMoA", quantity: one[quantity], "ratio": one["ratio"]} for one in content["results"][quantity]
-        ]
+        points = [{quantity: one[quantity], "ratio": one["ratio"]} for one in content["results"][quantity]]
         ticks = alt.Axis(values=[one[quantity] for one in points], grid=False, labelFlush=False, format="d")
         x = alt.X(f"{quantity}:Q", title=label, scale=alt.Scale(type="log", base=2, nice=False), axis=ticks)
         y = alt.Y("ratio:Q", title="training step ÷ frozen layer's", scale=alt.Scale(zero=True))
-        panels.append(lines(points, {"SMoA": (color_of("smoa"), DASHES[0])}, x, y))
+        chart = alt.Chart(values(points)).encode(x=x, y=y, color=alt.value(color_of("smoa")))
+        drawn = alt.layer(chart.mark_line(), chart.mark_circle(size=45, opacity=1))
+        panels.append(drawn.properties(width=300, height=190))
     save_picture(alt.hconcat(*panels), folder / "performance-time.png")
 
 

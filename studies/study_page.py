@@ -16,7 +16,7 @@ from html_page import Cell, Figure, SortedTable, page
 from stored import Run, final_name, runs_of, summary_of
 
 from smoa_lab.base_models import PACKAGED_MODELS, described_base
-from smoa_lab.pages.charts import DASHES, METHODS, MUTED, PAPER, forest, tooltip, values
+from smoa_lab.pages.charts import DASHES, METHODS, MUTED, PAPER, forest, values
 
 LOOKS = {**METHODS, "corda": ("CorDA", "#60303c")}
 """Names and colors of methods, also of one that today's code doesn't train."""
@@ -143,9 +143,9 @@ def differences(rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Run]) -> A
             )
     titled = len({row["budget"] for row in rows}) > 1
     plots = [
-        forest(own, f"test loss minus that of {own[0]['reference']} (nats per token); left is better").properties(
-            title=f"Budget: {budget}" if titled else ""
-        )
+        forest(own, f"test loss minus that of {own[0]['reference']} (nats per token); left is better")
+        .encode(href="run:N", tooltip=tooltip(entry="", difference="", verdict=""))
+        .properties(title=f"Budget: {budget}" if titled else "")
         for budget, own in compared.items()
     ]
     return alt.vconcat(*plots).resolve_scale(color="independent")
@@ -186,6 +186,14 @@ def frontier(summary: Mapping[str, Any], names: Mapping[str, str]) -> Any:
         heading = alt.Title(entry, subtitle=f"hollow: {reference}" if others else "")
         panels.append(alt.layer(*curves).properties(width=SIDE, height=SIDE, title=heading))
     return alt.concat(*panels, columns=3)
+
+
+def tooltip(**formats: str) -> list[alt.Tooltip]:
+    """What pointing at a mark shows: fields in the order given, each with the format of its number (empty for text)."""
+    return [
+        alt.Tooltip(f"{field}:{'Q' if form else 'N'}", title=field.replace("_", " "), format=form)
+        for field, form in formats.items()
+    ]
 
 
 def _curve(runs: Sequence[Mapping[str, Any]], x: alt.X, y: alt.Y, dashed: bool = False) -> list[Any]:

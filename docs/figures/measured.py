@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 
-from smoa_lab.pages.charts import DASHES, MUTED, color_of, lines, save_picture
+from smoa_lab.pages.charts import DASHES, LINE_LEGEND, MUTED, color_of, save_picture, values
 from smoa_lab.pages.tables import Table
 
 DOCS = Path(__file__).parents[1]
@@ -36,6 +36,18 @@ HIGHEST, HIGHEST_SHARE = 0.45, 0.4
 
 def read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def lines(
+    rows: Sequence[Mapping[str, Any]], names: Mapping[str, tuple[str, list[int]]], x: alt.X, y: alt.Y, width: int
+) -> Any:
+    """A line with points for each of ``names``, the values of ``name`` in the rows, in its color and dash."""
+    domain, (shades, patterns) = [*names], zip(*names.values(), strict=True)
+    color = alt.Color("name:N", scale=alt.Scale(domain=domain, range=[*shades]), legend=LINE_LEGEND)
+    dash = alt.StrokeDash("name:N", scale=alt.Scale(domain=domain, range=[*patterns]), legend=LINE_LEGEND)
+    chart = alt.Chart(values(rows)).encode(x=x, y=y, color=color)
+    drawn = alt.layer(chart.mark_line().encode(strokeDash=dash), chart.mark_circle(size=45, opacity=1))
+    return drawn.properties(width=width, height=190)
 
 
 def precision() -> Any:

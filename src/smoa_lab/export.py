@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import peft
-import psutil
 import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from rich.filesize import decimal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -31,7 +29,7 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from smoa import ConfigError, MergeError
 from smoa_lab.base_models import RunModel, described_base, load_tokenizer, load_weights, packaged_name
-from smoa_lab.basics.folders import check_new, new_folder, read_stored
+from smoa_lab.basics.folders import check_new, new_folder
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
 from smoa_lab.open_run import open_place, resize_as_saved, with_saved_adapter
@@ -314,7 +312,9 @@ def verify(place: str | Path, targets: Sequence[str] = (IN_MEMORY,), base: str |
         elif Path(target, CONFIG_NAME).is_file():
             other = with_saved_adapter(_plain(opened.model), Path(target))
         else:
-            other, dtype = load_weights(ModelSection(name=target, dtype="float32")), saved_dtype(Path(target))
+            other = load_weights(ModelSection(name=target), "auto")
+            dtype = other.dtype
+            other.float()
         found = logits_after(other, ids)
         if dtype not in untouched:
             rounded = _plain(opened.model)
@@ -328,31 +328,12 @@ def verify(place: str | Path, targets: Sequence[str] = (IN_MEMORY,), base: str |
     return verdicts
 
 
-def verify_merged(place: str | Path, folder: Path, base: str | None = None) -> Verdict | None:
-    """The verdict on a merged model that was just saved; None, with a note in the log, where it doesn't fit into the
-    memory that is free."""
-    saved = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    needed = saved * torch.float32.itemsize // saved_dtype(folder).itemsize
-    if needed > (free := psutil.virtual_memory().available):
-        told = "%s: isn't compared with the adapter: in float32 it takes %s of memory, and %s are free"
-        logger.warning(told, folder, decimal(needed), decimal(free))
-        return None
-    return verify(place, [str(folder)], base)[0]
-
-
 def _plain(model: RunModel) -> PreTrainedModel:
     """The base in float32, with as many tokens as the adapter's embeddings."""
     loaded, _ = plain_base(model)
     if model.adapter is not None:
         resize_as_saved(loaded, model.adapter)
     return loaded
-
-
-def saved_dtype(folder: Path) -> torch.dtype:
-    """In which dtype a model's weights are saved, by its config."""
-    config = read_stored(folder / MODEL_CONFIG_NAME)
-    found: torch.dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-    return found
 
 
 @torch.no_grad()

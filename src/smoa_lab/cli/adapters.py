@@ -45,12 +45,13 @@ def merge(
     Exit code 1: the saved model does not say what the adapter says.
     """
     with reporting():
-        from smoa_lab.export import merge_run, verify_merged
+        from smoa_lab.export import merge_run
+        from smoa_lab.export import verify as compared
 
         merged = merge_run(adapter, output, dtype, base)
         if not json:
             typer.echo(f"{merged.folder}: {merged.summary()}")
-        verdict = verify_merged(adapter, output, base) if verify else None
+        verdict = compared(adapter, [str(output)], base)[0] if verify else None
         if json:
             print_json(merged.to_dict() | {"verified": verdict and verdict.to_dict()})
         elif verdict:

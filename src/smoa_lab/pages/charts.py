@@ -89,14 +89,6 @@ def _encoding(channel: Any, field: str, looks: Mapping[str, Any], legend: alt.Le
     return channel(f"{field}:N", scale=alt.Scale(domain=list(looks), range=list(looks.values())), legend=legend)
 
 
-def tooltip(**formats: str) -> list[alt.Tooltip]:
-    """What pointing at a mark shows: fields in the order given, each with the format of its number (empty for text)."""
-    return [
-        alt.Tooltip(f"{field}:{'Q' if form else 'N'}", title=field.replace("_", " "), format=form)
-        for field, form in formats.items()
-    ]
-
-
 def values(rows: Iterable[Mapping[str, Any]]) -> alt.InlineData:
     """Rows as a chart takes them."""
     return alt.InlineData(values=[dict(row) for row in rows])
@@ -121,30 +113,16 @@ def _look() -> alt.theme.ThemeConfig:
     return {"config": looks}
 
 
-def lines(
-    rows: Sequence[Mapping[str, Any]], names: Mapping[str, tuple[str, list[int]]], x: alt.X, y: alt.Y, width: int = 300
-) -> Any:
-    """A line with points for each of ``names``, the values of ``name`` in the rows, in its color and dash."""
-    legend = LINE_LEGEND if len(names) > 1 else None
-    color = _encoding(alt.Color, "name", {name: shade for name, (shade, _) in names.items()}, legend)
-    dash = _encoding(alt.StrokeDash, "name", {name: pattern for name, (_, pattern) in names.items()}, legend)
-    fields = [str(axis.shorthand).removesuffix(":Q") for axis in (x, y)]
-    told = tooltip(name="", **dict.fromkeys(fields, "~g"))
-    chart = alt.Chart(values(rows)).encode(x=x, y=y, color=color, tooltip=told)
-    drawn = alt.layer(chart.mark_line().encode(strokeDash=dash), chart.mark_circle(size=45, opacity=1))
-    return drawn.properties(width=width, height=190)
-
-
 def forest(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
-    """A line for each of ``rows``, which have entry, method, low, mean, high, difference and verdict in words, clear
-    (whether the point is filled) and the run that it leads to. ``title`` is the axis'."""
+    """A line for each of ``rows``, which have entry, method, low, mean, high, difference and verdict in words, and
+    clear (whether the point is filled). ``title`` is the axis'."""
     bold = alt.ExprRef("test(/default/, datum.label) ? 'bold' : 'normal'")
     axis = alt.Axis(ticks=False, domain=False, labelLimit=400, labelFontWeight=bold)
     shown = alt.Chart(values(rows)).encode(y=alt.Y("entry:N", sort=None, title=None, axis=axis))
     methods = {row["entry"]: row["method"] for row in rows}
-    colored = shown.encode(color=colors(methods), tooltip=tooltip(entry="", difference="", verdict=""))
+    colored = shown.encode(color=colors(methods))
     x = alt.X("low:Q", title=title, axis=alt.Axis(labelFlush=False, tickCount=6))
-    point = colored.encode(x="mean:Q", href="run:N")
+    point = colored.encode(x="mean:Q")
     words = shown.mark_text(align="left", fontSize=11)
     room, written = WIDTH - 260, max(158, *(6 * len(row["difference"]) for row in rows))
     return alt.layer(

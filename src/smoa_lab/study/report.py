@@ -210,7 +210,6 @@ def _differences(of: Verdict, metric: Metric, family: Family) -> list[dict[str, 
             "difference": f"{scale * mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]",
             "verdict": word,
             "clear": word != "not told apart",
-            "run": "",
         }
         rows.append(row)
     return rows

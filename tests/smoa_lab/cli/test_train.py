@@ -72,7 +72,7 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_model_is_loaded(
 def test_the_result_of_rows_is_printed(room: Path) -> None:
     done = command(room, write_rows(room / "rows.jsonl", chats(20)))
     assert done.exit_code == 0, done.stderr
-    for said in ("SFTTrainer: 2 steps in ", "rows  tokens", "perplexity", "The loss changed by ", "tokens a second"):
+    for said in ("SFTTrainer: 2 steps in ", "rows  tokens", "perplexity", "The loss changed by "):
         assert said in done.stdout
     again = command(room, room / "rows.jsonl")
     assert again.exit_code == 1
