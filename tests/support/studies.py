@@ -75,9 +75,7 @@ class WrittenRuns:
         self.parameters = 1000
         self.digests = {"data": "d", "base": "b", "encoder": "e", "forgetting": "f"}
         self.rows = {"train": 400, "validation": 40, "test": ROWS}
-        self.length = 6
         """Of a row with its prompt, in tokens."""
-        self.groups = 0
         """Of rows of the test part that belong together; 0 where each counts by itself."""
         self.fails: str | None = None
         """The method whose runs end in an error."""
@@ -89,10 +87,9 @@ class WrittenRuns:
         distance = abs(math.log10(config.training["learning_rate"] / BEST[config.method]))
         return REACHED[config.method] + distance
 
-    def inputs(self, config: RunConfig, trains: bool = True) -> dict[str, Any]:
+    def inputs(self, config: RunConfig) -> dict[str, Any]:
         """The data's digests and sizes."""
-        groups = self.groups or self.rows["test"]
-        return {"digests": dict(self.digests), "rows": dict(self.rows), "groups": groups, "length": self.length}
+        return {"digests": dict(self.digests), "rows": dict(self.rows)}
 
     def run(self, config: RunConfig, may_diverge: bool = True) -> dict[str, Any]:
         """A run, unless the folder is another process's or has one."""
@@ -166,7 +163,7 @@ class WrittenRuns:
             "config": portable(config.model_dump(mode="json")),
             "provenance": {"device": "a CPU", "threads": 1, "commit": "c" * 40},
             "digests": dict(self.digests),
-            "data": {"tokens": {"total": ROWS * self.length, "histogram": [[32, ROWS]]}},
+            "data": {"tokens": {"total": 6 * ROWS}},
             "parameters": {"trainable": self.parameters},
         }
 

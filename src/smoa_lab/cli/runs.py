@@ -160,14 +160,10 @@ def evaluate(
 @data_app.command(epilog="Example: smoa data check chats.jsonl --model smollm2-135m --examples 10")
 def check(
     place: Annotated[str, typer.Argument(help="Rows: a file, a folder or a data set's name; or a run's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. data.template=alpaca.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Model, or folder of a tokenizer; by default smollm2-135m, if it is here.")
     ] = None,
-    format: Annotated[str | None, typer.Option(help="data.format, if the columns do not show it.")] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=8, help="data.max_length: tokens at which a row is cut.", show_default="1024")
-    ] = None,
-    template: Annotated[str | None, typer.Option(help="data.template instead of the model's own, e.g. alpaca.")] = None,
     examples: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
     trust_remote_code: Trusted = False,
     json: AsJson = False,
@@ -180,20 +176,17 @@ def check(
         from smoa.errors import ConfigError
         from smoa_lab.base_models import RunModel, is_here
         from smoa_lab.config.run import check_config, load_config
+        from smoa_lab.config.yaml_text import apply_overrides
         from smoa_lab.training.loaded_run import read_rows_of, trainable_rows_of
 
-        data = {"format": format, "max_length": max_length, "template": template}
-        data = {key: value for key, value in data.items() if value is not None}
-        if place.endswith((".yaml", ".yml")):
-            if model is not None or data:
-                raise ConfigError(
-                    f"{place}: says these itself; leave out --model, --format, --max-length and --template"
-                )
-            config = load_config(place)
+        words = [*([] if model is None else [f"model.name={model}"]), *(overrides or [])]
+        if is_file := place.endswith((".yaml", ".yml")):
+            config = load_config(place, words)
         else:
             if model is None and not is_here(DEFAULT):
                 raise ConfigError("give --model, a model or a tokenizer's folder: nothing is downloaded unasked")
-            values = {"model": {"name": model or DEFAULT}, "data": {"train": place, **data}, "training": {}}
+            values: dict[str, Any] = {"model": {"name": DEFAULT}, "data": {"train": place}, "training": {}}
+            apply_overrides(values, words)
             config = check_config(values, place)
         tokenizer = RunModel.of(config).tokenizer
         _, rows = read_rows_of(config, tokenizer)
@@ -206,7 +199,7 @@ def check(
                 _print_example(f"example {number} of {min(examples, trained)}", row, tokenizer)
         if not trained or (account["bad"] and not config.data.skip_bad_rows):
             raise typer.Exit(1)
-        if place.endswith((".yaml", ".yml")):
+        if is_file:
             trainable_rows_of(config, tokenizer)
 
 
@@ -217,12 +210,8 @@ def _print_account(place: str, model: str, account: dict[str, Any]) -> None:
     if tokens["total"]:
         typer.echo(
             f"{tokens['total']:,} tokens of {model}, {account['trained_tokens']:,} of them trained; a row has "
-            f"{tokens['shortest']:,} to {tokens['longest']:,}, half of them at most {tokens['median']:,}\n"
+            f"{tokens['shortest']:,} to {tokens['longest']:,}, half of them at most {tokens['median']:,}"
         )
-        most = max(count for _, count in tokens["histogram"])
-        for bound, count in tokens["histogram"]:
-            typer.echo(f"{f'up to {bound:,}':>13}  {'█' * round(40 * count / most):40}  {count:,}")
-        typer.echo()
     typer.echo(f"{account['cut']:,} rows are cut at {account['max_length']} tokens")
     typer.echo(f"{account['dropped']:,} rows are dropped: nothing that is trained is left in them")
     typer.echo(f"{account['repeated']:,} rows repeat an earlier one")

@@ -49,14 +49,7 @@ class Method:
         ConfigError if PEFT refuses the block."""
         chosen = self.config_class
         try:
-            made = None if chosen is None else chosen(**{"task_type": "CAUSAL_LM", **adapter, **self.preset})
-            if isinstance(targets := getattr(made, "target_modules", None), str):
-                re.compile(targets)
-            return made
-        except re.error as error:
-            raise ConfigError(
-                f"target_modules: {targets!r} is not a regular expression ({error}); list names"
-            ) from error
+            return None if chosen is None else chosen(**{"task_type": "CAUSAL_LM", **adapter, **self.preset})
         except (ValueError, TypeError, LookupError, ArithmeticError, ImportError) as error:
             raise ConfigError(shorten(str(error), 1000)) from error
 
@@ -146,7 +139,6 @@ def _refusal(name: str, found: type[PeftConfig]) -> str | None:
 def check_adapter(empty: PreTrainedModel, wanted: PeftConfig) -> None:
     """Raise ConfigError unless the adapter can be trained on ``empty``, the base without its weights. Some methods look
     at weights when they start, and are tried with them."""
-    _check_names(empty, wanted)
     try:
         trained = count_trained(empty, wanted)
     except RuntimeError:
@@ -169,15 +161,3 @@ def count_trained(empty: PreTrainedModel, wanted: PeftConfig) -> int:
         except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, ImportError, re.error) as error:
             raise ConfigError(f"adapter: {shorten(str(error), 1000)}") from error
     return int(model.get_nb_trainable_parameters()[0])
-
-
-def _check_names(empty: PreTrainedModel, config: PeftConfig) -> None:
-    """Raise ConfigError for a name that PEFT would pass over, since it only wants one of a list to match."""
-    paths = {path: module for path, module in empty.named_modules() if path}
-    layers = {path.rpartition(".")[2] for path in paths if not path[-1].isdigit()}
-    for key in ("target_modules", "modules_to_save"):
-        wanted = getattr(config, key, None)
-        wanted = sorted(wanted) if isinstance(wanted, set) else wanted
-        for name in wanted if isinstance(wanted, list) else ():
-            if not any(f".{path}".endswith(f".{name}") for path in paths):
-                raise ConfigError(f"adapter.{key}: the model has no layer {name!r}{nearest(str(name), layers)}")

@@ -32,13 +32,11 @@ from smoa_lab.data.sources import RowSource
 
 logger = logging.getLogger(__name__)
 
-VERSION = 14
+VERSION = 15
 """Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
 LONG = 1000
 """More rows than these are announced: the tokens of long conversations may take half a minute."""
-FIRST = 16
-"""Tokens: the bound of the shortest rows in a histogram."""
-QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}
+QUANTILES = {"median": 0.5, "p99": 0.99}
 """The quantiles of the rows' lengths that an account has."""
 SHOWN = 10
 """Bad rows that are listed; the rest are counted."""
@@ -67,25 +65,11 @@ class Sizes:
 
 
 def length_summary(lengths: array[int]) -> dict[str, Any]:
-    """Total and quantiles, and how many rows are at most 16, 32, 64, … tokens long and longer than the bound before."""
+    """The shortest and longest, and quantiles; nothing of no rows."""
     if not lengths:
-        return {"total": 0, "histogram": []}
-    values = np.asarray(lengths)
-    doublings = np.ceil(np.log2(np.maximum(values, FIRST) / FIRST)).astype(int)
-    counts = np.bincount(doublings).tolist()
-    return {
-        "total": int(values.sum()),
-        "shortest": int(values.min()),
-        **{name: int(np.quantile(values, share, method="lower")) for name, share in QUANTILES.items()},
-        "longest": int(values.max()),
-        "histogram": [[FIRST << number, counts[number]] for number in range(doublings.min(), len(counts))],
-    }
-
-
-def mean_length(account: Mapping[str, Any]) -> float:
-    """How many tokens a row has on average, as far as they are not cut."""
-    mean = account["tokens"]["total"] / max(1, sum(rows for _, rows in account["tokens"]["histogram"]))
-    return float(min(mean, account.get("max_length") or mean))
+        return {}
+    quantiles = {name: int(np.quantile(lengths, share, method="lower")) for name, share in QUANTILES.items()}
+    return {"shortest": min(lengths), **quantiles, "longest": max(lengths)}
 
 
 def require_good_rows(account: dict[str, Any], skip: bool) -> None:
@@ -352,6 +336,6 @@ class Reading:
         return {
             "sha256": contents.hexdigest(),
             "parts": dict(parts),
-            "tokens": {**length_summary(lengths), "total": counts["total"]},
+            "tokens": {"total": counts["total"], **length_summary(lengths)},
             **{key: counts[key] for key in ("trained_tokens", "cut", "dropped")},
         }

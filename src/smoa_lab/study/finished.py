@@ -65,7 +65,6 @@ def loss_of(metrics: Metrics) -> float | None:
     return loss
 
 
-"""What to do where a file of a run is damaged."""
 Row = dict[str, Any]
 
 
@@ -140,7 +139,7 @@ def check_inputs(finished: Finished, now: Mapping[str, str] | None = None) -> No
     for name, run in finished.items():
         digests = run.metrics["digests"]
         first = first or digests
-        if other := [key for key in digests if key != "own" and first.get(key, digests[key]) != digests[key]]:
+        if other := [key for key in digests if first.get(key, digests[key]) != digests[key]]:
             found = f"another {' and another '.join(other)} than {'is there now' if now else 'other runs'}"
             raise DataError(f"{run.folder.path}: started from {found}; put back what was there, or move {name} away")
 

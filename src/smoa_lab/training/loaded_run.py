@@ -15,7 +15,7 @@ from smoa_lab.base_models import RunModel, base_config, base_content, positions_
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.general_text import STORY, passages
-from smoa_lab.data.prepared import PreparedRows, Reading, mean_length, require_good_rows
+from smoa_lab.data.prepared import PreparedRows, Reading, require_good_rows
 from smoa_lab.data.row import PARTS
 from smoa_lab.scoring.evaluation import Evaluation
 from smoa_lab.training.run_folder import RunFolder
@@ -65,24 +65,17 @@ def load_run(config: RunConfig, trains: bool = True) -> LoadedRun:
     return LoadedRun(config, model, model.load(), encoder, data)
 
 
-def inputs(config: RunConfig, trains: bool = True) -> dict[str, Any]:
-    """What a run would start from, without its weights: ``digests``, how many ``rows`` each part has, how many
-    ``groups`` of rows that belong together are in the test part (equal rows do), and the mean ``length`` of a row in
-    tokens."""
-    encoder, rows = trainable_rows_of(config, RunModel.of(config).tokenizer, trains)
-    test, numbers = rows.part("test"), {part: rows.account["parts"].get(part, 0) for part in PARTS}
-    groups = len({*test["group" if "group" in test.column_names else "row"]})
-    counts = {"rows": numbers, "groups": groups, "length": mean_length(rows.account)}
-    return {"digests": digests_of(config, encoder, rows), **counts}
+def inputs(config: RunConfig) -> dict[str, Any]:
+    """What a run would start from, without its weights: ``digests``, and how many ``rows`` each part has."""
+    encoder, rows = trainable_rows_of(config, RunModel.of(config).tokenizer)
+    numbers = {part: rows.account["parts"].get(part, 0) for part in PARTS}
+    return {"digests": digests_of(config, encoder, rows), "rows": numbers}
 
 
 def digests_of(config: RunConfig, encoder: Encoder, rows: PreparedRows) -> dict[str, str]:
-    """Of the rows, of the base model, of what turns rows into tokens, of all fields of held-out rows, which a metric of
-    the user's may read, and of a file as ``forgetting.text``."""
+    """Of the rows, of the base model, of what turns rows into tokens, and of a file as ``forgetting.text``."""
     of_encoder = sha256(json.dumps(encoder.state(), sort_keys=True, default=str).encode()).hexdigest()
     digests = {"data": rows.account["sha256"], "base": base_content(config.model), "encoder": of_encoder}
-    fields = [rows.part(part)["own"][:] for part in PARTS if part != "train"]
-    digests["own"] = sha256(json.dumps(fields).encode()).hexdigest()
     if (text := config.forgetting.text) != STORY:
         digests["forgetting"] = sha256("\n".join(passages(text)).encode()).hexdigest()
     return digests

@@ -34,7 +34,7 @@ def test_what_would_be_trained_stands_between_brackets_in_a_pipe(base: Path, tmp
 def test_rows_are_counted_and_bad_ones_are_listed(base: Path, tmp_path: Path) -> None:
     long = {"messages": chat("a" * 300, "Yes.")}
     file = write_rows(tmp_path / "rows.jsonl", [*chats(6), chats(1)[0], long, {"messages": []}, {"messages": None}])
-    done = check(file, base, "--max-length", "100", "--examples", "0")
+    done = check(file, base, "data.max_length=100", "--examples", "0")
     assert done.exit_code == 1, done.stderr
     for line in (
         "1 rows are cut at 100 tokens",
@@ -61,9 +61,6 @@ def test_rows_that_are_all_bad_are_listed_too_and_json_has_the_account_alone(bas
 def test_a_runs_file_says_model_and_rows(base: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", chats(5))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(rows_values(tmp_path, file, base, data={"max_length": 40})))
-    for option in (["--model", str(base)], ["--max-length", "80"], ["--format", "messages"], ["--template", "alpaca"]):
-        done = CliRunner().invoke(app, ["data", "check", str(tmp_path / "run.yaml"), *option])
-        assert (done.exit_code, "run.yaml: says these itself; leave out --model" in done.stderr) == (1, True)
     done = CliRunner().invoke(app, ["data", "check", str(tmp_path / "run.yaml")])
     assert done.exit_code == 0, done.stderr
     assert "5 rows are cut at 40 tokens" in done.stdout

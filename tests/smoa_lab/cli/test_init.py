@@ -173,7 +173,7 @@ BOTH = "give the YAML file of a run, which names model and data, or both --model
         (("run.yaml", "--data", "talks.jsonl"), BOTH),
         ((*GIVEN[:4], "adapter.rr=4"), "adapter.rr"),
         ((*GIVEN[:4], "method=vera", "adapter.rr=4"), "adapter.rr"),
-        ((*GIVEN[:4], "method=vera", "adapter.target_modules='['"), "'[' is not a regular expression"),
+        ((*GIVEN[:4], "method=vera", "adapter.target_modules='['"), "adapter: unterminated character set"),
         ((*GIVEN[:4], "model.trust_remote_code=true"), "model.trust_remote_code: unknown key"),
     ],
 )

@@ -67,7 +67,7 @@ def test_a_look_at_data_downloads_nothing_unasked(base: Path, tmp_path: Path, mo
     assert found.exit_code == 1
     assert "give --model, a model or a tokenizer's folder: nothing is downloaded unasked" in found.stderr
     lab.byte_tokenizer().save_pretrained(tmp_path / "tokenizer")  # alone
-    found = invoke("data", "check", rows, "--model", tmp_path / "tokenizer", "--template", "alpaca")
+    found = invoke("data", "check", rows, "--model", tmp_path / "tokenizer", "data.template=alpaca")
     assert found.exit_code == 0, found.output
     lab.tiny_base(tmp_path / "cache" / "models" / "smollm2-135m")  # as it is here once it was asked for
-    assert invoke("data", "check", rows, "--template", "alpaca").exit_code == 0
+    assert invoke("data", "check", rows, "data.template=alpaca").exit_code == 0

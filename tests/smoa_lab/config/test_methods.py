@@ -32,16 +32,11 @@ def empty(tmp_path: Path) -> Any:
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        (
-            {"target_modules": ["q_prj"]},
-            r"adapter\.target_modules: the model has no layer 'q_prj'; did you mean 'q_proj'",
-        ),
-        ({"target_modules": ["q_proj", "v_prj"]}, "no layer 'v_prj'; did you mean 'v_proj'"),
+        ({"target_modules": ["q_prj"]}, "adapter: Target modules .*q_prj.* not found"),
         ({"target_modules": []}, "adapter: No `target_modules` passed"),
         ({"target_modules": ".*nowhere"}, "adapter: Target modules .*nowhere not found"),
         ({"target_modules": ["mlp"]}, "adapter: .*LlamaMLP"),
         ({"target_modules": "all-linear", "exclude_modules": ".*"}, "adapter: All modules were excluded"),
-        ({"target_modules": TARGETS, "modules_to_save": ["lm_hed"]}, r"modules_to_save: .*did you mean 'lm_head'"),
         ({"target_modules": TARGETS, "layers_to_transform": [9]}, "adapter: Target modules .*layers_to_transform"),
         ({"target_modules": TARGETS, "inference_mode": True}, "adapter: trains nothing; leave inference_mode out"),
     ],

@@ -66,11 +66,6 @@ def test_the_digests_change_with_what_they_are_of_alone(values: dict[str, Any], 
         text.write_text(("one " if what != "forgetting" else "other ") * 130)
         other = load_run(changed(values, **change)).digests
         assert [name for name in own if own[name] != other[name]] == [what]
-    rows = Path(values["data"]["train"])
-    rows.write_text("".join(f"{json.dumps(json.loads(row) | {'gold': 1})}\n" for row in rows.read_text().splitlines()))
-    text.write_text("one " * 130)
-    other = load_run(changed(values)).digests
-    assert [name for name in own if own[name] != other[name]] == ["own"]
 
 
 def test_the_untouched_model_is_scored_as_before_a_run_and_nothing_is_trained(values: dict[str, Any]) -> None:
@@ -318,8 +313,7 @@ def test_what_a_run_starts_from_counts_rows_of_one_prompt_once(tmp_path: Path) -
     asked = [{"prompt": f"What is {i // 2}?", "completion": f" {i}."} for i in range(200)]
     rows, base = lab.write_rows(tmp_path / "rows.jsonl", asked), rows_base(tmp_path / "base")
     found, by_row = (inputs(rows_config(tmp_path, rows, base, data=data)) for data in ({}, {"group": False}))
-    assert (found["rows"]["test"], found["groups"]) == (40, 20)
-    assert by_row["rows"]["test"] == by_row["groups"] == 40
+    assert found["rows"]["test"] == by_row["rows"]["test"] == 40
 
 
 def test_a_metric_that_these_rows_have_nothing_for_is_refused_when_they_are_read(tmp_path: Path) -> None:
