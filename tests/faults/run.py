@@ -6,7 +6,8 @@
     python -m tests.faults.run --only scale-twice -- python -m tests.lives --minutes 15
 
 The tests near `smoa/kernels/blocks.py` are tests/smoa/kernels/test_blocks.py, the rest of that folder, tests/smoa and
-tests/lives; of these the lab has test_studies.py. A file of outcomes is continued: a fault that it has is not planted again.
+tests/lives; of these the lab has test_studies.py. A file of outcomes is continued: a fault that it has is not planted
+again.
 """
 
 import argparse

@@ -75,8 +75,6 @@ class WrittenRuns:
         self.parameters = 1000
         self.digests = {"data": "d", "base": "b", "encoder": "e", "forgetting": "f"}
         self.rows = {"train": 400, "validation": 40, "test": ROWS}
-        """Of a row with its prompt, in tokens."""
-        """Of rows of the test part that belong together; 0 where each counts by itself."""
         self.fails: str | None = None
         """The method whose runs end in an error."""
         self.lives = math.inf
@@ -199,7 +197,6 @@ def write_runs(patch: pytest.MonkeyPatch) -> WrittenRuns:
     patch.setattr(run_study, "score_untouched", runs.untouched)
     patch.setattr(run_study, "POLL_SECONDS", 0.005)
     patch.setattr(run_study, "report", lambda *_: None)  # which takes longer than all else, after each run
-    patch.setattr(run_study, "at_most_left", lambda *_: 0)  # as does this
     patch.setattr(fit, "time_steps", runs.time_steps)
     patch.setattr(asked, "inputs", runs.inputs)
     patch.setattr(asked, "empty_model", lambda model: None)

@@ -72,7 +72,7 @@ def test_the_first_step_which_is_slow_does_not_count(life: StudyLife, monkeypatc
     text, found = life.file.read_text(), []
     for first in (0.1, 50.0):
         life.file.write_text(text)
-        monkeypatch.setattr(module, "time_steps", lambda *_, first=first: {"seconds": [first, 0.1, 0.1]})
+        monkeypatch.setattr(module, "time_steps", lambda *_, first=first: [first, 0.1, 0.1])
         fit(life.file, 300)
         found.append(life.file.read_text())
     assert found[0] == found[1]

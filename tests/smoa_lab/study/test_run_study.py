@@ -15,9 +15,8 @@ import torch
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import run_study
-from smoa_lab.study.run_study import at_most_left, duration, next_jobs, work, work_side_by_side
+from smoa_lab.study.run_study import duration, next_jobs, work, work_side_by_side
 from smoa_lab.training.run_folder import OfAnother, RunFolder
-from smoa_lab.training.trainer import Diverged
 from tests.support.studies import StudyLife
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
@@ -133,7 +132,7 @@ def test_where_all_entries_fail_the_last_error_ends_the_command(life: StudyLife)
 
 
 def raises(error: Exception) -> Any:
-    def run(*_: Any) -> None:
+    def run(*_: Any, **__: Any) -> None:
         raise error
 
     return run
@@ -146,13 +145,9 @@ def test_an_unfinished_run_that_cannot_go_on_ends_the_study(life: StudyLife, mon
 
 
 def test_a_run_that_diverged_is_finished_and_the_worst(life: StudyLife, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(config: RunConfig) -> dict[str, Any]:
-        life.runs.loss = life.runs.usual_loss
-        if config.method == "lora" and config.training["learning_rate"] > 0.003:
-            error = Diverged("diverged")
-            life.runs.loss = lambda config: None
-            error.finish = lambda: life.runs.write(config)
-            raise error
+    def run(config: RunConfig, may_diverge: bool) -> dict[str, Any]:
+        has_diverged = config.method == "lora" and config.training["learning_rate"] > 0.003
+        life.runs.loss = (lambda config: None) if has_diverged else life.runs.usual_loss
         return life.runs.run(config)
 
     monkeypatch.setattr(run_study, "run", run)
@@ -174,18 +169,7 @@ def test_nothing_starts_after_the_deadline(life: StudyLife, caplog: pytest.LogCa
     assert "time is used" in caplog.text
 
 
-def test_what_is_left_is_never_more_than_told(life: StudyLife) -> None:
-    left: list[int] = []
-
-    def loss(config: RunConfig) -> float | None:
-        left.append(at_most_left(life.study, life.finished, [], {}))
-        return life.runs.usual_loss(config)
-
-    life.runs.loss = loss
-    life.start()
-    left.append(at_most_left(life.study, life.finished, [], {}))
-    assert left == sorted(left, reverse=True)
-    assert left[-1] == 0
+def test_times_are_told_in_words() -> None:
     assert [duration(seconds) for seconds in (40, 180, 9000)] == ["40 s", "3 min", "2.5 h"]
 
 
@@ -193,7 +177,7 @@ def test_what_is_left_is_never_more_than_told(life: StudyLife) -> None:
 def test_the_log_says_what_a_run_reached_and_a_search_goes_by_the_loss(
     metric: str, key: str, life: StudyLife, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def run(config: RunConfig) -> dict[str, Any]:
+    def run(config: RunConfig, may_diverge: bool) -> dict[str, Any]:
         metrics = life.runs.run(config)
         metrics["evaluation"]["after"] |= {} if config.data.metric is None else {key: 0.75}
         return metrics
@@ -295,7 +279,7 @@ def test_workers_have_the_folder_and_trust_of_the_command_its_cores_and_a_gpu_ea
     finally:
         torch.set_num_threads(threads)
         logging.getLogger("smoa_lab.study").handlers = []
-    assert seen[::2] == [(["lora"], 9.0, 3)] * 3
+    assert seen[::2] == [(["lora"], 9.0)] * 3
     assert seen[1::2] == [("5", 2), ("7", 2), ("5", 2)]
     monkeypatch.setattr(Pool, "map", raises(BrokenProcessPool()))
     with pytest.raises(DataError, match="a worker died"):
