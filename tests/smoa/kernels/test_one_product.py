@@ -116,9 +116,6 @@ def test_a_fresh_update_is_exact_in_float16_however_small_the_weight() -> None:
     weight = (torch.randn(64, 48) * 1e-5).half()
     factors.B.zero_()
     assert torch.equal(bits(Effective(weight, factors).whole()), bits(weight))
-    factors.B.fill_(0.5)  # times the scale: 1e5, and with a small A no more than 1e4
-    factors.A.mul_(0.01)
-    assert Effective(weight, factors).whole().isfinite().all()
 
 
 @pytest.mark.usefixtures("multiplies_bfloat16")

@@ -14,7 +14,7 @@ from smoa.quantized import QuantizedLinear
 from smoa_lab.base_models import load_weights
 from smoa_lab.config.run import ModelSection, check_config
 from smoa_lab.evaluate import evaluate_run
-from smoa_lab.export import merge_run, verify_merged
+from smoa_lab.export import merge_run, verify
 from smoa_lab.open_run import open_place
 from smoa_lab.training import train as run_module
 from smoa_lab.training.loaded_run import LoadedRun
@@ -66,8 +66,8 @@ def test_a_run_trains_on_the_quantized_model_and_is_scored_again_from_its_folder
     assert found.dtype_name == "float32"  # not what the base computes in
     assert "dequantized" in (run.folder.with_name("merged") / "README.md").read_text()
     assert merge_run(run.folder, run.folder.with_name("plain"), base=config["model"]["name"]).note == ""
-    verdict = verify_merged(run.folder, run.folder.with_name("merged"))  # both on the weights that were quantized
-    assert verdict is not None
+    # both on the weights that were quantized
+    verdict = verify(run.folder, [str(run.folder.with_name("merged"))])[0]
     assert verdict.agrees, verdict.line()
     model = PeftModel.from_pretrained(full, str(RunFolder(run.folder).adapter))
     merged = model.merge_and_unload(safe_merge=True)  # warnings are errors here: nothing is rounded

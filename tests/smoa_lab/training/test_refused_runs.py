@@ -28,7 +28,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "optimizer": ({"training": {"optim": "nonsense"}}, r"training.*nonsense"),
     "validation": ({"training": VALIDATED, "data": {"validation_examples": 0}}, "eval_dataset"),
-    "layer": ({"adapter": {"target_modules": ["q_prj"]}}, "did you mean 'q_proj'"),
+    "layer": ({"adapter": {"target_modules": ["q_prj"]}}, "q_prj.*not found in the base model"),
     "adapter's package": (
         {"method": "lora", "adapter": {"num_blocks": None, "megatron_config": {"a": 1}}},
         "adapter: No module named 'megatron'",
