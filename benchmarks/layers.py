@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoa import SmoaConfig
-from smoa.kernels.factors import split_rank
-from smoa.partition import Blocks
+from smoa.partition import Blocks, block_sizes
 from smoa.spectrum import make_partition
 
 METHODS = ("frozen", "smoa", "lora", "hira", "released")
@@ -64,7 +63,7 @@ class ReleasedLinear(nn.Module):
         self.rows = [partition.rows(k) for k in range(partition.num_blocks)]
         self.cols = [partition.cols(k) for k in range(partition.num_blocks)]
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
-        for k, rank in enumerate(split_rank(r, partition.num_blocks)):
+        for k, rank in enumerate(block_sizes(r, partition.num_blocks)):
             anchor = base.weight.detach()[self.rows[k][:, None], self.cols[k]]
             self.register_buffer(f"anchor_{k}", anchor.float())
             width = len(self.cols[k])

@@ -60,7 +60,7 @@ def _route_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     from smoa.kernels import blocks as by_blocks
     from smoa.kernels import one_product
 
-    monkeypatch.setattr(by_blocks, "SMALL", 0)  # the least of tensors is in a buffer that the next one overwrites
+    monkeypatch.setattr(by_blocks, "FEW_ENTRIES", 0)  # the least of tensors is in a buffer that the next one overwrites
     monkeypatch.setattr(one_product, "MIN_TOKENS", one_product.MIN_TOKENS)
     for kind in (Convolution, Embedding):
         monkeypatch.setattr(kind, "fits_one_product", kind.fits_one_product)

@@ -20,7 +20,6 @@ from smoa.errors import (  # noqa: E402
     PartitionError,
     SmoaError,
     UnsupportedModuleError,
-    UnsupportedVersionError,
 )
 from smoa.generation import keep_in_generate  # noqa: E402
 from smoa.merged import merged  # noqa: E402
@@ -45,7 +44,6 @@ __all__ = [
     "SmoaModel",
     "SpectralPartition",
     "UnsupportedModuleError",
-    "UnsupportedVersionError",
     "clear_spectrum_cache",
     "keep_in_generate",
     "make_partition",

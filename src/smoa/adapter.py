@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from smoa.config import SmoaConfig
 from smoa.distributed import from_rank_zero, onloaded, whole, why_not_plain
 from smoa.errors import AdapterFileError, PartitionError, named
-from smoa.kernels.scale import DEFAULT_SCALE, block_scale, rank_scale, scale_of
+from smoa.kernels.scale import block_scale, rank_scale, scale_of
 from smoa.kernels.stack import Side
 from smoa.partition import UNDECIDED, Blocks, check_labels
 from smoa.scores import cached_spectral_scores
@@ -198,7 +198,7 @@ def decided_partition(num_blocks: int, weight: Tensor, config: SmoaConfig, seed:
     def decided(matrix: Tensor) -> Partition:
         blocks = make_partition(matrix, num_blocks, config.partition, cached_spectral_scores, generator)
         anchor = None if config.modulation == "none" else matrix
-        scale = block_scale(config.scale or DEFAULT_SCALE, anchor, blocks)
+        scale = block_scale(config.scale, anchor, blocks)
         return blocks.row_labels.cpu(), blocks.col_labels.cpu(), scale
 
     if weight.dim() == 2:
@@ -218,7 +218,7 @@ def check_base(config: SmoaConfig, partition: Partition, weight: Callable[[], Te
         partition: Labels and block scales of this weight, as they were saved.
         weight: Gives the pristine W (out_features, in_features).
     """
-    kind = config.scale or DEFAULT_SCALE
+    kind = config.scale
     if config.modulation == "none" or kind == "paper" or config.other_base:
         return
     W, (*labels, scale) = weight(), partition

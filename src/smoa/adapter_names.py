@@ -94,14 +94,8 @@ def call_by_names(
     for wrapper in wrappers:
         if _name_rows not in wrapper._forward_pre_hooks.values():
             wrapper.register_forward_pre_hook(_name_rows, with_kwargs=True)
-    sources = (
-        kwargs,
-        *(
-            vars(each)
-            for each in (kwargs.get("generation_config"), getattr(tuner.model, "generation_config", None))
-            if each
-        ),
-    )
+    configs = kwargs.get("generation_config"), getattr(tuner.model, "generation_config", None)
+    sources = [kwargs, *(vars(config) for config in configs if config)]
     copies = (next((own[key] for own in sources if own.get(key)), 1) for key in ("num_beams", "num_return_sequences"))
     if torch.is_grad_enabled():
         take_names_along(tuner.model)

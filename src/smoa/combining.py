@@ -18,9 +18,9 @@ from torch import Tensor
 
 from smoa.config import FORMAT, SmoaConfig
 from smoa.errors import MergeError
-from smoa.kernels.factors import Factors, split_rank
+from smoa.kernels.factors import Factors
 from smoa.layer import SmoaLayer
-from smoa.partition import slices
+from smoa.partition import block_sizes, slices
 
 Combination = Literal["cat", "linear"]
 ALIKE = ("num_blocks", "modulation", "ensure_weight_tying")
@@ -59,7 +59,7 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
     if combination == "linear" and len(set(ranks)) > 1:
         raise MergeError(f"combination_type='linear' needs equal block ranks, found {ranks}; use 'cat'")
     total = tuple(map(sum, zip(*ranks, strict=True))) if combination == "cat" else ranks[0]
-    if total != split_rank(sum(total), first.num_blocks):
+    if total != block_sizes(sum(total), first.num_blocks):
         raise MergeError(
             f"can't combine adapters of r={[config.r for config in configs]}: their block ranks add up to {total}, no "
             f"even split; combine adapters of which all but one have an r that num_blocks={first.num_blocks} divides"

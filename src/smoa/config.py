@@ -12,9 +12,9 @@ from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
 from smoa.errors import ConfigError
-from smoa.kernels.factors import Initialization, split_rank
+from smoa.kernels.factors import Initialization
 from smoa.kernels.scale import DEFAULT_SCALE, ModulationKind, ScaleKind
-from smoa.partition import MAX_BLOCKS
+from smoa.partition import MAX_BLOCKS, block_sizes
 from smoa.spectrum import partition_kinds
 
 Bias = Literal["none", "all", "smoa_only"]
@@ -44,7 +44,7 @@ class SmoaConfig(PeftConfig):
         scale: The part of ΔW's scale that comes from the weight. "lora" multiplies each block by 4 / rms(block), so
             you can keep LoRA's alpha / r and learning rate. "block" and "layer" are 1 / rms of the block or of the
             layer's weight. "paper" leaves ΔW relative to the weight, whose entries are about 0.02: alpha = r then needs
-            10 to 33 times LoRA's learning rate, and alpha = 32·r one of about 1e-2. None means "lora".
+            10 to 33 times LoRA's learning rate, and alpha = 32·r one of about 1e-2.
         partition: How to assign coordinates to blocks: by "spectral" score, "contiguous" or at "random", by the seed of
             `torch.manual_seed` and the module's name; or by a name that `smoa.register_partition` knows.
         modulation: "hadamard" multiplies each block by the frozen weight. "none", for ablations, does not.
@@ -77,7 +77,7 @@ class SmoaConfig(PeftConfig):
     num_blocks_pattern: dict[str, int] = field(default_factory=dict)
     alpha: float | None = None
     use_rslora: bool = False
-    scale: ScaleKind | None = None
+    scale: ScaleKind = DEFAULT_SCALE
     smoa_dropout: float = 0.0
     bias: Bias = "none"
     partition: str = "spectral"
@@ -110,7 +110,6 @@ class SmoaConfig(PeftConfig):
                 f"{FORMAT}; run: pip install -U smoa"
             )
         self.smoa_format = FORMAT
-        self.scale = DEFAULT_SCALE if self.scale is None else self.scale
         self.alpha = self.alpha if lora_alpha is None else lora_alpha
         self.smoa_dropout = self.smoa_dropout if lora_dropout is None else lora_dropout
         for name in ("target_modules", "exclude_modules"):
@@ -127,10 +126,10 @@ class SmoaConfig(PeftConfig):
         for name, valid in choices.items():
             if (given := getattr(self, name)) not in valid:
                 raise ConfigError(f"SmoaConfig: {name}={given!r} must be one of {', '.join(map(repr, valid))}")
-        if self.r < 1 or not 1 <= self.num_blocks <= MAX_BLOCKS:
-            raise ConfigError(
-                f"SmoaConfig: r={self.r} must be positive, num_blocks={self.num_blocks} 1 to {MAX_BLOCKS}"
-            )
+        if self.r < 1:
+            raise ConfigError(f"SmoaConfig: r={self.r} must be at least 1")
+        if not 1 <= self.num_blocks <= MAX_BLOCKS:
+            raise ConfigError(f"SmoaConfig: num_blocks={self.num_blocks} must be between 1 and {MAX_BLOCKS}")
         for name in ("layers_to_transform", "layers_pattern"):  # PEFT's words
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str.")
@@ -160,7 +159,7 @@ class SmoaConfig(PeftConfig):
 
     def ranks_of(self, module: str = "", shape: Shape | None = None) -> tuple[int, ...]:
         """Rank of each block of a module. The default name matches no pattern."""
-        return split_rank(self.rank_of(module, shape), self.num_blocks_of(module, shape))
+        return block_sizes(self.rank_of(module, shape), self.num_blocks_of(module, shape))
 
     def alpha_of(self, module: str, r: int, shape: Shape | None = None) -> float:
         """The alpha by which ΔW of a module is scaled as alpha / r. For use_rslora it is alpha·√(r·K)."""

@@ -7,7 +7,7 @@ One class does this for every kind of layer. A kind is a subclass that says what
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -18,12 +18,7 @@ from torch import Tensor, nn
 from smoa.adapter import Adapter, AdapterBuffers, Partition, make_blocks, make_loaded_blocks, save_exact_scales, twin_of
 from smoa.adapter_names import CALL, OPEN, Call
 from smoa.config import Shape, SmoaConfig
-from smoa.distributed import (
-    awaits_process_group,
-    linear_weight,
-    onloaded_for,
-    whole,
-)
+from smoa.distributed import awaits_process_group, linear_weight, onloaded_for, whole
 from smoa.errors import UnsupportedModuleError
 from smoa.kernels.autograd import is_transformed
 from smoa.kernels.factors import Initialization, init_factors, saved_shapes
@@ -139,10 +134,6 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
     def _weight_shape(self) -> Shape:
         return self.shape_of(self.get_base_layer())
 
-    def saved_shapes(self, ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """Shapes of A, B, row labels, column labels and block scales in the file of an adapter of these ranks."""
-        return saved_shapes((self.out_features, self.in_features), ranks, self.matrix_count)
-
     # Adding an adapter.
 
     def update_layer(
@@ -158,16 +149,16 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
         self.scaling[adapter_name] = own.scaling
         dropout = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self.smoa_dropout[adapter_name] = dropout.train(self.training)  # a layer that evaluates may get an adapter
-        (of_A, of_B), r = self.saved_shapes(ranks)[:2], own.r
+        of_A, of_B, *of_partition = saved_shapes(shape, ranks, self.matrix_count)
         A, B = nn.Linear(of_A[1], of_A[0], bias=False), nn.Linear(of_B[1], of_B[0], bias=False)
         with torch.no_grad():
-            for part_A, part_B in zip(A.weight.split(r), B.weight.split(r, dim=1), strict=True):
+            for part_A, part_B in zip(A.weight.split(own.r), B.weight.split(own.r, dim=1), strict=True):
                 self._fill_factors(part_A, part_B, adapter_name, config.init_weights)
         self.smoa_A[adapter_name], self.smoa_B[adapter_name] = A, B
         weight = self.stored_weight()
         device = torch.device("cpu") if weight.is_meta else weight.device
         empty = (UNDECIDED, torch.uint8), (UNDECIDED, torch.uint8), (1, torch.float32)
-        for store, (value, dtype), size in zip(self.partition_stores, empty, self.saved_shapes(ranks)[2:], strict=True):
+        for store, (value, dtype), size in zip(self.partition_stores, empty, of_partition, strict=True):
             store[adapter_name] = torch.full(size, value, dtype=dtype, device=device)
         is_there = not weight.is_meta or "_hf_hook" in self.get_base_layer().__dict__  # accelerate's offloading
         has_twin = twin_of(self, own) is not None
@@ -253,19 +244,15 @@ class SmoaLayer(nn.Module, Merging, BaseTunerLayer):
 
     def pristine_matrix(self, number: int) -> Tensor:
         """`pristine_weight`, or one of a stack."""
-        return self.unmerged(self.base_weight(number), number)
+        weight = self.base_weight(number)
+        if self.pristine is not None:
+            weight = weight.clone()
+            self.pristine.write_to(weight, number)
+        return weight
 
     def pristine_weight(self) -> Tensor:
         """The base weight before any merge, (out_features, in_features); a copy only while adapters are merged."""
         return self.pristine_matrix(0)
-
-    def unmerged(self, weight: Tensor, number: int = 0) -> Tensor:
-        """A matrix (out_features, in_features) as it was before any merge; a copy only while adapters are merged."""
-        if self.pristine is None:
-            return weight
-        weight = weight.clone()
-        self.pristine.write_to(weight, number)
-        return weight
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """A: (r, ⌈n/K⌉) and B: (⌈m/K⌉, r), of all matrices."""

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
-LIBRARY = ["errors", "atomic", "compat", "partition", "kernels", "spectrum", "scores", "config", "distributed"]
+LIBRARY = ["errors", "compat", "partition", "kernels", "spectrum", "scores", "config", "distributed"]
 LIBRARY += ["adapter_names", "kept", "route", "merging", "adapter", "layer", "mixed_batch"]
 LIBRARY += ["linear", "embedding", "conv", "quantized", "stand_in", "experts"]
 LIBRARY += ["merged", "generation", "combining", "hotswap", "model", "integrations", "vllm"]

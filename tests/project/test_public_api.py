@@ -37,5 +37,4 @@ def test_every_error_is_exported_and_the_builtin_that_fits() -> None:
         "PartitionError": ValueError,
         "SmoaError": BaseException,
         "UnsupportedModuleError": TypeError,
-        "UnsupportedVersionError": ImportError,
     }

@@ -35,7 +35,7 @@ LARGE_BLOCK = 1 << 13
 """On a CPU, larger blocks are gathered faster by copying rows, then columns (docs/experiment-log.md, "Sorting
 columns")."""
 
-SMALL = 1 << 14
+FEW_ENTRIES = 1 << 14
 """Entries of buffers that the allocator keeps by itself."""
 
 Deltas = list[tuple[BlockRun, Tensor]]
@@ -56,7 +56,7 @@ class Scratch(threading.local):
         """An uninitialized tensor with dtype and device of `like`; the next `take` for `use` reuses it, unless it has
         more entries than `most`."""
         size = math.prod(shape)
-        if not SMALL < size <= most or like.device.type != "cpu":
+        if not FEW_ENTRIES < size <= most or like.device.type != "cpu":
             return like.new_empty(shape)
         key = (use, like.dtype)
         buffer = self.buffers.get(key)

@@ -25,11 +25,6 @@ from smoa.partition import Blocks, Orders, block_sizes, slices
 Initialization = bool | Literal["zero_A"]
 
 
-def split_rank(r: int, num_blocks: int) -> tuple[int, ...]:
-    """Ranks of the blocks if r is split evenly; the first blocks get the remainder."""
-    return block_sizes(r, num_blocks)
-
-
 def saved_shapes(shape: tuple[int, int], ranks: Sequence[int], count: int | None = None) -> tuple[tuple[int, ...], ...]:
     """Shapes of A, B, row labels, column labels and block scales in the file of an adapter of a W of `shape`, or of a
     stack of `count` of them."""

@@ -48,7 +48,7 @@ FEWEST_ROWS, FEWEST_COLUMNS = 16, 64
 """Pieces have at least so many: products of fewer rows sum in another order, of fewer columns take twice the time."""
 FEW_ENTRIES = 1 << 14
 """Of diagonal blocks of ΔW that are formed for few tokens too: in a small layer that takes fewer operations."""
-SMALL = 4096
+SUMMED_OTHERWISE = 4096
 """PyTorch sums products of so few multiplications in 16 bits in another order."""
 
 
@@ -171,7 +171,7 @@ def delta_of(factors: Factors, weight: Tensor) -> Callable[..., Tensor]:
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right`, of so many rows that each has the same bits in every piece."""
     (count, r), columns = left.shape, right.shape[1]
-    rows = max(count, FEWEST_ROWS, SMALL // (r * columns) + 1)
+    rows = max(count, FEWEST_ROWS, SUMMED_OTHERWISE // (r * columns) + 1)
     left = left if rows == count else F.pad(left, (0, 0, 0, rows - count))
     return torch.mm(left, right, out=SCRATCH.take("update", (rows, columns), left))[:count]
 

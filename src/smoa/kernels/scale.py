@@ -51,7 +51,7 @@ def block_scale(kind: ScaleKind, anchor: Tensor | None, blocks: Blocks) -> Tenso
     """c_k of every block, float32 (num_blocks,) on the CPU; 1 without an anchor, and where float32 can't hold it."""
     if anchor is None or kind == "paper":
         return torch.ones(blocks.num_blocks, dtype=torch.float32)
-    parts = [anchor] * blocks.num_blocks if kind == "layer" else blocks.each_of(anchor)
+    parts = [anchor] * blocks.num_blocks if kind == "layer" else blocks.of(anchor)
     return torch.tensor([scale_of(kind, entries) for entries in parts], dtype=torch.float32)
 
 

@@ -312,7 +312,8 @@ def _groups(a: Tensor, ends: Tensor) -> Sequence[Tensor]:
 
 
 def _calls(a: Tensor, ends: Tensor, experts: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, groups and ends of each call of `grouped_mm`: so many blocks of all experts as it takes groups."""
+    """Rows, groups and ends of each call of `grouped_mm`, which takes MOST_GROUPS at most: those of some blocks of all
+    experts."""
     blocks, step = len(ends) // experts, max(1, MOST_GROUPS // experts)
     count = len(a) // blocks
     for first in range(0, blocks, step):
@@ -321,7 +322,7 @@ def _calls(a: Tensor, ends: Tensor, experts: int) -> Iterator[tuple[slice, slice
 
 
 def _has_grouped_mm(a: Tensor) -> bool:
-    """Whether PyTorch groups products of these rows, and here: it can't differentiate them twice, or in transforms."""
+    """Whether `grouped_mm` takes these rows. It can't be differentiated twice, nor called in transforms."""
     if grouped_mm is None or a.dtype not in GROUPED_DTYPES or torch.is_grad_enabled() or is_transformed(a):
         return False
     return a.device.type == "cpu" or (a.device.type == "cuda" and torch.cuda.get_device_capability(a.device) >= (8, 0))

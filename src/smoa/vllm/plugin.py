@@ -31,7 +31,7 @@ from smoa.vllm.weights import places_of_rank, totals_of, weight_of
 
 OPERATOR = "vllm::smoa_add"
 EXAMPLES = "smoa_examples"
-"""In vLLM's `additional_config`: folders of adapters for whose like memory is reserved."""
+"""Key of vLLM's `additional_config`: folders of adapters, for the largest of which memory is reserved."""
 
 
 def install() -> None:

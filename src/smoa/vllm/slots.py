@@ -33,10 +33,11 @@ Cut = Callable[[SavedLayer], tuple[Tensor, Tensor]]
 
 
 class Piece:
-    """The blocks of a slice, as far as a rank has them: padded to one shape, so that they take one product.
+    """The parts of a slice's blocks that a rank of tensor parallelism has, padded to one shape for one product.
 
-    A padded place reads the first coordinate, and the factors are zero there. A block of which a rank has nothing is
-    left out at both ends, and where all that is left are neighbors of equal size, they are slices of x, y and W.
+    A padded place reads the first coordinate, and the factors are zero there. A block of which the rank has no rows is
+    left out; so are blocks at both ends without columns, if labels ascend. If the rest are neighbors of equal size,
+    they are slices of x, y and W, and nothing is gathered.
 
     Args:
         part: An adapter with the blocks.

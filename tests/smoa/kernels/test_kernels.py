@@ -18,7 +18,7 @@ from smoa.errors import PartitionError
 from smoa.generation import snapshot_of
 from smoa.kernels.autograd import is_transformed
 from smoa.kernels.blocks import SCRATCH, Branch, block_deltas, product_dtype
-from smoa.kernels.factors import Factors, init_factors, saved_shapes, split_rank
+from smoa.kernels.factors import Factors, init_factors, saved_shapes
 from smoa.kernels.shared import (
     FEW_PRODUCTS,
     MOST_ON_GPU,
@@ -58,7 +58,7 @@ def shuffled(out_features: int, in_features: int, num_blocks: int) -> Blocks:
 @given(size=st.integers(1, 300), num_blocks=st.integers(1, 255))
 def test_coordinates_and_ranks_are_split_as_by_tensor_split(size: int, num_blocks: int) -> None:
     expected = [len(part) for part in torch.tensor_split(torch.empty(size), num_blocks)]
-    assert list(block_sizes(size, num_blocks)) == list(split_rank(size, num_blocks)) == expected
+    assert list(block_sizes(size, num_blocks)) == expected
 
 
 @pytest.mark.parametrize(
