@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import smoa
 from smoa.layer import SmoaLayer
-from tests.support import tiny_models
+from tests.support import tiny
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"scale": "block"},
@@ -29,14 +29,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def state(model: PeftModel) -> dict[str, Tensor]:
     """What is saved, every layer's ΔW, and the logits."""
     deltas = {f"delta {n}": m.delta("default") for n, m in model.named_modules() if isinstance(m, SmoaLayer)}
-    logits = model(**tiny_models.batch("llama")).logits
+    logits = model(**tiny.batch("llama")).logits
     found = {**get_peft_model_state_dict(model), **deltas, "logits": logits}
     return {name: tensor.detach().contiguous() for name, tensor in found.items()}
 
 
 def save(folder: Path) -> None:
     """A base and an adapter of each kind."""
-    tiny_models.build("llama").save_pretrained(folder / "base")
+    tiny.build("llama").save_pretrained(folder / "base")
     for name, settings in CONFIGS.items():
         base = AutoModelForCausalLM.from_pretrained(folder / "base")
         config = smoa.SmoaConfig(

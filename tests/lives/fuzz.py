@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from smoa import SmoaConfig
 from smoa.layer import SmoaLayer
 from tests import oracle
-from tests.support.adapter_mutations import CONFIG, MUTATIONS, WEIGHTS
+from tests.lives.adapter_mutations import CONFIG, MUTATIONS, WEIGHTS
 
 SECONDS, PATIENCE, BYTES = 10, 300, 1 << 30
 """What one load may take before it counts as a hang, computing or waiting, and as a huge allocation."""

@@ -1,4 +1,4 @@
-"""The same for vLLM's manager, on its stand-in (tests/support/fake_vllm.py): slots, eviction, activations that fail."""
+"""The same for vLLM's manager, on its stand-in (tests/support/fakes.py): slots, eviction, activations that fail."""
 
 import atexit
 import importlib
@@ -20,8 +20,8 @@ from torch import Tensor
 from smoa import SmoaConfig
 from smoa.vllm import register
 from tests.lives.facts import Facts, delta, of_file
-from tests.support import fake_vllm, tiny_models
-from tests.support.stubs import import_with_stubs
+from tests.support import fakes, tiny
+from tests.support.fakes import import_with_stubs
 
 SLOTS = 3
 SHARED: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "down_proj"], "init_weights": False}
@@ -39,11 +39,11 @@ def adapters() -> dict[str, tuple[str, Facts, dict[str, Tensor]]]:
     """Folder, tensors, and the oracle's ΔW of each layer."""
     room = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, room, ignore_errors=True)
-    found, base = {}, tiny_models.build("llama").double()
+    found, base = {}, tiny.build("llama").double()
     for name, settings in KINDS.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = get_peft_model(tiny_models.build("llama"), SmoaConfig(**SHARED | settings))
+            model = get_peft_model(tiny.build("llama"), SmoaConfig(**SHARED | settings))
             model.save_pretrained(f"{room}/{name}")
         facts, _ = of_file(f"{room}/{name}", SHARED | settings)
         weights = {layer: base.get_submodule(layer).weight.detach() for layer in facts.layers}
@@ -58,25 +58,25 @@ class Served(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        import_with_stubs(self.patch, "smoa.vllm.plugin", fake_vllm.stubs())
+        import_with_stubs(self.patch, "smoa.vllm.plugin", fakes.stubs())
 
     @initialize(same_prefix=st.booleans(), reserved=st.sets(st.sampled_from(sorted(KINDS)), max_size=3))
     def begin(self, same_prefix: bool, reserved: set[str]) -> None:
         note(f"same_prefix={same_prefix}, reserved={sorted(reserved)}")
         if same_prefix:
-            made = fake_vllm.BaseLinearLayerWithLoRA.__init__
+            made = fakes.BaseLinearLayerWithLoRA.__init__
 
             def without_prefix(layer: Any, *args: Any, **kwargs: Any) -> None:
                 made(layer, *args, **kwargs)
                 layer.base_layer.prefix = ""
 
-            self.patch.setattr(fake_vllm.BaseLinearLayerWithLoRA, "__init__", without_prefix)
+            self.patch.setattr(fakes.BaseLinearLayerWithLoRA, "__init__", without_prefix)
         module: Any = importlib.import_module("vllm.lora.worker_manager")
         register()
         self.worker = module.WorkerLoRAManager()
         folders = [adapters()[name][0] for name in sorted(reserved)]
-        config = fake_vllm.engine_config(additional_config={"smoa_examples": folders})
-        self.manager = module.create_lora_manager(tiny_models.build("llama"), SLOTS, vllm_config=config)
+        config = fakes.engine_config(additional_config={"smoa_examples": folders})
+        self.manager = module.create_lora_manager(tiny.build("llama"), SLOTS, vllm_config=config)
         self.worker._adapter_manager = self.manager
         self.layers = {name: own for name, own in self.manager.modules.items() if hasattr(own, "smoa")}
         self.slots, self.held, self.number = dict[int, int](), dict[int, str](), 0

@@ -10,14 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from smoa import SmoaConfig
-from tests.support import tiny_models
-from tests.support.decompositions import NoDecomposition
-from tests.support.layers import labels, layers_of
-from tests.support.tolerance import assert_close
+from tests.support import tiny
+from tests.support.layers import assert_close, labels, layers_of
+from tests.support.watch import NoDecomposition
 
 RAGGED = {"r": 7, "num_blocks": 3, "alpha": 28.0}
 VARIANTS = [
-    *((family, RAGGED) for family in tiny_models.BUILDERS),
+    *((family, RAGGED) for family in tiny.BUILDERS),
     ("llama", {}),
     ("gpt2", {"modulation": "none", "partition": "random"}),
     ("t5", {"partition": "contiguous"}),
@@ -52,21 +51,21 @@ def outputs(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def test_a_model_is_a_no_op_then_learns_then_is_saved_loaded_and_merged(
     family: str, config: dict[str, Any], tmp_path: Path
 ) -> None:
-    base, batch = tiny_models.build(family), tiny_models.batch(family)
+    base, batch = tiny.build(family), tiny.batch(family)
     before = outputs(base, batch)
     model = adapted(base, **config).eval()
     # not bit for bit: a Conv1D and the fused product may sum in another order
-    assert_close(outputs(model, tiny_models.batch(family)), before)
+    assert_close(outputs(model, tiny.batch(family)), before)
 
-    losses = train(model, tiny_models.batch(family))
+    losses = train(model, tiny.batch(family))
     assert losses[-1] < losses[0]
-    trained = outputs(model, tiny_models.batch(family))
+    trained = outputs(model, tiny.batch(family))
 
     model.save_pretrained(tmp_path)
     saved = {path.name for path in tmp_path.iterdir()} - {"README.md"}
     assert saved == {"adapter_config.json", "adapter_model.safetensors"}
     with NoDecomposition():
-        loaded = PeftModel.from_pretrained(tiny_models.build(family), tmp_path).eval()
+        loaded = PeftModel.from_pretrained(tiny.build(family), tmp_path).eval()
         assert torch.equal(outputs(loaded, batch), trained)
 
     merged = loaded.merge_and_unload()
@@ -75,19 +74,19 @@ def test_a_model_is_a_no_op_then_learns_then_is_saved_loaded_and_merged(
 
 
 def test_one_step_moves_every_factor_and_nothing_else(family: str) -> None:
-    model = adapted(tiny_models.build(family), init_weights=False)
+    model = adapted(tiny.build(family), init_weights=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train(model, tiny_models.batch(family), steps=1)
+    train(model, tiny.batch(family), steps=1)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {name for name in before if ".smoa_A." in name or ".smoa_B." in name}
 
 
 @pytest.mark.parametrize(("family", "num_beams"), [("gemma3", 1), ("gpt2", 2), ("t5", 2)])
 def test_adapted_merged_and_plain_models_generate(family: str, num_beams: int) -> None:
-    batch = tiny_models.batch(family)
+    batch = tiny.batch(family)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     settings = {"max_new_tokens": 5, "do_sample": False, "num_beams": num_beams}
-    base = tiny_models.build(family)
+    base = tiny.build(family)
     plain, plain_logits = base.generate(**inputs, **settings), outputs(base, batch)
     model = adapted(base, init_weights=False, alpha=64.0).eval()
     own = model.generate(**inputs, **settings)
@@ -100,15 +99,15 @@ def test_adapted_merged_and_plain_models_generate(family: str, num_beams: int) -
 
 
 def test_an_adapter_lives_through_training_loading_merging_and_training_again(tmp_path: Path) -> None:
-    model = adapted(tiny_models.build("llama"))
-    train(model, tiny_models.batch("llama"), steps=5)
+    model = adapted(tiny.build("llama"))
+    train(model, tiny.batch("llama"), steps=5)
     model.save_pretrained(tmp_path)
     with NoDecomposition():
-        again = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path, is_trainable=True)
+        again = PeftModel.from_pretrained(tiny.build("llama"), tmp_path, is_trainable=True)
         again.merge_adapter()
         again.unmerge_adapter()
         for one in (again, model):
-            train(one, tiny_models.batch("llama"), steps=5)
-    assert torch.equal(outputs(again, tiny_models.batch("llama")), outputs(model, tiny_models.batch("llama")))
+            train(one, tiny.batch("llama"), steps=5)
+    assert torch.equal(outputs(again, tiny.batch("llama")), outputs(model, tiny.batch("llama")))
     for own, original in zip(layers_of(again), layers_of(model), strict=True):
         assert labels(own) == labels(original)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.lives.fuzz import CORPUS, base, fuzz, outcome, write_corpus
-from tests.support.adapter_files import rewritten, with_settings
-from tests.support.adapter_mutations import CONFIG, MUTATIONS, WEIGHTS
+from tests.lives.adapter_mutations import CONFIG, MUTATIONS, WEIGHTS
+from tests.support.tiny import rewritten, with_settings
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
 

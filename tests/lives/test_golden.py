@@ -16,12 +16,12 @@ from smoa_lab.data.chat_templates import set_chat_template
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.formats import recognize, shape
 from smoa_lab.training.train import run
-from tests.support import golden
-from tests.support.own_rows import MARKED, PLAIN, tokenizer_with, write_rows
+from tests.support import lab
+from tests.support.lab import MARKED, PLAIN, tokenizer_with, write_rows
 
-SAID = load_file(golden.GOLDEN / "outputs.safetensors")
-BASES: dict[str, str] = json.loads((golden.GOLDEN / "bases.json").read_text())
-LOSSES: dict[str, Any] = json.loads((golden.GOLDEN / "losses.json").read_text())
+SAID = load_file(lab.GOLDEN / "outputs.safetensors")
+BASES: dict[str, str] = json.loads((lab.GOLDEN / "bases.json").read_text())
+LOSSES: dict[str, Any] = json.loads((lab.GOLDEN / "losses.json").read_text())
 FORMATS = ("messages", "prompt", "alpaca", "sharegpt", "text")
 ENCODERS: dict[str, dict[str, Any]] = {
     "": {"max_length": 1024},
@@ -31,12 +31,14 @@ ENCODERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's, of any method
-@pytest.mark.parametrize("name", sorted(path.name for path in (golden.GOLDEN / "adapters").iterdir()))
+@pytest.mark.parametrize("name", sorted(path.name for path in (lab.GOLDEN / "adapters").iterdir()))
 def test_a_saved_adapter_loads_and_says_what_it_said(name: str) -> None:
     base = BASES[name]
-    torch.testing.assert_close(golden.output(golden.base(base), base), SAID[f"base:{base}"], rtol=1e-4, atol=1e-4)
-    model = PeftModel.from_pretrained(golden.base(base), str(golden.GOLDEN / "adapters" / name)).eval()
-    said = golden.output(model, base)
+    torch.testing.assert_close(
+        lab.golden_output(lab.golden_base(base), base), SAID[f"base:{base}"], rtol=1e-4, atol=1e-4
+    )
+    model = PeftModel.from_pretrained(lab.golden_base(base), str(lab.GOLDEN / "adapters" / name)).eval()
+    said = lab.golden_output(model, base)
     torch.testing.assert_close(said, SAID[name], rtol=1e-4, atol=1e-4)
     assert (said - SAID[f"base:{base}"]).abs().max() > 0.01
 
@@ -45,11 +47,11 @@ def test_a_saved_adapter_loads_and_says_what_it_said(name: str) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_rows_become_the_same_tokens(format: str, template: str) -> None:
     tokenizer = tokenizer_with({"plain": PLAIN, "marked": MARKED}[template])
-    rows = [shape(row, recognize(row)) for row in golden.rows(format)]
-    expected = golden.tokens()
+    rows = [shape(row, recognize(row)) for row in lab.golden_rows(format)]
+    expected = lab.golden_tokens()
     for way, settings in ENCODERS.items():
         encoder = Encoder(tokenizer, **settings)
-        assert [golden.plain(encoder.encode(row)) for row in rows] == expected[f"{format} {template}{way}"]
+        assert [lab.plain_tokens(encoder.encode(row)) for row in rows] == expected[f"{format} {template}{way}"]
 
 
 def test_rows_with_choices_become_the_same_tokens_in_alpacas_template() -> None:
@@ -57,9 +59,11 @@ def test_rows_with_choices_become_the_same_tokens_in_alpacas_template() -> None:
     tokenizer = tokenizer_with(None)
     set_chat_template(tokenizer, "alpaca")
     encoder = Encoder(tokenizer, 256)
-    rows = [shape(row, recognize(row)) for row in golden.rows("questions")]
-    tokens = [[golden.plain(encoder.encode(row)), list(map(golden.plain, encoder.choices(row)))] for row in rows]
-    assert tokens == golden.tokens()["questions plain alpaca text"]
+    rows = [shape(row, recognize(row)) for row in lab.golden_rows("questions")]
+    tokens = [
+        [lab.plain_tokens(encoder.encode(row)), list(map(lab.plain_tokens, encoder.choices(row)))] for row in rows
+    ]
+    assert tokens == lab.golden_tokens()["questions plain alpaca text"]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -67,7 +71,7 @@ def test_a_run_learns_as_it_did(name: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     known = LOSSES[name]
     settings, format = known["config"], known["config"]["format"]
-    rows = golden.rows(format, 64)
+    rows = lab.golden_rows(format, 64)
     parts = {"train": rows[:48], "test": rows[48:]}
     if format == "questions":  # which were shuffled twice
         for _ in range(2):
@@ -87,7 +91,7 @@ def test_a_run_learns_as_it_did(name: str, tmp_path: Path, monkeypatch: pytest.M
         "save_strategy": "no",
     }
     config = {
-        "model": {"name": str(golden.language_model(tmp_path / "base")), "dtype": "float32"},
+        "model": {"name": str(lab.golden_model(tmp_path / "base")), "dtype": "float32"},
         "method": settings["method"],
         "adapter": {**settings["adapter"], "target_modules": "all-linear"},
         "data": data,

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smoa import SmoaConfig
 from smoa.hotswap import hotswap_adapter
-from tests.support import tiny_models
+from tests.support import tiny
 from tests.support.layers import adapted_layer, factors, smoa_layers
-from tests.support.tiny_mixtures import EXPERTS, build_mixture, tokens
+from tests.support.tiny import EXPERTS, build, tokens
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -76,13 +76,13 @@ def test_an_infinite_entry_off_the_blocks_survives_a_merge() -> None:
 
 
 def test_a_slot_that_took_an_adapter_of_another_scale_is_saved_and_loaded_again(tmp_path: Path) -> None:
-    ids = tiny_models.batch("llama")["input_ids"]
+    ids = tiny.batch("llama")["input_ids"]
     for scale in ("lora", "block"):
-        get_peft_model(tiny_models.build("llama"), config(scale=scale)).save_pretrained(tmp_path / scale)
-    model = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "lora").eval()
+        get_peft_model(tiny.build("llama"), config(scale=scale)).save_pretrained(tmp_path / scale)
+    model = PeftModel.from_pretrained(tiny.build("llama"), tmp_path / "lora").eval()
     hotswap_adapter(model, tmp_path / "block")
     model.save_pretrained(tmp_path / "again")
-    again = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "again").eval()
+    again = PeftModel.from_pretrained(tiny.build("llama"), tmp_path / "again").eval()
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
@@ -90,7 +90,7 @@ def test_a_slot_that_took_an_adapter_of_another_scale_is_saved_and_loaded_again(
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_experts_that_are_compiled_by_themselves_are_adapted_after_a_call_without_adapters(implementation: str) -> None:
     torch.compiler.reset()
-    base: Any = build_mixture("qwen3_moe")
+    base: Any = build("qwen3_moe")
     base.set_experts_implementation(implementation)
     model = get_peft_model(base, config(target_modules=[], target_parameters=EXPERTS)).eval()
     with torch.no_grad():
@@ -106,9 +106,9 @@ def test_experts_that_are_compiled_by_themselves_are_adapted_after_a_call_withou
 
 
 def test_pefts_helper_that_stops_casts_of_inputs_takes_the_model() -> None:
-    model = get_peft_model(tiny_models.build("llama"), config())
+    model = get_peft_model(tiny.build("llama"), config())
     with disable_input_dtype_casting(model):
-        model(**tiny_models.batch("llama"))
+        model(**tiny.batch("llama"))
 
 
 @pytest.mark.parametrize("route", ["one product", "blocks"])

@@ -31,9 +31,8 @@ from smoa import (
     UnsupportedModuleError,
 )
 from smoa.hotswap import hotswap_adapter
-from tests.support.adapter_files import rewritten
 from tests.support.layers import smoa_layers
-from tests.support.tiny_mixtures import build_mixture
+from tests.support.tiny import build, rewritten
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
@@ -172,7 +171,7 @@ def changed(name: str, factor: float, make: Callable[[], Any]) -> Any:
 
 DOWN, VALUE = "model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.v_proj.weight"
 EXPERTS: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-mixture = partial(build_mixture, "qwen3_moe")
+mixture = partial(build, "qwen3_moe")
 BASES: dict[str, tuple[dict[str, Any], Callable[[], Any], bool]] = {
     "the same in 16 bits": ({}, lambda: llama(dtype=torch.bfloat16), True),
     "another, without modulation": ({"modulation": "none"}, lambda: llama(seed=1), True),

@@ -26,10 +26,9 @@ from smoa import SmoaConfig
 from smoa.conv import Convolution
 from smoa.embedding import Embedding
 from smoa.linear import Linear
-from tests.support.decompositions import NoDecomposition
-from tests.support.layers import layers_of, oracle_delta
-from tests.support.tiny_models import SEED
-from tests.support.tolerance import assert_close
+from tests.support.layers import assert_close, layers_of, oracle_delta
+from tests.support.tiny import SEED
+from tests.support.watch import NoDecomposition
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings(

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import LlamaForSequenceClassification, TrainerCallback
 
 from smoa import SmoaConfig
-from tests.support.lab import byte_tokenizer, tiny_llama
-from tests.support.own_rows import pairs
+from tests.support.lab import byte_tokenizer, pairs, tiny_llama
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "GRPO": {"num_generations": 4, "max_completion_length": 4, "beta": 0.1},

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from tests.support.environments import SCRIPTS, build
+from tests.slow.processes import SCRIPTS, build_environment
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,7 +36,9 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of an environment with the wheel."""
     (wheel,) = dist.glob("*.whl")
-    return build(tmp_path_factory.mktemp("environment"), "--no-index", "--no-deps", "--force-reinstall", str(wheel))
+    return build_environment(
+        tmp_path_factory.mktemp("environment"), "--no-index", "--no-deps", "--force-reinstall", str(wheel)
+    )
 
 
 FIRST = """

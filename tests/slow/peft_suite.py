@@ -204,7 +204,7 @@ def _save_models(folder: Path) -> None:
 
 def _models() -> dict[str, Callable[[], Any]]:
     """Builders of the models by their names on the Hub."""
-    from tests.support import tiny_mixtures, tiny_models
+    from tests.support import tiny
 
     sizes = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"intermediate_size": 37, "max_position_embeddings": 512, "initializer_range": 0.1}
@@ -232,14 +232,14 @@ def _models() -> dict[str, Callable[[], Any]]:
         ),
         "peft-internal-testing/tiny-dummy-qwen2": of("Qwen2", "ForCausalLM", **grouped),
         "hf-internal-testing/tiny-random-MistralForCausalLM": of("Mistral", "ForCausalLM", **grouped),
-        "hf-internal-testing/tiny-random-Gemma3ForCausalLM": tiny_models.gemma3,
-        "trl-internal-testing/tiny-Llama4ForCausalLM": lambda: tiny_mixtures.llama4(num_hidden_layers=2),
-        "trl-internal-testing/tiny-GptOssForCausalLM": lambda: tiny_mixtures.gpt_oss(num_hidden_layers=2),
+        "hf-internal-testing/tiny-random-Gemma3ForCausalLM": tiny.gemma3,
+        "trl-internal-testing/tiny-Llama4ForCausalLM": lambda: tiny.llama4(num_hidden_layers=2),
+        "trl-internal-testing/tiny-GptOssForCausalLM": lambda: tiny.gpt_oss(num_hidden_layers=2),
         "peft-internal-testing/tiny-random-BartForConditionalGeneration": of(
             "Bart", "ForConditionalGeneration", **bart
         ),
-        "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": tiny_models.t5,
-        "peft-internal-testing/tiny-random-t5": tiny_models.t5,
+        "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": tiny.t5,
+        "peft-internal-testing/tiny-random-t5": tiny.t5,
         "peft-internal-testing/tiny-random-BertModel": bert,
         "peft-internal-testing/tiny-random-RobertaModel": of("Roberta", "Model", **sizes),
         "peft-internal-testing/tiny-random-DebertaModel": of("Deberta", "Model", **sizes),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
+from tests.slow.processes import run_two
 from tests.slow.test_distributed import (
     CURVE_TOLERANCE,
     assert_is_one_process,
@@ -21,8 +22,7 @@ from tests.slow.workers.strategies import (
     with_embedding_and_convolution,
     with_experts,
 )
-from tests.support import tiny_models
-from tests.support.processes import run_two
+from tests.support import tiny
 
 pytestmark = [
     pytest.mark.slow,  # half a minute
@@ -49,7 +49,7 @@ def test_zero_follows_the_loss_curve_and_partition_of_one_process(
 ) -> None:
     """So are the adapter saved from rank 0 and what a checkpoint restores."""
     assert_is_one_process(ranks, folder, strategy, one_process, tmp_path)
-    reloaded = PeftModel.from_pretrained(tiny_models.build("llama"), folder / strategy / "adapter")
+    reloaded = PeftModel.from_pretrained(tiny.build("llama"), folder / strategy / "adapter")
     assert_same_logits(reloaded, one_process[0])
 
 

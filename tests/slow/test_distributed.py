@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from smoa_lab.config.run import check_config
 from smoa_lab.training.train import run
+from tests.slow.processes import ROOT, environment, free_port, run_two
 from tests.slow.workers.strategies import (
     adapted,
     labels,
@@ -24,8 +25,7 @@ from tests.slow.workers.strategies import (
     with_embedding_and_convolution,
     with_experts,
 )
-from tests.support import own_rows, tiny_models
-from tests.support.processes import ROOT, environment, free_port, run_two
+from tests.support import lab, tiny
 
 CURVE_TOLERANCE = 1e-5
 """Relative; ranks sum the two halves of a batch in another order."""
@@ -123,7 +123,7 @@ def test_the_adapter_saved_from_rank_zero_is_that_of_one_process(
     strategy: str,
 ) -> None:
     assert_is_one_process(ranks, folder, strategy, one_process, tmp_path)
-    reloaded = PeftModel.from_pretrained(tiny_models.build("llama"), folder / strategy / "adapter")
+    reloaded = PeftModel.from_pretrained(tiny.build("llama"), folder / strategy / "adapter")
     assert_same_logits(reloaded, one_process[0])
 
 
@@ -172,12 +172,12 @@ def test_accelerate_launch_gives_what_one_process_gives_with_twice_the_accumulat
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    rows = own_rows.write_rows(tmp_path / "rows.jsonl", own_rows.chats(24))
-    base = own_rows.rows_base(tmp_path / "base")
+    rows = lab.write_rows(tmp_path / "rows.jsonl", lab.chats(24))
+    base = lab.rows_base(tmp_path / "base")
     training = {"max_steps": 4, "learning_rate": 0.01}
-    config = own_rows.rows_values(tmp_path, rows, base, training=training)
+    config = lab.rows_values(tmp_path, rows, base, training=training)
     one, two = trained_by_one_and_by_two(config, tmp_path)
-    assert own_rows.losses(two) == pytest.approx(own_rows.losses(one), rel=CURVE_TOLERANCE)
+    assert lab.losses(two) == pytest.approx(lab.losses(one), rel=CURVE_TOLERANCE)
     assert two["data"] == one["data"]
     assert two["evaluation"]["before"] == one["evaluation"]["before"]
 

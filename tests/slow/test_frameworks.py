@@ -19,7 +19,7 @@ import yaml
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.support.environments import ROOT, build, packages
+from tests.slow.processes import ROOT, build_environment, packages
 from tests.support.lab import byte_tokenizer, tiny_base
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ def environment(room: Path, *wanted: str) -> Iterator[Path]:
     """The Python of an environment with these packages; it is deleted at the end, because it takes up to 3 GB."""
     folder = room / "environment"
     try:
-        yield build(folder, *wanted, with_pip=True)
+        yield build_environment(folder, *wanted, with_pip=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -17,7 +17,7 @@ from smoa_lab.config.run import RunConfig, check_config
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train import run as train
 from tests.support import lab
-from tests.support.kills import killed_at
+from tests.support.lab import killed_at
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),

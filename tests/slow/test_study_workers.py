@@ -17,7 +17,7 @@ import pytest
 from smoa_lab.study.report import report
 from smoa_lab.study.run_study import work, work_on_ray, work_side_by_side
 from smoa_lab.study.study import load_study
-from tests.support.own_rows import chats, rows_base, write_rows
+from tests.support.lab import chats, rows_base, write_rows
 from tests.support.studies import tiny_study
 
 ROOT = Path(__file__).parents[2]

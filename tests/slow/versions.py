@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.environments import build, run
+from tests.slow.processes import build_environment, run_python
 
 ROWS = {
     "oldest": ["peft==0.18.1", "transformers==5.0.*", "kernels<0.11"],
@@ -84,12 +84,12 @@ class Outcome:
 def versions(python: Path | str, packages: list[str]) -> list[str]:
     """What an environment has of these packages."""
     ask = "import sys, importlib.metadata as m; print(*map(m.version, sys.argv[1:]), sep='\\n')"
-    return run(python, "-c", ask, *packages).stdout.split()
+    return run_python(python, "-c", ask, *packages).stdout.split()
 
 
 def exchange(python: Path | str, name: str, adapters: Path) -> str:
     """Save adapters under this name, then load all that have been saved."""
-    result = run(python, "-m", "tests.lives.exchange", str(adapters), name)
+    result = run_python(python, "-m", "tests.lives.exchange", str(adapters), name)
     return result.stderr.strip().splitlines()[-1] if result.returncode else "bit-equal"
 
 
@@ -98,14 +98,14 @@ def outcome(row: str, tests: list[str], room: Path) -> Outcome:
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=room) as folder:
         try:
-            python = build(Path(folder), "--upgrade", *ROWS[row])
+            python = build_environment(Path(folder), "--upgrade", *ROWS[row])
         except RuntimeError as error:  # the other rows say what they do all the same
             print(error)  # noqa: T201
             return Outcome(row, ["–", "–"], "can't be installed", "–", time.monotonic() - start)
         found = versions(python, PACKAGES)
         if found == versions(sys.executable, PACKAGES):
             return Outcome(row, found[:2], AS_INSTALLED, "–", time.monotonic() - start)
-        result = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *tests)
+        result = run_python(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *tests)
         if result.returncode:
             print(result.stdout)  # noqa: T201
         summary = re.sub(r" in [\d.:() s]+$", "", (result.stdout.strip() or "nothing ran").splitlines()[-1])

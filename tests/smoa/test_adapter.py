@@ -16,26 +16,27 @@ from smoa.adapter import make_blocks
 from smoa.compat import PREFIX
 from smoa.layer import SmoaLayer
 from tests import oracle
-from tests.support import tiny_models
-from tests.support.gradients import assert_path, layer_13_to_11
-from tests.support.launches import gathers
+from tests.support import tiny
 from tests.support.layers import (
     adapted_layer,
     add_adapter,
+    assert_path,
     base_layer,
     base_weight,
     default_dtype,
     factors,
     labels,
+    layer_13_to_11,
     randomise,
     smoa_layers,
 )
+from tests.support.watch import gathers
 
 CONFIG = {"r": 5, "num_blocks": 3, "alpha": 8.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 
 def trained_llama(family: str = "llama", **config: object) -> PeftModel:
-    model = get_peft_model(tiny_models.build(family), SmoaConfig(**{**CONFIG, **config}))
+    model = get_peft_model(tiny.build(family), SmoaConfig(**{**CONFIG, **config}))
     for layer in smoa_layers(model).values():
         randomise(layer)
     return model.eval()
@@ -63,8 +64,8 @@ def test_the_file_holds_factors_labels_and_scales_and_nothing_else(tmp_path: Pat
 
 def test_an_adapter_made_from_a_saved_config_alone_decides_its_labels_at_its_first_use(tmp_path: Path) -> None:
     config = SmoaConfig.from_pretrained(saved(trained_llama(), tmp_path / "first"))
-    model = get_peft_model(tiny_models.build("llama"), config)
-    model(**tiny_models.batch("llama"))
+    model = get_peft_model(tiny.build("llama"), config)
+    model(**tiny.batch("llama"))
     tensors = load_file(saved(model, tmp_path / "second") / "adapter_model.safetensors")
     for name, layer in smoa_layers(model).items():
         own = tensors[f"{PREFIX}{name}.smoa_row_labels"].tolist(), tensors[f"{PREFIX}{name}.smoa_col_labels"].tolist()
@@ -73,8 +74,8 @@ def test_an_adapter_made_from_a_saved_config_alone_decides_its_labels_at_its_fir
 
 def test_the_labels_of_a_model_adapted_on_the_meta_device_are_decided_once_weights_are_there() -> None:
     with torch.device("meta"):
-        model = get_peft_model(tiny_models.llama(), SmoaConfig(**CONFIG))
-    real = tiny_models.build("llama").state_dict()
+        model = get_peft_model(tiny.llama(), SmoaConfig(**CONFIG))
+    real = tiny.build("llama").state_dict()
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -115,17 +116,17 @@ def test_the_scale_of_a_block_is_not_rounded(cast: str) -> None:
 
 def test_scales_that_fsdp1_has_rounded_are_saved_as_they_were_trained_and_loaded_so(tmp_path: Path) -> None:
     model, other = trained_llama(), trained_llama(partition="random")
-    expected = model(**tiny_models.batch("llama")).logits
+    expected = model(**tiny.batch("llama")).logits
     for layer in (*smoa_layers(model).values(), *smoa_layers(other).values()):
         as_fsdp1(layer)
-    assert torch.equal(model(**tiny_models.batch("llama")).logits, expected)
+    assert torch.equal(model(**tiny.batch("llama")).logits, expected)
     tensors = load_file(saved(model, tmp_path) / "adapter_model.safetensors")
     scales = [tensor for name, tensor in tensors.items() if "block_scale" in name]
     assert {scale.dtype for scale in scales} == {torch.float32}
     assert any(not torch.equal(scale, scale.bfloat16().float()) for scale in scales)
     set_peft_model_state_dict(other, get_peft_model_state_dict(model))  # whose buffers are rounded, too
-    for again in (other, PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path).eval()):
-        assert torch.equal(again(**tiny_models.batch("llama")).logits, expected)
+    for again in (other, PeftModel.from_pretrained(tiny.build("llama"), tmp_path).eval()):
+        assert torch.equal(again(**tiny.batch("llama")).logits, expected)
 
 
 def test_blocks_leave_with_the_last_adapter_that_has_them() -> None:
@@ -145,12 +146,12 @@ def test_labels_stay_in_memory_where_a_layer_is_moved_to_the_meta_device() -> No
 
 def test_a_whole_model_is_saved_and_loaded_by_safetensors(tmp_path: Path) -> None:
     config = SmoaConfig(r=4, target_modules=["q_proj"], init_weights=False)
-    saved, loaded = (get_peft_model(tiny_models.build("llama"), config).eval() for _ in range(2))
+    saved, loaded = (get_peft_model(tiny.build("llama"), config).eval() for _ in range(2))
     layer = saved.base_model.model.model.layers[0].self_attn.q_proj
     as_fsdp1(layer)
     save_model(saved, tmp_path / "model.safetensors")  # as accelerate's save_model and load_state do
     load_model(loaded, tmp_path / "model.safetensors")
-    batch = tiny_models.batch("llama")
+    batch = tiny.batch("llama")
     assert torch.equal(loaded(**batch).logits, saved(**batch).logits)
 
 
@@ -160,14 +161,14 @@ def test_a_whole_model_is_saved_and_loaded_by_safetensors(tmp_path: Path) -> Non
 def test_injecting_and_loading_do_not_depend_on_the_default_dtype(
     tmp_path: Path, partition: str, dtype: torch.dtype
 ) -> None:
-    model, batch = trained_llama(partition=partition), tiny_models.batch("llama")
+    model, batch = trained_llama(partition=partition), tiny.batch("llama")
     folder = saved(model, tmp_path)
-    bases = [tiny_models.build("llama") for _ in range(2)]
+    bases = [tiny.build("llama") for _ in range(2)]
     with default_dtype(dtype):
         injected = get_peft_model(bases[0], SmoaConfig(**CONFIG, partition=partition))
         loaded = PeftModel.from_pretrained(bases[1], folder).eval()
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
-    usual = smoa_layers(get_peft_model(tiny_models.build("llama"), SmoaConfig(**CONFIG, partition=partition)))
+    usual = smoa_layers(get_peft_model(tiny.build("llama"), SmoaConfig(**CONFIG, partition=partition)))
     for name, layer in smoa_layers(injected).items():
         assert layer.decided("default").block_scale.dtype == torch.float32
         scale, usual_scale = (each.decided("default").block_scale for each in (layer, usual[name]))
@@ -179,7 +180,7 @@ def test_an_adapter_loaded_in_inference_mode_can_be_trained() -> None:
     model, other = trained_llama(), trained_llama(partition="random")
     with torch.inference_mode():
         set_peft_model_state_dict(model, get_peft_model_state_dict(other))
-    model.train()(**tiny_models.batch("llama")).loss.backward()
+    model.train()(**tiny.batch("llama")).loss.backward()
     for name, layer in smoa_layers(model).items():
         assert labels(layer) == labels(smoa_layers(other)[name])
         assert all(factor.grad is not None for factor in factors(layer))

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoa import SmoaConfig
 from smoa.kernels.plan import RowsBySlot
-from tests.support import tiny_mixtures
-from tests.support.adapted_models import add_adapter
-from tests.support.tolerance import assert_close
+from tests.support import tiny
+from tests.support.layers import assert_close
+from tests.support.tiny import add_adapter
 
 KINDS = [{"r": 4, "num_blocks": 2}, {"r": 6, "num_blocks": 3, "modulation": "none"}, {"r": 3, "num_blocks": 3}]
 NAMES = ["a0", "__base__", "a2", "a1", "a0", "a4"]
@@ -264,7 +264,7 @@ def test_adapters_with_one_number_of_blocks_and_other_ranks_generate_in_one_batc
 @torch.no_grad()
 def test_adapted_experts_are_those_of_no_adapter_that_a_batch_names() -> None:
     settings = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"], "init_weights": False}
-    model: Any = get_peft_model(tiny_mixtures.build_mixture("qwen3_moe"), SmoaConfig(r=4, num_blocks=2, **settings))
+    model: Any = get_peft_model(tiny.build("qwen3_moe"), SmoaConfig(r=4, num_blocks=2, **settings))
     add_adapter(model.eval(), "other", target_modules=["q_proj"])
     with pytest.raises(ValueError, match="'default' has adapted experts"):
         model(input_ids=ids(2), adapter_names=["default", "other"])

@@ -7,8 +7,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from smoa import MergeError, SmoaConfig
-from tests.support.layers import Wrapper, base_layer, randomise
-from tests.support.tolerance import assert_close
+from tests.support.layers import Wrapper, assert_close, base_layer, randomise
 
 
 def model_with(

@@ -15,11 +15,18 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 from transformers import AutoModelForCausalLM
 
 from smoa import SmoaConfig, UnsupportedModuleError, make_partition, merged
-from tests.support import tiny_models
-from tests.support.kinds import KINDS, input_of, kind_of_layer
-from tests.support.layers import Wrapper, adapted_layer, base_layer, labels
-from tests.support.tiny_mixtures import build_mixture
-from tests.support.tolerance import assert_close
+from tests.support import tiny
+from tests.support.layers import (
+    KINDS,
+    Wrapper,
+    adapted_layer,
+    assert_close,
+    base_layer,
+    input_of,
+    kind_of_layer,
+    labels,
+)
+from tests.support.tiny import build
 
 
 class Branch(nn.Module):
@@ -86,7 +93,7 @@ def test_a_sharded_weight_is_gathered_before_it_is_decomposed() -> None:
 @pytest.mark.usefixtures("_one_rank")
 @pytest.mark.parametrize("is_old", [False, True], ids=["DTensor", "an older transformers"])
 def test_a_weight_of_which_each_process_has_a_piece_is_refused(is_old: bool) -> None:
-    model = tiny_models.llama()
+    model = tiny.llama()
     attention = model.model.layers[0].self_attn
     if is_old:
         attention.o_proj._hf_tp_plan = "rowwise"
@@ -98,7 +105,7 @@ def test_a_weight_of_which_each_process_has_a_piece_is_refused(is_old: bool) -> 
 
 @pytest.mark.usefixtures("_one_rank")
 def test_experts_of_which_each_process_has_a_piece_are_refused() -> None:
-    model = build_mixture("qwen3_moe")
+    model = build("qwen3_moe")
     experts = model.model.layers[0].mlp.experts
     experts.down_proj = nn.Parameter(
         distribute_tensor(experts.down_proj.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
@@ -202,8 +209,8 @@ def test_an_offloaded_layer_is_merged_and_unmerged_in_a_forward(kind: str, tmp_p
 
 
 def test_an_offloaded_model_generates_as_before(tmp_path: Path) -> None:
-    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(init_weights=False, target_modules="all-linear"))
-    ids = tiny_models.batch("llama")["input_ids"]
+    model = get_peft_model(tiny.build("llama"), SmoaConfig(init_weights=False, target_modules="all-linear"))
+    ids = tiny.batch("llama")["input_ids"]
     expected = model.eval().generate(input_ids=ids, max_new_tokens=4, do_sample=False)
     disk_offload(model, str(tmp_path), torch.device("cpu"))
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=4, do_sample=False), expected)
@@ -212,10 +219,10 @@ def test_an_offloaded_model_generates_as_before(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:for .*copying from a non-meta:UserWarning")  # of PEFT, also with LoRA
 def test_an_adapter_is_loaded_onto_a_base_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # PEFT writes beside the working directory too
-    base, folder, batch = tmp_path / "models--base", tmp_path / "adapter", tiny_models.batch("llama")
-    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(init_weights=False, target_modules=["q_proj"])).eval()
+    base, folder, batch = tmp_path / "models--base", tmp_path / "adapter", tiny.batch("llama")
+    model = get_peft_model(tiny.build("llama"), SmoaConfig(init_weights=False, target_modules=["q_proj"])).eval()
     model.save_pretrained(folder)
-    tiny_models.build("llama").save_pretrained(base)
+    tiny.build("llama").save_pretrained(base)
     places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     places |= {"model.layers.1": "disk"}
     offloaded = AutoModelForCausalLM.from_pretrained(base, device_map=places, offload_folder=tmp_path / "base")

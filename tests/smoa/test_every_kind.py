@@ -13,10 +13,21 @@ from smoa import MergeError, SmoaConfig
 from smoa.hotswap import hotswap_adapter
 from smoa.layer import SmoaLayer
 from tests import oracle
-from tests.support.decompositions import NoDecomposition
-from tests.support.kinds import KINDS, input_of, kind_of_layer, oracle_of
-from tests.support.layers import ROUTES, Wrapper, adapted_layer, base_weight, factors, labels, randomise
-from tests.support.tolerance import assert_close
+from tests.support.layers import (
+    KINDS,
+    ROUTES,
+    Wrapper,
+    adapted_layer,
+    assert_close,
+    base_weight,
+    factors,
+    input_of,
+    kind_of_layer,
+    labels,
+    oracle_of,
+    randomise,
+)
+from tests.support.watch import NoDecomposition
 
 SETTINGS = {"r": 7, "num_blocks": 3, "alpha": 4.0, "target_modules": ["layer"]}
 every_kind = pytest.mark.parametrize("kind", KINDS)

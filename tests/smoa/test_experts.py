@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from smoa import SmoaConfig, UnsupportedModuleError
 from smoa.hotswap import hotswap_adapter
 from tests import oracle
-from tests.support.decompositions import NoDecomposition
-from tests.support.launches import count
-from tests.support.layers import clone_leaf
-from tests.support.tiny_mixtures import (
+from tests.support.layers import assert_close, clone_leaf
+from tests.support.tiny import (
+    EXPERT_SETTINGS,
     EXPERTS,
     FAMILIES,
     MIXTURES,
-    SETTINGS,
     add_second_adapter,
-    build_mixture,
+    build,
     experts_of,
     matrix_of,
     oracle_deltas,
@@ -30,7 +28,7 @@ from tests.support.tiny_mixtures import (
     tokens,
     wrappers,
 )
-from tests.support.tolerance import assert_close
+from tests.support.watch import NoDecomposition, count
 
 INTERFACED = sorted(set(MIXTURES) - {"llama4"})
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
@@ -39,7 +37,7 @@ IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
 def adapted(family: str, **settings: Any) -> PeftModel:
     config = {"r": 7, "num_blocks": 3, "alpha": 4.0, "target_modules": [], "target_parameters": EXPERTS}
     torch.manual_seed(3)
-    return get_peft_model(build_mixture(family), SmoaConfig(**config | settings))
+    return get_peft_model(build(family), SmoaConfig(**config | settings))
 
 
 @torch.no_grad()
@@ -66,7 +64,7 @@ def test_an_adapter_is_trained_saved_and_loaded_without_a_decomposition(family: 
     model.eval().save_pretrained(tmp_path)
     for low_cpu_mem_usage in (False, True):
         with NoDecomposition():
-            loaded = PeftModel.from_pretrained(build_mixture(family), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+            loaded = PeftModel.from_pretrained(build(family), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
         assert torch.equal(logits(loaded.eval()), logits(model))
     assert not torch.equal(logits(loaded), before)
 
@@ -138,7 +136,7 @@ def test_a_file_names_parameters_as_pefts_wrappers_are_nested(tmp_path: Path) ->
     place = "base_model.model.model.layers.0.mlp.experts"
     assert {f"{place}.base_layer.smoa_A.weight", f"{place}.smoa_row_labels"} < names
     model.set_adapter("both")
-    loaded = PeftModel.from_pretrained(build_mixture("mixtral"), str(tmp_path / "both")).eval()
+    loaded = PeftModel.from_pretrained(build("mixtral"), str(tmp_path / "both")).eval()
     assert torch.equal(logits(loaded), logits(model))
 
 
@@ -270,7 +268,7 @@ class InputsFirst(nn.Module):
 
 @pytest.mark.parametrize("modulation", ["hadamard", "none"])
 def test_a_matrix_that_is_stored_with_its_inputs_first_computes_what_the_merged_one_does(modulation: str) -> None:
-    config = SmoaConfig(target_modules=[], target_parameters=["layer.weight"], modulation=modulation, **SETTINGS)
+    config = SmoaConfig(target_modules=[], target_parameters=["layer.weight"], modulation=modulation, **EXPERT_SETTINGS)
     model = inject_adapter_in_model(config, nn.ModuleDict({"layer": InputsFirst()}))
     wrapper, x = wrappers(model)["weight"], torch.randn(2, 5, 11, dtype=torch.float64, requires_grad=True)
     leaves = [x, *(clone_leaf(factor) for factor in wrapper.factors("default"))]
@@ -285,7 +283,7 @@ def test_a_matrix_that_is_stored_with_its_inputs_first_computes_what_the_merged_
     assert_close(wrapper(x), expected)
 
 
-K, R = SETTINGS["num_blocks"], SETTINGS["r"]
+K, R = EXPERT_SETTINGS["num_blocks"], EXPERT_SETTINGS["r"]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -309,7 +307,7 @@ def test_a_parameter_that_fsdp1_has_flattened_is_refused() -> None:
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_merged_model_says_the_same_under_the_same_names_and_unmerging_restores_every_bit(family: str) -> None:
-    model, plain = adapted(family, init_weights=False), build_mixture(family)
+    model, plain = adapted(family, init_weights=False), build(family)
     expected, state = logits(model), plain.state_dict()
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     generated = model.generate(input_ids=tokens(), **options)

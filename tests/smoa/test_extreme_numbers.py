@@ -12,6 +12,7 @@ from smoa.layer import SmoaLayer
 from tests import oracle
 from tests.support.layers import (
     adapted_layer,
+    assert_close,
     base_layer,
     base_weight,
     factors,
@@ -21,8 +22,7 @@ from tests.support.layers import (
     oracle_output,
     ranks,
 )
-from tests.support.tiny_mixtures import build_mixture
-from tests.support.tolerance import assert_close
+from tests.support.tiny import build
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -125,7 +125,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_the_name_of_its_layer(value: 
 
 @pytest.mark.parametrize("partition", ["spectral", "contiguous"])
 def test_an_expert_that_is_not_finite_is_refused(partition: str) -> None:
-    model = build_mixture("qwen3_moe")
+    model = build("qwen3_moe")
     experts = model.model.layers[0].mlp.experts
     with torch.no_grad():
         experts.down_proj[3, 0, 0] = float("nan")
@@ -143,7 +143,7 @@ def test_weights_that_come_after_the_adapter_and_are_not_finite_are_refused_at_f
 
 
 def test_experts_of_which_one_is_broken_are_refused_under_safe_merge_and_stay_as_they_were() -> None:
-    model = get_peft_model(build_mixture("qwen3_moe"), SmoaConfig(r=2, target_parameters=["experts.down_proj"]))
+    model = get_peft_model(build("qwen3_moe"), SmoaConfig(r=2, target_parameters=["experts.down_proj"]))
     layer = layers_of(model)[0]
     with torch.no_grad():
         layer.smoa_B["default"].weight[:, -2:] = float("nan")  # of the last one

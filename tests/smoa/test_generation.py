@@ -18,10 +18,9 @@ from smoa.kernels.blocks import Deltas, block_deltas, diagonal_blocks
 from smoa.kernels.factors import BlockRun
 from smoa.kernels.one_product import Update
 from smoa.partition import Blocks
-from tests.support import tiny_models
-from tests.support.adapted_models import SETTINGS, adapted, add_adapter
-from tests.support.layers import Wrapper, layers_of, take_route
-from tests.support.tolerance import assert_close
+from tests.support import tiny
+from tests.support.layers import Wrapper, assert_close, layers_of, take_route
+from tests.support.tiny import SETTINGS, adapted, add_adapter
 
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "gemma3": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
 TARGETS = {"gpt2": ["c_attn"], "t5": ["q", "v"]}
@@ -30,11 +29,11 @@ TARGETS = {"gpt2": ["c_attn"], "t5": ["q", "v"]}
 def model_of(family: str = "llama", dtype: torch.dtype = torch.float32, **config: Any) -> Any:
     settings = {"task_type": TASKS[family], "r": 5, "alpha": 3.0, "num_blocks": 3} | config
     settings["target_modules"] = TARGETS.get(family, ["q_proj", "v_proj", "up_proj"])
-    return adapted(tiny_models.build(family, dtype), **settings)
+    return adapted(tiny.build(family, dtype), **settings)
 
 
 def prompts() -> Tensor:
-    return tiny_models.batch("llama", size=2, length=5)["input_ids"].clamp_min(3)
+    return tiny.batch("llama", size=2, length=5)["input_ids"].clamp_min(3)
 
 
 def answer(model: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -122,9 +121,9 @@ def test_in_float32_logits_are_those_of_the_plain_route_to_the_last_bit(
 
 DOORS: dict[str, Callable[[], Any]] = {
     "a task": model_of,
-    "no task": lambda: adapted(tiny_models.build("llama"), r=5, num_blocks=3),
+    "no task": lambda: adapted(tiny.build("llama"), r=5, num_blocks=3),
     "the base model": lambda: model_of().get_base_model(),
-    "injected": lambda: inject_adapter_in_model(SmoaConfig(**SETTINGS, init_weights=False), tiny_models.build("llama")),
+    "injected": lambda: inject_adapter_in_model(SmoaConfig(**SETTINGS, init_weights=False), tiny.build("llama")),
 }
 
 
@@ -330,7 +329,7 @@ def test_a_setting_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'all' must be one of 'blocks', 'merged', 'off'"):
         keep_in_generate(model_of(), "all")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no SMoA adapter"):
-        keep_in_generate(tiny_models.build("llama"), "off")
+        keep_in_generate(tiny.build("llama"), "off")
 
 
 # the method
@@ -343,13 +342,13 @@ def test_a_class_that_cannot_generate_gets_no_method() -> None:
 
 def test_the_method_outlives_the_name_of_its_model() -> None:
     config = SmoaConfig(**SETTINGS, init_weights=False)
-    generate = inject_adapter_in_model(config, tiny_models.build("llama")).generate
+    generate = inject_adapter_in_model(config, tiny.build("llama")).generate
     gc.collect()
     assert generate(input_ids=prompts(), max_new_tokens=3).shape[1] > prompts().shape[1]
 
 
 def test_a_generate_of_the_models_own_stays() -> None:
-    base = tiny_models.build("llama")
+    base = tiny.build("llama")
     base.generate = lambda *args, **kwargs: "its own"
     model = adapted(base, task_type="CAUSAL_LM")
     assert model.generate() == "its own"

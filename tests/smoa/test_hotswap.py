@@ -9,11 +9,9 @@ from torch import nn
 from smoa import ConfigError, MergeError, SmoaConfig
 from smoa.hotswap import hotswap_adapter
 from smoa.kept import snapshot_of
-from tests.support import tiny_models
-from tests.support.adapter_files import with_settings
-from tests.support.layers import layers_of
-from tests.support.tiny_models import logits
-from tests.support.tolerance import assert_close
+from tests.support import tiny
+from tests.support.layers import assert_close, layers_of
+from tests.support.tiny import logits, with_settings
 
 # The spectral partition depends on the weights alone; another one shows that the labels are swapped too.
 SLOT = {"r": 6, "num_blocks": 3, "alpha": 12.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -22,7 +20,7 @@ SLOT = {"r": 6, "num_blocks": 3, "alpha": 12.0, "target_modules": ["q_proj", "v_
 def adapted(seed: int, family: str = "llama", **config: Any) -> PeftModel:
     torch.manual_seed(seed)
     options = SLOT | {"init_weights": False, "task_type": "CAUSAL_LM"} | config
-    return get_peft_model(tiny_models.build(family), SmoaConfig(**options)).eval()
+    return get_peft_model(tiny.build(family), SmoaConfig(**options)).eval()
 
 
 def saved(folder: Path, seed: int = 2, family: str = "llama", **config: Any) -> PeftModel:
@@ -48,7 +46,7 @@ def saved(folder: Path, seed: int = 2, family: str = "llama", **config: Any) -> 
 def test_after_a_swap_the_model_does_what_the_new_adapter_does(other: dict[str, Any], tmp_path: Path) -> None:
     """Also once it was saved and loaded, and swapped back it is what it was; another adapter stays as it is."""
     saved(tmp_path / "first", seed=1)
-    model, new = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "first"), saved(tmp_path, **other)
+    model, new = PeftModel.from_pretrained(tiny.build("llama"), tmp_path / "first"), saved(tmp_path, **other)
     model.add_adapter("other", SmoaConfig(**SLOT | {"init_weights": False, "task_type": "CAUSAL_LM"}))
     before = logits(model.eval())
     assert not torch.allclose(before, logits(new), atol=1e-3)
@@ -57,7 +55,7 @@ def test_after_a_swap_the_model_does_what_the_new_adapter_does(other: dict[str, 
     assert_close(logits(model), logits(new))
     assert {type(layer.smoa_dropout["default"]) for layer in layers_of(model)} == dropout
     model.save_pretrained(tmp_path / "again", selected_adapters=["default"])
-    again = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "again")
+    again = PeftModel.from_pretrained(tiny.build("llama"), tmp_path / "again")
     assert again.peft_config["default"].r == SLOT["r"]
     assert_close(logits(again.eval()), logits(new))
     hotswap_adapter(model, tmp_path, "other")
@@ -161,7 +159,7 @@ def test_a_merged_adapter_is_not_swapped(tmp_path: Path) -> None:
 
 
 def test_only_smoa_adapters_are_swapped(tmp_path: Path) -> None:
-    lora = get_peft_model(tiny_models.build("llama"), LoraConfig(target_modules=["q_proj"]))
+    lora = get_peft_model(tiny.build("llama"), LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="both must be SMoA adapters"):
         hotswap_adapter(lora, tmp_path)

@@ -9,8 +9,7 @@ from torch import Tensor
 from smoa.adapter_names import Call, opened
 from smoa.kept import snapshot_of
 from smoa.linear import Linear
-from tests.support.layers import adapted_layer, add_adapter, base_layer, oracle_output
-from tests.support.tolerance import assert_close
+from tests.support.layers import adapted_layer, add_adapter, assert_close, base_layer, oracle_output
 
 
 def output(layer: Linear, x: Tensor) -> Tensor:

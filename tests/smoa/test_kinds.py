@@ -15,19 +15,22 @@ from smoa.conv import Convolution
 from smoa.embedding import Embedding
 from smoa.kernels.blocks import SCRATCH
 from smoa.layer import SmoaLayer
-from tests.support.kinds import CONVS, input_of, kind_of_layer, oracle_of
 from tests.support.layers import (
+    CONVS,
     ROUTES,
     Wrapper,
     adapted_layer,
+    assert_close,
     base_weight,
     clone_leaf,
     factors,
+    input_of,
+    kind_of_layer,
     oracle_delta,
+    oracle_of,
     take_route,
 )
-from tests.support.live_bytes import LiveBytes
-from tests.support.tolerance import assert_close
+from tests.support.watch import LiveBytes
 
 SETTINGS = {"r": 7, "num_blocks": 3, "alpha": 4.0}
 

@@ -8,9 +8,8 @@ from torch.utils.checkpoint import checkpoint
 from smoa.kernels import blocks as by_blocks
 from smoa.kernels import one_product
 from smoa.layer import SmoaLayer
-from tests.support.gradients import assert_path
-from tests.support.launches import SORTS_OR_WAITS, count
-from tests.support.layers import adapted_layer, base_layer, factors, take_route
+from tests.support.layers import adapted_layer, assert_path, base_layer, factors, take_route
+from tests.support.watch import SORTS_OR_WAITS, count
 
 PARTITIONS = ["spectral", "contiguous"]
 LAUNCHES = {"apart": (16, 28), "one product": (26, 50)}

@@ -12,17 +12,17 @@ from transformers import PreTrainedModel
 
 from smoa.distributed import linear_weight
 from tests import oracle
-from tests.support.adapted_models import adapted
 from tests.support.layers import (
     Wrapper,
     adapted_layer,
+    assert_close,
     base_layer,
     base_weight,
     factors,
     oracle_delta,
     smoa_layers,
 )
-from tests.support.tolerance import assert_close
+from tests.support.tiny import adapted
 
 MODULATIONS = ["hadamard", "none"]
 

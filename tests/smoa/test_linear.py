@@ -8,17 +8,21 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tests import oracle
-from tests.support.gradients import assert_path, inputs, layer_13_to_11, oracle_gradients, own_gradients
 from tests.support.layers import (
     adapted_layer,
+    assert_close,
+    assert_path,
     base_layer,
     base_weight,
     clone_leaf,
     factors,
+    inputs,
+    layer_13_to_11,
     oracle_delta,
+    oracle_gradients,
     oracle_output,
+    own_gradients,
 )
-from tests.support.tolerance import assert_close
 
 pytestmark = pytest.mark.usefixtures("pieces")
 whole_runs = pytest.mark.parametrize("pieces", ["whole"], indirect=True)  # compiled code cuts none

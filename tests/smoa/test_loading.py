@@ -23,20 +23,20 @@ from transformers import AutoModelForCausalLM
 
 from smoa import SmoaConfig
 from smoa.compat import PREFIX
-from tests.support import tiny_models
-from tests.support.decompositions import NoDecomposition
+from tests.support import tiny
 from tests.support.layers import layers_of
+from tests.support.watch import NoDecomposition
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 SETTINGS: dict[str, Any] = {"r": 6, "num_blocks": 3, "target_modules": ["q_proj", "v_proj"], "init_weights": False}
 
 
 def by_peft_model(folder: Path) -> nn.Module:
-    return PeftModel.from_pretrained(tiny_models.build("llama"), folder / "adapter")
+    return PeftModel.from_pretrained(tiny.build("llama"), folder / "adapter")
 
 
 def beside_another(folder: Path) -> nn.Module:
-    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(partition="contiguous", **SETTINGS), "first")
+    model = get_peft_model(tiny.build("llama"), SmoaConfig(partition="contiguous", **SETTINGS), "first")
     model.load_adapter(str(folder / "adapter"), "default")
     model.set_adapter("default")
     return model
@@ -47,7 +47,7 @@ def by_auto_model(folder: Path) -> nn.Module:
 
 
 def by_transformers(folder: Path) -> nn.Module:
-    model = tiny_models.build("llama")
+    model = tiny.build("llama")
     model.load_adapter(str(folder / "adapter"))
     return model
 
@@ -57,12 +57,12 @@ def by_transformers_auto_model(folder: Path) -> nn.Module:
 
 
 def by_low_memory(folder: Path) -> nn.Module:
-    return PeftModel.from_pretrained(tiny_models.build("llama"), folder / "adapter", low_cpu_mem_usage=True)
+    return PeftModel.from_pretrained(tiny.build("llama"), folder / "adapter", low_cpu_mem_usage=True)
 
 
 def with_a_given_config(folder: Path) -> nn.Module:
     config = PeftConfig.from_pretrained(folder / "adapter")
-    return PeftModel.from_pretrained(tiny_models.build("llama"), folder / "adapter", config=config)
+    return PeftModel.from_pretrained(tiny.build("llama"), folder / "adapter", config=config)
 
 
 LOADERS: list[Callable[[Path], nn.Module]] = [
@@ -76,7 +76,7 @@ every_loader = pytest.mark.parametrize("load", LOADERS, ids=lambda loader: loade
 def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[PeftModel, Path]:
     """An adapted model, and the folder of its adapter, with its base beside it."""
     folder = tmp_path_factory.mktemp("template")
-    tiny_models.build("llama").save_pretrained(folder / "base")
+    tiny.build("llama").save_pretrained(folder / "base")
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     model = get_peft_model(base, SmoaConfig(task_type="CAUSAL_LM", **SETTINGS)).eval()
     model.save_pretrained(folder / "adapter")
@@ -114,16 +114,16 @@ def test_weights_without_a_config_are_loaded_where_one_is_given(saved: PeftModel
     config = PeftConfig.from_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / CONFIG).unlink()
     with NoDecomposition():
-        model = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "adapter", config=config)
+        model = PeftModel.from_pretrained(tiny.build("llama"), tmp_path / "adapter", config=config)
     assert all(torch.equal(*pair) for pair in zip(updates(model), updates(saved), strict=True))
 
 
 def test_transformers_loads_modules_that_were_trained_whole(tmp_path: Path) -> None:
-    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(modules_to_save=["lm_head"], **SETTINGS))
+    model = get_peft_model(tiny.build("llama"), SmoaConfig(modules_to_save=["lm_head"], **SETTINGS))
     nn.init.normal_(model.base_model.model.lm_head.modules_to_save["default"].weight)
     model.save_pretrained(tmp_path / "adapter")
     again = by_transformers(tmp_path)
-    batch = tiny_models.batch("llama")
+    batch = tiny.batch("llama")
     with torch.no_grad():
         assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
 
@@ -141,7 +141,7 @@ def in_a_hub_cache(folder: Path, cache: Path, commit: str = "a" * 40) -> None:
 def test_an_adapter_of_the_hub_is_loaded_without_a_decomposition(saved: PeftModel, tmp_path: Path) -> None:
     in_a_hub_cache(tmp_path / "adapter", tmp_path / "cache")
     with NoDecomposition():
-        model = PeftModel.from_pretrained(tiny_models.build("llama"), "lab/adapter", cache_dir=str(tmp_path / "cache"))
+        model = PeftModel.from_pretrained(tiny.build("llama"), "lab/adapter", cache_dir=str(tmp_path / "cache"))
     assert all(torch.equal(*pair) for pair in zip(updates(model), updates(saved), strict=True))
 
 
@@ -150,14 +150,14 @@ def test_an_adapter_of_the_hub_is_loaded_without_a_decomposition(saved: PeftMode
 
 def test_an_adapter_of_another_method_is_loaded_as_ever(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    model = get_peft_model(tiny_models.build("llama"), config)
+    model = get_peft_model(tiny.build("llama"), config)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.build("llama"), tmp_path)
     loaded.load_adapter(str(tmp_path), "second")
-    batch = tiny_models.batch("llama")
+    batch = tiny.batch("llama")
     assert torch.equal(loaded.eval()(**batch).logits, model.eval()(**batch).logits)
     as_a_pickle(tmp_path)
-    PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path)
+    PeftModel.from_pretrained(tiny.build("llama"), tmp_path)
     assert isinstance(SmoaConfig.from_pretrained(tmp_path), LoraConfig)
 
 
@@ -166,7 +166,7 @@ def test_layers_made_for_a_state_dict_wait_for_its_labels(saved: PeftModel, tmp_
     tensors = load_file(tmp_path / "adapter" / WEIGHTS)
     plain = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
     with NoDecomposition():
-        model = inject_adapter_in_model(config, tiny_models.build("llama"), state_dict=plain)
+        model = inject_adapter_in_model(config, tiny.build("llama"), state_dict=plain)
         set_peft_model_state_dict(model, plain)
     assert all(torch.equal(*pair) for pair in zip(updates(model), updates(saved), strict=True))
 
@@ -189,6 +189,6 @@ def test_tensors_that_come_with_the_injection_are_not_decided_before(saved: Peft
     with NoDecomposition():
         inject_adapter_in_model(
             SmoaConfig(**SETTINGS),
-            tiny_models.build("llama"),
+            tiny.build("llama"),
             state_dict={k.removeprefix(PREFIX): state[k] for k in state},
         )

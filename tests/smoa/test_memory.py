@@ -14,9 +14,8 @@ from smoa import SmoaConfig, clear_spectrum_cache, spectrum
 from smoa.adapter import decided_partition
 from smoa.kernels import one_product
 from smoa.kernels.blocks import SCRATCH
-from tests.support.layers import ROUTES, adapted_layer, add_adapter, base_layer, factors
-from tests.support.live_bytes import LiveBytes
-from tests.support.quantized import BITSANDBYTES, quantized_layer
+from tests.support.layers import BITSANDBYTES, ROUTES, adapted_layer, add_adapter, base_layer, factors, quantized_layer
+from tests.support.watch import LiveBytes
 
 SMALL = 1.1
 """Vectors, tiles of rows and factors, which are no small part at these shapes, are allowed a tenth of a matrix."""

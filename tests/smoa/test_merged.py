@@ -14,8 +14,7 @@ from smoa import SmoaConfig, UnsupportedModuleError, keep_in_generate
 from smoa.kernels.one_product import Update
 from smoa.layer import smoa_layers
 from smoa.route import route_of
-from tests.support.kinds import KINDS, input_of, kind_of_layer
-from tests.support.layers import adapted_layer, stored_bits, take_route
+from tests.support.layers import KINDS, adapted_layer, input_of, kind_of_layer, stored_bits, take_route
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 

@@ -10,19 +10,21 @@ from torch import Tensor, nn
 
 from smoa import MergeError, SmoaConfig, UnsupportedModuleError, merged
 from tests import oracle
-from tests.support.kinds import KINDS, input_of, kind_of_layer
 from tests.support.layers import (
+    KINDS,
     adapted_layer,
     add_adapter,
+    assert_close,
     base_layer,
     base_weight,
     factors,
+    input_of,
+    kind_of_layer,
     layers_of,
     oracle_delta,
     randomise,
     stored_bits,
 )
-from tests.support.tolerance import assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

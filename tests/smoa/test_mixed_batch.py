@@ -9,12 +9,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from smoa.kernels import blocks
-from tests.support import tiny_models
-from tests.support.adapted_models import QV, adapted, add_adapter
-from tests.support.layers import adapted_layer, base_layer, oracle_output
+from tests.support import tiny
+from tests.support.layers import adapted_layer, assert_close, base_layer, oracle_output, relative_error
 from tests.support.layers import add_adapter as add_layer_adapter
-from tests.support.tiny_models import logits
-from tests.support.tolerance import assert_close, relative_error
+from tests.support.tiny import QV, adapted, add_adapter, logits
 
 
 @pytest.mark.parametrize("settings", [{}, {"r": 30, "num_blocks": 20}], ids=["", "narrow v_proj"])
@@ -56,11 +54,11 @@ def test_a_weight_that_trains_gets_its_gradient_through_each_rows_adapter(
     add_adapter(model, "other")
     names = ["default", "other", "default"]
     weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad_(True)
-    mixed = model(**tiny_models.batch("llama"), adapter_names=names).logits
+    mixed = model(**tiny.batch("llama"), adapter_names=names).logits
     expected = torch.zeros_like(weight)
     for i, name in enumerate(names):
         model.set_adapter(name)
-        expected += torch.autograd.grad(model(**tiny_models.batch("llama")).logits[i].square().sum(), weight)[0]
+        expected += torch.autograd.grad(model(**tiny.batch("llama")).logits[i].square().sum(), weight)[0]
     found = torch.autograd.grad(mixed.square().sum(), weight)[0]
     assert relative_error(found, expected) < 1e-5
 
@@ -68,12 +66,12 @@ def test_a_weight_that_trains_gets_its_gradient_through_each_rows_adapter(
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
 def test_a_mixed_batch_trains_tokens_of_a_head_in_the_rows_of_their_adapter_only() -> None:
-    model = adapted(tiny_models.build("gemma3"), target_modules=["lm_head"], trainable_token_indices=[3, 5])
+    model = adapted(tiny.build("gemma3"), target_modules=["lm_head"], trainable_token_indices=[3, 5])
     model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"].mul_(2)
     alone = logits(model, "gemma3")
     mixed = logits(model, "gemma3", adapter_names=["default", "__base__", "__base__"])
     assert_close(mixed[0], alone[0])
-    assert_close(mixed[1:], logits(tiny_models.build("gemma3"), "gemma3")[1:])
+    assert_close(mixed[1:], logits(tiny.build("gemma3"), "gemma3")[1:])
 
 
 @pytest.mark.parametrize("length", [1, 200])  # for 200 tokens at rank 2 it pays to form ΔW
@@ -134,9 +132,9 @@ def test_a_mixed_batch_generates_what_each_adapter_generates_alone(
 ) -> None:
     targets = ["q", "v"] if family == "t5" else QV
     task = TaskType.SEQ_2_SEQ_LM if family == "t5" else TaskType.CAUSAL_LM
-    model = adapted(tiny_models.build(family), target_modules=targets, task_type=task)
+    model = adapted(tiny.build(family), target_modules=targets, task_type=task)
     add_adapter(model, "other", target_modules=targets, task_type=task)
-    inputs = tiny_models.batch(family)
+    inputs = tiny.batch(family)
     inputs = {name: inputs[name][:2] for name in ("input_ids", "attention_mask")}
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False} | setting
     options: dict[str, Any] = {"generation_config": GenerationConfig(**settings)}

@@ -20,17 +20,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
 
 from smoa import SmoaConfig
-from tests.support import tiny_models
-from tests.support.adapted_models import QV, adapted, add_adapter
-from tests.support.layers import (
-    factors,
-    randomise,
-    ranks,
-    smoa_layers,
-)
-from tests.support.tiny_mixtures import EXPERTS, build_mixture
-from tests.support.tiny_models import logits
-from tests.support.tolerance import assert_close
+from tests.support import tiny
+from tests.support.layers import assert_close, factors, randomise, ranks, smoa_layers
+from tests.support.tiny import EXPERTS, QV, adapted, add_adapter, build, logits
 
 
 def trainable(model: nn.Module) -> set[str]:
@@ -42,9 +34,9 @@ def trainable(model: nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("targets", ["all-linear", None])
 def test_the_targets_of_an_architecture_are_those_of_lora(family: str, targets: Any) -> None:
-    own = get_peft_model(tiny_models.build(family), SmoaConfig(r=4, target_modules=targets))
+    own = get_peft_model(tiny.build(family), SmoaConfig(r=4, target_modules=targets))
     lora = LoraConfig(r=4, target_modules=targets, fan_in_fan_out=family == "gpt2")
-    assert set(own.targeted_module_names) == set(get_peft_model(tiny_models.build(family), lora).targeted_module_names)
+    assert set(own.targeted_module_names) == set(get_peft_model(tiny.build(family), lora).targeted_module_names)
     assert "lm_head" not in own.targeted_module_names
 
 
@@ -69,7 +61,7 @@ def test_rank_and_alpha_follow_their_patterns(tiny_llama: PreTrainedModel) -> No
 
 @pytest.mark.parametrize("bias", ["none", "all", "smoa_only"])
 def test_the_biases_asked_for_are_trained(bias: Any) -> None:
-    base = tiny_models.build("bert")
+    base = tiny.build("bert")
     names = trainable(adapted(base, target_modules=["query"], bias=bias))
     biases = {name for name in names if name.endswith(".bias")}
     every = {name for name, _ in base.named_parameters() if name.endswith(".bias")}
@@ -136,13 +128,13 @@ def test_what_is_trained_besides_is_saved(
     with torch.no_grad():
         model.get_parameter(name).add_(1.0)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path).eval()
+    loaded = PeftModel.from_pretrained(tiny.build("llama"), tmp_path).eval()
     assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize(("dtype", "autocast_adapter_dtype"), [(torch.bfloat16, True), (torch.float16, False)])
 def test_factors_are_in_float32_unless_asked_otherwise(dtype: torch.dtype, autocast_adapter_dtype: bool) -> None:
-    base = tiny_models.build("llama", dtype)
+    base = tiny.build("llama", dtype)
     model = get_peft_model(
         base, SmoaConfig(r=4, target_modules=QV), autocast_adapter_dtype=autocast_adapter_dtype
     ).eval()
@@ -153,8 +145,8 @@ def test_factors_are_in_float32_unless_asked_otherwise(dtype: torch.dtype, autoc
             torch.uint8
         }
         assert layer.smoa_block_scale["default"].dtype == torch.float32
-    assert model(**tiny_models.batch("llama")).logits.dtype == dtype
-    model(**tiny_models.batch("llama")).loss.backward()
+    assert model(**tiny.batch("llama")).logits.dtype == dtype
+    model(**tiny.batch("llama")).loss.backward()
 
 
 # --- several adapters ------------------------------------------------------------------------------------------------
@@ -162,8 +154,8 @@ def test_factors_are_in_float32_unless_asked_otherwise(dtype: torch.dtype, autoc
 
 def test_adapters_that_came_and_went_leave_no_tensor_and_no_name() -> None:
     settings = {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "target_parameters": EXPERTS}
-    model = get_peft_model(build_mixture("qwen3_moe"), SmoaConfig(**settings)).eval()
-    ids = tiny_models.batch("llama")["input_ids"]
+    model = get_peft_model(build("qwen3_moe"), SmoaConfig(**settings)).eval()
+    ids = tiny.batch("llama")["input_ids"]
 
     def tensors() -> int:
         gc.collect()
@@ -199,11 +191,11 @@ def test_an_adapter_is_loaded_whether_or_not_another_is_on_an_embedding(
     add_adapter(model, "other", target_modules=["lm_head", "q_proj"])
     model.save_pretrained(tmp_path)
     model.set_adapter("other")
-    alone = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "other").eval()
+    alone = PeftModel.from_pretrained(tiny.build("llama"), tmp_path / "other").eval()
     assert torch.equal(logits(alone), logits(model))
     alone.save_pretrained(tmp_path / "alone")
     for low_cpu_mem_usage in (False, True):
-        beside = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path).eval()
+        beside = PeftModel.from_pretrained(tiny.build("llama"), tmp_path).eval()
         beside.load_adapter(tmp_path / "alone", "other", low_cpu_mem_usage=low_cpu_mem_usage)
         beside.set_adapter("other")
         assert torch.equal(logits(beside), logits(model))
@@ -235,14 +227,14 @@ def test_a_deep_copy_of_a_merged_model_unmerges_on_its_own(tiny_llama: PreTraine
 
 
 def test_transformers_own_adapter_interface_takes_smoa(tmp_path: Path) -> None:
-    model = tiny_models.build("llama")
+    model = tiny.build("llama")
     model.add_adapter(SmoaConfig(r=4, num_blocks=2, target_modules=QV), "mine")
     for layer in smoa_layers(model).values():
         randomise(layer, "mine")
     model.eval()
     expected = logits(model)
     model.save_pretrained(tmp_path)
-    fresh = tiny_models.build("llama")
+    fresh = tiny.build("llama")
     plain = logits(fresh)
     fresh.load_adapter(str(tmp_path), "mine")
     fresh.eval()
@@ -277,9 +269,9 @@ def test_the_model_holds_the_config_that_was_passed_and_writes_into_it_what_peft
     configs: list[Any] = []
     for config in (SmoaConfig(r=4, alpha=8, target_modules=targets), LoraConfig(r=4, target_modules=targets)):
         before = copy.deepcopy(config)
-        model = get_peft_model(tiny_models.build("llama"), config)
+        model = get_peft_model(tiny.build("llama"), config)
         assert model.peft_config["default"] is model.base_model.peft_config["default"] is config
-        model(**tiny_models.batch("llama"))
+        model(**tiny.batch("llama"))
         changed = {f.name for f in fields(config) if getattr(config, f.name) != getattr(before, f.name)}
         assert changed <= {"target_modules", "base_model_name_or_path"}
         configs.append(config)
@@ -291,7 +283,7 @@ def test_the_model_holds_the_config_that_was_passed_and_writes_into_it_what_peft
 def test_random_blocks_follow_the_seed_and_the_layers_name() -> None:
     found = []
     for seed in (1, 1, 2):
-        base = tiny_models.build("llama")
+        base = tiny.build("llama")
         torch.manual_seed(seed)
         torch.rand(len(found))  # what was drawn before does not count
         model = get_peft_model(base, SmoaConfig(target_modules=["q_proj"], partition="random"))
@@ -320,7 +312,7 @@ def test_the_reference_equals_a_start_trained_on_other_weights(
     settings: dict[str, Any] = {"target_modules": QVD, "init_weights": False, "partition": partition}
     config = SmoaConfig(r=8, num_blocks=4, other_base=True, **settings)
     get_peft_model(tiny_llama, config).save_pretrained(tmp_path)
-    other = tiny_models.build("llama")
+    other = tiny.build("llama")
     with torch.no_grad():
         for parameter in other.parameters():  # as after quantization: another spectrum, so other blocks if computed
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -342,7 +334,7 @@ def test_an_adapter_of_a_changed_config_is_that_of_a_config_of_its_own(
     for name, value in changes.items():
         setattr(config, name, value)
     model.add_adapter("other", config)
-    alone = get_peft_model(tiny_models.build("llama"), SmoaConfig(**{"r": 8, "target_modules": QVD} | changes))
+    alone = get_peft_model(tiny.build("llama"), SmoaConfig(**{"r": 8, "target_modules": QVD} | changes))
     expected = get_peft_model_state_dict(alone)
     state = get_peft_model_state_dict(model, adapter_name="other")
     assert state.keys() == expected.keys()
@@ -350,7 +342,7 @@ def test_an_adapter_of_a_changed_config_is_that_of_a_config_of_its_own(
 
 
 def test_a_layer_that_has_none_of_the_adapters_is_left_alone_by_a_merge() -> None:
-    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(r=4, target_modules=["q_proj"], init_weights=False))
+    model = get_peft_model(tiny.build("llama"), SmoaConfig(r=4, target_modules=["q_proj"], init_weights=False))
     model.add_adapter("second", SmoaConfig(r=4, target_modules=["v_proj"], init_weights=False))
     model.merge_adapter()
     assert [bool(layer.merged) for layer in smoa_layers(model).values()][:2] == [True, False]

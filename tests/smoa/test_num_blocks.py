@@ -10,8 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa import PartitionError, SmoaConfig
 from tests import oracle
-from tests.support.layers import base_weight, factors, randomise, smoa_layers
-from tests.support.tolerance import assert_close
+from tests.support.layers import assert_close, base_weight, factors, randomise, smoa_layers
 
 RANKS = [(8, 4, None), (7, 3, 9.5), (2, 4, 9.5), (12, 6, None)]
 """(r, num_blocks, alpha): even, a remainder that some blocks get, less than a rank for each block."""

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from smoa.layer import SmoaLayer
-from tests.support.layers import adapted_layer, base_layer, base_weight, factors, labels, oracle_delta
-from tests.support.tolerance import relative_error
+from tests.support.layers import adapted_layer, base_layer, base_weight, factors, labels, oracle_delta, relative_error
 
 HALVES = [torch.bfloat16, torch.float16]
 

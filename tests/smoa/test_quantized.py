@@ -18,18 +18,24 @@ from smoa.generation import keeping
 from smoa.layer import SmoaLayer
 from smoa.quantized import QuantizedLinear
 from tests import oracle
-from tests.support.layers import Wrapper, clone_leaf, factors, labels, oracle_delta, stored_bits
-from tests.support.quantized import (
-    KINDS,
-    adapted,
+from tests.support.layers import (
+    QUANTIZED,
+    Wrapper,
+    adapted_quantized,
+    assert_close,
+    clone_leaf,
     delta_of,
+    factors,
     in_4_bits,
+    labels,
+    oracle_delta,
     quantized_layer,
+    relative_error,
     same_layout_on_every_cpu,
+    stored_bits,
     weight_of,
     wrapped,
 )
-from tests.support.tolerance import assert_close, relative_error
 
 pytestmark = pytest.mark.usefixtures("pieces")
 
@@ -44,10 +50,10 @@ def _one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("modulation", ["hadamard", "none"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_values_and_gradients_are_the_oracles_on_the_dequantized_weight(kind: str, modulation: str) -> None:
     base = quantized_layer(kind)
-    layer = adapted(base, modulation=modulation).train()
+    layer = adapted_quantized(base, modulation=modulation).train()
     assert isinstance(layer, QuantizedLinear)
     assert labels(layer) == oracle.spectral_labels(weight_of(layer), 3)
     x, gradient = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 5, 24)
@@ -74,7 +80,7 @@ def test_values_and_gradients_are_the_oracles_on_the_dequantized_weight(kind: st
 def test_the_output_has_the_inputs_dtype_and_a_small_update_survives(
     dtype: torch.dtype, compute_dtype: torch.dtype
 ) -> None:
-    layer = adapted(in_4_bits(compute_dtype)).train()
+    layer = adapted_quantized(in_4_bits(compute_dtype)).train()
     with torch.no_grad():
         factors(layer)[1].mul_(2e-3)  # entries of ΔW are thousandths of those of W
     layer.smoa_A.float()
@@ -92,7 +98,7 @@ def test_the_output_has_the_inputs_dtype_and_a_small_update_survives(
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_generate_keeps_the_blocks_of_the_update_if_it_is_told_to(kind: str) -> None:
-    layer = adapted(quantized_layer(kind)).eval()
+    layer = adapted_quantized(quantized_layer(kind)).eval()
     x = torch.randn(2, 64)
     with torch.no_grad():
         with keeping(layer) as snapshot:
@@ -119,10 +125,10 @@ def requantization_step(kind: str, weight: Tensor) -> Tensor:
     return {"int8": 0.5 / 127, "torchao": 0.5 / 127, "hqq": 0.25}.get(kind, 0.2) * peak + 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_the_merged_layer_is_the_requantized_sum_and_unmerging_puts_back_every_byte(kind: str) -> None:
     base = quantized_layer(kind)
-    layer = adapted(base)
+    layer = adapted_quantized(base)
     before, x, names = stored_bits(base), torch.randn(5, 64), layer.state_dict().keys()
     expected, exact = layer(x), weight_of(layer) + delta_of(layer)
     for _ in range(2):
@@ -140,7 +146,7 @@ def test_the_merged_layer_is_the_requantized_sum_and_unmerging_puts_back_every_b
     assert torch.equal(layer(x), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_unloading_gives_the_quantized_layer_back_and_merging_one_of_its_class(kind: str) -> None:
     base = quantized_layer(kind)
     config = SmoaConfig(r=4, target_modules=["layer"], init_weights=False)
@@ -211,7 +217,7 @@ def evaluated(kind: str, out_features: int = 64, in_features: int = 256) -> tupl
 @pytest.mark.parametrize("kind", ["nf4", "nf4 twice", "fp4"])
 def test_a_weight_that_was_repacked_for_evaluation_is_unpacked_for_good(kind: str) -> None:
     base, expected = evaluated(kind)
-    layer = adapted(base)
+    layer = adapted_quantized(base)
     assert torch.equal(layer.pristine_weight(), expected)
     x = torch.randn(5, 256, requires_grad=True)
     layer.train()(x).sum().backward()
@@ -222,7 +228,7 @@ def test_a_weight_that_was_repacked_for_evaluation_is_unpacked_for_good(kind: st
 
 def test_a_merged_weight_of_4_bits_writes_nothing_to_the_layer_that_unmerging_restores() -> None:
     base = quantized_layer("nf4", 64, 256)
-    state, layer = base.quant_state, adapted(base)
+    state, layer = base.quant_state, adapted_quantized(base)
     layer.merge()
     assert layer.base_layer.quant_state is not state
     assert base.quant_state is state  # which bitsandbytes takes where FSDP has replaced the weight
@@ -246,7 +252,7 @@ def test_saving_a_model_unpacks_the_layers_without_an_adapter_right() -> None:
     assert torch.equal(bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state), expected)
 
 
-# what can't be adapted
+# what can't be adapted_quantized
 
 
 class Float8Linear(nn.Linear):

@@ -10,10 +10,18 @@ from torch import Tensor, nn
 
 from smoa import SmoaConfig, UnsupportedModuleError, merged, scores
 from smoa.quantized import QuantizedLinear
-from tests.support import tiny_models
-from tests.support.layers import labels, layers_of, oracle_delta, randomise, stored_bits
-from tests.support.quantized import delta_of, quantized_model, same_layout_on_every_cpu
-from tests.support.tolerance import assert_close
+from tests.support import tiny
+from tests.support.layers import (
+    assert_close,
+    delta_of,
+    labels,
+    layers_of,
+    oracle_delta,
+    quantized_model,
+    randomise,
+    same_layout_on_every_cpu,
+    stored_bits,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +50,7 @@ def two_adapters(tmp_path: Path) -> PeftModel:
 
 
 def test_a_mixed_batch_gives_each_sample_its_adapter(two_adapters: PeftModel) -> None:
-    inputs = {key: value for key, value in tiny_models.batch("llama").items() if key != "labels"}
+    inputs = {key: value for key, value in tiny.batch("llama").items() if key != "labels"}
     alone = []
     with torch.no_grad():
         for row, name in enumerate(("default", "other")):
@@ -90,7 +98,7 @@ def test_an_adapter_moves_to_a_full_precision_base_and_back(
     tmp_path: Path, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = adapted_model(quantized_model(tmp_path / "base", **options)).eval()
-    expected = trained(**tiny_models.batch("llama")).logits
+    expected = trained(**tiny.batch("llama")).logits
     trained.peft_config["default"].other_base = not options  # 4 bits change so small a block by up to 28 %
     trained.save_pretrained(tmp_path / "adapter")
 
@@ -99,16 +107,16 @@ def test_an_adapter_moves_to_a_full_precision_base_and_back(
 
     monkeypatch.setattr(scores, "spectral_scores", decompose)
     scores.clear_spectrum_cache()
-    full = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "adapter")
+    full = PeftModel.from_pretrained(tiny.build("llama"), tmp_path / "adapter")
     for ours, theirs in zip(layers_of(full), layers_of(trained), strict=True):
         assert labels(ours) == labels(theirs)
         assert_close(ours.delta("default"), oracle_delta(theirs, weight=ours.base_weight()), torch.float32)
     full.save_pretrained(tmp_path / "back")
     back = PeftModel.from_pretrained(quantized_model(tmp_path / "base", **options), tmp_path / "back").eval()
-    assert torch.equal(back(**tiny_models.batch("llama")).logits, expected)
+    assert torch.equal(back(**tiny.batch("llama")).logits, expected)
     base = quantized_model(tmp_path / "base", **options)
     on_meta = PeftModel.from_pretrained(base, tmp_path / "back", low_cpu_mem_usage=True).eval()
-    assert torch.equal(on_meta(**tiny_models.batch("llama")).logits, expected)
+    assert torch.equal(on_meta(**tiny.batch("llama")).logits, expected)
 
 
 def test_the_projections_of_gpt2_are_quantized_and_adapted_too(tmp_path: Path) -> None:

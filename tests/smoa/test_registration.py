@@ -21,9 +21,8 @@ from smoa import (
 )
 from smoa.compat import BitsAndBytesBackend, find_quantization_backend
 from smoa.quantized import find_backend
-from tests.support import tiny_models
-from tests.support.layers import stored_bits
-from tests.support.quantized import BITSANDBYTES, quantized_layer
+from tests.support import tiny
+from tests.support.layers import BITSANDBYTES, quantized_layer, stored_bits
 
 CONFIG = SmoaConfig(r=7, num_blocks=3, alpha=2.5, target_modules=["q_proj", "v_proj"], smoa_dropout=0.1)
 
@@ -96,10 +95,10 @@ def test_a_plain_layer_has_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_adapter_is_loaded_into_an_injected_model() -> None:
     config = SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj"], init_weights=False)
-    wrapped = get_peft_model(tiny_models.build("llama"), config)
+    wrapped = get_peft_model(tiny.build("llama"), config)
     saved = save_and_load.get_peft_model_state_dict(wrapped)
     torch.manual_seed(5)
-    injected = inject_adapter_in_model(config, tiny_models.build("llama"))
+    injected = inject_adapter_in_model(config, tiny.build("llama"))
     save_and_load.set_peft_model_state_dict(injected, saved)
     for key, tensor in save_and_load.get_peft_model_state_dict(injected).items():
         assert torch.equal(tensor, saved["base_model.model." + key])

@@ -17,10 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa import PartitionError, SmoaConfig, SmoaError, UnsupportedModuleError
 from smoa.linear import Linear
-from tests.support.kinds import input_of
-from tests.support.layers import ROUTES, adapted_layer
-from tests.support.tiny_mixtures import EXPERTS, build_mixture
-from tests.support.tolerance import assert_close
+from tests.support.layers import ROUTES, adapted_layer, assert_close, input_of
+from tests.support.tiny import EXPERTS, build
 
 
 def test_the_blocks_of_a_weight_that_zero3_has_left_empty_are_those_of_its_whole_shape() -> None:
@@ -85,7 +83,7 @@ def adapted(model: nn.Module, **settings: Any) -> nn.Module:
 def test_the_parameters_are_those_that_lora_adapts(named: list[str]) -> None:
     found = []
     for config in (SmoaConfig, LoraConfig):
-        model = get_peft_model(build_mixture("qwen3_moe"), config(r=4, target_modules=[], target_parameters=named))
+        model = get_peft_model(build("qwen3_moe"), config(r=4, target_modules=[], target_parameters=named))
         found.append(sorted(model.base_model.targeted_parameter_names))
         wrapped = [name for name, m in model.named_modules() if type(m).__name__ == "ParamWrapper"]
         found[-1] += sorted(wrapped)
@@ -104,7 +102,7 @@ def test_the_parameters_are_those_that_lora_adapts(named: list[str]) -> None:
 def test_names_that_lora_takes_for_experts_are_told_to_leave_them_out(named: Any, told: bool) -> None:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        get_peft_model(build_mixture("qwen3_moe"), SmoaConfig(r=4, num_blocks=2, target_modules=named))
+        get_peft_model(build("qwen3_moe"), SmoaConfig(r=4, num_blocks=2, target_modules=named))
     messages = [text for warning in found if "experts" in (text := str(warning.message))]
     expected = "the experts of this mixture are parameters and not adapted by target_modules. To adapt them too, add "
     names = "target_parameters=['mlp.experts.down_proj', 'mlp.experts.gate_up_proj']"
@@ -115,7 +113,7 @@ def test_names_that_lora_takes_for_experts_are_told_to_leave_them_out(named: Any
 @pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")
 def test_patterns_go_by_the_parameters_name() -> None:
     patterns = {"experts.down_proj": 8}
-    model = adapted(build_mixture("qwen3_moe"), r=4, target_parameters=EXPERTS, rank_pattern=patterns)
+    model = adapted(build("qwen3_moe"), r=4, target_parameters=EXPERTS, rank_pattern=patterns)
     ranks = {m.parameter_name: m.adapters["default"].r for m in model.modules() if type(m).__name__ == "ParamWrapper"}
     assert ranks == {"gate_up_proj": 4, "down_proj": 8}
 
@@ -161,7 +159,7 @@ def test_a_parameter_that_can_not_be_adapted_is_refused(case: str) -> None:
 
 def test_all_linear_says_once_that_it_leaves_the_experts_out_and_how_to_name_them() -> None:
     with pytest.warns(UserWarning, match="the experts of this mixture") as caught:
-        model = get_peft_model(build_mixture("mixtral"), SmoaConfig(target_modules="all-linear"))
+        model = get_peft_model(build("mixtral"), SmoaConfig(target_modules="all-linear"))
     told = [str(warning.message) for warning in caught if "the experts of this mixture" in str(warning.message)]
     assert len(told) == 1
     assert "target_parameters=['mlp.experts.down_proj', 'mlp.experts.gate_up_proj']" in told[0]

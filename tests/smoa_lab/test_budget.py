@@ -10,7 +10,7 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.budget import budget_parameters, size_methods
 from smoa_lab.config.methods import find_method, method_names
 from tests.support import lab
-from tests.support.tiny_mixtures import EXPERTS, build_mixture
+from tests.support.tiny import EXPERTS, build
 
 
 def test_a_model_that_cannot_be_had_or_has_no_such_layers_is_refused(tmp_path: Path) -> None:
@@ -113,9 +113,9 @@ def test_a_method_that_cannot_be_sized_says_why(name: str, parameters: int | Non
 
 
 def test_experts_are_sized_if_their_parameters_are_named(tmp_path: Path) -> None:
-    build_mixture("qwen3_moe").save_pretrained(tmp_path)
+    build("qwen3_moe").save_pretrained(tmp_path)
     config = SmoaConfig(r=6, num_blocks=2, target_modules=["q_proj"], target_parameters=EXPERTS)
-    trained = get_peft_model(build_mixture("qwen3_moe"), config).get_nb_trainable_parameters()[0]
+    trained = get_peft_model(build("qwen3_moe"), config).get_nb_trainable_parameters()[0]
     settings = {"smoa": {"num_blocks": 2}}
     (found,) = size_methods(str(tmp_path), str(trained), ["q_proj", *EXPERTS], ["smoa"], settings)
     assert (found.adapter, found.parameters) == ({"r": 6}, trained)

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 from smoa.errors import ConfigError, DataError
 from smoa_lab.chat import Chat
 from smoa_lab.open_run import open_place
-from tests.support.chats import NEW_TOKENS, chat_base, saved_adapter, written
-from tests.support.lab import tiny_base
+from tests.support.lab import NEW_TOKENS, chat_base, saved_adapter, tiny_base, written
 
 
 @pytest.fixture(scope="module")

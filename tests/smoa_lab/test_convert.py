@@ -20,8 +20,8 @@ from smoa_lab.export import convert_run, verify
 from smoa_lab.open_run import open_place
 from smoa_lab.training.run_folder import RunFolder
 from tests.smoa_lab.test_merge import saved
-from tests.support import lab, tiny_models
-from tests.support.tolerance import assert_close
+from tests.support import lab, tiny
+from tests.support.layers import assert_close
 
 pytestmark = pytest.mark.skipif(not hasattr(peft, "convert_to_lora"), reason="this PEFT has no convert_to_lora")
 ADAPTER = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}
@@ -118,10 +118,10 @@ def test_what_was_trained_besides_comes_along(family: str, config: dict[str, Any
     model, base = saved(tmp_path / "base", tmp_path / "adapter", family, **config), str(tmp_path / "base")
     lab.byte_tokenizer().save_pretrained(tmp_path / "base")
     convert_run(tmp_path / "adapter", tmp_path / "lora", 1.0, base=base)
-    lora = PeftModel.from_pretrained(tiny_models.build(family), tmp_path / "lora").eval()
+    lora = PeftModel.from_pretrained(tiny.build(family), tmp_path / "lora").eval()
     own = lora.peft_config["default"]
     assert (own.base_model_name_or_path, own.revision) == (base, config.get("revision"))
-    assert_close(tiny_models.logits(lora, family), tiny_models.logits(model, family))
+    assert_close(tiny.logits(lora, family), tiny.logits(model, family))
 
 
 def test_what_is_no_smoa_adapter_is_refused_by_its_type(values: dict[str, Any], tmp_path: Path) -> None:

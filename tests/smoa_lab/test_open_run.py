@@ -16,7 +16,7 @@ from smoa_lab.open_run import open_place
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train import run as train
 from tests.support import lab
-from tests.support.own_rows import MARKED
+from tests.support.lab import MARKED
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from smoa_lab.inspect import inspect_layers
 from smoa_lab.open_run import open_place
 from smoa_lab.training.train import run
 from tests.support import lab
-from tests.support.own_rows import chats, write_rows
+from tests.support.lab import chats, write_rows
 
 ROPE = {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}
 

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from smoa import SmoaConfig
 from smoa.kernels.one_product import OneProduct
-from tests.support import tiny_models
+from tests.support import tiny
 
 
 def main() -> None:
@@ -19,8 +19,8 @@ def main() -> None:
     config = SmoaConfig(
         r=8, num_blocks=2, init_weights=False, task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"]
     )
-    model = get_peft_model(tiny_models.build("llama", torch.bfloat16), config, autocast_adapter_dtype=False)
-    ids = tiny_models.batch("llama", size=8, length=16)["input_ids"]
+    model = get_peft_model(tiny.build("llama", torch.bfloat16), config, autocast_adapter_dtype=False)
+    ids = tiny.batch("llama", size=8, length=16)["input_ids"]
     with torch.no_grad():
         expected = copy.deepcopy(model).merge_and_unload()(input_ids=ids).logits
     products, original = [], OneProduct.forward

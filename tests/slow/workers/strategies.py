@@ -25,9 +25,8 @@ from torch.distributed.fsdp import FSDPModule
 import smoa.adapter
 from smoa import SmoaConfig, make_partition, merged
 from smoa.layer import SmoaLayer
-from tests.support import tiny_models, tiny_reader
-from tests.support.tiny_mixtures import EXPERTS, build_mixture
-from tests.support.tiny_reader import build_reader
+from tests.support import tiny
+from tests.support.tiny import EXPERTS, build, build_reader
 
 RANK = int(os.environ.get("RANK", "0"))
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -38,12 +37,12 @@ Result = dict[str, Any]
 
 def micro_batches() -> Tensor:
     """(2, rows, tokens): one for each rank, or two to accumulate; as many tokens in both, the same in every step."""
-    return torch.randint(3, tiny_models.VOCAB_SIZE, (2, 2, 11), generator=torch.Generator().manual_seed(1))
+    return torch.randint(3, tiny.VOCAB_SIZE, (2, 2, 11), generator=torch.Generator().manual_seed(1))
 
 
 def adapted(base: nn.Module | None = None, targets: list[str] = TARGETS, **options: Any) -> PeftModel:
     """The model that all strategies start from."""
-    base = tiny_models.build("llama") if base is None else base
+    base = tiny.build("llama") if base is None else base
     torch.manual_seed(0)
     settings = {"r": 4, "num_blocks": 2, "alpha": 8, "target_modules": targets} | options
     return get_peft_model(base, SmoaConfig(**settings))
@@ -51,12 +50,12 @@ def adapted(base: nn.Module | None = None, targets: list[str] = TARGETS, **optio
 
 def with_experts() -> PeftModel:
     """A mixture, whose experts and queries are adapted."""
-    return adapted(build_mixture("qwen3_moe"), targets=["q_proj"], target_parameters=EXPERTS)
+    return adapted(build("qwen3_moe"), targets=["q_proj"], target_parameters=EXPERTS)
 
 
 def with_embedding_and_convolution() -> PeftModel:
     """Tables and kernels, which adapted layers read without calling their modules."""
-    return adapted(build_reader(), targets=tiny_reader.TARGETS)
+    return adapted(build_reader(), targets=tiny.READER_TARGETS)
 
 
 def optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -164,7 +163,7 @@ def ddp(folder: Path) -> Result:
 
 def disagreeing_weights(folder: Path) -> Result:
     """Rank 1 has other weights and another random state; spectral and random partitions follow rank 0."""
-    base = tiny_models.build("llama")
+    base = tiny.build("llama")
     torch.manual_seed(RANK)
     for parameter in base.parameters():
         parameter.data += RANK * torch.randn_like(parameter)
@@ -179,9 +178,7 @@ def disagreeing_weights(folder: Path) -> Result:
     model = get_peft_model(base, SmoaConfig(num_blocks=2, target_modules=TARGETS))
     smoa.adapter.make_partition = make_partition
     torch.manual_seed(RANK)
-    shuffled = get_peft_model(
-        tiny_models.build("llama"), SmoaConfig(num_blocks=2, target_modules=TARGETS, partition="random")
-    )
+    shuffled = get_peft_model(tiny.build("llama"), SmoaConfig(num_blocks=2, target_modules=TARGETS, partition="random"))
     own = [make_partition(layer.base_weight(), 2).row_labels.tolist() for layer in layers(model).values()]
     return {"labels": labels(model), "own": own, "random": labels(shuffled), "decompositions": calls}
 
@@ -190,7 +187,7 @@ def fsdp2(folder: Path, checkpoints_activations: bool = False, **options: Any) -
     """The model checkpoints activations: with accelerate's wrappers for that PEFT saves no tensors, of LoRA neither."""
     accelerator = fresh_accelerator(fsdp_plugin=plugin(2, **options))
     loads_on_rank_zero = bool(options.get("cpu_ram_efficient_loading"))
-    base = tiny_models.build("llama")
+    base = tiny.build("llama")
     if checkpoints_activations:
         base.gradient_checkpointing_enable()
     if loads_on_rank_zero and RANK > 0:

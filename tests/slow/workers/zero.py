@@ -31,7 +31,7 @@ from tests.slow.workers.strategies import (
     with_embedding_and_convolution,
     with_experts,
 )
-from tests.support import tiny_models
+from tests.support import tiny
 
 deepspeed.ops.__compatible_ops__ = {}  # or it would compile an operator that training doesn't use, for minutes
 RELEASE_AT_ONCE = {
@@ -56,7 +56,7 @@ def accelerator(stage: int, zero: dict[str, Any] = RELEASE_AT_ONCE, **options: A
 
 def loaded(folder: Path, family: str = "llama") -> PreTrainedModel:
     """The tiny model from files, by which ZeRO-3 has it sharded from the start."""
-    whole = tiny_models.build(family)
+    whole = tiny.build(family)
     if RANK == 0:
         whole.save_pretrained(folder / "base")
     torch.distributed.barrier()

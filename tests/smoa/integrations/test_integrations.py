@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from smoa import ConfigError, SmoaConfig
 from smoa.integrations.lora_settings import check_settings, smoa_config
-from tests.support import tiny_models
-from tests.support.stubs import import_with_stubs
+from tests.support import tiny
+from tests.support.fakes import import_with_stubs
 
 
 def test_what_both_methods_have_is_taken_over() -> None:
@@ -107,7 +107,7 @@ def test_the_plugin_adds_the_adapter_and_its_block(axolotl: ModuleType) -> None:
 
 def test_axolotls_keys_and_the_block_make_the_adapter(axolotl: ModuleType) -> None:
     cfg = registered(axolotl, smoa={"num_blocks": 4})
-    model, config = axolotl.SmoaPlugin().load_adapter(tiny_models.build("llama"), cfg)
+    model, config = axolotl.SmoaPlugin().load_adapter(tiny.build("llama"), cfg)
     assert isinstance(model, PeftModel)
     assert (config.peft_type, config.r, config.num_blocks, config.alpha) == ("SMOA", 8, 4, 64)
     assert model.peft_config["default"].target_modules == {"q_proj"}
@@ -116,9 +116,9 @@ def test_axolotls_keys_and_the_block_make_the_adapter(axolotl: ModuleType) -> No
 @pytest.mark.parametrize("inference", [True, False])
 def test_a_saved_adapter_is_loaded(axolotl: ModuleType, tmp_path: Path, inference: bool) -> None:
     saved = SmoaConfig(r=6, target_modules=["v_proj"], task_type="CAUSAL_LM")
-    get_peft_model(tiny_models.build("llama"), saved).save_pretrained(tmp_path)
+    get_peft_model(tiny.build("llama"), saved).save_pretrained(tmp_path)
     cfg = registered(axolotl, lora_model_dir=str(tmp_path))
-    model, _ = axolotl.SmoaPlugin().load_adapter(tiny_models.build("llama"), cfg, inference=inference)
+    model, _ = axolotl.SmoaPlugin().load_adapter(tiny.build("llama"), cfg, inference=inference)
     assert model.peft_config["default"].r == 6
     assert any(parameter.requires_grad for parameter in model.parameters()) is not inference
 
@@ -163,7 +163,7 @@ def factory(monkeypatch: pytest.MonkeyPatch) -> Factory:
     def run_exp(args: dict[str, Any]) -> None:
         lora = LoraConfig(r=args["lora_rank"], lora_alpha=64, target_modules=["q_proj"], task_type="CAUSAL_LM")
         loaded.adapter.seen = args
-        loaded.adapter.model = loaded.adapter.get_peft_model(tiny_models.build("llama"), lora)
+        loaded.adapter.model = loaded.adapter.get_peft_model(tiny.build("llama"), lora)
 
     def load(command_line: Any) -> ModuleType:
         nonlocal loaded
@@ -246,9 +246,7 @@ def swift(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def swift_config(swift: ModuleType, **changed: Any) -> Any:
-    model = swift.tuners_map["smoa"].prepare_model(
-        SimpleNamespace(**{**ARGUMENTS, **changed}), tiny_models.build("llama")
-    )
+    model = swift.tuners_map["smoa"].prepare_model(SimpleNamespace(**{**ARGUMENTS, **changed}), tiny.build("llama"))
     assert isinstance(model, PeftModel)
     return model.peft_config["default"]
 

@@ -35,10 +35,18 @@ from smoa.kernels.shared import (
 from smoa.partition import Blocks, Orders, ascend, block_sizes, check_num_blocks
 from smoa.spectrum import make_partition
 from tests import oracle
-from tests.support.layers import ROUTES, adapted_layer, base_layer, factors, oracle_output
-from tests.support.live_bytes import LiveBytes
-from tests.support.tolerance import assert_close
-from tests.support.updates import CASES, Problem, problem
+from tests.support.layers import (
+    CASES,
+    ROUTES,
+    Problem,
+    adapted_layer,
+    assert_close,
+    base_layer,
+    factors,
+    oracle_output,
+    problem,
+)
+from tests.support.watch import LiveBytes
 
 cases = pytest.mark.parametrize(("out_features", "in_features", "ranks"), CASES)
 

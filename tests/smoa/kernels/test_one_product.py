@@ -14,7 +14,7 @@ from smoa.kernels.factors import Factors
 from smoa.kernels.one_product import Effective, OneProduct, cut
 from smoa.spectrum import make_partition
 from tests import oracle
-from tests.support.live_bytes import LiveBytes
+from tests.support.watch import LiveBytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -7,13 +7,7 @@ from torch import nn
 from smoa import PartitionError
 from smoa.kernels.scale import ScaleKind, block_scale, rms_of
 from smoa.spectrum import make_partition
-from tests.support.layers import (
-    adapted_layer,
-    base_layer,
-    base_weight,
-    oracle_output,
-)
-from tests.support.tolerance import assert_close
+from tests.support.layers import adapted_layer, assert_close, base_layer, base_weight, oracle_output
 
 
 @pytest.mark.parametrize("size", [1e-45, 1e-22, 1.0, 1e19, 1e38])

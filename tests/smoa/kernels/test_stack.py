@@ -13,9 +13,8 @@ from smoa.experts import Layout
 from smoa.kernels import stack as stacks
 from smoa.kernels.stack import Side, Stack
 from tests import oracle
-from tests.support.decompositions import NoDecomposition
-from tests.support.tolerance import assert_close
-from tests.support.updates import Problem, problem
+from tests.support.layers import Problem, assert_close, problem
+from tests.support.watch import NoDecomposition
 
 EXPERTS, HALVES, RANKS = 3, 2, (3, 2, 2)
 

@@ -25,10 +25,9 @@ from smoa.partition import Blocks
 from smoa.vllm import TRIED, register
 from smoa.vllm.saved import SavedLayer, Template, read_layers
 from smoa.vllm.slots import Slots
-from tests.support import fake_vllm, tiny_mixtures, tiny_models
-from tests.support.stubs import import_with_stubs
-from tests.support.tolerance import assert_close
-from tests.support.updates import CASES, Problem, problem
+from tests.support import fakes, tiny
+from tests.support.fakes import import_with_stubs
+from tests.support.layers import CASES, Problem, assert_close, problem
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS: dict[str, dict[str, Any]] = {
@@ -331,15 +330,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     room = tmp_path_factory.mktemp("adapters")
     for name, settings in KINDS.items():
         given = {"target_modules": LINEAR, "init_weights": False} | settings
-        get_peft_model(tiny_models.build("llama"), SmoaConfig(**given)).save_pretrained(room / name)
-    lora = get_peft_model(tiny_models.build("llama"), LoraConfig(target_modules=["down_proj"]))
+        get_peft_model(tiny.build("llama"), SmoaConfig(**given)).save_pretrained(room / name)
+    lora = get_peft_model(tiny.build("llama"), LoraConfig(target_modules=["down_proj"]))
     lora.save_pretrained(room / "lora")
     return room
 
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return import_with_stubs(monkeypatch, "smoa.vllm.plugin", fake_vllm.stubs())
+    return import_with_stubs(monkeypatch, "smoa.vllm.plugin", fakes.stubs())
 
 
 class Engine:
@@ -350,7 +349,7 @@ class Engine:
         for _ in range(2):  # vLLM may load a plugin more than once
             register()
         self.worker = worker_manager.WorkerLoRAManager()
-        model, self.config = tiny_models.build("llama"), fake_vllm.engine_config(**settings)
+        model, self.config = tiny.build("llama"), fakes.engine_config(**settings)
         self.manager = worker_manager.create_lora_manager(model, slots, vllm_config=self.config)
         self.worker._adapter_manager = self.manager
 
@@ -366,9 +365,9 @@ def test_adapters_of_all_kinds_share_a_batch(folder: Path) -> None:
         engine.manager.activate(engine.load(folder / name, number), number - 1)
     adapters = [0, *range(1, len(KINDS) + 2), 1, *[3] * 33]
     engine.manager.map_tokens(adapters)
-    models = [tiny_models.build("llama").double().eval()]
+    models = [tiny.build("llama").double().eval()]
     for name in KINDS:
-        base, place = tiny_models.build("llama").double(), str(folder / name)
+        base, place = tiny.build("llama").double(), str(folder / name)
         models.append(PeftModel.from_pretrained(base, place, autocast_adapter_dtype=False).get_base_model())
     for fused, layer in engine.manager.modules.items():
         if fused == "lm_head":
@@ -423,7 +422,7 @@ def test_ranks_of_tensor_parallelism_serve_what_one_device_does(ranks: int, fold
         layers = {name: layer for name, layer in engine.manager.modules.items() if name != "lm_head"}
         cut = {name: inputs[layer.base_layer.input_size] for name, layer in layers.items()}
         for name, layer in layers.items():
-            if isinstance(layer, fake_vllm.RowParallelLinearWithLoRA):
+            if isinstance(layer, fakes.RowParallelLinearWithLoRA):
                 cut[name] = layer.slice_lora_a(cut[name])
         return {name: list(layer(cut[name]).split(layer.output_slices, 1)) for name, layer in layers.items()}
 
@@ -448,7 +447,7 @@ def test_an_engine_that_serves_lora_only_computes_nothing_of_ours(
     engine.manager.map_tokens([1, 0, 1])
     monkeypatch.delattr(names, "RowsBySlot")  # without which there is no product
     for layer in engine.manager.modules.values():
-        if isinstance(layer, fake_vllm.BaseLinearLayerWithLoRA):
+        if isinstance(layer, fakes.BaseLinearLayerWithLoRA):
             x = torch.randn(3, layer.input_size)
             assert torch.equal(layer(x), x @ layer.base_layer.packed.T)
             assert layer.applied == 1
@@ -532,7 +531,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_vllm_cant_serve_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     settings, reason = REFUSED[kind]
     config = SmoaConfig(r=4, **{"target_modules": ["q_proj"]} | settings)
-    get_peft_model(tiny_models.build("llama"), config).save_pretrained(tmp_path)
+    get_peft_model(tiny.build("llama"), config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=f"{reason}.*smoa merge"):
         Engine().load(tmp_path)
 
@@ -540,7 +539,7 @@ def test_what_vllm_cant_serve_is_refused_by_name(kind: str, tmp_path: Path) -> N
 @pytest.mark.usefixtures("names")
 def test_experts_are_refused_by_name(tmp_path: Path) -> None:
     config = SmoaConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-    get_peft_model(tiny_mixtures.build_mixture("qwen3_moe"), config).save_pretrained(tmp_path)
+    get_peft_model(tiny.build("qwen3_moe"), config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"target_parameters.*smoa merge"):
         Engine().load(tmp_path)
 
@@ -594,8 +593,8 @@ def test_an_engine_that_cant_serve_smoa_says_why_and_serves_lora(
         engine.load(folder / "anna")
     assert engine.load(folder / "lora").rank == 8
     assert {type(layer) for layer in engine.manager.modules.values()} == {
-        fake_vllm.ColumnParallelLinearWithLoRA,
-        fake_vllm.RowParallelLinearWithLoRA,
+        fakes.ColumnParallelLinearWithLoRA,
+        fakes.RowParallelLinearWithLoRA,
         torch.nn.Identity,
     }
     assert not engine.config.compilation_config.static_forward_context
@@ -606,7 +605,7 @@ def test_an_engine_that_cant_serve_smoa_says_why_and_serves_lora(
 def test_a_vllm_that_lacks_a_name_stays_as_it_is(
     lost: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stubs = fake_vllm.stubs()
+    stubs = fakes.stubs()
     del stubs["vllm.lora.worker_manager"][lost]
     before = dict(stubs["vllm.lora.worker_manager"])
     import_with_stubs(monkeypatch, "smoa.vllm.plugin", stubs)
@@ -630,7 +629,7 @@ def test_a_folder_of_the_adapters_name_is_found_and_no_other(
         config = PeftConfig.from_pretrained(place / own)
         config.base_model_name_or_path = "its/base"
         config.save_pretrained(place / own)
-    stubs = fake_vllm.stubs()
+    stubs = fakes.stubs()
     resolver = import_with_stubs(monkeypatch, "smoa.vllm.resolver", stubs)
     registered = stubs["vllm.lora.resolver"]["LoRAResolverRegistry"].resolvers
     resolver.register_resolver()
@@ -666,13 +665,13 @@ def test_a_weight_whose_inputs_have_a_fixed_scale_is_refused_by_name() -> None:
 
 @pytest.mark.usefixtures("names")
 def test_layers_of_one_prefix_keep_a_name_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = fake_vllm.BaseLinearLayerWithLoRA.__init__
+    made = fakes.BaseLinearLayerWithLoRA.__init__
 
     def without_prefix(self: Any, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
         self.base_layer.prefix = ""
 
-    monkeypatch.setattr(fake_vllm.BaseLinearLayerWithLoRA, "__init__", without_prefix)
+    monkeypatch.setattr(fakes.BaseLinearLayerWithLoRA, "__init__", without_prefix)
     engine = Engine()
     layers = [layer for layer in engine.manager.modules.values() if hasattr(layer, "smoa")]
     context = engine.config.compilation_config.static_forward_context
@@ -772,7 +771,7 @@ def test_adapters_of_equal_row_labels_and_other_column_labels_share_no_blocks() 
 def test_an_adapter_of_other_labels_is_read_with_its_own(folder: Path, tmp_path: Path) -> None:
     tensors, known = load_file(folder / "anna" / "adapter_model.safetensors"), list[Template]()
     shutil.copy(folder / "anna" / "adapter_config.json", tmp_path)
-    base = tiny_models.build("llama")
+    base = tiny.build("llama")
     for key in [None, *(key for key in tensors if key.endswith("_labels"))]:
         own = tensors if key is None else tensors | {key: tensors[key].flip(0)}
         save_file(own, tmp_path / "adapter_model.safetensors", {"format": "pt"})
@@ -785,7 +784,7 @@ def test_an_adapter_of_other_labels_is_read_with_its_own(folder: Path, tmp_path:
 
 @pytest.mark.usefixtures("names")
 def test_an_adapter_of_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
-    base = tiny_models.build("llama")
+    base = tiny.build("llama")
     with torch.no_grad():
         for layer in base.model.layers:
             layer.mlp.up_proj.weight.mul_(0.5)
@@ -801,7 +800,7 @@ def test_an_adapter_of_another_base_is_refused(folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("change", [lambda tensor: tensor[:-1], None], ids=["another shape", "left out"])
 def test_a_tensor_that_lacks_or_does_not_fit_its_layer_is_named(change: Any, folder: Path, tmp_path: Path) -> None:
-    tensors, base = load_file(folder / "anna" / "adapter_model.safetensors"), tiny_models.build("llama")
+    tensors, base = load_file(folder / "anna" / "adapter_model.safetensors"), tiny.build("llama")
     shutil.copy(folder / "anna" / "adapter_config.json", tmp_path)
     key = next(key for key in tensors if key.endswith("smoa_A.weight"))
     changed = {name: tensor for name, tensor in tensors.items() if name != key}

@@ -17,7 +17,7 @@ from smoa.errors import ConfigError
 from smoa_lab.base_models import positions_of
 from smoa_lab.basics.atomic import new_file, write_whole
 from smoa_lab.basics.folders import cache_folder, finite, json_text, new_folder, portable
-from tests.support.kills import killed_at
+from tests.support.lab import killed_at
 
 
 def test_the_cache_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

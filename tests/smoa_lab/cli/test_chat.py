@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from smoa_lab.cli.main import app
-from tests.support.chats import chat_base, saved_adapter
+from tests.support.lab import chat_base, saved_adapter
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from smoa_lab.cli.main import app
-from tests.support.own_rows import chat, chats, rows_base, rows_values, write_rows
+from tests.support.lab import chat, chats, rows_base, rows_values, write_rows
 
 
 @pytest.fixture(scope="module")

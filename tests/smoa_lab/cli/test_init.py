@@ -13,8 +13,7 @@ from smoa_lab.config.run import check_config, load_config
 from smoa_lab.config.yaml_text import parse_yaml
 from smoa_lab.init import config_text, default_run, first_values
 from tests.support import lab
-from tests.support.chats import chat_base
-from tests.support.own_rows import chats, write_rows
+from tests.support.lab import chat_base, chats, write_rows
 
 
 @pytest.fixture(scope="module")

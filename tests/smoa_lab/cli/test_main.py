@@ -19,8 +19,7 @@ from smoa_lab.cli.console import reporting
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import ModelSection
 from tests.support import lab
-from tests.support.chats import saved_adapter
-from tests.support.runs import stored_metrics
+from tests.support.lab import saved_adapter, stored_metrics
 
 OUTSIDE = """
 import sys

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from smoa_lab.cli.main import app
 from smoa_lab.study.default_study import default_study
 from tests.support import lab
-from tests.support.own_rows import chats, write_rows
+from tests.support.lab import chats, write_rows
 
 
 def invoke(*words: object) -> Any:

@@ -18,7 +18,7 @@ from smoa_lab.cli.main import app
 from smoa_lab.study import default_study, run_study
 from smoa_lab.study.bounds import Family
 from smoa_lab.study.study import load_study
-from tests.support.own_rows import chats, rows_base, write_rows
+from tests.support.lab import chats, rows_base, write_rows
 from tests.support.studies import WrittenRuns, write_runs
 
 pytestmark = [

@@ -13,9 +13,7 @@ from typer.testing import CliRunner, Result
 from smoa_lab import base_models
 from smoa_lab.basics.trust import TRUSTED, Trust
 from smoa_lab.cli.main import app
-from tests.support.lab import questions
-from tests.support.metrics import ALIKE
-from tests.support.own_rows import MARKED, chats, rows_values, tiny_chat_model, tokenizer_with, write_rows
+from tests.support.lab import ALIKE, MARKED, chats, questions, rows_values, tiny_chat_model, tokenizer_with, write_rows
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from smoa_lab.data.chat_templates import (
     stop_at_turns_end,
     training_template,
 )
-from tests.support.lab import byte_tokenizer
-from tests.support.own_rows import (
+from tests.support.lab import (
     MARKED,
     PLAIN,
     STRICT,
     TRIMMED,
+    byte_tokenizer,
     chat,
     tiny_chat_model,
     tokenizer_with,

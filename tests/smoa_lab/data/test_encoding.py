@@ -13,8 +13,17 @@ from smoa_lab.data.chat_templates import alpaca
 from smoa_lab.data.encoding import Encoder, Tokens, text_ids, trained_pieces
 from smoa_lab.data.formats import recognize, shape
 from smoa_lab.data.row import Row
-from tests.support.lab import byte_tokenizer
-from tests.support.own_rows import MARKED, PLAIN, STRICT, TRIMMED, chat, tiny_chat_model, tokenizer_with, trl_template
+from tests.support.lab import (
+    MARKED,
+    PLAIN,
+    STRICT,
+    TRIMMED,
+    byte_tokenizer,
+    chat,
+    tiny_chat_model,
+    tokenizer_with,
+    trl_template,
+)
 
 CLOSING = {
     "plain": (PLAIN, "<|im_end|>"),

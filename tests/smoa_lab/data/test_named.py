@@ -16,10 +16,10 @@ from smoa_lab.data.formats import BadRow, recognize, shape
 from smoa_lab.data.prepared import Reading, Sizes
 from smoa_lab.data.row import PARTS
 from smoa_lab.data.sources import DEMO, SETS, HubSource, find_sources
-from tests.support import golden
-from tests.support.own_rows import tokenizer_with
+from tests.support import lab
+from tests.support.lab import tokenizer_with
 
-ON_HUB: dict[str, list[dict[str, Any]]] = json.loads((golden.GOLDEN / "hub.json").read_text())
+ON_HUB: dict[str, list[dict[str, Any]]] = json.loads((lab.GOLDEN / "hub.json").read_text())
 SPLITS = dict.fromkeys(SETS, "validation") | dict.fromkeys(("arc_easy", "arc_challenge", "openbookqa", "gsm8k"), "test")
 
 
@@ -49,7 +49,7 @@ def test_the_rows_of_a_set_become_the_same_tokens(name: str, asked: list[Any]) -
     train, test = find_sources(name)
     assert test is not None
     rows = [shape(row, recognize(row)) for _, row in train.rows() if isinstance(row, dict)]
-    assert [golden.plain(alpaca_encoder(256).encode(row)) for row in rows] == golden.tokens()[f"set {name}"]
+    assert [lab.plain_tokens(alpaca_encoder(256).encode(row)) for row in rows] == lab.golden_tokens()[f"set {name}"]
     assert all(bool(row.choices) == (name != "gsm8k") for row in rows)
     assert len(list(test.rows())) == len(rows)
     place = SETS[name].path, SETS[name].config
@@ -75,7 +75,7 @@ def test_the_demos_rows_are_those_of_the_commit_in_order_and_part_by_part(
 ) -> None:
     """Digests of every tenth row, of at most 96 tokens; long questions lost their head then, and now the end."""
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
-    expected = json.loads((golden.GOLDEN / "demo.json").read_text())
+    expected = json.loads((lab.GOLDEN / "demo.json").read_text())
     encoder = alpaca_encoder(None)
     train, test = find_sources(DEMO)
     assert test is None

@@ -9,7 +9,7 @@ import pytest
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.trust import TRUSTED, Trust
 from smoa_lab.data.answers import own_metric
-from tests.support.metrics import named
+from tests.support.lab import named
 
 PLACE = "rows.jsonl, row 7"
 

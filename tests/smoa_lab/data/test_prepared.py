@@ -18,7 +18,7 @@ from smoa_lab.data.encoding import Encoder, Tokens
 from smoa_lab.data.prepared import PreparedRows, Reading, Sizes, require_good_rows, split, units_of
 from smoa_lab.data.row import PARTS
 from smoa_lab.data.sources import FileSource
-from tests.support.own_rows import MARKED, STRICT, chat, chats, tokenizer_with, write_rows
+from tests.support.lab import MARKED, STRICT, chat, chats, tokenizer_with, write_rows
 
 
 @pytest.fixture(autouse=True)

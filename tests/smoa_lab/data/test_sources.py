@@ -19,7 +19,7 @@ from smoa_lab.data import general_text
 from smoa_lab.data.formats import BadRow
 from smoa_lab.data.general_text import passages
 from smoa_lab.data.sources import FileSource, HubRows, HubSource, find_sources, read_rows
-from tests.support.own_rows import write_rows
+from tests.support.lab import write_rows
 
 
 def parquet_table(rows: list[dict[str, Any]]) -> bytes:

@@ -15,7 +15,7 @@ from smoa import SmoaConfig
 from smoa_lab.pages.card import NamedBase, adapter_card, named_base, run_card, samples_text
 from smoa_lab.pages.charts import losses, save_picture
 from smoa_lab.pages.tables import Table, metric_table, outcome
-from tests.support.runs import stored_metrics
+from tests.support.lab import stored_metrics
 
 TABLE = Table(["name", "rank"], [["q_proj", 8], ["v_proj", "3 4"]])
 

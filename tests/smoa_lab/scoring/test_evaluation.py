@@ -39,9 +39,8 @@ from smoa_lab.scoring.evaluation import (
     ends_of,
 )
 from smoa_lab.scoring.losses import Losses, row_losses
-from tests.support import lab, tiny_models
-from tests.support.metrics import named
-from tests.support.own_rows import MARKED, tiny_chat_model, tokenizer_with
+from tests.support import lab, tiny
+from tests.support.lab import MARKED, named, tiny_chat_model, tokenizer_with
 
 QUESTIONS = [shape(row, "choices") for row in lab.questions(12, "test")]
 ASKED = (Message("user", "Open?"),)
@@ -225,7 +224,7 @@ def test_nothing_is_measured_where_no_tokens_are_asked_for() -> None:
 
 
 def test_texts_come_back_in_order_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = tiny_models.build("llama").train(), lab.byte_tokenizer()
+    model, tokenizer = tiny.build("llama").train(), lab.byte_tokenizer()
 
     def echo(input_ids: Tensor, **options: Any) -> Tensor:
         return torch.cat([input_ids, input_ids], dim=1)
@@ -245,7 +244,7 @@ def test_texts_come_back_in_order_whatever_the_batches(monkeypatch: pytest.Monke
 
 
 def test_a_text_ends_at_the_tokenizers_end_and_at_those_of_the_model() -> None:
-    model, tokenizer = tiny_models.build("llama"), lab.byte_tokenizer()
+    model, tokenizer = tiny.build("llama"), lab.byte_tokenizer()
     for known, ends in ((None, [2]), (7, [2, 7]), ([2, 7], [2, 7])):
         model.generation_config.eos_token_id = known
         assert ends_of(model, tokenizer) == ends
@@ -286,7 +285,7 @@ def test_a_text_ends_at_the_tokenizers_end_and_at_those_of_the_model() -> None:
 def test_answers_are_greedy_whatever_the_models_generation_config_says(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokenizer = tiny_models.build("llama"), lab.byte_tokenizer()
+    model, tokenizer = tiny.build("llama"), lab.byte_tokenizer()
 
     def answers() -> list[list[str]]:
         return [continue_prompts(model, tokenizer, [[3, 4], [5], [5, 27]], 12, size) for size in (1, 3)]

@@ -24,8 +24,8 @@ from smoa_lab.scoring.losses import (
     score,
     scoring,
 )
-from tests.support import tiny_models
-from tests.support.tolerance import assert_close
+from tests.support import tiny
+from tests.support.layers import assert_close
 
 
 def tokens(prompt: list[int], answer: list[int]) -> Tokens:
@@ -42,7 +42,7 @@ def batch() -> dict[str, Tensor]:
 
 @pytest.fixture(params=["llama", "gemma3", "gpt2"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return tiny_models.build(request.param).eval()
+    return tiny.build(request.param).eval()
 
 
 def test_the_collator_pads_on_the_right_and_masks_what_it_padded(batch: dict[str, Tensor]) -> None:
@@ -62,7 +62,7 @@ def test_only_the_logits_at_the_answers_are_computed(model: PreTrainedModel, bat
 
 
 def test_soft_capping_of_the_logits_still_happens(batch: dict[str, Tensor]) -> None:
-    model = tiny_models.build("gemma3").eval()
+    model = tiny.build("gemma3").eval()
     model.config.final_logit_softcapping = 0.5
     labels = batch.pop("labels")
     with logits_at(model, answer_positions(labels)):
@@ -72,7 +72,7 @@ def test_soft_capping_of_the_logits_still_happens(batch: dict[str, Tensor]) -> N
 def test_a_model_without_an_output_layer_of_its_own_gives_all_logits(
     batch: dict[str, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = tiny_models.build("llama").eval()
+    model = tiny.build("llama").eval()
     labels = batch.pop("labels")
     full = model(**batch).logits
     model.get_output_embeddings = lambda: None
@@ -116,7 +116,7 @@ def one_by_one(model: PreTrainedModel, sequence: Tokens) -> float:
 @pytest.mark.parametrize("batch_tokens", [1, 30, 10_000])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_sharing_prompts_gives_what_scoring_one_by_one_gives(family: str, batch_tokens: int) -> None:
-    model = tiny_models.build(family).eval()
+    model = tiny.build(family).eval()
     scores = score(model, SEQUENCES, pad=0, batch_tokens=batch_tokens)
     assert list(map(len, scores)) == [len(sequence.answer) for sequence in SEQUENCES]
     assert list(map(sum, scores)) == pytest.approx([one_by_one(model, s) for s in SEQUENCES], rel=1e-4)
@@ -125,7 +125,7 @@ def test_sharing_prompts_gives_what_scoring_one_by_one_gives(family: str, batch_
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_each_prompt_is_run_once_for_all_its_answers(family: str) -> None:
     """Past the tiny Gemma's window of 8; gpt2's positions are learned."""
-    model = tiny_models.build(family).eval()
+    model = tiny.build(family).eval()
     common = [*range(1, 7)]
     prompts = [[*common, 40], [*common, 41, 42, 43], [*common, 44, 45]]
     sequences = [tokens(prompt, answer) for prompt in prompts for answer in ([30], [31, 32], [33])]
@@ -138,7 +138,7 @@ def test_each_prompt_is_run_once_for_all_its_answers(family: str) -> None:
 
 
 def test_padding_takes_no_positions_that_the_model_does_not_have() -> None:
-    model = tiny_models.build("gpt2").eval()  # of 64 positions
+    model = tiny.build("gpt2").eval()  # of 64 positions
     prompt = [*range(3, 35), *range(3, 33)]
     sequences = [tokens(prompt, [20, 21]), tokens(prompt, [22]), tokens(prompt[:3], [23, 24, 25, 26])]
     scores = score(model, sequences, pad=0, batch_tokens=1000)
@@ -146,7 +146,7 @@ def test_padding_takes_no_positions_that_the_model_does_not_have() -> None:
 
 
 def test_a_model_that_keeps_no_keys_and_values_is_scored_all_the_same() -> None:
-    model = tiny_models.build("llama").eval()
+    model = tiny.build("llama").eval()
     expected = [one_by_one(model, sequence) for sequence in SEQUENCES[:-1]]
 
     def forget(module: PreTrainedModel, inputs: tuple[object, ...], output: Any) -> SimpleNamespace:
@@ -192,7 +192,7 @@ def naive(model: PreTrainedModel) -> list[tuple[float, int]]:
 def test_losses_are_those_of_a_loop_over_rows_and_tokens(
     family: str, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_models.build(family).eval()
+    model = tiny.build(family).eval()
     monkeypatch.setattr(losses, "BATCH_LOGITS", batch_tokens * model.config.get_text_config().vocab_size)
     found, expected = row_losses(model, ROWS, pad=0), naive(model)
     assert found.tokens == [count for _, count in expected] == [2, 10, 3, 3, 0]
@@ -208,7 +208,7 @@ def test_progress_is_shown_on_a_terminal_where_the_log_is_shown(
     monkeypatch.setattr(sys, "stderr", stream)
     for level in ("WARNING", "INFO"):
         caplog.set_level(level, "smoa_lab")
-        row_losses(tiny_models.build("llama"), BATCH, pad=0)
+        row_losses(tiny.build("llama"), BATCH, pad=0)
         assert ("scoring: " in stream.getvalue()) is (on_terminal and level == "INFO")
 
 

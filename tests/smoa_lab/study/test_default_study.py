@@ -13,7 +13,7 @@ from smoa_lab.study import default_study as module
 from smoa_lab.study.asked import write_study
 from smoa_lab.study.default_study import TIMES_LORA, default_study, tuning_study
 from smoa_lab.study.study import Study, load_study
-from tests.support.own_rows import chats, rows_base, rows_config, write_rows
+from tests.support.lab import chats, rows_base, rows_config, write_rows
 from tests.support.studies import WrittenRuns
 
 

@@ -13,7 +13,7 @@ from smoa.errors import DataError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import run_study
 from smoa_lab.study.run_study import work
-from tests.support.metrics import named
+from tests.support.lab import named
 from tests.support.studies import ROWS, StudyLife
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from smoa_lab.training.train import run as train
-from tests.support.kills import killed_after_saving
-from tests.support.own_rows import chats, losses, rows_base, rows_config, write_rows
+from tests.support.lab import chats, killed_after_saving, losses, rows_base, rows_config, write_rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),

@@ -21,9 +21,7 @@ from smoa_lab.training.loaded_run import inputs, load_run
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train import run, score_untouched
 from tests.support import lab
-from tests.support.kills import killed_after_saving
-from tests.support.metrics import named
-from tests.support.own_rows import chats, rows_base, rows_config
+from tests.support.lab import chats, killed_after_saving, named, rows_base, rows_config
 
 # Not ours: a deprecation between transformers and peft.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

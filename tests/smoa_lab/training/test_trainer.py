@@ -22,16 +22,7 @@ from smoa_lab.scoring.losses import row_losses
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.train import run as train
 from smoa_lab.training.trainer import ProgressReport, Stopwatch
-from tests.support.lab import tiny_gpt2
-from tests.support.own_rows import (
-    chat,
-    chats,
-    losses,
-    rows_base,
-    rows_config,
-    rows_values,
-    write_rows,
-)
+from tests.support.lab import chat, chats, losses, rows_base, rows_config, rows_values, tiny_gpt2, write_rows
 
 ALL = {"test_examples": 0, "validation_examples": 0}
 """Every row is trained on."""

@@ -1,19 +1,41 @@
-"""What the plugin uses of vLLM, with the same names and signatures: LoRA layers with slots, a manager, a worker.
-
-It has no LoRA of its own: an output stays as it is, and `applied` counts the calls. tests/slow/serve runs the real one.
-"""
+"""Modules of packages that are not installed, for tests of code that imports them."""
 
 import copy
 import importlib
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+# Modules of packages that are not installed, for tests of code that imports them.
+
+
+def import_with_stubs(
+    monkeypatch: pytest.MonkeyPatch, module: str, stubs: Mapping[str, Mapping[str, Any]]
+) -> ModuleType:
+    """The module, imported anew where the `stubs` (attributes by module) are all that exists of their packages."""
+    for name, attributes in stubs.items():
+        parts = name.split(".")
+        for length in range(1, len(parts)):
+            package = ".".join(parts[:length])
+            monkeypatch.setitem(sys.modules, package, ModuleType(package))
+        stub = ModuleType(name)
+        vars(stub).update(attributes)
+        monkeypatch.setitem(sys.modules, name, stub)
+    monkeypatch.setitem(sys.modules, module, ModuleType(module))  # so that it is forgotten after the test
+    del sys.modules[module]
+    return importlib.import_module(module)
+
+
+# What the plugin uses of vLLM, with the same names and signatures: LoRA layers with slots, a manager, a worker.
+
 
 HEADS = {"qkv_proj": {1: 2, 2: 2}}
 """How many ranks may divide k and v."""

@@ -7,13 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+import venv
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 300
 """Seconds; two processes that wait for each other never end by themselves."""
-IMPORTS = ("accelerate", "smoa", "tests.support.tiny_mixtures", "tests.support.tiny_reader")
+IMPORTS = ("accelerate", "smoa", "tests.support.tiny")
 """What takes both ranks longer to import than to train."""
 
 
@@ -34,7 +35,7 @@ def run_two(module: str, *arguments: str, first: Sequence[str] = ()) -> None:
     """Run `python -m module` as ranks 0 and 1, with the modules `first` imported once for both; fails with their output
     unless both end well."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "tests.support.processes", ",".join([*IMPORTS, *first]), module, *arguments]
+    command = [sys.executable, "-m", "tests.slow.processes", ",".join([*IMPORTS, *first]), module, *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(**shared), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -62,6 +63,45 @@ def _run_ranks(imports: str, module: str, arguments: list[str]) -> int:
                 os.kill(other, signal.SIGKILL)
             return 1
     return 0
+
+
+# Virtual environments with some packages of their own, on top of those of the environment that runs this.
+
+
+SCRIPTS = "Scripts" if os.name == "nt" else "bin"
+
+
+def build_environment(folder: Path, *wanted: str, with_pip: bool = False) -> Path:
+    """The Python of a new environment in which pip has installed `wanted`; everything else, such as torch, is borrowed.
+
+    pip is borrowed too, unless a framework calls the one beside its own Python.
+
+    Raises:
+        RuntimeError: pip failed, with what it said.
+    """
+    venv.create(folder, with_pip=with_pip)
+    borrowed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (packages(folder) / "zz_borrowed.pth").write_text("\n".join([*borrowed, ""]), encoding="utf-8")  # after its own
+    python = folder / SCRIPTS / "python"
+    # Compiled when imported: of transformers that is a small part.
+    command = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", *wanted]
+    pip = subprocess.run(command, capture_output=True, text=True, check=False)
+    if pip.returncode:
+        raise RuntimeError(f"pip install {' '.join(wanted)}:\n{pip.stderr}")
+    return python
+
+
+def packages(folder: Path) -> Path:
+    """Where an environment has its own packages."""
+    return next(folder.glob("lib/python*/site-packages"), folder / "Lib" / "site-packages")
+
+
+def run_python(python: Path | str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process of that Python which imports smoa from this checkout."""
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [str(python), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 if __name__ == "__main__":
