@@ -11,8 +11,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.lives.fuzz import CORPUS, base, fuzz, outcome, write_corpus
 from tests.lives.adapter_mutations import CONFIG, MUTATIONS, WEIGHTS
+from tests.lives.fuzz import CORPUS, base, fuzz, outcome, write_corpus
 from tests.support.tiny import rewritten, with_settings
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
