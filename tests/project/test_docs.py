@@ -34,7 +34,7 @@ DOCS = ROOT / "docs"
 GENERATED = ("studies",)
 PAGES = sorted(path for path in DOCS.rglob("*.md") if path.relative_to(DOCS).parts[0] not in GENERATED)
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs" / "README.md", *PAGES]
-NOT_IN_NAVIGATION = ("results.md", "experiment-log.md")
+NOT_IN_NAVIGATION = ("results.md", "decisions.md")
 BASE_MODELS = ("google/gemma-3-270m", "HuggingFaceTB/SmolLM2-135M-Instruct")
 # `<!-- not run: REASON -->` before a block of Python says why no test can run it. A block within a comment is run and
 # not shown.

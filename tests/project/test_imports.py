@@ -116,7 +116,6 @@ def test_every_path_that_the_documents_name_can_be_imported() -> None:
     paths = {
         path
         for document in documents
-        if document.name != "experiment-log.md"
         for path in re.findall(r"(?:^::: |`)(smoa(?:\.\w+)+)(?=[`(\s]|$)", document.read_text("utf-8"), re.MULTILINE)
     }
     assert {"smoa.hotswap.hotswap_adapter", "smoa.register_partition"} <= paths

@@ -28,12 +28,11 @@ from smoa.kernels.scale import as_dtype
 from smoa.partition import Blocks, take_columns
 
 PIECE = 1 << 21
-"""Entries of the rows of W that a piece touches on a CPU (docs/experiment-log.md, "One kernel over pieces")."""
+"""Entries of the rows of W that a piece touches on a CPU (docs/decisions.md)."""
 FEW_ROWS = 4
 """Up to so many are sorted sooner by PyTorch than by NumPy."""
 LARGE_BLOCK = 1 << 13
-"""On a CPU, larger blocks are gathered faster by copying rows, then columns (docs/experiment-log.md, "Sorting
-columns")."""
+"""On a CPU, larger blocks are gathered faster by copying rows, then columns (docs/decisions.md)."""
 
 FEW_ENTRIES = 1 << 14
 """Entries of buffers that the allocator keeps by itself."""

@@ -9,8 +9,7 @@ rows. So what is trained is what a merge writes.
 
 In 16 bits the factors are rounded to W's dtype (three times as fast, and nothing measurable is lost), and `W(1 + U)` is
 computed in float32 and rounded once. This keeps more of a small ΔW than `x Wᵀ + x ΔWᵀ`, whose sum is rounded to 16 bits
-too: 0.8 to 0.9 of an update of a thousandth of y, where that keeps 0.55 (docs/experiment-log.md, "One
-product in 16 bits").
+too: 0.8 to 0.9 of an update of a thousandth of y, where that keeps 0.55 (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -30,20 +29,19 @@ from smoa.kernels.shared import shared_by_one
 ALL = slice(None)
 
 PIECE = 1 << 22
-"""Entries of W in a piece on a CPU (docs/experiment-log.md, "One product in 16 bits")."""
+"""Entries of W in a piece on a CPU (docs/decisions.md)."""
 PIECE_ON_GPU = 1 << 26
 """Entries on a GPU, for its memory: all of a layer of 8192 × 8192, 128 MiB in 16 bits, and a part of a larger one."""
 MIN_TOKENS = 4
 """Tokens for each of K² from which W + ΔW pays, twice as many where the blocks are contiguous
-(docs/experiment-log.md, "From how many tokens on")."""
+(docs/decisions.md)."""
 MIN_TOKENS_ON_GPU = 4096
 """Fewest tokens from which it pays on a GPU, by arithmetic: it was never run on one (docs/limits.md)."""
 LARGEST_KEPT = 1 << 26
 """Entries of the largest W + ΔW whose memory a thread keeps for the next layer: to page 32 MiB in anew takes a tenth of
 a step of 4096 × 4096."""
 MASK_COST = 64
-"""Cost of masking one entry, in multiplications of a matrix product (docs/experiment-log.md, "From how many
-tokens on")."""
+"""Cost of masking one entry, in multiplications of a matrix product (docs/decisions.md)."""
 FEWEST_ROWS, FEWEST_COLUMNS = 16, 64
 """Pieces have at least so many: products of fewer rows sum in another order, of fewer columns take twice the time."""
 FEW_ENTRIES = 1 << 14

@@ -34,7 +34,7 @@ def rms_of(weight: Tensor) -> float:
 ScaleKind = Literal["paper", "layer", "block", "lora"]
 DEFAULT_SCALE: ScaleKind = "lora"
 FACTORS: dict[ScaleKind, float] = {"layer": 1.0, "block": 1.0, "lora": 4.0}
-"""Measured (docs/experiment-log.md, "LoRA's rate on four pairs"). With blocks of unit rms and LoRA's α/r the best
+"""Measured (docs/decisions.md). With blocks of unit rms and LoRA's α/r the best
 learning rate was 2 to 5 times LoRA's: the first step's ΔW has the norm of LoRA's, but spreads it over many directions,
 where LoRA's has few."""
 SMALLEST = 1e-30

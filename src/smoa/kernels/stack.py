@@ -31,8 +31,7 @@ from smoa.partition import Blocks, Orders, block_sizes, slices
 ALIGNED = 8
 """Blocks are padded to a multiple of it, because `grouped_mm` wants widths of 16 bytes."""
 LARGE, PARTS = 1 << 20, 16
-"""On a CPU, a stack whose blocks have more entries is computed in parts (docs/experiment-log.md, "All
-experts at once")."""
+"""On a CPU, a stack whose blocks have more entries is computed in parts (docs/decisions.md)."""
 MOST_GROUPS = 1023
 """What `grouped_mm` takes in a call with 16 bits on an H100 or newer."""
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
