@@ -17,11 +17,11 @@ from tests.support.layers import (
     labels,
     layers_of,
     oracle_delta,
-    quantized_model,
     randomise,
     same_layout_on_every_cpu,
     stored_bits,
 )
+from tests.support.tiny import quantized_model
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from smoa import SmoaConfig
@@ -26,7 +24,6 @@ from smoa.layer import SmoaLayer
 from smoa.partition import Blocks
 from smoa.spectrum import make_partition
 from tests import oracle
-from tests.support import tiny
 
 # How far two routes to the same number may lie apart, by dtype: the one table for all tests.
 
@@ -464,15 +461,6 @@ def adapted_quantized(base: nn.Module, **config: Any) -> SmoaLayer:
     layer = inject_adapter_in_model(SmoaConfig(**settings), wrapped(base)).layer
     randomise(layer)
     return layer
-
-
-def quantized_model(folder: Path, family: str = "llama", **options: Any) -> PreTrainedModel:
-    """The tiny model of the family, loaded by bitsandbytes with `options` of BitsAndBytesConfig, by default in NF4."""
-    if not (folder / "config.json").is_file():
-        tiny.build(family).save_pretrained(folder)
-    options = options or {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
-    quantization_config = BitsAndBytesConfig(**options)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization_config, dtype=torch.float32)
 
 
 def weight_of(layer: SmoaLayer) -> Tensor:

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
+    BitsAndBytesConfig,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     Gemma3ForCausalLM,
@@ -386,3 +388,12 @@ def with_settings(folder: Path, **settings: Any) -> Path:
     config = json.loads(file.read_text(encoding="utf-8")) | settings
     file.write_text(json.dumps(config), encoding="utf-8")
     return folder
+
+
+def quantized_model(folder: Path, family: str = "llama", **options: Any) -> PreTrainedModel:
+    """The tiny model of the family, loaded by bitsandbytes with `options` of BitsAndBytesConfig, by default in NF4."""
+    if not (folder / "config.json").is_file():
+        build(family).save_pretrained(folder)
+    options = options or {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    quantization_config = BitsAndBytesConfig(**options)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization_config, dtype=torch.float32)
