@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what the installed PEFT and transformers can't do (docs/versions.md), and ignore warnings of their own."""
+    """Skip what the installed PEFT and transformers can't do (docs/what-works.md), and ignore warnings of their own."""
     import peft
     from packaging.version import Version
     from peft.utils import save_and_load

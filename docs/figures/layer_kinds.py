@@ -1,4 +1,4 @@
-"""Writes the table of what can be adapted into docs/layers.md: every cell is tried, with SMoA, LoRA and HiRA.
+"""Writes the table of what can be adapted into docs/what-works.md: every cell is tried, with SMoA, LoRA and HiRA.
 
 Run it with PEFT 0.21, which has all three. The rows are the kinds of `smoa.model.LAYERS`, some quantized or grouped,
 and one that SMoA refuses.
@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from smoa import SmoaConfig
 from smoa.model import LAYERS
 
-PAGE = Path(__file__).parents[1] / "layers.md"
+PAGE = Path(__file__).parents[1] / "what-works.md"
 MARKERS = "<!-- layer kinds: written by docs/figures/layer_kinds.py -->\n", "<!-- end of the layer kinds -->\n"
 COLUMNS = ("trained", "merged", "unmerged bit for bit", "mixed batch", "converted to LoRA")
 Layer = Callable[[], nn.Module]
@@ -184,7 +184,7 @@ def missing() -> list[type[nn.Module]]:
 
 
 def page() -> str:
-    """docs/layers.md with the current table."""
+    """docs/what-works.md with the current table."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKERS[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -50,7 +50,7 @@ SMALL: dict[str, int] = {
     "eos_token_id": 2,
 }
 KNOWN = dict.fromkeys(
-    ("falcon_mamba", "jamba", "mamba"), "reads the weight of dt_proj and never calls it: docs/layers.md"
+    ("falcon_mamba", "jamba", "mamba"), "reads the weight of dt_proj and never calls it: docs/what-works.md"
 )
 """Models whose merged output is another one by their own design, of a LoRA too."""
 LARGEST = 4_000_000

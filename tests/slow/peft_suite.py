@@ -78,10 +78,10 @@ REFUSED = "a documented refusal: "
 LORAS = "reads what LoRA alone has: "
 ADAPTED = "expects a refusal of what smoa adapts: "
 LEFT_OUT: dict[str, str] = {
-    "MHA|mha_|multihead": f"{REFUSED}MultiheadAttention (docs/layers.md)",
-    "existing_parametrization": f"{REFUSED}a parameter that something else computes (docs/how-to/experts.md)",
-    "duplicate_name_without_mutation.*True|PeftMixedModel|mixed_model": f"{REFUSED}PeftMixedModel (docs/layers.md)",
-    "TestHotSwapping": f"{REFUSED}PEFT's own hot-swapping; test_hotswap.py has smoa's (docs/layers.md)",
+    "MHA|mha_|multihead": f"{REFUSED}MultiheadAttention (docs/what-works.md)",
+    "existing_parametrization": f"{REFUSED}a parameter that something else computes (docs/what-works.md)",
+    "duplicate_name_without_mutation.*True|PeftMixedModel|mixed_model": f"{REFUSED}PeftMixedModel (docs/what-works.md)",
+    "TestHotSwapping": f"{REFUSED}PEFT's own hot-swapping; test_hotswap.py has smoa's (docs/what-works.md)",
     r"bias_argument\[invalid": f"{REFUSED}a bias of no known name, at once, by the config (docs/files.md)",
     r"adapters_mixed_modules_to_save_merging|cat_with_rank_pattern|active_adapters_forward\[SMoA Different": (
         f"{REFUSED}sums of adapters with modules_to_save, rank_pattern, other layers (docs/how-to/several-adapters.md)"
@@ -114,7 +114,7 @@ LEFT_OUT: dict[str, str] = {
     "warns_for_unsharded": f"{LORAS}a warning in PEFT's save, by the names of LoRA's tensors",
     "different_target_parameters_raises": f"{ADAPTED}adapters of several parameters; test_route.py",
     "mixed_adapter_batches_training_mode_raises": f"{ADAPTED}training by names; test_adapter_names.py trains by them",
-    "mamba_modules": f"{ADAPTED}what Mamba only reads (docs/layers.md)",
+    "mamba_modules": f"{ADAPTED}what Mamba only reads (docs/what-works.md)",
     "groups_greater_than_one": f"{ADAPTED}grouped convolutions; test_kinds.py",
     "stable_diffusion": "loads a pipeline of the Hub; tests/lives/test_towers.py has a UNet and a transformer",
     r"trainable tokens Same.*merge_layers_multi|merge_layers_multi.*trainable tokens Same": (

@@ -36,7 +36,7 @@ MIN_TOKENS = 4
 """Tokens for each of K² from which W + ΔW pays, twice as many where the blocks are contiguous
 (docs/decisions.md)."""
 MIN_TOKENS_ON_GPU = 4096
-"""Fewest tokens from which it pays on a GPU, by arithmetic: it was never run on one (docs/limits.md)."""
+"""Fewest tokens from which it pays on a GPU, by arithmetic: it was never run on one (docs/what-works.md)."""
 LARGEST_KEPT = 1 << 26
 """Entries of the largest W + ΔW whose memory a thread keeps for the next layer: to page 32 MiB in anew takes a tenth of
 a step of 4096 × 4096."""
