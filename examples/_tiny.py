@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smoa_lab.basics.folders import new_folder
+from smoa_lab.basics.files import new_folder
 
 torch.set_num_threads(1)  # for a model this small, threads cost more than they save
 

@@ -25,8 +25,8 @@ from typing import Any
 
 from stored import PACK, STUDIES, compared, runs_of
 
-from smoa_lab.basics.atomic import write_whole
-from smoa_lab.basics.folders import json_text
+from smoa_lab.basics.files import write_whole
+from smoa_lab.basics.values import json_text
 from smoa_lab.study.finished import Finished, Run, finals, read_finished, searched
 from smoa_lab.study.report import PICTURES, report
 from smoa_lab.study.study import STUDY, Study, load_study

@@ -24,8 +24,8 @@ from ruamel.yaml import YAML
 from scipy.special import ndtri, stdtr, stdtrit
 from stored import STUDIES, folders, summary_of
 
-from smoa_lab.basics.atomic import write_whole
-from smoa_lab.basics.folders import json_text
+from smoa_lab.basics.files import write_whole
+from smoa_lab.basics.values import json_text
 from smoa_lab.study.bounds import Estimate, Floats, contrast, looks
 from smoa_lab.study.search import Chosen, best_of, next_indices, rate
 

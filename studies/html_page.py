@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from smoa_lab.basics.folders import finite
+from smoa_lab.basics.values import finite
 from smoa_lab.pages.charts import PAPER
 
 

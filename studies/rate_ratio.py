@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from stored import PACK, STUDIES, runs_of
 
-from smoa_lab.basics.atomic import write_whole
-from smoa_lab.basics.folders import json_text
+from smoa_lab.basics.files import write_whole
+from smoa_lab.basics.values import json_text
 
 TARGET = STUDIES / "rate_ratio.json"
 PAGE, BEGIN, END = STUDIES.parent / "docs" / "migration.md", "<!-- begin rates -->\n", "<!-- end rates -->\n"

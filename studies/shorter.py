@@ -17,8 +17,8 @@ from again import unpacked
 from calibration import Curve
 from stored import STUDIES
 
-from smoa_lab.basics.atomic import write_whole
-from smoa_lab.basics.folders import json_text
+from smoa_lab.basics.files import write_whole
+from smoa_lab.basics.values import json_text
 from smoa_lab.study.finished import chosen, read_finished
 from smoa_lab.study.search import Chosen
 from smoa_lab.study.study import STUDY, Study, load_study

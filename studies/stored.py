@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from smoa_lab.basics.folders import read_stored_lines
+from smoa_lab.basics.files import read_stored_lines
 
 STUDIES = Path(__file__).parent
 PACK = "runs.jsonl.gz"
@@ -61,7 +61,7 @@ def final_name(entry: str, learning_rate: float, seed: int) -> str:
 
 def store(study: Path, target: Path) -> None:
     """Store a folder of `smoa compare`: what it reports and, of each run and row, loss and score, but no texts."""
-    from smoa_lab.basics.folders import finite
+    from smoa_lab.basics.values import finite
     from smoa_lab.study.finished import read_finished
     from smoa_lab.study.study import STUDY, load_study
 

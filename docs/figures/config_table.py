@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from smoa import SmoaConfig
-from smoa_lab.basics.atomic import write_whole
+from smoa_lab.basics.files import write_whole
 from smoa_lab.pages.tables import Table
 
 PAGE = Path(__file__).parents[1] / "api.md"

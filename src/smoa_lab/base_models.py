@@ -35,9 +35,8 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from smoa.errors import DataError
 from smoa.quantized import keep_unpacked
-from smoa_lab.basics.atomic import write_whole
-from smoa_lab.basics.folders import cache_folder, content_of, new_folder
-from smoa_lab.basics.trust import TRUSTED
+from smoa_lab.basics.files import cache_folder, content_of, new_folder, write_whole
+from smoa_lab.basics.settings import TRUSTED
 from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
 from smoa_lab.data.chat_templates import saved_chat_template, set_chat_template, stop_at_turns_end
 from smoa_lab.pages.card import NamedBase, named_base

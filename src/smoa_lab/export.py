@@ -29,7 +29,7 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from smoa import ConfigError, MergeError
 from smoa_lab.base_models import RunModel, described_base, load_tokenizer, load_weights, packaged_name
-from smoa_lab.basics.folders import check_new, new_folder
+from smoa_lab.basics.files import check_new, new_folder
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
 from smoa_lab.open_run import open_place, resize_as_saved, with_saved_adapter

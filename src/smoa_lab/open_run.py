@@ -18,7 +18,7 @@ from transformers.utils.hub import CHAT_TEMPLATE_FILE
 import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa import ConfigError
 from smoa_lab.base_models import RunModel, base_content, packaged_name
-from smoa_lab.basics.folders import read_stored
+from smoa_lab.basics.files import read_stored
 from smoa_lab.config.run import Dtype, ModelSection, RunConfig, load_config
 from smoa_lab.training.run_folder import RunFolder
 

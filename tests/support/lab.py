@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from smoa_lab.basics.trust import TRUSTED, Trust
+from smoa_lab.basics.settings import TRUSTED, Trust
 from smoa_lab.config.run import RunConfig, check_config
 from smoa_lab.data.encoding import Tokens
 from smoa_lab.training.trainer import ProgressReport

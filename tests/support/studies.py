@@ -17,18 +17,18 @@ import pytest
 import yaml
 
 from smoa.errors import ConfigError
-from smoa_lab.basics.atomic import write_whole
-from smoa_lab.basics.folders import portable
+from smoa_lab.basics.files import write_whole
+from smoa_lab.basics.values import portable
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import ANSWERED
-from smoa_lab.study import asked, fit, run_study
-from smoa_lab.study.asked import ask
+from smoa_lab.study import run_study, written
 from smoa_lab.study.finished import Run, chosen, read_finished
 from smoa_lab.study.report import SUMMARY, Report, report
 from smoa_lab.study.run_study import work
 from smoa_lab.study.search import Chosen
 from smoa_lab.study.study import STUDY, Study, edit, load_study
 from smoa_lab.study.verdict import Verdict, verdict
+from smoa_lab.study.written import ask
 from smoa_lab.training.run_folder import RunFolder
 
 ROWS = 60
@@ -147,11 +147,11 @@ class WrittenRuns:
         )
         return metrics
 
-    def time_steps(self, config: RunConfig, most: int, seconds: float) -> list[float]:
-        """The first steps of a run."""
+    def time_steps(self, config: RunConfig, most: int, seconds: float) -> float:
+        """The seconds of a step, of which the first one takes twice as many."""
         self.timed.append(config.folder.as_posix())
-        took = [2 * self.step_seconds[config.method]] + [self.step_seconds[config.method]] * (most - 1)
-        self.now += 1.0 + sum(took)
+        took = self.step_seconds[config.method]
+        self.now += 1.0 + took * (most + 1)
         return took
 
     def _metrics(self, config: RunConfig) -> dict[str, Any]:
@@ -197,18 +197,17 @@ def write_runs(patch: pytest.MonkeyPatch) -> WrittenRuns:
     patch.setattr(run_study, "score_untouched", runs.untouched)
     patch.setattr(run_study, "POLL_SECONDS", 0.005)
     patch.setattr(run_study, "report", lambda *_: None)  # which takes longer than all else, after each run
-    patch.setattr(fit, "time_steps", runs.time_steps)
-    patch.setattr(asked, "inputs", runs.inputs)
-    patch.setattr(asked, "empty_model", lambda model: None)
-    patch.setattr(asked, "check_adapter", lambda model, wanted: None)
+    patch.setattr(run_study, "time_steps", runs.time_steps)
+    patch.setattr(written, "inputs", runs.inputs)
+    patch.setattr(written, "empty_model", lambda model: None)
+    patch.setattr(written, "check_adapter", lambda model, wanted: None)
     return runs
 
 
 def fake_time(patch: pytest.MonkeyPatch, runs: WrittenRuns) -> None:
     """Time passes by runs alone, as long as they would take."""
     clock = SimpleNamespace(sleep=time.sleep, **dict.fromkeys(("monotonic", "perf_counter", "time"), lambda: runs.now))
-    for module in (run_study, fit):
-        patch.setattr(module, "time", clock)
+    patch.setattr(run_study, "time", clock)
 
 
 class StudyLife:

@@ -13,21 +13,24 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from smoa_lab.basics.trust import TRUSTED, Trust
+from smoa_lab.basics.values import json_text
 
 Base = Annotated[str | None, typer.Option(help="Base model to use instead of the one recorded in the adapter.")]
 
 
 def _trust(context: typer.Context, option: typer.CallbackParam, given: Any) -> Any:
-    """Let this process run what an option says until the command ends."""
+    """Let this process run the code that an option names, until the command ends."""
+    from smoa_lab.basics.settings import TRUSTED, Trust  # here, since it imports pydantic
+
     setattr(TRUSTED, str(option.name), given)
     context.call_on_close(partial(vars(TRUSTED).update, vars(Trust())))
     return given
 
 
 def overridden(given: list[str] | None, block: str = "") -> list[str]:
-    """The overrides of a command, and that which ``--metric`` stands for, in the ``block`` of a study that runs
-    share."""
+    """The overrides of a command; with ``--metric`` also the one that lets a run, or a study's ``block``, use it."""
+    from smoa_lab.basics.settings import TRUSTED
+
     return [*(given or []), *([f"{block}data.metric=score"] if TRUSTED.metric is not None else [])]
 
 
@@ -36,7 +39,7 @@ Metric = Annotated[
     str | None,
     typer.Option(metavar="FILE:NAME", help="Your function that scores.", callback=_trust, is_eager=True),
 ]
-"""Options that act by themselves, before overrides are read: no command reads their values."""
+"""Options whose callback does all that they do; commands ignore their values."""
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -58,9 +61,9 @@ Data = Annotated[str | None, typer.Option(help="Without a file: rows, as a file,
 
 @contextmanager
 def reporting(*of: str) -> Iterator[None]:
-    """Show the log of the lab, or ``of`` packages in it and all warnings, on stderr; an error ends the command with one
-    message and exit code 1, what smoa's own errors are not with the name of their class. ``SMOA_TRACEBACK=1`` shows
-    where it was raised."""
+    """Show warnings and the lab's log, or only that of the packages ``of``, on stderr. An error ends the command with
+    its message and exit code 1; for an error that isn't smoa's own, the message begins with the name of its class, and
+    ``SMOA_TRACEBACK=1`` shows where it was raised."""
     from smoa.errors import SmoaError
 
     try:
@@ -112,8 +115,6 @@ def failed(message: str) -> typer.Exit:
 
 def print_json(value: Any) -> None:
     """Print JSON and nothing else to stdout."""
-    from smoa_lab.basics.folders import json_text  # here, since it imports torch
-
     typer.echo(json_text(value))
 
 

@@ -44,8 +44,7 @@ def init(
     with reporting():
         from smoa.errors import ConfigError
         from smoa_lab import init
-        from smoa_lab.basics.atomic import write_whole
-        from smoa_lab.basics.folders import check_new
+        from smoa_lab.basics.files import check_new, write_whole
 
         file = config or init.file_for(data)
         if file.suffix not in (".yaml", ".yml"):
@@ -136,8 +135,8 @@ def evaluate(
 ) -> None:
     """Score a run's adapter, or a base model, on held-out rows."""
     with reporting():
-        from smoa_lab.basics.atomic import write_whole
-        from smoa_lab.basics.folders import check_new, json_text
+        from smoa_lab.basics.files import check_new, write_whole
+        from smoa_lab.basics.values import json_text
         from smoa_lab.evaluate import evaluate_run
         from smoa_lab.open_run import open_place
         from smoa_lab.pages.tables import metric_table

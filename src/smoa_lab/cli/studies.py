@@ -60,13 +60,11 @@ def compare(
     with reporting(*SHOWN):
         from smoa.errors import ConfigError
         from smoa_lab.budget import method_settings
-        from smoa_lab.study.asked import ask, check, write_study
-        from smoa_lab.study.default_study import METHODS, default_study
         from smoa_lab.study.finished import read_finished
-        from smoa_lab.study.fit import fit
         from smoa_lab.study.report import report
-        from smoa_lab.study.run_study import work, work_on_ray, work_side_by_side
+        from smoa_lab.study.run_study import fit, work, work_on_ray, work_side_by_side
         from smoa_lab.study.study import STUDY, load_study
+        from smoa_lab.study.written import METHODS, ask, check, default_study, write_study
 
         deadline = time.time() + 60 * minutes if minutes is not None else math.inf
         words = [*([study] if study and "=" in study else []), *(overrides or [])]
@@ -121,11 +119,10 @@ def tune(
         from smoa.errors import ConfigError
         from smoa_lab.config.run import load_config
         from smoa_lab.pages.tables import Table, number
-        from smoa_lab.study.asked import ask, check, write_study
-        from smoa_lab.study.default_study import tuning_study
         from smoa_lab.study.finished import chosen, read_finished
         from smoa_lab.study.run_study import work
         from smoa_lab.study.search import rate_text
+        from smoa_lab.study.written import ask, check, tuning_study, write_study
 
         run = load_config(config, overrides)
         file = write_study(tuning_study(run, max_runs), run.folder.with_name(f"{run.folder.name}-tuning"))

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.errors import ConfigError
-from smoa_lab.basics.names import nearest
+from smoa_lab.basics.values import nearest
 
 MethodName = Annotated[str, StringConstraints(to_lower=True)]
 

@@ -19,8 +19,8 @@ from pydantic import Field, field_validator, model_validator
 from transformers import TrainingArguments
 
 from smoa.errors import ConfigError
-from smoa_lab.basics.folders import portable
-from smoa_lab.basics.section import Section
+from smoa_lab.basics.settings import Section
+from smoa_lab.basics.values import portable
 from smoa_lab.config.methods import MethodName, find_method, trains_own_dtype
 from smoa_lab.config.validation import Problem, block_problems, converted, method_problems, model_of
 from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from smoa.errors import ConfigError
-from smoa_lab.basics.names import nearest
+from smoa_lab.basics.values import nearest
 from smoa_lab.config.methods import find_method
 
 Problem = tuple[tuple[str, ...], str]

@@ -17,9 +17,8 @@ from typing import Any, Literal
 from unicodedata import normalize
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.basics.folders import portable
-from smoa_lab.basics.names import nearest
-from smoa_lab.basics.trust import TRUSTED
+from smoa_lab.basics.settings import TRUSTED
+from smoa_lab.basics.values import nearest, portable
 from smoa_lab.data.formats import shown
 
 MetricName = Literal["exact", "number", "contains", "choice", "score"]

@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
 from smoa.errors import ConfigError
-from smoa_lab.basics.names import nearest
+from smoa_lab.basics.values import nearest
 
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 """What looks like a special token in a template."""

@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from transformers.utils.logging import warning_once
 
 from smoa.errors import DataError
-from smoa_lab.basics.atomic import write_whole
-from smoa_lab.basics.folders import cache_folder, new_folder, portable, read_stored
+from smoa_lab.basics.files import cache_folder, new_folder, read_stored, write_whole
+from smoa_lab.basics.values import portable
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.formats import BadRow, Format, recognize, shape
 from smoa_lab.data.row import KEPT, PARTS, Part, Row, row_from_json

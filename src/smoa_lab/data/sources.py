@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from smoa.errors import DataError
-from smoa_lab.basics.folders import content_of
-from smoa_lab.basics.names import first_of, nearest
-from smoa_lab.basics.section import Section
+from smoa_lab.basics.files import content_of
+from smoa_lab.basics.settings import Section
+from smoa_lab.basics.values import first_of, nearest
 from smoa_lab.data.formats import BadRow, shown
 
 Values = dict[str, Any]

@@ -10,7 +10,7 @@ from typing import Any
 
 import altair as alt
 
-from smoa_lab.basics.atomic import write_whole
+from smoa_lab.basics.files import write_whole
 
 METHODS = {
     "smoa": ("SMoA", "#0072b2"),

@@ -11,7 +11,8 @@ from statistics import fmean
 from typing import Any
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.basics.folders import flat, portable, read_stored, read_stored_lines
+from smoa_lab.basics.files import read_stored, read_stored_lines
+from smoa_lab.basics.values import flat, portable
 from smoa_lab.data.answers import ANSWERED, OWN, RULES, MetricName, own_metric
 from smoa_lab.study.search import STARTS, Chosen, next_indices, rate
 from smoa_lab.study.study import Job, Study

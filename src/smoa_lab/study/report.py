@@ -12,9 +12,9 @@ from typing import Any
 
 import altair as alt
 
-from smoa_lab.basics.atomic import write_whole
-from smoa_lab.basics.folders import finite, json_text
-from smoa_lab.basics.trust import TRUSTED
+from smoa_lab.basics.files import write_whole
+from smoa_lab.basics.settings import TRUSTED
+from smoa_lab.basics.values import finite, json_text
 from smoa_lab.data.answers import ANSWERED, OWN, TITLES, own_metric
 from smoa_lab.pages.charts import colors, forest, name_of, save_picture, shapes, values
 from smoa_lab.pages.tables import Table, counted, number, score_text

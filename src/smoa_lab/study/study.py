@@ -19,8 +19,8 @@ from pydantic import Field, model_validator
 from ruamel.yaml import YAML
 
 from smoa.errors import ConfigError
-from smoa_lab.basics.atomic import write_whole
-from smoa_lab.basics.section import Section, Seed
+from smoa_lab.basics.files import write_whole
+from smoa_lab.basics.settings import Section, Seed
 from smoa_lab.config.methods import MethodName, find_method
 from smoa_lab.config.run import ConfigText, RunConfig, check_config
 from smoa_lab.config.validation import Problem, block_problems

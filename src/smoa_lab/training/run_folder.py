@@ -31,9 +31,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.basics.atomic import flush, new_file, write_whole
-from smoa_lab.basics.folders import finite, flat, json_text, read_stored
-from smoa_lab.basics.names import first_of
+from smoa_lab.basics.files import flush, new_file, read_stored, write_whole
+from smoa_lab.basics.values import finite, first_of, flat, json_text
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
 from smoa_lab.data.row import Row

@@ -12,14 +12,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import Trainer, TrainingArguments
 
 from smoa.distributed import from_rank_zero
 from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import described_base, empty_model, to_device, with_rate
-from smoa_lab.basics.atomic import new_file, write_whole
-from smoa_lab.basics.folders import finite, new_folder, portable
+from smoa_lab.basics.files import new_file, new_folder, write_whole
+from smoa_lab.basics.values import finite, portable
 from smoa_lab.config.methods import check_adapter, moves_base
 from smoa_lab.config.run import ROUNDS_AWAY, RunConfig
 from smoa_lab.data.answers import ANSWERED
@@ -68,6 +68,7 @@ def score_untouched(config: RunConfig) -> dict[str, Any]:
     with folder.claimed(text, loaded.inputs()):
         if not arguments.use_cpu:
             to_device(loaded.base)
+        loaded.base.requires_grad_(False)
         evaluation, _ = loaded.evaluation()
         started = time.perf_counter()
         evaluation.measure(loaded.base, "before")
@@ -77,14 +78,14 @@ def score_untouched(config: RunConfig) -> dict[str, Any]:
         return _finish(folder, metrics, evaluation)
 
 
-def time_steps(config: RunConfig, most: int, seconds: float) -> list[float]:
-    """Take the first steps of a run and throw them away: at most so many, and no further one so many seconds after the
-    first. How long each took."""
+def time_steps(config: RunConfig, most: int, seconds: float) -> float:
+    """The mean seconds of a run's first steps, which are thrown away: of at most so many steps, or so many seconds. The
+    first step, which is slower, does not count."""
     trainer, watch = make_trainer(load_run(config), config.peft_config()), Stopwatch(most, seconds)
     trainer.add_callback(watch)
     with suppress(Diverged):
-        fit(trainer, None)
-    return watch.seconds
+        trainer.train()
+    return (watch.ends[-1] - watch.ends[0]) / max(1, len(watch.ends) - 1)
 
 
 def _train(
@@ -127,7 +128,7 @@ def _train(
         forgetting.measure(model, "after")
     else:
         evaluation.diverge()
-    metrics = _metrics(loaded, arguments, model, evaluation, forgetting, _trainable(model))
+    metrics = _metrics(loaded, arguments, model, evaluation, forgetting)
     metrics["training"] = {
         "trainer": type(trainer).__name__.removeprefix("Sparse"),
         "seconds": round(seconds, 1),
@@ -168,10 +169,9 @@ def _metrics(
     model: Any,
     evaluation: Evaluation,
     forgetting: Forgetting | None = None,
-    trainable: int = 0,
 ) -> dict[str, Any]:
     """What is known of a model, its training aside."""
-    total = sum(map(_entries, model.parameters()))
+    trainable, total = PeftModel.get_nb_trainable_parameters(model)  # which reads its tensors, of any model
     account = loaded.data.account
     faults = [fault.partition(", row ") for fault in account["faults"]]  # where the row is, and what is wrong with it
     return {
@@ -199,16 +199,6 @@ def _best_step(trainer: Trainer) -> int | None:
     state = trainer.state
     is_loaded = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
     return state.best_global_step if is_loaded and state.best_global_step != state.global_step else None
-
-
-def _trainable(model: Any) -> int:
-    return sum(_entries(parameter) for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _entries(parameter: Any) -> int:
-    """Entries of a weight, which bitsandbytes packs into bytes, and which ZeRO-3 moves elsewhere."""
-    state = getattr(parameter, "quant_state", None)
-    return int(getattr(parameter, "ds_numel", parameter.numel()) if state is None else state.shape.numel())
 
 
 def _save(

@@ -15,8 +15,8 @@ from transformers import BloomConfig, GPT2Config, LlamaConfig
 import smoa_lab
 from smoa.errors import ConfigError
 from smoa_lab.base_models import positions_of
-from smoa_lab.basics.atomic import new_file, write_whole
-from smoa_lab.basics.folders import cache_folder, finite, json_text, new_folder, portable
+from smoa_lab.basics.files import cache_folder, new_file, new_folder, write_whole
+from smoa_lab.basics.values import finite, json_text, portable
 from tests.support.lab import killed_at
 
 

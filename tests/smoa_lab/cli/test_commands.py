@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from smoa_lab.basics import atomic
+from smoa_lab.basics import files
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import check_config
 from smoa_lab.training.train import run as train
@@ -52,7 +52,7 @@ def test_scores_are_printed_even_if_their_file_cannot_be_written(
     def full(file: Path, content: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(file))
 
-    monkeypatch.setattr(atomic, "write_whole", full)
+    monkeypatch.setattr(files, "write_whole", full)
     done = CliRunner().invoke(app, ["eval", str(run), "--output", str(tmp_path / "scores.json")])
     assert done.exit_code == 1
     assert "accuracy" in done.stdout

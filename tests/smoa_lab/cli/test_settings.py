@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from smoa_lab.cli.main import app
-from smoa_lab.study.default_study import default_study
+from smoa_lab.study.written import default_study
 from tests.support import lab
 from tests.support.lab import chats, write_rows
 

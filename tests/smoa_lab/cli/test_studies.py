@@ -14,8 +14,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from smoa_lab.base_models import empty_model
 from smoa_lab.cli.main import app
-from smoa_lab.study import default_study, run_study
+from smoa_lab.study import run_study
 from smoa_lab.study.bounds import Family
 from smoa_lab.study.study import load_study
 from tests.support.lab import chats, rows_base, write_rows
@@ -42,8 +43,8 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def written(room: Path, monkeypatch: pytest.MonkeyPatch) -> WrittenRuns:
     """Runs are written, and not trained."""
     runs = write_runs(monkeypatch)
+    monkeypatch.setattr("smoa_lab.study.written.empty_model", empty_model)
     runs.parameters = 7424  # of LoRA with r = 8
-    monkeypatch.setattr(default_study, "inputs", runs.inputs)
     return runs
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
 from smoa_lab import base_models
-from smoa_lab.basics.trust import TRUSTED, Trust
+from smoa_lab.basics.settings import TRUSTED, Trust
 from smoa_lab.cli.main import app
 from tests.support.lab import ALIKE, MARKED, chats, questions, rows_values, tiny_chat_model, tokenizer_with, write_rows
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.basics.trust import TRUSTED, Trust
+from smoa_lab.basics.settings import TRUSTED, Trust
 from smoa_lab.data.answers import own_metric
 from tests.support.lab import named
 

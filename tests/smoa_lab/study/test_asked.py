@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.study.asked import check, write_study
 from smoa_lab.study.study import load_study
+from smoa_lab.study.written import check, write_study
 from tests.support.studies import StudyLife, tiny_study
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")

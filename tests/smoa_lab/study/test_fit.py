@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 
 from smoa.errors import ConfigError
-from smoa_lab.study import fit as module
-from smoa_lab.study.fit import MARGIN, Timed, fit
-from smoa_lab.study.run_study import work
+from smoa_lab.study.run_study import MARGIN, Timed, fit, work
 from tests.support.studies import StudyLife, fake_time
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
@@ -66,16 +64,6 @@ def test_a_fitted_study_ends_in_time_also_where_searches_take_longer(
     work(life.file, deadline=seconds)
     assert life.runs.now < seconds + 20, "what runs at the deadline is finished"
     assert {name.partition("/")[0] for name in life.named("*/*-seed-1")} == {"smoa", "lora"}
-
-
-def test_the_first_step_which_is_slow_does_not_count(life: StudyLife, monkeypatch: pytest.MonkeyPatch) -> None:
-    text, found = life.file.read_text(), []
-    for first in (0.1, 50.0):
-        life.file.write_text(text)
-        monkeypatch.setattr(module, "time_steps", lambda *_, first=first: [first, 0.1, 0.1])
-        fit(life.file, 300)
-        found.append(life.file.read_text())
-    assert found[0] == found[1]
 
 
 def test_what_an_interrupted_fit_left_is_thrown_away_and_steps_are_not_kept(life: StudyLife) -> None:

@@ -111,15 +111,14 @@ def test_the_best_adapter_is_kept_and_not_the_last(talks: Path, base: Path, tmp_
     assert f"(the best, step {best}, is kept)" in (config.folder / "adapter" / "README.md").read_text()
 
 
-def test_steps_are_timed_without_the_first_which_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch, now = Stopwatch(most=5, limit=30), iter((0.0, 62.0, 100.0, 131.0))
+def test_time_for_steps_is_counted_from_the_end_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, now = Stopwatch(most=5, limit=30), iter((62.0, 91.0, 93.0))
     monkeypatch.setattr(time, "perf_counter", now.__next__)
-    for is_over in (False, True):
+    for is_over in (False, False, True):
         control = SimpleNamespace(should_training_stop=False)
-        watch.on_step_begin(None, None, control)
         watch.on_step_end(None, None, control)
         assert control.should_training_stop is is_over
-    assert watch.seconds == [62, 31]
+    assert watch.ends == [62, 91, 93]
 
 
 def refused(config: RunConfig, error: type[SmoaError] = ConfigError) -> str:

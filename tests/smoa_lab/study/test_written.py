@@ -9,10 +9,9 @@ from smoa.errors import ConfigError
 from smoa_lab.config import run
 from smoa_lab.config.methods import method_names
 from smoa_lab.config.run import adapter_rate, check_config
-from smoa_lab.study import default_study as module
-from smoa_lab.study.asked import write_study
-from smoa_lab.study.default_study import TIMES_LORA, default_study, tuning_study
+from smoa_lab.study import written as module
 from smoa_lab.study.study import Study, load_study
+from smoa_lab.study.written import TIMES_LORA, default_study, tuning_study, write_study
 from tests.support.lab import chats, rows_base, rows_config, write_rows
 from tests.support.studies import WrittenRuns
 

@@ -1,24 +1,51 @@
-"""Where files go, and plain values in them: the folder in which models and data are cached, new folders that are
-written whole or not at all, and values for files that leave this machine: finite numbers, no places of it."""
+"""Files and folders that are written whole or not at all, the folder in which models and rows are cached, and what was
+stored as JSON."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import json
-import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
 import platformdirs
 
 from smoa.errors import ConfigError, DataError
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Yield a path beside `target` to write to; the file takes its place when the block succeeds.
+
+    A kill, a full disk or a loss of power leaves the old file or the new one.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{token_hex(8)}")
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush(file: Path) -> None:
+    """Wait until the content of `file` is on the disk, before something else says that it is there."""
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def write_whole(target: Path, content: str | bytes) -> None:
+    """Write `content` to `target`; nobody who reads the file ever sees half of it."""
+    with new_file(target) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def check_new(target: Path) -> None:
@@ -75,39 +102,3 @@ def read_stored_lines(file: Path) -> list[dict[str, Any]]:
         return [json.loads(file.read_text(encoding="utf-8"))]
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{file}: is damaged ({error}); put back a copy, or run it again") from error
-
-
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """``value`` with each plain value within dictionaries and lists changed."""
-    if isinstance(value, dict):
-        return {key: _mapped(inside, change) for key, inside in value.items()}
-    if isinstance(value, list | tuple):
-        return [_mapped(inside, change) for inside in value]
-    return change(value)
-
-
-def finite(value: Any) -> Any:
-    """``value`` with None for NaN and infinities, also within dictionaries and lists: what a run left that diverged."""
-    return _mapped(value, lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf)
-
-
-def json_text(value: Any) -> str:
-    """``value`` as indented JSON, None for what is not finite."""
-    return json.dumps(finite(value), indent=2, ensure_ascii=False)
-
-
-def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of all blocks of a config, as ``block.key``."""
-    blocks = {block: own if isinstance(own, dict) else {"": own} for block, own in config.items()}
-    return {f"{block}.{key}".rstrip("."): own[key] for block, own in blocks.items() for key in own}
-
-
-def portable(value: Any) -> Any:
-    """``value`` with only the last name of every absolute path, also within dictionaries and lists."""
-
-    def last_name(leaf: Any) -> Any:
-        is_place = isinstance(leaf, str) and (leaf.startswith("~/") or PurePosixPath(leaf).is_absolute())
-        is_place = is_place or (isinstance(leaf, str) and PureWindowsPath(leaf).is_absolute())
-        return PureWindowsPath(leaf).name if is_place else leaf
-
-    return _mapped(value, last_name)
