@@ -1,5 +1,5 @@
-"""What commands write into a study's file: a new study (``smoa compare --model --data``, ``smoa tune``), or for one that
-is there more entries, seeds and looks."""
+"""What commands write into a study's file: a new study (``smoa compare --model --data``, ``smoa tune``), and for an old
+one more entries, seeds and looks."""
 
 from __future__ import annotations
 
