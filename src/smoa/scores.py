@@ -2,7 +2,7 @@
 
 They are kept by a hash of the weight's content, so that a second adapter on the same weight needs no decomposition,
 whatever its K. They are in the user's cache folder, or in the one that the environment variable `SMOA_SPECTRUM_CACHE`
-names; "off" keeps none. docs/files.md says what the files hold.
+names; "off" keeps none. docs/cli.md says how large they get.
 """
 
 from __future__ import annotations

@@ -241,8 +241,8 @@ def fsdp2_sharded(folder: Path) -> Result:
 
 
 def fsdp2_documented(folder: Path) -> Result:
-    """By the file in docs/scale.md, whose keys accelerate's launcher hands to the plugin in the environment."""
-    page = (Path(__file__).parents[3] / "docs" / "scale.md").read_text(encoding="utf-8")
+    """By the file in docs/performance.md, whose keys accelerate's launcher hands to the plugin in the environment."""
+    page = (Path(__file__).parents[3] / "docs" / "performance.md").read_text(encoding="utf-8")
     config = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])["fsdp_config"]
     os.environ.update({key.upper(): str(value) for key, value in config.items()})
     accelerator = fresh_accelerator(fsdp_plugin=FullyShardedDataParallelPlugin())

@@ -44,9 +44,9 @@ RELEASE_AT_ONCE = {
 
 
 def accelerator(stage: int, zero: dict[str, Any] = RELEASE_AT_ONCE, **options: Any) -> Accelerator:
-    """By the file in docs/scale.md, without the clipping that one process doesn't do."""
+    """By the file in docs/performance.md, without the clipping that one process doesn't do."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    page = (Path(__file__).parents[3] / "docs" / "scale.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "performance.md").read_text(encoding="utf-8")
     config = json.loads(page.split("```json\n")[1].split("```")[0])
     config |= {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0} | options
     config["zero_optimization"] |= {"stage": stage} | zero
