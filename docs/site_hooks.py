@@ -1,5 +1,5 @@
-"""What mkdocs does as well: formulas become MathML, studies get interactive pages, the design page gets the file map,
-and links to the repository's files lead to copies in the site.
+"""What mkdocs does as well: formulas become MathML, studies get interactive pages, and links to the repository's files
+lead to copies in the site.
 
 In the repository a page links to `../configs/demo.yaml`, as it must to work there. The site has no such file above it,
 so a copy goes to `repository/configs/demo.yaml.txt` (text that a browser shows, not saves) and the link with it.
@@ -18,9 +18,8 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "studies"), str(ROOT / "docs" / "figures")]
+sys.path[:0] = [str(ROOT / "studies")]
 
-import file_map  # noqa: E402
 import stored  # noqa: E402
 from study_page import about_base, study_page  # noqa: E402
 
@@ -60,7 +59,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         path = repository_path(page.file.src_uri, link[1])
         return link[1] if path is None else posixpath.relpath(copy_of(path), posixpath.dirname(page.file.src_uri))
 
-    markdown = LINK.sub(replaced, markdown).replace("<!-- file map -->\n", file_map.file_map())
+    markdown = LINK.sub(replaced, markdown)
     if STUDY.fullmatch(page.file.src_uri) and (ROOT / page.file.src_uri).with_name(stored.PACK).exists():
         folder = (ROOT / page.file.src_uri).parent
         leads = "[Interactive page](page.html)" if (folder / "summary.json").exists() else ""

@@ -1,4 +1,4 @@
-"""Chooses how an adapter's part of an output is computed; docs/design.md draws the tree.
+"""Chooses how an adapter's part of an output is computed; CONTRIBUTING.md draws the tree.
 
 | route       | computes                     | in                        |
 |-------------|------------------------------|---------------------------|

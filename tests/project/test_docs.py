@@ -240,12 +240,6 @@ def test_every_formula_is_drawn(site: Path) -> None:
     assert 'class="arithmatex"' not in page
 
 
-def test_the_design_page_lists_every_module(site: Path) -> None:
-    page = (site / "design.html").read_text(encoding="utf-8")
-    names = {path.name for path in (ROOT / "src").rglob("*.py") if path.name != "__init__.py"}
-    assert [name for name in sorted(names) if name not in page] == []
-
-
 def test_links_out_of_the_documents_lead_to_copies_in_the_site(site: Path) -> None:
     page = (site / "how-to" / "several-adapters.html").read_text(encoding="utf-8")
     assert 'href="../repository/examples/mixed_batch.py.txt"' in page

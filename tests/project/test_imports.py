@@ -93,8 +93,8 @@ def test_the_kernels_import_neither_peft_nor_transformers() -> None:
 
 
 @pytest.mark.parametrize(("package", "order"), [("smoa", LIBRARY), ("smoa_lab", LAB)])
-def test_the_design_page_draws_the_same_order(package: str, order: list[str]) -> None:
-    page = (SOURCE.parent / "docs" / "design.md").read_text(encoding="utf-8")
+def test_contributing_draws_the_same_order(package: str, order: list[str]) -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     drawing = page.split(f"src/{package}/ ")[1].split("\n\n")[0].split("```")[0]
     lines = re.findall(r"^  (\w+(?:, \w+)*)(?:  |$)", drawing, re.MULTILINE)
     assert [name for line in lines for name in line.split(", ")] == order

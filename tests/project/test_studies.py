@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import altair as alt
-import gallery
 import pytest
 import results_page
 from again import replay, unpacked
@@ -126,15 +125,11 @@ def test_the_documents_and_studies_take_at_most_10_megabytes() -> None:
     assert sum(path.stat().st_size for path in files if "__pycache__" not in path.parts) <= 10_000_000
 
 
-def test_the_pages_of_results_are_those_of_the_stored_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables of studies and of their headroom; that of the verdict; answers before and after."""
-    for name in ("verdict.md", "gallery.md"):
-        shutil.copy(results_page.DOCS / name, tmp_path)
+def test_the_pages_of_results_are_those_of_the_stored_ones(tmp_path: Path) -> None:
+    """Tables of studies and of their headroom, and that of the verdict."""
+    shutil.copy(results_page.DOCS / "verdict.md", tmp_path)
     results_page.main(tmp_path)
-    monkeypatch.setattr(gallery, "PAGE", tmp_path / "gallery.md")
-    monkeypatch.setattr(gallery, "LAB_RESULTS", results_page.DOCS / "lab-results")
-    gallery.main()
-    for name in ("results.md", "verdict.md", "gallery.md"):
+    for name in ("results.md", "verdict.md"):
         assert (tmp_path / name).read_text() == (results_page.DOCS / name).read_text()
 
 

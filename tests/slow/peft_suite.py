@@ -82,7 +82,7 @@ LEFT_OUT: dict[str, str] = {
     "existing_parametrization": f"{REFUSED}a parameter that something else computes (docs/what-works.md)",
     "duplicate_name_without_mutation.*True|PeftMixedModel|mixed_model": f"{REFUSED}PeftMixedModel (docs/what-works.md)",
     "TestHotSwapping": f"{REFUSED}PEFT's own hot-swapping; test_hotswap.py has smoa's (docs/what-works.md)",
-    r"bias_argument\[invalid": f"{REFUSED}a bias of no known name, at once, by the config (docs/files.md)",
+    r"bias_argument\[invalid": f"{REFUSED}a bias of no known name, at once, by the config (docs/what-works.md)",
     r"adapters_mixed_modules_to_save_merging|cat_with_rank_pattern|active_adapters_forward\[SMoA Different": (
         f"{REFUSED}sums of adapters with modules_to_save, rank_pattern, other layers (docs/how-to/several-adapters.md)"
     ),
