@@ -42,9 +42,8 @@ class SmoaConfig(PeftConfig):
         smoa_dropout: Dropout probability of the adapter's input.
         bias: Biases to train: "none", "all" or "smoa_only" (those of adapted layers).
         scale: The part of ΔW's scale that comes from the weight. "lora" multiplies each block by 4 / rms(block), so
-            you can keep LoRA's alpha / r and learning rate. "block" and "layer" are 1 / rms of the block or of the
-            layer's weight. "paper" leaves ΔW relative to the weight, whose entries are about 0.02: alpha = r then needs
-            10 to 33 times LoRA's learning rate, and alpha = 32·r one of about 1e-2.
+            you can keep LoRA's alpha / r. "block" and "layer" are 1 / rms of the block or of the layer's weight.
+            "paper" leaves ΔW relative to the weight, whose entries are about 0.02, and needs other learning rates.
         partition: How to assign coordinates to blocks: by "spectral" score, "contiguous" or at "random", by the seed of
             `torch.manual_seed` and the module's name; or by a name that `smoa.register_partition` knows.
         modulation: "hadamard" multiplies each block by the frozen weight. "none", for ablations, does not.
