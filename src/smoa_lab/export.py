@@ -61,9 +61,9 @@ class Merged:
     """What a merge did: ``by_layer`` is ‖error of ΔW‖ / ‖ΔW‖ after rounding to the dtype; over all layers ``update``
     and ``error`` are ‖ΔW‖² and ‖error of ΔW‖². ``note`` is for the users of the merged model."""
 
-    folder: Path
+    folder: str
     base: str
-    dtype: torch.dtype = torch.float32
+    saved_dtype: str = "float32"
     note: str = ""
     by_layer: dict[str, float] = field(default_factory=dict)
     update: float = 0.0
@@ -75,15 +75,16 @@ class Merged:
         return (self.error / self.update) ** 0.5 if self.update else 0.0
 
     @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.saved_dtype)
+        return found
 
     def add(self, name: str, before: Tensor, after: Tensor) -> None:
         """Add one layer, given its weight before and after the merge, in float32."""
         rounded = after.to(self.dtype)
         if not torch.isfinite(rounded).all():
             rule = "a broken adapter, or a range too small; --dtype float32 has the largest"
-            raise MergeError(f"{name}: the merged weight in {self.dtype_name} is NaN or infinite: {rule}")
+            raise MergeError(f"{name}: the merged weight in {self.saved_dtype} is NaN or infinite: {rule}")
         update, error = (float(torch.linalg.vector_norm(part)) ** 2 for part in (after - before, rounded - after))
         self.by_layer[name] = (error / update) ** 0.5 if update else 0.0
         self.update += update
@@ -100,21 +101,13 @@ class Merged:
         )
 
     def summary(self) -> str:
-        said = f"{len(self.by_layer)} weights merged in float32, saved in {self.dtype_name}: {self.in_words()}"
+        said = f"{len(self.by_layer)} weights merged in float32, saved in {self.saved_dtype}: {self.in_words()}"
         advice = ["--dtype float32 loses almost nothing."] if self.lost >= NOTEWORTHY else []
         return " ".join([said, *advice, *filter(None, [self.note])])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "folder": str(self.folder),
-            "base": self.base,
-            "dtype": self.dtype_name,
-            "layers": len(self.by_layer),
-            "update_lost": self.lost,
-            "update_lost_by_layer": self.by_layer,
-            "note": self.note,
-        }
+        return asdict(self) | {"lost": self.lost}
 
 
 def merge_run(place: str | Path, output: Path, dtype: Dtype = "auto", base: str | None = None) -> Merged:
@@ -129,7 +122,7 @@ def merge_run(place: str | Path, output: Path, dtype: Dtype = "auto", base: str 
     of_file = model.section.name.endswith(".gguf") or packaged_name(model.section.name)
     with new_folder(output) as folder, torch.no_grad():
         loaded, note = plain_base(model, "float32" if dtype == "auto" and of_file else dtype)
-        result = Merged(output, model.section.name, loaded.dtype, note)
+        result = Merged(str(output), model.section.name, str(loaded.dtype).removeprefix("torch."), note)
         model.stopping(merge_in_memory(loaded, adapter, result)).save_pretrained(folder)
         has_own = any(adapter.glob("tokenizer*"))
         tokenizer = load_tokenizer(ModelSection(name=str(adapter))) if has_own else model.tokenizer
@@ -207,9 +200,9 @@ def model_card(config: PeftConfig, result: Merged) -> str:
         "by smoa.\nIt is a plain transformers model: nothing else is needed to load it."
     )
     note = f"\n{result.note}\n" if result.note else ""
-    precision = f"## Precision\n\nMerged in float32, saved in {result.dtype_name}: {result.in_words()}\n{note}\n"
+    precision = f"## Precision\n\nMerged in float32, saved in {result.saved_dtype}: {result.in_words()}\n{note}\n"
     front_matter = {"library_name": "transformers", "tags": ["smoa", "merged"]}
-    return card_text(result.folder.name, base, config, front_matter, intro, LOADING, precision)
+    return card_text(Path(result.folder).name, base, config, front_matter, intro, LOADING, precision)
 
 
 @torch.no_grad()
@@ -308,7 +301,7 @@ def verify(place: str | Path, targets: Sequence[str] = (IN_MEMORY,), base: str |
     for target in targets:
         dtype = torch.float32
         if target == IN_MEMORY:
-            other: Any = merge_in_memory(_plain(opened.model), adapter, Merged(Path(target), ""))
+            other: Any = merge_in_memory(_plain(opened.model), adapter, Merged(target, ""))
         elif Path(target, CONFIG_NAME).is_file():
             other = with_saved_adapter(_plain(opened.model), Path(target))
         else:

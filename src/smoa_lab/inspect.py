@@ -45,57 +45,21 @@ NOT_SHOWN = ("bias", "modules_to_save")
 
 
 @dataclass(frozen=True)
-class UpdateSpectrum:
-    """Spectra of one layer, float64 on the CPU, of shape (q,) unless another is given.
+class LayerReport:
+    """What an adapter of a ``method`` changed in one layer.
 
     Args:
-        weight_values: Singular values of W, descending.
-        update_values: Singular values of ΔW, descending.
-        input_energy: Share of ΔW's energy on each right singular vector of W.
-        output_energy: Share of ΔW's energy on each left singular vector of W.
-    """
-
-    weight_values: Tensor
-    update_values: Tensor
-    input_energy: Tensor
-    output_energy: Tensor
-
-    @property
-    def rank(self) -> int:
-        """Numerical rank of ΔW: how many singular values are above σ_max·q·ε, with ε of float32."""
-        floor = self.update_values[0] * len(self.update_values) * torch.finfo(torch.float32).eps
-        return int((self.update_values > floor).sum())
-
-    @property
-    def relative_update(self) -> float:
-        """‖ΔW‖_F / ‖W‖_F."""
-        return float(self.update_values.norm() / self.weight_values.norm())
-
-    @property
-    def relative_spectral_norm(self) -> float:
-        """‖ΔW‖₂ / ‖W‖₂: the farthest that the update can move an output, relative to the farthest that W can."""
-        return float(self.update_values[0] / self.weight_values[0])
-
-    @property
-    def stable_rank(self) -> float:
-        """‖ΔW‖_F² / ‖ΔW‖₂²; 0 if ΔW is zero."""
-        largest = float(self.update_values[0])
-        return float((self.update_values / largest).square().sum()) if largest else 0.0
-
-    @property
-    def coverage(self) -> float:
-        """Mean of `j / q` under the energy on both sides; 0 if ΔW is zero."""
-        energy = self.input_energy + self.output_energy
-        place = torch.arange(len(energy), dtype=energy.dtype) / len(energy)
-        return float(energy @ place) / 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerReport(UpdateSpectrum):
-    """The spectrum of one adapted layer, with the shape of W, its trainable parameters, and the bound that the method
-    sets to the rank of ΔW (None where it isn't known).
-
-    SMoA only: ``block_scales``, the scale s_k of each block.
+        rows, columns: The shape of W.
+        parameters: How many the adapter trains there.
+        rank_bound: The largest rank of ΔW that the method allows; None where it isn't known.
+        block_scales: SMoA's scale s_k of each block; empty for other methods.
+        relative_update: ‖ΔW‖_F / ‖W‖_F.
+        relative_spectral_norm: ‖ΔW‖₂ / ‖W‖₂: the farthest that the update can move an output, relative to the farthest
+            that W can.
+        rank: How many singular values of ΔW are above σ_max·q·ε, with ε of float32.
+        stable_rank: ‖ΔW‖_F² / ‖ΔW‖₂²; 0 if ΔW is zero.
+        coverage: Mean of `j / q` under the energy on both sides; 0 if ΔW is zero.
+        update_values: The singular values of ΔW, descending (q,).
     """
 
     module: str
@@ -104,7 +68,13 @@ class LayerReport(UpdateSpectrum):
     columns: int
     parameters: int
     rank_bound: int | None
-    block_scales: tuple[float, ...] = ()
+    block_scales: tuple[float, ...]
+    relative_update: float
+    relative_spectral_norm: float
+    rank: int
+    stable_rank: float
+    coverage: float
+    update_values: Tensor
 
     @property
     def moved_too_far(self) -> bool:
@@ -117,10 +87,9 @@ class LayerReport(UpdateSpectrum):
         return f"{'! ' * (value > TOO_FAR[figure])}{value:.4f}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, the curves left out."""
-        names = ("module", "method", "rows", "columns", "parameters", "relative_update", "relative_spectral_norm")
-        ranks = ("rank", "rank_bound", "stable_rank", "coverage", "moved_too_far", "block_scales")
-        return {name: getattr(self, name) for name in (*names, *ranks)}
+        """Plain values for JSON, without the singular values."""
+        figures = {name: value for name, value in vars(self).items() if name != "update_values"}
+        return figures | {"moved_too_far": self.moved_too_far}
 
 
 def inspect_layers(adapter: str | Path, base: str | None = None) -> list[LayerReport]:
@@ -205,16 +174,8 @@ def _reports(path: str, module: Any, adapter: str, method: str, counted: set[int
     if isinstance(module, SmoaLayer):
         scales = (module.scaling[adapter] * module.adapters[adapter].block_scale.reshape(len(matrices), -1)).tolist()
     for (name, weight, update), block_scales in zip(matrices, scales, strict=True):
-        yield LayerReport(
-            **vars(update_spectrum(weight, update)),
-            module=name,
-            method=method,
-            rows=update.shape[0],
-            columns=update.shape[1],
-            parameters=parameters,
-            rank_bound=bound,
-            block_scales=tuple(block_scales),
-        )
+        (rows, columns), figures = update.shape, spectral_figures(weight, update)
+        yield LayerReport(name, method, rows, columns, parameters, bound, tuple(block_scales), **figures)
 
 
 def _rank_bound(module: Any, adapter: str) -> int | None:
@@ -235,19 +196,25 @@ def rank_bound(out_features: int, in_features: int, ranks: Sequence[int]) -> int
     return sum(min(m, n) if rank else 0 for m, n, rank in zip(rows, columns, ranks, strict=True))
 
 
-def update_spectrum(weight: Tensor, delta_weight: Tensor) -> UpdateSpectrum:
-    """Decompose W and ΔW, both (out_features, in_features), with two full SVDs, in float32 or wider."""
+def spectral_figures(weight: Tensor, delta_weight: Tensor) -> dict[str, Any]:
+    """The figures of a :class:`LayerReport` that come from the spectra of W and ΔW, both (out_features, in_features).
+    These are decomposed in full, in float32 or wider."""
     W, delta = (
         matrix.detach().to(decomposition_device(matrix.device)).to(torch.promote_types(matrix.dtype, torch.float32))
         for matrix in (weight, delta_weight)
     )
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
-    return UpdateSpectrum(
-        weight_values=sigma.double().cpu(),
-        update_values=torch.linalg.svdvals(delta).double().cpu(),
-        input_energy=_shares(delta @ Vh.T),
-        output_energy=_shares(delta.T @ U),
-    )
+    values, of_weight = torch.linalg.svdvals(delta).double().cpu(), sigma.double().cpu()
+    energy = _shares(delta @ Vh.T) + _shares(delta.T @ U)
+    largest = float(values[0])
+    return {
+        "relative_update": float(values.norm() / of_weight.norm()),
+        "relative_spectral_norm": largest / float(of_weight[0]),
+        "rank": int((values > largest * len(values) * torch.finfo(torch.float32).eps).sum()),
+        "stable_rank": float((values / largest).square().sum()) if largest else 0.0,
+        "coverage": float(energy @ torch.arange(len(energy), dtype=energy.dtype)) / len(energy) / 2,
+        "update_values": values,
+    }
 
 
 def _shares(parts: Tensor) -> Tensor:

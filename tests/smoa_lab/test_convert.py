@@ -14,7 +14,6 @@ from smoa import SmoaConfig
 from smoa.errors import ConfigError
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import check_config
-from smoa_lab.data.chat_templates import saved_chat_template
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.export import convert_run, verify
 from smoa_lab.open_run import open_place
@@ -104,7 +103,7 @@ def test_the_lora_is_talked_to_through_the_template_that_the_adapter_was_trained
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}<eos>{% endfor %}"
     tokenizer.save_pretrained(RunFolder(run).adapter)
     convert_run(run, tmp_path / "lora", 3)
-    assert saved_chat_template(tmp_path / "lora") == tokenizer.chat_template
+    assert (tmp_path / "lora" / "chat_template.jinja").read_text() == tokenizer.chat_template
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from smoa import SmoaConfig
 from smoa.errors import MergeError
 from smoa_lab import inspect
-from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, moved, update_spectrum, weights_and_updates
+from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, moved, spectral_figures, weights_and_updates
 from tests.support import lab, tiny
 from tests.support.layers import Wrapper
 from tests.support.tiny import EXPERTS, build, matrix_of, wrappers
@@ -152,20 +152,21 @@ def test_spectra_and_scales_are_the_updates_own_and_far_layers_are_marked(
 
 
 @pytest.mark.parametrize(
-    ("update", "far"),
+    ("norms", "far"),
     [
-        (0.059 * torch.ones(100), [False, False]),
-        (0.061 * torch.ones(100), [True, False]),
-        (0.199 * torch.eye(100)[0], [False, False]),
-        (0.201 * torch.eye(100)[0], [False, True]),
+        ((0.059, 0.1), [False, False]),
+        ((0.061, 0.1), [True, False]),
+        ((0.05, 0.199), [False, False]),
+        ((0.05, 0.201), [False, True]),
     ],
 )
 def test_a_layer_is_far_from_a_norm_of_006_or_a_spectral_norm_of_02_on(
-    smoa: tuple[list[LayerReport], Any], update: torch.Tensor, far: list[bool]
+    smoa: tuple[list[LayerReport], Any], norms: tuple[float, float], far: list[bool]
 ) -> None:
     """As docs/cli.md says."""
-    layer = dataclasses.replace(smoa[0][0], weight_values=torch.ones(100), update_values=update)
-    assert [layer.marked(name).startswith("! ") for name in ("relative_update", "relative_spectral_norm")] == far
+    names = ("relative_update", "relative_spectral_norm")
+    layer = dataclasses.replace(smoa[0][0], **dict(zip(names, norms, strict=True)))
+    assert [layer.marked(name).startswith("! ") for name in names] == far
     assert layer.moved_too_far is any(far)
 
 
@@ -240,15 +241,14 @@ def weight() -> torch.Tensor:
 
 
 def test_an_update_along_one_direction_has_all_its_energy_there(weight: torch.Tensor) -> None:
-    U, _, Vh = torch.linalg.svd(weight, full_matrices=False)
-    found = update_spectrum(weight, 0.5 * torch.outer(U[:, 2], Vh[2]))
-    assert found.rank == 1
-    assert found.coverage == pytest.approx(2 / 7)
-    assert found.input_energy[2] == pytest.approx(1.0)
-    assert found.output_energy[2] == pytest.approx(1.0)
+    U, values, Vh = torch.linalg.svd(weight, full_matrices=False)
+    found = spectral_figures(weight, 0.5 * torch.outer(U[:, 2], Vh[2]))
+    assert (found["rank"], found["stable_rank"]) == (1, pytest.approx(1))
+    assert found["coverage"] == pytest.approx(2 / 7)
+    assert found["relative_spectral_norm"] == pytest.approx(0.5 / float(values[0]))
 
 
 def test_an_update_of_zero_has_no_rank_and_no_coverage(weight: torch.Tensor) -> None:
-    found = update_spectrum(weight, torch.zeros_like(weight))
-    assert (found.rank, found.coverage) == (0, 0.0)
-    assert (found.relative_spectral_norm, found.stable_rank) == (0, 0)
+    found = spectral_figures(weight, torch.zeros_like(weight))
+    assert found.pop("update_values").tolist() == [0.0] * 7
+    assert set(found.values()) == {0}

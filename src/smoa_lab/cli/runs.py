@@ -150,8 +150,7 @@ def evaluate(
         else:
             typer.echo(result["adapter"] or result["config"]["model"]["name"])
             stages = {"before": result["before"], "after": result["scores"]}
-            table = metric_table({stage: scores for stage, scores in stages.items() if scores})
-            (table if result["before"] else table.without("training")).print()
+            metric_table({stage: scores for stage, scores in stages.items() if scores}).print()
         if output is not None:  # last: whatever happens to the file, the scores are printed
             write_whole(output, json_text(result) + "\n")
 

@@ -40,16 +40,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "gradient_checkpointing": False,
 }
 """Precision is what ``model.dtype`` says."""
-DECIDED = {
-    "chat_template_path": "name the template as data.template",
-    "dataset_kwargs": "rows are prepared here",
-    "dataset_text_field": "name the column text",
-    "eos_token": "set it in the model's tokenizer",
-    "max_length": "name it as data.max_length",
-    "model_init_kwargs": "give them as model.options",
-    "truncation_mode": "rows keep their beginning",
-}
-"""Keys of TRL that would contradict the tokens that are made here, and what to do instead."""
+OF_DATA = {"chat_template_path": "template", "max_length": "max_length"}
+"""Keys of TRL by which tokens are made, and what they are called under ``data``."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 ROUNDS_AWAY = "weights of the base train in 16 bits, where most steps round away; give model.dtype: float32"
 SMALL, LARGE = (3e8, 2e-3), (1e9, 2e-4)
@@ -138,19 +130,9 @@ class DataSection(Section):
         return self
 
     @property
-    def title(self) -> str:
-        return self.hub.name if self.hub else ", ".join(_listed(self.train))
-
-    @property
     def source(self) -> str:
-        """The title without the folders of this machine."""
+        """What the rows are called, without the folders of this machine."""
         return self.hub.name if self.hub else ", ".join(portable(_listed(self.train)))
-
-    @property
-    def choice(self) -> dict[str, Any]:
-        """What says which rows are read, and which part each is in."""
-        sources = {"train", "hub", "test", "format", "group", "recall"}
-        return {**self.model_dump(include=sources), "sizes": self.sizes}
 
     @property
     def sizes(self) -> Sizes:
@@ -282,7 +264,7 @@ class ConfigText:
         arguments: Any = trainer_arguments()
         if isinstance(block := values.get("training"), dict):
             problems += block_problems(model_of(arguments), block, ("training",))
-            problems += [(("training", key), f"is not for rows: {DECIDED[key]}") for key in DECIDED.keys() & block]
+            problems += [(("training", key), f"name it as data.{OF_DATA[key]}") for key in OF_DATA.keys() & block]
         self.refuse(problems)
         method = find_method(str(values.get("method", "smoa"))).config_class
         for name, target in (("adapter", method), ("training", arguments)):

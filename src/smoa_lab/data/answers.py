@@ -10,13 +10,14 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from fractions import Fraction
-from hashlib import sha256
-from importlib.util import module_from_spec, spec_from_file_location
+from functools import cache
 from pathlib import Path
+from runpy import run_path
 from typing import Any, Literal
 from unicodedata import normalize
 
 from smoa.errors import ConfigError, DataError
+from smoa_lab.basics.files import content_of
 from smoa_lab.basics.settings import TRUSTED
 from smoa_lab.basics.values import nearest, portable
 from smoa_lab.data.formats import shown
@@ -75,35 +76,28 @@ class OwnMetric:
     """The function, loaded from the file that the command names. ``name`` has both, and the SHA-256 of the file."""
 
     def __init__(self, given: str) -> None:
-        self.place, self.known = f"--metric {given}", dict[tuple[str, str], float]()
+        self.place = f"--metric {given}"
         file, _, name = given.rpartition(":")
-        spec = spec_from_file_location("smoa_own_metric", Path(file).expanduser())
-        if spec is None or spec.loader is None:
-            raise ConfigError(f"{self.place}: names no function of a file; write it as FILE.py:NAME")
-        module = sys.modules[spec.name] = module_from_spec(spec)  # where dataclasses look
         with redirect_stdout(sys.stderr):  # stdout is for what the command prints
-            spec.loader.exec_module(module)
-        self.function: Any = getattr(module, name, None)
+            found = run_path(str(Path(file).expanduser()), run_name="smoa_own_metric") if file else {}
+        self.function: Any = found.get(name)
         if not callable(self.function):
-            raise ConfigError(f"{self.place}: {file} has no function {name!r}{nearest(name, vars(module))}")
-        self.name = f"{portable(given)} {sha256(Path(file).expanduser().read_bytes()).hexdigest()}"
+            told = f"there is no function {name!r}{nearest(name, found)}"
+            raise ConfigError(f"{self.place}: {told}; write it as FILE.py:NAME")
+        self.score = cache(self._score)  # it may be slow, and references are scored twice before a run
+        self.name = f"{portable(given)} {content_of(Path(file).expanduser())}"
 
-    def score(self, answer: str, row: str, where: str) -> float:
-        """What the function makes of an answer to ``row``, JSON of the place ``where``; it is asked once."""
-        if (answer, row) not in self.known:
-            try:
-                with redirect_stdout(sys.stderr):
-                    value = float(self.function(answer, json.loads(row)))
-                if not math.isfinite(value):
-                    raise ValueError(f"it returned {value}")
-            except Exception as error:
-                problem = f"{self.place}: fails on the answer {shown(answer)}: {type(error).__name__}: {error}"
-                raise DataError(f"{where}: {problem}; return a finite number, or fix the row") from error
-            self.known[answer, row] = value
-        return self.known[answer, row]
-
-
-_loaded: dict[tuple[str, int], OwnMetric] = {}
+    def _score(self, answer: str, row: str, where: str) -> float:
+        """What the function makes of an answer to ``row``, JSON of the place ``where``."""
+        try:
+            with redirect_stdout(sys.stderr):
+                value = float(self.function(answer, json.loads(row)))
+            if not math.isfinite(value):
+                raise ValueError(f"it returned {value}")
+        except Exception as error:
+            problem = f"{self.place}: fails on the answer {shown(answer)}: {type(error).__name__}: {error}"
+            raise DataError(f"{where}: {problem}; return a finite number, or fix the row") from error
+        return value
 
 
 def own_metric(known: str | None = None) -> OwnMetric:
@@ -111,8 +105,10 @@ def own_metric(known: str | None = None) -> OwnMetric:
     if TRUSTED.metric is None:
         needed = (known or "FILE.py:NAME ").rpartition(" ")[0]
         raise ConfigError(f"data.metric: {OWN} is a function that only the command names: give --metric {needed}")
-    file = Path(TRUSTED.metric.rpartition(":")[0]).expanduser()
-    key = TRUSTED.metric, file.stat().st_mtime_ns  # another when it is edited
-    if key not in _loaded:
-        _loaded[key] = OwnMetric(TRUSTED.metric)
-    return _loaded[key]
+    return _loaded(TRUSTED.metric, Path(TRUSTED.metric.rpartition(":")[0]).expanduser().stat().st_mtime_ns)
+
+
+@cache
+def _loaded(given: str, changed: int) -> OwnMetric:
+    """As its file is since it was ``changed``."""
+    return OwnMetric(given)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.values import nearest
@@ -59,20 +55,6 @@ def stop_at_turns_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         config.eos_token_id = [*(token for token in known if token is not None), last]
 
 
-def saved_chat_template(folder: Path) -> str | None:
-    """The chat template that lies beside an adapter, which was trained with it; None if there is none. It is read and
-    not loaded with its tokenizer, which may want to run code."""
-    for name in (CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE):
-        with suppress(OSError, ValueError, RecursionError):
-            text = (folder / name).read_text(encoding="utf-8")
-            found = text if name == CHAT_TEMPLATE_FILE else json.loads(text).get("chat_template")
-            if isinstance(found, list):  # several, by name
-                found = next((each["template"] for each in found if each["name"] == "default"), None)
-            if isinstance(found, str):
-                return found
-    return None
-
-
 def alpaca(tokenizer: PreTrainedTokenizerBase) -> str:
     """The format of Alpaca as a template of conversations, as the commonsense line of work has it (LLM-Adapters,
     arXiv:2304.01933), without the indentation that its code carries by accident.
@@ -87,12 +69,7 @@ def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if name == "alpaca":
         return alpaca(tokenizer)
     if name.endswith((".jinja", ".j2")):
-        file = Path(name).expanduser()
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(f"data.template: {name}: {reason}; name a template in UTF-8") from error
+        return Path(name).expanduser().read_text(encoding="utf-8")
     folder = resources.files("trl") / "chat_templates"
     files = {file.name.removesuffix(".jinja") for file in folder.iterdir() if file.name.endswith(".jinja")}
     known = {file for file in files if not file.endswith("_training")}

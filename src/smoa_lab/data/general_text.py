@@ -34,10 +34,7 @@ def passages(source: str) -> list[str]:
 def _paragraphs(source: str) -> Iterable[str]:
     if source == STORY:
         return Path(__file__).with_name("in_the_year_2889.txt").read_text(encoding="utf-8").split("\n\n")
-    try:
-        paragraphs = Path(source).expanduser().read_text(encoding="utf-8").split("\n\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"forgetting.text: {source}: cannot be read: {error}; give packaged, or UTF-8 text") from error
+    paragraphs = Path(source).expanduser().read_text(encoding="utf-8").split("\n\n")
     # A file may have no empty lines: of a paragraph of any length only the beginning would be measured.
     words = [paragraph.split() for paragraph in paragraphs]
     return [" ".join(own[start : start + LONGEST]) for own in words for start in range(0, len(own), LONGEST)]

@@ -21,11 +21,6 @@ class Table:
     rows: Sequence[Sequence[Any]]
     caption: str = ""
 
-    def without(self, column: str) -> Table:
-        place = list(self.header).index(column)
-        header, *rows = [[*row[:place], *row[place + 1 :]] for row in (self.header, *self.rows)]
-        return Table(header, rows, self.caption)
-
     def markdown(self, marks: Sequence[str] = ()) -> str:
         """``marks`` align the columns, as in Markdown; without them the first one is text, the others are numbers."""
         rows = [self.header, *self.rows]
@@ -78,9 +73,8 @@ def steps_text(training: Mapping[str, Any]) -> str:
 
 
 def outcome(metrics: Mapping[str, Any]) -> list[str]:
-    """What a run learned and forgot, in a few lines; less of a run that diverged, whose losses are no numbers."""
-    evaluation, gain, forgot = (metrics[key] or {} for key in ("evaluation", "gain", "forgetting"))
-    before, after = evaluation.get("before"), evaluation.get("after", {})
+    """What a run learned and forgot, a line each; less of a run that diverged, whose losses are no numbers."""
+    gain, forgot = metrics["gain"] or {}, metrics["forgetting"] or {}
     lines = []
     if None in (gain.get("loss", 0), forgot.get("change", 0)):
         lines.append("Training diverged: a loss is no number.")
@@ -91,17 +85,9 @@ def outcome(metrics: Mapping[str, Any]) -> list[str]:
         (times, digits, _), stderr = shown_as(name), gain[f"{name}_stderr"]
         change = f"{times * gain[name]:+.{digits}f}{spread(stderr, digits, times)} points"
         lines.append(f"{TITLES[name].capitalize()} changed by {change}.")
-    parts, known = [], [name for name in TITLES if name in after]
-    if before and known:
-        name = known[-1]  # answers that are scored before accuracy
-        times, digits, sign = shown_as(name)
-        early, late = (number(stage[name], digits, times) for stage in (before, after))
-        parts.append(f"learned: {TITLES[name]} {early} → {late}{sign}")
-    elif before and after:
-        parts.append(f"learned: perplexity {number(before['perplexity'], 2)} → {number(after['perplexity'], 2)}")
     if forgot.get("change") is not None:
-        parts.append(f"forgot: {forgot['change']:+.3f}{spread(forgot['stderr'])} nats per token of general text")
-    return [*lines, "   ".join(parts)] if parts else lines
+        lines.append(f"Forgotten: {forgot['change']:+.3f}{spread(forgot['stderr'])} nats per token of general text.")
+    return lines
 
 
 def number(value: float | None, digits: int = 3, scale: float = 1) -> str:

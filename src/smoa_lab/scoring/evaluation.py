@@ -203,8 +203,6 @@ class Evaluation:
                 if self.metric:
                     line |= {"reference": self.prompts[number].reference, "own": row.own, "where": row.where}
                     line[f"answer_{stage}"] = self.written[stage][number]
-                if self.metric == OWN and stage in self.scored:
-                    line |= {f"scored_{stage}": self.scored[stage][number], "scored_by": own_metric().name}
             lines.append(line)
         return lines
 

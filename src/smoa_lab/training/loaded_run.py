@@ -105,13 +105,10 @@ def trainable_rows_of(
         Evaluation(encoder, rows.rows(config.scoring.part), metric=metric, answer_tokens=config.data.answer_tokens)
     if not account["parts"].get("train"):
         raise DataError(
-            f"{config.data.title}: leaves no rows to train on: {account['also_held_out']} are held out too, "
+            f"{config.data.source}: leaves no rows to train on: {account['also_held_out']} are held out too, "
             f"{account['dropped']} have nothing trained within {account['max_length']} tokens, "
             f"{account['parts'].get('test', 0)} are held out, {account['bad']} are bad"
         )
-    if tokenizer.pad_token is None:
-        place = f"model.name: the tokenizer of {config.model.name}"
-        raise ConfigError(f"{place} has neither a pad_token nor an eos_token; name one in its tokenizer_config.json")
     return encoder, rows
 
 

@@ -252,11 +252,10 @@ def peak_memory(device: torch.device) -> int:
 
 def _git_state() -> dict[str, Any]:
     """Commit and dirty flag of the repository that has this file; None for an installed package."""
-    found = []
-    for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        try:
-            found.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
-        except (FileNotFoundError, subprocess.CalledProcessError):
-            return {"commit": None, "dirty": None}
-    return {"commit": found[0], "dirty": bool(found[1])}
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    commit, _, dirty = found.stdout.strip().partition("-")
+    return {"commit": commit, "dirty": bool(dirty)}

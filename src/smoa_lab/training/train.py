@@ -106,7 +106,7 @@ def _train(
         if loaded.config.scoring.before:
             evaluation.measure(trainer.model, "before")
         forgetting.measure(trainer.model, "before")
-    logger.info("Training on %s by %s", loaded.config.data.title, type(trainer).__name__)
+    logger.info("Training on %s by %s", loaded.config.data.source, type(trainer).__name__)
     started = time.perf_counter()
     model: Any = trainer.model
     failed: DataError | Diverged | None = None

@@ -123,11 +123,9 @@ def test_a_key_that_the_trainer_lacks_is_named_with_the_nearest(file: Path) -> N
     assert "trainer: " in problems(file, "trainer=dpo")
 
 
-@pytest.mark.parametrize("key", ["max_length", "chat_template_path", "dataset_text_field", "truncation_mode"])
-def test_a_key_of_trl_that_would_contradict_the_rows_tokens_is_refused(key: str, file: Path) -> None:
-    values = {"max_length": 64, "truncation_mode": "keep_start"}
-    said = problems(file, f"training.{key}={values.get(key, 'x')}")
-    assert f"training.{key}: is not for rows: " in said
+@pytest.mark.parametrize(("key", "own"), [("max_length", "max_length"), ("chat_template_path", "template")])
+def test_a_key_of_trl_by_which_tokens_are_made_leads_to_the_datas(key: str, own: str, file: Path) -> None:
+    assert f"training.{key}: name it as data.{own}" in problems(file, f"training.{key}=64")
 
 
 def test_tokens_that_are_cut_and_labeled_are_left_to_the_trainer_as_they_are(file: Path) -> None:

@@ -1,6 +1,4 @@
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import GenerationConfig
@@ -8,7 +6,6 @@ from transformers import GenerationConfig
 from smoa.errors import ConfigError
 from smoa_lab.data.chat_templates import (
     alpaca,
-    saved_chat_template,
     set_chat_template,
     stop_at_turns_end,
     training_template,
@@ -64,24 +61,6 @@ def test_a_template_whose_tokens_the_model_lacks_is_refused() -> None:
     assert tokenizer.chat_template is None
 
 
-BAD_FILES = {
-    "missing": (None, "No such file or directory"),
-    "in another encoding": (b"{{ '\xff' }}", "codec can't decode byte 0xff"),
-}
-
-
-@pytest.mark.parametrize(("content", "problem"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_file_that_is_no_template_is_one_clear_error(content: bytes | None, problem: str, tmp_path: Path) -> None:
-    file = tmp_path / "own.jinja"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(ConfigError) as caught:
-        set_chat_template(tokenizer_with(None), str(file))
-    assert str(caught.value).startswith(f"data.template: {file}")
-    assert problem in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 def test_the_template_to_train_with_is_the_models_or_trls_for_it() -> None:
     assert training_template(tokenizer_with(MARKED)) == MARKED
     assert training_template(tokenizer_with(trl_template("qwen3"))) == trl_template("qwen3_training")
@@ -105,23 +84,6 @@ def test_without_such_a_token_generation_stops_where_it_did(template: str) -> No
     model = tiny_chat_model()
     stop_at_turns_end(model, tokenizer_with(template))
     assert model.generation_config.eos_token_id == 2
-
-
-@pytest.mark.parametrize("way", ["jinja", "config", "named"])
-def test_the_template_beside_an_adapter_is_read_and_no_code_is_needed(way: str, tmp_path: Path) -> None:
-    named = [{"name": "rag", "template": "x"}, {"name": "default", "template": MARKED}]
-    own: dict[str, Any] = {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["x.X", None]}}
-    own |= {"config": {"chat_template": MARKED}, "named": {"chat_template": named}}.get(way, {})
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
-    if way == "jinja":
-        (tmp_path / "chat_template.jinja").write_text(MARKED)
-    assert saved_chat_template(tmp_path) == MARKED
-
-
-def test_a_folder_without_a_template_has_none(tmp_path: Path) -> None:
-    assert saved_chat_template(tmp_path) is None
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    assert saved_chat_template(tmp_path) is None
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])

@@ -49,10 +49,10 @@ def test_a_function_that_fails_or_returns_no_finite_number_names_the_row(
     ("place", "source", "problem"),
     [
         ("other.py:score", "", r"No such file.*other\.py"),
-        ("own.py", "", "--metric own.py: names no function of a file; write it as FILE"),
+        ("own.py", "", "--metric own.py: there is no function .*; write it as FILE"),
         ("own.py:score", "def score(answer, row: return 1", "invalid syntax|never closed"),
         ("own.py:score", "import beside_it", "No module named 'beside_it'"),
-        ("own.py:scor", "def score(answer, row): return 1", r"own\.py has no function 'scor'; did you mean 'score'\?"),
+        ("own.py:scor", "def score(answer, row): return 1", r"there is no function 'scor'; did you mean 'score'\?"),
     ],
 )
 def test_what_cannot_be_loaded_says_why_and_what_to_give(

@@ -24,7 +24,6 @@ def test_one_table_is_shown_in_markdown_and_in_a_pipe(capsys: pytest.CaptureFixt
     assert TABLE.markdown() == "| name | rank |\n|---|--:|\n| q_proj | 8 |\n| v_proj | 3 4 |"
     assert TABLE.markdown(["--:"] * 2).splitlines()[1] == "|--:|--:|"
     assert Table(["a|b"], [["c|d"]]).markdown().splitlines()[::2] == [r"| a\|b |", r"| c\|d |"]
-    assert TABLE.without("rank").markdown() == "| name |\n|---|\n| q_proj |\n| v_proj |"
     Table(["task", "n"], [["a", 100], ["bcdefg", 1]]).print()
     assert capsys.readouterr().out == "task      n\na       100\nbcdefg    1\n"
     TABLE.print()
@@ -68,11 +67,11 @@ def test_held_out_rows_are_drawn_at_the_step_whose_adapter_is_kept() -> None:
 
 def test_one_row_has_no_standard_error() -> None:
     gain = {"loss": -0.1, "loss_stderr": math.nan, "accuracy": 0.5, "accuracy_stderr": None}
-    told = outcome({"evaluation": {}, "gain": gain, "forgetting": {"change": 0.25, "stderr": None}})
+    told = outcome({"gain": gain, "forgetting": {"change": 0.25, "stderr": None}})
     assert told == [
         "The loss changed by -0.100.",
         "Accuracy changed by +50.0 points.",
-        "forgot: +0.250 nats per token of general text",
+        "Forgotten: +0.250 nats per token of general text.",
     ]
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -393,11 +392,9 @@ def test_a_users_metric_sees_the_answer_alone_and_the_rows_own_fields(tmp_path: 
     rows = [replace(talk("Say yes.", "yes"), own=json.dumps(own), where=f"row {i}") for i, own in enumerate(told)]
     with named(tmp_path / "own.py", source):
         evaluation, _ = answered(rows, " Say seven. ", "score")
-        asked = sys.modules["smoa_own_metric"].asked  # type: ignore[attr-defined]
+        asked = own_metric().function.__globals__["asked"]
         assert asked == [(answer, own) for answer in ("yes", "Say seven.") for own in told]
         lines = evaluation.lines()
-        assert [line["scored_after"] for line in lines] == [10.0, -25.0]
-        assert {line["scored_by"] for line in lines} == {own_metric().name}
     assert evaluation.scores()["after"]["score"] == -7.5
     assert (evaluation.gain or {})["score"] == 0.0
     assert [(json.loads(line["own"]), line["where"]) for line in lines] == [(told[0], "row 0"), (told[1], "row 1")]

@@ -91,7 +91,7 @@ def test_a_method_is_trained_saved_loaded_scored_and_merged(name: str, run: Load
     assert measured(loaded) == pytest.approx(trained, abs=1e-4)
 
     def merge() -> None:
-        result = Merged(tmp_path / "merged", "base")
+        result = Merged(str(tmp_path / "merged"), "base")
         merge_in_memory(copy.deepcopy(run.base), tmp_path / "adapter", result).save_pretrained(result.folder)
 
     if name in UNMERGED:

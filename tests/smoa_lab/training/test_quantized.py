@@ -63,7 +63,7 @@ def test_a_run_trains_on_the_quantized_model_and_is_scored_again_from_its_folder
     assert packed["total"] - packed["trainable"] == sum(weight.numel() for weight in full.parameters())
     found = merge_run(run.folder, run.folder.with_name("merged"))
     assert "dequantized" in found.note
-    assert found.dtype_name == "float32"  # not what the base computes in
+    assert found.saved_dtype == "float32"  # not what the base computes in
     assert "dequantized" in (run.folder.with_name("merged") / "README.md").read_text()
     assert merge_run(run.folder, run.folder.with_name("plain"), base=config["model"]["name"]).note == ""
     # both on the weights that were quantized

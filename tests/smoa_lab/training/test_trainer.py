@@ -130,15 +130,6 @@ def refused(config: RunConfig, error: type[SmoaError] = ConfigError) -> str:
     return str(caught.value)
 
 
-def test_a_tokenizer_is_refused_that_lacks_a_token_which_fills_batches(talks: Path, tmp_path: Path) -> None:
-    base = rows_base(tmp_path / "bare", template=None)
-    file = base / "tokenizer_config.json"
-    for lost in ("eos_token", "pad_token"):
-        file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != lost}))
-    message = refused(rows_config(tmp_path, talks, base, data={"template": "alpaca"}))
-    assert "has neither a pad_token nor an eos_token; name one in" in message
-
-
 def test_rows_of_all_the_models_positions_are_trained_and_answered_and_longer_ones_refused(tmp_path: Path) -> None:
     base = tiny_gpt2(tmp_path / "gpt2", positions=128)
     file = write_rows(tmp_path / "long.jsonl", [{"text": f"{i} " + "word " * 60} for i in range(10)])
