@@ -49,7 +49,7 @@ serve-test: $(SERVE)/.installed  ## serve SMoA adapters with vLLM on a CPU, in a
 
 # The variable silences an advertisement.
 docs: $(VENV)/.dev-installed  ## build the documentation into site/; warnings are errors
-	$(BIN)/python studies/results_page.py
+	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 fuzz: $(VENV)/.dev-installed  ## load 10,000 mutated adapter folders, for 20 minutes at most

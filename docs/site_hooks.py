@@ -1,5 +1,4 @@
-"""What mkdocs does as well: formulas become MathML, studies get interactive pages, and links to the repository's files
-lead to copies in the site.
+"""What mkdocs does as well: formulas become MathML, and links to the repository's files lead to copies in the site.
 
 In the repository a page links to `../configs/demo.yaml`, as it must to work there. The site has no such file above it,
 so a copy goes to `repository/configs/demo.yaml.txt` (text that a browser shows, not saves) and the link with it.
@@ -21,20 +20,16 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "studies")]
 
 import stored  # noqa: E402
-from study_page import about_base, study_page  # noqa: E402
 
 LINK = re.compile(r"(?<=\]\()(\.\./[^)\s#]+)")
-STUDY = re.compile(r"studies/[^/]+/README\.md")
 OF_STUDIES = (".md", ".json", ".gz", ".png")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', re.DOTALL)
 SHOWN_AS_THEY_ARE = (".json", ".png", ".svg", ".html")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the report and the interactive page of every study, and a copy of every other file of the repository, outside
-    docs/, that a page links to."""
-    for folder in stored.folders():
-        files.append(File.generated(config, f"studies/{folder.name}/page.html", content=study_page(folder)))
+    """Add the report of every study, and a copy of every other file of the repository, outside docs/, that a page links
+    to."""
     for folder in (*stored.folders(), *stored.compared()):
         for file in sorted(folder.iterdir()):
             if file.suffix in OF_STUDIES:
@@ -53,19 +48,13 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Lead links out of docs/ to the copies, and show where a study's interactive page is."""
+    """Lead links out of docs/ to the copies."""
 
     def replaced(link: re.Match[str]) -> str:
         path = repository_path(page.file.src_uri, link[1])
         return link[1] if path is None else posixpath.relpath(copy_of(path), posixpath.dirname(page.file.src_uri))
 
-    markdown = LINK.sub(replaced, markdown)
-    if STUDY.fullmatch(page.file.src_uri) and (ROOT / page.file.src_uri).with_name(stored.PACK).exists():
-        folder = (ROOT / page.file.src_uri).parent
-        leads = "[Interactive page](page.html)" if (folder / "summary.json").exists() else ""
-        told = [line for line in (leads, about_base(folder)) if line]
-        return markdown.replace("\n\n", "\n\n" + "".join(f"{line}\n\n" for line in told), 1)
-    return markdown
+    return LINK.sub(replaced, markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:

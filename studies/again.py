@@ -4,7 +4,7 @@
     python studies/again.py replay    # studies/replay.json: after which round each would have ended, and in how long
     python studies/again.py unpack PLACE recall-1024    # its runs, with which `smoa compare` goes on in PLACE
 
-Other stored files are read alone. A folder of runs is written for a while, and reported as `smoa compare --report-only`
+A folder of runs is written for a while, and reported as `smoa compare --report-only`
 reports one.
 """
 

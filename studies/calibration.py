@@ -1,6 +1,6 @@
 """Measures how often the bounds of `smoa compare` miss, and what searches of a rate cost:
 
-    python studies/calibration.py           # studies/calibration.json, of which results_page.py makes tables
+    python studies/calibration.py           # studies/calibration.json, shown by docs/results.md
     python studies/calibration.py whole     # of whole studies alone, the longest part; the rest of the file stays
     python studies/calibration.py levels    # print the levels of looks, for src/smoa_lab/study/bounds.py
 
@@ -15,14 +15,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ruamel.yaml import YAML
 from scipy.special import ndtri, stdtr, stdtrit
-from stored import STUDIES, folders, summary_of
+from stored import STUDIES, searches
 
 from smoa_lab.basics.files import write_whole
 from smoa_lab.basics.values import json_text
@@ -297,32 +295,12 @@ class Curve:
 
 
 def curves() -> Iterator[Curve]:
-    """The stored searches of five rates or more that did not diverge."""
-    for folder in (*folders(), STUDIES / "chats"):
-        if folder.name == "chats":
-            chosen = json.loads((folder / "chosen.json").read_text(encoding="utf-8"))
-            searches, spreads = {name: one["losses"] for name, one in chosen.items()}, [0.015]
-        else:
-            rows = summary_of(folder)
-            rows = rows if isinstance(rows, list) else []
-            searches = {row["entry"]: row["search"]["losses"] for row in rows if row["search"]}
-            spreads = [row["loss_spread"] for row in rows if row["loss_spread"]]
-        starts = starts_of(folder)
-        for entry, losses in searches.items():
-            known = sorted((float(tried), loss) for tried, loss in losses.items())
-            if len(known) >= 5 and None not in losses.values() and spreads:
-                rates, values = np.array(known).T
-                yield Curve(starts[entry], np.log10(rates), values, float(np.sqrt(np.mean(np.square(spreads)))))
-
-
-def starts_of(folder: Path) -> dict[str, float]:
-    """The rates that the entries of a study, or of the one that it is a part of, name."""
-    near = [other for other in STUDIES.iterdir() if folder.name.startswith(other.name)]
-    files = [file for other in sorted(near, key=lambda other: len(other.name)) for file in other.glob("*.yaml")]
-    entries: dict[str, Any] = {}
-    for file in files:
-        entries |= YAML(typ="safe").load(file.read_text(encoding="utf-8"))["entries"]
-    return {name: float(one["learning_rate"]) for name, one in entries.items()}
+    """The stored searches of five rates or more that did not diverge, where it is known how much seeds differ."""
+    for one in (one for study in searches().values() for one in study.values()):
+        known = sorted((float(tried), loss) for tried, loss in one["losses"].items() if loss is not None)
+        if len(known) == len(one["losses"]) >= 5 and "spread" in one:
+            rates, losses = np.array(known).T
+            yield Curve(one["start"], np.log10(rates), losses, one["spread"])
 
 
 def indices_before(losses: Mapping[int, float | None], max_runs: int) -> list[int]:

@@ -1,5 +1,5 @@
-"""Which learning rate each method wants beside LoRA's, from every stored search: writes studies/rate_ratio.json, and
-the table of docs/migration.md.
+"""Which learning rate each method wants beside LoRA's, from every search in studies/searches.json. It makes the table
+of docs/migration.md, and writes studies/rate_ratio.json:
 
     python studies/rate_ratio.py
 
@@ -12,45 +12,51 @@ lost, and judged on the study that it was chosen without.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
-from itertools import pairwise
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-from stored import PACK, STUDIES, runs_of
+from stored import STUDIES, searches
 
 from smoa_lab.basics.files import write_whole
 from smoa_lab.basics.values import json_text
+from smoa_lab.pages.tables import Table
 
 TARGET = STUDIES / "rate_ratio.json"
-PAGE, BEGIN, END = STUDIES.parent / "docs" / "migration.md", "<!-- begin rates -->\n", "<!-- end rates -->\n"
 FACTORS = (0.5, 0.6, 0.7, 0.8, 1.0, 1.25, 1.5)
 Curve = dict[float, float]
 DIVERGED = 3.0
 """Times the best loss at which a curve is cut: what lies above says nothing of the rates below."""
+REPEATED = "chats"
+"""A study that was repeated as chats-2, which is the one that counts."""
 
 
-def curves(folder: Path) -> dict[str, tuple[dict[str, Any], Curve]]:
-    """The adapter and the losses by rate of each entry's search."""
-    losses, configs = defaultdict[str, Curve](dict), dict[str, Any]()
-    for name, run in runs_of(folder).items():
-        if name.startswith("tuning/"):
-            entry, loss = name.split("/")[1], run["scores"]["all"]["gold_loss"]
-        elif "seed-100" in name:
-            entry, loss = name.split("/")[0], run["evaluation"]["after"]["loss"]
-        else:
-            continue
-        diverged = configs.get(entry, {}).get("diverged", False)
-        configs[entry] = {"method": run["config"]["method"], "diverged": diverged, **run["config"]["adapter"]}
-        if loss is None or not math.isfinite(loss):
-            configs[entry]["diverged"] = True
-        else:
-            losses[entry][run["config"]["training"]["learning_rate"]] = loss
-    return {entry: (configs[entry], dict(sorted(curve.items()))) for entry, curve in losses.items()}
+@dataclass(frozen=True)
+class Search:
+    """An entry's method, the settings of its adapter, its trainable parameters, and its losses by rate."""
+
+    method: str
+    adapter: dict[str, Any]
+    parameters: int
+    curve: Curve
+    diverged: bool
+
+
+def searches_of(study: str) -> dict[str, Search]:
+    """The search of each entry of a study."""
+    found = {}
+    for entry, one in searches()[study].items():
+        losses = {float(rate): loss for rate, loss in one["losses"].items()}
+        curve = {rate: loss for rate, loss in losses.items() if loss is not None}
+        found[entry] = Search(one["method"], one["adapter"], one["parameters"], curve, len(curve) < len(losses))
+    return found
+
+
+def names() -> list[str]:
+    return [study for study in searches() if study != REPEATED]
 
 
 def best_rate(curve: Curve) -> float:
@@ -66,16 +72,17 @@ def best_rate(curve: Curve) -> float:
     return float(np.exp(np.clip(vertex, x[1] - widest, x[1] + widest)))
 
 
-def pairs(folder: Path) -> list[dict[str, Any]]:
+def pairs(study: str) -> list[dict[str, Any]]:
     """LoRA and SMoA at one size, with what SMoA loses at each factor times LoRA's rate."""
-    every, found = curves(folder), []
-    lora = {config["r"]: curve for config, curve in every.values() if config["method"] == "lora" and len(curve) > 2}
-    for name, (config, curve) in every.items():
-        other = config.get("scale", "lora") != "lora" or config.get("modulation", "hadamard") != "hadamard"
-        if config["method"] != "smoa" or other or len(curve) < 3:
+    every, found = searches_of(study), []
+    lora = {one.adapter["r"]: one.curve for one in every.values() if one.method == "lora" and len(one.curve) > 2}
+    for entry, one in every.items():
+        curve, adapter = one.curve, one.adapter
+        other = adapter.get("scale", "lora") != "lora" or adapter.get("modulation", "hadamard") != "hadamard"
+        if one.method != "smoa" or other or len(curve) < 3:
             continue
-        base = lora.get(config["r"] // config["num_blocks"])
-        if base is None or config["alpha"] != 2 * config["r"]:
+        base = lora.get(adapter["r"] // adapter["num_blocks"])
+        if base is None or adapter["alpha"] != 2 * adapter["r"]:
             continue
         low = min(curve.values())
         cut = {rate: min(loss, DIVERGED * max(low, 0.1)) for rate, loss in curve.items()}
@@ -84,28 +91,21 @@ def pairs(folder: Path) -> list[dict[str, Any]]:
             str(factor): float(np.interp(math.log(factor * lora_rate), x, list(cut.values()))) - low
             for factor in FACTORS
         }
-        found.append(
-            {
-                "study": folder.name,
-                "entry": name,
-                "lora_rate": lora_rate,
-                "smoa_rate": best_rate(curve),
-                "ratio": best_rate(curve) / lora_rate,
-                "lost": lost,
-            }
-        )
+        smoa_rate = best_rate(curve)
+        rates = {"lora_rate": lora_rate, "smoa_rate": smoa_rate, "ratio": smoa_rate / lora_rate}
+        found.append({"study": study, "entry": entry, **rates, "lost": lost})
     return found
 
 
-def kind_of(config: dict[str, Any]) -> str:
+def kind_of(search: Search) -> str:
     """What a search is of: the method, and for SMoA what its best rate depends on."""
-    method = str(config["method"])
-    if method != "smoa":
-        return NAMES.get(method, method)
-    if config.get("modulation", "hadamard") == "none":
+    if search.method != "smoa":
+        return NAMES.get(search.method, search.method)
+    modulation = search.adapter.get("modulation", "hadamard")
+    if modulation == "none":
         return "blocks without W"
-    scale, cut = config.get("scale") or "lora", config.get("partition") or "spectral"
-    is_default = config.get("modulation", "hadamard") == "hadamard" and scale in ("lora", "paper")
+    scale, cut = search.adapter.get("scale") or "lora", search.adapter.get("partition") or "spectral"
+    is_default = modulation == "hadamard" and scale in ("lora", "paper")
     return f"SMoA, {cut}, scale {scale}" if is_default else "SMoA, other anchors and scales"
 
 
@@ -123,78 +123,69 @@ NAMES = {
 }
 
 
-def against_lora(folder: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Beside:
+    """A search beside that of LoRA: its best rate ÷ LoRA's, and the loss that LoRA's rate adds, where it was tried."""
+
+    study: str
+    kind: str
+    ratio: float
+    added: float | None
+    at_an_edge: bool
+    diverged: bool
+
+
+def against_lora(study: str) -> list[Beside]:
     """Every searched entry of a study beside the LoRA whose number of parameters is nearest to its own."""
-    every, sizes, found = curves(folder), parameters_of(folder), []
-    loras = [entry for entry, (config, curve) in every.items() if config["method"] == "lora" and len(curve) > 2]
-    for entry, (config, curve) in every.items():
-        if config["method"] == "lora" or not loras or len(curve) < 3:
+    every, found = searches_of(study), []
+    loras = [one for one in every.values() if one.method == "lora" and len(one.curve) > 2]
+    for one in every.values():
+        curve = one.curve
+        if one.method == "lora" or not loras or len(curve) < 3:
             continue
-        lora = min(loras, key=lambda name: abs(math.log(sizes[name] / sizes[entry])))
-        lora_rate, rate, rates = best_rate(every[lora][1]), best_rate(curve), list(curve)
-        low, (first, *_, last) = min(curve.values()), rates
+        lora = min(loras, key=lambda each: abs(math.log(each.parameters / one.parameters)))
+        lora_rate, rates, low = best_rate(lora.curve), list(curve), min(curve.values())
         kept = float(np.interp(math.log(lora_rate), np.log(rates), list(curve.values())))
-        best = rates.index(min(curve, key=curve.__getitem__))
         found.append(
-            {
-                "study": folder.name,
-                "entry": entry,
-                "kind": kind_of(config),
-                "lora": lora,
-                "lora_rate": lora_rate,
-                "rate": rate,
-                "ratio": rate / lora_rate,
-                "loss": low,
-                "loss_at_lora_rate": kept if first <= lora_rate <= last else None,
-                "is_interpolated": all(abs(math.log(lora_rate / each)) > 0.01 for each in rates),
-                "at_an_edge": best in (0, len(rates) - 1),
-                "diverged": config["diverged"] or max(curve.values()) > DIVERGED * max(low, 0.1),
-                "steps": [after / before for before, after in pairwise(rates)],
-            }
+            Beside(
+                study,
+                kind_of(one),
+                best_rate(curve) / lora_rate,
+                kept - low if rates[0] <= lora_rate <= rates[-1] else None,
+                min(curve, key=curve.__getitem__) in (rates[0], rates[-1]),
+                one.diverged or max(curve.values()) > DIVERGED * max(low, 0.1),
+            )
         )
     return found
 
 
-def parameters_of(folder: Path) -> dict[str, int]:
-    """Trainable parameters of each entry."""
-    sizes = {}
-    for name, run in runs_of(folder).items():
-        if count := run.get("parameters"):
-            sizes[name.split("/")[name.startswith("tuning/")]] = (
-                count["trainable"] if isinstance(count, dict) else count
-            )
-    return sizes
-
-
-def table(searches: list[dict[str, Any]]) -> str:
+def table() -> str:
     """What docs/migration.md shows: a row for each kind, the most searched first."""
-    of_kind = defaultdict[str, list[dict[str, Any]]](list)
-    for each in searches:
-        of_kind[each["kind"]].append(each)
-    lines = [
-        "| method | searches (studies) | best rate ÷ LoRA's: median, range | loss added at LoRA's rate: median, worst "
-        "| best at the edge of its search | some rate diverged |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    of_kind = defaultdict[str, list[Beside]](list)
+    for each in (each for study in names() for each in against_lora(study)):
+        of_kind[each.kind].append(each)
+    rows = []
     for kind, own in sorted(of_kind.items(), key=lambda pair: -len(pair[1])):
-        inside = [each for each in own if not each["at_an_edge"]]
-        ratios = [each["ratio"] for each in inside]
-        lost = [each["loss_at_lora_rate"] - each["loss"] for each in own if each["loss_at_lora_rate"] is not None]
-        rate = f"{median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}" if ratios else "–"
-        added = f"{median(lost):.3f}, {max(lost):.3f}" if lost else "–"
-        studies, edges = len({each["study"] for each in own}), len(own) - len(inside)
-        diverged = sum(each["diverged"] for each in own)
-        lines.append(f"| {kind} | {len(own)} ({studies}) | {rate} | {added} | {edges} | {diverged} |")
-    return "\n".join(lines) + "\n"
+        ratios = [each.ratio for each in own if not each.at_an_edge]
+        added = [each.added for each in own if each.added is not None]
+        studies, diverged = len({each.study for each in own}), sum(each.diverged for each in own)
+        rows.append(
+            [
+                kind,
+                f"{len(own)} ({studies})",
+                f"{median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}" if ratios else "–",
+                f"{median(added):.3f}, {max(added):.3f}" if added else "–",
+                len(own) - len(ratios),
+                diverged,
+            ]
+        )
+    header = ["method", "searches (studies)", "best rate ÷ LoRA's: median, range"]
+    header += ["loss added at LoRA's rate: median, worst", "best at the edge of its search", "some rate diverged"]
+    return Table(header, rows).markdown()
 
 
 def main() -> None:
-    studies = [folder for folder in sorted(STUDIES.iterdir()) if (folder / PACK).is_file()]
-    searches = [each for folder in studies for each in against_lora(folder)]
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    tail = rest.partition(END)[2]
-    write_whole(PAGE, f"{head}{BEGIN}{table(searches)}{END}{tail}")
-    found = [pair for folder in studies for pair in pairs(folder)]
+    found = [pair for study in names() for pair in pairs(study)]
     by_study = defaultdict[str, list[dict[str, float]]](list)
     for pair in found:
         by_study[pair["study"]].append(pair["lost"])
@@ -205,7 +196,6 @@ def main() -> None:
 
     left_out = {study: chosen([other for other in lost if other != study]) for study in lost}
     content = {
-        "searches": searches,
         "pairs": found,
         "studies": len(lost),
         "ratio": {
@@ -225,10 +215,6 @@ def main() -> None:
         },
     }
     write_whole(TARGET, json_text(content) + "\n")
-    for pair in found:
-        shown = {key: round(value, 3) for key, value in pair["lost"].items()}
-        print(f"{pair['study']:20} {pair['entry']:22} ratio {pair['ratio']:.2f}", shown)
-    print(json.dumps({key: value for key, value in content.items() if key not in ("searches", "pairs")}, indent=1))
 
 
 if __name__ == "__main__":

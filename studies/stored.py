@@ -2,7 +2,9 @@
 
     python studies/stored.py FOLDER    # into studies/NAME: the results, and of each run config and the scores of rows
 
-The code that ran those with a `summary.json`, at commit 1eaf65e9 and before, is not needed.
+Studies with a `summary.json` were run by code at commit 1eaf65e9 and before, which is not needed. Of folders that were
+left out of the repository, gone.json has the rows that tables and pictures still show, and searches.json has every
+search of a learning rate.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import gzip
 import json
 import shutil
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from smoa_lab.basics.files import read_stored_lines
 
 STUDIES = Path(__file__).parent
 PACK = "runs.jsonl.gz"
+GONE = STUDIES / "gone.json"
 KEPT = ("README.md", "study.yaml", "differences.png", "sizes.png")
 OF_RUN = ("config", "provenance", "digests", "parameters", "evaluation", "gain", "forgetting", "training")
 OF_PART = ("digest", "group", "copy")
@@ -27,36 +30,50 @@ OF_ROW = (*("tokens", "before", "after", "right_before", "right_after", "scored_
 Run = dict[str, Any]
 
 
-def folders(studies: Path = STUDIES) -> list[Path]:
-    """Those with results."""
-    return sorted(file.parent for file in studies.glob("*/summary.json"))
+def folders() -> list[Path]:
+    """Those with a summary."""
+    return sorted(file.parent for file in STUDIES.glob("*/summary.json"))
 
 
-def compared(studies: Path = STUDIES) -> list[Path]:
+def compared() -> list[Path]:
     """Those that `smoa compare` reports."""
-    return sorted(file.parent for file in studies.glob("*/results.json"))
+    return sorted(file.parent for file in STUDIES.glob("*/results.json"))
 
 
-def summary_of(folder: Path) -> Any:
+def setup_of(study: str) -> dict[str, Any]:
+    """What the final runs of a study with a summary trained."""
+    setup: dict[str, Any] = _read(STUDIES / study / "summary.json")["setup"]
+    return setup
+
+
+def summary_of(study: str) -> Any:
     """A row for each entry; of two tasks, one after the other, an object with several tables."""
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    file = STUDIES / study / "summary.json"
+    if not file.is_file():
+        return _read(GONE)[study]
+    summary = _read(file)
+    return summary.get("entries", summary)
 
 
-@lru_cache(maxsize=1)
+def searches() -> dict[str, dict[str, Any]]:
+    """Every search of a learning rate, by study and entry: what was trained, and the validation loss at each rate."""
+    found: dict[str, dict[str, Any]] = _read(STUDIES / "searches.json")
+    return found
+
+
+@cache
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def runs_of(folder: Path) -> dict[str, Run]:
-    """All runs by name: ``untouched``, ``tuning/ENTRY/lr-RATE-seed-SEED`` and ``final/…``, sorted; of `smoa compare` by
-    their folders."""
+    """All stored runs of a study of `smoa compare`, by their folders."""
     stored = read_stored_lines(folder / PACK)
     runs: dict[str, Run] = {run["name"]: run for run in stored}
     for run in (run for run in runs.values() if "rows_of" in run):
         whole = runs[run.pop("rows_of")]["rows"]
         run["rows"] = {key: whole[key] for key in OF_PART if key in whole} | run["rows"]
     return runs
-
-
-def final_name(entry: str, learning_rate: float, seed: int) -> str:
-    """The name of a final run."""
-    return f"final/{entry}/lr-{learning_rate:g}-seed-{seed}"
 
 
 def store(study: Path, target: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import altair as alt
 from stored import STUDIES, summary_of
-from verdict_tables import Compared
+from tables import Compared
 
 from smoa_lab.pages.charts import forest, save_picture
 
@@ -32,7 +32,7 @@ def main() -> None:
     rows = []
     for study, entry, title in SWAPS:
         compared = Compared("accuracy", entry, "lora-r2" if entry.endswith("-r2") else "lora")
-        found = compared.values(summary_of(STUDIES / study))
+        found = compared.values(summary_of(study))
         rows.append(
             {
                 "entry": title,

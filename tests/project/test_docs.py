@@ -215,14 +215,13 @@ def test_the_api_page_shows_the_settings_of_today(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site, but for the pages of studies, which test_studies.py has; a warning of mkdocs fails the build."""
+    """The built site; a warning of mkdocs fails the build."""
     mkdocs = pytest.importorskip("mkdocs.commands.build", reason="the extra `docs` is not installed")
     config = pytest.importorskip("mkdocs.config")
     folder = tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setenv("NO_MKDOCS_2_WARNING", "1")
-        patch.setattr("study_page.study_page", lambda folder: "<p>A study.</p>")
         mkdocs.build(config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))
     return folder
 

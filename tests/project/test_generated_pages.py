@@ -1,6 +1,5 @@
 """Tables, maps and settings that documents show are those that computing them anew gives."""
 
-import json
 import runpy
 from pathlib import Path
 
@@ -24,10 +23,12 @@ def test_the_table_of_layers_is_up_to_date() -> None:
     assert script["missing"]() == []  # every kind of layer has a row
 
 
-def test_the_table_of_rates_is_up_to_date() -> None:
-    script = runpy.run_path(str(ROOT / "studies" / "rate_ratio.py"))
-    searches = json.loads(script["TARGET"].read_text(encoding="utf-8"))["searches"]
-    assert script["table"](searches) in script["PAGE"].read_text(encoding="utf-8"), "run python studies/rate_ratio.py"
+def test_writing_the_parts_of_pages_anew_changes_nothing() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    texts = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in script["PAGES"]}
+    assert {name: script["written"](text) for name, text in texts.items()} == texts, "run make docs"
+    shown = {name for name in script["BLOCKS"] if any(f"<!-- begin {name} -->" in text for text in texts.values())}
+    assert shown == set(script["BLOCKS"])
 
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
