@@ -32,7 +32,7 @@ from smoa_lab.data.sources import RowSource
 
 logger = logging.getLogger(__name__)
 
-VERSION = 15
+VERSION = 16
 """Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
 LONG = 1000
 """More rows than these are announced: the tokens of long conversations may take half a minute."""
@@ -48,9 +48,8 @@ LOST = {
 """Why rows are in no part."""
 HELD_OUT = {"test": 5, "validation": 10}
 """Of so many different rows one is held out."""
-FEWEST_GROUPS, LARGEST_GROUP = 10, 0.1
-"""A part with fewer prompts than these counts its rows, and so does a prompt with a larger share of all rows: a
-prompt that is the same everywhere makes no group."""
+LARGEST_GROUP = 0.1
+"""Of a prompt with a larger share of all rows, such as one that is the same everywhere, each row counts by itself."""
 Group = str | Literal[False] | None
 """The column that says which rows belong together; None: those of one prompt do; False: each stands for itself."""
 
@@ -111,8 +110,7 @@ def split(
     Of test and validation, the one that no row names gets a fifth, or a tenth, of the other contents, those of the
     units with the lowest numbers, at most as many as ``sizes`` says, or the smallest unit if none is that small. No
     unit lies in two parts: test comes first, then validation. Where there are more rows than wanted, those of the
-    lowest numbers are taken, but of rows that are named for training the first ones. A unit of several contents that
-    does not fit as a whole is passed over; if none fits, the first is cut.
+    lowest numbers are taken, but of rows that are named for training the first ones.
     """
     units, parts = keys if units is None else units, np.array(named, "U10")
     is_held_out = (parts == "test") | (parts == "validation")
@@ -138,14 +136,7 @@ def split(
         most = getattr(sizes, part)
         if most is not None and len(numbers) > most:
             first = part == "train" and part in named
-            order = numbers if first else numbers[np.argsort(units[numbers], kind="stable")]
-            lots, is_single = np.unique(units[order], return_inverse=True)[1], units[order] == keys[order]
-            lots[is_single] = len(lots) + np.arange(is_single.sum())  # each row by itself
-            _, places, counts = np.unique(lots, return_index=True, return_counts=True)
-            starts = np.argsort(places)
-            fits = passing_over(counts[starts].tolist(), most)
-            kept = lots[places[starts]][fits if fits.any() else slice(1)]
-            numbers = order[np.isin(lots, kept)][:most]
+            numbers = (numbers if first else numbers[np.argsort(units[numbers], kind="stable")])[:most]
         chosen[part] = np.sort(numbers)
     return chosen, left_out
 
@@ -215,8 +206,6 @@ class Reading:
             every = account["named"][part]
             unused = f"{number} of {every} {part} rows are not used"
             warning_once(logger, f"{unused}; data.{part}_examples: {every} takes all")
-        if told := account.get("ungrouped"):
-            warning_once(logger, told)
         for key, why in LOST.items():
             if number := account.get(key):
                 warning_once(logger, f"{number} rows are left out: {why}")
@@ -240,7 +229,11 @@ class Reading:
                 keys.append(row.key)
                 groups.append(group)
                 named.append(part or row.part or "")
-        units, chosen, left_out, ungrouped = self._split(np.array(keys, np.uint64), np.array(groups, np.uint64), named)
+        every, largest = np.array(keys, np.uint64), LARGEST_GROUP if self.group is None else 1.0
+        units = units_of(every, np.array(groups, np.uint64), largest)
+        chosen, left_out = split(every, named, self.sizes, units)
+        if self.recall:
+            chosen, left_out = dict.fromkeys(PARTS, np.arange(len(every))[: self.sizes.train]), 0
         used = np.unique(np.concatenate([*chosen.values()]))
         if len(used) > LONG:
             logger.info("Making tokens of %d rows", len(used))
@@ -250,13 +243,12 @@ class Reading:
             "max_length": self.encoder.max_length,
             "format": self.format or "",
             **self._write(folder, read, chosen, units, faults),
-            "repeated": len(used) - len(np.unique(np.array(keys, np.uint64)[used])),
+            "repeated": len(used) - len(np.unique(every[used])),
             "also_held_out": left_out,
             "unused": {part: cut[part] - len(chosen[part]) for part in cut if 0 < len(chosen[part]) < cut[part]},
             "named": numbers,
             "bad": len(faults),
             "faults": faults[:SHOWN],
-            **({"ungrouped": ungrouped} if ungrouped else {}),
             **({"not_tested": not_tested} if not_tested else {}),
         }
 
@@ -272,26 +264,6 @@ class Reading:
             raise DataError(f"has no {self.group}, by which data.group says what belongs together")
         named = json.dumps(values[self.group], sort_keys=True, default=str)
         return row, int(sha256(named.encode()).hexdigest()[:16], 16)
-
-    def _split(
-        self, keys: NDArray[np.uint64], groups: NDArray[np.uint64], named: Sequence[str]
-    ) -> tuple[NDArray[np.uint64], dict[Part, NDArray[np.int64]], int, str]:
-        """By what each row is split, and into which part, how many are left out, and why prompts make no groups."""
-        whole = units_of(keys, groups)
-        units = whole if self.group is not None else units_of(keys, groups, LARGEST_GROUP)
-        told = "" if (units == whole).all() else f"a prompt has more than {LARGEST_GROUP:.0%} of all rows"
-        chosen, left_out = split(keys, named, self.sizes, units)
-        if self.recall:
-            chosen, left_out = dict.fromkeys(PARTS, np.arange(len(keys))[: self.sizes.train]), 0
-        held_out: tuple[Part, ...] = ("test", "validation")
-        for part in held_out if self.group is None and not self.recall else ():
-            own = units[chosen[part]]
-            if len(np.unique(own)) < FEWEST_GROUPS and (own != keys[chosen[part]]).any():
-                told, units = f"the {part} part has fewer than {FEWEST_GROUPS} prompts", keys
-                chosen, left_out = split(keys, named, self.sizes, units)
-                break
-        told = told and f"{told}: its rows count by themselves; where rows belong together, name a column: data.group"
-        return units, chosen, left_out, told
 
     def _write(
         self,

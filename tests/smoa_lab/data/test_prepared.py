@@ -354,21 +354,6 @@ def test_a_column_may_say_what_belongs_together() -> None:
         assert grouped([{**row, **missing} for row in asked(3, 1)], "family").account["bad"] == 3
 
 
-@pytest.mark.parametrize(
-    ("units", "most", "taken"),
-    [
-        ([1, 15, 15, 3], 4, [0, 1, 2, 3]),
-        ([1, 15, 15, 3], 2, [0, 3]),  # what doesn't fit is passed over
-        ([2, 2, 2, 3], 1, [3]),
-        ([2, 2, 2, 2], 3, [0, 1, 2]),  # rather than nothing
-    ],
-)
-def test_a_unit_of_several_rows_is_taken_whole_unless_none_fits(units: list[int], most: int, taken: list[int]) -> None:
-    keys = np.array([10, 20, 21, 30 if units[3] == 3 else 22], np.uint64)
-    chosen, _ = split(keys, ["test"] * 4, Sizes(test=most), units_of(keys, np.array(units, np.uint64)))
-    assert chosen["test"].tolist() == taken
-
-
 @pytest.mark.parametrize(("groups", "held_out"), [(2, (100, 0)), (3, (100, 100)), (8, (100, 100)), (40, (400, 200))])
 def test_every_part_has_a_group_where_there_are_three(groups: int, held_out: tuple[int, int]) -> None:
     """Up to 5267c7c7 the first one beyond the wanted number ended a part: of 8 equal ones none chose the rates."""
@@ -377,21 +362,15 @@ def test_every_part_has_a_group_where_there_are_three(groups: int, held_out: tup
     assert (len(chosen["test"]), len(chosen["validation"])) == held_out
     assert len(chosen["train"]) == len(keys) - sum(held_out)
     mixed = np.concatenate([keys, np.arange(10_000, 13_000, dtype=np.uint64)])
-    chosen, _ = split(mixed, [""] * len(mixed), Sizes(), units_of(mixed, np.where(mixed < 10_000, mixed // 100, mixed)))
+    chosen, _ = split(
+        mixed, [""] * len(mixed), Sizes(), units_of(mixed, np.where(mixed < 10_000, mixed // 100, mixed), 1.0)
+    )
     assert (len(chosen["test"]), len(chosen["validation"])) == (400, 200)
 
 
-@pytest.mark.parametrize(
-    ("rows", "told"),
-    [
-        (asked(1, 200), "a prompt has more than 10% of all rows"),
-        (asked(30, 5), "the test part has fewer than 10 prompts"),
-    ],
-)
-def test_where_prompts_are_few_rows_count_by_themselves_with_a_warning(rows: list[dict[str, Any]], told: str) -> None:
-    found = grouped(rows)
-    assert found.account["ungrouped"].startswith(told)
-    assert len({row.group for row in found.rows("test")}) == len(found.rows("test"))
+@pytest.mark.parametrize(("rows", "groups"), [(asked(1, 200), 40), (asked(30, 5), 6)])
+def test_of_a_prompt_that_many_rows_have_each_counts_by_itself(rows: list[dict[str, Any]], groups: int) -> None:
+    assert len({row.group for row in grouped(rows).rows("test")}) == groups
 
 
 def test_rows_of_different_prompts_are_split_as_ever() -> None:
