@@ -108,8 +108,8 @@ class Evaluation:
         return [float(RULES[str(self.metric)](answer, prompt.reference)) for answer, prompt, _ in told]
 
     def measure(self, model: Any, stage: Stage) -> None:
-        """Score the held-out rows, if there are any, and let the model answer. Raises DataError, with the answers
-        kept, where the user's metric can't score one."""
+        """Score the held-out rows, if there are any, and let the model answer. Raises DataError where the user's metric
+        can't score an answer."""
         if not self.rows:
             return
         logger.info("Scoring %d held-out rows", len(self.rows))

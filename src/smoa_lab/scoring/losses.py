@@ -5,8 +5,8 @@ belong to tokens whose loss is never asked for. So the hidden states are gathere
 on it: the model's own forward runs unchanged around it (soft-capping and scaling of logits, wrappers for several
 processes), for every causal language model whose ``get_output_embeddings`` is applied to (batch, tokens, hidden).
 
-The choices of a question share its prompt, and the questions of a batch their template's beginning. Both go through the
-model once; the keys and values are then repeated for each question and choice.
+The choices of a question share its prompt, which goes through the model once; its keys and values are then repeated for
+each choice.
 """
 
 from __future__ import annotations

@@ -106,9 +106,7 @@ def perform(job: Job, config: RunConfig) -> Metrics | None:
     except Taken:
         return None
     except SmoaError:
-        if RunFolder(
-            config.folder
-        ).finished:  # by another process, or but for a score, which is computed whenever rows are read
+        if RunFolder(config.folder).finished:  # by another process, meanwhile
             return None
         raise
 

@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel
 from transformers import Trainer, TrainingArguments
 
 from smoa.distributed import from_rank_zero
-from smoa.errors import ConfigError, DataError
+from smoa.errors import ConfigError
 from smoa_lab.base_models import described_base, empty_model, to_device, with_rate
 from smoa_lab.basics.files import new_file, new_folder, write_whole
 from smoa_lab.basics.values import finite, portable
@@ -109,22 +109,19 @@ def _train(
     logger.info("Training on %s by %s", loaded.config.data.source, type(trainer).__name__)
     started = time.perf_counter()
     model: Any = trainer.model
-    failed: DataError | Diverged | None = None
+    diverged: Diverged | None = None
     try:
         fit(trainer, checkpoint)
     except Diverged as error:
         folder.remove_checkpoints()  # a resumed run would come to the same steps
         if not may_diverge:
             raise
-        failed = error
+        diverged = error
     seconds = time.perf_counter() - started
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # scored as it is loaded: without autocast
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    if failed is None:
-        try:
-            evaluation.measure(model, "after")
-        except DataError as error:  # of the user's metric: the run is kept with its answers, which another can score
-            failed = error
+    if diverged is None:
+        evaluation.measure(model, "after")
         forgetting.measure(model, "after")
     else:
         evaluation.diverge()
@@ -133,21 +130,19 @@ def _train(
         "trainer": type(trainer).__name__.removeprefix("Sparse"),
         "seconds": round(seconds, 1),
         "steps": trainer.state.global_step,
-        "best_step": None if isinstance(failed, Diverged) else _best_step(trainer),
+        "best_step": None if diverged else _best_step(trainer),
         "processes": arguments.world_size,
         "peak_memory": peak_memory(arguments.device),
         "resumed": bool(checkpoint),
     }
     metrics["history"] = trainer.state.log_history
-    if isinstance(failed, Diverged):
-        logger.warning(failed)
+    if diverged is not None:
+        logger.warning(diverged)
         return _finish(folder, metrics, evaluation)
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded else None  # all ranks gather it
-    metrics = from_rank_zero(partial(_save, loaded, folder, model, state, metrics, evaluation))
-    if failed is not None:
-        raise DataError(f"{failed}. {folder.path} is finished but for this score") from failed
-    return metrics
+    saved: dict[str, Any] = from_rank_zero(partial(_save, loaded, folder, model, state, metrics, evaluation))
+    return saved
 
 
 @contextmanager
