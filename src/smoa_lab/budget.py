@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from smoa import ConfigError
 from smoa_lab.base_models import empty_model
 from smoa_lab.config.methods import OTHER_LAYERS, Method, count_trained, find_method
-from smoa_lab.config.run import ConfigText, ModelSection
-from smoa_lab.config.validation import method_problems
+from smoa_lab.config.run import ModelSection
+from smoa_lab.config.validation import method_problems, refuse
 from smoa_lab.config.yaml_text import apply_overrides
 
 BLOCKS = (1, 2, 4, 8, 16, 32)
@@ -57,13 +57,13 @@ def method_settings(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Further keys of methods, of texts such as ``ia3.feedforward_modules=[down_proj]``; ConfigError for a method or a
     key that no run could have."""
     given: dict[str, Any] = {}
-    apply_overrides(given, list(words))
+    apply_overrides(given, words)
     settings = {name.lower(): block for name, block in given.items()}
     for name, block in settings.items():
         if not isinstance(block, dict):
             raise ConfigError(f"--set {name}: write METHOD.KEY=VALUE, e.g. ia3.feedforward_modules=[down_proj]")
         problems = method_problems({"method": name, "adapter": block})
-        ConfigText({}, "--set").refuse(((name, *path[1:]), reason) for path, reason in problems)
+        refuse("--set", (((name, *path[1:]), reason) for path, reason in problems))
     return settings
 
 

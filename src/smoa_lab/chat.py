@@ -6,12 +6,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import typer
+from peft import PeftModel
 from transformers import TextStreamer
 
 from smoa import ConfigError, DataError
 from smoa_lab.base_models import to_device
 from smoa_lab.config.methods import base_lost
-from smoa_lab.open_run import Opened, with_saved_adapter
+from smoa_lab.open_run import Opened
 from smoa_lab.scoring.evaluation import greedily
 from smoa_lab.scoring.losses import scoring
 
@@ -37,9 +38,10 @@ class Chat:
         self.turns: Turns = []
         self.base_model = found.load()
         to_device(self.base_model)
-        adapter = found.adapter
-        self.model: Any = self.base_model if adapter is None else with_saved_adapter(self.base_model, adapter)
-        self.has_adapter = self.uses_adapter = adapter is not None
+        self.model: Any = self.base_model
+        if found.adapter is not None:
+            self.model = PeftModel.from_pretrained(self.base_model, str(found.adapter))
+        self.has_adapter = self.uses_adapter = found.adapter is not None
         self.adapter_name = opened.name
 
     @property

@@ -5,20 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from smoa import ConfigError, DataError
 from smoa_lab.base_models import to_device
 from smoa_lab.config.run import ForgettingSection
-from smoa_lab.open_run import Opened, open_place, with_saved_adapter
+from smoa_lab.open_run import Opened
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import provenance
 from smoa_lab.training.train import FORMAT
 
 
-def evaluate_run(opened: Opened, adapter: Path | None = None, base: str | None = None) -> dict[str, Any]:
+def evaluate_run(opened: Opened, adapter: Path | None = None) -> dict[str, Any]:
     """The scores with their provenance, of the run's adapter or of another ``adapter`` of its base.
 
-    Rows that the run was trained on are left out; ``trained_on`` counts them. Where answers are scored, the base is
-    scored too: ``base`` or the run's.
+    Rows that the run was trained on are left out; ``trained_on`` counts them. Where answers are scored, the base of an
+    adapter is scored too.
     """
     if opened.config is None:
         raise ConfigError(f"{opened.place}: is neither a finished run (metrics.json) nor a config file")
@@ -28,18 +30,11 @@ def evaluate_run(opened: Opened, adapter: Path | None = None, base: str | None =
     evaluation, trained_on = run.evaluation(answers=False, folder=opened.folder)
     if not evaluation.rows:
         raise DataError("data: nothing is held out that could be scored; give other rows as data.test")
-    uses_cpu = config.training.get("use_cpu")
-    if not uses_cpu:
+    if not config.training.get("use_cpu"):
         to_device(run.base)
-    if opened.folder is not None and evaluation.metric is not None:
-        untouched = run.base
-        if config.method == "full":
-            untouched = open_place(opened.folder.path, base, untouched=True).model.load()
-            if not uses_cpu:
-                to_device(untouched)
-        evaluation.measure(untouched, "before")
-        del untouched
-    model: Any = run.base if adapter is None else with_saved_adapter(run.base, adapter)
+    if adapter is not None and evaluation.metric is not None:
+        evaluation.measure(run.base, "before")
+    model: Any = run.base if adapter is None else PeftModel.from_pretrained(run.base, str(adapter))
     evaluation.measure(model, "after")
     return {
         "format": FORMAT,

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import peft
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from smoa_lab.base_models import RunModel, described_base, load_tokenizer, load_
 from smoa_lab.basics.files import check_new, new_folder
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
-from smoa_lab.open_run import open_place, resize_as_saved, with_saved_adapter
+from smoa_lab.open_run import open_place
 from smoa_lab.pages.card import card_text, method_name
 from smoa_lab.scoring.losses import logits_at
 
@@ -147,7 +147,7 @@ def plain_base(model: RunModel, dtype: Dtype = "float32") -> tuple[PreTrainedMod
 
 def merge_in_memory(model: PreTrainedModel, adapter: Path, result: Merged) -> PreTrainedModel:
     """Merge the adapter of any PEFT method into `model`, which is changed, one weight at a time in float32."""
-    adapted = with_saved_adapter(model, adapter).eval()
+    adapted: Any = PeftModel.from_pretrained(model, str(adapter)).eval()
     if not hasattr(adapted.base_model, "merge_and_unload"):
         kind = method_name(adapted.active_peft_config)
         raise MergeError(f"{adapter}: PEFT can't merge {kind}, which is more than a change of weights; load it instead")
@@ -215,7 +215,7 @@ def convert_run(place: str | Path, output: Path, rank: int | float, base: str | 
     """
     check_new(output)
     opened = open_place(place, base)
-    model = with_saved_adapter(plain_base(opened.model)[0], opened.adapter)
+    model = PeftModel.from_pretrained(plain_base(opened.model)[0], str(opened.adapter))
     own: Any = model.active_peft_config
     if own.peft_type.value != "SMOA":
         raise ConfigError(f"{opened.adapter}: is a {own.peft_type.value} adapter; only SMoA's are converted to LoRA")
@@ -290,9 +290,9 @@ def verify(place: str | Path, targets: Sequence[str] = (IN_MEMORY,), base: str |
     logger.info("Comparing the logits after %d prompts", PROMPTS)
     prompts = [" ".join(text.split()[:WORDS]) for text in passages(STORY)[:PROMPTS]]
     ids = [opened.model.tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
-    model = _plain(opened.model)
+    model = plain_base(opened.model)[0]
     untouched = {torch.float32: logits_after(model, ids)}
-    own = logits_after(with_saved_adapter(model, adapter), ids)
+    own = logits_after(PeftModel.from_pretrained(model, str(adapter)), ids)
     del model
     change, largest = (own - untouched[torch.float32]).double(), float(own.abs().max())
     if not change.any():
@@ -301,16 +301,16 @@ def verify(place: str | Path, targets: Sequence[str] = (IN_MEMORY,), base: str |
     for target in targets:
         dtype = torch.float32
         if target == IN_MEMORY:
-            other: Any = merge_in_memory(_plain(opened.model), adapter, Merged(target, ""))
+            other: Any = merge_in_memory(plain_base(opened.model)[0], adapter, Merged(target, ""))
         elif Path(target, CONFIG_NAME).is_file():
-            other = with_saved_adapter(_plain(opened.model), Path(target))
+            other = PeftModel.from_pretrained(plain_base(opened.model)[0], target)
         else:
             other = load_weights(ModelSection(name=target), "auto")
             dtype = other.dtype
             other.float()
         found = logits_after(other, ids)
         if dtype not in untouched:
-            rounded = _plain(opened.model)
+            rounded = plain_base(opened.model)[0]
             for weight in rounded.parameters():  # not rotary buffers, which stay in float32
                 weight.data = weight.data.to(dtype).float()
             untouched[dtype] = logits_after(rounded, ids)
@@ -319,14 +319,6 @@ def verify(place: str | Path, targets: Sequence[str] = (IN_MEMORY,), base: str |
         noise = float((there - share * change).norm()) / size**0.5
         verdicts.append(Verdict(target, share, noise, float((found - own).abs().max()) / largest))
     return verdicts
-
-
-def _plain(model: RunModel) -> PreTrainedModel:
-    """The base in float32, with as many tokens as the adapter's embeddings."""
-    loaded, _ = plain_base(model)
-    if model.adapter is not None:
-        resize_as_saved(loaded, model.adapter)
-    return loaded
 
 
 @torch.no_grad()

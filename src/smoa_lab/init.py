@@ -13,8 +13,8 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import RunModel, empty_model, load_tokenizer, positions_of
 from smoa_lab.budget import ALL_LINEAR, FIRST_BLOCKS, budget_parameters, lora_on, size_method
 from smoa_lab.config.methods import OTHER_LAYERS, find_method
-from smoa_lab.config.run import ConfigText, Dtype, ModelSection, RunConfig, adapter_rate, check_config
-from smoa_lab.config.validation import method_problems
+from smoa_lab.config.run import Dtype, ModelSection, RunConfig, adapter_rate, check_config
+from smoa_lab.config.validation import method_problems, refuse
 from smoa_lab.config.yaml_text import apply_overrides, to_yaml
 from smoa_lab.data.prepared import require_good_rows
 from smoa_lab.training.loaded_run import read_rows_of
@@ -50,7 +50,7 @@ def first_values(
     adapter: dict[str, Any] = {} if kind is None or name in OTHER_LAYERS else {"target_modules": ALL_LINEAR}
     adapter |= {"num_blocks": FIRST_BLOCKS} if kind == "smoa" else {}
     given = {**adapter, **own}
-    ConfigText({}, "smoa train").refuse(method_problems({"method": name, "adapter": given}))
+    refuse("smoa train", method_problems({"method": name, "adapter": given}))
     if adapter and find_method(name).budget_key not in own:
         budget = budget_parameters(parameters, size, lora_on(empty, given))
         sized = size_method(empty, name, given, budget)
@@ -108,8 +108,8 @@ def default_run(model: str, data: str, changes: Sequence[str] = ()) -> RunConfig
     folders ``runs/NAME``, ``runs/NAME-2`` and so on without a finished run."""
     values = first_values(model, data, changes=changes)
     folder = values["training"]["output_dir"]
-    apply_overrides(values, list(changes))
-    config = ConfigText(values, "smoa train").checked()
+    apply_overrides(values, changes)
+    config = check_config(values, "smoa train")
     return in_free_folder(config) if config.training["output_dir"] == folder else config
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import altair as alt
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -27,7 +28,7 @@ from smoa.partition import block_sizes
 from smoa.spectrum import decomposition_device
 from smoa_lab.base_models import load_weights
 from smoa_lab.export import weight_of
-from smoa_lab.open_run import open_place, with_saved_adapter
+from smoa_lab.open_run import open_place
 from smoa_lab.pages.charts import LINE_LEGEND, colors, dashes, values
 from smoa_lab.pages.tables import Table
 
@@ -97,7 +98,7 @@ def inspect_layers(adapter: str | Path, base: str | None = None) -> list[LayerRe
     opened = open_place(adapter, base)
     source, section = opened.adapter, opened.model.section
     dtype = None if "quantization_config" in section.options else "float32"
-    adapted = with_saved_adapter(load_weights(section, dtype=dtype), source)
+    adapted: Any = PeftModel.from_pretrained(load_weights(section, dtype=dtype), str(source))
     config: Any = adapted.active_peft_config
     others = [key for key in NOT_SHOWN if getattr(config, key, None) not in (None, [], {}, "none")]
     if others:

@@ -6,12 +6,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME, load_peft_weights
-from transformers import PreTrainedModel
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
@@ -24,8 +21,6 @@ from smoa_lab.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "base_model.model."
-"""Before the names of the base's tensors in a saved adapter."""
 OF_FILES = 64
 """Characters of the hash of a base's files; for one of the Hub there is a commit, which is shorter."""
 
@@ -58,14 +53,11 @@ class Opened:
         return (self.place if self.folder is None else self.folder.path).resolve().name
 
 
-def open_place(
-    place: str | Path, base: str | None = None, overrides: Sequence[str] = (), untouched: bool = False
-) -> Opened:
+def open_place(place: str | Path, base: str | None = None, overrides: Sequence[str] = ()) -> Opened:
     """Find what lies in ``place``; nothing is loaded yet.
 
     ``base`` is used instead of the base model that a run or an adapter names, and ``overrides`` are laid over a run's
-    config. A run that trained the whole model has no adapter: its model is the trained one, or the base where that is
-    asked for as ``untouched``.
+    config. A run that trained the whole model has no adapter: its model is the trained one.
     """
     path = Path(place).expanduser()
     if path.is_file() and path.suffix in (".yaml", ".yml"):
@@ -78,7 +70,7 @@ def open_place(
         config = _on(config, base)
         section = _as_trained_on(folder, config.model, base is not None)
         if config.method == "full":
-            section = section if untouched else config.model.model_copy(update={"name": str(folder.adapter)})
+            section = config.model.model_copy(update={"name": str(folder.adapter)})
         config = config.model_copy(update={"model": section})
         adapter = None if config.method == "full" else folder.adapter
         return Opened(path, RunModel(section, config.data.template, adapter), config, folder)
@@ -111,7 +103,7 @@ def _as_trained_on(run: RunFolder, model: ModelSection, is_given: bool) -> Model
     """The model that the run was trained on: of the Hub in that commit. Warns where a folder's files changed since."""
     if packaged_name(model.name) or not run.inputs.is_file():
         return model
-    content = str(read_stored(run.inputs)["base model"])
+    content = str(read_stored(run.inputs)["base"])
     if Path(model.name).expanduser().exists():
         if base_content(model) != content:
             logger.warning("%s: was trained on another model than %s, or on other files of it", run.path, model.name)
@@ -130,24 +122,3 @@ def _section_of(adapter: Path, base: str | None) -> ModelSection:
     of_base = name == config.base_model_name_or_path  # the revision says nothing of another base
     options = {"revision": config.revision} if of_base and config.revision is not None else {}
     return ModelSection(name=name, options=options)
-
-
-def with_saved_adapter(base: PreTrainedModel, adapter: Path) -> Any:
-    """The base with the saved adapter of any method. It isn't the base model any more, switched off or unloaded
-    either: some adapters train its biases, or take a part of its weights."""
-    resize_as_saved(base, adapter)
-    return PeftModel.from_pretrained(base, str(adapter))
-
-
-def resize_as_saved(model: PreTrainedModel, adapter: Path) -> None:
-    """Give the model as many tokens as the embeddings that an adapter saves have, if it saves any."""
-    saved = load_peft_weights(str(adapter), device="cpu")
-    end: Any
-    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
-        name = next((name for name, module in model.named_modules() if module is end), None)
-        own: Any = saved.get(f"{PREFIX}{name}.weight")
-        if own is not None and len(own) != len(end.weight):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # the rows of new tokens, which the adapter has, are the same in each base
-                model.resize_token_embeddings(len(own), mean_resizing=False)
-            return  # it resizes both

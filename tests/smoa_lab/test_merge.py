@@ -126,31 +126,6 @@ def test_tokens_that_were_trained_are_merged(base: Path, adapter: Path, output: 
     assert_close(logits(merged_model(output)), logits(adapted))
 
 
-@pytest.mark.parametrize(
-    ("family", "trained"),
-    [("llama", None), ("llama", ["embed_tokens", "lm_head"]), ("gemma3", ["embed_tokens", "lm_head"])],
-)
-def test_a_vocabulary_that_was_resized_is_merged(
-    base: Path, adapter: Path, output: Path, family: str, trained: list[str] | None
-) -> None:
-    model: Any = tiny.build(family)
-    model.save_pretrained(base)
-    lab.byte_tokenizer().save_pretrained(base)
-    model.name_or_path = str(base)
-    size = model.config.vocab_size
-    model.resize_token_embeddings(size + 3)
-    options = {"target_modules": ["q_proj"], "modules_to_save": trained, "task_type": "CAUSAL_LM"}
-    adapted = get_peft_model(model, SmoaConfig(**options, init_weights=False)).eval()
-    for name, parameter in adapted.named_parameters():
-        if ".modules_to_save." in name:
-            parameter.data.mul_(1.1)
-    adapted.save_pretrained(adapter)
-    merge_run(adapter, output)
-    merged = merged_model(output)
-    assert merged.config.vocab_size == size + 3
-    assert_close(logits(merged, family), logits(adapted, family))
-
-
 def test_what_rounding_takes_is_measured_against_the_update(base: Path, adapter: Path, output: Path) -> None:
     adapted = saved(base, adapter, dtype=torch.bfloat16)
     found = merge_run(adapter, output)

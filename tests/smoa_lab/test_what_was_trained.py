@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM
 
-from smoa import SmoaConfig
 from smoa_lab import base_models
 from smoa_lab.base_models import RunModel, load_weights
 from smoa_lab.chat import Chat
@@ -124,23 +121,3 @@ def test_no_code_of_an_adapters_folder_or_its_bases_runs_whatever_a_pipe_says(
     assert done.returncode == (command == "merge"), done.stderr
     assert done.stdout.strip() or command == "merge", done.stderr  # a chat shows its answers alone
     assert told in done.stdout + done.stderr, (done.stdout, done.stderr)
-
-
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_an_adapter_with_new_tokens_is_opened_by_every_command(tmp_path: Path) -> None:
-    base = lab.tiny_base(tmp_path / "base")
-    model: Any = AutoModelForCausalLM.from_pretrained(base)
-    model.resize_token_embeddings(model.config.vocab_size + 5)
-    config = SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(model, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
-    assert len(inspect_layers(tmp_path / "adapter")) == 2
-    convert_run(tmp_path / "adapter", tmp_path / "lora", 2)
-    merge_run(tmp_path / "adapter", tmp_path / "merged")
-    targets = ["merged", *(str(tmp_path / name) for name in ("lora", "merged"))]
-    in_memory, lora, merged = verify(tmp_path / "adapter", targets)
-    assert in_memory.agrees
-    assert merged.agrees
-    assert 0 < lora.share < 1  # of rank 2
-    chat = Chat(open_place(tmp_path / "adapter").with_changes(None, "alpaca"), max_new_tokens=2)
-    chat.respond("hello")
-    assert len(chat.turns) == 2

@@ -58,7 +58,7 @@ def check_new(target: Path) -> None:
 def new_folder(target: Path, keep_existing: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `target`; it takes the name when the block succeeds and is removed when it fails.
 
-    A folder that exists, at the start or at the end, stays: with `keep_existing` in silence, else by a ConfigError.
+    A folder that exists, at the start or at the end, stays: with `keep_existing` in silence, else by an error.
     """
     if not keep_existing:
         check_new(target)
@@ -66,12 +66,8 @@ def new_folder(target: Path, keep_existing: bool = False) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in temporary.rglob("*.safetensors"):
-            file.chmod(temporary.stat().st_mode & 0o666)  # as new files have: safetensors writes for the owner alone
-        if not target.exists():
+        if not (keep_existing and target.exists()):
             temporary.rename(target)
-        elif not keep_existing:
-            raise ConfigError(f"{target}: another process created it in the meantime; choose another folder")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

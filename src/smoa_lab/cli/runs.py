@@ -144,7 +144,7 @@ def evaluate(
         if output is not None:
             check_new(output)
         opened = open_place(run, base, overrides or [])
-        result = evaluate_run(opened, adapter, base)
+        result = evaluate_run(opened, adapter)
         if json:
             print_json(result)
         else:

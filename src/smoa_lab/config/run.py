@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +20,8 @@ from smoa.errors import ConfigError
 from smoa_lab.basics.settings import Section
 from smoa_lab.basics.values import portable
 from smoa_lab.config.methods import MethodName, find_method, trains_own_dtype
-from smoa_lab.config.validation import Problem, block_problems, converted, method_problems, model_of
-from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
+from smoa_lab.config.validation import block_problems, converted, method_problems, model_of, refuse
+from smoa_lab.config.yaml_text import read_yaml, to_yaml
 from smoa_lab.data.answers import OWN, MetricName
 from smoa_lab.data.formats import Format
 from smoa_lab.data.general_text import STORY
@@ -229,79 +227,46 @@ def trainer_arguments() -> type[TrainingArguments]:
     return chosen
 
 
-@dataclass(frozen=True)
-class ConfigText:
-    """A config's plain values, where they are from, and the line of each key path."""
-
-    values: dict[str, Any]
-    place: str = "config"
-    lines: dict[tuple[str, ...], int] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, path: str | Path, overrides: list[str] | None = None) -> ConfigText:
-        """Read a YAML file and lay ``key.key=value`` overrides over it."""
-        file = Path(path)
-        text = file.read_text(encoding="utf-8")
-        values = parse_yaml(text, file)
-        apply_overrides(values, overrides or [])
-        return cls(values, str(file), key_lines(text))
-
-    def checked(self) -> RunConfig:
-        """The run, its training block laid over our defaults; raises ConfigError with all problems."""
-        values, given = self.values, self.values.get("training")
-        training: dict[str, Any] = given if isinstance(given, dict) else {}
-        defaults = {**TRAINING_DEFAULTS, "output_dir": f"runs/{Path(self.place).stem}"}
-        if values.get("early_stopping") is not None:
-            defaults |= self._stopping(training)
-        model, is_fast = values.get("model"), native_dtype() == "bfloat16"
-        if isinstance(model, dict) and "dtype" not in model and is_fast and trains_own_dtype(values):
-            # in 16 bits most steps would round away
-            values = {**values, "model": {**model, "dtype": "float32"}}
-            defaults |= {"bf16": True} | ({} if torch.accelerator.is_available() else {"use_cpu": True})
-        if given is None or isinstance(given, dict):
-            values = {**values, "training": {**defaults, **training}}
-        problems = [*block_problems(RunConfig, values), *method_problems(values)]
-        arguments: Any = trainer_arguments()
-        if isinstance(block := values.get("training"), dict):
-            problems += block_problems(model_of(arguments), block, ("training",))
-            problems += [(("training", key), f"name it as data.{OF_DATA[key]}") for key in OF_DATA.keys() & block]
-        self.refuse(problems)
-        method = find_method(str(values.get("method", "smoa"))).config_class
-        for name, target in (("adapter", method), ("training", arguments)):
-            if target is not None and name in values:
-                values = {**values, name: converted(target, values[name])}
-        config = RunConfig.model_validate(values)
-        config.arguments()  # which raises what TRL and transformers refuse
-        return config
-
-    def _stopping(self, training: dict[str, Any]) -> dict[str, Any]:
-        """Defaults with early stopping: a checkpoint after each evaluation, of which the best is loaded at the end."""
-        if str(training.get("eval_strategy", "no")) == "no":
-            rule = "needs the loss on validation rows; set training.eval_strategy to epoch or steps"
-            raise ConfigError(f"{self.place}: early_stopping: {rule}, or leave it out")
-        steps = training.get("eval_steps") or training.get("logging_steps", TRAINING_DEFAULTS["logging_steps"])
-        often = {"eval_steps": steps, "save_steps": steps} if str(training["eval_strategy"]) == "steps" else {}
-        return {"load_best_model_at_end": True, "save_strategy": training["eval_strategy"], **often}
-
-    def refuse(self, problems: Iterable[Problem]) -> None:
-        """Raise ConfigError with all problems, by their lines, if there are any."""
-        texts = []
-        for path, reason in problems:
-            known = (path[:length] for length in range(len(path), 0, -1))
-            line = next((self.lines[place] for place in known if place in self.lines), 0)  # of the block around it
-            text = f"{'.'.join(path)}: {reason}" if path else reason
-            texts.append((line, f"line {line}: {text}" if line else text))
-        if texts:
-            title = f"{self.place}: {len(texts)} problem{'s' if len(texts) > 1 else ''}"
-            raise ConfigError("\n  ".join([title, *(text for _, text in sorted(texts))]))
-
-
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read ``path``, apply ``key.key=value`` overrides and check everything; a ConfigError lists *all* problems, each
-    with its line and the nearest valid key or value."""
-    return ConfigText.read(path, overrides).checked()
+    with its key and the nearest valid key or value."""
+    return check_config(read_yaml(path, overrides or []), str(path))
 
 
 def check_config(values: dict[str, Any], place: str = "config") -> RunConfig:
-    """The checked config of plain values, as :func:`load_config` makes it."""
-    return ConfigText(values, place).checked()
+    """The checked config of plain values from a place: their training block is laid over our defaults."""
+    given = values.get("training")
+    training: dict[str, Any] = given if isinstance(given, dict) else {}
+    defaults = {**TRAINING_DEFAULTS, "output_dir": f"runs/{Path(place).stem}"}
+    if values.get("early_stopping") is not None:
+        defaults |= _stopping(training, place)
+    model, is_fast = values.get("model"), native_dtype() == "bfloat16"
+    if isinstance(model, dict) and "dtype" not in model and is_fast and trains_own_dtype(values):
+        # in 16 bits most steps would round away
+        values = {**values, "model": {**model, "dtype": "float32"}}
+        defaults |= {"bf16": True} | ({} if torch.accelerator.is_available() else {"use_cpu": True})
+    if given is None or isinstance(given, dict):
+        values = {**values, "training": {**defaults, **training}}
+    problems = [*block_problems(RunConfig, values), *method_problems(values)]
+    arguments: Any = trainer_arguments()
+    if isinstance(block := values.get("training"), dict):
+        problems += block_problems(model_of(arguments), block, ("training",))
+        problems += [(("training", key), f"name it as data.{OF_DATA[key]}") for key in OF_DATA.keys() & block]
+    refuse(place, problems)
+    method = find_method(str(values.get("method", "smoa"))).config_class
+    for name, target in (("adapter", method), ("training", arguments)):
+        if target is not None and name in values:
+            values = {**values, name: converted(target, values[name])}
+    config = RunConfig.model_validate(values)
+    config.arguments()  # which raises what TRL and transformers refuse
+    return config
+
+
+def _stopping(training: dict[str, Any], place: str) -> dict[str, Any]:
+    """Defaults with early stopping: a checkpoint after each evaluation, of which the best is loaded at the end."""
+    if str(training.get("eval_strategy", "no")) == "no":
+        rule = "needs the loss on validation rows; set training.eval_strategy to epoch or steps"
+        raise ConfigError(f"{place}: early_stopping: {rule}, or leave it out")
+    steps = training.get("eval_steps") or training.get("logging_steps", TRAINING_DEFAULTS["logging_steps"])
+    often = {"eval_steps": steps, "save_steps": steps} if str(training["eval_strategy"]) == "steps" else {}
+    return {"load_best_model_at_end": True, "save_strategy": training["eval_strategy"], **often}

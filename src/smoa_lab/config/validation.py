@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import reprlib
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -17,8 +17,15 @@ from smoa_lab.basics.values import nearest
 from smoa_lab.config.methods import find_method
 
 Problem = tuple[tuple[str, ...], str]
-"""A key's path, by which its line is found, and what is wrong with it."""
+"""A key's path, and what is wrong with it."""
 Block = dict[str, Any]
+
+
+def refuse(place: str, problems: Iterable[Problem]) -> None:
+    """Raise ConfigError with all problems of the config in a place, if there are any."""
+    texts = [f"{'.'.join(path)}: {reason}" if path else reason for path, reason in problems]
+    if texts:
+        raise ConfigError("\n  ".join([f"{place}: {len(texts)} problem{'s' * (len(texts) > 1)}", *texts]))
 
 
 def block_problems(model: type[BaseModel], values: Block, place: tuple[str, ...] = ()) -> Iterator[Problem]:

@@ -1,14 +1,14 @@
-"""Reads and writes YAML 1.2: ``1e-3`` is a number, ``no`` a word, a repeated key an error; keys have lines."""
+"""Reads and writes YAML 1.2: ``1e-3`` is a number, ``no`` a word, a repeated key an error."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.nodes import MappingNode, Node
 
 from smoa.errors import ConfigError
 
@@ -31,7 +31,15 @@ def parse_yaml(text: str, file: Path) -> dict[str, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{file}{line}: {getattr(error, 'problem', error)}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must contain blocks of keys; configs/ has examples")
+        raise ConfigError(f"{file}: must contain blocks of keys, such as `smoa init` writes")
+    return values
+
+
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a file, with ``key.key=value`` texts laid over it."""
+    file = Path(path)
+    values = parse_yaml(file.read_text(encoding="utf-8"), file)
+    apply_overrides(values, overrides)
     return values
 
 
@@ -42,20 +50,7 @@ def to_yaml(values: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-def key_lines(text: str) -> dict[tuple[str, ...], int]:
-    """The line, from 1, of every key path in ``text``."""
-    lines: dict[tuple[str, ...], int] = {}
-
-    def walk(node: Node | None, path: tuple[str, ...]) -> None:
-        for key, value in node.value if isinstance(node, MappingNode) else ():
-            lines[*path, str(key.value)] = key.start_mark.line + 1
-            walk(value, (*path, str(key.value)))
-
-    walk(_yaml().compose(text), ())
-    return lines
-
-
-def apply_overrides(values: dict[str, Any], overrides: list[str]) -> None:
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
     """Apply ``key.key=value`` texts to ``values``, in place; raises ConfigError if one is not of that form."""
     for override in overrides:
         key, separator, value = override.partition("=")

@@ -149,11 +149,6 @@ class PreparedRows:
     folder: Path
     account: dict[str, Any]
 
-    @property
-    def name(self) -> str:
-        """Another wherever the tokens of a row may be others."""
-        return self.folder.name
-
     def part(self, part: Part) -> Any:
         """A ``datasets.Dataset``."""
         from datasets import Dataset

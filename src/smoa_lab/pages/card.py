@@ -10,14 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it lists no exports
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import StrictUndefined, Template
 from peft import PeftConfig
 
 import smoa
@@ -140,17 +139,7 @@ def method_name(config: PeftConfig) -> str:
 
 
 def _render(template: str, **values: Any) -> str:
-    return _environment().get_template(template).render(values)
-
-
-@cache
-def _environment() -> Environment:
-    """Of Markdown, in which nothing is escaped."""
-    return Environment(
-        loader=PackageLoader("smoa_lab", "pages"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
+    """A template of this folder as Markdown, in which nothing is escaped."""
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    rules: dict[str, Any] = {"undefined": StrictUndefined, "keep_trailing_newline": True}
+    return str(Template(text, trim_blocks=True, lstrip_blocks=True, **rules).render(values))

@@ -266,19 +266,13 @@ def continue_prompts(
     """What the model writes after each prompt's token ids, in order, greedily, whatever its generation config says.
 
     Prompt and answer fit the model's positions, at most half of which the answer gets: a prompt that is too long for
-    that loses its head. ``size`` prompts make a batch, by default as many as hold BATCH_TOKENS, and eight at least.
+    that loses its beginning. ``size`` prompts make a batch, by default as many as hold BATCH_TOKENS, at least eight.
     """
     texts: dict[int, str] = {}
     positions = positions_of(model.config)
     if positions is not None:
         new_tokens = min(new_tokens, positions // 2)
-        room = positions - new_tokens
-        # BOS stays where the prompt begins with it
-        heads = [ids[:1] if ids[:1] == [tokenizer.bos_token_id] else [] for ids in prompts]
-        prompts = [
-            ids if len(ids) <= room else head + ids[len(ids) - room + len(head) :]
-            for ids, head in zip(prompts, heads, strict=True)
-        ]
+        prompts = [ids[new_tokens - positions :] for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     with scoring(model), greedily(model, tokenizer), progress("writing", len(order)) as bar:
         while order:

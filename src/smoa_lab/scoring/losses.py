@@ -199,14 +199,9 @@ def scoring(model: nn.Module) -> Iterator[None]:
 def logits_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
     """Let ``model(...).logits`` be (1, N, vocabulary) within the block: those at ``positions`` (batch, tokens; bool).
 
-    A model without an output layer of its own, or one that applies it to something else, gives all logits.
+    A model that applies its output layer to something else gives all logits.
     """
-    getter: Any = getattr(model, "get_output_embeddings", None)
-    head: nn.Module | None = None if getter is None else getter()
-    if head is None:
-        logger.warning("%s has no output embeddings: all logits are computed", type(model).__name__)
-        yield
-        return
+    head: nn.Module = cast(Any, model).get_output_embeddings()
 
     def keep(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = inputs[0]

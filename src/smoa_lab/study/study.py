@@ -22,9 +22,9 @@ from smoa.errors import ConfigError
 from smoa_lab.basics.files import write_whole
 from smoa_lab.basics.settings import Section, Seed
 from smoa_lab.config.methods import MethodName, find_method
-from smoa_lab.config.run import ConfigText, RunConfig, check_config
-from smoa_lab.config.validation import Problem, block_problems
-from smoa_lab.config.yaml_text import apply_overrides
+from smoa_lab.config.run import RunConfig, check_config
+from smoa_lab.config.validation import Problem, block_problems, refuse
+from smoa_lab.config.yaml_text import apply_overrides, read_yaml
 from smoa_lab.study.search import rate_text
 
 STUDY = "study.yaml"
@@ -199,13 +199,10 @@ class Study(Section):
 
 def load_study(file: Path) -> Study:
     """The study of a file, whose runs lie beside it, with every entry's run checked."""
-    text = ConfigText.read(file)
-    if "folder" in text.values:
-        text.refuse([(("folder",), "leave it out; runs lie beside the file")])
-    values = {**text.values, "folder": file.parent}
-    text.refuse(block_problems(Study, values))
+    values = {**read_yaml(file), "folder": file.parent}
+    refuse(str(file), block_problems(Study, values))
     study = Study.model_validate(values)
-    text.refuse(study.key_problems())
+    refuse(str(file), study.key_problems())
     assert study.configs
     return study
 
@@ -215,7 +212,7 @@ def edit(file: Path, changes: Sequence[str]) -> None:
     yaml, text, before = YAML(), io.StringIO(), file.read_bytes()
     yaml.width = 10_000
     values = yaml.load(before)
-    apply_overrides(values, list(changes))
+    apply_overrides(values, changes)
     yaml.dump(values, text)
     write_whole(file, text.getvalue())
     try:

@@ -19,7 +19,7 @@ from smoa_lab.basics.values import flat
 from smoa_lab.budget import ALL_LINEAR, FIRST_BLOCKS, LORA, budget_parameters, lora_on, size_method
 from smoa_lab.config.methods import OTHER_LAYERS, check_adapter, find_method, trains_own_dtype
 from smoa_lab.config.run import ModelSection, RunConfig, check_config, native_dtype
-from smoa_lab.config.yaml_text import apply_overrides, parse_yaml, to_yaml
+from smoa_lab.config.yaml_text import apply_overrides, read_yaml, to_yaml
 from smoa_lab.init import file_for, first_values
 from smoa_lab.study.finished import check_inputs, read_finished
 from smoa_lab.study.report import SUMMARY, metric_name
@@ -160,7 +160,7 @@ def write_study(values: Mapping[str, Any], folder: Path | None = None) -> Path:
             file.unlink()
             raise
         return file
-    stored = parse_yaml(file.read_text(encoding="utf-8"), file)
+    stored = read_yaml(file)
     if other := _other_values(stored, values):
         raise ConfigError(f"{file}: has another {', another '.join(other)} than this command; edit it, or move it away")
     new = {name: entry for name, entry in values["entries"].items() if name not in stored["entries"]}

@@ -40,12 +40,6 @@ class LoadedRun:
         """What the run starts from, by content: rows, base model, and what turns rows into tokens."""
         return digests_of(self.config, self.encoder, self.data)
 
-    def inputs(self) -> dict[str, str]:
-        """What a resumed run must find as it was."""
-        named = {"base": "base model", "forgetting": "forgetting.text"}
-        known = {name: self.digests[key] for key, name in named.items() if key in self.digests}
-        return {"data": self.data.name, **known}
-
     def evaluation(self, answers: bool = True, folder: RunFolder | None = None) -> tuple[Evaluation, int | None]:
         """What will be measured on the held-out rows, and how many are left out because the run in ``folder`` was
         trained on them, None where it doesn't know. Without ``answers`` the model answers no samples."""

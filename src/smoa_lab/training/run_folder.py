@@ -31,7 +31,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.basics.files import flush, new_file, read_stored, write_whole
+from smoa_lab.basics.files import new_file, read_stored, write_whole
 from smoa_lab.basics.values import finite, first_of, flat, json_text
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
@@ -127,9 +127,6 @@ class RunFolder:
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, which marks the run finished, and remove its checkpoints."""
-        for file in self.adapter.rglob("*"):
-            if file.is_file():
-                flush(file)
         write_whole(self.metrics, json_text(metrics) + "\n")
         self.remove_checkpoints()
 

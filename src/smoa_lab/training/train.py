@@ -56,7 +56,7 @@ def run(config: RunConfig, may_diverge: bool = False) -> dict[str, Any]:
     trainer = make_trainer(loaded, peft_config)
     if config.data.metric in ANSWERED and trainer.args.world_size > 1:
         raise ConfigError(f"data.metric: {config.data.metric} needs answers, which one process writes; leave it out")
-    with folder.claimed(text, loaded.inputs() if is_first_process() else {}) as checkpoint:
+    with folder.claimed(text, loaded.digests if is_first_process() else {}) as checkpoint:
         return _train(loaded, trainer, forgetting, folder, checkpoint, may_diverge)
 
 
@@ -65,7 +65,7 @@ def score_untouched(config: RunConfig) -> dict[str, Any]:
     folder, text = RunFolder(config.folder), config.to_yaml()
     folder.check(text)
     loaded, arguments = load_run(config), config.arguments()
-    with folder.claimed(text, loaded.inputs()):
+    with folder.claimed(text, loaded.digests):
         if not arguments.use_cpu:
             to_device(loaded.base)
         loaded.base.requires_grad_(False)

@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -120,10 +121,7 @@ class FiniteSteps(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
         gradients = [each.grad for each in model.parameters() if each.grad is not None]
-        parts = [each.to_local() if hasattr(each, "to_local") else each for each in gradients]
-        values = [part for each in parts if (part := each._values() if each.is_sparse else each).numel()]
-        largest = [each.float().to(args.device) for each in torch._foreach_norm(values, torch.inf)] if values else []
-        if not largest or bool(torch.stack(largest).isfinite().all()):
+        if bool(get_total_norm(gradients, torch.inf).isfinite()):
             self.bad = 0
             return
         if (scaler := getattr(optimizer, "scaler", None)) is not None:

@@ -54,7 +54,7 @@ def test_a_file_or_an_override_cannot_let_a_repository_run_its_code(file: Path, 
     with pytest.raises(ConfigError, match=refused):
         load_config(file, [f"model.options.{key}=true"])
     file.write_text(file.read_text().replace("{name: base}", f"{{name: base, options: {{{key}: yes}}}}"))
-    with pytest.raises(ConfigError, match=f"line 2: {refused}"):
+    with pytest.raises(ConfigError, match=refused):
         load_config(file)
 
 
@@ -261,14 +261,15 @@ training:
 """
 
 
-def test_five_mistakes_are_reported_at_once_with_line_and_nearest_name(file: Path) -> None:
+def test_five_mistakes_are_reported_at_once_with_key_and_nearest_name(file: Path) -> None:
     file.write_text(FIVE_MISTAKES)
     with pytest.raises(ConfigError) as caught:
         load_config(file)
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{file}: 5 problems"
-    assert [line.split(":")[0].strip() for line in lines[1:]] == ["line 3", "line 7", "line 10", "line 11", "line 13"]
-    for line, name in zip(lines[1:], ["float32", "num_blocks", "max_length", "sft", "learning_rate"], strict=True):
+    keys = ["model.dtype", "trainer", "data.max_lenght", "adapter.num_block", "training.learning_rat"]
+    assert [line.split(":")[0].strip() for line in lines[1:]] == keys
+    for line, name in zip(lines[1:], ["float32", "sft", "max_length", "num_blocks", "learning_rate"], strict=True):
         assert f"'{name}'" in line
         assert ("did you mean" in line) == (name not in ("float32", "sft"))
 
@@ -300,7 +301,7 @@ def test_a_training_value_that_the_trainer_would_fail_at_or_pass_over_is_refused
     override: str, message: str, file: Path
 ) -> None:
     key = override.partition("=")[0]
-    with pytest.raises(ConfigError, match=rf"line \d+: training\.{key}: .*got {re.escape(message)}"):
+    with pytest.raises(ConfigError, match=rf"training\.{key}: .*got {re.escape(message)}"):
         load_config(file, [f"training.{override}"])
 
 

@@ -69,21 +69,6 @@ def test_soft_capping_of_the_logits_still_happens(batch: dict[str, Tensor]) -> N
         assert model(**batch).logits.abs().max() <= 0.5
 
 
-def test_a_model_without_an_output_layer_of_its_own_gives_all_logits(
-    batch: dict[str, Tensor], caplog: pytest.LogCaptureFixture
-) -> None:
-    model = tiny.build("llama").eval()
-    labels = batch.pop("labels")
-    full = model(**batch).logits
-    model.get_output_embeddings = lambda: None
-    with logits_at(model, answer_positions(labels)):
-        assert torch.equal(model(**batch).logits, full)
-    assert "LlamaForCausalLM has no output embeddings" in caplog.text
-    plain = nn.Identity()
-    with logits_at(plain, answer_positions(labels)):
-        assert plain(labels) is labels
-
-
 def test_an_output_layer_that_is_applied_to_something_else_is_left_alone(
     model: PreTrainedModel, batch: dict[str, Tensor]
 ) -> None:

@@ -29,7 +29,6 @@ def with_shared(**blocks: Any) -> dict[str, Any]:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"folder": "elsewhere"}, r"line 1\d: folder: leave it out"),
     ({"seeds": [0, 1, 0]}, "seeds: name each once"),
     ({"seeds": [1, 100]}, "seeds: .*tuning.seed"),
     ({"entries": {}}, "entries"),
@@ -52,7 +51,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     *(
         (
             {"entries": {"lora": {**LORA, "training": {key: 1}}}},
-            rf"line \d+: entries\.lora\.training\.{key}: .*set it under shared",
+            rf"entries\.lora\.training\.{key}: .*set it under shared",
         )
         for key in ("max_steps", "num_train_epochs", "assistant_only_loss", "completion_only_loss", "packing")
     ),
@@ -103,7 +102,7 @@ def test_no_study_lets_a_repository_run_its_code(place: str, tmp_path: Path) -> 
         edit(tmp_path / "study.yaml", [f"{place}.model.options.trust_remote_code=true"])
 
 
-def test_all_mistakes_of_keys_are_told_at_once_with_their_lines_and_the_nearest_key(tmp_path: Path) -> None:
+def test_all_mistakes_of_keys_are_told_at_once_with_the_nearest_key(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(
         "keep: some\nshared: {}\ntuning:\n  sed: 1\nentries:\n  ours:\n    method: smoa\n    learnin_rate: 0.01\n"
@@ -113,10 +112,10 @@ def test_all_mistakes_of_keys_are_told_at_once_with_their_lines_and_the_nearest_
     first, *lines = str(caught.value).splitlines()
     assert first == f"{file}: 4 problems"
     told = [
-        r"line 1: keep: ",
-        r"line 4: tuning\.sed: unknown key; did you mean 'seed'",
-        r"line 6: entries\.ours\.learning_rate: .*required",
-        r"line 8: entries\.ours\.learnin_rate: unknown key; did you mean 'learning_rate'",
+        r"entries\.ours\.learning_rate: .*required",
+        r"entries\.ours\.learnin_rate: unknown key; did you mean 'learning_rate'",
+        r"tuning\.sed: unknown key; did you mean 'seed'",
+        r"keep: ",
     ]
     for line, wanted in zip(lines, told, strict=True):
         assert re.match(wanted, line.strip())

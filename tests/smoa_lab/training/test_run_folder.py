@@ -116,20 +116,6 @@ def test_of_checkpoints_only_those_of_the_trainer_are_removed(tmp_path: Path) ->
     }
 
 
-def test_an_adapter_is_on_the_disk_before_its_run_is_marked_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, flushed = RunFolder(tmp_path), list[tuple[str, bool]]()
-    begun(run, SMOA)
-    weights = run.adapter / "part" / "adapter_model.safetensors"
-    weights.parent.mkdir(parents=True)
-    weights.write_bytes(b"weights")
-    monkeypatch.setattr(run_folder, "flush", lambda file: flushed.append((file.name, run.finished)))
-    run.finish({})
-    assert flushed == [(weights.name, False)]
-    assert run.finished
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_run_that_failed_or_whose_process_died_leaves_its_folder_free(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)

@@ -247,7 +247,7 @@ def test_a_run_is_not_resumed_on_other_rows_or_another_base(
     weights = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     weights.lm_head.weight.data.neg_()
     weights.save_pretrained(tmp_path / "base")
-    with pytest.raises(ConfigError, match="unfinished run, and the base model changed since then"):
+    with pytest.raises(ConfigError, match="unfinished run, and the base changed since then"):
         run(check_config(values))
 
 
