@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from peft import inject_adapter_in_model
@@ -373,10 +372,12 @@ def problem(out_features: int, in_features: int, ranks: tuple[int, ...], kind: s
     return Problem(weight, A, B, make_partition(weight, len(ranks), kind), ranks)  # type: ignore[arg-type]
 
 
-# Small quantized layers and models: by bitsandbytes, and by torchao and HQQ where they are installed.
+# Small quantized layers: by bitsandbytes, and by torchao and HQQ where they are installed.
 
 
 def _in_4_bits(linear: nn.Linear, quant_type: str, twice: bool = False, compute_dtype: Any = None) -> nn.Module:
+    import bitsandbytes as bnb  # not installed where vLLM is
+
     layer = bnb.nn.Linear4bit(
         linear.in_features,
         linear.out_features,
@@ -390,6 +391,8 @@ def _in_4_bits(linear: nn.Linear, quant_type: str, twice: bool = False, compute_
 
 
 def _in_8_bits(linear: nn.Linear) -> nn.Module:
+    import bitsandbytes as bnb  # not installed where vLLM is
+
     layer = bnb.nn.Linear8bitLt(
         linear.in_features, linear.out_features, bias=linear.bias is not None, has_fp16_weights=False
     )
@@ -475,4 +478,4 @@ def delta_of(layer: SmoaLayer, adapter: str = "default") -> Tensor:
 
 def same_layout_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CPUs with AVX512-BF16 bitsandbytes repacks the weights that it evaluates: not for this test."""
-    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False, raising=False)
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False, raising=False)
