@@ -598,7 +598,9 @@ class Machine(RuleBasedStateMachine):
         is_merged = name in [known for known, _ in self.merged_now]
         refusal = MUST_REFUSE if is_merged else NO_REFUSAL if old.config == facts.config else MAY_REFUSE
         if self.attempt(f"hotswap_adapter(m, {self.shown_path(path)}, {name!r})", refusal):
-            self.oracle.adapters[name] = new = read(self.m, name, old.config)
+            kept = {key: value for key, value in old.config.items() if key != "scale"}
+            config = kept | {key: value for key, value in facts.config.items() if key == "scale"}
+            self.oracle.adapters[name] = new = read(self.m, name, config)
             for layer in old.layers:
                 found = self.oracle.delta(new, layer)
                 has = layer in facts.layers
