@@ -13,7 +13,6 @@ from smoa_lab.config.run import ForgettingSection
 from smoa_lab.open_run import Opened
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import provenance
-from smoa_lab.training.train import FORMAT
 
 
 def evaluate_run(opened: Opened, adapter: Path | None = None) -> dict[str, Any]:
@@ -37,7 +36,6 @@ def evaluate_run(opened: Opened, adapter: Path | None = None) -> dict[str, Any]:
     model: Any = run.base if adapter is None else PeftModel.from_pretrained(run.base, str(adapter))
     evaluation.measure(model, "after")
     return {
-        "format": FORMAT,
         "adapter": str(adapter) if adapter else None,
         "config": config.model_dump(mode="json"),
         "provenance": provenance(config.arguments().seed, next(model.parameters()).device),

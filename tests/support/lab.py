@@ -354,7 +354,6 @@ def stored_metrics() -> dict[str, Any]:
     before = {"rows": 40, "tokens": 80, "loss": 3.25, "accuracy": 0.5, "accuracy_stderr": 0.08, "majority": 0.25}
     after = {**before, "loss": 2.125, "accuracy": 0.625}
     return {
-        "format": 2,
         "config": {"model": {"name": "org/base"}, "method": "smoa", "training": {"learning_rate": 0.01}},
         "provenance": {"versions": {"smoa": "0.2.0", "trl": None}, "device": "a CPU", "commit": None, "dirty": None},
         "parameters": {"trainable": 448, "total": 10_000, "percent": 4.48},

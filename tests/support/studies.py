@@ -157,7 +157,6 @@ class WrittenRuns:
     def _metrics(self, config: RunConfig) -> dict[str, Any]:
         self.ran.append(config.folder.as_posix())
         return {
-            "format": 2,
             "config": portable(config.model_dump(mode="json")),
             "provenance": {"device": "a CPU", "threads": 1, "commit": "c" * 40},
             "digests": dict(self.digests),

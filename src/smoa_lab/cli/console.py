@@ -84,17 +84,12 @@ def reporting(*of: str) -> Iterator[None]:
 
 @contextmanager
 def _logging(of: tuple[str, ...]) -> Iterator[None]:
-    """Show the lab's log on stderr; on a terminal in color, elsewhere as plain lines and without progress bars."""
+    """Show the lab's log on stderr; elsewhere than on a terminal without progress bars."""
     import transformers
-    from rich.console import Console
-    from rich.logging import RichHandler
 
-    shown: logging.Handler
-    if sys.stderr.isatty():
-        shown = RichHandler(console=Console(stderr=True), show_level=False, show_path=False)
-    else:
-        shown = logging.StreamHandler()
-        shown.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    shown = logging.StreamHandler()
+    shown.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     shown.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith(of))

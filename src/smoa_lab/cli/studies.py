@@ -71,10 +71,8 @@ def compare(
         place, changes = None if study is None or "=" in study else Path(study), overridden(words, "shared.")
         if model is not None and data is not None:
             names = [name.strip().lower() for name in methods.split(",")] if methods else METHODS
-            ranks, own = [rank.strip() for rank in (sizes or "").split(",") if sizes], method_settings(settings or [])
-            if wrong := [rank for rank in ranks if not rank.isdecimal() or not int(rank)]:
-                raise ConfigError(f"--sizes: {wrong[0]!r} is no rank of LoRA; give some by commas, e.g. 1,4,16")
-            values = default_study(model, data, names, parameters, changes, own, list(map(int, ranks)))
+            ranks, own = [int(rank) for rank in sizes.split(",")] if sizes else [], method_settings(settings or [])
+            values = default_study(model, data, names, parameters, changes, own, ranks)
             file = write_study(values, place)
         elif place is not None and not any((model, data, methods, parameters, sizes, settings)):
             file = place / STUDY if place.is_dir() else place

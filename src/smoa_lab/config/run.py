@@ -41,7 +41,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 OF_DATA = {"chat_template_path": "template", "max_length": "max_length"}
 """Keys of TRL by which tokens are made, and what they are called under ``data``."""
 Dtype = Literal["float32", "bfloat16", "float16"]
-ROUNDS_AWAY = "weights of the base train in 16 bits, where most steps round away; give model.dtype: float32"
 SMALL, LARGE = (3e8, 2e-3), (1e9, 2e-4)
 """Parameters of a base model, and where the search for an adapter's learning rate begins there. Up to 300M it was
 measured; at 1B and above it is what is usual for LoRA."""
@@ -191,11 +190,6 @@ class RunConfig(Section):
     @property
     def folder(self) -> Path:
         return Path(self.training["output_dir"])
-
-    @property
-    def rounds_away(self) -> bool:
-        """Whether weights of the base train in 16 bits, where most steps are too small for them."""
-        return self.model.dtype != "float32" and trains_own_dtype(self.model_dump())
 
     def to_yaml(self) -> str:
         """The resolved config: every default of ours filled in, without a metric that only the command names."""

@@ -34,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 VERSION = 16
 """Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
-LONG = 1000
-"""More rows than these are announced: the tokens of long conversations may take half a minute."""
 QUANTILES = {"median": 0.5, "p99": 0.99}
 """The quantiles of the rows' lengths that an account has."""
 SHOWN = 10
@@ -230,8 +228,6 @@ class Reading:
         if self.recall:
             chosen, left_out = dict.fromkeys(PARTS, np.arange(len(every))[: self.sizes.train]), 0
         used = np.unique(np.concatenate([*chosen.values()]))
-        if len(used) > LONG:
-            logger.info("Making tokens of %d rows", len(used))
         numbers = {part: named.count(part) for part in PARTS if part != "train"}
         cut = {part: number for part, number in numbers.items() if number > getattr(self.sizes, part)}
         return {

@@ -40,13 +40,11 @@ class NamedBase:
     file: str = field(default="", compare=False)
 
 
-def named_base(source: str | None) -> NamedBase:
+def named_base(source: str) -> NamedBase:
     """The name of a base that was loaded from `source`.
 
     Of a local folder or file only the last name: the rest is of this machine, and the Hub can't link to it.
     """
-    if not source:
-        return NamedBase("a model without a name", None)
     with suppress(HFValidationError):
         validate_repo_id(source)
         if not source.endswith(".gguf") and not Path(source).exists():

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils.logging import warning_once
 
 from smoa.errors import DataError
 from smoa_lab.base_models import positions_of
@@ -96,9 +95,6 @@ class Evaluation:
         lengths = [len(text_ids(tokenizer, prompt.reference)) + 1 for prompt in self.prompts]  # and its end
         usual = max(LEAST_TOKENS, math.ceil(ROOM * sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]))
         self.new_tokens = usual if most is None else most
-        if cut := sum(length > self.new_tokens for length in lengths):
-            told = f"have more than {self.new_tokens} tokens, so no answer can be as long; raise data.answer_tokens"
-            warning_once(logger, f"data.metric: {cut} of {len(lengths)} completions {told}")
 
     def _scored(self, answers: Sequence[str]) -> list[float]:
         """What the metric makes of an answer to each row."""
@@ -121,7 +117,8 @@ class Evaluation:
         if self.metric:
             ids = (text_ids(self.encoder.tokenizer, text) for text in self.written[stage])
             if cut := sum(len(each) >= self.new_tokens for each in ids):
-                logger.info("%d of %d answers were cut at %d tokens", cut, len(prompts), self.new_tokens)
+                told = "%d of %d answers were cut at %d tokens; raise data.answer_tokens if they should be longer"
+                logger.info(told, cut, len(prompts), self.new_tokens)
             self.scored[stage] = self._scored(self.written[stage])
 
     def measure_once(self, model: Any) -> Measured:

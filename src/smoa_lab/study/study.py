@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -199,7 +199,12 @@ class Study(Section):
 
 def load_study(file: Path) -> Study:
     """The study of a file, whose runs lie beside it, with every entry's run checked."""
-    values = {**read_yaml(file), "folder": file.parent}
+    return check_study(read_yaml(file), file)
+
+
+def check_study(values: Mapping[str, Any], file: Path) -> Study:
+    """The study of plain values that are, or will be, in a file; raises ConfigError with all problems."""
+    values = {**values, "folder": file.parent}
     refuse(str(file), block_problems(Study, values))
     study = Study.model_validate(values)
     refuse(str(file), study.key_problems())
@@ -208,15 +213,11 @@ def load_study(file: Path) -> Study:
 
 
 def edit(file: Path, changes: Sequence[str]) -> None:
-    """Write ``key.key=value`` into a study's file, whose comments stay; a change that is refused is taken back."""
-    yaml, text, before = YAML(), io.StringIO(), file.read_bytes()
+    """Write ``key.key=value`` into a study's file, whose comments stay; raises ConfigError for what it can't have."""
+    yaml, text = YAML(), io.StringIO()
     yaml.width = 10_000
-    values = yaml.load(before)
+    values = yaml.load(file.read_text(encoding="utf-8"))
     apply_overrides(values, changes)
+    check_study(values, file)
     yaml.dump(values, text)
     write_whole(file, text.getvalue())
-    try:
-        load_study(file)
-    except ConfigError:
-        write_whole(file, before)
-        raise

@@ -23,7 +23,7 @@ from smoa_lab.config.yaml_text import apply_overrides, read_yaml, to_yaml
 from smoa_lab.init import file_for, first_values
 from smoa_lab.study.finished import check_inputs, read_finished
 from smoa_lab.study.report import SUMMARY, metric_name
-from smoa_lab.study.study import STUDY, Study, edit, load_study
+from smoa_lab.study.study import STUDY, Study, check_study, edit, load_study
 from smoa_lab.training.loaded_run import inputs
 
 logger = logging.getLogger(__name__)
@@ -152,13 +152,8 @@ def write_study(values: Mapping[str, Any], folder: Path | None = None) -> Path:
     if not file.is_file():
         if folder.is_dir() and any(folder.glob("[!.]*")):
             raise ConfigError(f"{folder}: has files and no study; choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        check_study(values, file)
         write_whole(file, to_yaml(dict(values)))
-        try:
-            load_study(file)
-        except ConfigError:
-            file.unlink()
-            raise
         return file
     stored = read_yaml(file)
     if other := _other_values(stored, values):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -21,7 +19,7 @@ from smoa_lab.base_models import described_base, empty_model, to_device, with_ra
 from smoa_lab.basics.files import new_file, new_folder, write_whole
 from smoa_lab.basics.values import finite, portable
 from smoa_lab.config.methods import check_adapter, moves_base
-from smoa_lab.config.run import ROUNDS_AWAY, RunConfig
+from smoa_lab.config.run import RunConfig
 from smoa_lab.data.answers import ANSWERED
 from smoa_lab.data.row import row_from_json
 from smoa_lab.pages.card import run_card, samples_text
@@ -32,8 +30,6 @@ from smoa_lab.training.run_folder import RunFolder, is_first_process, peak_memor
 from smoa_lab.training.trainer import Diverged, Stopwatch, fit, make_trainer
 
 logger = logging.getLogger(__name__)
-FORMAT = 2
-"""Of ``metrics.json``."""
 
 
 def run(config: RunConfig, may_diverge: bool = False) -> dict[str, Any]:
@@ -46,8 +42,6 @@ def run(config: RunConfig, may_diverge: bool = False) -> dict[str, Any]:
     config = with_rate(config)
     folder, text, peft_config = RunFolder(config.folder), config.to_yaml(), config.peft_config()
     folder.check(text)
-    if config.rounds_away and is_first_process():
-        logger.warning(ROUNDS_AWAY)
     if peft_config is not None:
         check_adapter(empty_model(config.model), peft_config)
     reset_peak_memory()
@@ -145,17 +139,11 @@ def _train(
     return saved
 
 
-@contextmanager
-def _untouched(model: Any) -> Iterator[None]:
+def _untouched(model: Any) -> Any:
     """Within it a model before its training is its base, also where the method starts with another update than zero.
     With what was moved from the base into the adapter it adds up to the base."""
     config = getattr(model, "active_peft_config", None)
-    with ExitStack() as stack:
-        if config is not None and not moves_base(config):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of biases, which nothing has trained yet
-                stack.enter_context(model.disable_adapter())
-        yield
+    return nullcontext() if config is None or moves_base(config) else model.disable_adapter()
 
 
 def _metrics(
@@ -170,7 +158,6 @@ def _metrics(
     account = loaded.data.account
     faults = [fault.partition(", row ") for fault in account["faults"]]  # where the row is, and what is wrong with it
     return {
-        "format": FORMAT,
         "config": portable(loaded.config.model_dump(mode="json")),
         "provenance": provenance(arguments.seed, arguments.device),
         "digests": loaded.digests,

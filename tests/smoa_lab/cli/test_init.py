@@ -114,9 +114,9 @@ def test_the_dtype_is_left_to_the_machine_and_the_method_unless_it_is_given(tmp_
     assert invoke("mine.yaml", "--model", "base", "--data", "talks.jsonl").exit_code == 0
     assert "dtype" not in (tmp_path / "mine.yaml").read_text()
     whole = ("method=full", "adapter={}", "training.learning_rate=1e-4")
-    assert not load_config(tmp_path / "mine.yaml", [*whole]).rounds_away
-    assert load_config(tmp_path / "mine.yaml", [*whole, "model.dtype=bfloat16"]).rounds_away
-    assert not load_config(tmp_path / "mine.yaml", ["model.dtype=bfloat16"]).rounds_away
+    assert load_config(tmp_path / "mine.yaml", [*whole]).model.dtype == "float32"
+    for changes in ((), whole):
+        assert load_config(tmp_path / "mine.yaml", [*changes, "model.dtype=bfloat16"]).model.dtype == "bfloat16"
 
 
 def test_a_file_of_an_odd_name_is_written_into_the_command_that_trains_it(tmp_path: Path) -> None:

