@@ -1,8 +1,8 @@
-"""Reads rows once, splits them, and keeps the tokens of those that are used on disk, from where training maps them into
-memory.
+"""Reads rows once, splits them into parts, and caches the tokens of those that are used on disk; training maps them
+into memory.
 
-A row's content decides its part, so a repeated row never lies in two parts, and the split is the same in every run.
-Nor do rows that belong together: those of one value of ``data.group``, or else of one prompt.
+The content of a row decides its part. So the split is the same in every run, and equal rows are in the same part. So
+are rows that belong together: those with the same value in the column ``data.group`` or, without it, the same prompt.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from smoa_lab.data.sources import RowSource
 logger = logging.getLogger(__name__)
 
 VERSION = 16
-"""Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used."""
+"""Of what is cached: raised by whoever changes how rows become tokens, or what is counted of them."""
 QUANTILES = {"median": 0.5, "p99": 0.99}
 """The quantiles of the rows' lengths that an account has."""
 SHOWN = 10
@@ -45,11 +45,11 @@ LOST = {
 }
 """Why rows are in no part."""
 HELD_OUT = {"test": 5, "validation": 10}
-"""Of so many different rows one is held out."""
+"""One of so many different rows is in this part."""
 LARGEST_GROUP = 0.1
-"""Of a prompt with a larger share of all rows, such as one that is the same everywhere, each row counts by itself."""
+"""A prompt makes no group if a larger share of all rows has it, as where it is the same in every row."""
 Group = str | Literal[False] | None
-"""The column that says which rows belong together; None: those of one prompt do; False: each stands for itself."""
+"""The column that says which rows belong together; None: those with the same prompt; False: none."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,15 @@ def require_good_rows(account: dict[str, Any], skip: bool) -> None:
 
 
 def units_of(keys: NDArray[np.uint64], groups: NDArray[np.uint64], largest: float = 1.0) -> NDArray[np.uint64]:
-    """By what each row is split: the number of its group if that has several contents, and at most such a share of
-    all, else its own key."""
+    """The unit of each row, which is never split between two parts: its group, if that has several different rows and
+    at most the share ``largest`` of all, else the row itself."""
     known, counts = np.unique(np.unique(np.stack([groups, keys]), axis=1)[0], return_counts=True)
     several = known[(counts > 1) & (counts <= largest * counts.sum())]
     return np.where(np.isin(groups, several), groups, keys)
 
 
 def passing_over(sizes: Iterable[int], most: int) -> NDArray[np.bool_]:
-    """Which of them are taken, in their order: those that are at most so many together; a larger one is passed over."""
+    """Which units are taken, given their sizes in order: each that still fits into ``most`` rows."""
     taken, fits = 0, list[bool]()
     for size in sizes:
         fits.append(taken + size <= most)
@@ -102,13 +102,13 @@ def passing_over(sizes: Iterable[int], most: int) -> NDArray[np.bool_]:
 def split(
     keys: NDArray[np.uint64], named: Sequence[str], sizes: Sizes, units: NDArray[np.uint64] | None = None
 ) -> tuple[dict[Part, NDArray[np.int64]], int]:
-    """The numbers of the rows of each part, and how many rows are left out because an earlier part has their content,
-    or rows of their unit. ``named`` has the part that each row names, or ``""``; ``units`` are :func:`units_of`.
+    """The numbers of the rows of each part, and how many rows are left out because test or validation has an equal row,
+    or one of their unit. ``named`` has the part that each row names, or ``""``; ``units`` are :func:`units_of`.
 
-    Of test and validation, the one that no row names gets a fifth, or a tenth, of the other contents, those of the
-    units with the lowest numbers, at most as many as ``sizes`` says, or the smallest unit if none is that small. No
-    unit lies in two parts: test comes first, then validation. Where there are more rows than wanted, those of the
-    lowest numbers are taken, but of rows that are named for training the first ones.
+    If no row names the part test, it gets a fifth of the different rows, and validation likewise a tenth: whole units
+    in the order of their numbers, which are hashes, and at most ``sizes`` rows, or the smallest unit if none fits. A
+    part that has more rows than ``sizes`` keeps those with the lowest numbers; of rows that are named for training, the
+    first.
     """
     units, parts = keys if units is None else units, np.array(named, "U10")
     is_held_out = (parts == "test") | (parts == "validation")
@@ -141,8 +141,8 @@ def split(
 
 @dataclass(frozen=True)
 class PreparedRows:
-    """Rows on disk: one data set for each part, with ``input_ids``, ``labels`` and ``row``, a row as JSON; where it is
-    held out, also the fields that it was read with."""
+    """Rows on disk: a data set for each part, with ``input_ids``, ``labels`` and ``row``, the :class:`Row` as JSON.
+    Held-out rows also have the fields that were read (``own``), and ``where``."""
 
     folder: Path
     account: dict[str, Any]
@@ -163,11 +163,10 @@ class PreparedRows:
 class Reading:
     """What is to be read, and how it is split and encoded.
 
-    An account counts rows, each as long as the longest of its texts: ``cut`` ones are longer than ``max_length``;
-    ``dropped`` ones have a text without anything within it that is trained; ``repeated`` ones are kept;
-    ``also_held_out`` ones are left out of training. Rows that are not used, because fewer are wanted, are in none of
-    these numbers. With ``recall`` each row counts once. If ``test`` is ``alone`` what is tested, rows of ``train`` that
-    name that part are in none.
+    The account counts the rows that are used: ``cut`` ones are longer than ``max_length``, ``dropped`` ones have
+    nothing to train on within it, ``repeated`` ones equal an earlier row and are kept. ``also_held_out`` ones aren't
+    trained on, because test or validation has them. With ``recall`` all rows are in each part, and count once. With
+    ``alone`` the test part is ``test`` and nothing else: rows of ``train`` that name that part are left out.
     """
 
     train: Sequence[RowSource]

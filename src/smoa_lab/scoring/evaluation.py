@@ -27,27 +27,29 @@ logger = logging.getLogger(__name__)
 
 Stage = Literal["before", "after"]
 NEW_TOKENS, CHOICE_TOKENS = 128, 24
-"""The most tokens of a sample answer, and of one to a row with choices."""
+"""The most tokens of a sample answer, and of an answer to a row with choices."""
 LEAST_TOKENS, ROOM = 32, 1.25
-"""The least that a scored answer has, and what it has of the references' 99th percentile."""
+"""A scored answer may have ROOM times as many tokens as the 99th percentile of the references, LEAST_TOKENS at
+least."""
 BATCH_TOKENS = 4096
 """Padded tokens of a batch of choices, or of answers."""
 TEXT_TOKENS = 256
-"""A longer text is cut at its end, and a shorter one where the model takes less."""
+"""General text is cut after so many tokens, or earlier where the model has fewer positions."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model makes of rows, in their order: the negative log-likelihoods of their completions; of choices, which
-    is that of the right one without what ends it, whether it is the likeliest."""
+    """A model's scores of rows, in their order: the negative log-likelihood of each completion and, of rows with
+    choices, whether the right choice is the likeliest. The completion of such a row is the right choice without its end
+    token."""
 
     losses: Losses
     right: Sequence[bool] = ()
 
 
 class Evaluation:
-    """Measures a model on held-out ``rows`` of a ``part`` before and after training, and lets it answer the first
-    ``samples``, or all for a ``metric`` of answers, each in at most ``answer_tokens``. Each row is tokenized once."""
+    """Measures a model before and after training on held-out ``rows``, which are a ``part`` of all. The model answers
+    the first ``samples`` rows, or every row where the ``metric`` scores answers, in at most ``answer_tokens`` each."""
 
     def __init__(
         self,
@@ -82,17 +84,17 @@ class Evaluation:
             raise DataError(f"data.metric: {metric} scores {needs}, and these rows have none; leave it out")
 
     def _answer_all(self, most: int | None) -> None:
-        """Have all rows answered; raises DataError where a completion isn't right by the metric, or the user's own
-        can't score it."""
+        """Let the model answer all rows. Raises DataError where the metric finds a row's own completion wrong, or the
+        user's function fails on it."""
         found = map(self.encoder.prompt, self.rows)
-        self.prompts = [prompt for prompt in found if prompt is not None]  # all: of one that is too long the end
+        self.prompts = [prompt for prompt in found if prompt is not None]  # a long one is cut later
         right = self._scored([prompt.reference for prompt in self.prompts])
         for number, prompt in enumerate(self.prompts, start=1):
             if self.metric != OWN and not right[number - 1]:
                 text = f"the completion of held-out row {number}, {shown(prompt.reference)}, has no number"
                 raise DataError(f"data.metric: {self.metric}: {text}; fix the row, or take exact or contains")
         tokenizer = self.encoder.tokenizer
-        lengths = [len(text_ids(tokenizer, prompt.reference)) + 1 for prompt in self.prompts]  # and its end
+        lengths = [len(text_ids(tokenizer, prompt.reference)) + 1 for prompt in self.prompts]  # with the end token
         usual = max(LEAST_TOKENS, math.ceil(ROOM * sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]))
         self.new_tokens = usual if most is None else most
 

@@ -30,11 +30,12 @@ from smoa_lab.study.search import rate_text
 STUDY = "study.yaml"
 """The file of a study, in its folder."""
 SEEDS = ("random_seed", "random_loc_seed", "projection_prng_key", "projection_seed", "proj_seed", "generator_seed")
-"""Keys of PEFT's methods by which they draw what is not trained; without one, all seeds of a run draw the same."""
+"""Keys of PEFT's methods that seed the numbers they draw and don't train. Where a study leaves them out they get the
+run's seed; PEFT's default would draw the same in every run."""
 Stage = Literal["untouched", "untouched-validation", "search", "final"]
 DECIDED = {
-    **dict.fromkeys(("method", "adapter", "training.learning_rate"), "is what an entry has"),
-    **dict.fromkeys(("scoring", "training.seed", "training.output_dir"), "is the study's"),
+    **dict.fromkeys(("method", "adapter", "training.learning_rate"), "belongs to an entry"),
+    **dict.fromkeys(("scoring", "training.seed", "training.output_dir"), "is set by the study"),
     "training.auto_find_batch_size": "would give one entry other batches than another",
 }
 """Keys of a run that no block of a study may have, and why."""
@@ -44,13 +45,16 @@ SHARED = {
 }
 """Keys of training that only the shared block may have, and why."""
 QUIET = {"data": {"samples": 0, "metric": None}, "forgetting": {"tokens": 0}, "scoring": {"part": "validation"}}
-"""How a run differs that is scored on the validation part: by its loss alone."""
+"""What a run of a search has instead: the loss on the validation part is all that it needs."""
 
 
 class Entry(Section):
-    """One method at one setting. ``learning_rate`` is where its search starts, ``budget`` the table it belongs to;
-    ``training`` and ``model`` are laid over the shared blocks. ``added`` is the number of the unplanned look that an
-    entry takes which came after a look, 0 for those that were there from the start."""
+    """One method at one setting. Its search starts at ``learning_rate``; it is compared with the entries of the same
+    ``budget``. ``training`` and ``model`` override keys of the shared blocks.
+
+    ``added`` is 0 for an entry that was there before results were looked at. An entry that came later is compared at a
+    further look, which wasn't planned: ``added`` counts these looks, and each is at a stricter level.
+    """
 
     method: MethodName
     adapter: dict[str, Any] = Field(default={})
@@ -62,9 +66,10 @@ class Entry(Section):
 
 
 class Tuning(Section):
-    """The search for a learning rate, the same for each entry, with at most ``max_runs``: quarter decades from the
-    entry's rate until the best has neighbors on both sides, then the vertex of the parabola through these. Judged by
-    the loss on the validation part after a run with ``seed``. ``max_runs: 0`` takes the entry's rate as it is."""
+    """The search for a learning rate, the same for each entry, with at most ``max_runs``. It goes in quarter decades
+    from the entry's rate until the best one has neighbors on both sides, and takes the vertex of the parabola through
+    these three. Rates are judged by the loss on the validation part after a run with ``seed``. ``max_runs: 0`` takes
+    the entry's rate without a search."""
 
     seed: Seed = 100
     max_runs: Literal[0] | Annotated[int, Field(ge=3)] = 6
@@ -72,8 +77,8 @@ class Tuning(Section):
 
 @dataclass(frozen=True)
 class Job:
-    """A run of an entry: a ``search`` is scored on the validation part, a ``final`` one on the test part. The
-    ``untouched`` ones score the model as it is, in any entry's config."""
+    """A run of an entry: one of its ``search`` is scored on the validation part, a ``final`` one on the test part. The
+    ``untouched`` jobs train nothing: they score the base model on the test part or the validation part."""
 
     stage: Stage
     entry: str
@@ -93,11 +98,12 @@ class Job:
 
 
 class Study(Section):
-    """A whole study. ``shared`` is a run's config but for method, adapter, learning rate and seed.
+    """A whole study. ``shared`` is a run's config without method, adapter, learning rate and seed.
 
-    ``keep`` says whose adapters stay: those of each entry's best seed, of all final runs, or none. The first in order
-    of cost is taken that keeps 1 − ``tolerance`` of what each other gained by training. ``rounds`` of the ``seeds``, by
-    default all, were planned. Without ``seeds`` rates are searched and there are no final runs.
+    A round is one final run of each entry with the same of the ``seeds``. ``rounds`` says how many were planned, by
+    default all. Without ``seeds``, rates are searched and there are no final runs. The verdict takes the cheapest entry
+    that keeps at least 1 − ``tolerance`` of what each other entry gained by training. ``keep`` says which adapters stay
+    on disk: that of each entry's best seed, those of all final runs, or none.
     """
 
     folder: Path = Field(exclude=True)
@@ -111,7 +117,7 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _as_a_whole(self) -> Study:
-        """What no block knows by itself."""
+        """Rules that concern more than one block."""
         for name in self.entries:
             if not re.fullmatch(r"\w[\w+-]*", name) or name.startswith("untouched"):
                 raise ValueError(f"entries: {name!r} can't name a folder of runs; choose letters, digits, - and +")
@@ -122,7 +128,7 @@ class Study(Section):
         return self
 
     def key_problems(self) -> Iterator[Problem]:
-        """The keys of a run that a block of the study may not have."""
+        """Keys of a run in blocks of the study that may not have them."""
         blocks: dict[tuple[str, ...], dict[str, Any]] = {("shared",): self.shared}
         blocks |= {("entries", name): {"training": entry.training} for name, entry in self.entries.items()}
         for place, block in blocks.items():
